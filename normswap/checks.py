@@ -5,11 +5,12 @@ from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normswap.errors import ConversionError
-from normswap.graph.container import context_argument
+from normswap.graph.state import context_argument
 
 _WRAPPERS = {
-    "FullyShardedDataParallel": "sharded",
-    "FSDPModule": "sharded",
+    "OptimizedModule": "is compiled; convert the original module (._orig_mod), then compile it",
+    "FullyShardedDataParallel": "is sharded; convert first, then shard",
+    "FSDPModule": "is sharded; convert first, then shard",
 }
 
 
@@ -32,16 +33,15 @@ def check_model(model: nn.Module) -> None:
 def _obstacle(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "is scripted; convert the Python module, then script or export it"
-    if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
-        return "is compiled; convert the original module (._orig_mod), then compile it"
     if module._compiled_call_impl is not None:
         return "was compiled in place by .compile(); convert first, then compile"
     if isinstance(module, DataParallel | DistributedDataParallel):
         return "is wrapped for parallel training; convert .module, then wrap it"
+    # By name: importing torch._dynamo for its class would take seconds.
     kinds = {cls.__name__ for cls in type(module).__mro__}
-    for wrapper, state in _WRAPPERS.items():
+    for wrapper, why in _WRAPPERS.items():
         if wrapper in kinds:
-            return f"is {state}; convert first, then shard"
+            return why
     if isinstance(module, fx.GraphModule):
         return "is a traced graph (fx.GraphModule); convert the module it was traced from"
     if type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torchao.")):

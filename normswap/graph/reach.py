@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from normswap.graph.container import ContainerState, context_argument
+from normswap.graph.state import ContainerState, context_argument
 
 
 @dataclass
