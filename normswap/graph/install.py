@@ -77,5 +77,6 @@ def converted_class(base: Any, generic: bool = False) -> Any:
         "example_values": staticmethod(written.examples),
         "converted_from": base,
         "context_argument": written.argument,
+        "converted_container": property(lambda self: self),
     }
     return type(base)(base.__name__, (base,), body)

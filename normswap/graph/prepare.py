@@ -4,11 +4,12 @@ import linecache
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from normswap.graph.patches import TraceFailure
 from normswap.graph.state import ContainerState, Variant, context_argument, walk
 from normswap.graph.trace import TraceSession
+from normswap.graph.tracer import Traced
 from normswap.graph.values import describe, find_other
 
 _MOST_VARIANTS = 64
@@ -54,33 +55,55 @@ def _trace(
     return Variant(None, reason), False
 
 
-def _thread(module: nn.Module, traced: Any) -> Variant:
+def _thread(module: nn.Module, traced: Traced) -> Variant:
     """Pass the context to the calls that take it, and compile the graph."""
-    graph = traced.graph
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before():
-        context = graph.placeholder("normswap_context")
-    threaded = []
-    for node in calls:
-        argument = context_argument(module.get_submodule(node.target))
-        if argument is not None:
-            node.kwargs = {**node.kwargs, argument: context}
-            threaded.append(tuple(node.target.split(".")))
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    context = _add_context(traced.graph)
+    calls, direct = _pass_context(module, traced.graph, context)
+    for node, region in traced.regions:
+        found = _pass_context(module, region.graph, _add_context(region.graph))
+        calls, direct = calls + found[0], direct + found[1]
+        region.run = _compile(region.graph, name)
+        node.args = (*node.args, context)
+    threaded = [c for c in calls if context_argument(module.get_submodule(c)) is not None]
     return Variant(
-        run=_compile(graph, f"{type(module).__module__}.{type(module).__qualname__}"),
+        run=_compile(traced.graph, name),
         reads=tuple(
             (tuple(path.split(".")) if path else (), name, value)
             for (path, name), value in traced.reads.items()
         ),
         structure=tuple((tuple(p.split(".")), c) for p, c in traced.structure.items()),
-        calls=tuple(dict.fromkeys(node.target for node in calls)),
-        threaded=tuple(dict.fromkeys(threaded)),
-        direct=tuple(node.target for node in graph.nodes if node.op == "get_attr"),
+        calls=tuple(dict.fromkeys(calls)),
+        threaded=tuple(tuple(c.split(".")) for c in dict.fromkeys(threaded)),
+        direct=tuple(direct),
     )
 
 
-def _compile(graph: Any, name: str) -> Callable[..., Any]:
+def _add_context(graph: fx.Graph) -> fx.Node:
+    """Add the context as the last placeholder."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(placeholders[-1].next if placeholders else first):
+        return graph.placeholder("normswap_context")
+
+
+def _pass_context(
+    module: nn.Module, graph: fx.Graph, context: fx.Node
+) -> tuple[list[str], list[str]]:
+    """Add the context to calls that take it; return the submodules called and tensors read."""
+    calls, direct = [], []
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            direct.append(str(node.target))
+        elif node.op == "call_module":
+            calls.append(str(node.target))
+            argument = context_argument(module.get_submodule(calls[-1]))
+            if argument is not None:
+                node.kwargs = {**node.kwargs, argument: context}
+    return calls, direct
+
+
+def _compile(graph: fx.Graph, name: str) -> Callable[..., Any]:
     code = graph.python_code("self")
     count = sum(1 for key in linecache.cache if key.startswith("<normswap "))
     filename = f"<normswap {count} {name}>"
