@@ -3,6 +3,7 @@
 import torch
 from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from normswap.errors import ConversionError
 from normswap.graph.state import context_argument
@@ -18,7 +19,7 @@ def check_model(model: nn.Module) -> None:
     """Raise if a model, or a part of it, is of a kind that surgery cannot change.
 
     Raises:
-        ConversionError: not a module; scripted, compiled, traced, wrapped for distribution,
+        ConversionError: not a module; lazy, scripted, compiled, traced, wrapped for distribution,
             prepared for quantisation, or converted already.
     """
     if not isinstance(model, nn.Module):
@@ -46,6 +47,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return "is a traced graph (fx.GraphModule); convert the module it was traced from"
     if type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torchao.")):
         return "is prepared for quantisation; convert first, then prepare"
+    if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
+        return "is lazy: its shapes are unknown until a first forward; run one, then convert"
     if context_argument(module) is not None:
         return "is converted already; convert the original model with the method wanted"
     return None
