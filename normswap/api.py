@@ -15,9 +15,17 @@ from normswap.functional.moments import gaussian_divergence
 from normswap.graph.reach import find_reach
 from normswap.graph.state import context_argument
 from normswap.graph.surgery import Surgery
-from normswap.methods.base import get_method, parse_options
-from normswap.report import Report, Verification
+from normswap.insertion import find_places, insert, insert_at_input
+from normswap.methods.base import (
+    BaseMethod,
+    InsertedMethod,
+    Method,
+    get_method,
+    parse_options,
+)
+from normswap.report import Report, Row, Verification
 from normswap.select import Selector
+from normswap.sites import Place, Site
 from normswap.verification import compare, eval_outputs, make_inputs, widen
 
 
@@ -28,6 +36,7 @@ def convert(
     contexts: int | Sequence[str] | None = None,
     select: Selector = None,
     exclude: Selector = None,
+    placement: str | None = None,
     unknown: str = "pooled",
     priors: Tensor | Sequence[float] | None = None,
     inplace: bool = False,
@@ -48,6 +57,10 @@ def convert(
         select: which norms to replace: glob, compiled regular expression, type,
             ``fn(name, module)``, or several; all by default.
         exclude: which to leave alone, in the same forms.
+        placement: where a method that adds layers puts them: "norm" (after each norm), "pre",
+            "residual", "identity" or "post" in residual blocks, or "input"; each method has its
+            default. A method that replaces norms takes "input" for one more norm before the model
+            instead.
         unknown: what a sample without a label gets in eval: "pooled" (the mixture's one Gaussian),
             "posterior" (contexts weighed by how well they explain the instance), a context's name,
             or "error".
@@ -71,7 +84,7 @@ def convert(
     parsed = parse_options(chosen, options)
     given = make_contexts(contexts, priors, unknown)
     check_model(model)
-    rows, sites = decide(model, chosen, select, exclude)
+    rows, found = _find(model, chosen, placement, select, exclude)
     inputs: Any = "verify=False" if not verify else example_inputs
     if verify and inputs is None:
         inputs = make_inputs(model)
@@ -81,11 +94,11 @@ def convert(
         expected = eval_outputs(model, inputs)
     target = model if inplace else copy.deepcopy(model)
     record = Record(method, parsed, given, rows, type(model).__name__)
-    if sites[0].fqn == "":
-        return convert_bare(target, chosen, record, sites[0])
+    if _is_bare(found):
+        return convert_bare(target, chosen, record, found[0])
     surgery = Surgery(target)
     try:
-        operate(surgery, chosen, record, sites)
+        _operate(surgery, chosen, record, found)
         if expected is None:
             record.verification = Verification(reason=inputs)
         else:
@@ -111,6 +124,7 @@ def plan(
     contexts: int | Sequence[str] | None = None,
     select: Selector = None,
     exclude: Selector = None,
+    placement: str | None = None,
     unknown: str = "pooled",
     priors: Tensor | Sequence[float] | None = None,
     **options: Any,
@@ -125,14 +139,45 @@ def plan(
     parsed = parse_options(chosen, options)
     given = make_contexts(contexts, priors, unknown)
     check_model(model)
-    rows, sites = decide(model, chosen, select, exclude)
-    sites = [replace(site, device=torch.device("meta")) for site in sites]
+    rows, found = _find(model, chosen, placement, select, exclude)
+    found = [replace(place, device=torch.device("meta")) for place in found]
     shell = structure_copy(model)
     record = Record(method, parsed, given, rows, type(model).__name__)
-    if sites[0].fqn == "":
-        return _summarise(convert_bare(shell, chosen, record, sites[0]), record)
-    operate(Surgery(shell), chosen, record, sites)
+    if _is_bare(found):
+        return _summarise(convert_bare(shell, chosen, record, found[0]), record)
+    _operate(Surgery(shell), chosen, record, found)
     return _summarise(shell, record)
+
+
+def _find(
+    model: nn.Module, method: BaseMethod, placement: str | None, select: Selector, exclude: Selector
+) -> tuple[list[Row], list[Any]]:
+    """Return a row for everything considered, and the sites or places chosen."""
+    if isinstance(method, InsertedMethod):
+        return find_places(model, placement, method.placement, select, exclude)
+    if placement == "input":
+        return find_places(model, placement, placement, select, exclude)
+    if placement is not None:
+        raise ConversionError(
+            f"method {method.name!r} replaces norms where they are; expected placement=None, or "
+            f"'input' for one before the model, got {placement!r}"
+        )
+    assert isinstance(method, Method)
+    return decide(model, method, select, exclude)
+
+
+def _is_bare(found: list[Any]) -> bool:
+    return isinstance(found[0], Site) and found[0].fqn == ""
+
+
+def _operate(surgery: Surgery, method: BaseMethod, record: Record, found: list[Any]) -> None:
+    if isinstance(method, InsertedMethod):
+        insert(surgery, method, record.rows, found, record.options)
+    elif isinstance(found[0], Place):
+        arguments = (record.rows[0], found[0], record.contexts, record.options)
+        insert_at_input(surgery, method, *arguments)
+    else:
+        operate(surgery, method, record, found)
 
 
 def structure_copy(model: nn.Module) -> nn.Module:
@@ -201,11 +246,10 @@ def _summarise(root: nn.Module, record: Record) -> Report:
     method = get_method(record.method)
     rows = [copy.copy(row) for row in record.rows]
     for row in rows:
-        if row.action == "replaced":
-            layer = root.get_submodule(row.fqn)
-            row.delivery = (
-                reach.delivery.get(id(layer), "unreached") if method.needs_context else ""
-            )
+        if row.action in ("replaced", "inserted") and isinstance(method, Method):
+            layer = root.get_submodule(row.layer or row.fqn)
+            if method.needs_context and not row.layer:
+                row.delivery = reach.delivery.get(id(layer), "unreached")
             statistics = method.statistics(layer)
             if statistics is not None and not statistics.mean.is_meta:
                 priors = record.contexts.priors.to(statistics.mean.device)

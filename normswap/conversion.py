@@ -10,7 +10,7 @@ from normswap.contexts.priors import check_priors
 from normswap.errors import ConversionError, UnknownNameError
 from normswap.graph.scope import Scope
 from normswap.graph.surgery import Surgery
-from normswap.methods.base import Contexts, Method
+from normswap.methods.base import BaseMethod, Contexts, Method
 from normswap.methods.layer import POLICIES
 from normswap.report import Row, Verification
 from normswap.select import Selector, matches
@@ -102,8 +102,9 @@ def _nothing_to_replace(model: nn.Module, rows: list[Row]) -> str:
     )
 
 
-def operate(surgery: Surgery, method: Method, record: Record, sites: list[Site]) -> None:
+def operate(surgery: Surgery, method: BaseMethod, record: Record, sites: list[Site]) -> None:
     """Swap every chosen norm and thread the context to it."""
+    assert isinstance(method, Method)
     scope = Scope(record.contexts.count, record.contexts.names)
     rows = {row.fqn: row for row in record.rows}
     layers = [
@@ -130,8 +131,9 @@ def _build(
     return layer
 
 
-def convert_bare(model: nn.Module, method: Method, record: Record, site: Site) -> nn.Module:
+def convert_bare(model: nn.Module, method: BaseMethod, record: Record, site: Site) -> nn.Module:
     """Convert a model that is itself a norm; a layer replaces it."""
+    assert isinstance(method, Method)
     scope = Scope(record.contexts.count, record.contexts.names)
     layer = _build(method, site, model, record, scope, record.rows[0])
     record.verification = Verification(reason="the model is a single norm")

@@ -20,13 +20,13 @@ class Forward(NamedTuple):
         spread: ``spread(function, module, values)`` calls a function of the original signature.
         examples: returns values of the kind expected: a tensor where the original requires an
             argument, else its default.
-        argument: name of the context argument.
+        argument: name of the context argument, None where there is none.
     """
 
     forward: Callable[..., Any]
     spread: Callable[..., Any]
     examples: Callable[[], tuple[Any, ...]]
-    argument: str
+    argument: str | None
 
 
 def parameters_of(function: Callable[..., Any]) -> list[Parameter]:
@@ -51,7 +51,9 @@ def any_parameters() -> list[Parameter]:
     ]
 
 
-def write_forward(parameters: list[Parameter], dispatch: Callable[..., Any]) -> Forward:
+def write_forward(
+    parameters: list[Parameter], dispatch: Callable[..., Any], contextual: bool = True
+) -> Forward:
     """Write the functions of `Forward` for these parameters.
 
     The context argument is the last that may be given by position, or by keyword only after
@@ -65,7 +67,7 @@ def write_forward(parameters: list[Parameter], dispatch: Callable[..., Any]) -> 
 
     def write_context() -> None:
         nonlocal written
-        if not written:
+        if contextual and not written:
             head.append(f"{argument}=None")
             written = True
 
@@ -100,7 +102,7 @@ def write_forward(parameters: list[Parameter], dispatch: Callable[..., Any]) -> 
     unpack = f"    {names}= values\n" if names else ""
     source = (
         f"def forward({', '.join(head)}):\n"
-        f"    return _dispatch(self, ({names}), {argument})\n"
+        f"    return _dispatch(self, ({names}), {argument if contextual else None})\n"
         f"def spread(function, self, values):\n"
         f"{unpack}"
         f"    return function({', '.join(['self', *passed])})\n"
@@ -110,7 +112,7 @@ def write_forward(parameters: list[Parameter], dispatch: Callable[..., Any]) -> 
     def examples() -> tuple[Any, ...]:
         return tuple(_example(p) for p in parameters)
 
-    return Forward(scope["forward"], scope["spread"], examples, argument)
+    return Forward(scope["forward"], scope["spread"], examples, argument if contextual else None)
 
 
 def _example(parameter: Parameter) -> Any:
