@@ -16,7 +16,7 @@ from normswap.functional.moments import (
 )
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt, load_shared
+from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
 from normswap.sites import Site
 
 
@@ -81,9 +81,7 @@ class ContextNorm(ContextLayer):
         self.register_buffer(
             "num_batches_tracked", torch.zeros(num_contexts, dtype=torch.int64, device=device)
         )
-        if priors is None:
-            priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
-        self.register_buffer("priors", priors.to(dtype=torch.float32, device=device))
+        self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -17,7 +17,7 @@ from normswap.functional.moments import (
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.cn import keep_requires_grad
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt
+from normswap.methods.layer import ContextLayer, adopt, make_priors
 from normswap.sites import Site
 
 
@@ -75,9 +75,7 @@ class ContextNormX(ContextLayer):
             self.register_parameter(name, value)
         self.mu = nn.Parameter(torch.empty(num_contexts, num_features, **options))
         self.log_sigma = nn.Parameter(torch.empty(num_contexts, num_features, **options))
-        if priors is None:
-            priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
-        self.register_buffer("priors", priors.to(dtype=torch.float32, device=device))
+        self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

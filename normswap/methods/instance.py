@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from normswap.functional.affine import Affine, apply_affine, where_rows
 from normswap.methods.base import Contexts, affine_tensors
-from normswap.methods.layer import ContextLayer, adopt, load_shared
+from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
 from normswap.sites import Site
 
 
@@ -73,9 +73,7 @@ class ContextInstanceNorm(ContextLayer):
             "num_batches_tracked",
             torch.zeros((), dtype=torch.int64, device=device) if tracked else None,
         )
-        if priors is None:
-            priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
-        self.register_buffer("priors", priors.to(dtype=torch.float32, device=device))
+        self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
 
     @classmethod
     def from_site(cls, site: Site, source: nn.Module, contexts: Contexts) -> "ContextInstanceNorm":

@@ -170,3 +170,29 @@ def load_shared(
             if name in scales:
                 value = value * scales[name].to(value)
             state[prefix + name] = value
+
+
+def make_priors(
+    priors: Tensor | None,
+    num_contexts: int,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Return lambda for a layer, (K,): uniform by default; float64 only in a float64 layer.
+
+    Raises:
+        ContextError: not K positive values that sum to one.
+    """
+    wide = (dtype or torch.get_default_dtype()) == torch.float64
+    if priors is None:
+        priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
+    elif (
+        priors.shape != (num_contexts,)
+        or not bool((priors > 0).all())
+        or abs(float(priors.double().sum()) - 1) > 1e-3
+    ):
+        raise ContextError(
+            f"expected `priors` of {num_contexts} positive values that sum to one, "
+            f"got {priors.tolist()}; normswap.contexts.check_priors scales counts"
+        )
+    return priors.to(device=device, dtype=torch.float64 if wide else torch.float32)
