@@ -97,8 +97,8 @@ class ContextNorm(ContextLayer):
         """Compute the layer; see the class."""
         dtype = compute_dtype(x)
         running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
-        if self.training:
-            # The update below is in place; backward needs the values of this forward.
+        if self.training or torch.is_grad_enabled():
+            # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
         priors = self.priors.to(dtype)
         scale = priors.rsqrt().unsqueeze(1)
@@ -137,10 +137,9 @@ class ContextNorm(ContextLayer):
             rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal().unsqueeze(1)
         else:
             rate = torch.full_like(values, self.momentum)
-        rate = torch.where(usable, rate, 0)
         unbiased = batch.var * (values / (values - 1).clamp(min=1))
         for buffer, new in ((self.running_mean, batch.mean), (self.running_var, unbiased)):
-            buffer.copy_(buffer + rate * (new - buffer))
+            buffer.copy_(torch.where(usable, buffer + rate * (new - buffer), buffer))
 
     def _unknown(
         self,
