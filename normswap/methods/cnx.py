@@ -43,7 +43,8 @@ class ContextNormX(ContextLayer):
         buffer priors: (K,).
 
     A fresh layer starts mu and sigma from its first batch in training mode: each context from its
-    own samples, contexts absent there or with one value from the whole batch.
+    own samples, contexts absent there or with one value from the whole batch. A batch with one
+    value per channel, or none, is no start.
 
     Source: Faye et al., arXiv 2403.16798, CN-X.
     Differs from source: the layer keeps a shared gamma and beta; starts from data or from a batch
@@ -104,7 +105,7 @@ class ContextNormX(ContextLayer):
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
-        if self.fresh and self.training and labels is not None:
+        if self.fresh and self.training and labels is not None and x.numel() > x.shape[1]:
             self.start_from(x, labels)
         dtype = compute_dtype(x)
         mu, log_sigma = self.mu.to(dtype), self.log_sigma.to(dtype)
@@ -149,8 +150,14 @@ class ContextNormX(ContextLayer):
             state_dict[prefix + "mu"] = mean.expand(self.mu.shape)
             state_dict[prefix + "log_sigma"] = log_sigma.expand(self.mu.shape)
         state_dict.setdefault(prefix + "priors", self.priors)
-        self.fresh = self.fresh and prefix + "mu" not in state_dict
+        self.fresh = self.fresh and not _is_started(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _is_started(state: dict[str, Any], prefix: str) -> bool:
+    """Return whether saved statistics are other than those of a layer that met no batch."""
+    values = [state.get(prefix + name) for name in ("mu", "log_sigma")]
+    return any(isinstance(v, Tensor) and (v.is_meta or bool(v.any())) for v in values)
 
 
 def log_spread(var: Tensor, eps: float) -> Tensor:
