@@ -100,8 +100,8 @@ class ContextNorm(ContextLayer):
         if self.training or torch.is_grad_enabled():
             # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
-        priors = self.priors.to(dtype)
-        scale = priors.rsqrt().unsqueeze(1)
+        priors = self.mixing(dtype)
+        scale = self.priors.to(dtype).rsqrt().unsqueeze(1)
         weight, bias = self.weight.to(dtype) * scale, self.bias.to(dtype) * scale
         if labels is None:
             return apply_affine(x, self._unknown(x, None, running, weight, bias, priors))

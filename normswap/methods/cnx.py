@@ -127,7 +127,7 @@ class ContextNormX(ContextLayer):
         if isinstance(self.unknown, int):
             row = slice(self.unknown, self.unknown + 1)
             return self._affine(mu[row], torch.exp(-log_sigma[row]))
-        priors = self.priors.to(mu.dtype)
+        priors = self.mixing(mu.dtype)
         moments = Moments(mu, torch.exp(2 * log_sigma))
         if self.unknown == "posterior" and self.num_contexts > 1:
             weights = context_posterior(instance_moments(x), moments, priors, 0.0)

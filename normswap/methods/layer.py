@@ -34,6 +34,7 @@ class ContextLayer(nn.Module):
     """
 
     context_argument = "context"
+    priors: Tensor
 
     def __init__(self, num_features: int, num_contexts: int, unknown: str | int = "pooled") -> None:
         super().__init__()
@@ -80,6 +81,11 @@ class ContextLayer(nn.Module):
     @abstractmethod
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
+
+    def mixing(self, dtype: torch.dtype) -> Tensor:
+        """Return lambda, (K,), summing to one again after what a cast rounded."""
+        priors = self.priors.to(dtype)
+        return priors / priors.sum()
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[1] != self.num_features:
