@@ -103,3 +103,8 @@ def test_base_state_dict_loads_into_a_trained_layer():
     layer.load_state_dict(norm.state_dict())
     x = make_batch((7, 4, 3, 5))
     assert_close(layer.eval()(x, torch.tensor(MIXED)), norm(x))
+
+
+def test_one_position_is_refused_as_torch_refuses_it():
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        make_instance()(make_batch((3, 4, 1, 1)), torch.tensor([0, 1, 2]))
