@@ -14,9 +14,15 @@ from normswap.functional.moments import (
     instance_moments,
     pool_moments,
 )
-from normswap.methods.base import Contexts, Method, affine_tensors, register_method
+from normswap.methods.base import (
+    Contexts,
+    Method,
+    affine_tensors,
+    keep_requires_grad,
+    register_method,
+)
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
+from normswap.methods.layer import ContextLayer, adopt, fill_affine, load_shared, make_priors
 from normswap.sites import Site
 
 
@@ -180,6 +186,7 @@ class ContextNorm(ContextLayer):
         state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
         root = state_dict[prefix + "priors"].sqrt().unsqueeze(1)
         targets: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+        fill_affine(state_dict, prefix, self.num_features)
         load_shared(state_dict, prefix, targets, {"weight": root, "bias": root})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -226,11 +233,3 @@ class ContextNormalization(Method):
         if not isinstance(layer, ContextNorm):
             return None
         return Moments(layer.running_mean, layer.running_var)
-
-
-def keep_requires_grad(layer: nn.Module, source: nn.Module, site: Site) -> None:
-    """Freeze the parameters of a layer that replaces one whose affine is frozen."""
-    affine = [getattr(source, name, None) for name in ("weight", "bias")]
-    given = [t for t in affine if t is not None]
-    if site.frozen or (given and not any(t.requires_grad for t in given)):
-        layer.requires_grad_(False)

@@ -14,10 +14,15 @@ from normswap.functional.moments import (
     instance_moments,
     pool_moments,
 )
-from normswap.methods.base import Contexts, Method, affine_tensors, register_method
-from normswap.methods.cn import keep_requires_grad
+from normswap.methods.base import (
+    Contexts,
+    Method,
+    affine_tensors,
+    keep_requires_grad,
+    register_method,
+)
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt, make_priors
+from normswap.methods.layer import ContextLayer, adopt, fill_affine, make_priors
 from normswap.sites import Site
 
 
@@ -144,6 +149,8 @@ class ContextNormX(ContextLayer):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accept a BatchNorm's entries too: each context starts from its running statistics."""
+        if self.weight is not None:
+            fill_affine(state_dict, prefix, self.num_features)
         mean = state_dict.pop(prefix + "running_mean", None)
         var = state_dict.pop(prefix + "running_var", None)
         state_dict.pop(prefix + "num_batches_tracked", None)

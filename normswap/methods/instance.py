@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from normswap.functional.affine import Affine, apply_affine, fold_norm, where_rows
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
-from normswap.methods.base import Contexts, affine_tensors
+from normswap.methods.base import Contexts, affine_tensors, keep_requires_grad
 from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
 from normswap.sites import Site
 
@@ -95,8 +95,7 @@ class ContextInstanceNorm(ContextLayer):
             layer.bias.copy_(bias.expand_as(layer.bias))
             for name, buffer in source.named_buffers(recurse=False):
                 layer.get_buffer(name).copy_(buffer)
-        if site.affine and not any(p.requires_grad for p in source.parameters(recurse=False)):
-            layer.requires_grad_(False)
+        keep_requires_grad(layer, source, site)
         layer.site, layer.names = site.fqn, contexts.names
         # One dimension fewer is an input without a batch, which instance norms also take.
         layer.dims = site.dims[-1:]

@@ -178,6 +178,14 @@ def load_shared(
             state[prefix + name] = value
 
 
+def fill_affine(state: dict[str, Any], prefix: str, num_features: int) -> None:
+    """Complete the state dict of a base norm that has no weight or no bias, in place."""
+    mean = state.get(prefix + "running_mean")
+    if isinstance(mean, Tensor) and mean.shape == (num_features,):
+        state.setdefault(prefix + "weight", torch.ones_like(mean))
+        state.setdefault(prefix + "bias", torch.zeros_like(mean))
+
+
 def make_priors(
     priors: Tensor | None,
     num_contexts: int,
