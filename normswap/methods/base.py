@@ -1,7 +1,7 @@
 """The protocol of a method, and the registry of methods by name."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -85,7 +85,10 @@ def register_method(cls: M) -> M:
     taken = _REGISTRY.get(cls.name)
     if taken is not None and type(taken).__qualname__ != cls.__qualname__:
         raise ConversionError(f"a method {cls.name!r} is registered already: {type(taken)}")
-    fields(cls.options)
+    if not is_dataclass(cls.options):
+        raise ConversionError(
+            f"expected the options of method {cls.name!r} as a dataclass, got {cls.options!r}"
+        )
     _REGISTRY[cls.name] = cls()
     return cls
 
