@@ -1,0 +1,51 @@
+"""Models that cannot be converted as a whole, found before anything is changed."""
+
+import torch
+from torch import fx, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from normswap.errors import ConversionError
+from normswap.graph.container import context_argument
+
+_WRAPPERS = {
+    "FullyShardedDataParallel": "sharded",
+    "FSDPModule": "sharded",
+}
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise if a model, or a part of it, is of a kind that surgery cannot change.
+
+    Raises:
+        ConversionError: not a module; scripted, compiled, traced, wrapped for distribution,
+            prepared for quantisation, or converted already.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        where = f"its submodule {name}" if name else "the model"
+        why = _obstacle(module)
+        if why is not None:
+            raise ConversionError(f"cannot convert: {where} ({type(module).__name__}) {why}")
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is scripted; convert the Python module, then script or export it"
+    if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+        return "is compiled; convert the original module (._orig_mod), then compile it"
+    if module._compiled_call_impl is not None:
+        return "was compiled in place by .compile(); convert first, then compile"
+    if isinstance(module, DataParallel | DistributedDataParallel):
+        return "is wrapped for parallel training; convert .module, then wrap it"
+    kinds = {cls.__name__ for cls in type(module).__mro__}
+    for wrapper, state in _WRAPPERS.items():
+        if wrapper in kinds:
+            return f"is {state}; convert first, then shard"
+    if isinstance(module, fx.GraphModule):
+        return "is a traced graph (fx.GraphModule); convert the module it was traced from"
+    if type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torchao.")):
+        return "is prepared for quantisation; convert first, then prepare"
+    if context_argument(module) is not None:
+        return "is converted already; convert the original model with the method wanted"
+    return None

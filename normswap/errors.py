@@ -1,0 +1,29 @@
+"""The errors the package raises; each also inherits the builtin a caller would expect."""
+
+
+class NormswapError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConversionError(NormswapError, ValueError):
+    """The model, or an option, cannot be converted as asked; nothing was changed."""
+
+
+class ContextError(NormswapError, ValueError):
+    """The context labels do not fit: value, length, type or device."""
+
+
+class MissingContextError(ContextError):
+    """A label is needed here and none was given."""
+
+
+class UnknownNameError(NormswapError, KeyError):
+    """A name is not among the choices, which the message lists."""
+
+    def __str__(self) -> str:
+        """Return the message itself; KeyError would show its repr."""
+        return str(self.args[0]) if self.args else ""
+
+
+class VerificationError(NormswapError, RuntimeError):
+    """The converted model computes another function than the original."""

@@ -1,0 +1,13 @@
+"""Pure tensor functions the methods share."""
+
+from normswap.functional.affine import Affine as Affine
+from normswap.functional.affine import apply_affine as apply_affine
+from normswap.functional.affine import fold_norm as fold_norm
+from normswap.functional.labels import Context as Context
+from normswap.functional.labels import resolve_labels as resolve_labels
+from normswap.functional.moments import Moments as Moments
+from normswap.functional.moments import context_moments as context_moments
+from normswap.functional.moments import context_posterior as context_posterior
+from normswap.functional.moments import gaussian_divergence as gaussian_divergence
+from normswap.functional.moments import instance_moments as instance_moments
+from normswap.functional.moments import pool_moments as pool_moments

@@ -1,0 +1,149 @@
+"""Context labels: from what a caller gives to a checked tensor, and to one label per row of x."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from normswap.errors import ContextError, UnknownNameError
+
+
+class Context(NamedTuple):
+    """Labels that were checked once, at the entry of a model, and now travel through it.
+
+    Attributes:
+        labels: int64, shape (N,), in [-1, K); shape (1,) stands for the whole batch.
+        unknown: True or False where the host knows whether a label is -1; None where finding out
+            would make the host wait for a device, or the values are not there (tracing).
+    """
+
+    labels: Tensor
+    unknown: bool | None
+
+
+Labels: TypeAlias = Tensor | str | int | Sequence[str | int | None] | Context
+
+
+def resolve_labels(
+    labels: Labels, num_contexts: int, names: Sequence[str], device: torch.device | None = None
+) -> Context:
+    """Check labels in any accepted form and return them as a `Context`.
+
+    Args:
+        labels: integer tensor (N,) or scalar; a name or index for the whole batch; a sequence
+            of names, indices or None. None and -1 mean unknown.
+        num_contexts: K; labels lie in [-1, K).
+        names: the K names, in order.
+        device: where labels that are not a tensor are put.
+
+    Returns:
+        The checked labels. Values on a device other than the CPU are checked by an assertion on
+        that device, so that the host never waits.
+
+    Raises:
+        ContextError: not integers, more than one dimension, or out of range.
+        UnknownNameError: a name that is not among `names`.
+    """
+    if isinstance(labels, Context):
+        return labels
+    if isinstance(labels, str):
+        return Context(torch.tensor([_index(labels, names)], device=device), False)
+    if not isinstance(labels, Tensor):
+        labels = _to_tensor(labels, names, device)
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise ContextError(
+            f"expected `context` of an integer dtype (int64), got {labels.dtype}; "
+            "labels are indices of contexts, call .long() if that is what they hold"
+        )
+    if labels.dim() > 1:
+        raise ContextError(
+            f"expected `context` of shape (N,), one label per sample, got {tuple(labels.shape)}"
+        )
+    labels = labels.long().reshape(-1)
+    return Context(labels, _check_range(labels, num_contexts, names))
+
+
+def _index(name: str, names: Sequence[str]) -> int:
+    for index, known in enumerate(names):
+        if known == name:
+            return index
+    raise UnknownNameError(f"unknown context {name!r}; the contexts are {', '.join(names)}")
+
+
+def _to_tensor(labels: Any, names: Sequence[str], device: torch.device | None) -> Tensor:
+    if hasattr(labels, "__array__"):
+        return torch.as_tensor(labels, device=device)
+    if isinstance(labels, int):
+        return torch.tensor(labels, device=device)
+    try:
+        items = list(labels)
+    except TypeError:
+        raise ContextError(
+            "expected `context` as an integer tensor (N,), a name, an index, or a sequence of "
+            f"them, got {type(labels).__name__}"
+        ) from None
+    indices = []
+    for item in items:
+        if isinstance(item, str):
+            indices.append(_index(item, names))
+        elif item is None:
+            indices.append(-1)
+        elif isinstance(item, int) and not isinstance(item, bool):
+            indices.append(item)
+        else:
+            raise ContextError(
+                "expected `context` to hold names, indices or None, "
+                f"got {item!r} ({type(item).__name__})"
+            )
+    return torch.tensor(indices, dtype=torch.int64, device=device)
+
+
+def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> bool | None:
+    """Return whether a label is -1, None if the host cannot know; raise if one is out of range."""
+    if torch.compiler.is_compiling() or labels.is_meta or type(labels) is not Tensor:
+        return None
+    if labels.numel() == 0:
+        return False
+    if labels.device.type != "cpu":
+        in_range = ((labels >= -1) & (labels < num_contexts)).all()
+        torch._assert_async(in_range, f"context labels must lie in [-1, {num_contexts})")
+        return None
+    low, high = (int(v) for v in labels.aminmax())
+    if low < -1 or high >= num_contexts:
+        raise ContextError(
+            f"expected `context` labels in [0, {num_contexts}), or -1 for unknown, got values "
+            f"from {low} to {high}; the contexts are {', '.join(names)}"
+        )
+    return low < 0
+
+
+def labels_per_row(context: Context, x: Tensor, site: str) -> Tensor:
+    """Return one label per row of x, (rows,), given one per sample.
+
+    A model may fold tokens or windows into the batch; rows = r * N with the samples outermost,
+    so each label is repeated r times.
+
+    Raises:
+        ContextError: another device than x, or rows not a multiple of N.
+    """
+    labels = context.labels
+    rows, given = x.shape[0], labels.shape[0]
+    if labels.device != x.device:
+        raise ContextError(
+            f"expected `context` on {x.device}, where the input of {site} is, got it on "
+            f"{labels.device}; move it with .to({str(x.device)!r})"
+        )
+    if rows == given:
+        return labels
+    if given == 0 or rows % given:
+        raise wrong_length(rows, given, site)
+    return labels.repeat_interleave(rows // given)
+
+
+def wrong_length(samples: int, given: int, site: str) -> ContextError:
+    """Return the error for labels that do not match the batch."""
+    return ContextError(
+        f"expected `context` with {samples} labels, one per sample, got {given} "
+        f"(first norm: {site}); pass context= or use normswap.use_context"
+    )

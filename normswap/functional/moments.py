@@ -1,0 +1,118 @@
+"""Means and variances: of an instance, of a context, of a mixture of contexts."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance; the shape of both is (rows, C)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that statistics of x accumulate in: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def instance_moments(x: Tensor) -> Moments:
+    """Return the mean and biased variance of each channel of each instance.
+
+    Shape:
+        x: (N, C, *), any number of trailing dimensions including none.
+        mean, var: (N, C), float32 or, for float64 input, float64.
+    """
+    x = x.to(compute_dtype(x))
+    if x.dim() == 2:
+        return Moments(x, torch.zeros_like(x))
+    var, mean = torch.var_mean(x, dim=tuple(range(2, x.dim())), correction=0)
+    return Moments(mean, var)
+
+
+def context_moments(instances: Moments, index: Tensor, num_contexts: int) -> tuple[Tensor, Moments]:
+    """Pool instance statistics within each context, by the law of total variance.
+
+    With n_k instances of equal size in context k:
+    ``mu_k = sum_n m_n / n_k``, ``V_k = sum_n [v_n + (m_n - mu_k)^2] / n_k``.
+    Segment sums, so that the cost does not depend on the number of contexts.
+
+    Args:
+        instances: mean and biased variance of each instance, (N, C).
+        index: int64 (N,) in [0, K]; rows with K belong to no context.
+        num_contexts: K.
+
+    Returns:
+        counts: instances in each context, (K,).
+        moments: (K, C); zero where a context is absent.
+    """
+    mean, var = instances
+    counts = mean.new_zeros(num_contexts + 1).index_add(
+        0, index, torch.ones_like(index, dtype=mean.dtype)
+    )
+    share = counts.clamp(min=1).reciprocal().unsqueeze(1)
+    zeros = mean.new_zeros(num_contexts + 1, mean.shape[1])
+    mu = zeros.index_add(0, index, mean) * share
+    spread = var + (mean - mu.index_select(0, index)).square()
+    total = zeros.index_add(0, index, spread) * share
+    return counts[:num_contexts], Moments(mu[:num_contexts], total[:num_contexts])
+
+
+def pool_moments(moments: Moments, priors: Tensor) -> Moments:
+    """Return the one Gaussian with the mean and variance of a mixture of contexts.
+
+    ``m = sum_k lambda_k m_k``, ``v = sum_k lambda_k (v_k + (m_k - m)^2)``.
+
+    Shape:
+        moments: (K, C); priors: (K,), sums to one; result: (1, C).
+    """
+    weights = priors.unsqueeze(1)
+    mean = (weights * moments.mean).sum(0, keepdim=True)
+    var = (weights * (moments.var + (moments.mean - mean).square())).sum(0, keepdim=True)
+    return Moments(mean, var)
+
+
+def context_posterior(instances: Moments, contexts: Moments, priors: Tensor, eps: float) -> Tensor:
+    """Return the probability of each context given an instance's own channel statistics.
+
+    Each position of the instance is a draw from the context's Gaussian; the log-likelihood is
+    averaged over positions and summed over channels:
+    ``log w_nk = log lambda_k - 1/2 sum_c [log V_kc + (v_nc + (m_nc - mu_kc)^2) / V_kc]``
+    with ``V = v + eps``; the weights of an instance sum to one.
+
+    Shape:
+        instances: (N, C); contexts: (K, C); priors: (K,); result: (N, K).
+    """
+    mean, var = instances
+    precision = (contexts.var + eps).reciprocal()
+    # sum_c (v + (m - mu)^2) / V, expanded so that nothing of size N * K * C is made; centred on
+    # the average context, since the expansion loses digits to a large common mean.
+    centre = contexts.mean.mean(0)
+    m, mu = mean - centre, contexts.mean - centre
+    distance = (
+        (var + m.square()) @ precision.T
+        - 2 * m @ (mu * precision).T
+        + (mu.square() * precision).sum(1)
+    )
+    logits = priors.log() + 0.5 * precision.log().sum(1) - 0.5 * distance
+    return logits.softmax(1)
+
+
+def gaussian_divergence(moments: Moments, priors: Tensor) -> float:
+    """Return how far the contexts' statistics have moved apart, in nats; 0 when they are equal.
+
+    The Kullback-Leibler divergence of each context's Gaussian from the pooled one,
+    ``KL_k = 1/2 [log(v / v_k) + (v_k + (m_k - m)^2) / v - 1]``,
+    averaged over channels and, with the priors, over contexts. A channel without spread counts
+    with the smallest positive variance.
+    """
+    mean, var = (t.double() for t in moments)
+    priors = priors.double()
+    tiny = torch.finfo(torch.float32).tiny
+    pooled = pool_moments(Moments(mean, var), priors)
+    ratio = var.clamp(min=tiny) / pooled.var.clamp(min=tiny)
+    shift = (mean - pooled.mean).square() / pooled.var.clamp(min=tiny)
+    divergence = 0.5 * (ratio - 1 - ratio.log() + shift)
+    return float((priors @ divergence.mean(1)).clamp(min=0))

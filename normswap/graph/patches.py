@@ -1,0 +1,162 @@
+"""What tracing replaces while it runs: names of the forward's own module, and a few of torch's."""
+
+import builtins
+import functools
+import math
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normswap.graph.values import any_leaf
+
+_MISSING = object()
+# Builtins that turn into calls in the graph when given symbolic values.
+_BUILTINS = ("len", "int", "float", "max", "min", "round", "sum", "bool")
+
+
+class TraceFailure(Exception):
+    """A forward that no graph stands for; the container keeps its own. The text is the reason."""
+
+
+class Patches:
+    """Replaces attributes and globals, and puts every one of them back."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, str, Any]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Replace ``owner.name``, or ``owner[name]`` in a dict of globals."""
+        table = owner if isinstance(owner, dict) else vars(owner)
+        self._undo.append((owner, name, table.get(name, _MISSING)))
+        if isinstance(owner, dict):
+            owner[name] = value
+        else:
+            setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Put everything back, last first."""
+        while self._undo:
+            owner, name, value = self._undo.pop()
+            if isinstance(owner, dict):
+                if value is _MISSING:
+                    owner.pop(name, None)
+                else:
+                    owner[name] = value
+            elif value is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+def globals_of(forward: Callable[..., Any], cls: type) -> list[dict[str, Any]]:
+    """Return the globals that the methods of a module class see, torch's own left out."""
+    tables: dict[int, dict[str, Any]] = {}
+    functions = [forward, *(f for base in cls.__mro__ for f in vars(base).values())]
+    for function in functions:
+        function = getattr(function, "__func__", function)
+        while hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        table = getattr(function, "__globals__", None)
+        if table is not None and not is_torch(table.get("__name__", "")):
+            tables[id(table)] = table
+    return list(tables.values())
+
+
+def is_torch(module_name: str | None) -> bool:
+    """Return whether a module is part of torch itself."""
+    return module_name is not None and (
+        module_name == "torch" or module_name.startswith(("torch.", "normswap."))
+    )
+
+
+def leaf_names(table: dict[str, Any], inline: bool) -> list[tuple[str, Any]]:
+    """Return the functions among a module's globals that a graph calls instead of entering.
+
+    Args:
+        table: the globals.
+        inline: whether only functions that cannot be entered are wanted.
+    """
+    found: list[tuple[str, Any]] = []
+    for name, value in list(table.items()):
+        if isinstance(value, torch.jit.ScriptFunction):
+            found.append((name, value))
+        elif (
+            isinstance(value, types.FunctionType) and not inline and not is_torch(value.__module__)
+        ):
+            found.append((name, value))
+    found += [(name, getattr(builtins, name)) for name in _BUILTINS if name not in table]
+    return found
+
+
+def wrap_leaf(
+    function: Callable[..., Any],
+    record: Callable[[Callable[..., Any], Any, Any], Any],
+    enter: Callable[[dict[str, Any]], None],
+) -> Callable[..., Any]:
+    """Return a function that records its call when an argument is symbolic.
+
+    A call that is handed a module or a callable is entered instead, since a norm may be reached
+    from there; `enter` is then told the globals it will see.
+    """
+
+    @functools.wraps(function, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = (args, kwargs)
+        if any_leaf(given, (fx.Proxy,)):
+            reaches = any_leaf(given, (nn.Module, types.FunctionType, types.MethodType))
+            if not reaches and not any_leaf(given, (functools.partial,)):
+                return record(function, args, kwargs)
+        if isinstance(function, types.FunctionType):
+            enter(function.__globals__)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def forbid_checkpoint(*args: Any, **kwargs: Any) -> Any:
+    """Stand in for torch's checkpoint: entering it would drop the recomputation."""
+    raise TraceFailure("uses gradient checkpointing")
+
+
+def ask_user_only(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return a query of a mode that torch may ask but a traced forward may not branch on."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_torch(sys._getframe(1).f_globals.get("__name__")):
+            return function(*args, **kwargs)
+        raise TraceFailure(f"branches on torch.{name}()")
+
+    return call
+
+
+def symbolic_isinstance(value: Any, kinds: Any) -> bool:
+    """Stand in for isinstance: a tensor argument is a Tensor; other symbolic types are unknown."""
+    if not isinstance(value, fx.Proxy):
+        return isinstance(value, kinds)
+    if value.node.op == "placeholder" and value.node.meta.get("tensor"):
+        return any(issubclass(Tensor, k) for k in _flatten(kinds) if isinstance(k, type))
+    raise TraceFailure("tests the type of a value that is only known when it runs")
+
+
+def symbolic_hasattr(value: Any, name: str) -> bool:
+    """Stand in for hasattr, which is always true of a proxy."""
+    if not isinstance(value, fx.Proxy):
+        return hasattr(value, name)
+    if value.node.op == "placeholder" and value.node.meta.get("tensor"):
+        return hasattr(Tensor, name)
+    raise TraceFailure(f"asks whether a value that is only known when it runs has .{name}")
+
+
+def _flatten(kinds: Any) -> list[Any]:
+    if isinstance(kinds, tuple):
+        return [k for part in kinds for k in _flatten(part)]
+    if isinstance(kinds, types.UnionType):
+        return list(kinds.__args__)
+    return [kinds]
+
+
+MATH = [n for n in vars(math) if not n.startswith("_") and callable(getattr(math, n))]

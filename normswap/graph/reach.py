@@ -1,0 +1,74 @@
+"""Which norms the graphs reach, and how the context gets there."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from normswap.graph.container import ContainerState, context_argument
+
+
+@dataclass
+class Reach:
+    """How the containers of a converted model hand on the context.
+
+    Attributes:
+        delivery: id of a norm layer -> "threaded" or "scoped"; absent where no forward reaches it.
+        opaque: name of a container that keeps its own forward -> why.
+        traced: how many containers run a graph.
+        direct: names of tensors of norm layers that a forward reads past the layer.
+    """
+
+    delivery: dict[int, str] = field(default_factory=dict)
+    opaque: dict[str, str] = field(default_factory=dict)
+    traced: int = 0
+    direct: list[str] = field(default_factory=list)
+
+
+def state_of(module: nn.Module) -> ContainerState | None:
+    """Return a container's state, None where the module is not a converted container."""
+    return vars(module).get("_normswap")
+
+
+def find_reach(model: nn.Module) -> Reach:
+    """Follow the calls of the graphs from the root."""
+    reach = Reach()
+    for module in model.modules():
+        state = state_of(module)
+        if state is None:
+            continue
+        reasons = [v.reason for v in state.seen() if v.run is None]
+        if reasons:
+            reach.opaque[state.fqn] = reasons[0]
+        else:
+            reach.traced += 1
+        for variant in state.seen():
+            for name in variant.direct:
+                if context_argument(module.get_submodule(name.rpartition(".")[0])) == "context":
+                    owner = module.get_submodule(name.rpartition(".")[0])
+                    if state_of(owner) is None:
+                        reach.direct.append(f"{state.fqn}.{name}".lstrip("."))
+    seen: set[tuple[int, bool]] = set()
+    queue: list[tuple[nn.Module, bool]] = [(model, True)]
+    while queue:
+        module, threaded = queue.pop()
+        if (id(module), threaded) in seen:
+            continue
+        seen.add((id(module), threaded))
+        state = state_of(module)
+        if state is None:
+            if context_argument(module) is not None:
+                _deliver(reach, module, threaded)
+            continue
+        for variant in state.seen():
+            if variant.run is None:
+                queue += [(m, False) for m in module.modules() if m is not module]
+            else:
+                queue += [(module.get_submodule(call), threaded) for call in variant.calls]
+    return reach
+
+
+def _deliver(reach: Reach, module: nn.Module, threaded: bool) -> None:
+    if threaded:
+        reach.delivery.setdefault(id(module), "threaded")
+    else:
+        reach.delivery[id(module)] = "scoped"

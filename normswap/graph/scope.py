@@ -1,0 +1,106 @@
+"""The context in scope: how norms that are passed no context find theirs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.errors import ConversionError
+from normswap.functional.labels import Context, Labels, resolve_labels
+
+
+class Scope:
+    """One per converted model, shared by its containers and its norms.
+
+    Containers that could not be traced run their own forward, and `enter` around it makes their
+    context visible to the norms below. After the outermost one has left, its context stays
+    readable in backward only, where checkpointing computes the forward again.
+    """
+
+    def __init__(self, num_contexts: int, names: tuple[str, ...]) -> None:
+        self.num_contexts = num_contexts
+        self.names = names
+        self.running = 0
+        self.current: Context | None = None
+        self.ambient: tuple[Context, ...] = ()
+
+    def lookup(self) -> Context | None:
+        """Return the context of the innermost running entry, else that of `use_context`."""
+        if self.current is not None and (self.running or _in_backward()):
+            return self.current
+        return self.ambient[-1] if self.ambient else None
+
+    def enter(self, context: Context | None) -> Context | None:
+        """Make a context current; return the one to restore, for `leave`."""
+        outer = self.current
+        self.current = context
+        self.running += 1
+        return outer
+
+    def leave(self, outer: Context | None) -> None:
+        """Undo `enter`; the outermost entry's context stays, for recomputation in backward."""
+        self.running -= 1
+        if self.running:
+            self.current = outer
+
+    def resolve(self, labels: Labels, device: torch.device | None = None) -> Context:
+        """Check labels against this model's contexts."""
+        return resolve_labels(labels, self.num_contexts, self.names, device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start with nothing in scope."""
+        return {**self.__dict__, "running": 0, "current": None, "ambient": ()}
+
+
+def _in_backward() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def scopes_of(model: nn.Module) -> list[Scope]:
+    """Return the scopes of the converted models that are, or are inside, a module."""
+    found: dict[int, Scope] = {}
+    for module in model.modules():
+        scope = getattr(module, "scope", None)
+        if isinstance(scope, Scope):
+            found[id(scope)] = scope
+    return list(found.values())
+
+
+@contextmanager
+def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
+    """Give every forward inside the block these labels, where it is passed none.
+
+    For loops that cannot pass ``context=`` themselves. The model may be wrapped (compiled,
+    distributed). Blocks nest; None hides the labels of an outer block.
+
+    Args:
+        model: a converted model, or a module that holds one.
+        context: labels as the model's forward takes them.
+
+    Raises:
+        ConversionError: no converted model in `model`.
+        ContextError: labels that do not fit.
+    """
+    scopes = scopes_of(model)
+    if not scopes:
+        raise ConversionError(
+            f"expected a converted model, got {type(model).__name__} without any context-aware "
+            "norm; call normswap.convert first"
+        )
+    before = [scope.ambient for scope in scopes]
+    if context is None:
+        entered: list[tuple[Context, ...]] = [() for _ in scopes]
+    else:
+        device = next((p.device for p in model.parameters()), None)
+        entered = [(scope.resolve(context, device),) for scope in scopes]
+    try:
+        for scope, ambient in zip(scopes, entered, strict=True):
+            scope.ambient = ambient
+        yield
+    finally:
+        for scope, ambient in zip(scopes, before, strict=True):
+            scope.ambient = ambient

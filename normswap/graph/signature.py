@@ -1,0 +1,116 @@
+"""Write a forward with the signature of another plus a context argument."""
+
+import inspect
+from collections.abc import Callable
+from inspect import Parameter
+from typing import Any, NamedTuple
+
+import torch
+
+# Stands for a required argument until a real one is seen: most are tensors.
+_TENSOR = torch.empty(0)
+
+
+class Forward(NamedTuple):
+    """What `write_forward` makes.
+
+    Attributes:
+        forward: takes the original's arguments and the context, and hands
+            ``(module, values, context)`` to a dispatcher, with one value per parameter.
+        spread: ``spread(function, module, values)`` calls a function of the original signature.
+        examples: returns values of the kind expected: a tensor where the original requires an
+            argument, else its default.
+        argument: name of the context argument.
+    """
+
+    forward: Callable[..., Any]
+    spread: Callable[..., Any]
+    examples: Callable[[], tuple[Any, ...]]
+    argument: str
+
+
+def parameters_of(function: Callable[..., Any]) -> list[Parameter]:
+    """Return the parameters of an unbound method after self; ``*args, **kwargs`` if unknown."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    if parameters and parameters[0].kind in (
+        Parameter.POSITIONAL_ONLY,
+        Parameter.POSITIONAL_OR_KEYWORD,
+    ):
+        return parameters[1:]
+    return [
+        Parameter("args", Parameter.VAR_POSITIONAL),
+        Parameter("kwargs", Parameter.VAR_KEYWORD),
+    ]
+
+
+def write_forward(parameters: list[Parameter], dispatch: Callable[..., Any]) -> Forward:
+    """Write the functions of `Forward` for these parameters.
+
+    The context argument is the last that may be given by position, or by keyword only after
+    ``*args``. It is called ``context``, or ``norm_context`` where the original has a ``context``.
+    """
+    argument = "norm_context" if any(p.name == "context" for p in parameters) else "context"
+    scope: dict[str, Any] = {"_dispatch": dispatch}
+    head: list[str] = ["self"]
+    passed: list[str] = []
+    written = False
+
+    def write_context() -> None:
+        nonlocal written
+        if not written:
+            head.append(f"{argument}=None")
+            written = True
+
+    for index, parameter in enumerate(parameters):
+        name, kind = parameter.name, parameter.kind
+        default = ""
+        if parameter.default is not Parameter.empty:
+            scope[f"_default_{index}"] = parameter.default
+            default = f"=_default_{index}"
+        if kind is Parameter.VAR_POSITIONAL:
+            head.append(f"*{name}")
+            write_context()
+            passed.append(f"*{name}")
+        elif kind is Parameter.KEYWORD_ONLY:
+            if not any(h.startswith("*") for h in head):
+                write_context()
+                head.append("*")
+            head.append(f"{name}{default}")
+            passed.append(f"{name}={name}")
+        elif kind is Parameter.VAR_KEYWORD:
+            write_context()
+            head.append(f"**{name}")
+            passed.append(f"**{name}")
+        else:
+            head.append(f"{name}{default}")
+            passed.append(name)
+            following = parameters[index + 1].kind if index + 1 < len(parameters) else None
+            if kind is Parameter.POSITIONAL_ONLY and following is not kind:
+                head.append("/")
+    write_context()
+    names = "".join(f"{p.name}, " for p in parameters)
+    unpack = f"    {names}= values\n" if names else ""
+    source = (
+        f"def forward({', '.join(head)}):\n"
+        f"    return _dispatch(self, ({names}), {argument})\n"
+        f"def spread(function, self, values):\n"
+        f"{unpack}"
+        f"    return function({', '.join(['self', *passed])})\n"
+    )
+    exec(compile(source, "<normswap forward>", "exec"), scope)
+
+    def examples() -> tuple[Any, ...]:
+        return tuple(_example(p) for p in parameters)
+
+    return Forward(scope["forward"], scope["spread"], examples, argument)
+
+
+def _example(parameter: Parameter) -> Any:
+    if parameter.kind is Parameter.VAR_POSITIONAL:
+        return ()
+    if parameter.kind is Parameter.VAR_KEYWORD:
+        return {}
+    return _TENSOR if parameter.default is Parameter.empty else parameter.default

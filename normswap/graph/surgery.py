@@ -1,0 +1,69 @@
+"""Change a model's modules in place, with a way back."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import _forward_unimplemented
+
+from normswap.graph.container import ContainerState, install, prepare_default, uninstall
+from normswap.graph.scope import Scope
+from normswap.graph.trace import TraceSession
+
+
+class Surgery:
+    """Swaps layers and installs forwards; `undo` restores the model exactly."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
+        self._installed: list[nn.Module] = []
+
+    def swap(self, names: Iterable[str], layer: nn.Module) -> None:
+        """Put one layer at every name of a module."""
+        for name in names:
+            parent_name, _, leaf = name.rpartition(".")
+            parent = self.model.get_submodule(parent_name)
+            self._swapped.append((parent, leaf, parent._modules[leaf]))  # type: ignore[arg-type]
+            parent._modules[leaf] = layer
+
+    def install(self, sites: list[str], scope: Scope, layers: tuple[type, ...]) -> None:
+        """Install a forward that takes the context in every container on the way to a site.
+
+        Args:
+            sites: names of the swapped layers, aliases included.
+            scope: of the model.
+            layers: classes of the swapped layers.
+        """
+        containers = list(find_containers(self.model, sites).items())
+        for module, name in containers:
+            install(module, ContainerState(name, scope, layers, sites[0]))
+            self._installed.append(module)
+        with TraceSession(layers) as session:
+            for module, _ in containers:
+                prepare_default(module, session)
+
+    def undo(self) -> None:
+        """Take everything back."""
+        while self._installed:
+            uninstall(self._installed.pop())
+        while self._swapped:
+            parent, leaf, module = self._swapped.pop()
+            parent._modules[leaf] = module
+
+
+def find_containers(model: nn.Module, sites: Iterable[str]) -> dict[nn.Module, str]:
+    """Return the modules above the sites that have a forward, with their names, root first."""
+    found: dict[nn.Module, str] = {}
+    for site in sites:
+        module: Any = model
+        path: list[str] = []
+        for part in [*site.split("."), None]:
+            if part is None:
+                break
+            has_forward = type(module).forward is not _forward_unimplemented
+            if has_forward or "forward" in vars(module):
+                found.setdefault(module, ".".join(path))
+            module = module.get_submodule(part)
+            path.append(part)
+    return found

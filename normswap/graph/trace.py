@@ -1,0 +1,223 @@
+"""Trace one container's forward, one level deep: every submodule and free function is a call.
+
+What a graph would silently freeze is refused or guarded: attributes the forward read are recorded
+with their values (`Traced.reads`); writing attributes, Python randomness, switching gradient or
+autocast modes, checkpointing, tensors made elsewhere raise `TraceFailure`. Tensor functions of
+constants (``torch.zeros(...)``) become calls, so that nothing is computed while tracing.
+"""
+
+import functools
+import math
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normswap.graph import patches as p
+from normswap.graph.patches import Patches, TraceFailure
+from normswap.graph.tracer import ContainerTracer, LiveCalls, Traced
+from normswap.graph.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
+
+_LOCK = threading.RLock()
+_OPEN: list["TraceSession"] = []
+_CHECKPOINT = torch.utils.checkpoint.checkpoint
+
+
+def tracing() -> bool:
+    """Return whether this call happens inside a trace."""
+    return bool(_OPEN) and _OPEN[-1].tracer is not None
+
+
+def _random_states() -> list[Any]:
+    numpy = sys.modules.get("numpy")
+    return [random.getstate(), None if numpy is None else str(numpy.random.get_state())]
+
+
+class TraceSession:
+    """Traces containers; while it is open, module calls and reads go through the tracer.
+
+    Args:
+        layers: classes of the norm layers, whose forward called by itself counts as a call.
+    """
+
+    def __init__(self, layers: tuple[type, ...] = ()) -> None:
+        self.layers = layers
+        self._tracer: ContainerTracer | None = None
+        self._thread = threading.get_ident()
+        self._patches = Patches()
+        self._local = Patches()
+        self._tables: dict[tuple[int, bool], list[tuple[str, Any]]] = {}
+        self._entered: set[int] = set()
+        self._inline = False
+
+    @property
+    def tracer(self) -> ContainerTracer | None:
+        """The tracer of the trace under way; None in other threads, which run as usual."""
+        return self._tracer if threading.get_ident() == self._thread else None
+
+    def __enter__(self) -> "TraceSession":
+        _LOCK.acquire()
+        _OPEN.append(self)
+        original_call, original_getattr = nn.Module.__call__, nn.Module.__getattr__
+
+        @functools.wraps(original_call)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self.tracer is None:
+                return original_call(module, *args, **kwargs)
+            return self.tracer.call(module, args, kwargs)
+
+        def getattribute(module: nn.Module, name: str) -> Any:
+            value = object.__getattribute__(module, name)
+            if self.tracer is None or p.is_torch(sys._getframe(1).f_globals.get("__name__")):
+                return value
+            return self.tracer.read(module, name, value)
+
+        def fallback(module: nn.Module, name: str) -> Any:
+            value = original_getattr(module, name)
+            if self.tracer is None:
+                return value
+            return self.tracer.read(module, name, value)
+
+        def setattribute(module: nn.Module, name: str, value: Any) -> None:
+            if self.tracer is not None:
+                raise TraceFailure(f"sets .{name} of {type(module).__name__} inside forward")
+            original_setattr(module, name, value)
+
+        original_setattr = nn.Module.__setattr__
+        apply = vars(torch.autograd.Function)["apply"]
+
+        def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.tracer is None or not any_leaf((args, kwargs), (fx.Proxy,)):
+                return apply.__get__(None, cls)(*args, **kwargs)
+            return self.tracer.create_proxy("call_function", _named_apply(cls), args, kwargs)
+
+        self._patches.set(nn.Module, "__call__", call)
+        self._patches.set(nn.Module, "__getattribute__", getattribute)
+        self._patches.set(nn.Module, "__getattr__", fallback)
+        self._patches.set(nn.Module, "__setattr__", setattribute)
+        self._patches.set(torch.autograd.Function, "apply", classmethod(apply_function))
+        self._patches.set(torch.utils.checkpoint, "checkpoint", p.forbid_checkpoint)
+        self._patches.set(torch, "is_tensor", lambda v: p.symbolic_isinstance(v, Tensor))
+        for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"):
+            self._patches.set(torch, name, p.ask_user_only(getattr(torch, name), name))
+        for name in p.MATH:
+            wrapped = p.wrap_leaf(getattr(math, name), self._record, self._enter_globals)
+            self._patches.set(math, name, wrapped)
+        for layer in self.layers:
+            if "forward" in vars(layer):
+                self._patches.set(layer, "forward", self._layer_forward(vars(layer)["forward"]))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._patches.undo()
+        _OPEN.pop()
+        _LOCK.release()
+
+    def _layer_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self.tracer is None:
+                return original(module, *args, **kwargs)
+            return self.tracer.call(module, args, kwargs)
+
+        return forward
+
+    def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        assert self.tracer is not None
+        return self.tracer.create_proxy("call_function", function, args, kwargs)
+
+    def _enter_globals(self, table: dict[str, Any]) -> None:
+        """Replace the free functions a function in these globals may call."""
+        if self.tracer is None or id(table) in self._entered or p.is_torch(table.get("__name__")):
+            return
+        self._entered.add(id(table))
+        key = (id(table), self._inline)
+        if key not in self._tables:
+            self._tables[key] = [
+                (name, p.wrap_leaf(function, self._record, self._enter_globals))
+                for name, function in p.leaf_names(table, self._inline)
+            ]
+        for name, wrapped in self._tables[key]:
+            self._local.set(table, name, wrapped)
+        for name, value in list(table.items()):
+            if value is _CHECKPOINT:
+                self._local.set(table, name, p.forbid_checkpoint)
+        if "isinstance" not in table:
+            self._local.set(table, "isinstance", p.symbolic_isinstance)
+        if "hasattr" not in table:
+            self._local.set(table, "hasattr", p.symbolic_hasattr)
+
+    def trace(
+        self,
+        root: nn.Module,
+        forward: Callable[..., Any],
+        call: Callable[..., Any],
+        kinds: tuple[Kind, ...],
+        inline: bool,
+    ) -> Traced:
+        """Trace one forward.
+
+        Args:
+            root: the container.
+            forward: its own class's forward.
+            call: ``call(forward, root, values)`` spreads values over the signature.
+            kinds: of the arguments, in the order of the signature.
+            inline: whether to enter free functions, where they are not calls in the graph.
+
+        Raises:
+            TraceFailure: no graph stands for this forward; the text says why.
+        """
+        tracer = ContainerTracer(root)
+        leaves: list[Any] = []
+        for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
+            proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
+            proxy.node.meta["tensor"] = leaf == TENSOR
+            leaves.append(proxy)
+        supply: Iterator[Any] = iter(leaves)
+        values = tuple(rebuild(kind, supply) for kind in kinds)
+        before = _random_states()
+        self._inline, self._entered = inline, set()
+        try:
+            self._tracer = tracer
+            for table in p.globals_of(forward, type(root)):
+                self._enter_globals(table)
+            with LiveCalls(tracer):
+                output = call(forward, root, values)
+                tracer.create_node("output", "output", (tracer.create_arg(output),), {})
+        except TraceFailure:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise TraceFailure(f"{type(error).__name__}: {reason}") from error
+        finally:
+            self._tracer = None
+            self._local.undo()
+        self._check_untouched(tracer, before)
+        return tracer.result
+
+    def _check_untouched(self, tracer: ContainerTracer, before: list[Any]) -> None:
+        if _random_states() != before:
+            random.setstate(before[0])
+            raise TraceFailure("draws Python or NumPy random numbers inside forward")
+        for (path, name), value in tracer.result.reads.items():
+            now = getattr(tracer.root.get_submodule(path), name)
+            if type(now) is not type(value) or now != value:
+                if isinstance(now, list | dict | set):
+                    _restore(now, value)
+                raise TraceFailure(f"changes .{name} inside forward")
+
+
+def _restore(target: Any, value: Any) -> None:
+    target.clear()
+    target.extend(value) if isinstance(target, list) else target.update(value)
+
+
+def _named_apply(cls: Any) -> Callable[..., Any]:
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return cls.apply(*args, **kwargs)
+
+    apply.__name__ = apply.__qualname__ = f"{cls.__name__}_apply"
+    return apply

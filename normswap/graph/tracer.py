@@ -1,0 +1,193 @@
+"""Build the graph of one container: its nodes, its symbolic values, and what it read."""
+
+import operator
+from collections import OrderedDict
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TracerBase
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from normswap.graph.patches import TraceFailure
+from normswap.graph.values import any_leaf
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_BASE = set(vars(nn.Module())) - {"training"}
+
+
+class Value(fx.Proxy):
+    """A symbolic value that keeps in-place arithmetic and item assignment in place."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __getattr__(self, name: str) -> Any:
+        if self.node.meta.get("tensor") and not hasattr(Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        return super().__getattr__(name)
+
+
+def _keep_in_place(name: str) -> None:
+    def method(self: Value, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    setattr(Value, f"__{name}__", method)
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow", "imatmul"):
+    _keep_in_place(_name)
+
+
+@dataclass
+class Traced:
+    """A graph, and what must still hold for it to stand for the forward.
+
+    Attributes:
+        graph: its placeholders are the symbolic parts of the arguments, in order.
+        reads: (path of the module, attribute) -> the value the forward saw.
+        structure: path of a module whose children the forward walked -> their names.
+    """
+
+    graph: fx.Graph
+    reads: dict[tuple[str, str], Any] = field(default_factory=dict)
+    structure: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+class LiveCalls(TorchFunctionMode):
+    """Records torch functions of constants instead of computing them."""
+
+    def __init__(self, tracer: "ContainerTracer") -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if any_leaf((args, kwargs), (fx.Proxy,)):
+            return func(*args, **kwargs)
+        if "grad_enabled" in name or "autocast" in name:
+            return func(*args, **kwargs)
+        if name == "__get__":
+            return func(*args, **kwargs)
+        kind = "call_method" if is_tensor_method_or_property(func) else "call_function"
+        target = name if kind == "call_method" else func
+        return self.tracer.create_proxy(kind, target, args, kwargs)
+
+
+class ContainerTracer(fx.Tracer):
+    """Builds the graph of one container."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.root = root
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.result = Traced(self.graph)
+        self.paths: dict[int, str] = {}
+        self.tensors: dict[int, str] = {}
+        for name, module in root.named_modules():
+            self.paths[id(module)] = name
+            prefix = f"{name}." if name else ""
+            for key, value in (*module._parameters.items(), *module._buffers.items()):
+                if value is not None:
+                    self.tensors.setdefault(id(value), prefix + key)
+            for key, value in vars(module).items():
+                if isinstance(value, Tensor):
+                    self.tensors.setdefault(id(value), prefix + key)
+        self.modes = _modes()
+
+    def proxy(self, node: fx.Node) -> Value:
+        """Wrap a node."""
+        return Value(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a node, unless the forward changed a mode that a graph does not carry."""
+        if _modes() != self.modes:
+            raise TraceFailure("switches gradients or autocast on or off inside forward")
+        return self.graph.create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """Turn an argument of a call into one of a node."""
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor):
+            if id(a) not in self.tensors:
+                raise TraceFailure("uses a tensor that is not an attribute of the module")
+            return self.create_node("get_attr", self.tensors[id(a)], (), {})
+        if isinstance(a, nn.Module):
+            raise TraceFailure(f"passes a module ({type(a).__name__}) as an argument")
+        if isinstance(a, dict) and type(a) is not dict:
+            return self._create_mapping(a)
+        if isinstance(a, list | tuple) and type(a) not in (list, tuple) and _is_plain_subclass(a):
+            raise TraceFailure(f"builds a {type(a).__name__}")
+        return TracerBase.create_arg(self, a)
+
+    def _create_mapping(self, a: Any) -> fx.Node:
+        if is_dataclass(a):
+            given = {f.name: v for f in fields(a) if (v := getattr(a, f.name)) is not None}
+            kwargs = {k: self.create_arg(v) for k, v in given.items()}
+            return self.create_node("call_function", type(a), (), kwargs)
+        if type(a) is OrderedDict:
+            items = [(k, self.create_arg(v)) for k, v in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        raise TraceFailure(f"builds a {type(a).__name__}")
+
+    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Record the call of a submodule."""
+        path = self.paths.get(id(module))
+        if not path:
+            raise TraceFailure(f"calls a {type(module).__name__} that is not registered below it")
+        if "." in path:
+            parent = path.rpartition(".")[0]
+            children = tuple(self.root.get_submodule(parent)._modules)
+            self.result.structure[parent] = children
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def read(self, module: nn.Module, name: str, value: Any) -> Any:
+        """Note an attribute the forward saw; parameters and buffers become symbolic."""
+        path = self.paths.get(id(module))
+        if path is None:
+            return value
+        if isinstance(value, Tensor):
+            return (
+                self.create_proxy("get_attr", self.tensors[id(value)], (), {})
+                if (id(value) in self.tensors)
+                else value
+            )
+        if name not in _BASE and _is_plain(value):
+            self.result.reads.setdefault((path, name), _snapshot(value))
+        return value
+
+
+def _is_plain(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, _PLAIN):
+        return True
+    if isinstance(value, tuple | list | set | frozenset) and depth:
+        return len(value) <= 64 and all(_is_plain(v, depth - 1) for v in value)
+    if isinstance(value, dict) and depth:
+        return len(value) <= 64 and all(_is_plain(v, depth - 1) for v in value.values())
+    return False
+
+
+def _snapshot(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_snapshot(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _snapshot(v) for k, v in value.items()}
+    return set(value) if isinstance(value, set) else value
+
+
+def _is_plain_subclass(a: Any) -> bool:
+    return not hasattr(a, "_fields") and not type(a).__module__.startswith("torch.fx")
+
+
+def _modes() -> tuple[bool, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )

@@ -1,0 +1,108 @@
+"""The arguments of a forward: which are symbolic in its graph, which are constants of it.
+
+A container is traced once for each *kind* of arguments it meets. Tensors are symbolic; None, bool
+and str are constants, since Python branches on them; numbers are symbolic unless the forward
+branches on them; tuples, lists and dicts keep their structure.
+"""
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+Kind: TypeAlias = Any  # nested tuples of strings and constants: hashable, compared by value
+
+TENSOR = "tensor"
+NUMBER = "number"
+OTHER = "other"
+
+
+def describe(value: Any, leaves: list[Any], exact: bool) -> Kind:
+    """Return the kind of an argument and append its symbolic parts to `leaves`.
+
+    Args:
+        value: the argument.
+        leaves: collects tensors, and numbers unless `exact`, in order.
+        exact: whether numbers count as constants.
+    """
+    if isinstance(value, Tensor | fx.Proxy):
+        leaves.append(value)
+        return TENSOR
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return ("bool", value)
+    if isinstance(value, str):
+        return ("str", value)
+    if isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        if exact:
+            return (NUMBER, value)
+        leaves.append(value)
+        return NUMBER
+    if type(value) is tuple:
+        return ("tuple", tuple([describe(v, leaves, exact) for v in value]))
+    if type(value) is list:
+        return ("list", tuple([describe(v, leaves, exact) for v in value]))
+    if type(value) is torch.Size:
+        return ("size", tuple([describe(v, leaves, exact) for v in value]))
+    if type(value) is dict:
+        return ("dict", tuple([(k, describe(v, leaves, exact)) for k, v in value.items()]))
+    return (OTHER, type(value).__name__)
+
+
+def rebuild(kind: Kind, leaves: Iterator[Any]) -> Any:
+    """Return an argument of a kind, its symbolic parts taken from `leaves`."""
+    if kind is None:
+        return None
+    if kind in (TENSOR, NUMBER):
+        return next(leaves)
+    tag, content = kind
+    if tag in ("tuple", "size"):
+        return tuple(rebuild(k, leaves) for k in content)
+    if tag == "list":
+        return [rebuild(k, leaves) for k in content]
+    if tag == "dict":
+        return {name: rebuild(k, leaves) for name, k in content}
+    return content
+
+
+def leaf_kinds(kind: Kind) -> Iterator[str]:
+    """Yield TENSOR or NUMBER for each symbolic part, in the order `describe` collects them."""
+    if kind in (TENSOR, NUMBER):
+        yield kind
+    elif kind is not None:
+        tag, content = kind
+        if tag in ("tuple", "size", "list"):
+            for part in content:
+                yield from leaf_kinds(part)
+        elif tag == "dict":
+            for _, part in content:
+                yield from leaf_kinds(part)
+
+
+def find_other(kind: Kind) -> str | None:
+    """Return the type name of a part that no graph can take, None where there is none."""
+    if kind is None or kind in (TENSOR, NUMBER):
+        return None
+    tag, content = kind
+    if tag == OTHER:
+        return str(content)
+    if tag in ("tuple", "size", "list"):
+        return next((o for o in map(find_other, content) if o), None)
+    if tag == "dict":
+        return next((o for _, k in content if (o := find_other(k))), None)
+    return None
+
+
+def any_leaf(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Return whether a value, or anything inside its tuples, lists, dicts, is one of `kinds`."""
+    if isinstance(value, kinds):
+        return True
+    if isinstance(value, tuple | list | set | frozenset):
+        return any(any_leaf(v, kinds) for v in value)
+    if isinstance(value, dict):
+        return any(any_leaf(v, kinds) for v in value.values())
+    if isinstance(value, slice):
+        return any(any_leaf(v, kinds) for v in (value.start, value.stop, value.step))
+    return False

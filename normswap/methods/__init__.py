@@ -1,0 +1,10 @@
+"""The methods, one file each; importing the package registers them."""
+
+from normswap.methods import cn as cn
+from normswap.methods import cnx as cnx
+from normswap.methods.base import Contexts as Contexts
+from normswap.methods.base import Method as Method
+from normswap.methods.base import get_method as get_method
+from normswap.methods.base import methods as methods
+from normswap.methods.base import parse_options as parse_options
+from normswap.methods.base import register_method as register_method

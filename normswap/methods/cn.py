@@ -1,0 +1,239 @@
+"""CN, context normalization: batch statistics and an affine for each context."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.functional.affine import Affine, apply_affine, fold_norm, where_rows
+from normswap.functional.moments import (
+    Moments,
+    compute_dtype,
+    context_moments,
+    context_posterior,
+    instance_moments,
+    pool_moments,
+)
+from normswap.methods.base import Contexts, Method, affine_tensors, register_method
+from normswap.methods.instance import ContextInstanceNorm
+from normswap.methods.layer import ContextLayer, adopt, load_shared
+from normswap.sites import Site
+
+
+class ContextNorm(ContextLayer):
+    """Context normalization (CN).
+
+    ``y = (gamma_c * (x - mu_c) / sqrt(var_c + eps) + beta_c) / sqrt(lambda_c)`` for a sample of
+    context c. In training, mu_c and var_c (biased) are over the samples of c in the batch and all
+    positions; in eval, the running statistics of c. Running statistics move as BatchNorm's do
+    (unbiased variance), only for contexts in the batch. A context with a single value per channel
+    is normalised with its running statistics and does not update them; so are samples labelled -1,
+    with those the policy `unknown` names.
+
+    Args:
+        num_features: C.
+        num_contexts: K.
+        eps: added to the variance.
+        momentum: weight of the new value in the running statistics, in [0, 1]; None keeps the
+            cumulative average.
+        priors: lambda, (K,), positive, sums to one; uniform by default.
+        unknown: policy for samples without a label; see `ContextLayer`.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Shape:
+        x: (N, C, *); context: (N,). Parameters weight, bias: (K, C); buffers running_mean,
+        running_var: (K, C), num_batches_tracked, priors: (K,).
+
+    Source: Faye et al., arXiv 2403.16798, CN.
+    Differs from source: channels are dimension 1; parameters exist before the first forward;
+    eval uses running statistics; labels out of range are an error instead of passing through.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    priors: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        num_contexts: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        priors: Tensor | None = None,
+        unknown: str | int = "pooled",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, num_contexts, unknown)
+        self.eps = eps
+        self.momentum = momentum
+        self.frozen = False
+        shape = (num_contexts, num_features)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(shape, **options))
+        self.bias = nn.Parameter(torch.empty(shape, **options))
+        self.register_buffer("running_mean", torch.empty(shape, **options))
+        self.register_buffer("running_var", torch.empty(shape, **options))
+        self.register_buffer(
+            "num_batches_tracked", torch.zeros(num_contexts, dtype=torch.int64, device=device)
+        )
+        if priors is None:
+            priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
+        self.register_buffer("priors", priors.to(dtype=torch.float32, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set zero mean, unit variance, and the affine that makes every context's output equal."""
+        with torch.no_grad():
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+            self.weight.copy_(self.priors.sqrt().unsqueeze(1).expand_as(self.weight))
+            self.bias.zero_()
+
+    def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
+        """Compute the layer; see the class."""
+        dtype = compute_dtype(x)
+        running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
+        if self.training:
+            # The update below is in place; backward needs the values of this forward.
+            running = Moments(running.mean.clone(), running.var.clone())
+        priors = self.priors.to(dtype)
+        scale = priors.rsqrt().unsqueeze(1)
+        weight, bias = self.weight.to(dtype) * scale, self.bias.to(dtype) * scale
+        if labels is None:
+            return apply_affine(x, self._unknown(x, None, running, weight, bias, priors))
+        known = labels.clamp(min=0)
+        moments, instances = running, None
+        if self.training and not self.frozen:
+            instances = instance_moments(x)
+            moments = self._batch_moments(x, instances, labels, running)
+        affine = fold_norm(moments, weight, bias, self.eps).rows(known)
+        if unlabelled:
+            other = self._unknown(x, instances, running, weight, bias, priors)
+            affine = where_rows(labels >= 0, affine, other)
+        return apply_affine(x, affine)
+
+    def _batch_moments(
+        self, x: Tensor, instances: Moments, labels: Tensor, running: Moments
+    ) -> Moments:
+        """Return each context's moments in this batch, and update the running ones."""
+        index = torch.where(labels < 0, self.num_contexts, labels)
+        counts, batch = context_moments(instances, index, self.num_contexts)
+        values = counts * (x.numel() // max(x.shape[0] * x.shape[1], 1))
+        usable = (values > 1).unsqueeze(1)
+        with torch.no_grad():
+            self._update(batch, values.unsqueeze(1), usable)
+        return Moments(
+            torch.where(usable, batch.mean, running.mean),
+            torch.where(usable, batch.var, running.var),
+        )
+
+    def _update(self, batch: Moments, values: Tensor, usable: Tensor) -> None:
+        self.num_batches_tracked.add_(usable.squeeze(1))
+        if self.momentum is None:
+            rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal().unsqueeze(1)
+        else:
+            rate = torch.full_like(values, self.momentum)
+        rate = torch.where(usable, rate, 0)
+        unbiased = batch.var * (values / (values - 1).clamp(min=1))
+        for buffer, new in ((self.running_mean, batch.mean), (self.running_var, unbiased)):
+            buffer.copy_(buffer + rate * (new - buffer))
+
+    def _unknown(
+        self,
+        x: Tensor,
+        instances: Moments | None,
+        running: Moments,
+        weight: Tensor,
+        bias: Tensor,
+        priors: Tensor,
+    ) -> Affine:
+        """Return the map of samples without a label: one row, or one a sample ("posterior")."""
+        if isinstance(self.unknown, int):
+            row = slice(self.unknown, self.unknown + 1)
+            moments = Moments(running.mean[row], running.var[row])
+            return fold_norm(moments, weight[row], bias[row], self.eps)
+        if self.unknown == "posterior" and self.num_contexts > 1:
+            instances = instance_moments(x) if instances is None else instances
+            weights = context_posterior(instances, running, priors, self.eps)
+            return fold_norm(running, weight, bias, self.eps).mix(weights)
+        if self.unknown == "error":
+            # Reached only where the host cannot see the labels; wrong results must be visible.
+            return Affine(*(torch.full_like(t[:1], torch.nan) for t in (weight, bias)))
+        mixing = priors.unsqueeze(1)
+        return fold_norm(
+            pool_moments(running, priors),
+            (mixing * weight).sum(0, keepdim=True),
+            (mixing * bias).sum(0, keepdim=True),
+            self.eps,
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Accept a BatchNorm's entries too: each context starts from them."""
+        names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        if not isinstance(state_dict.get(prefix + "priors"), Tensor):
+            state_dict[prefix + "priors"] = self.priors
+        state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+        root = state_dict[prefix + "priors"].sqrt().unsqueeze(1)
+        targets: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+        load_shared(state_dict, prefix, targets, {"weight": root, "bias": root})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+@register_method
+class ContextNormalization(Method):
+    """CN as a replacement of batch norm; on an instance norm, an affine for each context."""
+
+    name = "cn"
+    title = "batch statistics and an affine for each context"
+
+    def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
+        """Copy the layer's statistics to each context, and its affine times sqrt(lambda)."""
+        if site.kind == "instance":
+            return ContextInstanceNorm.from_site(site, source, contexts)
+        layer = ContextNorm(
+            site.num_features,
+            contexts.count,
+            site.eps,
+            site.momentum,
+            contexts.priors,
+            contexts.unknown,
+            site.device,
+            site.dtype,
+        )
+        weight, bias = affine_tensors(source, site)
+        root = contexts.priors.sqrt().unsqueeze(1).to(site.device)
+        with torch.no_grad():
+            layer.weight.copy_(root * weight)
+            layer.bias.copy_(root * bias)
+            layer.running_mean.copy_(source.running_mean)  # type: ignore[arg-type]
+            layer.running_var.copy_(source.running_var)  # type: ignore[arg-type]
+            tracked = getattr(source, "num_batches_tracked", None)
+            if tracked is not None:
+                layer.num_batches_tracked.copy_(tracked)
+        layer.frozen = site.frozen
+        layer.site, layer.dims, layer.names = site.fqn, site.dims, contexts.names
+        keep_requires_grad(layer, source, site)
+        adopt(layer, source, site.fused)
+        return layer
+
+    def statistics(self, layer: nn.Module) -> Moments | None:
+        """Return the running statistics."""
+        if not isinstance(layer, ContextNorm):
+            return None
+        return Moments(layer.running_mean, layer.running_var)
+
+
+def keep_requires_grad(layer: nn.Module, source: nn.Module, site: Site) -> None:
+    """Freeze the parameters of a layer that replaces one whose affine is frozen."""
+    affine = [getattr(source, name, None) for name in ("weight", "bias")]
+    given = [t for t in affine if t is not None]
+    if site.frozen or (given and not any(t.requires_grad for t in given)):
+        layer.requires_grad_(False)

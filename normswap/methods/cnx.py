@@ -1,0 +1,201 @@
+"""CN-X: a learned mean and spread for each context, no batch statistics."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.functional.affine import Affine, apply_affine, where_rows
+from normswap.functional.moments import (
+    Moments,
+    compute_dtype,
+    context_moments,
+    context_posterior,
+    instance_moments,
+    pool_moments,
+)
+from normswap.methods.base import Contexts, Method, affine_tensors, register_method
+from normswap.methods.cn import keep_requires_grad
+from normswap.methods.instance import ContextInstanceNorm
+from normswap.methods.layer import ContextLayer, adopt
+from normswap.sites import Site
+
+
+class ContextNormX(ContextLayer):
+    """Context normalization with learned statistics (CN-X).
+
+    ``y = gamma * (x - mu_c) / sigma_c + beta`` for a sample of context c; mu and log sigma are
+    learned, and training and eval compute the same.
+
+    Args:
+        num_features: C.
+        num_contexts: K.
+        eps: added to the variance where mu and sigma start from data.
+        affine: whether to learn gamma and beta.
+        priors: lambda, (K,), positive, sums to one; uniform by default. Weighs the contexts for
+            samples without a label.
+        unknown: policy for samples without a label; see `ContextLayer`.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Shape:
+        x: (N, C, *); context: (N,). Parameters mu, log_sigma: (K, C), weight, bias: (C,);
+        buffer priors: (K,).
+
+    A fresh layer starts mu and sigma from its first batch in training mode: each context from its
+    own samples, contexts absent there or with one value from the whole batch.
+
+    Source: Faye et al., arXiv 2403.16798, CN-X.
+    Differs from source: the layer keeps a shared gamma and beta; starts from data or from a batch
+    norm instead of Xavier, which is nearly an identity; sigma is positive by its logarithm.
+    """
+
+    mu: nn.Parameter
+    log_sigma: nn.Parameter
+    priors: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        num_contexts: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        priors: Tensor | None = None,
+        unknown: str | int = "pooled",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, num_contexts, unknown)
+        self.eps = eps
+        self.affine = affine
+        self.fresh = True
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        for name in ("weight", "bias"):
+            value = nn.Parameter(torch.empty(num_features, **options)) if affine else None
+            self.register_parameter(name, value)
+        self.mu = nn.Parameter(torch.empty(num_contexts, num_features, **options))
+        self.log_sigma = nn.Parameter(torch.empty(num_contexts, num_features, **options))
+        if priors is None:
+            priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
+        self.register_buffer("priors", priors.to(dtype=torch.float32, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make the layer an identity that takes its statistics from the next training batch."""
+        self.fresh = True
+        with torch.no_grad():
+            self.mu.zero_()
+            self.log_sigma.zero_()
+            if self.affine:
+                self.weight.fill_(1)
+                self.bias.zero_()
+
+    @torch.no_grad()
+    def start_from(self, x: Tensor, labels: Tensor) -> None:
+        """Set mu and sigma from a batch; labels (N,) in [-1, K)."""
+        instances = instance_moments(x.detach())
+        index = torch.where(labels < 0, self.num_contexts, labels)
+        counts, moments = context_moments(instances, index, self.num_contexts)
+        _, whole = context_moments(instances, torch.zeros_like(index), 1)
+        values = counts * (x.numel() // max(x.shape[0] * x.shape[1], 1))
+        usable = (values > 1).unsqueeze(1)
+        self.mu.copy_(torch.where(usable, moments.mean, whole.mean))
+        var = torch.where(usable, moments.var, whole.var)
+        self.log_sigma.copy_(0.5 * (var + self.eps).log())
+        self.fresh = False
+
+    def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
+        """Compute the layer; see the class."""
+        if self.fresh and self.training and labels is not None:
+            self.start_from(x, labels)
+        dtype = compute_dtype(x)
+        mu, log_sigma = self.mu.to(dtype), self.log_sigma.to(dtype)
+        if labels is None:
+            return apply_affine(x, self._unknown(x, mu, log_sigma))
+        affine = self._affine(mu, torch.exp(-log_sigma)).rows(labels.clamp(min=0))
+        if unlabelled:
+            affine = where_rows(labels >= 0, affine, self._unknown(x, mu, log_sigma))
+        return apply_affine(x, affine)
+
+    def _affine(self, mu: Tensor, inverse_sigma: Tensor) -> Affine:
+        if not self.affine:
+            return Affine(inverse_sigma, -mu * inverse_sigma)
+        scale = self.weight.to(mu.dtype) * inverse_sigma
+        return Affine(scale, self.bias.to(mu.dtype) - mu * scale)
+
+    def _unknown(self, x: Tensor, mu: Tensor, log_sigma: Tensor) -> Affine:
+        """Return the map of samples without a label: one row, or one a sample ("posterior")."""
+        if isinstance(self.unknown, int):
+            row = slice(self.unknown, self.unknown + 1)
+            return self._affine(mu[row], torch.exp(-log_sigma[row]))
+        priors = self.priors.to(mu.dtype)
+        moments = Moments(mu, torch.exp(2 * log_sigma))
+        if self.unknown == "posterior" and self.num_contexts > 1:
+            weights = context_posterior(instance_moments(x), moments, priors, 0.0)
+            return self._affine(mu, torch.exp(-log_sigma)).mix(weights)
+        if self.unknown == "error":
+            # Reached only where the host cannot see the labels; wrong results must be visible.
+            return Affine(*(torch.full_like(mu[:1], torch.nan) for _ in range(2)))
+        pooled = pool_moments(moments, priors)
+        return self._affine(pooled.mean, torch.rsqrt(pooled.var))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Accept a BatchNorm's entries too: each context starts from its running statistics."""
+        mean = state_dict.pop(prefix + "running_mean", None)
+        var = state_dict.pop(prefix + "running_var", None)
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        if isinstance(mean, Tensor) and isinstance(var, Tensor):
+            log_sigma = log_spread(var, self.eps)
+            state_dict[prefix + "mu"] = mean.expand(self.mu.shape)
+            state_dict[prefix + "log_sigma"] = log_sigma.expand(self.mu.shape)
+        state_dict.setdefault(prefix + "priors", self.priors)
+        self.fresh = self.fresh and prefix + "mu" not in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def log_spread(var: Tensor, eps: float) -> Tensor:
+    """Return ``0.5 * log(var + eps)``, computed in float64."""
+    return 0.5 * (var.double() + eps).log()
+
+
+@register_method
+class ContextNormalizationX(Method):
+    """CN-X as a replacement of batch norm; on an instance norm, an affine for each context."""
+
+    name = "cn-x"
+    title = "learned mean and spread for each context, no batch statistics"
+
+    def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
+        """Start every context from the layer's running statistics; keep its affine."""
+        if site.kind == "instance":
+            return ContextInstanceNorm.from_site(site, source, contexts)
+        layer = ContextNormX(
+            site.num_features,
+            contexts.count,
+            site.eps,
+            site.affine,
+            contexts.priors,
+            contexts.unknown,
+            site.device,
+            site.dtype,
+        )
+        with torch.no_grad():
+            if site.affine:
+                weight, bias = affine_tensors(source, site)
+                layer.weight.copy_(weight)
+                layer.bias.copy_(bias)
+            layer.mu.copy_(source.running_mean)  # type: ignore[arg-type]
+            layer.log_sigma.copy_(log_spread(source.running_var, site.eps))  # type: ignore[arg-type]
+        layer.fresh = False
+        layer.site, layer.dims, layer.names = site.fqn, site.dims, contexts.names
+        keep_requires_grad(layer, source, site)
+        adopt(layer, source, site.fused)
+        return layer
+
+    def statistics(self, layer: nn.Module) -> Moments | None:
+        """Return the learned statistics."""
+        if not isinstance(layer, ContextNormX):
+            return None
+        return Moments(layer.mu.detach(), (2 * layer.log_sigma.detach()).exp())

@@ -1,0 +1,149 @@
+"""Instance norm with an affine for each context, for the methods that act on an instance norm."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normswap.functional.affine import Affine, apply_affine, where_rows
+from normswap.methods.base import Contexts, affine_tensors
+from normswap.methods.layer import ContextLayer, adopt, load_shared
+from normswap.sites import Site
+
+
+class ContextInstanceNorm(ContextLayer):
+    """Conditional instance normalization.
+
+    ``y = gamma_c * (x - mu) / sqrt(var + eps) + beta_c`` with mu and var (biased) of each channel
+    of each instance, as InstanceNorm; running statistics, where the replaced layer has them, stay
+    shared and as torch keeps them.
+
+    Args:
+        num_features: C.
+        num_contexts: K.
+        eps: added to the variance.
+        momentum: weight of the new value in the running statistics.
+        track_running_stats: whether eval normalises with running statistics.
+        priors: lambda, (K,); weighs the contexts' affine for samples without a label.
+        unknown: policy for samples without a label; see `ContextLayer`. An instance norm has no
+            statistics that tell contexts apart, so "posterior" is "pooled".
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Shape:
+        x: (N, C, *) with at least one trailing dimension; parameters weight, bias: (K, C).
+
+    Source: Dumoulin et al., "A Learned Representation for Artistic Style", ICLR 2017.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    priors: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        num_contexts: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = False,
+        priors: Tensor | None = None,
+        unknown: str | int = "pooled",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, num_contexts, unknown)
+        self.eps = eps
+        self.momentum = momentum
+        self.track_running_stats = track_running_stats
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.ones(num_contexts, num_features, **options))
+        self.bias = nn.Parameter(torch.zeros(num_contexts, num_features, **options))
+        tracked = track_running_stats
+        self.register_buffer(
+            "running_mean", torch.zeros(num_features, **options) if tracked else None
+        )
+        self.register_buffer(
+            "running_var", torch.ones(num_features, **options) if tracked else None
+        )
+        self.register_buffer(
+            "num_batches_tracked",
+            torch.zeros((), dtype=torch.int64, device=device) if tracked else None,
+        )
+        if priors is None:
+            priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
+        self.register_buffer("priors", priors.to(dtype=torch.float32, device=device))
+
+    @classmethod
+    def from_site(cls, site: Site, source: nn.Module, contexts: Contexts) -> "ContextInstanceNorm":
+        """Build one that computes what an instance norm computes, for every context."""
+        layer = cls(
+            site.num_features,
+            contexts.count,
+            site.eps,
+            site.momentum,
+            site.tracked,
+            contexts.priors,
+            contexts.unknown,
+            site.device,
+            site.dtype,
+        )
+        weight, bias = affine_tensors(source, site)
+        with torch.no_grad():
+            layer.weight.copy_(weight.expand_as(layer.weight))
+            layer.bias.copy_(bias.expand_as(layer.bias))
+            for name, buffer in source.named_buffers(recurse=False):
+                layer.get_buffer(name).copy_(buffer)
+        if site.affine and not any(p.requires_grad for p in source.parameters(recurse=False)):
+            layer.requires_grad_(False)
+        layer.site, layer.names = site.fqn, contexts.names
+        # One dimension fewer is an input without a batch, which instance norms also take.
+        layer.dims = site.dims[-1:]
+        adopt(layer, source, site.fused)
+        return layer
+
+    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+        """Normalise x; an input without a batch dimension counts as one sample."""
+        if self.dims and x.dim() == self.dims[0] - 1:
+            return super().forward(x.unsqueeze(0), context).squeeze(0)
+        return super().forward(x, context)
+
+    def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
+        """Compute the layer; see the class."""
+        y = F.instance_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            use_input_stats=self.training or not self.track_running_stats,
+            momentum=0.0 if self.momentum is None else self.momentum,
+            eps=self.eps,
+        )
+        if labels is None:
+            return apply_affine(y, self._unknown())
+        affine = Affine(self.weight, self.bias).rows(labels.clamp(min=0))
+        if unlabelled:
+            affine = where_rows(labels >= 0, affine, self._unknown())
+        return apply_affine(y, affine)
+
+    def _unknown(self) -> Affine:
+        if isinstance(self.unknown, int):
+            row = slice(self.unknown, self.unknown + 1)
+            return Affine(self.weight[row], self.bias[row])
+        if self.unknown == "error":
+            # Reached only where the host cannot see the labels; wrong results must be visible.
+            return Affine(*(torch.full_like(self.weight[:1], torch.nan) for _ in range(2)))
+        weights = self.priors.to(self.weight.dtype).unsqueeze(0)
+        return Affine(self.weight, self.bias).mix(weights)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Accept an InstanceNorm's entries too: each context starts from its affine."""
+        targets: dict[str, Tensor] = {"weight": self.weight, "bias": self.bias}
+        load_shared(state_dict, prefix, targets, {})
+        for name, value in (("priors", self.priors), ("weight", self.weight), ("bias", self.bias)):
+            state_dict.setdefault(prefix + name, value.detach())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]

@@ -1,0 +1,172 @@
+"""What every context-aware layer shares: its labels, its policy for unknown ones, its tail."""
+
+from abc import abstractmethod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import ContextError, MissingContextError
+from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
+
+POLICIES = ("error", "pooled", "posterior")
+
+
+class Scope(Protocol):
+    """Where a layer that was passed no context finds one."""
+
+    def lookup(self) -> Context | None:
+        """Return the context in scope, if any."""
+
+
+class ContextLayer(nn.Module):
+    """Base of layers whose forward takes a context.
+
+    A subclass implements ``normalize(x, labels, unlabelled)``. `labels` is one int64 per row of
+    x, in [-1, K) with -1 for unknown, or None when the whole batch is unknown and the policy
+    decides; `unlabelled` is False where no label is -1.
+
+    Args:
+        num_features: C, the size of dimension 1 of the input.
+        num_contexts: K.
+        unknown: what a sample without a label is normalised with: "error", "pooled", "posterior",
+            or the index of a context.
+    """
+
+    context_argument = "context"
+
+    def __init__(self, num_features: int, num_contexts: int, unknown: str | int = "pooled") -> None:
+        super().__init__()
+        if num_features < 1 or num_contexts < 1:
+            raise ContextError(
+                "expected num_features and num_contexts of at least 1, got "
+                f"{num_features} and {num_contexts}"
+            )
+        if unknown not in POLICIES and unknown not in range(num_contexts):
+            raise ContextError(
+                f"expected unknown= one of {', '.join(POLICIES)} or the index of a context in "
+                f"[0, {num_contexts}), got {unknown!r}"
+            )
+        self.num_features = num_features
+        self.num_contexts = num_contexts
+        self.unknown = unknown
+        self.site = ""
+        self.dims: tuple[int, ...] = ()
+        self.names = tuple(str(k) for k in range(num_contexts))
+        self.scope: Scope | None = None
+        self.tail: tuple[str, ...] = ()
+
+    def forward(self, x: Tensor, context: Labels | None = None) -> Tensor:
+        """Normalise x with the statistics of each sample's context.
+
+        Args:
+            x: input, (N, C, *).
+            context: labels (N,) in [0, K), -1 for unknown; names; one name for all; or None.
+
+        Returns:
+            A tensor of the shape, dtype and memory format of x.
+
+        Raises:
+            ContextError: a shape, length, dtype, device or value that does not fit.
+            MissingContextError: no label where the mode or the policy needs one.
+        """
+        self._check_input(x)
+        labels, unlabelled = self._labels(x, context)
+        y = self.normalize(x, labels, unlabelled)
+        for name in self.tail:
+            y = getattr(self, name)(y)
+        return y
+
+    @abstractmethod
+    def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
+        """Compute the layer; see the class."""
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[1] != self.num_features:
+            raise ContextError(
+                f"expected input (N, {self.num_features}, *) at {self._where()}, "
+                f"got {tuple(x.shape)}; channels are dimension 1"
+            )
+        if self.dims and x.dim() not in self.dims:
+            raise ContextError(
+                f"expected input of {' or '.join(map(str, self.dims))} dimensions at "
+                f"{self._where()}, got {x.dim()}"
+            )
+
+    def _where(self) -> str:
+        return self.site or type(self).__name__
+
+    def _labels(self, x: Tensor, context: Labels | None) -> tuple[Tensor | None, bool]:
+        if context is None and self.scope is not None:
+            context = self.scope.lookup()
+        if context is None:
+            return self._default_labels(x), self.num_contexts > 1
+        if not isinstance(context, Context):
+            # Called directly, not through a model that checked the labels: no folded batch here.
+            context = resolve_labels(context, self.num_contexts, self.names, x.device)
+            if context.labels.shape[0] not in (1, x.shape[0]):
+                raise wrong_length(x.shape[0], context.labels.shape[0], self._where())
+        if self.unknown == "error" and context.unknown is not False:
+            self._refuse_unknown(context)
+        return labels_per_row(context, x, self._where()), context.unknown is not False
+
+    def _default_labels(self, x: Tensor) -> Tensor | None:
+        if self.num_contexts == 1:
+            return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        if self.training or self.unknown == "error":
+            why = "in training mode" if self.training else "with unknown='error'"
+            raise MissingContextError(
+                f"expected `context`, one label per sample, {why}, got none (at {self._where()}; "
+                f"contexts: {', '.join(self.names)}); pass context= to the model or wrap the call "
+                "in normswap.use_context(model, labels)"
+            )
+        return None
+
+    def _refuse_unknown(self, context: Context) -> None:
+        if context.unknown:
+            raise MissingContextError(
+                f"expected a known `context` for every sample with unknown='error', got -1 "
+                f"(at {self._where()}); label them or convert with another unknown="
+            )
+        if not torch.compiler.is_compiling() and type(context.labels) is Tensor:
+            torch._assert_async((context.labels >= 0).all(), "unknown='error', got a label -1")
+
+    def extra_repr(self) -> str:
+        """List the settings, non-default ones last."""
+        text = f"{self.num_features}, num_contexts={self.num_contexts}"
+        return text if self.unknown == "pooled" else f"{text}, unknown={self.unknown!r}"
+
+
+def adopt(layer: ContextLayer, source: nn.Module, tail: tuple[str, ...]) -> None:
+    """Carry over from the layer being replaced: mode, hooks, fused children, user attributes."""
+    for name in tail:
+        layer.add_module(name, getattr(source, name))
+    layer.tail = tail
+    layer.training = source.training
+    hooks = [n for n in vars(nn.Module()) if "hook" in n and "state_dict" not in n]
+    for name in (*hooks, "_state_dict_hooks", "_state_dict_pre_hooks"):
+        layer.__dict__[name] = source.__dict__[name]
+    known = set(vars(layer)) | set(vars(nn.BatchNorm2d(1, device="meta")))
+    for name, value in vars(source).items():
+        if name not in known and not hasattr(type(layer), name):
+            layer.__dict__[name] = value
+
+
+def load_shared(
+    state: dict[str, Any], prefix: str, targets: dict[str, Tensor], scales: dict[str, Tensor]
+) -> None:
+    """Broadcast entries of a base layer's state dict, (C,) or (), to one row per context.
+
+    Args:
+        state: the state dict being loaded, changed in place.
+        prefix: of this layer's keys.
+        targets: this layer's tensors by key, each (K, *base shape).
+        scales: factor per context for some keys, (K, 1).
+    """
+    for name, target in targets.items():
+        value = state.get(prefix + name)
+        if isinstance(value, Tensor) and value.shape == target.shape[1:]:
+            value = value.unsqueeze(0).expand(target.shape)
+            if name in scales:
+                value = value * scales[name].to(value)
+            state[prefix + name] = value

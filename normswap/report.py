@@ -1,0 +1,155 @@
+"""What a conversion did or would do, as rows that print as text or markdown, or go to a table."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+
+@dataclass
+class Row:
+    """One normalisation layer.
+
+    Attributes:
+        fqn: its qualified name.
+        aliases: its further names.
+        source: class it had.
+        target: class it has; "" where it was left alone.
+        action: "replaced", "kept" (not selected) or "refused".
+        reason: why it was not replaced.
+        channels: C.
+        contexts: K; 0 where it was left alone.
+        delivery: "threaded", "scoped" or "unreached"; how the context gets there.
+        parameters_before, parameters_after: number of trainable and frozen parameters.
+        statistics: what became of the running statistics.
+        divergence: how far the contexts' statistics are apart, in nats; None where there are none.
+    """
+
+    fqn: str
+    source: str
+    action: str
+    aliases: tuple[str, ...] = ()
+    target: str = ""
+    reason: str = ""
+    channels: int = 0
+    contexts: int = 0
+    delivery: str = ""
+    parameters_before: int = 0
+    parameters_after: int = 0
+    statistics: str = ""
+    divergence: float | None = None
+
+
+@dataclass
+class Verification:
+    """Largest difference between the outputs before and after conversion, in eval mode.
+
+    Attributes:
+        differences: what was given as context -> largest absolute difference.
+        scale: largest absolute output.
+        reason: why nothing was compared; "" where it was.
+    """
+
+    differences: dict[str, float] = field(default_factory=dict)
+    scale: float = 0.0
+    reason: str = ""
+
+    @property
+    def largest(self) -> float:
+        """The largest difference over everything compared."""
+        return max(self.differences.values(), default=0.0)
+
+    def __str__(self) -> str:
+        """One line."""
+        if self.reason:
+            return f"not verified: {self.reason}"
+        parts = ", ".join(f"{name} {value:.1e}" for name, value in self.differences.items())
+        return f"largest output difference (outputs up to {self.scale:.3g}): {parts}"
+
+
+@dataclass
+class Report:
+    """A plan, or a summary of a converted model. ``str(report)`` is a text table."""
+
+    model: str
+    method: str
+    contexts: tuple[str, ...]
+    priors: tuple[float, ...]
+    unknown: str
+    rows: list[Row]
+    opaque: dict[str, str] = field(default_factory=dict)
+    traced: int = 0
+    direct: list[str] = field(default_factory=list)
+    verification: Verification | None = None
+
+    def count(self, **where: Any) -> int:
+        """Return the number of rows whose attributes have these values."""
+        return sum(all(getattr(r, k) == v for k, v in where.items()) for r in self.rows)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one flat dict a row, as ``pandas.DataFrame(report.records())`` takes."""
+        return [{**asdict(row), "aliases": ", ".join(row.aliases)} for row in self.rows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as nested dicts and lists, ready for JSON."""
+        return asdict(self)
+
+    def markdown(self, most: int | None = None) -> str:
+        """Return the table and its heading in Markdown; at most `most` rows."""
+        return f"{self._heading()}\n\n{self._table('github', most)}"
+
+    def text(self, most: int | None = None) -> str:
+        """Return the table and its heading as text; at most `most` rows."""
+        return f"{self._heading()}\n\n{self._table('simple', most)}"
+
+    def __str__(self) -> str:
+        """Return the whole text."""
+        return self.text()
+
+    def _heading(self) -> str:
+        replaced = self.count(action="replaced")
+        before = sum(r.parameters_before for r in self.rows if r.action == "replaced")
+        after = sum(r.parameters_after for r in self.rows if r.action == "replaced")
+        lines = [
+            f"{self.model}: {self.method}, {len(self.contexts)} context(s): "
+            f"{', '.join(self.contexts[:12])}{', ...' if len(self.contexts) > 12 else ''}; "
+            f"unknown labels: {self.unknown}",
+            f"norms: {len(self.rows)} found, {replaced} replaced "
+            f"({self.count(delivery='threaded')} threaded, {self.count(delivery='scoped')} scoped, "
+            f"{self.count(delivery='unreached')} reached by no forward), "
+            f"{self.count(action='kept')} kept, {self.count(action='refused')} refused",
+            f"parameters of replaced norms: {before:,} -> {after:,}; "
+            f"containers: {self.traced} traced, {len(self.opaque)} with their own forward",
+        ]
+        lines += [f"own forward: {name or '(root)'}: {why}" for name, why in self.opaque.items()]
+        if self.direct:
+            lines.append(
+                f"read past the norm: {', '.join(self.direct[:6])}; such code sees one row a context"
+            )
+        if self.verification is not None:
+            lines.append(str(self.verification))
+        return "\n".join(lines)
+
+    def _table(self, style: str, most: int | None) -> str:
+        columns: list[tuple[str, Any]] = [
+            ("norm", lambda r: " = ".join((r.fqn or "(root)", *r.aliases))),
+            ("was", lambda r: r.source),
+            ("is", lambda r: r.target or r.action),
+            ("channels", lambda r: r.channels or ""),
+            ("context", lambda r: r.delivery),
+            ("parameters", lambda r: f"{r.parameters_before} -> {r.parameters_after}"),
+            ("statistics", lambda r: r.statistics),
+            ("divergence", lambda r: "" if r.divergence is None else f"{r.divergence:.3g}"),
+            ("reason", lambda r: r.reason),
+        ]
+        shown = self.rows if most is None else self.rows[:most]
+        cells = [[cell(row) for _, cell in columns] for row in shown]
+        keep = [i for i in range(len(columns)) if any(row[i] != "" for row in cells)]
+        table = tabulate(
+            [[row[i] for i in keep] for row in cells],
+            headers=[columns[i][0] for i in keep],
+            tablefmt=style,
+            disable_numparse=True,
+        )
+        left = len(self.rows) - len(shown)
+        return f"{table}\n... and {left} more" if left else table

@@ -1,0 +1,168 @@
+"""Read normalisation layers into `Site`s. The only file that knows norm classes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+
+# Classes of libraries this package does not import, by qualified name; each computes batch norm,
+# then its children `drop` and `act`.
+_FUSED = {"timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"}
+# Batch norm with every tensor a buffer: torchvision, timm, detectron2 and DETR each have one.
+_FROZEN = {"FrozenBatchNorm2d", "FrozenBatchNormAct2d"}
+_DIMS = {"1d": (2, 3), "2d": (4,), "3d": (5,)}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A normalisation layer of a model, and what it takes to build its replacement.
+
+    Attributes:
+        fqn: its first qualified name; "" where it is the model itself.
+        aliases: every further name of the same module object.
+        source: its class name.
+        kind: "batch" or "instance".
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of the new value in the running statistics; None is cumulative.
+        affine: whether it has a weight or a bias.
+        tracked: whether it has running statistics.
+        frozen: whether it never updates them, nor its affine (FrozenBatchNorm2d).
+        synced: whether it shares batch statistics between processes (SyncBatchNorm).
+        dims: the numbers of dimensions its input may have; () for any.
+        fused: names of the children it applies after normalising.
+        device, dtype: where and in what its replacement is allocated.
+    """
+
+    fqn: str
+    source: str
+    kind: Literal["batch", "instance"]
+    num_features: int
+    eps: float
+    momentum: float | None
+    affine: bool
+    tracked: bool
+    device: torch.device
+    dtype: torch.dtype
+    frozen: bool = False
+    synced: bool = False
+    dims: tuple[int, ...] = ()
+    fused: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _forward_owner(module: nn.Module) -> type:
+    """Return the class whose forward runs; an override below a known norm is unknown code."""
+    return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+
+
+def looks_like_norm(module: nn.Module) -> bool:
+    """Return whether a module is some normalisation layer, by base class or by name."""
+    if isinstance(module, _NormBase):
+        return True
+    name = type(module).__name__
+    leaf = next(module.children(), None) is None
+    return name in _FROZEN or (leaf and ("Norm" in name or name.endswith("BN")))
+
+
+def read_site(
+    fqn: str, module: nn.Module, aliases: tuple[str, ...] = (), like: Tensor | None = None
+) -> Site | str:
+    """Read a normalisation layer.
+
+    Args:
+        fqn: its qualified name.
+        module: the layer.
+        aliases: its further names.
+        like: a tensor whose device and dtype hold where the layer has no tensor of its own.
+
+    Returns:
+        The site, or the reason why its function is not one that can be preserved.
+    """
+    name = type(module).__name__
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if hasattr(module, "parametrizations"):
+        return "its parameters are parametrized; remove the parametrization first"
+    if name in _FROZEN:
+        return _read_frozen(fqn, module, aliases)
+    if not isinstance(module, _NormBase):
+        return f"{name} is neither a batch nor an instance norm"
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    if any(is_lazy(t) for t in tensors):
+        return "lazy: its number of channels is unknown until a first forward; run one first"
+    owner = _forward_owner(module)
+    fused = _qualified(owner) in _FUSED
+    if not fused and owner not in (_BatchNorm, nn.SyncBatchNorm, _InstanceNorm):
+        return f"{name} overrides the forward of its base class, so its function is unknown"
+    kind: Literal["batch", "instance"] = (
+        "instance" if isinstance(module, _InstanceNorm) else "batch"
+    )
+    tracked = isinstance(module.running_mean, Tensor)
+    if kind == "batch" and not tracked:
+        return "track_running_stats=False: there are no running statistics to start from"
+    own = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    like = own if like is None or own.numel() else like
+    base = next((c.__name__ for c in type(module).__mro__ if c.__name__[-2:] in _DIMS), "")
+    return Site(
+        fqn=fqn,
+        aliases=aliases,
+        source=name,
+        kind=kind,
+        num_features=module.num_features,
+        eps=module.eps,
+        momentum=module.momentum,
+        affine=module.weight is not None or module.bias is not None,
+        tracked=tracked,
+        device=like.device,
+        dtype=like.dtype,
+        synced=isinstance(module, nn.SyncBatchNorm),
+        dims=() if isinstance(module, nn.SyncBatchNorm) else _DIMS.get(base[-2:], ()),
+        fused=("drop", "act") if fused else (),
+    )
+
+
+def _read_frozen(fqn: str, module: nn.Module, aliases: tuple[str, ...]) -> Site | str:
+    tensors = [getattr(module, n, None) for n in ("weight", "bias", "running_mean", "running_var")]
+    if not all(isinstance(t, Tensor) for t in tensors) or not hasattr(module, "eps"):
+        return "a frozen batch norm without the usual weight, bias, running_mean, running_var, eps"
+    mean = tensors[2]
+    assert isinstance(mean, Tensor)
+    return Site(
+        fqn=fqn,
+        aliases=aliases,
+        source=type(module).__name__,
+        kind="batch",
+        num_features=mean.shape[0],
+        eps=float(module.eps),  # type: ignore[arg-type]
+        momentum=0.1,
+        affine=True,
+        tracked=True,
+        device=mean.device,
+        dtype=mean.dtype,
+        frozen=True,
+        dims=(4,),
+        fused=tuple(n for n in ("drop", "act") if isinstance(getattr(module, n, None), nn.Module)),
+    )
+
+
+def find_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """Yield (first name, module, further names) for every normalisation layer, in model order."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in modules or looks_like_norm(module):
+            names.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+    for key, module in modules.items():
+        first, *rest = names[key]
+        yield first, module, tuple(rest)
