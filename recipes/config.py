@@ -26,6 +26,7 @@ class Config:
     pretrained: bool = False
     weights: str | None = None
     method: str = "cn-x"
+    unknown: str = "pooled"
     baseline: bool = True
     epochs: int | None = None
     batch_size: int = 64
@@ -55,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--pretrained", "start from timm's weights (downloads them)", action="store_true")
     option("--weights", f"start from a safetensors or torch file, or from {EFFICIENTNET_LITE0}")
     option("--method", "what replaces BatchNorm (default: cn-x)", choices=normswap.methods())
+    option(
+        "--unknown",
+        "what an unknown label means to the norms (default: pooled)",
+        choices=("pooled", "posterior"),
+    )
     option(
         "--baseline",
         "train the unconverted model beside it (default: yes)",

@@ -21,7 +21,7 @@ UNKNOWN = -1
 class Augmentation:
     """Random window of a square image: its side, how far its centre may move, and mirroring.
 
-    All are fractions of the image. A window beyond the image shows black there.
+    All are fractions of the image. A window beyond the image shows its edge drawn out.
     """
 
     side: tuple[float, float]
@@ -109,7 +109,9 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
     theta[:, 1, 1] = side
     theta[:, :, 2] = (2 * uniform[:, 1:3] - 1) * reach[:, None]
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid.to(images.device), mode="bilinear", align_corners=False)
+    return F.grid_sample(
+        images, grid.to(images.device), "bilinear", padding_mode="border", align_corners=False
+    )
 
 
 class Loader:

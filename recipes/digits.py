@@ -86,7 +86,7 @@ def load_digits(
     is_test = stratified_mask(labels, TEST_FRACTION, generator)
 
     trained = [index for index, name in enumerate(names) if name != held_out]
-    home = _deal(labels, trained, generator)
+    home = _deal(labels, ~is_test, trained, generator)
     upright = draw(pixels, size)
     parts = []
     for domain, angle in enumerate(ANGLES):
@@ -110,10 +110,11 @@ def load_digits(
     )
 
 
-def _deal(labels: Tensor, domains: list[int], generator: torch.Generator) -> Tensor:
-    """Deal the samples of each class evenly over the domains."""
-    shuffled = torch.randperm(len(labels), generator=generator)
+def _deal(labels: Tensor, chosen: Tensor, domains: list[int], generator: torch.Generator) -> Tensor:
+    """Deal the chosen samples of each class evenly over the domains; -1 for the others."""
+    shuffled = chosen.nonzero().flatten()
+    shuffled = shuffled[torch.randperm(len(shuffled), generator=generator)]
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    home = torch.empty_like(labels)
-    home[by_class] = torch.tensor(domains)[torch.arange(len(labels)) % len(domains)]
+    home = torch.full_like(labels, -1)
+    home[by_class] = torch.tensor(domains)[torch.arange(len(by_class)) % len(domains)]
     return home

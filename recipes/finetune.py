@@ -91,9 +91,13 @@ def run(out: Path, name: str | None, resume: bool, given: dict[str, Any]) -> Non
             tables.cost_table(history, arms),
         ]
     )
-    runs.write_text(folder / "report.txt", report + "\n")
+    trained = normswap.summary(arms[-1].model)
+    runs.write_text(folder / "report.txt", f"{report}\n\n{trained}\n")
     print(report)
-    print(f"{folder} is complete, {time.perf_counter() - start:.0f} s in all")
+    print(
+        f"{folder} is complete, {time.perf_counter() - start:.0f} s in all; report.txt there also "
+        "says how far the contexts' statistics moved apart"
+    )
 
 
 def load_data(config: Config) -> DomainData:
@@ -132,6 +136,7 @@ def build(config: Config, data: DomainData, device: torch.device) -> tuple[list[
         model,
         method=config.method,
         contexts=data.contexts,
+        unknown=config.unknown,
         example_inputs=(loader.batch(loader.train_indices[:2]).images,),
     )
     steps = loader.batches_per_epoch

@@ -3,6 +3,7 @@
     runs/NAME/config.json              every setting, and the versions it ran with
     runs/NAME/metrics.jsonl            one line an epoch
     runs/NAME/curves.png
+    runs/NAME/report.txt               the final tables, and the summary of the trained model
     runs/NAME/checkpoint.safetensors   models, optimizers, history: all a resumed run needs
     runs/NAME/model.safetensors        the trained model's state dict, when the run is finished
 

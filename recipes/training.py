@@ -156,7 +156,8 @@ def evaluate(arm: Arm, loader: Loader, config: Config) -> dict[str, dict[str, fl
     if arm.takes_context:
         accuracy["known"] = {}
     for index, domain in enumerate(loader.data.domain_names):
-        right: dict[str, list[Tensor]] = {kind: [] for kind in accuracy}
+        kinds = ["unknown"] if domain == loader.data.held_out else list(accuracy)
+        right: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
         for batch in loader.domain_test(index):
             for kind, hits in right.items():
                 context = batch.context if kind == "known" else None
@@ -164,8 +165,7 @@ def evaluate(arm: Arm, loader: Loader, config: Config) -> dict[str, dict[str, fl
                     logits = _forward(arm, batch.images, context)
                 hits.append(logits.argmax(1) == batch.labels)
         for kind, hits in right.items():
-            if kind == "unknown" or domain != loader.data.held_out:
-                accuracy[kind][domain] = 100 * torch.cat(hits).float().mean().item()
+            accuracy[kind][domain] = 100 * torch.cat(hits).float().mean().item()
     return accuracy
 
 
