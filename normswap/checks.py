@@ -3,13 +3,15 @@
 import torch
 from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from normswap.errors import ConversionError
-from normswap.graph.container import context_argument
+from normswap.graph.state import context_argument
 
 _WRAPPERS = {
-    "FullyShardedDataParallel": "sharded",
-    "FSDPModule": "sharded",
+    "OptimizedModule": "is compiled; convert the original module (._orig_mod), then compile it",
+    "FullyShardedDataParallel": "is sharded; convert first, then shard",
+    "FSDPModule": "is sharded; convert first, then shard",
 }
 
 
@@ -17,7 +19,7 @@ def check_model(model: nn.Module) -> None:
     """Raise if a model, or a part of it, is of a kind that surgery cannot change.
 
     Raises:
-        ConversionError: not a module; scripted, compiled, traced, wrapped for distribution,
+        ConversionError: not a module; lazy, scripted, compiled, traced, wrapped for distribution,
             prepared for quantisation, or converted already.
     """
     if not isinstance(model, nn.Module):
@@ -32,20 +34,21 @@ def check_model(model: nn.Module) -> None:
 def _obstacle(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "is scripted; convert the Python module, then script or export it"
-    if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
-        return "is compiled; convert the original module (._orig_mod), then compile it"
     if module._compiled_call_impl is not None:
         return "was compiled in place by .compile(); convert first, then compile"
     if isinstance(module, DataParallel | DistributedDataParallel):
         return "is wrapped for parallel training; convert .module, then wrap it"
+    # By name: importing torch._dynamo for its class would take seconds.
     kinds = {cls.__name__ for cls in type(module).__mro__}
-    for wrapper, state in _WRAPPERS.items():
+    for wrapper, why in _WRAPPERS.items():
         if wrapper in kinds:
-            return f"is {state}; convert first, then shard"
+            return why
     if isinstance(module, fx.GraphModule):
         return "is a traced graph (fx.GraphModule); convert the module it was traced from"
     if type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torchao.")):
         return "is prepared for quantisation; convert first, then prepare"
+    if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
+        return "is lazy: its shapes are unknown until a first forward; run one, then convert"
     if context_argument(module) is not None:
         return "is converted already; convert the original model with the method wanted"
     return None

@@ -96,17 +96,18 @@ class Report:
 
     def markdown(self, most: int | None = None) -> str:
         """Return the table and its heading in Markdown; at most `most` rows."""
-        return f"{self._heading()}\n\n{self._table('github', most)}"
+        return f"{self.heading()}\n\n{self._table('github', most)}"
 
     def text(self, most: int | None = None) -> str:
         """Return the table and its heading as text; at most `most` rows."""
-        return f"{self._heading()}\n\n{self._table('simple', most)}"
+        return f"{self.heading()}\n\n{self._table('simple', most)}"
 
     def __str__(self) -> str:
         """Return the whole text."""
         return self.text()
 
-    def _heading(self) -> str:
+    def heading(self) -> str:
+        """Return the lines above the table."""
         replaced = self.count(action="replaced")
         before = sum(r.parameters_before for r in self.rows if r.action == "replaced")
         after = sum(r.parameters_after for r in self.rows if r.action == "replaced")
@@ -124,7 +125,8 @@ class Report:
         lines += [f"own forward: {name or '(root)'}: {why}" for name, why in self.opaque.items()]
         if self.direct:
             lines.append(
-                f"read past the norm: {', '.join(self.direct[:6])}; such code sees one row a context"
+                f"read past the norm: {', '.join(self.direct[:6])}; "
+                "such code now sees one row a context"
             )
         if self.verification is not None:
             lines.append(str(self.verification))

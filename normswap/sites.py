@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.parameter import is_lazy
 
 # Classes of libraries this package does not import, by qualified name; each computes batch norm,
 # then its children `drop` and `act`.
@@ -98,8 +97,6 @@ def read_site(
     if not isinstance(module, _NormBase):
         return f"{name} is neither a batch nor an instance norm"
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    if any(is_lazy(t) for t in tensors):
-        return "lazy: its number of channels is unknown until a first forward; run one first"
     owner = _forward_owner(module)
     fused = _qualified(owner) in _FUSED
     if not fused and owner not in (_BatchNorm, nn.SyncBatchNorm, _InstanceNorm):

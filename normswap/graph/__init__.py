@@ -1,0 +1,1 @@
+"""Threading the context through a model's forward, with torch.fx."""

@@ -117,11 +117,6 @@ def wrap_leaf(
     return call
 
 
-def forbid_checkpoint(*args: Any, **kwargs: Any) -> Any:
-    """Stand in for torch's checkpoint: entering it would drop the recomputation."""
-    raise TraceFailure("uses gradient checkpointing")
-
-
 def ask_user_only(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Return a query of a mode that torch may ask but a traced forward may not branch on."""
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from normswap.graph.container import ContainerState, context_argument
+from normswap.graph.state import ContainerState, context_argument
 
 
 @dataclass
@@ -43,10 +43,9 @@ def find_reach(model: nn.Module) -> Reach:
             reach.traced += 1
         for variant in state.seen():
             for name in variant.direct:
-                if context_argument(module.get_submodule(name.rpartition(".")[0])) == "context":
-                    owner = module.get_submodule(name.rpartition(".")[0])
-                    if state_of(owner) is None:
-                        reach.direct.append(f"{state.fqn}.{name}".lstrip("."))
+                owner = module.get_submodule(name.rpartition(".")[0])
+                if context_argument(owner) is not None and state_of(owner) is None:
+                    reach.direct.append(f"{state.fqn}.{name}".lstrip("."))
     seen: set[tuple[int, bool]] = set()
     queue: list[tuple[nn.Module, bool]] = [(model, True)]
     while queue:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.errors import ConversionError
+from normswap.errors import ContextError, ConversionError
 from normswap.functional.labels import Context, Labels, resolve_labels
 
 
@@ -16,7 +16,8 @@ class Scope:
 
     Containers that could not be traced run their own forward, and `enter` around it makes their
     context visible to the norms below. After the outermost one has left, its context stays
-    readable in backward only, where checkpointing computes the forward again.
+    readable in backward only, where checkpointing computes the forward again. Which forward that
+    is cannot be seen there, so two that differ since the last backward are an error.
     """
 
     def __init__(self, num_contexts: int, names: tuple[str, ...]) -> None:
@@ -25,16 +26,38 @@ class Scope:
         self.running = 0
         self.current: Context | None = None
         self.ambient: tuple[Context, ...] = ()
+        self.earlier: Context | None = None
+        self.recomputed = False
 
     def lookup(self) -> Context | None:
-        """Return the context of the innermost running entry, else that of `use_context`."""
-        if self.current is not None and (self.running or _in_backward()):
+        """Return the context of the innermost running entry, else that of `use_context`.
+
+        Raises:
+            ContextError: a recomputation in backward that may belong to several forwards.
+        """
+        if self.current is not None and self.running:
+            return self.current
+        if self.current is not None and _in_backward():
+            self.recomputed = True
+            if self.earlier is not None and not _same(self.earlier, self.current):
+                raise ContextError(
+                    "expected one forward before each backward where gradient checkpointing runs "
+                    "inside a container that keeps its own forward (see normswap.summary), got "
+                    "several with different contexts; call backward after each, use "
+                    "torch.no_grad() for those without one, or turn checkpointing off there"
+                )
             return self.current
         return self.ambient[-1] if self.ambient else None
 
     def enter(self, context: Context | None) -> Context | None:
         """Make a context current; return the one to restore, for `leave`."""
         outer = self.current
+        if not self.running and torch.is_grad_enabled():
+            if self.recomputed:
+                self.earlier = None
+            elif outer is not context:
+                self.earlier = outer
+            self.recomputed = False
         self.current = context
         self.running += 1
         return outer
@@ -42,7 +65,7 @@ class Scope:
     def leave(self, outer: Context | None) -> None:
         """Undo `enter`; the outermost entry's context stays, for recomputation in backward."""
         self.running -= 1
-        if self.running:
+        if self.running or not torch.is_grad_enabled():
             self.current = outer
 
     def resolve(self, labels: Labels, device: torch.device | None = None) -> Context:
@@ -51,7 +74,12 @@ class Scope:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start with nothing in scope."""
-        return {**self.__dict__, "running": 0, "current": None, "ambient": ()}
+        fresh = type(self)(self.num_contexts, self.names)
+        return vars(fresh)
+
+
+def _same(one: Context, other: Context) -> bool:
+    return one.labels is other.labels or torch.equal(one.labels, other.labels)
 
 
 def _in_backward() -> bool:

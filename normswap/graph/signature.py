@@ -40,6 +40,11 @@ def parameters_of(function: Callable[..., Any]) -> list[Parameter]:
         Parameter.POSITIONAL_OR_KEYWORD,
     ):
         return parameters[1:]
+    return any_parameters()
+
+
+def any_parameters() -> list[Parameter]:
+    """Return the parameters ``*args, **kwargs``."""
     return [
         Parameter("args", Parameter.VAR_POSITIONAL),
         Parameter("kwargs", Parameter.VAR_KEYWORD),

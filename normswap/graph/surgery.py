@@ -6,8 +6,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _forward_unimplemented
 
-from normswap.graph.container import ContainerState, install, prepare_default, uninstall
+from normswap.graph.install import install, uninstall
+from normswap.graph.prepare import prepare_default
 from normswap.graph.scope import Scope
+from normswap.graph.state import ContainerState
 from normswap.graph.trace import TraceSession
 
 

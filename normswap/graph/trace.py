@@ -100,7 +100,7 @@ class TraceSession:
         self._patches.set(nn.Module, "__getattr__", fallback)
         self._patches.set(nn.Module, "__setattr__", setattribute)
         self._patches.set(torch.autograd.Function, "apply", classmethod(apply_function))
-        self._patches.set(torch.utils.checkpoint, "checkpoint", p.forbid_checkpoint)
+        self._patches.set(torch.utils.checkpoint, "checkpoint", self._checkpoint)
         self._patches.set(torch, "is_tensor", lambda v: p.symbolic_isinstance(v, Tensor))
         for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"):
             self._patches.set(torch, name, p.ask_user_only(getattr(torch, name), name))
@@ -129,6 +129,11 @@ class TraceSession:
         assert self.tracer is not None
         return self.tracer.create_proxy("call_function", function, args, kwargs)
 
+    def _checkpoint(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if self.tracer is None:
+            return _CHECKPOINT(function, *args, **kwargs)
+        return self.tracer.checkpoint(function, args, kwargs)
+
     def _enter_globals(self, table: dict[str, Any]) -> None:
         """Replace the free functions a function in these globals may call."""
         if self.tracer is None or id(table) in self._entered or p.is_torch(table.get("__name__")):
@@ -144,7 +149,7 @@ class TraceSession:
             self._local.set(table, name, wrapped)
         for name, value in list(table.items()):
             if value is _CHECKPOINT:
-                self._local.set(table, name, p.forbid_checkpoint)
+                self._local.set(table, name, self._checkpoint)
         if "isinstance" not in table:
             self._local.set(table, "isinstance", p.symbolic_isinstance)
         if "hasattr" not in table:

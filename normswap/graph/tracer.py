@@ -11,7 +11,8 @@ from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from normswap.graph.patches import TraceFailure
-from normswap.graph.values import any_leaf
+from normswap.graph.region import Region, split_options
+from normswap.graph.values import any_leaf, describe, find_other, rebuild
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _BASE = set(vars(nn.Module())) - {"training"}
@@ -48,11 +49,13 @@ class Traced:
         graph: its placeholders are the symbolic parts of the arguments, in order.
         reads: (path of the module, attribute) -> the value the forward saw.
         structure: path of a module whose children the forward walked -> their names.
+        regions: checkpointed parts, each with the node of the graph that calls it.
     """
 
     graph: fx.Graph
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
     structure: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    regions: list[tuple[fx.Node, Region]] = field(default_factory=list)
 
 
 class LiveCalls(TorchFunctionMode):
@@ -98,6 +101,7 @@ class ContainerTracer(fx.Tracer):
                 if isinstance(value, Tensor):
                     self.tensors.setdefault(id(value), prefix + key)
         self.modes = _modes()
+        self.region: Region | None = None
 
     def proxy(self, node: fx.Node) -> Value:
         """Wrap a node."""
@@ -112,7 +116,11 @@ class ContainerTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Turn an argument of a call into one of a node."""
         if isinstance(a, fx.Proxy):
-            return a.node
+            if a.node.graph is self.graph:
+                return a.node
+            if self.region is None or a.node.graph is not self.result.graph:
+                raise TraceFailure("a checkpointed part is used outside of it")
+            return self.region.capture(a.node)
         if isinstance(a, Tensor):
             if id(a) not in self.tensors:
                 raise TraceFailure("uses a tensor that is not an attribute of the module")
@@ -145,6 +153,41 @@ class ContainerTracer(fx.Tracer):
             children = tuple(self.root.get_submodule(parent)._modules)
             self.result.structure[parent] = children
         return self.create_proxy("call_module", path, args, kwargs)
+
+    def checkpoint(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Trace a checkpointed function apart and record its call."""
+        if self.region is not None:
+            raise TraceFailure("nests gradient checkpointing")
+        if not callable(function):
+            raise TraceFailure("uses checkpoint as a decorator inside forward")
+        options, kwargs = split_options(kwargs)
+        outer: list[Any] = []
+        kinds = [describe(value, outer, True) for value in (args, kwargs)]
+        if any(map(find_other, kinds)):
+            raise TraceFailure("checkpoints a function of objects that no graph takes")
+        region = Region(fx.Graph(tracer_cls=type(self)), options)
+        self.graph, self.region = region.graph, region
+        try:
+            inner = [
+                self.create_proxy("placeholder", f"value_{i}", (), {}) for i in range(len(outer))
+            ]
+            for proxy, given in zip(inner, outer, strict=True):
+                proxy.node.meta = dict(given.node.meta)
+            supply = iter(inner)
+            given_args, given_kwargs = (rebuild(kind, supply) for kind in kinds)
+            output = function(*given_args, **given_kwargs)
+            self.create_node("output", "output", (self.create_arg(output),), {})
+        finally:
+            self.graph, self.region = self.result.graph, None
+        # The region names submodules by path from the container, so it is handed the container.
+        itself = self.create_proxy("get_attr", "converted_container", (), {})
+        captured = [fx.Proxy(node, self) for node in region.captured]
+        value = self.create_proxy("call_function", region, (itself, *outer, *captured), {})
+        self.result.regions.append((value.node, region))
+        if isinstance(output, tuple | list):
+            parts: Any = value
+            return type(output)(parts[i] for i in range(len(output)))
+        return value
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Note an attribute the forward saw; parameters and buffers become symbolic."""

@@ -184,7 +184,7 @@ class ContextNorm(ContextLayer):
         root = state_dict[prefix + "priors"].sqrt().unsqueeze(1)
         targets: dict[str, Tensor] = {name: getattr(self, name) for name in names}
         load_shared(state_dict, prefix, targets, {"weight": root, "bias": root})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 @register_method

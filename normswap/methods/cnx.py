@@ -50,6 +50,8 @@ class ContextNormX(ContextLayer):
     norm instead of Xavier, which is nearly an identity; sigma is positive by its logarithm.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     mu: nn.Parameter
     log_sigma: nn.Parameter
     priors: Tensor
@@ -86,7 +88,7 @@ class ContextNormX(ContextLayer):
         with torch.no_grad():
             self.mu.zero_()
             self.log_sigma.zero_()
-            if self.affine:
+            if self.weight is not None and self.bias is not None:
                 self.weight.fill_(1)
                 self.bias.zero_()
 
@@ -118,7 +120,7 @@ class ContextNormX(ContextLayer):
         return apply_affine(x, affine)
 
     def _affine(self, mu: Tensor, inverse_sigma: Tensor) -> Affine:
-        if not self.affine:
+        if self.weight is None or self.bias is None:
             return Affine(inverse_sigma, -mu * inverse_sigma)
         scale = self.weight.to(mu.dtype) * inverse_sigma
         return Affine(scale, self.bias.to(mu.dtype) - mu * scale)
@@ -152,7 +154,7 @@ class ContextNormX(ContextLayer):
             state_dict[prefix + "log_sigma"] = log_sigma.expand(self.mu.shape)
         state_dict.setdefault(prefix + "priors", self.priors)
         self.fresh = self.fresh and prefix + "mu" not in state_dict
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def log_spread(var: Tensor, eps: float) -> Tensor:
@@ -182,7 +184,7 @@ class ContextNormalizationX(Method):
             site.dtype,
         )
         with torch.no_grad():
-            if site.affine:
+            if layer.weight is not None and layer.bias is not None:
                 weight, bias = affine_tensors(source, site)
                 layer.weight.copy_(weight)
                 layer.bias.copy_(bias)

@@ -146,4 +146,4 @@ class ContextInstanceNorm(ContextLayer):
         load_shared(state_dict, prefix, targets, {})
         for name, value in (("priors", self.priors), ("weight", self.weight), ("bias", self.bias)):
             state_dict.setdefault(prefix + name, value.detach())
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,139 @@
+"""What `convert` does to a model, step by step; `api` puts the steps in order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from normswap.contexts.priors import check_priors
+from normswap.errors import ConversionError, UnknownNameError
+from normswap.graph.scope import Scope
+from normswap.graph.surgery import Surgery
+from normswap.methods.base import Contexts, Method
+from normswap.methods.layer import POLICIES
+from normswap.report import Row, Verification
+from normswap.select import Selector, matches
+from normswap.sites import Site, find_norms, read_site
+
+RECORD = "_normswap_record"
+
+
+@dataclass
+class Record:
+    """What a converted model remembers of its conversion; kept on its root."""
+
+    method: str
+    options: Any
+    contexts: Contexts
+    rows: list[Row]
+    model: str
+    verification: Verification | None = None
+
+
+def make_contexts(contexts: int | Sequence[str] | None, priors: Any, unknown: str) -> Contexts:
+    """Check what the caller says of the contexts.
+
+    Raises:
+        ConversionError: no, or repeated, names; priors that do not fit.
+        UnknownNameError: `unknown` is neither a policy nor a context.
+    """
+    if contexts is None:
+        contexts = 1
+    if isinstance(contexts, bool) or not isinstance(contexts, int | Sequence):
+        raise ConversionError(
+            f"expected contexts= as a count or a sequence of names, got {contexts!r}"
+        )
+    if isinstance(contexts, str):
+        raise ConversionError(f"expected several names, got one string; write [{contexts!r}]")
+    names = tuple(map(str, range(contexts))) if isinstance(contexts, int) else tuple(contexts)
+    if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+        raise ConversionError(f"expected at least one context, names distinct, got {contexts!r}")
+    policy: str | int = unknown
+    if unknown not in POLICIES:
+        if unknown not in names:
+            choices = ", ".join((*POLICIES, *names))
+            raise UnknownNameError(f"unknown= is {unknown!r}; the choices are {choices}")
+        policy = names.index(unknown)
+    return Contexts(names, check_priors(priors, len(names)), policy)
+
+
+def decide(
+    model: nn.Module, method: Method, select: Selector, exclude: Selector
+) -> tuple[list[Row], list[Site]]:
+    """Return a row for every norm, and the sites to replace."""
+    rows: list[Row] = []
+    chosen: list[Site] = []
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    for fqn, module, aliases in find_norms(model):
+        size = sum(p.numel() for p in module.parameters())
+        row = Row(fqn, type(module).__name__, "refused", aliases, parameters_before=size)
+        row.parameters_after = size
+        rows.append(row)
+        names = (fqn, *aliases)
+        site = read_site(fqn, module, aliases, like)
+        if select is not None and not matches(select, names, module):
+            row.action, row.reason = "kept", "not selected"
+        elif exclude is not None and matches(exclude, names, module):
+            row.action, row.reason = "kept", "excluded"
+        elif isinstance(site, str):
+            row.reason = site
+        else:
+            row.channels = site.num_features
+            row.reason = method.refuse(site) or ""
+            if not row.reason:
+                row.action = "replaced"
+                chosen.append(site)
+    if not chosen:
+        raise ConversionError(_nothing_to_replace(model, rows))
+    return rows, chosen
+
+
+def _nothing_to_replace(model: nn.Module, rows: list[Row]) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        by_reason.setdefault(f"{row.source}: {row.reason}", []).append(row.fqn or "(root)")
+    listed = "; ".join(
+        f"{len(names)} {why} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        for why, names in by_reason.items()
+    )
+    return f"found no norm to replace in {type(model).__name__}: " + (
+        listed or "it has none at all"
+    )
+
+
+def operate(surgery: Surgery, method: Method, record: Record, sites: list[Site]) -> None:
+    """Swap every chosen norm and thread the context to it."""
+    scope = Scope(record.contexts.count, record.contexts.names)
+    rows = {row.fqn: row for row in record.rows}
+    layers = [
+        _build(method, site, surgery.model.get_submodule(site.fqn), record, scope, rows[site.fqn])
+        for site in sites
+    ]
+    for site, layer in zip(sites, layers, strict=True):
+        surgery.swap((site.fqn, *site.aliases), layer)
+    if method.needs_context:
+        names = [name for site in sites for name in (site.fqn, *site.aliases)]
+        surgery.install(names, scope, tuple({type(layer) for layer in layers}))
+
+
+def _build(
+    method: Method, site: Site, module: nn.Module, record: Record, scope: Scope, row: Row
+) -> nn.Module:
+    layer = method.build(site, module, record.contexts, record.options)
+    if method.needs_context:
+        layer.scope = scope  # type: ignore[assignment]
+    row.target = type(layer).__name__
+    row.contexts = record.contexts.count
+    row.parameters_after = sum(p.numel() for p in layer.parameters())
+    row.statistics = "transferred" if site.tracked else "of each instance"
+    return layer
+
+
+def convert_bare(model: nn.Module, method: Method, record: Record, site: Site) -> nn.Module:
+    """Convert a model that is itself a norm; a layer replaces it."""
+    scope = Scope(record.contexts.count, record.contexts.names)
+    layer = _build(method, site, model, record, scope, record.rows[0])
+    record.verification = Verification(reason="the model is a single norm")
+    layer.__dict__[RECORD] = record
+    return layer

@@ -1,0 +1,82 @@
+"""Give a container a forward that takes the context, through a subclass of its own class."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from normswap.graph.container import dispatch
+from normswap.graph.prepare import prepare_default
+from normswap.graph.signature import any_parameters, parameters_of, write_forward
+from normswap.graph.state import ContainerState
+from normswap.graph.trace import TraceSession
+
+
+def install(module: nn.Module, state: ContainerState) -> None:
+    """Make a module a converted container: same object, a subclass of its class."""
+    base = type(module)
+    if "forward" in vars(module):
+        state.override = vars(module).pop("forward")
+    module.__dict__["_normswap"] = state
+    module.__class__ = _subclass(base, state.override is not None)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Undo `install`."""
+    cls: Any = type(module)
+    state: ContainerState = module.__dict__.pop("_normswap")
+    if state.override is not None:
+        module.__dict__["forward"] = state.override
+    module.__class__ = cls.converted_from
+
+
+def _restore(make: Callable[..., Any], args: tuple[Any, ...], generic: bool) -> nn.Module:
+    module: nn.Module = make(*args)
+    module.__class__ = _subclass(type(module), generic)
+    return module
+
+
+def _subclass(base: Any, generic: bool) -> Any:
+    return converted_class(base, generic)
+
+
+@functools.cache
+def converted_class(base: Any, generic: bool = False) -> Any:
+    """Return the subclass of a module class whose forward takes a context.
+
+    Args:
+        base: the class.
+        generic: whether the forward takes any arguments, since it was replaced on an instance.
+    """
+    written = write_forward(any_parameters() if generic else parameters_of(base.forward), dispatch)
+    for name in ("__doc__", "__annotations__"):
+        if not generic and hasattr(base.forward, name):
+            setattr(written.forward, name, getattr(base.forward, name))
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        make, args, *rest = base.__reduce_ex__(self, protocol)
+        args = tuple(base if arg is type(self) else arg for arg in args)
+        return (_restore, (make, args, generic), *rest)
+
+    def set_state(self: nn.Module, values: dict[str, Any]) -> None:
+        base.__setstate__(self, values)
+        state: ContainerState = self._normswap  # type: ignore[assignment]
+        if any(not found for found in state.variants.values()):
+            with TraceSession(state.layers) as session:
+                prepare_default(self, session)
+
+    body = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce,
+        "__setstate__": set_state,
+        "forward": written.forward,
+        "spread": staticmethod(written.spread),
+        "example_values": staticmethod(written.examples),
+        "converted_from": base,
+        "context_argument": written.argument,
+        "converted_container": property(lambda self: self),
+    }
+    return type(base)(base.__name__, (base,), body)

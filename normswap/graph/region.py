@@ -1,0 +1,72 @@
+"""Gradient checkpointing inside a traced forward: a graph of its own, run under checkpoint.
+
+Entering the checkpointed function would lose the recomputation; leaving it a call would lose the
+context. So it is traced apart, and the outer graph calls it with the context as an argument, which
+checkpoint keeps for the recomputation.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+_CHECKPOINT = torch.utils.checkpoint.checkpoint
+_OPTIONS = {
+    "use_reentrant",
+    "preserve_rng_state",
+    "context_fn",
+    "determinism_check",
+    "debug",
+    "early_stop",
+    "respect_saved_tensors_hooks",
+}
+
+
+class Region:
+    """The checkpointed part of a forward.
+
+    Attributes:
+        graph: its placeholders are the arguments, then the values of the outer graph it uses.
+        captured: those values, outer node -> inner placeholder.
+        options: keyword arguments of checkpoint.
+        run: the compiled graph, ``run(module, *values, context)``; set once it is threaded.
+    """
+
+    __name__ = "checkpoint_region"
+    __module__ = "normswap.graph.region"
+
+    def __init__(self, graph: fx.Graph, options: dict[str, Any]) -> None:
+        self.graph = graph
+        self.captured: dict[fx.Node, fx.Node] = {}
+        self.options = options
+        self.run: Callable[..., Any] | None = None
+
+    def capture(self, node: fx.Node) -> fx.Node:
+        """Return the placeholder for a value of the outer graph."""
+        if node not in self.captured:
+            last = [n for n in self.graph.nodes if n.op == "placeholder"][-1:]
+            first = next(iter(self.graph.nodes), None)
+            before = last[0].next if last else first
+            with self.graph.inserting_before(before):
+                placeholder = self.graph.placeholder(f"captured_{len(self.captured)}")
+            placeholder.meta = dict(node.meta)
+            self.captured[node] = placeholder
+        return self.captured[node]
+
+    def __call__(self, module: Any, *values: Any) -> Any:
+        """Run the region; the last value is the context."""
+        *tensors, context = values
+        run = self.run
+        assert run is not None
+
+        def function(*given: Any) -> Any:
+            return run(module, *given, context)
+
+        return _CHECKPOINT(function, *tensors, **self.options)
+
+
+def split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split checkpoint's keyword arguments into its own and those of the function."""
+    own = {k: v for k, v in kwargs.items() if k in _OPTIONS}
+    return own, {k: v for k, v in kwargs.items() if k not in _OPTIONS}

@@ -1,0 +1,114 @@
+"""What a converted container carries: the ways to run it, and when each applies."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from normswap.graph.scope import Scope
+from normswap.graph.values import Kind
+
+
+@dataclass
+class Variant:
+    """A way to run a container, and when it applies.
+
+    Attributes:
+        run: ``run(module, *leaves, context)``; None runs the module's own forward in scope.
+        reason: why there is no graph; "" where there is one.
+        reads: (path, attribute, value) the module must still have.
+        structure: (path, names of its children) that must still be so.
+        calls: paths of the submodules the graph calls.
+        threaded: those of them that are passed the context.
+        direct: paths of tensors the graph reads itself.
+    """
+
+    run: Callable[..., Any] | None
+    reason: str = ""
+    reads: tuple[tuple[tuple[str, ...], str, Any], ...] = ()
+    structure: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+    calls: tuple[str, ...] = ()
+    threaded: tuple[tuple[str, ...], ...] = ()
+    direct: tuple[str, ...] = ()
+
+    def holds(self, module: nn.Module) -> bool:
+        """Return whether everything the trace depended on is as it was."""
+        for path, name, value in self.reads:
+            now = getattr(walk(module, path), name)
+            if type(now) is not type(value) or now != value:
+                return False
+        for path, children in self.structure:
+            if tuple(walk(module, path)._modules) != children:
+                return False
+        for path in self.threaded:
+            if context_argument(walk(module, path)) is None:
+                return False
+        return True
+
+
+class ContainerState:
+    """What a converted container carries.
+
+    Attributes:
+        fqn: its qualified name in the converted model.
+        scope: shared by the whole model.
+        layers: classes of the norm layers.
+        first_norm: name of the model's first norm, for messages.
+        override: a forward that was set on the instance, if any.
+        variants: ways to run it, by kinds of arguments.
+        exact: kinds for which numbers count as constants.
+        assumed: kinds that were traced before any call; calls may bring others.
+    """
+
+    def __init__(self, fqn: str, scope: Scope, layers: tuple[type, ...], first_norm: str) -> None:
+        self.fqn = fqn
+        self.scope = scope
+        self.layers = layers
+        self.first_norm = first_norm
+        self.override: Callable[..., Any] | None = None
+        self.variants: dict[tuple[Kind, ...], list[Variant]] = {}
+        self.exact: set[tuple[Kind, ...]] = set()
+        self.assumed: set[tuple[Kind, ...]] = set()
+
+    def seen(self) -> list[Variant]:
+        """Return the variants calls have met, or the assumed ones where none were met yet."""
+        met = [v for key, found in self.variants.items() if key not in self.assumed for v in found]
+        return met or [v for found in self.variants.values() for v in found]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Functions do not pickle; the kinds do, and each is traced again on loading."""
+        kinds: dict[Any, list[Variant]] = {k: [] for k, found in self.variants.items() if found}
+        return {**self.__dict__, "variants": kinds}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ContainerState":
+        """Copies share the graphs, which name modules by path."""
+        state = type(self)(self.fqn, copy.deepcopy(self.scope, memo), self.layers, self.first_norm)
+        state.override = copy.deepcopy(self.override, memo)
+        state.variants = {key: list(found) for key, found in self.variants.items()}
+        state.exact, state.assumed = set(self.exact), set(self.assumed)
+        return state
+
+
+def context_argument(module: nn.Module) -> str | None:
+    """Return the name of a module's context argument, None where it takes none."""
+    return getattr(type(module), "context_argument", None)
+
+
+def walk(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
+    """Return the submodule at a path."""
+    for name in path:
+        module = getattr(module, name)
+    return module
+
+
+def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
+    """Run the forward the module had before conversion."""
+    state: ContainerState = module._normswap  # type: ignore[assignment]
+    cls: Any = type(module)
+    if state.override is not None:
+        return cls.spread(
+            lambda _, *args, **kwargs: state.override(*args, **kwargs), module, values
+        )
+    return cls.spread(cls.converted_from.forward, module, values)
