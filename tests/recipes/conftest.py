@@ -1,4 +1,8 @@
+import os
 from pathlib import Path
+
+# As recipes/__main__.py does, and for its reason; before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
