@@ -38,7 +38,7 @@ def _cifar(crossnorm: Any, selfnorm: str, cnsn: Any, epochs: int, decay: float) 
 
 # A DenseNet layer is norm, activation, convolution: after its first norm is before its first
 # convolution.
-_FIRST_NORM = {"select": ["*norm1", "*bn1"]}
+_FIRST_NORM: dict[str, Any] = {"select": ["*norm1", "*bn1"]}
 _IMAGENET = {
     "crossnorm": _crossnorm("input", "both", 0.5),
     "selfnorm": {"placement": "post"},
@@ -56,7 +56,7 @@ _AFTER_NORMS = {
     "selfnorm": {"placement": "norm"},
     "cnsn": _crossnorm("norm", "neither", 0.5),
 }
-_STAGES = {"select": "*layer[1-4]*"}
+_STAGES: dict[str, Any] = {"select": "*layer[1-4]*"}
 
 PRESETS = MappingProxyType(
     {

@@ -18,7 +18,7 @@ ORDER = [
     {"methods", "contexts", "presets", "select"},
     {"graph"},
     {"report", "plot", "verification", "checks", "checkpoint"},
-    {"conversion"},
+    {"conversion", "insertion"},
     {"api"},
     {"cli"},
     {"__main__"},

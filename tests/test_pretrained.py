@@ -7,10 +7,10 @@ import skimage.data
 import timm
 import torch
 from PIL import Image
-from recipes.weights import load_efficientnet_lite0
 from torchvision.transforms import functional as transforms
 
 import normswap
+from recipes.weights import load_efficientnet_lite0
 
 CHELSEA, COFFEE = 285, 967  # Egyptian cat, espresso
 FEW = 4
