@@ -82,7 +82,7 @@ def draw_box(
     taken; where none is, the whole map.
 
     Args:
-        size: extents of the map, one for each spatial dimension, each at least 1.
+        size: extents of the map, at least one spatial dimension, each at least 1.
         beta: positive; 1, the authors' setting, makes r uniform.
         device: where to draw; its default generator is used unless one is given.
         generator: of torch, on that device.
@@ -156,14 +156,14 @@ def cross_norm(
         x and result: (N, C, *); boxes: (2, D), see `draw_box`.
 
     Returns:
-        A tensor of the shape, dtype and memory format of x; x itself where it has one position or
-        less, and the values of x where a box has.
+        A tensor of the shape, dtype and memory format of x; x itself where it is empty or has one
+        position, and the values of x where a box has.
 
     Source: Tang et al., ICCV 2021, arXiv 2102.02811, section 3, code ``cn_op_2ins_space_chan``.
     Differs from source: maps and boxes of one position are left alone (NaN in the source); boxes
     are masks; any number of spatial dimensions; statistics accumulate in float32.
     """
-    if x.shape[2:].numel() < 2:
+    if x.shape[0] == 0 or x.shape[2:].numel() < 2:
         return x
     content = instance_style(x, content_box, eps)
     style = content if content_box is style_box else instance_style(x, style_box, eps)
