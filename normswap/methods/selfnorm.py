@@ -133,7 +133,7 @@ class SelfNorm(nn.Module):
             x: input, (N, C, *).
 
         Returns:
-            A tensor of the shape, dtype and memory format of x.
+            A tensor of the shape, dtype and memory format of x; x itself where it is empty.
 
         Raises:
             InputError: dimension 1 is not num_features.
@@ -143,6 +143,8 @@ class SelfNorm(nn.Module):
                 f"expected input (N, {self.num_features}, *) at SelfNorm, got {tuple(x.shape)}; "
                 "channels are dimension 1"
             )
+        if x.numel() == 0:
+            return x
         style = instance_style(x, eps=1e-12)
         g = self.g(style)
         if self.f is None:
