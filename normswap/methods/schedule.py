@@ -55,7 +55,7 @@ class Schedule:
         self.active = active
         self.num_sites = num_sites
         self._draw = _Draw()
-        self._answers: OrderedDict[int, bool] = OrderedDict()
+        self._answers: OrderedDict[int, bool | Tensor] = OrderedDict()
         self._flags: Tensor | None = None
 
     def begin(self, device: torch.device | None = None) -> None:
@@ -87,7 +87,7 @@ class Schedule:
             device: where a tensor answer should be; pass that of the site's input.
 
         Returns:
-            A bool; inside `torch.compile`, a 0-dim bool tensor.
+            A bool; where `torch.compile` made the draw, a 0-dim bool tensor.
 
         Raises:
             NormswapError: a recomputation in backward whose forward is not known.
@@ -101,15 +101,22 @@ class Schedule:
         ticket = _draw_seed()
         if _in_backward():
             return self._recall(ticket)
-        draw = self._draw
-        if draw.fired is None or site in draw.asked:
-            self._begin(ticket)
-        draw.asked.add(site)
-        answer = draw.fired is not None and site in draw.fired
+        if self._flags is None:
+            answer: bool | Tensor = self._ask(site, ticket)
+        else:
+            # A graph break: the compiled part of this forward began the draw.
+            answer = self._flags[site].to(device)
         self._answers[ticket] = answer
         if len(self._answers) > REMEMBERED:
             self._answers.popitem(last=False)
         return answer
+
+    def _ask(self, site: int, seed: int) -> bool:
+        draw = self._draw
+        if draw.fired is None or site in draw.asked:
+            self._begin(seed)
+        draw.asked.add(site)
+        return draw.fired is not None and site in draw.fired
 
     def _begin(self, seed: int) -> None:
         # Its own generator: drawing must move torch's by one number, fired or not, or what a
@@ -122,7 +129,7 @@ class Schedule:
         self._draw.fired = frozenset(fired)
         self._draw.asked = set()
 
-    def _recall(self, ticket: int) -> bool:
+    def _recall(self, ticket: int) -> bool | Tensor:
         if ticket not in self._answers:
             raise NormswapError(
                 "expected gradient checkpointing to run with torch's random state as in forward, "
