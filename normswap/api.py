@@ -9,23 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checks import check_model
-from normswap.conversion import RECORD, Record, convert_bare, decide, make_contexts, operate
+from normswap.conversion import (
+    RECORD,
+    Record,
+    convert_bare,
+    find_targets,
+    is_bare,
+    make_contexts,
+    operate,
+)
 from normswap.errors import ConversionError
 from normswap.functional.moments import gaussian_divergence
 from normswap.graph.reach import find_reach
 from normswap.graph.state import context_argument
 from normswap.graph.surgery import Surgery
-from normswap.insertion import find_places, insert, insert_at_input
 from normswap.methods.base import (
-    BaseMethod,
-    InsertedMethod,
     Method,
     get_method,
     parse_options,
 )
-from normswap.report import Report, Row, Verification
+from normswap.presets import fill_from_preset
+from normswap.report import Report, Verification
 from normswap.select import Selector
-from normswap.sites import Place, Site
 from normswap.verification import compare, eval_outputs, make_inputs, widen
 
 
@@ -37,6 +42,7 @@ def convert(
     select: Selector = None,
     exclude: Selector = None,
     placement: str | None = None,
+    preset: str | None = None,
     unknown: str = "pooled",
     priors: Tensor | Sequence[float] | None = None,
     inplace: bool = False,
@@ -61,6 +67,8 @@ def convert(
             "residual", "identity" or "post" in residual blocks, or "input"; each method has its
             default. A method that replaces norms takes "input" for one more norm before the model
             instead.
+        preset: name of settings for the method, see `normswap.PRESETS`; what is given besides
+            wins over them.
         unknown: what a sample without a label gets in eval: "pooled" (the mixture's one Gaussian),
             "posterior" (contexts weighed by how well they explain the instance), a context's name,
             or "error".
@@ -81,10 +89,11 @@ def convert(
             is as it was.
     """
     chosen = get_method(method)
+    placement, select, options = fill_from_preset(preset, method, placement, select, options)
     parsed = parse_options(chosen, options)
     given = make_contexts(contexts, priors, unknown)
     check_model(model)
-    rows, found = _find(model, chosen, placement, select, exclude)
+    rows, found = find_targets(model, chosen, parsed, placement, select, exclude)
     inputs: Any = "verify=False" if not verify else example_inputs
     if verify and inputs is None:
         inputs = make_inputs(model)
@@ -94,11 +103,11 @@ def convert(
         expected = eval_outputs(model, inputs)
     target = model if inplace else copy.deepcopy(model)
     record = Record(method, parsed, given, rows, type(model).__name__)
-    if _is_bare(found):
+    if is_bare(found):
         return convert_bare(target, chosen, record, found[0])
     surgery = Surgery(target)
     try:
-        _operate(surgery, chosen, record, found)
+        operate(surgery, chosen, record, found)
         if expected is None:
             record.verification = Verification(reason=inputs)
         else:
@@ -125,6 +134,7 @@ def plan(
     select: Selector = None,
     exclude: Selector = None,
     placement: str | None = None,
+    preset: str | None = None,
     unknown: str = "pooled",
     priors: Tensor | Sequence[float] | None = None,
     **options: Any,
@@ -136,48 +146,18 @@ def plan(
         UnknownNameError: an unknown method or context.
     """
     chosen = get_method(method)
+    placement, select, options = fill_from_preset(preset, method, placement, select, options)
     parsed = parse_options(chosen, options)
     given = make_contexts(contexts, priors, unknown)
     check_model(model)
-    rows, found = _find(model, chosen, placement, select, exclude)
+    rows, found = find_targets(model, chosen, parsed, placement, select, exclude)
     found = [replace(place, device=torch.device("meta")) for place in found]
     shell = structure_copy(model)
     record = Record(method, parsed, given, rows, type(model).__name__)
-    if _is_bare(found):
+    if is_bare(found):
         return _summarise(convert_bare(shell, chosen, record, found[0]), record)
-    _operate(Surgery(shell), chosen, record, found)
+    operate(Surgery(shell), chosen, record, found)
     return _summarise(shell, record)
-
-
-def _find(
-    model: nn.Module, method: BaseMethod, placement: str | None, select: Selector, exclude: Selector
-) -> tuple[list[Row], list[Any]]:
-    """Return a row for everything considered, and the sites or places chosen."""
-    if isinstance(method, InsertedMethod):
-        return find_places(model, placement, method.placement, select, exclude)
-    if placement == "input":
-        return find_places(model, placement, placement, select, exclude)
-    if placement is not None:
-        raise ConversionError(
-            f"method {method.name!r} replaces norms where they are; expected placement=None, or "
-            f"'input' for one before the model, got {placement!r}"
-        )
-    assert isinstance(method, Method)
-    return decide(model, method, select, exclude)
-
-
-def _is_bare(found: list[Any]) -> bool:
-    return isinstance(found[0], Site) and found[0].fqn == ""
-
-
-def _operate(surgery: Surgery, method: BaseMethod, record: Record, found: list[Any]) -> None:
-    if isinstance(method, InsertedMethod):
-        insert(surgery, method, record.rows, found, record.options)
-    elif isinstance(found[0], Place):
-        arguments = (record.rows[0], found[0], record.contexts, record.options)
-        insert_at_input(surgery, method, *arguments)
-    else:
-        operate(surgery, method, record, found)
 
 
 def structure_copy(model: nn.Module) -> nn.Module:

@@ -34,14 +34,20 @@ ALL_PLACEMENTS = ("norm", *PLACEMENTS, "input")
 
 
 def find_places(
-    model: nn.Module, placement: str | None, default: str, select: Selector, exclude: Selector
+    model: nn.Module,
+    method: InsertedMethod,
+    placement: str | None,
+    options: Any,
+    select: Selector,
+    exclude: Selector,
 ) -> tuple[list[Row], list[Place]]:
     """Return a row for every place a method's layers could go, and the places chosen.
 
     Args:
         model: the model.
-        placement: where; None is `default` in a model that has such places, else "norm".
-        default: the method's own choice.
+        method: whose layers are inserted.
+        placement: where; None is the method's own in a model that has such places, else "norm".
+        options: of the method.
         select: matched against the container of a block, or the norm.
         exclude: likewise.
 
@@ -52,25 +58,36 @@ def find_places(
         raise ConversionError(
             f"unknown placement {placement!r}; the placements are {', '.join(ALL_PLACEMENTS)}"
         )
-    rows, places = _find(model, placement or default, select, exclude)
-    if placement is None and not any(row.action != "kept" for row in rows):
-        rows, places = _find(model, "norm", select, exclude)
-    if not places:
-        listed = "; ".join(f"{r.fqn or '(root)'}: {r.reason}" for r in rows[:10])
-        raise ConversionError(
-            f"found no place for a layer at {placement or default!r} in {type(model).__name__}"
-            + (f": {listed}" if listed else "; placement='norm' puts one after each norm")
-        )
+    rows: list[Row] = []
+    places: list[Place] = []
+    for wanted in method.placements(placement or method.placement, options):
+        found = _find(model, wanted, select, exclude)
+        if placement is None and not any(row.action != "kept" for row in found[0]):
+            found = _find(model, "norm", select, exclude)
+        if not found[1]:
+            listed = "; ".join(f"{r.fqn or '(root)'}: {r.reason}" for r in found[0][:10])
+            raise ConversionError(
+                f"found no place for a layer at {wanted!r} in {type(model).__name__}"
+                + (f": {listed}" if listed else "; placement='norm' puts one after each norm")
+            )
+        rows += found[0]
+        places += found[1]
     return rows, places
+
+
+def place_at_input(model: nn.Module) -> tuple[list[Row], list[Place]]:
+    """Return the one place before a model."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    place = Place("", "input", input_channels(model), like.device, like.dtype)
+    return [Row("", "the first argument", "inserted")], [place]
 
 
 def _find(
     model: nn.Module, placement: str, select: Selector, exclude: Selector
 ) -> tuple[list[Row], list[Place]]:
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if placement == "input":
-        place = Place("", "input", input_channels(model), like.device, like.dtype)
-        return [Row("", "the first argument", "inserted")], [place]
+        return place_at_input(model)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     finder = _norm_places if placement == "norm" else _block_places
     rows: list[Row] = []
     places: list[Place] = []

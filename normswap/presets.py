@@ -148,3 +148,22 @@ def preset_arguments(name: str, method: str) -> dict[str, Any]:
             f"preset {name!r} has no settings for method {method!r}, only for {', '.join(methods)}"
         )
     return dict(methods[method])
+
+
+def fill_from_preset(
+    preset: str | None,
+    method: str,
+    placement: str | None,
+    select: Any,
+    options: dict[str, Any],
+) -> tuple[str | None, Any, dict[str, Any]]:
+    """Return placement, selection and options with what a preset says and the caller does not."""
+    if preset is None:
+        return placement, select, options
+    given = preset_arguments(preset, method)
+    preset_placement, preset_select = given.pop("placement", None), given.pop("select", None)
+    return (
+        preset_placement if placement is None else placement,
+        preset_select if select is None else select,
+        {**given, **options},
+    )

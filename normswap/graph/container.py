@@ -24,15 +24,31 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
         return own_forward(module, values)
     state: ContainerState = module._normswap  # type: ignore[assignment]
     if state.schedule is not None and module.training:
-        state.schedule.begin()
+        state.schedule.begin(_device_of(values))
+        try:
+            return _run_around(module, state, values, context)
+        finally:
+            state.schedule.end()
     if state.before is None and state.after is None:
         return _run(module, state, values, context)
+    return _run_around(module, state, values, context)
+
+
+def _run_around(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
+    """Run the container between the layers inserted before and after it."""
     if state.before is not None:
         layer = getattr(module, state.before)
         given = {} if context_argument(layer) is None else {"context": context}
         values = (layer(values[0], **given), *values[1:])
     output = _run(module, state, values, context)
     return output if state.after is None else getattr(module, state.after)(output)
+
+
+def _device_of(values: tuple[Any, ...]) -> torch.device | None:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value.device
+    return None
 
 
 def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from normswap.graph.insert import Insertion
@@ -52,8 +53,11 @@ class Variant:
 class Schedule(Protocol):
     """What a method draws once for a forward of the whole model."""
 
-    def begin(self) -> None:
+    def begin(self, device: torch.device | None = None) -> None:
         """Draw for the forward that starts now."""
+
+    def end(self) -> None:
+        """Forget the draw: the forward is over."""
 
 
 class ContainerState:

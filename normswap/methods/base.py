@@ -96,10 +96,14 @@ class InsertedMethod(BaseMethod):
             ConversionError: the place does not tell what the layer needs to know.
         """
 
-    def connect(self, layers: list[nn.Module], options: Any) -> Any:
-        """Return what is begun at each forward of the model and steers the layers, or None.
+    def placements(self, placement: str, options: Any) -> tuple[str, ...]:
+        """Return every placement the method uses when asked for one."""
+        return (placement,)
 
-        It has a method ``begin()``; see `normswap.graph.state.Schedule`.
+    def connect(self, layers: list[nn.Module], options: Any) -> Any:
+        """Return what steers the layers, begun and ended with each forward of the model, or None.
+
+        It has ``begin(device)`` and ``end()``.
         """
         return None
 

@@ -1,9 +1,14 @@
 """CNSN: CrossNorm, then SelfNorm."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
-from normswap.methods.crossnorm import CrossNorm
-from normswap.methods.selfnorm import SelfNorm
+from normswap.methods.base import InsertedMethod, register_method
+from normswap.methods.crossnorm import CrossNorm, CrossNormOptions, ScheduledCrossNorm
+from normswap.methods.schedule import Schedule
+from normswap.methods.selfnorm import SelfNorm, SelfNormOptions
+from normswap.sites import Place
 
 
 class CNSN(nn.Module):
@@ -38,3 +43,60 @@ class CNSN(nn.Module):
         """
         y: Tensor = self.selfnorm(self.crossnorm(x, fire))
         return y
+
+
+@dataclass(frozen=True)
+class CNSNOptions:
+    """Options of the method "cnsn": those of CrossNorm and of SelfNorm.
+
+    Attributes:
+        crop, instances, beta, p, active: see `CrossNormOptions`.
+        gates, init: see `SelfNormOptions`.
+        image: put one CrossNorm at the model's input instead of one at each place, as the authors
+            do for ImageNet.
+    """
+
+    crop: str = "neither"
+    instances: int = 2
+    beta: float = 1.0
+    p: float = 0.5
+    active: int = 1
+    gates: int = 1
+    init: str = "identity"
+    image: bool = False
+
+    @property
+    def crossnorm(self) -> CrossNormOptions:
+        """Those of CrossNorm."""
+        return CrossNormOptions(self.crop, self.instances, self.beta, self.p, self.active)
+
+    @property
+    def selfnorm(self) -> SelfNormOptions:
+        """Those of SelfNorm."""
+        return SelfNormOptions(self.gates, self.init)
+
+
+@register_method
+class CNSNMethod(InsertedMethod):
+    """CrossNorm, then SelfNorm, at places of a model."""
+
+    name = "cnsn"
+    title = "CrossNorm, then SelfNorm: augments in training, recalibrates always"
+    options = CNSNOptions
+
+    def placements(self, placement: str, options: CNSNOptions) -> tuple[str, ...]:
+        """Add the input where CrossNorm goes there."""
+        return ("input", placement) if options.image else (placement,)
+
+    def insert(self, place: Place, options: CNSNOptions) -> nn.Module:
+        """Return both, or the one that belongs at the place."""
+        if not options.image:
+            return CNSN(options.crossnorm.build(), options.selfnorm.build(place))
+        if place.placement == "input":
+            return options.crossnorm.build()
+        return options.selfnorm.build(place)
+
+    def connect(self, layers: list[nn.Module], options: CNSNOptions) -> Schedule:
+        """Share one schedule between the CrossNorm layers."""
+        inner = [m for layer in layers for m in layer.modules()]
+        return options.crossnorm.connect([m for m in inner if isinstance(m, ScheduledCrossNorm)])

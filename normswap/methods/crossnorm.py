@@ -1,10 +1,15 @@
 """CrossNorm: in training, channels exchange their mean and variance."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError, InputError, UnknownNameError
 from normswap.functional.style import cross_norm, draw_box
+from normswap.methods.base import InsertedMethod, register_method
+from normswap.methods.schedule import Schedule
+from normswap.sites import Place
 
 CROPS = ("neither", "style", "content", "both")
 
@@ -101,3 +106,63 @@ class CrossNorm(nn.Module):
         settings = {"crop": "neither", "instances": 2, "beta": 1.0, "p": 0.5}
         given = ((name, getattr(self, name), default) for name, default in settings.items())
         return ", ".join(f"{name}={value!r}" for name, value, default in given if value != default)
+
+
+@dataclass(frozen=True)
+class CrossNormOptions:
+    """Options of the method "crossnorm"; see `CrossNorm` and `Schedule`.
+
+    Attributes:
+        crop: "neither", "style", "content" or "both".
+        instances: 2 or 1.
+        beta: of the boxes.
+        p: probability that a forward in training has firing places.
+        active: how many places then fire.
+    """
+
+    crop: str = "neither"
+    instances: int = 2
+    beta: float = 1.0
+    p: float = 0.5
+    active: int = 1
+
+    def build(self) -> "ScheduledCrossNorm":
+        """Return a layer with these settings."""
+        return ScheduledCrossNorm(self.crop, self.instances, self.beta, self.p)
+
+    def connect(self, layers: list["ScheduledCrossNorm"]) -> Schedule:
+        """Return the schedule of a model's layers, told to each of them."""
+        schedule = Schedule(self.p, self.active, len(layers))
+        for site, layer in enumerate(layers):
+            layer.schedule, layer.index = schedule, site
+        return schedule
+
+
+class ScheduledCrossNorm(CrossNorm):
+    """CrossNorm as one of several places of a model, a few of which fire in a forward."""
+
+    schedule: Schedule | None = None
+    index: int = 0
+
+    def forward(self, x: Tensor, fire: bool | Tensor | None = None) -> Tensor:
+        """Exchange styles where the model's schedule says; see `CrossNorm.forward`."""
+        if fire is None and self.training and self.schedule is not None:
+            fire = self.schedule.fires(self.index, x.device)
+        return super().forward(x, fire)
+
+
+@register_method
+class CrossNormMethod(InsertedMethod):
+    """CrossNorm at places of a model that one schedule fires."""
+
+    name = "crossnorm"
+    title = "exchanges channel statistics between samples in training: an augmentation"
+    options = CrossNormOptions
+
+    def insert(self, place: Place, options: CrossNormOptions) -> nn.Module:
+        """Return a layer; it needs no channels."""
+        return options.build()
+
+    def connect(self, layers: list[nn.Module], options: CrossNormOptions) -> Schedule:
+        """Share one schedule between the layers."""
+        return options.connect([m for m in layers if isinstance(m, ScheduledCrossNorm)])

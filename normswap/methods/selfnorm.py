@@ -1,6 +1,7 @@
 """SelfNorm: each channel recalibrated by a gate on its own mean and standard deviation."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 from normswap.errors import ConversionError, InputError, UnknownNameError
 from normswap.functional.affine import Affine, apply_affine
 from normswap.functional.style import Style, instance_style
+from normswap.methods.base import InsertedMethod, register_method
+from normswap.sites import Place
 
 INITS = ("identity", "paper")
 
@@ -158,3 +161,42 @@ class SelfNorm(nn.Module):
         if self.gates != 1:
             text += f", gates={self.gates}"
         return text if self.init == "identity" else f"{text}, init={self.init!r}"
+
+
+@dataclass(frozen=True)
+class SelfNormOptions:
+    """Options of the method "selfnorm"; see `SelfNorm`.
+
+    Attributes:
+        gates: 1 or 2.
+        init: "identity" or "paper".
+    """
+
+    gates: int = 1
+    init: str = "identity"
+
+    def build(self, place: Place) -> SelfNorm:
+        """Return a layer for a place.
+
+        Raises:
+            ConversionError: nothing around the place tells its channels.
+        """
+        if place.channels is None:
+            raise ConversionError(
+                f"cannot tell the number of channels at {place.fqn or 'the input'} "
+                f"({place.placement}): no layer around it says; leave it out with exclude="
+            )
+        return SelfNorm(place.channels, self.gates, self.init, place.device, place.dtype)
+
+
+@register_method
+class SelfNormMethod(InsertedMethod):
+    """SelfNorm at places of a model."""
+
+    name = "selfnorm"
+    title = "recalibrates each channel by its own statistics, starting as the identity"
+    options = SelfNormOptions
+
+    def insert(self, place: Place, options: SelfNormOptions) -> nn.Module:
+        """Return a layer of the place's channels."""
+        return options.build(place)
