@@ -91,7 +91,7 @@ def convert(
     chosen = get_method(method)
     placement, select, options = fill_from_preset(preset, method, placement, select, options)
     parsed = parse_options(chosen, options)
-    given = make_contexts(contexts, priors, unknown)
+    given = make_contexts(chosen, contexts, priors, unknown)
     check_model(model)
     rows, found = find_targets(model, chosen, parsed, placement, select, exclude)
     inputs: Any = "verify=False" if not verify else example_inputs
@@ -148,7 +148,7 @@ def plan(
     chosen = get_method(method)
     placement, select, options = fill_from_preset(preset, method, placement, select, options)
     parsed = parse_options(chosen, options)
-    given = make_contexts(contexts, priors, unknown)
+    given = make_contexts(chosen, contexts, priors, unknown)
     check_model(model)
     rows, found = find_targets(model, chosen, parsed, placement, select, exclude)
     found = [replace(place, device=torch.device("meta")) for place in found]

@@ -32,13 +32,21 @@ class Record:
     verification: Verification | None = None
 
 
-def make_contexts(contexts: int | Sequence[str] | None, priors: Any, unknown: str) -> Contexts:
+def make_contexts(
+    method: BaseMethod, contexts: int | Sequence[str] | None, priors: Any, unknown: str
+) -> Contexts:
     """Check what the caller says of the contexts.
 
     Raises:
-        ConversionError: no, or repeated, names; priors that do not fit.
+        ConversionError: contexts for a method that takes none; no, or repeated, names; priors
+            that do not fit.
         UnknownNameError: `unknown` is neither a policy nor a context.
     """
+    if contexts is not None and not method.needs_context:
+        raise ConversionError(
+            f"method {method.name!r} takes no contexts, got contexts={contexts!r}; leave it out, "
+            "or choose a method that needs labels"
+        )
     if contexts is None:
         contexts = 1
     if isinstance(contexts, bool) or not isinstance(contexts, int | Sequence):

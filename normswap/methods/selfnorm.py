@@ -79,6 +79,16 @@ class Gate(nn.Module):
         return self.scale * torch.sigmoid(z.to(mean.dtype))
 
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Stay as it is where a state dict, of the model before conversion, knows no gate."""
+        own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
+        if not any(name in state_dict for name in own):
+            state_dict.update(own)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
 class SelfNorm(nn.Module):
     """SelfNorm: style recalibration.
 
