@@ -118,6 +118,21 @@ def test_checkpointing_that_reenters_recomputes_with_the_same_draw():
         assert torch.equal(*results)
 
 
+def test_a_recomputation_leaves_no_draw_behind():
+    schedule, forwards = Schedule(1.0, 8, 64), []
+
+    def part(x):
+        schedule.begin()
+        forwards.append([schedule.fires(site) for site in range(64)])
+        return x.sin()
+
+    x = torch.randn(3, requires_grad=True)
+    checkpoint(part, x, use_reentrant=False).sum().backward()
+    first, again = forwards
+    assert first == again
+    assert [schedule.fires(site) for site in range(64)] != first
+
+
 def test_a_recomputation_that_is_not_known_is_an_error():
     model, x = Model(1.0, 1, 2), torch.randn(4, 2, 3)
     y = checkpoint(model.block, 0, x, use_reentrant=False, preserve_rng_state=False)
