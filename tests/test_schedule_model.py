@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from normswap.errors import NormswapError
+from normswap.functional.schedule import Schedule
 from normswap.methods.crossnorm import CrossNorm
-from normswap.methods.schedule import Schedule
 
 
 class Site(nn.Module):

@@ -2,9 +2,6 @@
 
 from torch import Tensor, nn
 
-from normswap.methods.crossnorm import CrossNorm
-from normswap.methods.selfnorm import SelfNorm
-
 
 class CNSN(nn.Module):
     """CrossNorm, then SelfNorm, at one place.
@@ -12,8 +9,8 @@ class CNSN(nn.Module):
     ``y = SelfNorm(CrossNorm(x))``; in eval, ``y = SelfNorm(x)``.
 
     Args:
-        crossnorm: widens the training distribution; has no parameters.
-        selfnorm: bridges training and test distribution; has all the parameters.
+        crossnorm: a `CrossNorm`; widens the training distribution, has no parameters.
+        selfnorm: a `SelfNorm`; bridges training and test distribution, has all the parameters.
 
     Shape:
         x: (N, C, *), any number of trailing dimensions including none; result: as x.
@@ -21,7 +18,7 @@ class CNSN(nn.Module):
     Source: Tang et al., ICCV 2021, arXiv 2102.02811, section 5, code ``CNSN``.
     """
 
-    def __init__(self, crossnorm: CrossNorm, selfnorm: SelfNorm) -> None:
+    def __init__(self, crossnorm: nn.Module, selfnorm: nn.Module) -> None:
         super().__init__()
         self.crossnorm = crossnorm
         self.selfnorm = selfnorm
