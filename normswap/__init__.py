@@ -13,6 +13,7 @@ from normswap.errors import MissingContextError as MissingContextError
 from normswap.errors import NormswapError as NormswapError
 from normswap.errors import UnknownNameError as UnknownNameError
 from normswap.errors import VerificationError as VerificationError
+from normswap.functional.schedule import Schedule as Schedule
 from normswap.graph.scope import use_context as use_context
 from normswap.methods.base import methods as methods
 from normswap.methods.base import register_method as register_method
@@ -21,6 +22,5 @@ from normswap.methods.cnsn import CNSN as CNSN
 from normswap.methods.cnx import ContextNormX as ContextNormX
 from normswap.methods.crossnorm import CrossNorm as CrossNorm
 from normswap.methods.instance import ContextInstanceNorm as ContextInstanceNorm
-from normswap.methods.schedule import Schedule as Schedule
 from normswap.methods.selfnorm import SelfNorm as SelfNorm
 from normswap.presets import PRESETS as PRESETS

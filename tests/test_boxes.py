@@ -20,6 +20,14 @@ def test_boxes_are_inside_the_map_and_larger_than_a_tenth(size, beta):
         assert area * 10 > math.prod(size)
 
 
+def test_the_smallest_box_is_the_first_above_a_tenth():
+    for extent, smallest in ((10, 2), (19, 2), (20, 3), (21, 3)):
+        areas = [
+            int((high - low).item()) for low, high in (draw_box((extent,)) for _ in range(2000))
+        ]
+        assert min(areas) == smallest
+
+
 @pytest.mark.parametrize("size", [(1,), (1, 1), (2, 2), (1, 1, 1)])
 def test_small_maps_end_with_the_whole_map(size):
     # The published loop never ends on 1x1 and 2x2 maps.

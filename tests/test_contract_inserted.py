@@ -165,5 +165,7 @@ def test_a_container_that_stops_being_traceable_is_an_error_not_a_silent_skip(me
 
     model = normswap.convert(Block().eval(), method, placement="post")
     model.odd = True
-    with pytest.raises(normswap.ConversionError, match="expected the model to run as it was traced"):
+    with pytest.raises(
+        normswap.ConversionError, match="expected the model to run as it was traced"
+    ):
         model(images().abs())

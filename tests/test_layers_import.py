@@ -77,7 +77,7 @@ def test_graph_knows_no_method():
 
 
 def test_a_method_knows_no_other_method():
-    shared = {"base", "layer", "instance", "schedule"}
+    shared = {"base", "layer", "instance"}
     # CNSN is CrossNorm, then SelfNorm.
     parts = {"cnsn": {"crossnorm", "selfnorm"}}
     for path in (ROOT / "methods").glob("*.py"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from normswap.errors import ConversionError
+from normswap.functional.schedule import Schedule
 from normswap.methods.crossnorm import CrossNorm
-from normswap.methods.schedule import Schedule
 
 COUNT = 10_000
 

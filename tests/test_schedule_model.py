@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from normswap.errors import NormswapError
+from normswap.functional.schedule import Schedule
 from normswap.methods.crossnorm import CrossNorm
-from normswap.methods.schedule import Schedule
 
 
 class Site(nn.Module):
@@ -116,6 +116,21 @@ def test_checkpointing_that_reenters_recomputes_with_the_same_draw():
             part(x).square().sum().backward()
             results.append(x.grad)
         assert torch.equal(*results)
+
+
+def test_a_recomputation_leaves_no_draw_behind():
+    schedule, forwards = Schedule(1.0, 8, 64), []
+
+    def part(x):
+        schedule.begin()
+        forwards.append([schedule.fires(site) for site in range(64)])
+        return x.sin()
+
+    x = torch.randn(3, requires_grad=True)
+    checkpoint(part, x, use_reentrant=False).sum().backward()
+    first, again = forwards
+    assert first == again
+    assert [schedule.fires(site) for site in range(64)] != first
 
 
 def test_a_recomputation_that_is_not_known_is_an_error():

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from normswap.functional.schedule import Schedule
 from normswap.methods.base import InsertedMethod, register_method
-from normswap.methods.crossnorm import CrossNorm, CrossNormOptions, ScheduledCrossNorm
-from normswap.methods.schedule import Schedule
-from normswap.methods.selfnorm import SelfNorm, SelfNormOptions
+from normswap.methods.crossnorm import CrossNormOptions, ScheduledCrossNorm
+from normswap.methods.selfnorm import SelfNormOptions
 from normswap.sites import Place
 
 
@@ -17,8 +17,8 @@ class CNSN(nn.Module):
     ``y = SelfNorm(CrossNorm(x))``; in eval, ``y = SelfNorm(x)``.
 
     Args:
-        crossnorm: widens the training distribution; has no parameters.
-        selfnorm: bridges training and test distribution; has all the parameters.
+        crossnorm: a `CrossNorm`; widens the training distribution, has no parameters.
+        selfnorm: a `SelfNorm`; bridges training and test distribution, has all the parameters.
 
     Shape:
         x: (N, C, *), any number of trailing dimensions including none; result: as x.
@@ -26,7 +26,7 @@ class CNSN(nn.Module):
     Source: Tang et al., ICCV 2021, arXiv 2102.02811, section 5, code ``CNSN``.
     """
 
-    def __init__(self, crossnorm: CrossNorm, selfnorm: SelfNorm) -> None:
+    def __init__(self, crossnorm: nn.Module, selfnorm: nn.Module) -> None:
         super().__init__()
         self.crossnorm = crossnorm
         self.selfnorm = selfnorm

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError, InputError, UnknownNameError
+from normswap.functional.schedule import Schedule
 from normswap.functional.style import cross_norm, draw_box
 from normswap.methods.base import InsertedMethod, register_method
-from normswap.methods.schedule import Schedule
 from normswap.sites import Place
 
 CROPS = ("neither", "style", "content", "both")

@@ -78,7 +78,6 @@ class Gate(nn.Module):
         z = F.batch_norm(z, *running, self.bn_weight, self.bn_bias, batch, 0.1, 1e-5)
         return self.scale * torch.sigmoid(z.to(mean.dtype))
 
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:

@@ -24,8 +24,9 @@ class Schedule:
     graph and answers are tensors.
 
     A site that asks twice in a draw begins the next one, so that running a part of the model
-    without its root does not repeat one draw for ever. Inside `torch.compile` such a part has no
-    state to keep: there each site fires by itself with probability ``p * active / num_sites``.
+    without its root does not repeat one draw for ever. A part that is compiled by itself, apart
+    from the root, has no state to keep: there each site fires with probability
+    ``p * active / num_sites``, whatever the others do.
 
     Each thread has its own draw: replicas of `DataParallel` share this object.
 
