@@ -55,10 +55,10 @@ def test_contexts_are_refused(method):
 
 @EACH
 def test_a_batch_equals_its_samples_one_by_one_and_in_any_order(method):
-    model, x = trained(method), images()
+    model, x = trained(method).double(), images().double()
     together = model(x)
     apart = torch.cat([model(x[i : i + 1]) for i in range(4)])
-    bound = 1e-5 * float(together.abs().max())
+    bound = 1e-12 * float(together.abs().max())
     assert float((together - apart).abs().max()) <= bound
     assert float((model(x.flip(0)).flip(0) - together).abs().max()) <= bound
 
@@ -88,11 +88,12 @@ def test_copies_share_no_schedule_with_the_original(method):
     clone = copy.deepcopy(model)
 
     def schedules(root):
-        found = {id(m.schedule) for m in root.modules() if hasattr(m, "schedule")}
-        return found | {id(s) for s in [root._normswap.schedule] if "_normswap" in vars(root) and s}
+        return {id(m.schedule) for m in root.modules() if hasattr(m, "schedule")}
 
     assert not schedules(model) & schedules(clone)
-    assert len(schedules(clone)) <= 1
+    assert len(schedules(clone)) == (method != "selfnorm")
+    if method != "selfnorm":
+        assert id(clone._normswap.schedule) in schedules(clone)
 
 
 @EACH
@@ -118,14 +119,12 @@ def test_compiles_as_one_graph(method, training):
     model = trained(method)
     torch._dynamo.reset()
     model.train(training)
-    expected = None if training else model(images())
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    y = compiled(images()) if expected is None else compiled(images())
-    assert y.shape == (4, 7)
+    x = images()
+    y = compiled(x)
     y.sum().backward()
-    if expected is not None:
-        x = images()
-        assert float((compiled(x) - model(x)).abs().max()) <= 1e-5 * float(model(x).abs().max())
+    if not training:
+        assert torch.allclose(y, model(x), rtol=1e-4, atol=1e-5)
 
 
 @EACH
@@ -165,7 +164,5 @@ def test_a_container_that_stops_being_traceable_is_an_error_not_a_silent_skip(me
 
     model = normswap.convert(Block().eval(), method, placement="post")
     model.odd = True
-    with pytest.raises(
-        normswap.ConversionError, match="expected the model to run as it was traced"
-    ):
+    with pytest.raises(normswap.ConversionError, match="to run as it was traced"):
         model(images().abs())
