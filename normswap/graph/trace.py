@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.graph import patches as p
+from normswap.graph.hazards import Watch
 from normswap.graph.patches import Patches, TraceFailure
 from normswap.graph.tracer import ContainerTracer, LiveCalls, Traced
 from normswap.graph.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
@@ -108,8 +109,7 @@ class TraceSession:
             wrapped = p.wrap_leaf(getattr(math, name), self._record, self._enter_globals)
             self._patches.set(math, name, wrapped)
         for layer in self.layers:
-            if "forward" in vars(layer):
-                self._patches.set(layer, "forward", self._layer_forward(vars(layer)["forward"]))
+            self._patches.set(layer, "forward", self._layer_forward(layer.forward))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -150,10 +150,9 @@ class TraceSession:
         for name, value in list(table.items()):
             if value is _CHECKPOINT:
                 self._local.set(table, name, self._checkpoint)
-        if "isinstance" not in table:
-            self._local.set(table, "isinstance", p.symbolic_isinstance)
-        if "hasattr" not in table:
-            self._local.set(table, "hasattr", p.symbolic_hasattr)
+        for name, stand_in in p.STAND_INS.items():
+            if name not in table:
+                self._local.set(table, name, stand_in)
 
     def trace(
         self,
@@ -189,7 +188,7 @@ class TraceSession:
             self._tracer = tracer
             for table in p.globals_of(forward, type(root)):
                 self._enter_globals(table)
-            with LiveCalls(tracer):
+            with LiveCalls(tracer), Watch(self._entered):
                 output = call(forward, root, values)
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
         except TraceFailure:

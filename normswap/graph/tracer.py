@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from normswap.graph.patches import TraceFailure
+from normswap.graph.patches import TraceFailure, is_torch
 from normswap.graph.region import Region, split_options
 from normswap.graph.values import any_leaf, describe, find_other, rebuild
 
@@ -23,6 +23,11 @@ class Value(fx.Proxy):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(Tensor, name):
+            raise TraceFailure(f"sets .{name} of a tensor inside forward")
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if self.node.meta.get("tensor") and not hasattr(Tensor, name):
@@ -152,7 +157,10 @@ class ContainerTracer(fx.Tracer):
             parent = path.rpartition(".")[0]
             children = tuple(self.root.get_submodule(parent)._modules)
             self.result.structure[parent] = children
-        return self.create_proxy("call_module", path, args, kwargs)
+        proxy = self.create_proxy("call_module", path, args, kwargs)
+        # Layers of torch and norms return tensors; another module may return anything.
+        proxy.node.meta["tensor"] = not module._modules and is_torch(type(module).__module__)
+        return proxy
 
     def checkpoint(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Trace a checkpointed function apart and record its call."""
