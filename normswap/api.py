@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def convert(
     parsed = parse_options(chosen, options)
     given = make_contexts(contexts, priors, unknown)
     check_model(model)
-    rows, _ = decide(model, chosen, select, exclude)
+    rows, sites = decide(model, chosen, select, exclude)
     inputs: Any = "verify=False" if not verify else example_inputs
     if verify and inputs is None:
         inputs = make_inputs(model)
@@ -80,11 +81,11 @@ def convert(
         expected = eval_outputs(model, inputs)
     target = model if inplace else copy.deepcopy(model)
     record = Record(method, parsed, given, rows, type(model).__name__)
-    if rows[0].fqn == "" and rows[0].action == "replaced":
-        return convert_bare(target, chosen, record)
+    if sites[0].fqn == "":
+        return convert_bare(target, chosen, record, sites[0])
     surgery = Surgery(target)
     try:
-        operate(surgery, chosen, record, select, exclude)
+        operate(surgery, chosen, record, sites)
         if expected is None:
             record.verification = Verification(reason=inputs)
         else:
@@ -120,13 +121,18 @@ def plan(
         ConversionError: what `convert` would raise.
         UnknownNameError: an unknown method or context.
     """
+    chosen = get_method(method)
+    parsed = parse_options(chosen, options)
+    given = make_contexts(contexts, priors, unknown)
     check_model(model)
+    rows, sites = decide(model, chosen, select, exclude)
+    sites = [replace(site, device=torch.device("meta")) for site in sites]
     shell = structure_copy(model)
-    arguments: dict[str, Any] = {"contexts": contexts, "select": select, "exclude": exclude}
-    arguments.update(unknown=unknown, priors=priors, inplace=True, verify=False, **options)
-    report = summary(convert(shell, method, **arguments))
-    report.verification = None
-    return report
+    record = Record(method, parsed, given, rows, type(model).__name__)
+    if sites[0].fqn == "":
+        return _summarise(convert_bare(shell, chosen, record, sites[0]), record)
+    operate(Surgery(shell), chosen, record, sites)
+    return _summarise(shell, record)
 
 
 def structure_copy(model: nn.Module) -> nn.Module:

@@ -60,9 +60,10 @@ def make_contexts(contexts: int | Sequence[str] | None, priors: Any, unknown: st
 
 def decide(
     model: nn.Module, method: Method, select: Selector, exclude: Selector
-) -> tuple[list[Row], list[tuple[Site, nn.Module]]]:
+) -> tuple[list[Row], list[Site]]:
     """Return a row for every norm, and the sites to replace."""
-    rows, chosen = [], []
+    rows: list[Row] = []
+    chosen: list[Site] = []
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     for fqn, module, aliases in find_norms(model):
         size = sum(p.numel() for p in module.parameters())
@@ -82,7 +83,7 @@ def decide(
             row.reason = method.refuse(site) or ""
             if not row.reason:
                 row.action = "replaced"
-                chosen.append((site, module))
+                chosen.append(site)
     if not chosen:
         raise ConversionError(_nothing_to_replace(model, rows))
     return rows, chosen
@@ -101,22 +102,19 @@ def _nothing_to_replace(model: nn.Module, rows: list[Row]) -> str:
     )
 
 
-def operate(
-    surgery: Surgery, method: Method, record: Record, select: Selector, exclude: Selector
-) -> None:
+def operate(surgery: Surgery, method: Method, record: Record, sites: list[Site]) -> None:
     """Swap every chosen norm and thread the context to it."""
-    _, chosen = decide(surgery.model, method, select, exclude)
     scope = Scope(record.contexts.count, record.contexts.names)
-    replaced = {row.fqn: row for row in record.rows if row.action == "replaced"}
-    built = [
-        (site, _build(method, site, module, record, scope, replaced[site.fqn]))
-        for site, module in chosen
+    rows = {row.fqn: row for row in record.rows}
+    layers = [
+        _build(method, site, surgery.model.get_submodule(site.fqn), record, scope, rows[site.fqn])
+        for site in sites
     ]
-    for site, layer in built:
+    for site, layer in zip(sites, layers, strict=True):
         surgery.swap((site.fqn, *site.aliases), layer)
     if method.needs_context:
-        names = [name for site, _ in built for name in (site.fqn, *site.aliases)]
-        surgery.install(names, scope, tuple({type(layer) for _, layer in built}))
+        names = [name for site in sites for name in (site.fqn, *site.aliases)]
+        surgery.install(names, scope, tuple({type(layer) for layer in layers}))
 
 
 def _build(
@@ -132,10 +130,8 @@ def _build(
     return layer
 
 
-def convert_bare(model: nn.Module, method: Method, record: Record) -> nn.Module:
+def convert_bare(model: nn.Module, method: Method, record: Record, site: Site) -> nn.Module:
     """Convert a model that is itself a norm; a layer replaces it."""
-    site = read_site("", model)
-    assert isinstance(site, Site)
     scope = Scope(record.contexts.count, record.contexts.names)
     layer = _build(method, site, model, record, scope, record.rows[0])
     record.verification = Verification(reason="the model is a single norm")

@@ -122,6 +122,15 @@ def test_select_takes_globs_patterns_types_predicates_and_lists(select, replaced
     assert report.count(action="kept") == len(report.rows) - len(replaced)
 
 
+def test_a_predicate_sees_the_modules_of_the_model_itself():
+    net = Net()
+    chosen = lambda name, module: module is net.blocks[1].bn  # noqa: E731
+    assert normswap.plan(net, select=chosen).count(action="replaced") == 1
+    model = normswap.convert(net, select=chosen)
+    assert isinstance(model.blocks[1].bn, normswap.ContextNormX)
+    assert isinstance(model.norm, nn.BatchNorm2d)
+
+
 def test_exclude_wins_over_select():
     report = normswap.plan(Net(), select="blocks.*", exclude="*.1.bn")
     assert [row.fqn for row in report.rows if row.action == "replaced"] == ["blocks.0.bn"]
