@@ -12,6 +12,7 @@ from torch import nn
 
 from normswap.functional.labels import Context, wrong_length
 from normswap.graph.prepare import prepare
+from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState, Variant, own_forward
 from normswap.graph.trace import TraceSession, tracing
 from normswap.graph.values import describe
@@ -21,13 +22,15 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     """Run a container: the forward of every converted container ends here."""
     if tracing():
         return own_forward(module, values)
-    state: ContainerState = module._normswap  # type: ignore[assignment]
+    state: ContainerState | None = vars(module).get("_normswap") or _adopt(module)
+    if state is None:
+        return own_forward(module, values)
     leaves: list[Any] = []
     key = tuple([describe(value, leaves, False) for value in values])
     if key in state.exact:
         leaves = []
         key = tuple([describe(value, leaves, True) for value in values])
-    context = _resolve(state, leaves, context)
+    context = _resolve(state, values, leaves, context)
     for variant in state.variants.get(key, ()):
         if variant.holds(module):
             break
@@ -39,6 +42,22 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     if variant.run is not None:
         return variant.run(module, *leaves, context)
     return _run_scoped(module, state, values, context)
+
+
+def _adopt(module: nn.Module) -> ContainerState | None:
+    """Make a container of a module that a class made of itself, as slicing a Sequential does.
+
+    Returns:
+        Its state; None where there is no norm below it.
+    """
+    norms = [m for m in module.modules() if isinstance(getattr(m, "scope", None), Scope)]
+    if not norms:
+        return None
+    scope: Any = norms[0].scope
+    kinds = tuple({type(m) for m in norms})
+    state = ContainerState("(slice)", scope, kinds, str(norms[0].site))
+    module.__dict__["_normswap"] = state
+    return state
 
 
 def _run_new(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
@@ -55,7 +74,9 @@ def _run_scoped(module: nn.Module, state: ContainerState, values: Any, context: 
         state.scope.leave(outer)
 
 
-def _resolve(state: ContainerState, leaves: list[Any], context: Any) -> Context | None:
+def _resolve(
+    state: ContainerState, values: tuple[Any, ...], leaves: list[Any], context: Any
+) -> Context | None:
     """Return the context of this call, checked where it enters the model."""
     if type(context) is Context:
         return context
@@ -65,14 +86,17 @@ def _resolve(state: ContainerState, leaves: list[Any], context: Any) -> Context 
         device = next((leaf.device for leaf in leaves if hasattr(leaf, "device")), None)
         resolved = state.scope.resolve(context, device)
     if resolved is not None and state.fqn == "":
-        _check_length(state, leaves, resolved)
+        _check_length(state, values, leaves, resolved)
     return resolved
 
 
-def _check_length(state: ContainerState, leaves: list[Any], context: Context) -> None:
+def _check_length(
+    state: ContainerState, values: tuple[Any, ...], leaves: list[Any], context: Context
+) -> None:
+    """Refuse labels that no argument has as many samples as: rows of a tensor, or a list's items."""
     given = context.labels.shape[0]
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    if not sizes or (given == 1 and context.unknown is False):
+    if not sizes or (given == 1 and context.unknown is False) or given in sizes:
         return
-    if not any(given == size for size in sizes) and given != len(sizes):
+    if given not in [len(value) for value in values if isinstance(value, list | tuple)]:
         raise wrong_length(sizes[0], given, state.first_norm)

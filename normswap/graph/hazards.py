@@ -36,17 +36,17 @@ class Test(NamedTuple):
 
 
 class Hazards(NamedTuple):
-    """What to watch in a function: tests by offset of their instruction, and whether it catches."""
+    """What to watch in a function: tests by offset of their instruction; what refuses it at once."""
 
     tests: dict[int, Test]
-    catches: bool
+    refused: str
 
 
 @functools.lru_cache(maxsize=4096)
 def find_hazards(code: types.CodeType) -> Hazards:
     """Read the instructions of a function."""
     tests: dict[int, Test] = {}
-    catches = False
+    refused = ""
     names: list[str] = []
     previous: list[dis.Instruction] = []
     for step in dis.get_instructions(code):
@@ -59,23 +59,26 @@ def find_hazards(code: types.CodeType) -> Hazards:
             names += [step.argval] if isinstance(step.argval, str) else step.argval
         elif name.startswith(_ENDS) and not name.startswith("STORE_FAST_LOAD"):
             names = []
-        catches = catches or name in _CATCHES
-        catches = catches or (
-            bool(previous) and previous[-1].opname == "PUSH_EXC_INFO" and name == "POP_TOP"
-        )
+        bare = bool(previous) and previous[-1].opname == "PUSH_EXC_INFO" and name == "POP_TOP"
+        if name in _CATCHES or bare:
+            refused = "catches exceptions"
+        elif name == "STORE_GLOBAL":
+            refused = "sets a global variable"
         previous.append(step)
-    return Hazards(tests, catches)
+    return Hazards(tests, refused)
 
 
 class Watch:
-    """Watches the functions of some modules while a trace runs in this thread.
+    """Watches the functions that run in this thread while a trace does.
 
     Args:
-        tables: ids of the globals of those modules; may grow.
+        enter: told the globals of each; returns whether they are a forward's own, not a library's.
+        names: collects the names they look up.
     """
 
-    def __init__(self, tables: set[int]) -> None:
-        self._tables = tables
+    def __init__(self, enter: Callable[[dict[str, Any]], bool], names: set[str]) -> None:
+        self._enter = enter
+        self._names = names
         self._outer: Any = None
 
     def __enter__(self) -> None:
@@ -88,11 +91,12 @@ class Watch:
     def _enter_frame(
         self, frame: types.FrameType, event: str, arg: Any
     ) -> Callable[..., Any] | None:
-        if id(frame.f_globals) not in self._tables:
+        if not self._enter(frame.f_globals):
             return None
+        self._names.update(frame.f_code.co_names)
         hazards = find_hazards(frame.f_code)
-        if hazards.catches:
-            raise TraceFailure("catches exceptions inside forward")
+        if hazards.refused:
+            raise TraceFailure(f"{hazards.refused} inside forward")
         if not hazards.tests:
             return None
         frame.f_trace_opcodes = True

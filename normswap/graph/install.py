@@ -8,7 +8,12 @@ from torch import nn
 
 from normswap.graph.container import dispatch
 from normswap.graph.prepare import prepare_default
-from normswap.graph.signature import any_parameters, parameters_of, write_forward
+from normswap.graph.signature import (
+    any_parameters,
+    declared_parameters,
+    parameters_of,
+    write_forward,
+)
 from normswap.graph.state import ContainerState
 from normswap.graph.trace import TraceSession
 
@@ -49,7 +54,11 @@ def converted_class(base: Any, generic: bool = False) -> Any:
         base: the class.
         generic: whether the forward takes any arguments, since it was replaced on an instance.
     """
-    written = write_forward(any_parameters() if generic else parameters_of(base.forward), dispatch)
+    if generic:
+        written = write_forward(any_parameters(), dispatch)
+    else:
+        declared = declared_parameters(base.forward)
+        written = write_forward(parameters_of(base.forward), dispatch, declared)
     for name in ("__doc__", "__annotations__"):
         if not generic and hasattr(base.forward, name):
             setattr(written.forward, name, getattr(base.forward, name))

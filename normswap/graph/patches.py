@@ -73,6 +73,13 @@ def is_torch(module_name: str | None) -> bool:
     )
 
 
+def is_library(module_name: str | None) -> bool:
+    """Return whether a module is part of torch, of Python or of this package."""
+    return is_torch(module_name) or (
+        module_name is not None and module_name.partition(".")[0] in sys.stdlib_module_names
+    )
+
+
 def leaf_names(table: dict[str, Any], inline: bool) -> list[tuple[str, Any]]:
     """Return the functions among a module's globals that a graph calls instead of entering.
 

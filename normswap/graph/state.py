@@ -105,10 +105,9 @@ def walk(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
 
 def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
     """Run the forward the module had before conversion."""
-    state: ContainerState = module._normswap  # type: ignore[assignment]
+    state: ContainerState | None = vars(module).get("_normswap")
     cls: Any = type(module)
-    if state.override is not None:
-        return cls.spread(
-            lambda _, *args, **kwargs: state.override(*args, **kwargs), module, values
-        )
+    override = None if state is None else state.override
+    if override is not None:
+        return cls.spread(lambda _, *args, **kwargs: override(*args, **kwargs), module, values)
     return cls.spread(cls.converted_from.forward, module, values)

@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 
 from normswap.graph import patches as p
 from normswap.graph.hazards import Watch
+from normswap.graph.held import restore
 from normswap.graph.patches import Patches, TraceFailure
-from normswap.graph.tracer import ContainerTracer, LiveCalls, Traced
+from normswap.graph.tracer import SWITCHES, ContainerTracer, LiveCalls, Traced
 from normswap.graph.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
 
 _LOCK = threading.RLock()
@@ -102,6 +103,9 @@ class TraceSession:
         self._patches.set(nn.Module, "__setattr__", setattribute)
         self._patches.set(torch.autograd.Function, "apply", classmethod(apply_function))
         self._patches.set(torch.utils.checkpoint, "checkpoint", self._checkpoint)
+        self._patches.set(torch.jit, "isinstance", p.symbolic_isinstance)
+        for switch in (torch.autocast, torch.inference_mode):
+            self._patches.set(switch, "__enter__", self._refuse_switch(vars(switch)["__enter__"]))
         self._patches.set(torch, "is_tensor", lambda v: p.symbolic_isinstance(v, Tensor))
         for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"):
             self._patches.set(torch, name, p.ask_user_only(getattr(torch, name), name))
@@ -125,6 +129,14 @@ class TraceSession:
 
         return forward
 
+    def _refuse_switch(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def enter(switch: Any) -> Any:
+            if self.tracer is not None:
+                raise TraceFailure(SWITCHES)
+            return original(switch)
+
+        return enter
+
     def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         assert self.tracer is not None
         return self.tracer.create_proxy("call_function", function, args, kwargs)
@@ -134,10 +146,16 @@ class TraceSession:
             return _CHECKPOINT(function, *args, **kwargs)
         return self.tracer.checkpoint(function, args, kwargs)
 
-    def _enter_globals(self, table: dict[str, Any]) -> None:
-        """Replace the free functions a function in these globals may call."""
-        if self.tracer is None or id(table) in self._entered or p.is_torch(table.get("__name__")):
-            return
+    def _enter_globals(self, table: dict[str, Any]) -> bool:
+        """Replace the free functions a function in these globals may call.
+
+        Returns:
+            Whether they may be those of a forward: not torch's or the standard library's.
+        """
+        if id(table) in self._entered:
+            return True
+        if self.tracer is None or p.is_library(table.get("__name__")):
+            return False
         self._entered.add(id(table))
         key = (id(table), self._inline)
         if key not in self._tables:
@@ -153,6 +171,7 @@ class TraceSession:
         for name, stand_in in p.STAND_INS.items():
             if name not in table:
                 self._local.set(table, name, stand_in)
+        return True
 
     def trace(
         self,
@@ -188,7 +207,7 @@ class TraceSession:
             self._tracer = tracer
             for table in p.globals_of(forward, type(root)):
                 self._enter_globals(table)
-            with LiveCalls(tracer), Watch(self._entered):
+            with LiveCalls(tracer), Watch(self._enter_globals, tracer.held.names):
                 output = call(forward, root, values)
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
         except TraceFailure:
@@ -199,24 +218,24 @@ class TraceSession:
         finally:
             self._tracer = None
             self._local.undo()
-        self._check_untouched(tracer, before)
+            self._check_untouched(tracer, before)
+        tracer.result.reads.update(tracer.held.settings())
         return tracer.result
 
     def _check_untouched(self, tracer: ContainerTracer, before: list[Any]) -> None:
         if _random_states() != before:
             random.setstate(before[0])
             raise TraceFailure("draws Python or NumPy random numbers inside forward")
+        changed = ""
         for (path, name), value in tracer.result.reads.items():
             now = getattr(tracer.root.get_submodule(path), name)
             if type(now) is not type(value) or now != value:
                 if isinstance(now, list | dict | set):
-                    _restore(now, value)
-                raise TraceFailure(f"changes .{name} inside forward")
-
-
-def _restore(target: Any, value: Any) -> None:
-    target.clear()
-    target.extend(value) if isinstance(target, list) else target.update(value)
+                    restore(now, value)
+                changed = changed or name
+        tracer.held.release()
+        if changed:
+            raise TraceFailure(f"changes .{changed} inside forward")
 
 
 def _named_apply(cls: Any) -> Callable[..., Any]:
