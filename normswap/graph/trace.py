@@ -36,7 +36,10 @@ def tracing() -> bool:
 
 def _random_states() -> list[Any]:
     numpy = sys.modules.get("numpy")
-    return [random.getstate(), None if numpy is None else str(numpy.random.get_state())]
+    if numpy is None:
+        return [random.getstate(), None]
+    state = numpy.random.get_state()
+    return [random.getstate(), (state[1].tobytes(), *state[2:])]
 
 
 class TraceSession:
@@ -54,6 +57,7 @@ class TraceSession:
         self._local = Patches()
         self._tables: dict[tuple[int, bool], list[tuple[str, Any]]] = {}
         self._entered: set[int] = set()
+        self._library: set[int] = set()
         self._inline = False
 
     @property
@@ -152,18 +156,24 @@ class TraceSession:
         Returns:
             Whether they may be those of a forward: not torch's or the standard library's.
         """
-        if id(table) in self._entered:
-            return True
-        if self.tracer is None or p.is_library(table.get("__name__")):
+        key = id(table)
+        if key in self._library:
             return False
-        self._entered.add(id(table))
-        key = (id(table), self._inline)
-        if key not in self._tables:
-            self._tables[key] = [
+        if key in self._entered:
+            return True
+        if self.tracer is None:
+            return False
+        if p.is_library(table.get("__name__")):
+            self._library.add(key)
+            return False
+        self._entered.add(key)
+        leaves = (key, self._inline)
+        if leaves not in self._tables:
+            self._tables[leaves] = [
                 (name, p.wrap_leaf(function, self._record, self._enter_globals))
                 for name, function in p.leaf_names(table, self._inline)
             ]
-        for name, wrapped in self._tables[key]:
+        for name, wrapped in self._tables[leaves]:
             self._local.set(table, name, wrapped)
         for name, value in list(table.items()):
             if value is _CHECKPOINT:
