@@ -34,6 +34,7 @@ class ContextLayer(nn.Module):
     """
 
     context_argument = "context"
+    priors: Tensor
 
     def __init__(self, num_features: int, num_contexts: int, unknown: str | int = "pooled") -> None:
         super().__init__()
@@ -80,6 +81,11 @@ class ContextLayer(nn.Module):
     @abstractmethod
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
+
+    def mixing(self, dtype: torch.dtype) -> Tensor:
+        """Return lambda, (K,), summing to one again after what a cast rounded."""
+        priors = self.priors.to(dtype)
+        return priors / priors.sum()
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[1] != self.num_features:
@@ -170,3 +176,37 @@ def load_shared(
             if name in scales:
                 value = value * scales[name].to(value)
             state[prefix + name] = value
+
+
+def fill_affine(state: dict[str, Any], prefix: str, num_features: int) -> None:
+    """Complete the state dict of a base norm that has no weight or no bias, in place."""
+    mean = state.get(prefix + "running_mean")
+    if isinstance(mean, Tensor) and mean.shape == (num_features,):
+        state.setdefault(prefix + "weight", torch.ones_like(mean))
+        state.setdefault(prefix + "bias", torch.zeros_like(mean))
+
+
+def make_priors(
+    priors: Tensor | None,
+    num_contexts: int,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Return lambda for a layer, (K,): uniform by default; float64 only in a float64 layer.
+
+    Raises:
+        ContextError: not K positive values that sum to one.
+    """
+    wide = (dtype or torch.get_default_dtype()) == torch.float64
+    if priors is None:
+        priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
+    elif (
+        priors.shape != (num_contexts,)
+        or not bool((priors > 0).all())
+        or abs(float(priors.double().sum()) - 1) > 1e-3
+    ):
+        raise ContextError(
+            f"expected `priors` of {num_contexts} positive values that sum to one, "
+            f"got {priors.tolist()}; normswap.contexts.check_priors scales counts"
+        )
+    return priors.to(device=device, dtype=torch.float64 if wide else torch.float32)
