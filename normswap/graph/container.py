@@ -93,7 +93,7 @@ def _resolve(
 def _check_length(
     state: ContainerState, values: tuple[Any, ...], leaves: list[Any], context: Context
 ) -> None:
-    """Refuse labels that no argument has as many samples as: rows of a tensor, or a list's items."""
+    """Refuse labels unless an argument has as many samples: rows of a tensor, items of a list."""
     given = context.labels.shape[0]
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()]
     if not sizes or (given == 1 and context.unknown is False) or given in sizes:

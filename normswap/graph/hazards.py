@@ -36,7 +36,7 @@ class Test(NamedTuple):
 
 
 class Hazards(NamedTuple):
-    """What to watch in a function: tests by offset of their instruction; what refuses it at once."""
+    """What to watch in a function: tests by offset of instruction, and what refuses it at once."""
 
     tests: dict[int, Test]
     refused: str
@@ -123,8 +123,10 @@ def is_something(node: fx.Node) -> bool:
     if node.op == "call_method":
         return target not in _OPTIONAL and base is not None and is_something(base)
     if node.op == "call_module":
-        return bool(node.meta.get("tensor"))
+        return bool(node.meta.get("something"))
     name = getattr(target, "__name__", "")
+    if name == "multi_head_attention_forward":  # its second result may be None
+        return False
     if name in ("getitem", "getattr"):
         optional = len(node.args) > 1 and node.args[1] in _OPTIONAL
         return not optional and base is not None and is_something(base)

@@ -6,6 +6,7 @@ what the forward changes in them it would change while tracing only, so that end
 
 import enum
 import random
+import sys
 import types
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from normswap.graph.patches import TraceFailure
 _PLAIN = (
     *(bool, int, float, str, bytes, type(None), type, enum.Enum),
     *(torch.dtype, torch.device, torch.memory_format),
-    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
+    *(types.FunctionType, types.BuiltinFunctionType),
 )
 _MOST_PARTS = 64
 _DEPTH = 3
@@ -48,6 +49,15 @@ def restore(target: Any, value: Any) -> None:
     """Give a list, dict or set its former contents."""
     target.clear()
     target.extend(value) if isinstance(target, list) else target.update(value)
+
+
+def random_states() -> list[Any]:
+    """Return the states of Python's and NumPy's generators, to be compared."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return [random.getstate(), None]
+    state = numpy.random.get_state()
+    return [random.getstate(), (state[1].tobytes(), *state[2:])]
 
 
 def _contents(value: Any) -> Any:

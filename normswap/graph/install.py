@@ -75,12 +75,22 @@ def converted_class(base: Any, generic: bool = False) -> Any:
             with TraceSession(state.layers) as session:
                 prepare_default(self, session)
 
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        # Graphs call submodules by name; a forward may branch on whether there is one.
+        held = vars(self).get("_modules", ())
+        base.__setattr__(self, name, value)
+        if name in held or isinstance(value, nn.Module):
+            state: ContainerState | None = vars(self).get("_normswap")
+            if state is not None:
+                state.variants.clear()
+
     body = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": reduce,
         "__setstate__": set_state,
+        "__setattr__": set_attribute,
         "forward": written.forward,
         "spread": staticmethod(written.spread),
         "example_values": staticmethod(written.examples),

@@ -102,7 +102,7 @@ def leaf_names(table: dict[str, Any], inline: bool) -> list[tuple[str, Any]]:
 def wrap_leaf(
     function: Callable[..., Any],
     record: Callable[[Callable[..., Any], Any, Any], Any],
-    enter: Callable[[dict[str, Any]], None],
+    enter: Callable[[dict[str, Any]], bool],
 ) -> Callable[..., Any]:
     """Return a function that records its call when an argument is symbolic.
 

@@ -23,6 +23,7 @@ class Variant:
         calls: paths of the submodules the graph calls.
         threaded: those of them that are passed the context.
         direct: paths of tensors the graph reads itself.
+        something: whether it certainly returns a tensor, not None.
     """
 
     run: Callable[..., Any] | None
@@ -32,6 +33,7 @@ class Variant:
     calls: tuple[str, ...] = ()
     threaded: tuple[tuple[str, ...], ...] = ()
     direct: tuple[str, ...] = ()
+    something: bool = False
 
     def holds(self, module: nn.Module) -> bool:
         """Return whether everything the trace depended on is as it was."""

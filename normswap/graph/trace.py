@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from normswap.graph import patches as p
 from normswap.graph.hazards import Watch
-from normswap.graph.held import restore
+from normswap.graph.held import random_states, restore
 from normswap.graph.patches import Patches, TraceFailure
 from normswap.graph.tracer import SWITCHES, ContainerTracer, LiveCalls, Traced
 from normswap.graph.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
@@ -34,14 +34,6 @@ def tracing() -> bool:
     return bool(_OPEN) and _OPEN[-1].tracer is not None
 
 
-def _random_states() -> list[Any]:
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return [random.getstate(), None]
-    state = numpy.random.get_state()
-    return [random.getstate(), (state[1].tobytes(), *state[2:])]
-
-
 class TraceSession:
     """Traces containers; while it is open, module calls and reads go through the tracer.
 
@@ -49,7 +41,7 @@ class TraceSession:
         layers: classes of the norm layers, whose forward called by itself counts as a call.
     """
 
-    def __init__(self, layers: tuple[type, ...] = ()) -> None:
+    def __init__(self, layers: tuple[Any, ...] = ()) -> None:
         self.layers = layers
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
@@ -211,7 +203,7 @@ class TraceSession:
             leaves.append(proxy)
         supply: Iterator[Any] = iter(leaves)
         values = tuple(rebuild(kind, supply) for kind in kinds)
-        before = _random_states()
+        before = random_states()
         self._inline, self._entered = inline, set()
         try:
             self._tracer = tracer
@@ -233,7 +225,7 @@ class TraceSession:
         return tracer.result
 
     def _check_untouched(self, tracer: ContainerTracer, before: list[Any]) -> None:
-        if _random_states() != before:
+        if random_states() != before:
             random.setstate(before[0])
             raise TraceFailure("draws Python or NumPy random numbers inside forward")
         changed = ""

@@ -165,8 +165,7 @@ class ContainerTracer(fx.Tracer):
                 parent = parent.rpartition(".")[0]
                 self.result.structure[parent] = tuple(self.root.get_submodule(parent)._modules)
         proxy = self.create_proxy("call_module", path, args, kwargs)
-        # Layers of torch and norms return tensors; another module may return anything.
-        proxy.node.meta["tensor"] = not module._modules and is_torch(type(module).__module__)
+        proxy.node.meta["something"] = _returns_tensor(module)
         return proxy
 
     def checkpoint(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -215,12 +214,25 @@ class ContainerTracer(fx.Tracer):
                 if (id(value) in self.tensors)
                 else value
             )
-        if name not in _BASE:
+        of_class = callable(value) and name not in vars(module)
+        if name not in _BASE and not of_class:
             if is_plain(value):
                 self.result.reads.setdefault((path, name), snapshot(value))
             else:
                 self.held.hold(f"{path}.{name}".lstrip("."), value)
         return value
+
+
+def _returns_tensor(module: nn.Module) -> bool:
+    """Return whether a module is certain to: a layer of torch, a norm, a graph that ends so."""
+    state: Any = vars(module).get("_normswap")
+    variants = [] if state is None else [v for found in state.variants.values() for v in found]
+    if variants and all(variant.something for variant in variants):
+        return True
+    cls = getattr(type(module), "converted_from", type(module))
+    if cls is nn.Sequential:
+        return bool(module._modules) and _returns_tensor(module[-1])  # type: ignore[index]
+    return is_torch(cls.__module__) and cls is not nn.MultiheadAttention
 
 
 def _is_plain_subclass(a: Any) -> bool:
