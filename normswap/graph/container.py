@@ -13,6 +13,7 @@ from torch import nn
 from normswap.errors import ConversionError
 from normswap.functional.labels import Context, wrong_length
 from normswap.graph.prepare import prepare
+from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState, Variant, context_argument, own_forward
 from normswap.graph.trace import TraceSession, tracing
 from normswap.graph.values import describe
@@ -22,7 +23,9 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     """Run a container: the forward of every converted container ends here."""
     if tracing():
         return own_forward(module, values)
-    state: ContainerState = module._normswap  # type: ignore[assignment]
+    state: ContainerState | None = vars(module).get("_normswap") or _adopt(module)
+    if state is None:
+        return own_forward(module, values)
     if state.schedule is not None and module.training:
         state.schedule.begin(_device_of(values))
         try:
@@ -76,6 +79,22 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
             f"inserted in its residual blocks, but its forward {variant.reason}"
         )
     return _run_scoped(module, state, values, context)
+
+
+def _adopt(module: nn.Module) -> ContainerState | None:
+    """Make a container of a module that a class made of itself, as slicing a Sequential does.
+
+    Returns:
+        Its state; None where there is no norm below it.
+    """
+    norms = [m for m in module.modules() if isinstance(getattr(m, "scope", None), Scope)]
+    if not norms:
+        return None
+    scope: Any = norms[0].scope
+    kinds = tuple({type(m) for m in norms})
+    state = ContainerState("(slice)", scope, kinds, str(norms[0].site))
+    module.__dict__["_normswap"] = state
+    return state
 
 
 def _run_new(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:

@@ -8,7 +8,12 @@ from torch import nn
 
 from normswap.graph.container import dispatch
 from normswap.graph.prepare import prepare_default
-from normswap.graph.signature import any_parameters, parameters_of, write_forward
+from normswap.graph.signature import (
+    any_parameters,
+    declared_parameters,
+    parameters_of,
+    write_forward,
+)
 from normswap.graph.state import ContainerState
 from normswap.graph.trace import TraceSession
 
@@ -58,8 +63,11 @@ def converted_class(base: Any, generic: bool = False, contextual: bool = True) -
         generic: whether the forward takes any arguments, since it was replaced on an instance.
         contextual: whether it takes a context.
     """
-    parameters = any_parameters() if generic else parameters_of(base.forward)
-    written = write_forward(parameters, dispatch, contextual)
+    if generic:
+        written = write_forward(any_parameters(), dispatch, contextual)
+    else:
+        declared = declared_parameters(base.forward)
+        written = write_forward(parameters_of(base.forward), dispatch, contextual, declared)
     for name in ("__doc__", "__annotations__"):
         if not generic and hasattr(base.forward, name):
             setattr(written.forward, name, getattr(base.forward, name))
@@ -76,12 +84,22 @@ def converted_class(base: Any, generic: bool = False, contextual: bool = True) -
             with TraceSession(state.layers) as session:
                 prepare_default(self, session)
 
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        # Graphs call submodules by name; a forward may branch on whether there is one.
+        held = vars(self).get("_modules", ())
+        base.__setattr__(self, name, value)
+        if name in held or isinstance(value, nn.Module):
+            state: ContainerState | None = vars(self).get("_normswap")
+            if state is not None:
+                state.variants.clear()
+
     body = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": reduce,
         "__setstate__": set_state,
+        "__setattr__": set_attribute,
         "forward": written.forward,
         "spread": staticmethod(written.spread),
         "example_values": staticmethod(written.examples),

@@ -25,6 +25,7 @@ class Variant:
         calls: paths of the submodules the graph calls.
         threaded: those of them that are passed the context.
         direct: paths of tensors the graph reads itself.
+        something: whether it certainly returns a tensor, not None.
     """
 
     run: Callable[..., Any] | None
@@ -34,6 +35,7 @@ class Variant:
     calls: tuple[str, ...] = ()
     threaded: tuple[tuple[str, ...], ...] = ()
     direct: tuple[str, ...] = ()
+    something: bool = False
 
     def holds(self, module: nn.Module) -> bool:
         """Return whether everything the trace depended on is as it was."""
@@ -135,10 +137,9 @@ def walk(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
 
 def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
     """Run the forward the module had before conversion."""
-    state: ContainerState = module._normswap  # type: ignore[assignment]
+    state: ContainerState | None = vars(module).get("_normswap")
     cls: Any = type(module)
-    if state.override is not None:
-        return cls.spread(
-            lambda _, *args, **kwargs: state.override(*args, **kwargs), module, values
-        )
+    override = None if state is None else state.override
+    if override is not None:
+        return cls.spread(lambda _, *args, **kwargs: override(*args, **kwargs), module, values)
     return cls.spread(cls.converted_from.forward, module, values)

@@ -44,7 +44,8 @@ class Surgery:
             install(module, ContainerState(name, scope, layers, sites[0]))
             self._installed.append(module)
         with TraceSession(layers) as session:
-            for module, _ in containers:
+            # Children first: what a child returns tells what its parent may ask of it.
+            for module, _ in reversed(containers):
                 prepare_default(module, session)
 
     def add(self, module: nn.Module, name: str, layer: nn.Module) -> str:
