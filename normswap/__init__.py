@@ -15,6 +15,7 @@ from normswap.errors import UnknownNameError as UnknownNameError
 from normswap.errors import VerificationError as VerificationError
 from normswap.functional.schedule import Schedule as Schedule
 from normswap.graph.scope import use_context as use_context
+from normswap.methods.base import get_method as get_method
 from normswap.methods.base import methods as methods
 from normswap.methods.base import register_method as register_method
 from normswap.methods.cn import ContextNorm as ContextNorm
