@@ -138,6 +138,10 @@ class ContainerTracer(fx.Tracer):
             raise TraceFailure(f"passes a module ({type(a).__name__}) as an argument")
         if isinstance(a, dict) and type(a) is not dict:
             return self._create_mapping(a)
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            # A call, since before torch 2.10 generated code does not know the class by name.
+            args = tuple(self.create_arg(part) for part in a)
+            return self.create_node("call_function", type(a), args, {})
         if isinstance(a, list | tuple) and type(a) not in (list, tuple) and _is_plain_subclass(a):
             raise TraceFailure(f"builds a {type(a).__name__}")
         return TracerBase.create_arg(self, a)
