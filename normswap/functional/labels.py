@@ -61,7 +61,7 @@ def resolve_labels(
         if indices:
             _require_range(min(indices), max(indices), num_contexts, names)
         values = torch.tensor(indices, dtype=torch.int64, device=device)
-        whole = isinstance(labels, str | int)
+        whole = isinstance(labels, (str, int))
         return Context(values, any(index < 0 for index in indices), whole)
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise ContextError(
@@ -86,7 +86,7 @@ def _index(name: str, names: Sequence[str]) -> int:
 
 
 def _to_indices(labels: Any, names: Sequence[str]) -> list[int]:
-    if isinstance(labels, str | int):
+    if isinstance(labels, (str, int)):
         labels = [labels]
     try:
         items = list(labels)

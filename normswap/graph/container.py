@@ -141,7 +141,7 @@ def _batch_sizes(value: Any) -> list[int]:
         return [value.shape[0]] if value.dim() else []
     if isinstance(value, dict):
         return [size for part in value.values() for size in _batch_sizes(part)]
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         sizes = [size for part in value for size in _batch_sizes(part)]
         # A list of images, one a sample: detection models take batches so.
         if value and all(isinstance(v, torch.Tensor) and v.dim() <= 3 for v in value):

@@ -19,6 +19,11 @@ TENSOR = "tensor"
 NUMBER = "number"
 OTHER = "other"
 
+# Tuples, not unions: torch 2.9's compiler does not take isinstance of a union.
+_SYMBOLIC = (Tensor, fx.Proxy)
+_CONSTANTS = (str, enum.Enum)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
 
 def describe(value: Any, leaves: list[Any], exact: bool) -> Kind:
     """Return the kind of an argument and append its symbolic parts to `leaves`.
@@ -28,16 +33,16 @@ def describe(value: Any, leaves: list[Any], exact: bool) -> Kind:
         leaves: collects tensors, and numbers unless `exact`, in order.
         exact: whether numbers count as constants.
     """
-    if isinstance(value, Tensor | fx.Proxy):
+    if isinstance(value, _SYMBOLIC):
         leaves.append(value)
         return TENSOR
     if value is None:
         return None
     if isinstance(value, bool):
         return ("bool", value)
-    if isinstance(value, str | enum.Enum):
+    if isinstance(value, _CONSTANTS):
         return (type(value), value)
-    if isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+    if isinstance(value, _NUMBERS):
         if exact:
             return (NUMBER, value)
         leaves.append(value)
