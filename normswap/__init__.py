@@ -8,6 +8,7 @@ from normswap.api import summary as summary
 from normswap.api import verify as verify
 from normswap.errors import ContextError as ContextError
 from normswap.errors import ConversionError as ConversionError
+from normswap.errors import InputError as InputError
 from normswap.errors import MissingContextError as MissingContextError
 from normswap.errors import NormswapError as NormswapError
 from normswap.errors import UnknownNameError as UnknownNameError
@@ -16,5 +17,10 @@ from normswap.graph.scope import use_context as use_context
 from normswap.methods.base import methods as methods
 from normswap.methods.base import register_method as register_method
 from normswap.methods.cn import ContextNorm as ContextNorm
+from normswap.methods.cnsn import CNSN as CNSN
 from normswap.methods.cnx import ContextNormX as ContextNormX
+from normswap.methods.crossnorm import CrossNorm as CrossNorm
 from normswap.methods.instance import ContextInstanceNorm as ContextInstanceNorm
+from normswap.methods.schedule import Schedule as Schedule
+from normswap.methods.selfnorm import SelfNorm as SelfNorm
+from normswap.presets import PRESETS as PRESETS

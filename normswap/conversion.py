@@ -10,11 +10,12 @@ from normswap.contexts.priors import check_priors
 from normswap.errors import ConversionError, UnknownNameError
 from normswap.graph.scope import Scope
 from normswap.graph.surgery import Surgery
-from normswap.methods.base import Contexts, Method
+from normswap.insertion import find_places, insert, insert_at_input, place_at_input
+from normswap.methods.base import BaseMethod, Contexts, InsertedMethod, Method
 from normswap.methods.layer import POLICIES
 from normswap.report import Row, Verification
 from normswap.select import Selector, matches
-from normswap.sites import Site, find_norms, read_site
+from normswap.sites import Place, Site, find_norms, read_site
 
 RECORD = "_normswap_record"
 
@@ -58,7 +59,7 @@ def make_contexts(contexts: int | Sequence[str] | None, priors: Any, unknown: st
     return Contexts(names, check_priors(priors, len(names)), policy)
 
 
-def decide(
+def _decide(
     model: nn.Module, method: Method, select: Selector, exclude: Selector
 ) -> tuple[list[Row], list[Site]]:
     """Return a row for every norm, and the sites to replace."""
@@ -102,8 +103,9 @@ def _nothing_to_replace(model: nn.Module, rows: list[Row]) -> str:
     )
 
 
-def operate(surgery: Surgery, method: Method, record: Record, sites: list[Site]) -> None:
+def _replace(surgery: Surgery, method: BaseMethod, record: Record, sites: list[Site]) -> None:
     """Swap every chosen norm and thread the context to it."""
+    assert isinstance(method, Method)
     scope = Scope(record.contexts.count, record.contexts.names)
     rows = {row.fqn: row for row in record.rows}
     layers = [
@@ -130,10 +132,49 @@ def _build(
     return layer
 
 
-def convert_bare(model: nn.Module, method: Method, record: Record, site: Site) -> nn.Module:
+def convert_bare(model: nn.Module, method: BaseMethod, record: Record, site: Site) -> nn.Module:
     """Convert a model that is itself a norm; a layer replaces it."""
+    assert isinstance(method, Method)
     scope = Scope(record.contexts.count, record.contexts.names)
     layer = _build(method, site, model, record, scope, record.rows[0])
     record.verification = Verification(reason="the model is a single norm")
     layer.__dict__[RECORD] = record
     return layer
+
+
+def find_targets(
+    model: nn.Module,
+    method: BaseMethod,
+    options: Any,
+    placement: str | None,
+    select: Selector,
+    exclude: Selector,
+) -> tuple[list[Row], list[Any]]:
+    """Return a row for everything considered, and the sites or places chosen."""
+    if isinstance(method, InsertedMethod):
+        return find_places(model, method, placement, options, select, exclude)
+    if placement == "input":
+        return place_at_input(model)
+    if placement is not None:
+        raise ConversionError(
+            f"method {method.name!r} replaces norms where they are; expected placement=None, or "
+            f"'input' for one before the model, got {placement!r}"
+        )
+    assert isinstance(method, Method)
+    return _decide(model, method, select, exclude)
+
+
+def is_bare(found: list[Any]) -> bool:
+    """Return whether the model is itself the norm to replace."""
+    return isinstance(found[0], Site) and found[0].fqn == ""
+
+
+def operate(surgery: Surgery, method: BaseMethod, record: Record, found: list[Any]) -> None:
+    """Change the model as the rows of the record say."""
+    if isinstance(method, InsertedMethod):
+        insert(surgery, method, record.rows, found, record.options)
+    elif isinstance(found[0], Place):
+        arguments = (record.rows[0], found[0], record.contexts, record.options)
+        insert_at_input(surgery, method, *arguments)
+    else:
+        _replace(surgery, method, record, found)

@@ -8,15 +8,16 @@ from tabulate import tabulate
 
 @dataclass
 class Row:
-    """One normalisation layer.
+    """One normalisation layer, or one place of an inserted layer.
 
     Attributes:
         fqn: its qualified name.
         aliases: its further names.
         source: class it had.
         target: class it has; "" where it was left alone.
-        action: "replaced", "kept" (not selected) or "refused".
-        reason: why it was not replaced.
+        action: "replaced", "inserted", "kept" (not selected) or "refused".
+        reason: why it was not replaced; for an inserted layer, how its place was recognised.
+        layer: name of the inserted layer.
         channels: C.
         contexts: K; 0 where it was left alone.
         delivery: "threaded", "scoped" or "unreached"; how the context gets there.
@@ -38,6 +39,7 @@ class Row:
     parameters_after: int = 0
     statistics: str = ""
     divergence: float | None = None
+    layer: str = ""
 
 
 @dataclass
@@ -108,20 +110,14 @@ class Report:
 
     def heading(self) -> str:
         """Return the lines above the table."""
-        replaced = self.count(action="replaced")
+        lines = [f"{self.model}: {self.method}, {self._contexts()}", self._counts()]
         before = sum(r.parameters_before for r in self.rows if r.action == "replaced")
-        after = sum(r.parameters_after for r in self.rows if r.action == "replaced")
-        lines = [
-            f"{self.model}: {self.method}, {len(self.contexts)} context(s): "
-            f"{', '.join(self.contexts[:12])}{', ...' if len(self.contexts) > 12 else ''}; "
-            f"unknown labels: {self.unknown}",
-            f"norms: {len(self.rows)} found, {replaced} replaced "
-            f"({self.count(delivery='threaded')} threaded, {self.count(delivery='scoped')} scoped, "
-            f"{self.count(delivery='unreached')} reached by no forward), "
-            f"{self.count(action='kept')} kept, {self.count(action='refused')} refused",
-            f"parameters of replaced norms: {before:,} -> {after:,}; "
-            f"containers: {self.traced} traced, {len(self.opaque)} with their own forward",
-        ]
+        after = sum(r.parameters_after for r in self.rows if r.action in ("replaced", "inserted"))
+        lines.append(f"parameters of these layers: {before:,} -> {after:,}")
+        if self.traced or self.opaque:
+            lines[-1] += (
+                f"; containers: {self.traced} traced, {len(self.opaque)} with their own forward"
+            )
         lines += [f"own forward: {name or '(root)'}: {why}" for name, why in self.opaque.items()]
         if self.direct:
             lines.append(
@@ -132,9 +128,29 @@ class Report:
             lines.append(str(self.verification))
         return "\n".join(lines)
 
+    def _contexts(self) -> str:
+        shown = ", ".join(self.contexts[:12]) + (", ..." if len(self.contexts) > 12 else "")
+        return f"{len(self.contexts)} context(s): {shown}; unknown labels: {self.unknown}"
+
+    def _counts(self) -> str:
+        rest = f"{self.count(action='kept')} kept, {self.count(action='refused')} refused"
+        if self.count(action="inserted"):
+            return (
+                f"places: {len(self.rows)} found, {self.count(action='inserted')} given a layer, "
+                + rest
+            )
+        return (
+            f"norms: {len(self.rows)} found, {self.count(action='replaced')} replaced "
+            f"({self.count(delivery='threaded')} threaded, {self.count(delivery='scoped')} scoped, "
+            f"{self.count(delivery='unreached')} reached by no forward), {rest}"
+        )
+
     def _table(self, style: str, most: int | None) -> str:
         columns: list[tuple[str, Any]] = [
-            ("norm", lambda r: " = ".join((r.fqn or "(root)", *r.aliases))),
+            (
+                "place" if self.count(action="inserted") else "norm",
+                lambda r: " = ".join((r.fqn or "(root)", *r.aliases)),
+            ),
             ("was", lambda r: r.source),
             ("is", lambda r: r.target or r.action),
             ("channels", lambda r: r.channels or ""),

@@ -14,13 +14,15 @@ class Context(NamedTuple):
     """Labels that were checked once, at the entry of a model, and now travel through it.
 
     Attributes:
-        labels: int64, shape (N,), in [-1, K); shape (1,) stands for the whole batch.
+        labels: int64, shape (N,), in [-1, K).
         unknown: True or False where the host knows whether a label is -1; None where finding out
             would make the host wait for a device, or the values are not there (tracing).
+        whole: whether the one label there is holds for a whole batch of any size.
     """
 
     labels: Tensor
     unknown: bool | None
+    whole: bool = False
 
 
 Labels: TypeAlias = Tensor | str | int | Sequence[str | int | None] | Context
@@ -59,7 +61,8 @@ def resolve_labels(
         if indices:
             _require_range(min(indices), max(indices), num_contexts, names)
         values = torch.tensor(indices, dtype=torch.int64, device=device)
-        return Context(values, any(index < 0 for index in indices))
+        whole = isinstance(labels, str | int)
+        return Context(values, any(index < 0 for index in indices), whole)
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise ContextError(
             f"expected `context` of an integer dtype (int64), got {labels.dtype}; "
@@ -69,9 +72,10 @@ def resolve_labels(
         raise ContextError(
             f"expected `context` of shape (N,), one label per sample, got {tuple(labels.shape)}"
         )
+    whole = labels.dim() == 0
     labels = labels.long().reshape(-1)
     unknown = _check_range(labels, num_contexts, names)
-    return Context(labels.to(target), unknown)
+    return Context(labels.to(target), unknown, whole)
 
 
 def _index(name: str, names: Sequence[str]) -> int:
@@ -149,6 +153,8 @@ def labels_per_row(context: Context, x: Tensor, site: str) -> Tensor:
             f"expected `context` on {x.device}, where the input of {site} is, got it on "
             f"{labels.device}; move it with .to({str(x.device)!r})"
         )
+    if context.whole:
+        return labels.expand(rows)
     if rows == given:
         return labels
     if given == 0 or rows % given:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap.errors import ConversionError
 from normswap.functional.labels import Context, wrong_length
 from normswap.graph.prepare import prepare
 from normswap.graph.scope import Scope
-from normswap.graph.state import ContainerState, Variant, own_forward
+from normswap.graph.state import ContainerState, Variant, context_argument, own_forward
 from normswap.graph.trace import TraceSession, tracing
 from normswap.graph.values import describe
 
@@ -24,6 +25,37 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
         return own_forward(module, values)
     state: ContainerState | None = vars(module).get("_normswap") or _adopt(module)
     if state is None:
+        return own_forward(module, values)
+    if state.schedule is not None and module.training:
+        state.schedule.begin(_device_of(values))
+        try:
+            return _run_around(module, state, values, context)
+        finally:
+            state.schedule.end()
+    if state.before is None and state.after is None:
+        return _run(module, state, values, context)
+    return _run_around(module, state, values, context)
+
+
+def _run_around(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
+    """Run the container between the layers inserted before and after it."""
+    if state.before is not None:
+        layer = getattr(module, state.before)
+        given = {} if context_argument(layer) is None else {"context": context}
+        values = (layer(values[0], **given), *values[1:])
+    output = _run(module, state, values, context)
+    return output if state.after is None else getattr(module, state.after)(output)
+
+
+def _device_of(values: tuple[Any, ...]) -> torch.device | None:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value.device
+    return None
+
+
+def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
+    if state.plain:
         return own_forward(module, values)
     leaves: list[Any] = []
     key = tuple([describe(value, leaves, False) for value in values])
@@ -41,6 +73,11 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
             return _run_new(module, state, values, context)
     if variant.run is not None:
         return variant.run(module, *leaves, context)
+    if state.insertions:
+        raise ConversionError(
+            f"expected {state.fqn or 'the model'} to run as it was traced, since layers are "
+            f"inserted in its residual blocks, but its forward {variant.reason}"
+        )
     return _run_scoped(module, state, values, context)
 
 
@@ -63,7 +100,7 @@ def _adopt(module: nn.Module) -> ContainerState | None:
 def _run_new(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
     with TraceSession(state.layers) as session:
         prepare(module, values, session)
-    return dispatch(module, values, context)
+    return _run(module, state, values, context)
 
 
 def _run_scoped(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
@@ -86,17 +123,28 @@ def _resolve(
         device = next((leaf.device for leaf in leaves if hasattr(leaf, "device")), None)
         resolved = state.scope.resolve(context, device)
     if resolved is not None and state.fqn == "":
-        _check_length(state, values, leaves, resolved)
+        _check_length(state, values, resolved)
     return resolved
 
 
-def _check_length(
-    state: ContainerState, values: tuple[Any, ...], leaves: list[Any], context: Context
-) -> None:
-    """Refuse labels unless an argument has as many samples: rows of a tensor, items of a list."""
+def _check_length(state: ContainerState, values: tuple[Any, ...], context: Context) -> None:
+    """Compare the number of labels with the batch, while it is not folded into anything yet."""
     given = context.labels.shape[0]
-    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    if not sizes or (given == 1 and context.unknown is False) or given in sizes:
-        return
-    if given not in [len(value) for value in values if isinstance(value, list | tuple)]:
+    sizes = [size for value in values for size in _batch_sizes(value)]
+    if sizes and not context.whole and given not in sizes:
         raise wrong_length(sizes[0], given, state.first_norm)
+
+
+def _batch_sizes(value: Any) -> list[int]:
+    """Return what may be the number of samples in an argument."""
+    if isinstance(value, torch.Tensor):
+        return [value.shape[0]] if value.dim() else []
+    if isinstance(value, dict):
+        return [size for part in value.values() for size in _batch_sizes(part)]
+    if isinstance(value, list | tuple):
+        sizes = [size for part in value for size in _batch_sizes(part)]
+        # A list of images, one a sample: detection models take batches so.
+        if value and all(isinstance(v, torch.Tensor) and v.dim() <= 3 for v in value):
+            sizes.append(len(value))
+        return sizes
+    return []

@@ -18,13 +18,19 @@ from normswap.graph.state import ContainerState
 from normswap.graph.trace import TraceSession
 
 
-def install(module: nn.Module, state: ContainerState) -> None:
-    """Make a module a converted container: same object, a subclass of its class."""
+def install(module: nn.Module, state: ContainerState, contextual: bool = True) -> None:
+    """Make a module a converted container: same object, a subclass of its class.
+
+    Args:
+        module: the container.
+        state: what it carries from now on.
+        contextual: whether its forward takes a context; without, its signature stays.
+    """
     base = type(module)
     if "forward" in vars(module):
         state.override = vars(module).pop("forward")
     module.__dict__["_normswap"] = state
-    module.__class__ = _subclass(base, state.override is not None)
+    module.__class__ = _subclass(base, state.override is not None, contextual)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -36,29 +42,30 @@ def uninstall(module: nn.Module) -> None:
     module.__class__ = cls.converted_from
 
 
-def _restore(make: Callable[..., Any], args: tuple[Any, ...], generic: bool) -> nn.Module:
+def _restore(
+    make: Callable[..., Any], args: tuple[Any, ...], generic: bool, contextual: bool
+) -> nn.Module:
     module: nn.Module = make(*args)
-    module.__class__ = _subclass(type(module), generic)
+    module.__class__ = _subclass(type(module), generic, contextual)
     return module
 
 
-def _subclass(base: Any, generic: bool) -> Any:
-    return converted_class(base, generic)
+def _subclass(base: Any, generic: bool, contextual: bool) -> Any:
+    return converted_class(base, generic, contextual)
 
 
 @functools.cache
-def converted_class(base: Any, generic: bool = False) -> Any:
-    """Return the subclass of a module class whose forward takes a context.
+def converted_class(base: Any, generic: bool = False, contextual: bool = True) -> Any:
+    """Return the subclass of a module class whose forward ends in `dispatch`.
 
     Args:
         base: the class.
         generic: whether the forward takes any arguments, since it was replaced on an instance.
+        contextual: whether it takes a context.
     """
-    if generic:
-        written = write_forward(any_parameters(), dispatch)
-    else:
-        declared = declared_parameters(base.forward)
-        written = write_forward(parameters_of(base.forward), dispatch, declared)
+    declared = [] if generic else declared_parameters(base.forward)
+    parameters = any_parameters() if generic else parameters_of(base.forward)
+    written = write_forward(parameters, dispatch, contextual, declared)
     for name in ("__doc__", "__annotations__"):
         if not generic and hasattr(base.forward, name):
             setattr(written.forward, name, getattr(base.forward, name))
@@ -66,7 +73,7 @@ def converted_class(base: Any, generic: bool = False) -> Any:
     def reduce(self: nn.Module, protocol: Any) -> Any:
         make, args, *rest = base.__reduce_ex__(self, protocol)
         args = tuple(base if arg is type(self) else arg for arg in args)
-        return (_restore, (make, args, generic), *rest)
+        return (_restore, (make, args, generic, contextual), *rest)
 
     def set_state(self: nn.Module, values: dict[str, Any]) -> None:
         base.__setstate__(self, values)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.graph.hazards import is_something
+from normswap.graph.insert import insert_layers
 from normswap.graph.patches import TraceFailure
 from normswap.graph.state import ContainerState, Variant, context_argument, walk
 from normswap.graph.trace import TraceSession
@@ -49,10 +50,11 @@ def _trace(
     for kinds, inline in attempts:
         try:
             traced = session.trace(module, cls.converted_from.forward, cls.spread, kinds, inline)
+            insert_layers(traced.graph, module, state.insertions, state.blocks)
+            variant = _thread(module, traced)
         except TraceFailure as failure:
             reason = reason or str(failure)
             continue
-        variant = _thread(module, traced)
         if not variant.holds(module):
             return Variant(None, "reads an attribute that is another value each time"), False
         return variant, kinds is exact_key and exact_key != key

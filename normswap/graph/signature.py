@@ -21,13 +21,13 @@ class Forward(NamedTuple):
         spread: ``spread(function, module, values)`` calls a function of the original signature.
         examples: returns values of the kind expected: a tensor where the original requires an
             argument, else its default.
-        argument: name of the context argument.
+        argument: name of the context argument, None where there is none.
     """
 
     forward: Callable[..., Any]
     spread: Callable[..., Any]
     examples: Callable[[], tuple[Any, ...]]
-    argument: str
+    argument: str | None
 
 
 def parameters_of(function: Callable[..., Any]) -> list[Parameter]:
@@ -68,6 +68,7 @@ def any_parameters() -> list[Parameter]:
 def write_forward(
     parameters: list[Parameter],
     dispatch: Callable[..., Any],
+    contextual: bool = True,
     declared: Sequence[Parameter] = (),
 ) -> Forward:
     """Write the functions of `Forward` for these parameters.
@@ -85,7 +86,7 @@ def write_forward(
 
     def write_context() -> None:
         nonlocal written
-        if not written:
+        if contextual and not written:
             head.append(f"{argument}=None")
             written = True
 
@@ -120,7 +121,7 @@ def write_forward(
     unpack = f"    {names}= values\n" if names else ""
     source = (
         f"def forward({', '.join(head)}):\n"
-        f"    return _dispatch(self, ({names}), {argument})\n"
+        f"    return _dispatch(self, ({names}), {argument if contextual else None})\n"
         f"def spread(function, self, values):\n"
         f"{unpack}"
         f"    return function({', '.join(['self', *passed])})\n"
@@ -129,24 +130,24 @@ def write_forward(
 
     shown = [p for p in declared if p.name not in {q.name for q in parameters}]
     if shown:
-        scope["forward"].__signature__ = _show(parameters, shown, argument)
+        scope["forward"].__signature__ = _show(parameters, shown, argument if contextual else None)
     required = tuple(_TENSOR for p in shown if p.default is p.empty and p.kind in _POSITIONAL)
 
     def examples() -> tuple[Any, ...]:
         return tuple(_example(p, required) for p in parameters)
 
-    return Forward(scope["forward"], scope["spread"], examples, argument)
+    return Forward(scope["forward"], scope["spread"], examples, argument if contextual else None)
 
 
-def _show(own: list[Parameter], shown: list[Parameter], argument: str) -> inspect.Signature:
+def _show(own: list[Parameter], shown: list[Parameter], argument: str | None) -> inspect.Signature:
     """Return the signature a decorated forward shows, the context added."""
     first = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
     named = [p for p in own if p.kind in _POSITIONAL]
     rest = [p for p in shown if p.kind is not Parameter.VAR_KEYWORD]
-    context = Parameter(argument, Parameter.KEYWORD_ONLY, default=None)
+    context = [Parameter(argument, Parameter.KEYWORD_ONLY, default=None)] if argument else []
     last = [p for p in shown if p.kind is Parameter.VAR_KEYWORD]
     order = sorted([first, *named, *rest], key=lambda p: p.kind)
-    return inspect.Signature([*order, context, *last])
+    return inspect.Signature([*order, *context, *last])
 
 
 def _example(parameter: Parameter, required: tuple[Any, ...]) -> Any:

@@ -1,7 +1,10 @@
 """The methods, one file each; importing the package registers them."""
 
 from normswap.methods import cn as cn
+from normswap.methods import cnsn as cnsn
 from normswap.methods import cnx as cnx
+from normswap.methods import crossnorm as crossnorm
+from normswap.methods import selfnorm as selfnorm
 from normswap.methods.base import Contexts as Contexts
 from normswap.methods.base import Method as Method
 from normswap.methods.base import get_method as get_method

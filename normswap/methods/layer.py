@@ -110,7 +110,7 @@ class ContextLayer(nn.Module):
         if not isinstance(context, Context):
             # Called directly, not through a model that checked the labels: no folded batch here.
             context = resolve_labels(context, self.num_contexts, self.names, x.device)
-            if context.labels.shape[0] not in (1, x.shape[0]):
+            if not context.whole and context.labels.shape[0] != x.shape[0]:
                 raise wrong_length(x.shape[0], context.labels.shape[0], self._where())
         if self.unknown == "error" and context.unknown is not False:
             self._refuse_unknown(context)
