@@ -63,11 +63,9 @@ def converted_class(base: Any, generic: bool = False, contextual: bool = True) -
         generic: whether the forward takes any arguments, since it was replaced on an instance.
         contextual: whether it takes a context.
     """
-    if generic:
-        written = write_forward(any_parameters(), dispatch, contextual)
-    else:
-        declared = declared_parameters(base.forward)
-        written = write_forward(parameters_of(base.forward), dispatch, contextual, declared)
+    declared = [] if generic else declared_parameters(base.forward)
+    parameters = any_parameters() if generic else parameters_of(base.forward)
+    written = write_forward(parameters, dispatch, contextual, declared)
     for name in ("__doc__", "__annotations__"):
         if not generic and hasattr(base.forward, name):
             setattr(written.forward, name, getattr(base.forward, name))

@@ -1,5 +1,6 @@
 """The context in scope: how norms that are passed no context find theirs."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +18,14 @@ class Scope:
     Containers that could not be traced run their own forward, and `enter` around it makes their
     context visible to the norms below. After the outermost one has left, its context stays
     readable in backward only, where checkpointing computes the forward again. Which forward that
-    is cannot be seen there, so two that differ since the last backward are an error.
+    is cannot be seen there, so two that differ since the last backward are an error. Each thread
+    has its own entries; compiled code, which cannot ask for its thread, shares `running`.
     """
 
     def __init__(self, num_contexts: int, names: tuple[str, ...]) -> None:
         self.num_contexts = num_contexts
         self.names = names
+        self.threads = threading.local()
         self.running = 0
         self.current: Context | None = None
         self.ambient: tuple[Context, ...] = ()
@@ -35,6 +38,9 @@ class Scope:
         Raises:
             ContextError: a recomputation in backward that may belong to several forwards.
         """
+        entries = self._entries()
+        if entries and entries[-1] is not None:
+            return entries[-1]
         if self.current is not None and self.running:
             return self.current
         if self.current is not None and _in_backward():
@@ -51,22 +57,43 @@ class Scope:
 
     def enter(self, context: Context | None) -> Context | None:
         """Make a context current; return the one to restore, for `leave`."""
+        entries = self._entries()
         outer = self.current
-        if not self.running and torch.is_grad_enabled():
+        outermost = not (self.running or entries)
+        if outermost and torch.is_grad_enabled():
             if self.recomputed:
                 self.earlier = None
             elif outer is not context:
                 self.earlier = outer
             self.recomputed = False
-        self.current = context
-        self.running += 1
+        if entries is None:
+            self.running += 1
+        else:
+            entries.append(context)
+        if entries is None or outermost:
+            self.current = context
         return outer
 
     def leave(self, outer: Context | None) -> None:
         """Undo `enter`; the outermost entry's context stays, for recomputation in backward."""
-        self.running -= 1
-        if self.running or not torch.is_grad_enabled():
+        entries = self._entries()
+        if entries is None:
+            self.running -= 1
+            nested = bool(self.running)
+        else:
+            entries.pop()
+            nested = False
+        if nested or not (entries or torch.is_grad_enabled()):
             self.current = outer
+
+    def _entries(self) -> list[Context | None] | None:
+        """Return the contexts of this thread's running entries; None in compiled code."""
+        if torch.compiler.is_compiling():
+            return None
+        entries: list[Context | None] | None = getattr(self.threads, "entries", None)
+        if entries is None:
+            entries = self.threads.entries = []
+        return entries
 
     def resolve(self, labels: Labels, device: torch.device | None = None) -> Context:
         """Check labels against this model's contexts."""
@@ -74,8 +101,11 @@ class Scope:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start with nothing in scope."""
-        fresh = type(self)(self.num_contexts, self.names)
-        return vars(fresh)
+        return {"num_contexts": self.num_contexts, "names": self.names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start anew."""
+        self.__init__(**state)  # type: ignore[misc]
 
 
 def _same(one: Context, other: Context) -> bool:

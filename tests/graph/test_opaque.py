@@ -1,0 +1,119 @@
+"""Containers that keep their own forward: nested, failing, checkpointed, in threads."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from tests.graph.behave import CHANNELS, LABELS, Block, Holder, call, check, images, separate
+
+
+class Opaque(Holder):
+    def forward(self, x, fail=False):
+        y = self.b(self.a(x)) if x.mean() < 99 else x
+        if fail:
+            raise ValueError("in the middle")
+        return self.b(y)
+
+
+class Nested(nn.Module):
+    """Opaque, around threaded, around opaque."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(Opaque(), nn.BatchNorm2d(CHANNELS))
+        self.norm = nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x):
+        return self.norm(self.inner(x)) if x.mean() < 99 else x
+
+
+def test_nested_in_threaded_nested_in_opaque():
+    report = normswap.summary(check(Nested(), opaque="control flow"))
+    assert report.count(delivery="scoped") == len(report.rows) == 4
+
+
+def test_nothing_stays_in_scope_after_an_exception():
+    converted = check(Opaque(), opaque="control flow")
+    unknown = call(converted, (images(),))
+    with pytest.raises(ValueError, match="in the middle"):
+        call(converted, (images(), True), context=LABELS)
+    assert torch.equal(call(converted, (images(),))[0], unknown[0])
+
+
+def test_nothing_stays_in_scope_after_a_call():
+    converted = check(Opaque(), opaque="control flow")
+    unknown = call(converted, (images(),))
+    call(converted, (images(),), context=LABELS)
+    assert torch.equal(call(converted, (images(),))[0], unknown[0])
+
+
+def test_threads_keep_their_contexts_apart():
+    converted = check(Nested(), opaque="control flow")
+    expected = [call(converted, (images(),), context=torch.full((4,), k))[0] for k in range(3)]
+    wrong = []
+
+    def run(k):
+        for _ in range(40):
+            (output,) = call(converted, (images(),), context=torch.full((4,), k))
+            if not torch.allclose(output, expected[k], atol=1e-5):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_outside_of_a_trace(reentrant):
+    class Model(Holder):
+        def __init__(self, on):
+            super().__init__()
+            self.on = on
+
+        def forward(self, x):
+            y = x if x.mean() > 99 else self.a(x)
+            if not self.on:
+                return self.b(y)
+            return torch.utils.checkpoint.checkpoint(self.b, y, use_reentrant=reentrant)
+
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        converted = normswap.convert(Model(on).eval(), "cn", contexts=3, verify=False)
+        separate(converted)
+        converted(images().requires_grad_(), context=LABELS).pow(2).sum().backward()
+        gradients.append([p.grad for p in converted.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_an_opaque_model_compiles():
+    class Model(Holder):
+        def forward(self, x):
+            return self.b(self.a(x)) if x.shape[0] % 7 else x
+
+    converted = check(Model(), opaque="control flow")
+    compiled = torch.compile(converted, backend="eager", fullgraph=True)
+    expected = call(converted, (images(),), context=LABELS)
+    torch.testing.assert_close(call(compiled, (images(),), context=LABELS), expected)
+
+
+def test_a_block_of_use_context_reaches_opaque_containers():
+    converted = check(Nested(), opaque="control flow")
+    with normswap.use_context(converted, LABELS):
+        inside = call(converted, (images(),))
+    torch.testing.assert_close(inside, call(converted, (images(),), context=LABELS))
+
+
+def test_labels_of_a_block_stay_out_of_a_call_that_has_its_own():
+    model = nn.Sequential(Block())
+    converted = check(model)
+    with normswap.use_context(converted, LABELS):
+        own = call(converted, (images(),), context=LABELS.flip(0))
+    torch.testing.assert_close(own, call(converted, (images(),), context=LABELS.flip(0)))
