@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,9 @@ def convert(
     Args:
         model: any module that holds a norm.
         method: one of `normswap.methods()`.
-        contexts: how many, or their names; one by default, for which no label is needed.
+        contexts: how many, or their names; one by default, for which no label is needed. Left
+            out, as `unknown` and `priors`, for a method without labels ("acn"): the model's
+            forward then stays as it was.
         select: which norms to replace: glob, compiled regular expression, type,
             ``fn(name, module)``, or several; all by default.
         exclude: which to leave alone, in the same forms.
@@ -69,7 +71,7 @@ def convert(
     """
     chosen = get_method(method)
     parsed = parse_options(chosen, options)
-    given = make_contexts(contexts, priors, unknown)
+    given = make_contexts(chosen, contexts, priors, unknown)
     check_model(model)
     rows, sites = decide(model, chosen, select, exclude)
     inputs: Any = "verify=False" if not verify else example_inputs
@@ -123,7 +125,7 @@ def plan(
     """
     chosen = get_method(method)
     parsed = parse_options(chosen, options)
-    given = make_contexts(contexts, priors, unknown)
+    given = make_contexts(chosen, contexts, priors, unknown)
     check_model(model)
     rows, sites = decide(model, chosen, select, exclude)
     sites = [replace(site, device=torch.device("meta")) for site in sites]
@@ -147,7 +149,7 @@ def structure_copy(model: nn.Module) -> nn.Module:
 
 
 def summary(model: nn.Module) -> Report:
-    """Return what was replaced in a converted model, and how its contexts have moved apart.
+    """Return what was replaced in a converted model, and how far its contexts moved apart.
 
     Args:
         model: a converted model, or a module (a wrapper, a task) that holds one.
@@ -207,13 +209,18 @@ def _summarise(root: nn.Module, record: Record) -> Report:
                 reach.delivery.get(id(layer), "unreached") if method.needs_context else ""
             )
             statistics = method.statistics(layer)
+            if statistics is not None and not method.needs_context:
+                row.components = statistics.mean.shape[0]
             if statistics is not None and not statistics.mean.is_meta:
-                priors = record.contexts.priors.to(statistics.mean.device)
-                row.divergence = gaussian_divergence(statistics, priors)
+                weights = method.weights(layer)
+                if weights is None:
+                    weights = record.contexts.priors.to(statistics.mean.device)
+                row.divergence = gaussian_divergence(statistics, weights)
     unknown = record.contexts.unknown
     return Report(
         model=record.model,
         method=record.method,
+        options=asdict(record.options),
         contexts=record.contexts.names,
         priors=tuple(record.contexts.priors.tolist()),
         unknown=record.contexts.names[unknown] if isinstance(unknown, int) else unknown,

@@ -5,6 +5,7 @@ from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from normswap.conversion import RECORD
 from normswap.errors import ConversionError
 from normswap.graph.state import context_argument
 
@@ -49,6 +50,6 @@ def _obstacle(module: nn.Module) -> str | None:
         return "is prepared for quantisation; convert first, then prepare"
     if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
         return "is lazy: its shapes are unknown until a first forward; run one, then convert"
-    if context_argument(module) is not None:
+    if context_argument(module) is not None or RECORD in vars(module):
         return "is converted already; convert the original model with the method wanted"
     return None

@@ -1,9 +1,10 @@
 """What `convert` does to a model, step by step; `api` puts the steps in order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import nn
 
 from normswap.contexts.priors import check_priors
@@ -31,13 +32,27 @@ class Record:
     verification: Verification | None = None
 
 
-def make_contexts(contexts: int | Sequence[str] | None, priors: Any, unknown: str) -> Contexts:
-    """Check what the caller says of the contexts.
+def make_contexts(
+    method: Method, contexts: int | Sequence[str] | None, priors: Any, unknown: str
+) -> Contexts:
+    """Check what the caller says of the contexts; there are none for a method that needs none.
 
     Raises:
-        ConversionError: no, or repeated, names; priors that do not fit.
+        ConversionError: no, or repeated, names; priors that do not fit; any of the arguments given
+            to a method without contexts.
         UnknownNameError: `unknown` is neither a policy nor a context.
     """
+    if not method.needs_context:
+        given = {"contexts": contexts, "priors": priors}
+        named = [f"{name}=" for name, value in given.items() if value is not None]
+        named += ["unknown="] if unknown != "pooled" else []
+        if named:
+            known = ", ".join(f.name for f in fields(method.options)) or "none"
+            raise ConversionError(
+                f"method {method.name!r} takes no labels, so it has no contexts; leave out "
+                f"{', '.join(named)} (its options: {known})"
+            )
+        return Contexts((), torch.empty(0, dtype=torch.float64))
     if contexts is None:
         contexts = 1
     if isinstance(contexts, bool) or not isinstance(contexts, int | Sequence):

@@ -18,11 +18,13 @@ class Row:
         action: "replaced", "kept" (not selected) or "refused".
         reason: why it was not replaced.
         channels: C.
-        contexts: K; 0 where it was left alone.
+        contexts: K; 0 where it was left alone, and for a method without contexts.
+        components: how many its layer has, where that is no number of contexts.
         delivery: "threaded", "scoped" or "unreached"; how the context gets there.
         parameters_before, parameters_after: number of trainable and frozen parameters.
         statistics: what became of the running statistics.
-        divergence: how far the contexts' statistics are apart, in nats; None where there are none.
+        divergence: how far apart the statistics of contexts or components are, in nats; None where
+            there are none.
     """
 
     fqn: str
@@ -38,6 +40,7 @@ class Row:
     parameters_after: int = 0
     statistics: str = ""
     divergence: float | None = None
+    components: int = 0
 
 
 @dataclass
@@ -81,6 +84,7 @@ class Report:
     traced: int = 0
     direct: list[str] = field(default_factory=list)
     verification: Verification | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def count(self, **where: Any) -> int:
         """Return the number of rows whose attributes have these values."""
@@ -111,16 +115,28 @@ class Report:
         replaced = self.count(action="replaced")
         before = sum(r.parameters_before for r in self.rows if r.action == "replaced")
         after = sum(r.parameters_after for r in self.rows if r.action == "replaced")
+        settings = [
+            f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in self.options.items()
+        ]
+        how = containers = ""
+        if self.contexts:
+            shown = [*self.contexts[:12], *(["..."] if len(self.contexts) > 12 else [])]
+            settings.append(f"{len(self.contexts)} context(s): {', '.join(shown)}")
+            settings[-1] += f"; unknown labels: {self.unknown}"
+            how = (
+                f" ({self.count(delivery='threaded')} threaded, "
+                f"{self.count(delivery='scoped')} scoped, "
+                f"{self.count(delivery='unreached')} reached by no forward)"
+            )
+            containers = (
+                f"; containers: {self.traced} traced, {len(self.opaque)} with their own forward"
+            )
         lines = [
-            f"{self.model}: {self.method}, {len(self.contexts)} context(s): "
-            f"{', '.join(self.contexts[:12])}{', ...' if len(self.contexts) > 12 else ''}; "
-            f"unknown labels: {self.unknown}",
-            f"norms: {len(self.rows)} found, {replaced} replaced "
-            f"({self.count(delivery='threaded')} threaded, {self.count(delivery='scoped')} scoped, "
-            f"{self.count(delivery='unreached')} reached by no forward), "
+            f"{self.model}: {', '.join([self.method, *settings])}",
+            f"norms: {len(self.rows)} found, {replaced} replaced{how}, "
             f"{self.count(action='kept')} kept, {self.count(action='refused')} refused",
-            f"parameters of replaced norms: {before:,} -> {after:,}; "
-            f"containers: {self.traced} traced, {len(self.opaque)} with their own forward",
+            f"parameters of replaced norms: {before:,} -> {after:,}{containers}",
         ]
         lines += [f"own forward: {name or '(root)'}: {why}" for name, why in self.opaque.items()]
         if self.direct:
@@ -139,6 +155,7 @@ class Report:
             ("is", lambda r: r.target or r.action),
             ("channels", lambda r: r.channels or ""),
             ("context", lambda r: r.delivery),
+            ("components", lambda r: r.components or ""),
             ("parameters", lambda r: f"{r.parameters_before} -> {r.parameters_after}"),
             ("statistics", lambda r: r.statistics),
             ("divergence", lambda r: "" if r.divergence is None else f"{r.divergence:.3g}"),

@@ -71,6 +71,10 @@ class Method(ABC):
     def statistics(self, layer: nn.Module) -> Moments | None:
         """Return the mean and variance of each context, (K, C), None where there are none."""
 
+    def weights(self, layer: nn.Module) -> Tensor | None:
+        """Return the weight of each context, (K, C), None where the given priors hold."""
+        return None
+
 
 _REGISTRY: dict[str, Method] = {}
 M = TypeVar("M", bound=type[Method])

@@ -16,7 +16,7 @@ from normswap.functional.moments import (
 )
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt, load_shared
+from normswap.methods.layer import ContextLayer, adopt, keep_requires_grad, load_shared
 from normswap.sites import Site
 
 
@@ -229,11 +229,3 @@ class ContextNormalization(Method):
         if not isinstance(layer, ContextNorm):
             return None
         return Moments(layer.running_mean, layer.running_var)
-
-
-def keep_requires_grad(layer: nn.Module, source: nn.Module, site: Site) -> None:
-    """Freeze the parameters of a layer that replaces one whose affine is frozen."""
-    affine = [getattr(source, name, None) for name in ("weight", "bias")]
-    given = [t for t in affine if t is not None]
-    if site.frozen or (given and not any(t.requires_grad for t in given)):
-        layer.requires_grad_(False)

@@ -12,12 +12,12 @@ from normswap.functional.moments import (
     context_moments,
     context_posterior,
     instance_moments,
+    log_spread,
     pool_moments,
 )
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
-from normswap.methods.cn import keep_requires_grad
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt
+from normswap.methods.layer import ContextLayer, adopt, keep_requires_grad
 from normswap.sites import Site
 
 
@@ -155,11 +155,6 @@ class ContextNormX(ContextLayer):
         state_dict.setdefault(prefix + "priors", self.priors)
         self.fresh = self.fresh and prefix + "mu" not in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def log_spread(var: Tensor, eps: float) -> Tensor:
-    """Return ``0.5 * log(var + eps)``, computed in float64."""
-    return 0.5 * (var.double() + eps).log()
 
 
 @register_method
