@@ -1,7 +1,8 @@
 """Fit the mixtures of ACN layers to the data that reaches them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import islice
 from typing import Any
 
@@ -107,12 +108,12 @@ class Reservoir:
     def add(self, count: int, take: Callable[[Tensor], Tensor]) -> None:
         """Offer `count` rows; `take` returns those of the indices it is given."""
         # Each row draws a key; those with the largest keys so far are a uniform sample.
+        held = len(self.keys)
         keys = torch.cat([self.keys, torch.rand(count, generator=self.generator)])
-        self.keys, order = keys.topk(min(self.size, len(keys)))
-        held = len(keys) - count
-        old, new = order[order < held], order[order >= held] - held
-        self.keys = torch.cat([keys[old], keys[new + held]])
-        rows = take(new)
+        order = keys.topk(min(self.size, len(keys))).indices
+        old, new = order[order < held], order[order >= held]
+        self.keys = keys[torch.cat([old, new])]
+        rows = take(new - held)
         if self.rows is not None:
             rows = torch.cat([self.rows[old.to(rows.device)], rows])
         self.rows = rows
@@ -215,12 +216,13 @@ def _forward(model: nn.Module, batch: Any) -> Any:
 def _bar(loader: Iterable[Any], batches: int | None, progress: bool) -> Iterable[Any]:
     stream = loader if batches is None else islice(loader, batches)
     try:
-        from tqdm import tqdm
+        tqdm = import_module("tqdm").tqdm
     except ImportError:
         return stream
-    total = len(loader) if hasattr(loader, "__len__") else None
-    if batches is not None:
-        total = batches if total is None else min(total, batches)
+    total = len(loader) if isinstance(loader, Sized) else batches
+    if total is not None and batches is not None:
+        total = min(total, batches)
+    # disable=None: on a terminal only.
     bar: Iterable[Any] = tqdm(
         stream, "calibrate", total, unit="batch", disable=None if progress else True
     )

@@ -37,8 +37,9 @@ def fit_mixture(
         priors (K, C), or (K, 1) with `joint`; mean and variance, (K, C).
     """
     width = sample.shape[1] if joint else max(_BLOCK // (sample.shape[0] * count), 1)
-    parts = [_fit(part, count, eps, joint, steps, generator) for part in sample.split(width, 1)]
-    priors, mean, var = (torch.cat(tables, 1) for tables in zip(*parts, strict=True))
+    parts = torch.split(sample, width, 1)
+    fits = [_fit(part, count, eps, joint, steps, generator) for part in parts]
+    priors, mean, var = (torch.cat(tables, 1) for tables in zip(*fits, strict=True))
     return priors, Moments(mean, var)
 
 

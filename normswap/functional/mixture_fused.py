@@ -56,10 +56,18 @@ def _blocks(x: Tensor, num_components: int) -> Iterator[slice]:
         yield slice(start, min(start + step, x.shape[1]))
 
 
-def _read(x: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
-    """Return the values of some channels, (c, positions of all instances)."""
-    part = x[:, block]
-    return part.transpose(0, 1).to(dtype).reshape(part.shape[1], -1)
+def _read(x: Tensor, block: slice, origin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return some channels of x, (c, positions of all instances), and what was subtracted.
+
+    The origin (c, 1), returned as (c, 1, 1), is the mean unless given: sums of large numbers lose
+    small differences.
+    """
+    part = x[:, block].transpose(0, 1)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    values = part.to(wide).reshape(part.shape[0], -1)
+    if origin is None:
+        origin = values.sum(1, keepdim=True) / max(values.shape[1], 1)
+    return values - origin, origin.unsqueeze(2)
 
 
 def _write(y: Tensor, block: slice, values: Tensor) -> None:
@@ -69,7 +77,8 @@ def _write(y: Tensor, block: slice, values: Tensor) -> None:
 
 def _assign(x: Tensor, log_prior: Tensor, mean: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Return z and tau, (c, K, P), of values (c, P) under tables (c, K, 1)."""
-    z = (x.unsqueeze(1) - mean).mul_((-log_sigma).exp())
+    inverse = (-log_sigma).exp()
+    z = torch.addcmul(-mean * inverse, x.unsqueeze(1), inverse)
     return z, torch.addcmul(log_prior - log_sigma, z, z, value=-0.5).softmax(1)
 
 
@@ -78,29 +87,28 @@ class _ElementNorm(Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        x, log_prior, mu, log_sigma, gain, bias, mean, var, eps, batch = inputs
+        given, log_prior, mu, log_sigma, gain, bias, mean, var, eps, batch = inputs
+        x = given.contiguous()
         y = torch.empty_like(x)
         mass, mean, var = torch.zeros_like(mean), mean.clone(), var.clone()
         # (C, K, 1): channels first, as the blocks are.
         tables = [t.T.unsqueeze(2) for t in (log_prior, mu, log_sigma, gain, mean, var, mass)]
         for block in _blocks(x, mean.shape[0]):
             lp, loc, ls, g, m, v, s = (t[block] for t in tables)
-            values = _read(x, block, mean.dtype)
-            _, tau = _assign(values, lp, loc, ls)
-            values = values.unsqueeze(1)
+            values, origin = _read(x, block, None if batch else m.mean(1))
+            _, tau = _assign(values, lp, loc - origin, ls)
             if batch:
-                s.copy_(tau.sum(2, keepdim=True))
-                share = s.clamp(min=MASS)
-                # From a value that is near: sums of large numbers lose the small differences.
-                centred = values - m
-                centre = m + centred.mul_(tau).sum(2, keepdim=True) / share
-                torch.sub(values, centre, out=centred).square_().mul_(tau)
-                usable = s >= MASS
-                v.copy_(torch.where(usable, centred.sum(2, keepdim=True) / share, v))
-                m.copy_(torch.where(usable, centre, m))
-            scaled = (values - m).mul_(g * torch.rsqrt(v + eps)).mul_(tau)
-            _write(y, block, scaled.sum(1).add_(bias[block].unsqueeze(1)))
-        return y, mass, mean, var
+                sums = tau @ torch.stack([torch.ones_like(values), values], 1).mT
+                s.copy_(sums[:, :, :1])
+                usable, share = s >= MASS, s.clamp(min=MASS)
+                m.copy_(torch.where(usable, origin + sums[:, :, 1:] / share, m))
+            e = values.unsqueeze(1) - (m - origin)
+            owned = tau.mul_(e)
+            if batch:
+                v.copy_(torch.where(usable, e.mul_(owned).sum(2, keepdim=True) / share, v))
+            a = g * torch.rsqrt(v + eps)
+            _write(y, block, (a.transpose(1, 2) @ owned).squeeze(1) + bias[block].unsqueeze(1))
+        return _like(given, y), mass, mean, var
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -130,44 +138,53 @@ def _backward(
     inputs: tuple[Tensor, ...], statistics: tuple[Tensor, ...], eps: float, batch: bool, dy: Tensor
 ) -> list[Tensor]:
     """Return the gradients of x and of every table."""
-    x, log_prior, mu, log_sigma, gain, _, _, _ = inputs
-    grads = [torch.empty_like(t) for t in inputs]
-    dx, *dtables, dbias, dmean, dvar = grads
+    given, log_prior, mu, log_sigma, gain, _, _, _ = inputs
+    x, dy = given.contiguous(), dy.contiguous()
+    dx, *dtables, dbias, dmean, dvar = grads = [torch.empty_like(t) for t in (x, *inputs[1:])]
     columns = [t.T.unsqueeze(2) for t in (log_prior, mu, log_sigma, gain, *statistics)]
     targets = [t.T for t in (*dtables, dmean, dvar)]
     for block in _blocks(x, mu.shape[0]):
         lp, loc, ls, g, s, m, v = (t[block] for t in columns)
-        out = [t[block] for t in targets]
-        values, grad = (_read(t, block, mu.dtype) for t in (x, dy))
+        values, origin = _read(x, block, None if batch else m.mean(1))
+        grad, _ = _read(dy, block, origin.new_zeros(1, 1))
+        m, loc = m - origin, loc - origin
         z, tau = _assign(values, lp, loc, ls)
         e = values.unsqueeze(1) - m
-        grad = grad.unsqueeze(1)
         invstd = torch.rsqrt(v + eps)
         a = g * invstd
-        owned = grad * tau
-        dm = -a * owned.sum(2, keepdim=True)
-        dg = owned.mul_(e).sum(2, keepdim=True) * invstd
+        sums = tau @ torch.stack([grad, grad * values], 1).mT
+        dm = -a * sums[:, :, :1]
+        dg = (sums[:, :, 1:] - m * sums[:, :, :1]) * invstd
         dv = -0.5 * g * invstd.square() * dg
         p = q = torch.zeros_like(s)
         if batch:
             usable = s >= MASS
             p, q = (torch.where(usable, d / s.clamp(min=MASS), 0) for d in (dm, dv))
             dm, dv = (torch.where(usable, 0, d) for d in (dm, dv))
-        slope = torch.addcmul(p, grad, a).addcmul_(q, e)
-        dlogit = torch.addcmul(-q * v, slope, e).mul_(tau)
-        direct = slope.addcmul_(q, e).mul_(tau).sum(1)
+        dtau = torch.addcmul(p, grad.unsqueeze(1), a)
+        dtau = torch.addcmul(-q * v, dtau.addcmul_(q, e), e) if batch else dtau.mul_(e)
+        coefficients = torch.cat([a, p - 2 * q * m, 2 * q], 2)
+        by_dy, constant, by_x = (coefficients.transpose(1, 2) @ tau).unbind(1)
+        dlogit = dtau.mul_(tau)
         dlogit = dlogit.addcmul_(tau, dlogit.sum(1, keepdim=True), value=-1)
-        total = dlogit.sum(2)
-        dlogit.mul_(z)
+        total = dlogit.sum(2, keepdim=True)
+        pulled = dlogit.mul_(z)
+        sums = pulled @ torch.stack([torch.ones_like(values), values], 1).mT
         inverse = (-ls).exp()
-        out[0].copy_(total)
-        out[1].copy_(dlogit.sum(2) * inverse.squeeze(2))
-        out[2].copy_((z * dlogit).sum(2) - total)
-        for target, found in zip(out[3:], (dg, dm, dv), strict=True):
-            target.copy_(found.squeeze(2))
-        dbias[block].copy_(grad.sum((1, 2)))
-        _write(dx, block, direct.sub_(dlogit.mul_(inverse).sum(1)))
-    return grads
+        direct = grad.mul(by_dy).add_(constant).addcmul_(by_x, values)
+        _write(dx, block, direct.sub_((inverse.transpose(1, 2) @ pulled).squeeze(1)))
+        dmu = sums[:, :, :1] * inverse
+        dls = (sums[:, :, 1:] - loc * sums[:, :, :1]) * inverse - total
+        for target, found in zip(targets, (total, dmu, dls, dg, dm, dv), strict=True):
+            target[block].copy_(found.squeeze(2))
+        dbias[block].copy_(grad.sum(1))
+    return [_like(given, dx), *grads[1:]]
+
+
+def _like(x: Tensor, y: Tensor) -> Tensor:
+    """Return y in the memory format of x."""
+    # Blocks of channels are read and written whole, so the work itself is on contiguous tensors.
+    return y if x.is_contiguous() else torch.empty_like(x).copy_(y)
 
 
 def _differentiate(

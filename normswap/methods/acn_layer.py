@@ -212,7 +212,7 @@ class AdaptiveContextNorm(NormLayer):
         rate: Any = self.momentum
         if rate is None:
             rate = count.to(result.mass.dtype).reciprocal()
-        rate = torch.where(result.mass >= MASS, rate, 0)
+        rate = (result.mass >= MASS).to(result.mass.dtype) * rate
         unbiased = result.moments.var * (values / (values - 1))
         for buffer, new in ((mean, result.moments.mean), (var, unbiased)):
             buffer.copy_(buffer + rate * (new - buffer))
