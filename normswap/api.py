@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checks import check_model
-from normswap.conversion import RECORD, Record, convert_bare, decide, make_contexts, operate
+from normswap.conversion import Record, convert_bare, decide, make_contexts, operate
 from normswap.errors import ConversionError
 from normswap.functional.moments import gaussian_divergence
 from normswap.graph.reach import find_reach
-from normswap.graph.state import context_argument
+from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
 from normswap.methods.base import get_method, parse_options
 from normswap.report import Report, Verification

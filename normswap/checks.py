@@ -5,9 +5,8 @@ from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from normswap.conversion import RECORD
 from normswap.errors import ConversionError
-from normswap.graph.state import context_argument
+from normswap.graph.state import RECORD, context_argument
 
 _WRAPPERS = {
     "OptimizedModule": "is compiled; convert the original module (._orig_mod), then compile it",

@@ -10,14 +10,13 @@ from torch import nn
 from normswap.contexts.priors import check_priors
 from normswap.errors import ConversionError, UnknownNameError
 from normswap.graph.scope import Scope
+from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
 from normswap.methods.base import Contexts, Method
 from normswap.methods.layer import POLICIES
 from normswap.report import Row, Verification
 from normswap.select import Selector, matches
 from normswap.sites import Site, find_norms, read_site
-
-RECORD = "_normswap_record"
 
 
 @dataclass

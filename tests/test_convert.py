@@ -251,6 +251,44 @@ def test_wrong_number_of_labels_names_the_first_norm():
         model(images(), context=torch.zeros(3, dtype=torch.int64))
 
 
+def test_one_label_in_a_tensor_is_not_the_whole_batch():
+    model = normswap.convert(Net(), contexts=2)
+    with pytest.raises(ContextError, match="with 6 labels, one per sample, got 1"):
+        model(images(), context=torch.tensor([1]))
+    model.eval()
+    assert model(images(), context=torch.tensor(1)).shape == (6, 5)
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, one, other):
+        return self.net(one) + self.net(other)
+
+
+def test_as_many_labels_as_arguments_is_not_a_batch():
+    with pytest.raises(ContextError, match="with 6 labels, one per sample, got 2"):
+        normswap.convert(Pair(), contexts=2)(images(), images(), context=torch.tensor([0, 1]))
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, images):
+        return self.net(torch.stack(images))
+
+
+def test_a_list_of_images_counts_as_the_batch():
+    model = scatter(normswap.convert(Listed().eval(), "cn", contexts=2))
+    x = images(2)
+    labels = torch.tensor([0, 1])
+    assert model(list(x), context=labels).equal(model.net(x, context=labels))
+
+
 def test_priors_are_normalised_and_reported():
     report = normswap.plan(Net(), contexts=["a", "b"], priors=[3, 1])
     assert report.priors == (0.75, 0.25)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.functional.moments import Moments, compute_dtype
+from normswap.functional.moments import Moments, compute_dtype, wide_dtype
 
 
 class Affine(NamedTuple):
@@ -20,7 +20,9 @@ class Affine(NamedTuple):
 
     def mix(self, weights: Tensor) -> "Affine":
         """Return the rows mixed by weights (N, K), each row of which sums to one."""
-        return Affine(weights @ self.scale, weights @ self.shift)
+        wide = wide_dtype(weights)
+        scale, shift = ((weights.to(wide) @ t.to(wide)).to(t.dtype) for t in self)
+        return Affine(scale, shift)
 
 
 def fold_norm(moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Affine:

@@ -1,5 +1,6 @@
 """Context labels: from what a caller gives to a checked tensor, and to one label per row of x."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,13 +14,15 @@ class Context(NamedTuple):
     """Labels that were checked once, at the entry of a model, and now travel through it.
 
     Attributes:
-        labels: int64, shape (N,), in [-1, K); shape (1,) stands for the whole batch.
+        labels: int64, shape (N,), in [-1, K).
         unknown: True or False where the host knows whether a label is -1; None where finding out
             would make the host wait for a device, or the values are not there (tracing).
+        whole: whether the one label there is holds for a whole batch of any size.
     """
 
     labels: Tensor
     unknown: bool | None
+    whole: bool = False
 
 
 Labels: TypeAlias = Tensor | str | int | Sequence[str | int | None] | Context
@@ -38,8 +41,8 @@ def resolve_labels(
         device: where labels that are not a tensor are put.
 
     Returns:
-        The checked labels. Values on a device other than the CPU are checked by an assertion on
-        that device, so that the host never waits.
+        The checked labels. Values in a tensor on a device other than the CPU are checked by an
+        assertion on that device, so that the host never waits.
 
     Raises:
         ContextError: not integers, more than one dimension, or out of range.
@@ -47,10 +50,19 @@ def resolve_labels(
     """
     if isinstance(labels, Context):
         return labels
-    if isinstance(labels, str):
-        return Context(torch.tensor([_index(labels, names)], device=device), False)
+    target = labels.device if isinstance(labels, Tensor) else device
+    if hasattr(labels, "__array__") and not isinstance(labels, Tensor):
+        array: Any = labels
+        labels = array.tolist() if array.dtype.kind in "OSU" else torch.as_tensor(array)
+    elif isinstance(labels, bool):
+        labels = torch.tensor(labels)
     if not isinstance(labels, Tensor):
-        labels = _to_tensor(labels, names, device)
+        indices = _to_indices(labels, names)
+        if indices:
+            _require_range(min(indices), max(indices), num_contexts, names)
+        values = torch.tensor(indices, dtype=torch.int64, device=device)
+        whole = isinstance(labels, str | int)
+        return Context(values, any(index < 0 for index in indices), whole)
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise ContextError(
             f"expected `context` of an integer dtype (int64), got {labels.dtype}; "
@@ -60,8 +72,10 @@ def resolve_labels(
         raise ContextError(
             f"expected `context` of shape (N,), one label per sample, got {tuple(labels.shape)}"
         )
+    whole = labels.dim() == 0
     labels = labels.long().reshape(-1)
-    return Context(labels, _check_range(labels, num_contexts, names))
+    unknown = _check_range(labels, num_contexts, names)
+    return Context(labels.to(target), unknown, whole)
 
 
 def _index(name: str, names: Sequence[str]) -> int:
@@ -71,11 +85,9 @@ def _index(name: str, names: Sequence[str]) -> int:
     raise UnknownNameError(f"unknown context {name!r}; the contexts are {', '.join(names)}")
 
 
-def _to_tensor(labels: Any, names: Sequence[str], device: torch.device | None) -> Tensor:
-    if hasattr(labels, "__array__"):
-        return torch.as_tensor(labels, device=device)
-    if isinstance(labels, int):
-        return torch.tensor(labels, device=device)
+def _to_indices(labels: Any, names: Sequence[str]) -> list[int]:
+    if isinstance(labels, str | int):
+        labels = [labels]
     try:
         items = list(labels)
     except TypeError:
@@ -83,20 +95,31 @@ def _to_tensor(labels: Any, names: Sequence[str], device: torch.device | None) -
             "expected `context` as an integer tensor (N,), a name, an index, or a sequence of "
             f"them, got {type(labels).__name__}"
         ) from None
-    indices = []
-    for item in items:
-        if isinstance(item, str):
-            indices.append(_index(item, names))
-        elif item is None:
-            indices.append(-1)
-        elif isinstance(item, int) and not isinstance(item, bool):
-            indices.append(item)
-        else:
-            raise ContextError(
-                "expected `context` to hold names, indices or None, "
-                f"got {item!r} ({type(item).__name__})"
-            )
-    return torch.tensor(indices, dtype=torch.int64, device=device)
+    return [_to_index(item, names) for item in items]
+
+
+def _to_index(item: Any, names: Sequence[str]) -> int:
+    if isinstance(item, str):
+        return _index(item, names)
+    if item is None:
+        return -1
+    try:
+        if isinstance(item, bool):
+            raise TypeError
+        return operator.index(item)
+    except TypeError:
+        raise ContextError(
+            "expected `context` to hold names, indices or None, "
+            f"got {item!r} ({type(item).__name__})"
+        ) from None
+
+
+def _require_range(low: int, high: int, num_contexts: int, names: Sequence[str]) -> None:
+    if low < -1 or high >= num_contexts:
+        raise ContextError(
+            f"expected `context` labels in [0, {num_contexts}), or -1 for unknown, got values "
+            f"from {low} to {high}; the contexts are {', '.join(names)}"
+        )
 
 
 def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> bool | None:
@@ -110,11 +133,7 @@ def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> boo
         torch._assert_async(in_range, f"context labels must lie in [-1, {num_contexts})")
         return None
     low, high = (int(v) for v in labels.aminmax())
-    if low < -1 or high >= num_contexts:
-        raise ContextError(
-            f"expected `context` labels in [0, {num_contexts}), or -1 for unknown, got values "
-            f"from {low} to {high}; the contexts are {', '.join(names)}"
-        )
+    _require_range(low, high, num_contexts, names)
     return low < 0
 
 
@@ -134,6 +153,8 @@ def labels_per_row(context: Context, x: Tensor, site: str) -> Tensor:
             f"expected `context` on {x.device}, where the input of {site} is, got it on "
             f"{labels.device}; move it with .to({str(x.device)!r})"
         )
+    if context.whole:
+        return labels.expand(rows)
     if rows == given:
         return labels
     if given == 0 or rows % given:

@@ -18,6 +18,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def wide_dtype(t: Tensor) -> torch.dtype:
+    """Return float64, or float32 on devices without it.
+
+    For small sums and products where float32 is not enough. Autocast leaves float64 alone; it
+    would compute a float32 product in bfloat16.
+    """
+    return torch.float32 if t.device.type == "mps" else torch.float64
+
+
 def log_spread(var: Tensor, eps: float) -> Tensor:
     """Return ``0.5 * log(var + eps)``, computed in float64."""
     return 0.5 * (var.double() + eps).log()
@@ -33,7 +42,10 @@ def instance_moments(x: Tensor) -> Moments:
     x = x.to(compute_dtype(x))
     if x.dim() == 2:
         return Moments(x, torch.zeros_like(x))
-    var, mean = torch.var_mean(x, dim=tuple(range(2, x.dim())), correction=0)
+    positions = tuple(range(2, x.dim()))
+    if x.numel() == 0:
+        return Moments(x.sum(positions), x.sum(positions))  # var_mean warns of it
+    var, mean = torch.var_mean(x, dim=positions, correction=0)
     return Moments(mean, var)
 
 
@@ -53,7 +65,9 @@ def context_moments(instances: Moments, index: Tensor, num_contexts: int) -> tup
         counts: instances in each context, (K,).
         moments: (K, C); zero where a context is absent.
     """
-    mean, var = instances
+    dtype = instances.mean.dtype
+    # index_add sums in order: float32 would lose digits as the batch grows, batch norm does not.
+    mean, var = (t.to(wide_dtype(t)) for t in instances)
     counts = mean.new_zeros(num_contexts + 1).index_add(
         0, index, torch.ones_like(index, dtype=mean.dtype)
     )
@@ -62,7 +76,8 @@ def context_moments(instances: Moments, index: Tensor, num_contexts: int) -> tup
     mu = zeros.index_add(0, index, mean) * share
     spread = var + (mean - mu.index_select(0, index)).square()
     total = zeros.index_add(0, index, spread) * share
-    return counts[:num_contexts], Moments(mu[:num_contexts], total[:num_contexts])
+    counts, mu, total = (t[:num_contexts].to(dtype) for t in (counts, mu, total))
+    return counts, Moments(mu, total)
 
 
 def pool_moments(moments: Moments, priors: Tensor) -> Moments:
@@ -91,19 +106,20 @@ def context_posterior(instances: Moments, contexts: Moments, priors: Tensor, eps
     Shape:
         instances: (N, C); contexts: (K, C); priors: (K,); result: (N, K).
     """
-    mean, var = instances
-    precision = (contexts.var + eps).reciprocal()
+    dtype, wide = instances.mean.dtype, wide_dtype(instances.mean)
+    mean, var, means, variances = (t.to(wide) for t in (*instances, *contexts))
+    precision = (variances + eps).reciprocal()
     # sum_c (v + (m - mu)^2) / V, expanded so that nothing of size N * K * C is made; centred on
     # the average context, since the expansion loses digits to a large common mean.
-    centre = contexts.mean.mean(0)
-    m, mu = mean - centre, contexts.mean - centre
+    centre = means.mean(0)
+    m, mu = mean - centre, means - centre
     distance = (
         (var + m.square()) @ precision.T
         - 2 * m @ (mu * precision).T
         + (mu.square() * precision).sum(1)
     )
-    logits = priors.log() + 0.5 * precision.log().sum(1) - 0.5 * distance
-    return logits.softmax(1)
+    logits = priors.to(wide).log() + 0.5 * precision.log().sum(1) - 0.5 * distance
+    return logits.softmax(1).to(dtype)
 
 
 def gaussian_divergence(moments: Moments, priors: Tensor) -> float:

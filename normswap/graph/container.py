@@ -27,7 +27,7 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     if key in state.exact:
         leaves = []
         key = tuple([describe(value, leaves, True) for value in values])
-    context = _resolve(state, leaves, context)
+    context = _resolve(state, values, leaves, context)
     for variant in state.variants.get(key, ()):
         if variant.holds(module):
             break
@@ -55,7 +55,9 @@ def _run_scoped(module: nn.Module, state: ContainerState, values: Any, context: 
         state.scope.leave(outer)
 
 
-def _resolve(state: ContainerState, leaves: list[Any], context: Any) -> Context | None:
+def _resolve(
+    state: ContainerState, values: tuple[Any, ...], leaves: list[Any], context: Any
+) -> Context | None:
     """Return the context of this call, checked where it enters the model."""
     if type(context) is Context:
         return context
@@ -65,14 +67,28 @@ def _resolve(state: ContainerState, leaves: list[Any], context: Any) -> Context 
         device = next((leaf.device for leaf in leaves if hasattr(leaf, "device")), None)
         resolved = state.scope.resolve(context, device)
     if resolved is not None and state.fqn == "":
-        _check_length(state, leaves, resolved)
+        _check_length(state, values, resolved)
     return resolved
 
 
-def _check_length(state: ContainerState, leaves: list[Any], context: Context) -> None:
+def _check_length(state: ContainerState, values: tuple[Any, ...], context: Context) -> None:
+    """Compare the number of labels with the batch, while it is not folded into anything yet."""
     given = context.labels.shape[0]
-    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    if not sizes or (given == 1 and context.unknown is False):
-        return
-    if not any(given == size for size in sizes) and given != len(sizes):
+    sizes = [size for value in values for size in _batch_sizes(value)]
+    if sizes and not context.whole and given not in sizes:
         raise wrong_length(sizes[0], given, state.first_norm)
+
+
+def _batch_sizes(value: Any) -> list[int]:
+    """Return what may be the number of samples in an argument."""
+    if isinstance(value, torch.Tensor):
+        return [value.shape[0]] if value.dim() else []
+    if isinstance(value, dict):
+        return [size for part in value.values() for size in _batch_sizes(part)]
+    if isinstance(value, list | tuple):
+        sizes = [size for part in value for size in _batch_sizes(part)]
+        # A list of images, one a sample: detection models take batches so.
+        if value and all(isinstance(v, torch.Tensor) and v.dim() <= 3 for v in value):
+            sizes.append(len(value))
+        return sizes
+    return []

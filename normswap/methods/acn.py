@@ -8,8 +8,14 @@ from torch import Tensor, nn
 from normswap.functional.moments import Moments
 from normswap.methods.acn_layer import AdaptiveContextNorm
 from normswap.methods.acn_options import AdaptiveOptions
-from normswap.methods.base import Contexts, Method, affine_tensors, register_method
-from normswap.methods.layer import adopt, keep_requires_grad
+from normswap.methods.base import (
+    Contexts,
+    Method,
+    affine_tensors,
+    keep_requires_grad,
+    register_method,
+)
+from normswap.methods.layer import adopt
 from normswap.sites import Site
 
 

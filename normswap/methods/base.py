@@ -1,7 +1,7 @@
 """The protocol of a method, and the registry of methods by name."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -89,7 +89,10 @@ def register_method(cls: M) -> M:
     taken = _REGISTRY.get(cls.name)
     if taken is not None and type(taken).__qualname__ != cls.__qualname__:
         raise ConversionError(f"a method {cls.name!r} is registered already: {type(taken)}")
-    fields(cls.options)
+    if not is_dataclass(cls.options):
+        raise ConversionError(
+            f"expected the options of method {cls.name!r} as a dataclass, got {cls.options!r}"
+        )
     _REGISTRY[cls.name] = cls()
     return cls
 
@@ -134,3 +137,14 @@ def affine_tensors(source: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
         ones if weight is None else weight.detach(),
         torch.zeros_like(ones) if bias is None else bias.detach(),
     )
+
+
+def keep_requires_grad(layer: nn.Module, source: nn.Module, site: Site) -> None:
+    """Freeze what replaces a frozen weight or bias, and the whole layer where both are."""
+    affine = {name: getattr(source, name, None) for name in ("weight", "bias")}
+    given = {name: t.requires_grad for name, t in affine.items() if t is not None}
+    if site.frozen or (given and not any(given.values())):
+        layer.requires_grad_(False)
+        return
+    for name, required in given.items():
+        layer.get_parameter(name).requires_grad_(required)

@@ -14,9 +14,15 @@ from normswap.functional.moments import (
     instance_moments,
     pool_moments,
 )
-from normswap.methods.base import Contexts, Method, affine_tensors, register_method
+from normswap.methods.base import (
+    Contexts,
+    Method,
+    affine_tensors,
+    keep_requires_grad,
+    register_method,
+)
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt, keep_requires_grad, load_shared
+from normswap.methods.layer import ContextLayer, adopt, fill_affine, load_shared, make_priors
 from normswap.sites import Site
 
 
@@ -81,9 +87,7 @@ class ContextNorm(ContextLayer):
         self.register_buffer(
             "num_batches_tracked", torch.zeros(num_contexts, dtype=torch.int64, device=device)
         )
-        if priors is None:
-            priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
-        self.register_buffer("priors", priors.to(dtype=torch.float32, device=device))
+        self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -99,11 +103,11 @@ class ContextNorm(ContextLayer):
         """Compute the layer; see the class."""
         dtype = compute_dtype(x)
         running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
-        if self.training:
-            # The update below is in place; backward needs the values of this forward.
+        if self.training or torch.is_grad_enabled():
+            # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
-        priors = self.priors.to(dtype)
-        scale = priors.rsqrt().unsqueeze(1)
+        priors = self.mixing(dtype)
+        scale = self.priors.to(dtype).rsqrt().unsqueeze(1)
         weight, bias = self.weight.to(dtype) * scale, self.bias.to(dtype) * scale
         if labels is None:
             return apply_affine(x, self._unknown(x, None, running, weight, bias, priors))
@@ -139,10 +143,9 @@ class ContextNorm(ContextLayer):
             rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal().unsqueeze(1)
         else:
             rate = torch.full_like(values, self.momentum)
-        rate = torch.where(usable, rate, 0)
         unbiased = batch.var * (values / (values - 1).clamp(min=1))
         for buffer, new in ((self.running_mean, batch.mean), (self.running_var, unbiased)):
-            buffer.copy_(buffer + rate * (new - buffer))
+            buffer.copy_(torch.where(usable, buffer + rate * (new - buffer), buffer))
 
     def _unknown(
         self,
@@ -183,6 +186,7 @@ class ContextNorm(ContextLayer):
         state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
         root = state_dict[prefix + "priors"].sqrt().unsqueeze(1)
         targets: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+        fill_affine(state_dict, prefix, self.num_features)
         load_shared(state_dict, prefix, targets, {"weight": root, "bias": root})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -15,9 +15,15 @@ from normswap.functional.moments import (
     log_spread,
     pool_moments,
 )
-from normswap.methods.base import Contexts, Method, affine_tensors, register_method
+from normswap.methods.base import (
+    Contexts,
+    Method,
+    affine_tensors,
+    keep_requires_grad,
+    register_method,
+)
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt, keep_requires_grad
+from normswap.methods.layer import ContextLayer, adopt, fill_affine, make_priors
 from normswap.sites import Site
 
 
@@ -43,7 +49,8 @@ class ContextNormX(ContextLayer):
         buffer priors: (K,).
 
     A fresh layer starts mu and sigma from its first batch in training mode: each context from its
-    own samples, contexts absent there or with one value from the whole batch.
+    own samples, contexts absent there or with one value from the whole batch. A batch with one
+    value per channel, or none, is no start.
 
     Source: Faye et al., arXiv 2403.16798, CN-X.
     Differs from source: the layer keeps a shared gamma and beta; starts from data or from a batch
@@ -77,9 +84,7 @@ class ContextNormX(ContextLayer):
             self.register_parameter(name, value)
         self.mu = nn.Parameter(torch.empty(num_contexts, num_features, **options))
         self.log_sigma = nn.Parameter(torch.empty(num_contexts, num_features, **options))
-        if priors is None:
-            priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
-        self.register_buffer("priors", priors.to(dtype=torch.float32, device=device))
+        self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -108,7 +113,7 @@ class ContextNormX(ContextLayer):
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
-        if self.fresh and self.training and labels is not None:
+        if self.fresh and self.training and labels is not None and x.numel() > x.shape[1]:
             self.start_from(x, labels)
         dtype = compute_dtype(x)
         mu, log_sigma = self.mu.to(dtype), self.log_sigma.to(dtype)
@@ -130,7 +135,7 @@ class ContextNormX(ContextLayer):
         if isinstance(self.unknown, int):
             row = slice(self.unknown, self.unknown + 1)
             return self._affine(mu[row], torch.exp(-log_sigma[row]))
-        priors = self.priors.to(mu.dtype)
+        priors = self.mixing(mu.dtype)
         moments = Moments(mu, torch.exp(2 * log_sigma))
         if self.unknown == "posterior" and self.num_contexts > 1:
             weights = context_posterior(instance_moments(x), moments, priors, 0.0)
@@ -145,6 +150,8 @@ class ContextNormX(ContextLayer):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accept a BatchNorm's entries too: each context starts from its running statistics."""
+        if self.weight is not None:
+            fill_affine(state_dict, prefix, self.num_features)
         mean = state_dict.pop(prefix + "running_mean", None)
         var = state_dict.pop(prefix + "running_var", None)
         state_dict.pop(prefix + "num_batches_tracked", None)
@@ -153,8 +160,14 @@ class ContextNormX(ContextLayer):
             state_dict[prefix + "mu"] = mean.expand(self.mu.shape)
             state_dict[prefix + "log_sigma"] = log_sigma.expand(self.mu.shape)
         state_dict.setdefault(prefix + "priors", self.priors)
-        self.fresh = self.fresh and prefix + "mu" not in state_dict
+        self.fresh = self.fresh and not _is_started(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _is_started(state: dict[str, Any], prefix: str) -> bool:
+    """Return whether saved statistics are other than those of a layer that met no batch."""
+    values = [state.get(prefix + name) for name in ("mu", "log_sigma")]
+    return any(isinstance(v, Tensor) and (v.is_meta or bool(v.any())) for v in values)
 
 
 @register_method

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from normswap.functional.affine import Affine, apply_affine, where_rows
-from normswap.methods.base import Contexts, affine_tensors
-from normswap.methods.layer import ContextLayer, adopt, load_shared
+from normswap.functional.affine import Affine, apply_affine, fold_norm, where_rows
+from normswap.functional.moments import Moments, compute_dtype, instance_moments
+from normswap.methods.base import Contexts, affine_tensors, keep_requires_grad
+from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
 from normswap.sites import Site
 
 
@@ -73,9 +73,7 @@ class ContextInstanceNorm(ContextLayer):
             "num_batches_tracked",
             torch.zeros((), dtype=torch.int64, device=device) if tracked else None,
         )
-        if priors is None:
-            priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
-        self.register_buffer("priors", priors.to(dtype=torch.float32, device=device))
+        self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
 
     @classmethod
     def from_site(cls, site: Site, source: nn.Module, contexts: Contexts) -> "ContextInstanceNorm":
@@ -97,8 +95,7 @@ class ContextInstanceNorm(ContextLayer):
             layer.bias.copy_(bias.expand_as(layer.bias))
             for name, buffer in source.named_buffers(recurse=False):
                 layer.get_buffer(name).copy_(buffer)
-        if site.affine and not any(p.requires_grad for p in source.parameters(recurse=False)):
-            layer.requires_grad_(False)
+        keep_requires_grad(layer, source, site)
         layer.site, layer.names = site.fqn, contexts.names
         # One dimension fewer is an input without a batch, which instance norms also take.
         layer.dims = site.dims[-1:]
@@ -113,30 +110,48 @@ class ContextInstanceNorm(ContextLayer):
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
-        y = F.instance_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            use_input_stats=self.training or not self.track_running_stats,
-            momentum=0.0 if self.momentum is None else self.momentum,
-            eps=self.eps,
-        )
-        if labels is None:
-            return apply_affine(y, self._unknown())
-        affine = Affine(self.weight, self.bias).rows(labels.clamp(min=0))
-        if unlabelled:
-            affine = where_rows(labels >= 0, affine, self._unknown())
-        return apply_affine(y, affine)
+        dtype = compute_dtype(x)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        affine = self._unknown(weight, bias)
+        if labels is not None:
+            known = Affine(weight, bias).rows(labels.clamp(min=0))
+            affine = where_rows(labels >= 0, known, affine) if unlabelled else known
+        return apply_affine(x, fold_norm(self._moments(x), *affine, self.eps))
 
-    def _unknown(self) -> Affine:
+    def _moments(self, x: Tensor) -> Moments:
+        """Return the statistics of each instance, or the running ones, (1, C)."""
+        mean, var = self.running_mean, self.running_var
+        if self.training or mean is None or var is None:
+            positions = x.shape[2:].numel()
+            if positions == 1:
+                raise ValueError(
+                    "expected more than 1 spatial element for the statistics of an instance, got "
+                    f"input {tuple(x.shape)} (at {self._where()})"
+                )
+            moments = instance_moments(x)
+            if self.training and mean is not None and var is not None and x.shape[0]:
+                self._update(mean, var, moments, positions)
+            return moments
+        dtype = compute_dtype(x)
+        # Copies: a later training forward updates the buffers in place.
+        return Moments(*(t.to(dtype, copy=True).unsqueeze(0) for t in (mean, var)))
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, moments: Moments, positions: int) -> None:
+        """Move the running statistics as torch does: averages over instances, unbiased variance."""
+        rate = 0.0 if self.momentum is None else self.momentum
+        unbiased = moments.var.mean(0) * (positions / max(positions - 1, 1))
+        mean.copy_(mean + rate * (moments.mean.mean(0) - mean))
+        var.copy_(var + rate * (unbiased - var))
+
+    def _unknown(self, weight: Tensor, bias: Tensor) -> Affine:
         if isinstance(self.unknown, int):
             row = slice(self.unknown, self.unknown + 1)
-            return Affine(self.weight[row], self.bias[row])
+            return Affine(weight[row], bias[row])
         if self.unknown == "error":
             # Reached only where the host cannot see the labels; wrong results must be visible.
-            return Affine(*(torch.full_like(self.weight[:1], torch.nan) for _ in range(2)))
-        weights = self.priors.to(self.weight.dtype).unsqueeze(0)
-        return Affine(self.weight, self.bias).mix(weights)
+            return Affine(*(torch.full_like(weight[:1], torch.nan) for _ in range(2)))
+        return Affine(weight, bias).mix(self.mixing(weight.dtype).unsqueeze(0))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from normswap.errors import ContextError, MissingContextError
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
-from normswap.sites import Site
 
 POLICIES = ("error", "pooled", "posterior")
 
@@ -73,6 +72,7 @@ class ContextLayer(NormLayer):
     """
 
     context_argument = "context"
+    priors: Tensor
 
     def __init__(self, num_features: int, num_contexts: int, unknown: str | int = "pooled") -> None:
         super().__init__(num_features)
@@ -110,6 +110,11 @@ class ContextLayer(NormLayer):
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
 
+    def mixing(self, dtype: torch.dtype) -> Tensor:
+        """Return lambda, (K,), summing to one again after what a cast rounded."""
+        priors = self.priors.to(dtype)
+        return priors / priors.sum()
+
     def _labels(self, x: Tensor, context: Labels | None) -> tuple[Tensor | None, bool]:
         if context is None and self.scope is not None:
             context = self.scope.lookup()
@@ -118,7 +123,7 @@ class ContextLayer(NormLayer):
         if not isinstance(context, Context):
             # Called directly, not through a model that checked the labels: no folded batch here.
             context = resolve_labels(context, self.num_contexts, self.names, x.device)
-            if context.labels.shape[0] not in (1, x.shape[0]):
+            if not context.whole and context.labels.shape[0] != x.shape[0]:
                 raise wrong_length(x.shape[0], context.labels.shape[0], self._where())
         if self.unknown == "error" and context.unknown is not False:
             self._refuse_unknown(context)
@@ -186,9 +191,35 @@ def load_shared(
             state[prefix + name] = value
 
 
-def keep_requires_grad(layer: nn.Module, source: nn.Module, site: Site) -> None:
-    """Freeze the parameters of a layer that replaces one whose affine is frozen."""
-    affine = [getattr(source, name, None) for name in ("weight", "bias")]
-    given = [t for t in affine if t is not None]
-    if site.frozen or (given and not any(t.requires_grad for t in given)):
-        layer.requires_grad_(False)
+def fill_affine(state: dict[str, Any], prefix: str, num_features: int) -> None:
+    """Complete the state dict of a base norm that has no weight or no bias, in place."""
+    mean = state.get(prefix + "running_mean")
+    if isinstance(mean, Tensor) and mean.shape == (num_features,):
+        state.setdefault(prefix + "weight", torch.ones_like(mean))
+        state.setdefault(prefix + "bias", torch.zeros_like(mean))
+
+
+def make_priors(
+    priors: Tensor | None,
+    num_contexts: int,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Return lambda for a layer, (K,): uniform by default; float64 only in a float64 layer.
+
+    Raises:
+        ContextError: not K positive values that sum to one.
+    """
+    wide = (dtype or torch.get_default_dtype()) == torch.float64
+    if priors is None:
+        priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
+    elif (
+        priors.shape != (num_contexts,)
+        or not bool((priors > 0).all())
+        or abs(float(priors.double().sum()) - 1) > 1e-3
+    ):
+        raise ContextError(
+            f"expected `priors` of {num_contexts} positive values that sum to one, "
+            f"got {priors.tolist()}; normswap.contexts.check_priors scales counts"
+        )
+    return priors.to(device=device, dtype=torch.float64 if wide else torch.float32)

@@ -1,0 +1,37 @@
+"""`python -m recipes COMMAND`: run one of the recipes.
+
+A recipe is a module of this package with a `main(argv) -> exit code`; adding one is a line in
+`COMMANDS`. Modules are imported when asked for, so that help needs none of their dependencies.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+# On a machine that does other work too, OpenMP threads that spin while they wait slowed training
+# down tenfold; ones that sleep cost nothing measurable. To be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+COMMANDS = {
+    "finetune": "fine-tune a timm backbone with context-aware norms beside plain BatchNorm",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Hand the arguments to the recipe named first."""
+    if argv and argv[0] in COMMANDS:
+        return int(importlib.import_module(f"recipes.{argv[0]}").main(argv[1:]))
+    lines = ["usage: python -m recipes COMMAND [options]", ""]
+    lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    lines += ["", "python -m recipes COMMAND --help lists the options of one."]
+    asked_for_help = not argv or argv[0] in ("-h", "--help")
+    if not asked_for_help:
+        lines.insert(0, f"error: unknown command {argv[0]!r}; choose from {', '.join(COMMANDS)}")
+    print("\n".join(lines), file=sys.stdout if asked_for_help else sys.stderr)
+    return 0 if asked_for_help else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,142 @@
+"""A folder of images in the layout DOMAIN/CLASS/image, such as PACS, decoded once into memory."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .data import Augmentation, DomainData, stratified_mask
+from .errors import RecipeError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+TEST_FRACTION = 0.2
+
+
+def load_folder(
+    root: Path,
+    size: int,
+    seed: int = 0,
+    held_out: str | None = None,
+    limit: int | None = None,
+    workers: int = 2,
+) -> DomainData:
+    """Load a folder of domains; images are resized and centre-cropped to a square.
+
+    A fifth of each class of each domain is the test split; of the held-out domain, all of it.
+
+    Args:
+        root: a folder with one folder a domain, and in each the same class folders.
+        size: side of the images in pixels.
+        seed: decides the split.
+        held_out: name of a domain that does not train.
+        limit: use about so many images of each class of each domain, for a quick trial.
+        workers: threads that decode.
+
+    Raises:
+        RecipeError: if the folder, a class of a domain or the held-out domain is missing, a class
+            has a single image, or an image cannot be read.
+    """
+    files = list_folder(root)
+    domain_names = sorted(files)
+    classes = sorted(files[domain_names[0]])
+    if held_out is not None and held_out not in domain_names:
+        raise RecipeError(
+            f"expected --held-out to be one of the domains {', '.join(domain_names)} of {root}, "
+            f"got {held_out!r}"
+        )
+    if held_out is not None and len(domain_names) == 1:
+        raise RecipeError(f"expected a second domain in {root} to train on beside {held_out!r}")
+    paths: list[Path] = []
+    labels_of: list[int] = []
+    domains_of: list[int] = []
+    for domain, domain_name in enumerate(domain_names):
+        for label, class_name in enumerate(classes):
+            found = files[domain_name][class_name][:limit]
+            paths += found
+            labels_of += [label] * len(found)
+            domains_of += [domain] * len(found)
+    labels, domains = torch.tensor(labels_of), torch.tensor(domains_of)
+    generator = torch.Generator().manual_seed(seed)
+    test = stratified_mask(domains * len(classes) + labels, TEST_FRACTION, generator)
+    if held_out is not None:
+        test |= domains == domain_names.index(held_out)
+    return DomainData(
+        images=decode(paths, size, workers),
+        labels=labels,
+        domains=domains,
+        train=~test,
+        test=test,
+        classes=classes,
+        domain_names=domain_names,
+        augmentation=Augmentation(side=(0.7, 1.0), shift=0.0, flip=True),
+        held_out=held_out,
+        note=f"a random fifth of each class of each domain of {root.name} tests",
+    )
+
+
+def list_folder(root: Path) -> dict[str, dict[str, list[Path]]]:
+    """List the images by domain and class, and check that every domain has every class."""
+    if not root.is_dir():
+        raise RecipeError(
+            f"expected --data to be a folder DOMAIN/CLASS/image, found none at {root}"
+        )
+    files = {
+        domain.name: {
+            folder.name: images for folder in _folders(domain) if (images := _images(folder))
+        }
+        for domain in _folders(root)
+    }
+    files = {domain: classes for domain, classes in files.items() if classes}
+    if not files:
+        raise RecipeError(
+            f"expected images as DOMAIN/CLASS/image under {root}, found none; "
+            f"known endings are {' '.join(sorted(SUFFIXES))}"
+        )
+    every = set().union(*files.values())
+    for domain, classes in files.items():
+        if missing := sorted(every - set(classes)):
+            raise RecipeError(
+                f"expected every domain of {root} to have every class, but {domain!r} has no "
+                f"images of {', '.join(missing)}; add them, or take the class or the domain away"
+            )
+        for name, images in classes.items():
+            if len(images) < 2:
+                raise RecipeError(
+                    f"expected two images or more a class, to train and to test, got one in "
+                    f"{root / domain / name}"
+                )
+    return files
+
+
+def decode(paths: list[Path], size: int, workers: int) -> Tensor:
+    """Decode images into one uint8 tensor (N, 3, size, size), in the order of `paths`."""
+    from PIL import Image, ImageOps
+
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+
+    def read(index: int) -> None:
+        try:
+            with Image.open(paths[index]) as image:
+                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"cannot read the image {paths[index]}: {error}") from error
+        images[index] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        done = pool.map(read, range(len(paths)))
+        for _ in tqdm(done, total=len(paths), desc="decoding", unit="image", disable=None):
+            pass
+    return images
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)

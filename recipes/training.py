@@ -1,0 +1,205 @@
+"""Models trained side by side on the same batches, and their evaluation.
+
+The models of a run ("arms") take each batch in turn, one step each, from the same random state. So
+a comparison is of the models alone: same start, same images, same augmentation, same dropout draws,
+same schedule; and their step times are taken alternately, under the same load of the machine.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import timm.optim
+import timm.scheduler
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .config import Config
+from .data import Batch, Loader
+from .errors import RecipeError
+
+
+@dataclass
+class Arm:
+    """One model of a run with its optimizer and schedule."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: timm.scheduler.scheduler.Scheduler
+    takes_context: bool
+
+
+def make_arm(name: str, model: nn.Module, config: Config, steps_per_epoch: int) -> Arm:
+    """Give a model AdamW and a cosine schedule with a tenth of the steps as warm-up."""
+    groups = timm.optim.param_groups_weight_decay(
+        model, config.weight_decay, no_weight_decay_list=norm_parameter_names(model)
+    )
+    optimizer = timm.optim.create_optimizer_v2(groups, opt="adamw", lr=config.lr)
+    steps = config.epochs * steps_per_epoch
+    schedule = timm.scheduler.CosineLRScheduler(
+        optimizer,
+        t_initial=steps,
+        warmup_t=max(1, steps // 10),
+        warmup_lr_init=config.lr / 10,
+        t_in_epochs=False,
+    )
+    return Arm(name, model, optimizer, schedule, takes_context(model))
+
+
+def takes_context(model: nn.Module) -> bool:
+    """Tell whether the model's forward has a `context` argument, as converted models do."""
+    return "context" in inspect.signature(model.forward).parameters
+
+
+def norm_parameter_names(model: nn.Module) -> list[str]:
+    """List the parameters that belong to normswap's layers.
+
+    timm spares one-dimensional parameters from weight decay, and BatchNorm's are. Those of a
+    context-aware norm are (K, C), so that rule misses them; decaying a mean or a log standard
+    deviation towards zero would pull the layer from the statistics it was given.
+    """
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if type(module).__module__.partition(".")[0] == "normswap"
+        for name, _ in module.named_parameters(recurse=False)
+    ]
+
+
+def train_step(arm: Arm, batch: Batch, config: Config, update: int) -> tuple[Tensor, float]:
+    """Take one step; give the loss, still on the device, and the step's seconds."""
+    device = batch.images.device
+    torch.manual_seed(config.seed * 1_000_003 + update)
+    _wait_for(device)
+    start = time.perf_counter()
+    arm.schedule.step_update(update)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+        logits = _forward(arm, batch.images, batch.context)
+        loss = nn.functional.cross_entropy(logits, batch.labels)
+    arm.optimizer.zero_grad()
+    loss.backward()
+    arm.optimizer.step()
+    _wait_for(device)
+    return loss.detach(), time.perf_counter() - start
+
+
+def train_epoch(
+    arms: list[Arm], loader: Loader, config: Config, epoch: int
+) -> dict[str, dict[str, Any]]:
+    """Train every arm for an epoch, in lockstep.
+
+    Nothing random outlives a step: batches come from the seed and the epoch, draws inside a model
+    from the seed and the step. A run resumed after any epoch therefore repeats what an
+    uninterrupted one does, with no random state to store.
+
+    Returns:
+        By arm: the mean loss, the learning rate, the median step in milliseconds, and the ratio of
+        the step to that of the first arm on the same batch (median and 10 % and 90 % points).
+
+    Raises:
+        RecipeError: if a loss is not finite.
+    """
+    losses: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for arm in arms:
+        arm.model.train()
+    batches = tqdm(
+        loader.train_epoch(config.seed, epoch),
+        total=loader.batches_per_epoch,
+        desc=f"epoch {epoch + 1}/{config.epochs}",
+        unit="batch",
+        leave=False,
+        disable=None,
+    )
+    for index, batch in enumerate(batches):
+        # In turns, so that neither arm always steps right after the batch was made.
+        for arm in arms if index % 2 == 0 else reversed(arms):
+            update = epoch * loader.batches_per_epoch + index
+            loss, duration = train_step(arm, batch, config, update)
+            losses[arm.name].append(loss)
+            seconds[arm.name].append(duration)
+    report = {}
+    for arm in arms:
+        loss = torch.stack(losses[arm.name]).mean().item()
+        if not torch.isfinite(torch.tensor(loss)):
+            raise RecipeError(
+                f"the loss of {arm.name} is {loss} in epoch {epoch + 1}; try a smaller --lr than "
+                f"{config.lr:g}"
+            )
+        pairs = zip(seconds[arm.name], seconds[arms[0].name], strict=True)
+        report[arm.name] = {
+            "loss": loss,
+            "lr": arm.optimizer.param_groups[0]["lr"],
+            "step_ms": 1000 * statistics.median(seconds[arm.name]),
+            "step_ratio": _points([ours / first for ours, first in pairs]),
+        }
+    return report
+
+
+@torch.inference_mode()
+def evaluate(arm: Arm, loader: Loader, config: Config) -> dict[str, dict[str, float]]:
+    """Measure the accuracy on the test images of each domain, in per cent.
+
+    Returns:
+        `unknown`: by domain, without a label, as when it is not to be had; `known`: by domain, with
+        the domain as label, for arms that take one. The held-out domain is under `unknown` only.
+    """
+    arm.model.eval()
+    accuracy: dict[str, dict[str, float]] = {"unknown": {}}
+    if arm.takes_context:
+        accuracy["known"] = {}
+    for index, domain in enumerate(loader.data.domain_names):
+        kinds = ["unknown"] if domain == loader.data.held_out else list(accuracy)
+        right: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+        for batch in loader.domain_test(index):
+            for kind, hits in right.items():
+                context = batch.context if kind == "known" else None
+                with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.amp):
+                    logits = _forward(arm, batch.images, context)
+                hits.append(logits.argmax(1) == batch.labels)
+        for kind, hits in right.items():
+            accuracy[kind][domain] = 100 * torch.cat(hits).float().mean().item()
+    return accuracy
+
+
+@torch.no_grad()
+def fill_statistics(model: nn.Module, loader: Loader, config: Config, batches: int = 8) -> None:
+    """Give a model built from scratch the running statistics of its first batches.
+
+    A fresh BatchNorm claims mean 0 and variance 1 for every channel. A norm that learns its
+    statistics instead of measuring them would start from that claim; this start is fair to both.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    torch.manual_seed(config.seed)
+    model.train()
+    for norm in norms:
+        norm.momentum = None  # a plain average of the batches
+    for _, batch in zip(range(batches), loader.train_epoch(config.seed, -1), strict=False):
+        model(batch.images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _forward(arm: Arm, images: Tensor, context: Tensor | None) -> Tensor:
+    return arm.model(images, context=context) if arm.takes_context else arm.model(images)
+
+
+def _points(values: list[float]) -> list[float]:
+    """Give the median and the points below which 10 and 90 per cent of the values lie."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return [statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]]
+
+
+def _wait_for(device: torch.device) -> None:
+    """Wait for a GPU's queued work, so that a step's time is that of its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,230 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import normswap
+from recipes import finetune
+from recipes.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["finetune", "--smoke", "--model", "test_resnet", "--image-size", "16"]
+FILES = [
+    "checkpoint.safetensors",
+    "config.json",
+    "curves.png",
+    "metrics.jsonl",
+    "model.safetensors",
+    "report.txt",
+]
+
+
+def finetune_quickly(out: Path, *options: str) -> int:
+    return main([*QUICK, "--out", str(out), *options])
+
+
+def assert_same_checkpoint(first: Path, second: Path) -> None:
+    one, other = (load_file(run / "checkpoint.safetensors") for run in (first, second))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {
+            k: without_times(v)
+            for k, v in value.items()
+            if k not in ("seconds", "step_ms", "step_ratio")
+        }
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("method", normswap.methods())
+def test_smoke_run_trains_both_models_and_leaves_every_file(tmp_path, capsys, method):
+    assert finetune_quickly(tmp_path, "--name", "run", "--method", method) == 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
+    printed = capsys.readouterr().out
+    for text in ("norms: 15 found, 15 replaced", f"{method}, label unknown", "step / bn"):
+        assert text in printed
+    arms = metrics(tmp_path / "run")[-1]["arms"]
+    assert set(arms) == {"bn", method}
+    assert set(arms[method]["accuracy"]["known"]) == {"0", "30", "60", "90"}
+
+
+def test_the_picture_is_a_png(tmp_path):
+    assert finetune_quickly(tmp_path, "--name", "run") == 0
+    with Image.open(tmp_path / "run" / "curves.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 600
+
+
+def test_the_saved_model_is_the_trained_converted_one(tmp_path):
+    assert finetune_quickly(tmp_path, "--name", "run") == 0
+    model = timm.create_model("test_resnet", num_classes=10)
+    model = normswap.convert(model, method="cn-x", contexts=["0", "30", "60", "90"])
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    model.load_state_dict(saved)
+    checkpoint = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    assert all(torch.equal(checkpoint[f"cn-x/model/{k}"], v) for k, v in saved.items())
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    assert finetune_quickly(tmp_path, "--name", "first") == 0
+    assert finetune_quickly(tmp_path, "--name", "second") == 0
+    assert_same_checkpoint(tmp_path / "first", tmp_path / "second")
+
+
+def test_both_models_start_from_the_same_function(tmp_path):
+    config = finetune.resolve({"smoke": True, "model": "test_resnet", "image_size": 16})
+    (bn, converted), loader = finetune.build(
+        config, finetune.load_data(config), torch.device("cpu")
+    )
+    batch = next(loader.train_epoch(0, 0))
+    with torch.inference_mode():
+        before = bn.model.eval()(batch.images)
+        after = converted.model.eval()(batch.images, context=batch.context)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    assert before.std() > 0
+
+
+def test_a_held_out_domain_is_no_context_and_tested_unknown(tmp_path, capsys):
+    assert finetune_quickly(tmp_path, "--name", "run", "--held-out", "60") == 0
+    accuracy = metrics(tmp_path / "run")[-1]["arms"]["cn-x"]["accuracy"]
+    assert set(accuracy["known"]) == {"0", "30", "90"}
+    assert set(accuracy["unknown"]) == {"0", "30", "60", "90"}
+    assert "3 context(s): 0, 30, 90" in capsys.readouterr().out
+
+
+def test_a_folder_of_images_trains(tmp_path, folder, capsys):
+    assert finetune_quickly(tmp_path, "--name", "run", "--data", str(folder)) == 0
+    accuracy = metrics(tmp_path / "run")[-1]["arms"]["cn-x"]["accuracy"]
+    assert set(accuracy["known"]) == {"day", "night"}
+
+
+def test_without_baseline_only_the_converted_model_trains(tmp_path):
+    assert finetune_quickly(tmp_path, "--name", "run", "--no-baseline") == 0
+    assert set(metrics(tmp_path / "run")[-1]["arms"]) == {"cn-x"}
+
+
+def test_weights_from_a_file_are_the_start_and_a_skipped_head_is_said(tmp_path, capsys):
+    source = timm.create_model("test_resnet", num_classes=3)
+    save_file(source.state_dict(), tmp_path / "start.safetensors")
+    options = {"model": "test_resnet", "weights": str(tmp_path / "start.safetensors")}
+    config = finetune.resolve({"smoke": True, "image_size": 16, **options})
+    (bn, _), _ = finetune.build(config, finetune.load_data(config), torch.device("cpu"))
+    for name, value in source.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(value, bn.model.state_dict()[name]), name
+    assert "head fc.weight left as initialised" in capsys.readouterr().out
+
+
+def test_autocast_trains(tmp_path):
+    assert finetune_quickly(tmp_path, "--name", "run", "--amp") == 0
+
+
+@pytest.mark.parametrize("method", normswap.methods())
+def test_resuming_after_an_interrupt_equals_an_uninterrupted_run(
+    tmp_path, monkeypatch, method, capsys
+):
+    options = ("--epochs", "3", "--method", method)
+    assert finetune_quickly(tmp_path, "--name", "whole", *options) == 0
+    train_and_test = finetune.train_and_test
+
+    def interrupted(arms, loader, config, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train_and_test(arms, loader, config, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "train_and_test", interrupted)
+        assert finetune_quickly(tmp_path, "--name", "parts", *options) == 130
+    assert [record["epoch"] for record in metrics(tmp_path / "parts")] == [1, 2]
+    assert main(["finetune", "--out", str(tmp_path), "--name", "parts", "--resume"]) == 0
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (without_times(metrics(tmp_path / name)) for name in ("whole", "parts"))
+    assert whole == parts
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_resuming_after_kill_9_equals_an_uninterrupted_run(tmp_path):
+    options = [*QUICK, "--out", str(tmp_path), "--epochs", "16"]
+    command = [sys.executable, "-u", "-m", "recipes", *options, "--name", "killed"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2:"):
+                break
+        process.send_signal(signal.SIGKILL)
+    assert 2 <= len(metrics(tmp_path / "killed")) < 16
+    assert main(["finetune", "--out", str(tmp_path), "--name", "killed", "--resume"]) == 0
+    assert main([*options, "--name", "whole"]) == 0
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_finished_run_resumes_to_its_report(tmp_path, capsys):
+    assert finetune_quickly(tmp_path, "--name", "run") == 0
+    before = metrics(tmp_path / "run")
+    assert main(["finetune", "--out", str(tmp_path), "--name", "run", "--resume"]) == 0
+    assert metrics(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere"], "expected --data to be a folder"),
+        (["--held-out", "45"], "one of the domains 0, 30, 60, 90, got '45'"),
+        (["--model", "resnet51"], "a name timm knows, got 'resnet51'; did you mean"),
+        (["--weights", "none.pth"], "found no file at none.pth"),
+        (["--device", "abacus"], "expected --device to be usable, got 'abacus'"),
+        (["--epochs", "0"], "expected --epochs of 1 or more"),
+        (["--resume"], "expected --name with --resume"),
+        (["--resume", "--name", "none"], "expected a run to resume"),
+        (["--weights", "efficientnet-lite0"], "expected the weights of this model"),
+        (["--model", "test_vit"], "found no norm to replace"),
+        (["--model", "edgenext_xx_small"], "cannot take images of 16 px"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, options, message):
+    assert finetune_quickly(tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_run_is_left_as_it_is(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert finetune_quickly(tmp_path, "--name", "run") == 2
+    assert "add --resume to continue it" in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_resuming_with_another_setting_leaves_the_run_as_it_is(tmp_path, capsys):
+    assert finetune_quickly(tmp_path, "--name", "run") == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert finetune_quickly(tmp_path, "--name", "run", "--resume", "--seed", "1") == 2
+    assert "expected --seed to be 0" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_an_unknown_command_is_refused_with_the_choices(capsys):
+    assert main(["fine-tune"]) == 2
+    assert "unknown command 'fine-tune'; choose from finetune" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys):
+    assert main([]) == 0
+    assert "finetune" in capsys.readouterr().out

@@ -1,0 +1,80 @@
+import shutil
+
+import pytest
+import torch
+
+from recipes.errors import RecipeError
+from recipes.folders import load_folder
+
+
+def test_domains_and_classes_come_from_the_folders(folder):
+    data = load_folder(folder, 16)
+    assert data.domain_names == ["day", "night"]
+    assert data.classes == ["cat", "dog"]
+    # The fixture paints 50 * (domain + 1) red with night first, 100 * (class + 1) green.
+    assert torch.equal(data.images[:, 0, 8, 8].long(), 100 - 50 * data.domains)
+    assert torch.equal(data.images[:, 1, 8, 8].long(), 100 + 100 * data.labels)
+
+
+def test_images_are_squares_of_the_size_asked_for(folder):
+    assert load_folder(folder, 24).images.shape == (20, 3, 24, 24)
+
+
+def test_a_fifth_of_each_class_of_each_domain_tests(folder):
+    data = load_folder(folder, 16)
+    assert torch.equal(data.train, ~data.test)
+    groups = (2 * data.domains + data.labels)[data.test]
+    assert sorted(groups.tolist()) == [0, 1, 2, 3]
+
+
+def test_the_whole_held_out_domain_tests(folder):
+    data = load_folder(folder, 16, held_out="day")
+    assert data.test[data.domains == 0].all()
+    assert data.test[data.domains == 1].sum() == 2
+
+
+def test_the_number_of_threads_does_not_change_the_images(folder):
+    assert torch.equal(
+        load_folder(folder, 16, workers=1).images, load_folder(folder, 16, workers=4).images
+    )
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"found none at .*nowhere"):
+        load_folder(tmp_path / "nowhere", 16)
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="expected images as DOMAIN/CLASS/image"):
+        load_folder(tmp_path, 16)
+
+
+def test_a_domain_lacking_a_class_is_named_with_the_class(folder):
+    shutil.rmtree(folder / "day" / "dog")
+    with pytest.raises(RecipeError, match="'day' has no images of dog"):
+        load_folder(folder, 16)
+
+
+def test_a_class_of_one_image_is_refused(folder):
+    for i in range(4):
+        (folder / "day" / "dog" / f"{i}.png").unlink()
+    with pytest.raises(RecipeError, match=r"two images or more a class.*got one in .*dog"):
+        load_folder(folder, 16)
+
+
+def test_an_unknown_held_out_domain_is_refused_with_the_choices(folder):
+    with pytest.raises(RecipeError, match=r"one of the domains day, night of .*, got 'dusk'"):
+        load_folder(folder, 16, held_out="dusk")
+
+
+def test_holding_out_the_only_domain_is_refused(folder):
+    shutil.rmtree(folder / "day")
+    with pytest.raises(RecipeError, match="expected a second domain"):
+        load_folder(folder, 16, held_out="night")
+
+
+def test_an_unreadable_image_is_named(folder):
+    (folder / "night" / "cat" / "3.png").write_bytes(b"not an image")
+    with pytest.raises(RecipeError, match=r"cannot read the image .*night.cat.3\.png"):
+        load_folder(folder, 16)

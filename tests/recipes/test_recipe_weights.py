@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import save_file
+from skimage import data as pictures
+from torch import nn
+
+from recipes.errors import RecipeError
+from recipes.weights import (
+    load_efficientnet_lite0,
+    load_weights,
+    read_state_dict,
+    rename_in_order,
+)
+
+
+class Small(nn.Module):
+    def __init__(self, classes: int = 3, width: int = 4) -> None:
+        super().__init__()
+        self.pretrained_cfg = {"classifier": "fc"}
+        self.body = nn.Linear(2, width)
+        self.fc = nn.Linear(width, classes)
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
+    model.load_state_dict(load_efficientnet_lite0(), strict=False)
+    return model.eval()
+
+
+def test_efficientnet_lite0_fills_every_tensor_of_timms_model():
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
+    missing, unexpected = model.load_state_dict(load_efficientnet_lite0(), strict=False)
+    assert len(load_efficientnet_lite0()) == 247
+    assert all(name.endswith("num_batches_tracked") for name in missing)
+    assert unexpected == []
+
+
+@pytest.mark.parametrize(
+    ("picture", "label", "probability"), [("chelsea", 285, 0.41), ("coffee", 967, 0.94)]
+)
+def test_efficientnet_lite0_recognises_a_photograph(lite0, picture, label, probability):
+    image = Image.fromarray(getattr(pictures, picture)())
+    image = ImageOps.fit(image, (224, 224), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    with torch.inference_mode():
+        probabilities = lite0(((pixels - 0.5) / 0.5)[None]).softmax(1)[0]
+    assert probabilities.argmax() == label
+    assert probabilities[label] == pytest.approx(probability, abs=0.03)
+
+
+def test_renaming_refuses_another_number_of_tensors():
+    two = {"a.weight": torch.zeros(2), "a.bias": torch.zeros(2)}
+    with pytest.raises(RecipeError, match="expected 1 tensors in FILE, got 2"):
+        rename_in_order(two, {"b.weight": torch.zeros(2)}, "FILE")
+
+
+def test_renaming_refuses_another_shape():
+    with pytest.raises(RecipeError, match=r"b\.weight of shape \(3,\) in FILE, got a\.weight"):
+        rename_in_order({"a.weight": torch.zeros(2)}, {"b.weight": torch.zeros(3)}, "FILE")
+
+
+def test_renaming_refuses_a_tensor_of_another_role():
+    with pytest.raises(RecipeError, match=r"b\.weight .* got a\.bias"):
+        rename_in_order({"a.bias": torch.zeros(2)}, {"b.weight": torch.zeros(2)}, "FILE")
+
+
+def test_matching_weights_are_all_loaded_in_silence():
+    source, model = Small(), Small()
+    assert load_weights(model, source.state_dict(), "FILE") == []
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, source.state_dict()[name])
+
+
+def test_a_head_of_another_size_is_left_alone_and_said_so():
+    source, model = Small(classes=7), Small(classes=3)
+    head = model.fc.weight.clone()
+    lines = load_weights(model, source.state_dict(), "FILE")
+    assert torch.equal(model.fc.weight, head)
+    assert torch.equal(model.body.weight, source.body.weight)
+    assert [line.split()[1] for line in lines] == ["fc.weight", "fc.bias"]
+    assert "(7, 4) in FILE, (3, 4) here" in lines[0]
+
+
+def test_another_mismatch_is_refused_and_nothing_loaded():
+    model = Small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RecipeError, match=r"body\.weight is \(5, 2\) there and \(4, 2\)"):
+        load_weights(model, Small(width=5).state_dict(), "FILE")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_missing_tensor_is_refused():
+    state = Small().state_dict()
+    del state["body.bias"]
+    with pytest.raises(RecipeError, match=r"body\.bias is missing there"):
+        load_weights(Small(), state, "FILE")
+
+
+def test_an_unexpected_tensor_is_refused():
+    state = {**Small().state_dict(), "neck.weight": torch.zeros(1)}
+    with pytest.raises(RecipeError, match=r"neck\.weight is not in the model"):
+        load_weights(Small(), state, "FILE")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_both_kinds_of_file_are_read(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    state = Small().state_dict()
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    read = read_state_dict(path)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], state[name]) for name in state)
+
+
+def test_a_file_that_carries_code_is_refused_and_the_code_not_run(tmp_path, capsys):
+    path = tmp_path / "weights.pth"
+    torch.save({"a": Payload()}, path)
+    with pytest.raises(RecipeError, match="cannot read a state dict"):
+        read_state_dict(path)
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_weights_is_refused(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(RecipeError, match="cannot read a state dict"):
+        read_state_dict(path)
+
+
+def test_a_missing_file_is_named_with_the_choice(tmp_path):
+    with pytest.raises(RecipeError, match=r"'efficientnet-lite0', found no file at .*none\.pth"):
+        read_state_dict(tmp_path / "none.pth")

@@ -1,0 +1,99 @@
+"""The contract, for every registered method and for one that only this file knows."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normswap
+from normswap.functional import Affine, Moments, apply_affine, fold_norm
+from normswap.methods.base import _REGISTRY, Contexts, Method, affine_tensors, get_method
+from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
+from normswap.sites import Site
+from tests.contract import Contract
+
+CONTEXT_METHODS = [name for name in normswap.methods() if get_method(name).needs_context]
+
+
+class ShiftNorm(ContextLayer):
+    """Normalises with fixed, shared statistics, then applies an affine for each context."""
+
+    def __init__(self, norm: nn.Module, site: Site, contexts: Contexts) -> None:
+        super().__init__(site.num_features, contexts.count, contexts.unknown)
+        shape = (contexts.count, site.num_features)
+        weight, bias = affine_tensors(norm, site)
+        self.weight = nn.Parameter(weight.expand(shape).clone())
+        self.bias = nn.Parameter(bias.expand(shape).clone())
+        self.eps, self.tracked = site.eps, site.tracked
+        if site.tracked:
+            self.register_buffer("running_mean", norm.running_mean.clone())
+            self.register_buffer("running_var", norm.running_var.clone())
+            self.register_buffer("num_batches_tracked", norm.num_batches_tracked.clone())
+        priors = make_priors(contexts.priors, contexts.count, site.device, site.dtype)
+        self.register_buffer("priors", priors)
+        adopt(self, norm, site.fused)
+
+    def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
+        if self.tracked:
+            moments = Moments(self.running_mean[None], self.running_var[None])
+        else:
+            var, mean = torch.var_mean(x, dim=tuple(range(2, x.dim())), correction=0)
+            moments = Moments(mean, var)
+        known = Affine(self.weight, self.bias)
+        if isinstance(self.unknown, int):
+            other = Affine(*(t[self.unknown : self.unknown + 1] for t in known))
+        else:
+            other = known.mix(self.mixing(self.weight.dtype)[None])
+        if labels is None:
+            return apply_affine(x, fold_norm(moments, *other, self.eps))
+        rows, known = labels.unsqueeze(1) >= 0, known.rows(labels.clamp(min=0))
+        chosen = [torch.where(rows, a, b) for a, b in zip(known, other, strict=True)]
+        return apply_affine(x, fold_norm(moments, *chosen, self.eps))
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *args: Any) -> None:
+        load_shared(state, prefix, {"weight": self.weight, "bias": self.bias}, {})
+        state.setdefault(prefix + "priors", self.priors)
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+class Shift(Method):
+    name = "shift"
+    title = "a method of this test"
+
+    def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
+        layer = ShiftNorm(source, site, contexts)
+        layer.site, layer.names = site.fqn, contexts.names
+        return layer
+
+    def statistics(self, layer: nn.Module) -> Moments | None:
+        return None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered():
+    normswap.register_method(Shift)
+    yield
+    del _REGISTRY["shift"]
+
+
+@pytest.mark.parametrize("method", [*CONTEXT_METHODS, "shift"])
+class TestEveryMethod(Contract):
+    pass
+
+
+def test_a_registered_method_is_listed():
+    assert normswap.methods() == ["acn", "cn", "cn-x", "shift"]
+
+
+def test_a_name_is_taken_once():
+    other = type("Other", (Shift,), {"name": "cn"})
+    with pytest.raises(normswap.ConversionError, match="'cn' is registered already"):
+        normswap.register_method(other)
+
+
+def test_options_must_be_a_dataclass():
+    other = type("Other", (Shift,), {"name": "other", "options": dict})
+    with pytest.raises(normswap.ConversionError, match="dataclass"):
+        normswap.register_method(other)
+    assert "other" not in normswap.methods()

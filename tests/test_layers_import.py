@@ -1,0 +1,114 @@
+"""Data flows one way through the package, and importing it is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import normswap
+
+ROOT = Path(normswap.__file__).parent
+# A file imports from its own layer or from an earlier one.
+ORDER = [
+    {"errors"},
+    {"functional"},
+    {"sites"},
+    {"methods", "contexts", "presets", "select"},
+    {"graph"},
+    {"report", "plot", "verification", "checks", "checkpoint", "calibration"},
+    {"conversion"},
+    {"api"},
+    {"cli"},
+    {"__main__"},
+]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+HEAVY = ["timm", "torchvision", "matplotlib", "sklearn", "skimage", "pandas", "PIL", "recipes"]
+
+
+def part_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Yield the modules of this package that a file imports, wherever in the file."""
+    package = ["normswap", *path.relative_to(ROOT).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            names = [module]
+            if module == "normswap":
+                names = [f"normswap.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".") for name in names if name.split(".")[0] == "normswap")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_come_from_the_same_layer_or_an_earlier_one(path):
+    rank = RANK[part_of(path)]
+    for name in imported(path):
+        assert len(name) > 1, "the package's __init__ is for users"
+        part = name[1]
+        assert part in RANK or part[0].isupper() or hasattr(normswap, part)
+        assert RANK.get(part, len(ORDER) - 3) <= rank, f"{part_of(path)} imports {part}"
+
+
+def test_init_only_imports():
+    for path in ROOT.rglob("__init__.py"):
+        for node in ast.parse(path.read_text()).body:
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert docstring or isinstance(node, ast.Import | ast.ImportFrom), path
+
+
+def test_functional_depends_on_torch_and_errors_alone():
+    for path in (ROOT / "functional").glob("*.py"):
+        assert {name[1] for name in imported(path)} <= {"functional", "errors"}
+
+
+def test_graph_knows_no_method():
+    for path in (ROOT / "graph").glob("*.py"):
+        assert "methods" not in {name[1] for name in imported(path)}, path
+
+
+def test_a_method_knows_no_other_method():
+    shared = {"base", "layer", "instance"}
+    for path in (ROOT / "methods").glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        names = {name[2] for name in imported(path) if name[1:2] == ["methods"]}
+        # A method may be spread over files that begin with its name.
+        own = {name for name in names if name.startswith(path.stem.split("_")[0] + "_")}
+        assert names - own <= shared, path
+
+
+def test_import_is_light():
+    code = (
+        "import sys, torch; before = set(sys.modules); import normswap; "
+        f"print([m for m in {HEAVY} if m in sys.modules and m not in before])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT.parent,
+        check=True,
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_import_of_the_package_needs_torch_and_tabulate_alone():
+    allowed = {"torch", "tabulate", "normswap", *sys.stdlib_module_names}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            assert {name.split(".")[0] for name in names} <= allowed, path
