@@ -168,7 +168,7 @@ def _fit(
         else:
             # The one sigma of a component both assigns means and normalises values: the latter.
             _set(layer, priors, owned)
-    weight = layer.weight.to(old.dtype)
+    weight = layer.weight.to(old.dtype, copy=True)
     layer.set_values({"weight": torch.ones_like(weight), "bias": torch.zeros_like(weight)})
     layer.set_values(_match(old, layer.compute(sample, False).y, weight))
     change = _over(old - layer.compute(sample, False).y).square().mean(0)

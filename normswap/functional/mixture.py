@@ -81,7 +81,7 @@ def responsibilities(x: Tensor, mixture: Mixture, joint: bool = False) -> Tensor
     distance = (precision @ flat.square() - 2 * weighted @ flat).movedim(1, 0)
     constant = 0.5 * (weighted * mixture.mean).sum(1) + mixture.log_sigma.sum(1)
     logits = mixture.log_prior.unsqueeze(1) - constant.view(-1, 1, 1) - 0.5 * distance
-    return logits.softmax(0).view(-1, x.shape[0], 1, *x.shape[2:])
+    return logits.softmax(0).view(len(logits), x.shape[0], 1, *x.shape[2:])
 
 
 def _owned(mass: Tensor, batch: Moments, given: Moments) -> Moments:
@@ -137,7 +137,8 @@ def norm_positions(
     batch: bool,
 ) -> Normalized:
     """Normalise; the channels of a position are assigned jointly. Arguments as for elements."""
-    flat = x.to(compute_dtype(x)).reshape(*x.shape[:2], -1)
+    flat = x.to(compute_dtype(x))
+    flat = flat.flatten(2) if x.dim() > 2 else flat.unsqueeze(2)
     # A shift of everything changes nothing but rounding: sums of squares need a near origin.
     origin = (flat.mean((0, 2)) if batch else given.mean.mean(0)).detach()
     flat = flat - origin.unsqueeze(1)
@@ -153,9 +154,8 @@ def norm_positions(
         used = _owned(mass, Moments(mean, (square - mean.square()).clamp(min=0)), given)
     affine = fold_norm(used, gain, bias, eps)
     scale, shift = (torch.einsum("knm,kc->ncm", tau, table) for table in affine)
-    y = torch.addcmul(shift, flat, scale).reshape(x.shape)
     # In the dtype and memory format of x.
-    y = torch.empty_like(x).copy_(y)
+    y = torch.empty_like(x).copy_(torch.addcmul(shift, flat, scale).reshape(x.shape))
     return Normalized(y, mass, Moments(used.mean + origin, used.var))
 
 

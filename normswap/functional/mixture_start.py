@@ -29,7 +29,9 @@ def bounded_log_sigma(log_sigma: Tensor, eps: float) -> Tensor:
     return log_sigma.clamp(0.5 * math.log(max(eps, _SMALLEST_EPS)), LOG_SIGMA_CEILING)
 
 
-def start_components(count: int, start: str, strength: float) -> tuple[Tensor, Tensor, float]:
+def start_components(
+    count: int, start: str, strength: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float]:
     """Return components that together compute a batch norm's function.
 
     "skewed": lambda_k falls by exp(strength) from each to the next. Equal mu and sigma give
@@ -46,6 +48,7 @@ def start_components(count: int, start: str, strength: float) -> tuple[Tensor, T
         count: K.
         start: "skewed" or "jitter".
         strength: see above.
+        dtype: what logits will be stored in; gamma' compensates for them as rounded.
 
     Returns:
         logits of lambda (K,), offsets delta (K,), both float64, and gamma' / gamma.
@@ -58,6 +61,5 @@ def start_components(count: int, start: str, strength: float) -> tuple[Tensor, T
             offsets = place - (count - 1) / 2
             offsets = strength * offsets / offsets.square().mean().sqrt()
             shrink = 1 - strength**2
-    # As float32 will hold them: the compensation is for what is stored.
-    roots = (0.5 * bounded_log_prior(logits.float().double())).exp().sum()
+    roots = (0.5 * bounded_log_prior(logits.to(dtype).double())).exp().sum()
     return logits, offsets, 1 / (float(roots) * shrink)

@@ -133,7 +133,9 @@ class AdaptiveContextNorm(NormLayer):
         """
         chosen = self.options
         assert chosen.strength is not None
-        logits, offsets, factor = start_components(chosen.components, chosen.start, chosen.strength)
+        logits, offsets, factor = start_components(
+            chosen.components, chosen.start, chosen.strength, self.prior_logits.dtype
+        )
         log_sigma = log_spread(var, self.eps).expand_as(self.mu)
         mu = mean.double() + offsets.to(mean.device).unsqueeze(1) * log_sigma.exp()
         values = {

@@ -60,7 +60,9 @@ class AdaptiveOptions:
             )
         if self.strength is None:
             object.__setattr__(self, "strength", _STRENGTH[self.start])
-        elif not 0 < self.strength <= _STRONGEST[self.start]:
+        elif not (
+            isinstance(self.strength, int | float) and 0 < self.strength <= _STRONGEST[self.start]
+        ):
             raise ConversionError(
                 f"expected strength= in (0, {_STRONGEST[self.start]:g}] for start={self.start!r}, "
                 f"got {self.strength!r}; components that are equal never separate"
