@@ -9,13 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checks import check_model
-from normswap.conversion import Record, convert_bare, decide, make_contexts, operate
+from normswap.conversion import (
+    Record,
+    convert_bare,
+    find_targets,
+    is_bare,
+    make_contexts,
+    operate,
+)
 from normswap.errors import ConversionError
 from normswap.functional.moments import gaussian_divergence
 from normswap.graph.reach import find_reach
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
-from normswap.methods.base import get_method, parse_options
+from normswap.methods.base import (
+    Method,
+    get_method,
+    parse_options,
+)
+from normswap.presets import fill_from_preset
 from normswap.report import Report, Verification
 from normswap.select import Selector
 from normswap.verification import compare, eval_outputs, make_inputs, widen
@@ -28,6 +40,8 @@ def convert(
     contexts: int | Sequence[str] | None = None,
     select: Selector = None,
     exclude: Selector = None,
+    placement: str | None = None,
+    preset: str | None = None,
     unknown: str = "pooled",
     priors: Tensor | Sequence[float] | None = None,
     inplace: bool = False,
@@ -50,6 +64,12 @@ def convert(
         select: which norms to replace: glob, compiled regular expression, type,
             ``fn(name, module)``, or several; all by default.
         exclude: which to leave alone, in the same forms.
+        placement: where a method that adds layers puts them: "norm" (after each norm), "pre",
+            "residual", "identity" or "post" in residual blocks, or "input"; each method has its
+            default. A method that replaces norms takes "input" for one more norm before the model
+            instead.
+        preset: name of settings for the method, see `normswap.PRESETS`; what is given besides
+            wins over them.
         unknown: what a sample without a label gets in eval: "pooled" (the mixture's one Gaussian),
             "posterior" (contexts weighed by how well they explain the instance), a context's name,
             or "error".
@@ -70,10 +90,11 @@ def convert(
             is as it was.
     """
     chosen = get_method(method)
+    placement, select, options = fill_from_preset(preset, method, placement, select, options)
     parsed = parse_options(chosen, options)
     given = make_contexts(chosen, contexts, priors, unknown)
     check_model(model)
-    rows, sites = decide(model, chosen, select, exclude)
+    rows, found = find_targets(model, chosen, parsed, placement, select, exclude)
     inputs: Any = "verify=False" if not verify else example_inputs
     if verify and inputs is None:
         inputs = make_inputs(model)
@@ -83,11 +104,11 @@ def convert(
         expected = eval_outputs(model, inputs)
     target = model if inplace else copy.deepcopy(model)
     record = Record(method, parsed, given, rows, type(model).__name__)
-    if sites[0].fqn == "":
-        return convert_bare(target, chosen, record, sites[0])
+    if is_bare(found):
+        return convert_bare(target, chosen, record, found[0])
     surgery = Surgery(target)
     try:
-        operate(surgery, chosen, record, sites)
+        operate(surgery, chosen, record, found)
         if expected is None:
             record.verification = Verification(reason=inputs)
         else:
@@ -113,6 +134,8 @@ def plan(
     contexts: int | Sequence[str] | None = None,
     select: Selector = None,
     exclude: Selector = None,
+    placement: str | None = None,
+    preset: str | None = None,
     unknown: str = "pooled",
     priors: Tensor | Sequence[float] | None = None,
     **options: Any,
@@ -124,16 +147,17 @@ def plan(
         UnknownNameError: an unknown method or context.
     """
     chosen = get_method(method)
+    placement, select, options = fill_from_preset(preset, method, placement, select, options)
     parsed = parse_options(chosen, options)
     given = make_contexts(chosen, contexts, priors, unknown)
     check_model(model)
-    rows, sites = decide(model, chosen, select, exclude)
-    sites = [replace(site, device=torch.device("meta")) for site in sites]
+    rows, found = find_targets(model, chosen, parsed, placement, select, exclude)
+    found = [replace(place, device=torch.device("meta")) for place in found]
     shell = structure_copy(model)
     record = Record(method, parsed, given, rows, type(model).__name__)
-    if sites[0].fqn == "":
-        return _summarise(convert_bare(shell, chosen, record, sites[0]), record)
-    operate(Surgery(shell), chosen, record, sites)
+    if is_bare(found):
+        return _summarise(convert_bare(shell, chosen, record, found[0]), record)
+    operate(Surgery(shell), chosen, record, found)
     return _summarise(shell, record)
 
 
@@ -203,11 +227,10 @@ def _summarise(root: nn.Module, record: Record) -> Report:
     method = get_method(record.method)
     rows = [copy.copy(row) for row in record.rows]
     for row in rows:
-        if row.action == "replaced":
-            layer = root.get_submodule(row.fqn)
-            row.delivery = (
-                reach.delivery.get(id(layer), "unreached") if method.needs_context else ""
-            )
+        if row.action in ("replaced", "inserted") and isinstance(method, Method):
+            layer = root.get_submodule(row.layer or row.fqn)
+            if method.needs_context and not row.layer:
+                row.delivery = reach.delivery.get(id(layer), "unreached")
             statistics = method.statistics(layer)
             if statistics is not None and not method.needs_context:
                 row.components = statistics.mean.shape[0]
@@ -221,8 +244,8 @@ def _summarise(root: nn.Module, record: Record) -> Report:
         model=record.model,
         method=record.method,
         options=asdict(record.options),
-        contexts=record.contexts.names,
-        priors=tuple(record.contexts.priors.tolist()),
+        contexts=record.contexts.names if method.needs_context else (),
+        priors=tuple(record.contexts.priors.tolist()) if method.needs_context else (),
         unknown=record.contexts.names[unknown] if isinstance(unknown, int) else unknown,
         rows=rows,
         opaque=reach.opaque,

@@ -1,10 +1,9 @@
 """What `convert` does to a model, step by step; `api` puts the steps in order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from normswap.contexts.priors import check_priors
@@ -12,11 +11,12 @@ from normswap.errors import ConversionError, UnknownNameError
 from normswap.graph.scope import Scope
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
-from normswap.methods.base import Contexts, Method
+from normswap.insertion import find_places, insert, insert_at_input, place_at_input
+from normswap.methods.base import BaseMethod, Contexts, InsertedMethod, Method
 from normswap.methods.layer import POLICIES
 from normswap.report import Row, Verification
 from normswap.select import Selector, matches
-from normswap.sites import Site, find_norms, read_site
+from normswap.sites import Place, Site, find_norms, read_site
 
 
 @dataclass
@@ -32,26 +32,24 @@ class Record:
 
 
 def make_contexts(
-    method: Method, contexts: int | Sequence[str] | None, priors: Any, unknown: str
+    method: BaseMethod, contexts: int | Sequence[str] | None, priors: Any, unknown: str
 ) -> Contexts:
-    """Check what the caller says of the contexts; there are none for a method that needs none.
+    """Check what the caller says of the contexts.
 
     Raises:
-        ConversionError: no, or repeated, names; priors that do not fit; any of the arguments given
-            to a method without contexts.
+        ConversionError: any of these for a method that takes none; no, or repeated, names; priors
+            that do not fit.
         UnknownNameError: `unknown` is neither a policy nor a context.
     """
     if not method.needs_context:
-        given = {"contexts": contexts, "priors": priors}
-        named = [f"{name}=" for name, value in given.items() if value is not None]
-        named += ["unknown="] if unknown != "pooled" else []
-        if named:
-            known = ", ".join(f.name for f in fields(method.options)) or "none"
-            raise ConversionError(
-                f"method {method.name!r} takes no labels, so it has no contexts; leave out "
-                f"{', '.join(named)} (its options: {known})"
-            )
-        return Contexts((), torch.empty(0, dtype=torch.float64))
+        policy_given = None if unknown == "pooled" else unknown
+        given = {"contexts": contexts, "priors": priors, "unknown": policy_given}
+        for name, value in given.items():
+            if value is not None:
+                raise ConversionError(
+                    f"method {method.name!r} takes no contexts, got {name}={value!r}; leave it "
+                    "out, or choose a method that needs labels"
+                )
     if contexts is None:
         contexts = 1
     if isinstance(contexts, bool) or not isinstance(contexts, int | Sequence):
@@ -72,7 +70,7 @@ def make_contexts(
     return Contexts(names, check_priors(priors, len(names)), policy)
 
 
-def decide(
+def _decide(
     model: nn.Module, method: Method, select: Selector, exclude: Selector
 ) -> tuple[list[Row], list[Site]]:
     """Return a row for every norm, and the sites to replace."""
@@ -116,8 +114,9 @@ def _nothing_to_replace(model: nn.Module, rows: list[Row]) -> str:
     )
 
 
-def operate(surgery: Surgery, method: Method, record: Record, sites: list[Site]) -> None:
+def _replace(surgery: Surgery, method: BaseMethod, record: Record, sites: list[Site]) -> None:
     """Swap every chosen norm and thread the context to it."""
+    assert isinstance(method, Method)
     scope = Scope(record.contexts.count, record.contexts.names)
     rows = {row.fqn: row for row in record.rows}
     layers = [
@@ -138,16 +137,55 @@ def _build(
     if method.needs_context:
         layer.scope = scope  # type: ignore[assignment]
     row.target = type(layer).__name__
-    row.contexts = record.contexts.count
+    row.contexts = record.contexts.count if method.needs_context else 0
     row.parameters_after = sum(p.numel() for p in layer.parameters())
     row.statistics = "transferred" if site.tracked else "of each instance"
     return layer
 
 
-def convert_bare(model: nn.Module, method: Method, record: Record, site: Site) -> nn.Module:
+def convert_bare(model: nn.Module, method: BaseMethod, record: Record, site: Site) -> nn.Module:
     """Convert a model that is itself a norm; a layer replaces it."""
+    assert isinstance(method, Method)
     scope = Scope(record.contexts.count, record.contexts.names)
     layer = _build(method, site, model, record, scope, record.rows[0])
     record.verification = Verification(reason="the model is a single norm")
     layer.__dict__[RECORD] = record
     return layer
+
+
+def find_targets(
+    model: nn.Module,
+    method: BaseMethod,
+    options: Any,
+    placement: str | None,
+    select: Selector,
+    exclude: Selector,
+) -> tuple[list[Row], list[Any]]:
+    """Return a row for everything considered, and the sites or places chosen."""
+    if isinstance(method, InsertedMethod):
+        return find_places(model, method, placement, options, select, exclude)
+    if placement == "input":
+        return place_at_input(model)
+    if placement is not None:
+        raise ConversionError(
+            f"method {method.name!r} replaces norms where they are; expected placement=None, or "
+            f"'input' for one before the model, got {placement!r}"
+        )
+    assert isinstance(method, Method)
+    return _decide(model, method, select, exclude)
+
+
+def is_bare(found: list[Any]) -> bool:
+    """Return whether the model is itself the norm to replace."""
+    return isinstance(found[0], Site) and found[0].fqn == ""
+
+
+def operate(surgery: Surgery, method: BaseMethod, record: Record, found: list[Any]) -> None:
+    """Change the model as the rows of the record say."""
+    if isinstance(method, InsertedMethod):
+        insert(surgery, method, record.rows, found, record.options)
+    elif isinstance(found[0], Place):
+        arguments = (record.rows[0], found[0], record.contexts, record.options)
+        insert_at_input(surgery, method, *arguments)
+    else:
+        _replace(surgery, method, record, found)

@@ -27,3 +27,7 @@ class UnknownNameError(NormswapError, KeyError):
 
 class VerificationError(NormswapError, RuntimeError):
     """The converted model computes another function than the original."""
+
+
+class InputError(NormswapError, ValueError):
+    """A tensor given to a layer has another shape than the layer takes."""

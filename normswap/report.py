@@ -8,15 +8,16 @@ from tabulate import tabulate
 
 @dataclass
 class Row:
-    """One normalisation layer.
+    """One normalisation layer, or one place of an inserted layer.
 
     Attributes:
         fqn: its qualified name.
         aliases: its further names.
         source: class it had.
         target: class it has; "" where it was left alone.
-        action: "replaced", "kept" (not selected) or "refused".
-        reason: why it was not replaced.
+        action: "replaced", "inserted", "kept" (not selected) or "refused".
+        reason: why it was not replaced; for an inserted layer, how its place was recognised.
+        layer: name of the inserted layer.
         channels: C.
         contexts: K; 0 where it was left alone, and for a method without contexts.
         components: how many its layer has, where that is no number of contexts.
@@ -41,6 +42,7 @@ class Row:
     statistics: str = ""
     divergence: float | None = None
     components: int = 0
+    layer: str = ""
 
 
 @dataclass
@@ -112,32 +114,14 @@ class Report:
 
     def heading(self) -> str:
         """Return the lines above the table."""
-        replaced = self.count(action="replaced")
+        lines = [f"{self.model}: {', '.join([self.method, *self._settings()])}", self._counts()]
         before = sum(r.parameters_before for r in self.rows if r.action == "replaced")
-        after = sum(r.parameters_after for r in self.rows if r.action == "replaced")
-        settings = [
-            f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
-            for name, value in self.options.items()
-        ]
-        how = containers = ""
-        if self.contexts:
-            shown = [*self.contexts[:12], *(["..."] if len(self.contexts) > 12 else [])]
-            settings.append(f"{len(self.contexts)} context(s): {', '.join(shown)}")
-            settings[-1] += f"; unknown labels: {self.unknown}"
-            how = (
-                f" ({self.count(delivery='threaded')} threaded, "
-                f"{self.count(delivery='scoped')} scoped, "
-                f"{self.count(delivery='unreached')} reached by no forward)"
-            )
-            containers = (
+        after = sum(r.parameters_after for r in self.rows if r.action in ("replaced", "inserted"))
+        lines.append(f"parameters of these layers: {before:,} -> {after:,}")
+        if self.traced or self.opaque:
+            lines[-1] += (
                 f"; containers: {self.traced} traced, {len(self.opaque)} with their own forward"
             )
-        lines = [
-            f"{self.model}: {', '.join([self.method, *settings])}",
-            f"norms: {len(self.rows)} found, {replaced} replaced{how}, "
-            f"{self.count(action='kept')} kept, {self.count(action='refused')} refused",
-            f"parameters of replaced norms: {before:,} -> {after:,}{containers}",
-        ]
         lines += [f"own forward: {name or '(root)'}: {why}" for name, why in self.opaque.items()]
         if self.direct:
             lines.append(
@@ -148,9 +132,39 @@ class Report:
             lines.append(str(self.verification))
         return "\n".join(lines)
 
+    def _settings(self) -> list[str]:
+        settings = [
+            f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in self.options.items()
+        ]
+        if not self.contexts:
+            return settings
+        shown = ", ".join(self.contexts[:12]) + (", ..." if len(self.contexts) > 12 else "")
+        count = f"{len(self.contexts)} context(s): {shown}; unknown labels: {self.unknown}"
+        return [*settings, count]
+
+    def _counts(self) -> str:
+        rest = f"{self.count(action='kept')} kept, {self.count(action='refused')} refused"
+        if self.count(action="inserted"):
+            return (
+                f"places: {len(self.rows)} found, {self.count(action='inserted')} given a layer, "
+                + rest
+            )
+        counts = f"norms: {len(self.rows)} found, {self.count(action='replaced')} replaced"
+        if self.contexts:
+            counts += (
+                f" ({self.count(delivery='threaded')} threaded, "
+                f"{self.count(delivery='scoped')} scoped, "
+                f"{self.count(delivery='unreached')} reached by no forward)"
+            )
+        return f"{counts}, {rest}"
+
     def _table(self, style: str, most: int | None) -> str:
         columns: list[tuple[str, Any]] = [
-            ("norm", lambda r: " = ".join((r.fqn or "(root)", *r.aliases))),
+            (
+                "place" if self.count(action="inserted") else "norm",
+                lambda r: " = ".join((r.fqn or "(root)", *r.aliases)),
+            ),
             ("was", lambda r: r.source),
             ("is", lambda r: r.target or r.action),
             ("channels", lambda r: r.channels or ""),

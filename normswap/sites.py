@@ -55,6 +55,33 @@ class Site:
     aliases: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a layer is inserted.
+
+    Attributes:
+        fqn: qualified name of the norm, of the residual block's container, or "" for the input.
+        placement: "norm", "pre", "residual", "identity", "post" or "input".
+        channels: C there; None where no layer around tells.
+        device, dtype: where and in what a layer is allocated.
+        block: which residual add of the container.
+        blocks: how many residual adds the container has.
+        before: whether the layer comes before the norm (after an instance norm every channel's
+            statistics are constant).
+        reason: how the place was recognised.
+    """
+
+    fqn: str
+    placement: str
+    channels: int | None
+    device: torch.device
+    dtype: torch.dtype
+    block: int = 0
+    blocks: int = 0
+    before: bool = False
+    reason: str = ""
+
+
 def _qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -150,6 +177,19 @@ def _read_frozen(fqn: str, module: nn.Module, aliases: tuple[str, ...]) -> Site 
         dims=(4,),
         fused=tuple(n for n in ("drop", "act") if isinstance(getattr(module, n, None), nn.Module)),
     )
+
+
+def norm_channels(module: nn.Module) -> int | None:
+    """Return the channels of a batch or instance norm, None for other modules."""
+    if isinstance(module, _NormBase):
+        return module.num_features
+    mean = getattr(module, "running_mean", None)
+    return mean.shape[0] if type(module).__name__ in _FROZEN and mean is not None else None
+
+
+def is_instance_norm(module: nn.Module) -> bool:
+    """Return whether a module normalises each instance by itself."""
+    return isinstance(module, _InstanceNorm)
 
 
 def find_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:

@@ -11,6 +11,12 @@ import normswap
 from .errors import RecipeError
 from .weights import EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_TIMM
 
+DIGITS_MODEL = "resnet10t"
+DIGITS_EPOCHS = 12
+FOLDER_EPOCHS = 10
+SCRATCH_LR = 2e-3
+# Weights that are given want smaller steps than random ones.
+TUNE_LR = 3e-4
 # What has no say in the numbers of a run may differ when it is resumed.
 NOT_COMPARED = {"workers"}
 
@@ -30,7 +36,7 @@ class Config:
     baseline: bool = True
     epochs: int | None = None
     batch_size: int = 64
-    lr: float = 2e-3
+    lr: float | None = None
     weight_decay: float = 0.05
     seed: int = 0
     device: str = "auto"
@@ -68,18 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option("--epochs", f"(default: {DIGITS_EPOCHS} for digits, else {FOLDER_EPOCHS})", type=int)
     option("--batch-size", "images a step (default: 64)", type=int)
-    option("--lr", "peak learning rate of AdamW (default: 2e-3)", type=float)
+    option("--lr", "peak of AdamW's rate (default: 2e-3; from given weights 3e-4)", type=float)
     option("--weight-decay", "of all but norms and biases (default: 0.05)", type=float)
     option("--seed", "decides split, start, batches (default: 0)", type=int)
     option("--device", "auto, cpu, cuda, cuda:1, mps (default: auto)")
     option("--amp", "bfloat16 autocast", action="store_true")
     option("--smoke", "a few images and two epochs, to see that all works", action="store_true")
     option("--workers", "threads that decode images (default: 2)", type=int)
-
-
-DIGITS_MODEL = "resnet10t"
-DIGITS_EPOCHS = 12
-FOLDER_EPOCHS = 10
 
 
 def resolve(given: dict[str, Any]) -> Config:
@@ -93,8 +94,11 @@ def resolve(given: dict[str, Any]) -> Config:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise RecipeError(f"expected --{name.replace('_', '-')} of 1 or more, got {value}")
-    if not config.lr > 0:
-        raise RecipeError(f"expected --lr above 0, got {config.lr}")
+    lr = config.lr
+    if lr is None:
+        lr = TUNE_LR if config.pretrained or config.weights else SCRATCH_LR
+    if not lr > 0:
+        raise RecipeError(f"expected --lr above 0, got {lr}")
     if config.weight_decay < 0:
         raise RecipeError(f"expected --weight-decay of 0 or more, got {config.weight_decay}")
     if config.pretrained and config.weights:
@@ -106,7 +110,7 @@ def resolve(given: dict[str, Any]) -> Config:
     epochs = config.epochs
     if epochs is None:
         epochs = 2 if config.smoke else DIGITS_EPOCHS if config.data is None else FOLDER_EPOCHS
-    return replace(config, model=model, epochs=epochs)
+    return replace(config, model=model, epochs=epochs, lr=lr)
 
 
 def resolve_resumed(given: dict[str, Any], saved: dict[str, Any]) -> Config:

@@ -135,7 +135,7 @@ def build(config: Config, data: DomainData, device: torch.device) -> tuple[list[
     converted = normswap.convert(
         model,
         method=config.method,
-        contexts=data.contexts,
+        contexts=data.contexts if normswap.get_method(config.method).needs_context else None,
         unknown=config.unknown,
         example_inputs=(loader.batch(loader.train_indices[:2]).images,),
     )

@@ -1,3 +1,9 @@
+import os
+
+# Threads that wait sleep instead of spinning: with other work on the machine, spinning made steps
+# several times slower. Read once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -172,9 +172,9 @@ def test_jitter_is_refused_where_its_compensation_does_not_hold():
         ({"strength": math.nan}, ConversionError, "got nan"),
         ({"strength": "much"}, ConversionError, "got 'much'"),
         ({"k": 3}, ConversionError, "its options: components, statistics, assignment, start"),
-        ({"contexts": 2}, ConversionError, "takes no labels, so it has no contexts; leave out c"),
-        ({"priors": [1.0]}, ConversionError, "leave out priors="),
-        ({"unknown": "error"}, ConversionError, "leave out unknown="),
+        ({"contexts": 2}, ConversionError, "takes no contexts, got contexts=2; leave it out"),
+        ({"priors": [1.0]}, ConversionError, r"got priors=\[1.0\]; leave it out"),
+        ({"unknown": "error"}, ConversionError, "got unknown='error'; leave it out"),
     ],
 )
 def test_bad_options_are_refused(options, error, match):

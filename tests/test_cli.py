@@ -18,7 +18,7 @@ def test_inspect_counts_every_norm_of_a_resnet50(capsys):
     assert main(["inspect", "resnet50", "--contexts", "4", "--rows", "3"]) == 0
     printed = capsys.readouterr().out
     assert "norms: 53 found, 53 replaced (53 threaded, 0 scoped" in printed
-    assert "parameters of replaced norms: 53,120 -> 265,600" in printed
+    assert "parameters of these layers: 53,120 -> 265,600" in printed
     assert "... and 50 more" in printed
 
 

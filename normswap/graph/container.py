@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap.errors import ConversionError
 from normswap.functional.labels import Context, wrong_length
 from normswap.graph.prepare import prepare
-from normswap.graph.state import ContainerState, Variant, own_forward
+from normswap.graph.scope import Scope
+from normswap.graph.state import ContainerState, Variant, context_argument, own_forward
 from normswap.graph.trace import TraceSession, tracing
 from normswap.graph.values import describe
 
@@ -21,7 +23,40 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     """Run a container: the forward of every converted container ends here."""
     if tracing():
         return own_forward(module, values)
-    state: ContainerState = module._normswap  # type: ignore[assignment]
+    state: ContainerState | None = vars(module).get("_normswap") or _adopt(module)
+    if state is None:
+        return own_forward(module, values)
+    if state.schedule is not None and module.training:
+        state.schedule.begin(_device_of(values))
+        try:
+            return _run_around(module, state, values, context)
+        finally:
+            state.schedule.end()
+    if state.before is None and state.after is None:
+        return _run(module, state, values, context)
+    return _run_around(module, state, values, context)
+
+
+def _run_around(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
+    """Run the container between the layers inserted before and after it."""
+    if state.before is not None:
+        layer = getattr(module, state.before)
+        given = {} if context_argument(layer) is None else {"context": context}
+        values = (layer(values[0], **given), *values[1:])
+    output = _run(module, state, values, context)
+    return output if state.after is None else getattr(module, state.after)(output)
+
+
+def _device_of(values: tuple[Any, ...]) -> torch.device | None:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value.device
+    return None
+
+
+def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
+    if state.plain:
+        return own_forward(module, values)
     leaves: list[Any] = []
     key = tuple([describe(value, leaves, False) for value in values])
     if key in state.exact:
@@ -38,13 +73,34 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
             return _run_new(module, state, values, context)
     if variant.run is not None:
         return variant.run(module, *leaves, context)
+    if state.insertions:
+        raise ConversionError(
+            f"expected {state.fqn or 'the model'} to run as it was traced, since layers are "
+            f"inserted in its residual blocks, but its forward {variant.reason}"
+        )
     return _run_scoped(module, state, values, context)
+
+
+def _adopt(module: nn.Module) -> ContainerState | None:
+    """Make a container of a module that a class made of itself, as slicing a Sequential does.
+
+    Returns:
+        Its state; None where there is no norm below it.
+    """
+    norms = [m for m in module.modules() if isinstance(getattr(m, "scope", None), Scope)]
+    if not norms:
+        return None
+    scope: Any = norms[0].scope
+    kinds = tuple({type(m) for m in norms})
+    state = ContainerState("(slice)", scope, kinds, str(norms[0].site))
+    module.__dict__["_normswap"] = state
+    return state
 
 
 def _run_new(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
     with TraceSession(state.layers) as session:
         prepare(module, values, session)
-    return dispatch(module, values, context)
+    return _run(module, state, values, context)
 
 
 def _run_scoped(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:

@@ -73,6 +73,13 @@ def is_torch(module_name: str | None) -> bool:
     )
 
 
+def is_library(module_name: str | None) -> bool:
+    """Return whether a module is part of torch, of Python or of this package."""
+    return is_torch(module_name) or (
+        module_name is not None and module_name.partition(".")[0] in sys.stdlib_module_names
+    )
+
+
 def leaf_names(table: dict[str, Any], inline: bool) -> list[tuple[str, Any]]:
     """Return the functions among a module's globals that a graph calls instead of entering.
 
@@ -95,7 +102,7 @@ def leaf_names(table: dict[str, Any], inline: bool) -> list[tuple[str, Any]]:
 def wrap_leaf(
     function: Callable[..., Any],
     record: Callable[[Callable[..., Any], Any, Any], Any],
-    enter: Callable[[dict[str, Any]], None],
+    enter: Callable[[dict[str, Any]], bool],
 ) -> Callable[..., Any]:
     """Return a function that records its call when an argument is symbolic.
 
@@ -131,7 +138,7 @@ def ask_user_only(function: Callable[..., Any], name: str) -> Callable[..., Any]
 def symbolic_isinstance(value: Any, kinds: Any) -> bool:
     """Stand in for isinstance: a tensor argument is a Tensor; other symbolic types are unknown."""
     if not isinstance(value, fx.Proxy):
-        return isinstance(value, kinds)
+        return isinstance(value, tuple(_flatten(kinds)))
     if value.node.op == "placeholder" and value.node.meta.get("tensor"):
         return any(issubclass(Tensor, k) for k in _flatten(kinds) if isinstance(k, type))
     raise TraceFailure("tests the type of a value that is only known when it runs")
@@ -147,11 +154,47 @@ def symbolic_hasattr(value: Any, name: str) -> bool:
 
 
 def _flatten(kinds: Any) -> list[Any]:
+    if kinds is symbolic_type:
+        return [type]
     if isinstance(kinds, tuple):
         return [k for part in kinds for k in _flatten(part)]
     if isinstance(kinds, types.UnionType):
         return list(kinds.__args__)
     return [kinds]
 
+
+def symbolic_type(value: Any, *rest: Any) -> Any:
+    """Stand in for type: a tensor argument is a Tensor; other symbolic types are unknown."""
+    if not isinstance(value, fx.Proxy):
+        return type(value, *rest)
+    if value.node.op == "placeholder" and value.node.meta.get("tensor"):
+        return Tensor
+    raise TraceFailure("asks for the type of a value that is only known when it runs")
+
+
+def symbolic_getattr(value: Any, name: str, *default: Any) -> Any:
+    """Stand in for getattr, whose default a proxy would never return."""
+    if default and not symbolic_hasattr(value, name):
+        return default[0]
+    return getattr(value, name)
+
+
+def symbolic_callable(value: Any) -> bool:
+    """Stand in for callable, which is always true of a proxy."""
+    if not isinstance(value, fx.Proxy):
+        return callable(value)
+    if value.node.op == "placeholder" and value.node.meta.get("tensor"):
+        return False
+    raise TraceFailure("asks whether a value that is only known when it runs is callable")
+
+
+# Builtins that a symbolic value answers wrongly, and what stands in for them.
+STAND_INS: dict[str, Callable[..., Any]] = {
+    "isinstance": symbolic_isinstance,
+    "hasattr": symbolic_hasattr,
+    "getattr": symbolic_getattr,
+    "callable": symbolic_callable,
+    "type": symbolic_type,
+}
 
 MATH = [n for n in vars(math) if not n.startswith("_") and callable(getattr(math, n))]

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from normswap.graph.hazards import is_something
+from normswap.graph.insert import insert_layers
 from normswap.graph.patches import TraceFailure
 from normswap.graph.state import ContainerState, Variant, context_argument, walk
 from normswap.graph.trace import TraceSession
@@ -48,10 +50,14 @@ def _trace(
     for kinds, inline in attempts:
         try:
             traced = session.trace(module, cls.converted_from.forward, cls.spread, kinds, inline)
+            insert_layers(traced.graph, module, state.insertions, state.blocks)
+            variant = _thread(module, traced)
         except TraceFailure as failure:
             reason = reason or str(failure)
             continue
-        return _thread(module, traced), kinds is exact_key and exact_key != key
+        if not variant.holds(module):
+            return Variant(None, "reads an attribute that is another value each time"), False
+        return variant, kinds is exact_key and exact_key != key
     return Variant(None, reason), False
 
 
@@ -76,7 +82,13 @@ def _thread(module: nn.Module, traced: Traced) -> Variant:
         calls=tuple(dict.fromkeys(calls)),
         threaded=tuple(tuple(c.split(".")) for c in dict.fromkeys(threaded)),
         direct=tuple(direct),
+        something=_returns_something(traced.graph),
     )
+
+
+def _returns_something(graph: fx.Graph) -> bool:
+    result = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    return isinstance(result, fx.Node) and is_something(result)
 
 
 def _add_context(graph: fx.Graph) -> fx.Node:

@@ -1,12 +1,13 @@
 """Write a forward with the signature of another plus a context argument."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import Parameter
 from typing import Any, NamedTuple
 
 import torch
 
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 # Stands for a required argument until a real one is seen: most are tensors.
 _TENSOR = torch.empty(0)
 
@@ -20,19 +21,32 @@ class Forward(NamedTuple):
         spread: ``spread(function, module, values)`` calls a function of the original signature.
         examples: returns values of the kind expected: a tensor where the original requires an
             argument, else its default.
-        argument: name of the context argument.
+        argument: name of the context argument, None where there is none.
     """
 
     forward: Callable[..., Any]
     spread: Callable[..., Any]
     examples: Callable[[], tuple[Any, ...]]
-    argument: str
+    argument: str | None
 
 
 def parameters_of(function: Callable[..., Any]) -> list[Parameter]:
-    """Return the parameters of an unbound method after self; ``*args, **kwargs`` if unknown."""
+    """Return the parameters of an unbound method after self; ``*args, **kwargs`` if unknown.
+
+    Of a decorated one they are the decorator's, which may tell what was given from what was not.
+    """
+    return _parameters(function, False)
+
+
+def declared_parameters(function: Callable[..., Any]) -> list[Parameter]:
+    """Return the parameters that a decorated method shows to `inspect`, after self."""
+    return _parameters(function, True)
+
+
+def _parameters(function: Callable[..., Any], follow_wrapped: bool) -> list[Parameter]:
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        signature = inspect.signature(function, follow_wrapped=follow_wrapped)
+        parameters = list(signature.parameters.values())
     except (TypeError, ValueError):
         parameters = []
     if parameters and parameters[0].kind in (
@@ -51,13 +65,20 @@ def any_parameters() -> list[Parameter]:
     ]
 
 
-def write_forward(parameters: list[Parameter], dispatch: Callable[..., Any]) -> Forward:
+def write_forward(
+    parameters: list[Parameter],
+    dispatch: Callable[..., Any],
+    contextual: bool = True,
+    declared: Sequence[Parameter] = (),
+) -> Forward:
     """Write the functions of `Forward` for these parameters.
 
     The context argument is the last that may be given by position, or by keyword only after
     ``*args``. It is called ``context``, or ``norm_context`` where the original has a ``context``.
+    `declared` are the parameters a decorated forward shows.
     """
-    argument = "norm_context" if any(p.name == "context" for p in parameters) else "context"
+    taken = {p.name for p in (*parameters, *declared)}
+    argument = "norm_context" if "context" in taken else "context"
     scope: dict[str, Any] = {"_dispatch": dispatch}
     head: list[str] = ["self"]
     passed: list[str] = []
@@ -65,7 +86,7 @@ def write_forward(parameters: list[Parameter], dispatch: Callable[..., Any]) -> 
 
     def write_context() -> None:
         nonlocal written
-        if not written:
+        if contextual and not written:
             head.append(f"{argument}=None")
             written = True
 
@@ -100,22 +121,38 @@ def write_forward(parameters: list[Parameter], dispatch: Callable[..., Any]) -> 
     unpack = f"    {names}= values\n" if names else ""
     source = (
         f"def forward({', '.join(head)}):\n"
-        f"    return _dispatch(self, ({names}), {argument})\n"
+        f"    return _dispatch(self, ({names}), {argument if contextual else None})\n"
         f"def spread(function, self, values):\n"
         f"{unpack}"
         f"    return function({', '.join(['self', *passed])})\n"
     )
     exec(compile(source, "<normswap forward>", "exec"), scope)
 
+    shown = [p for p in declared if p.name not in {q.name for q in parameters}]
+    if shown:
+        scope["forward"].__signature__ = _show(parameters, shown, argument if contextual else None)
+    required = tuple(_TENSOR for p in shown if p.default is p.empty and p.kind in _POSITIONAL)
+
     def examples() -> tuple[Any, ...]:
-        return tuple(_example(p) for p in parameters)
+        return tuple(_example(p, required) for p in parameters)
 
-    return Forward(scope["forward"], scope["spread"], examples, argument)
+    return Forward(scope["forward"], scope["spread"], examples, argument if contextual else None)
 
 
-def _example(parameter: Parameter) -> Any:
+def _show(own: list[Parameter], shown: list[Parameter], argument: str | None) -> inspect.Signature:
+    """Return the signature a decorated forward shows, the context added."""
+    first = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+    named = [p for p in own if p.kind in _POSITIONAL]
+    rest = [p for p in shown if p.kind is not Parameter.VAR_KEYWORD]
+    context = [Parameter(argument, Parameter.KEYWORD_ONLY, default=None)] if argument else []
+    last = [p for p in shown if p.kind is Parameter.VAR_KEYWORD]
+    order = sorted([first, *named, *rest], key=lambda p: p.kind)
+    return inspect.Signature([*order, *context, *last])
+
+
+def _example(parameter: Parameter, required: tuple[Any, ...]) -> Any:
     if parameter.kind is Parameter.VAR_POSITIONAL:
-        return ()
+        return required
     if parameter.kind is Parameter.VAR_KEYWORD:
         return {}
     return _TENSOR if parameter.default is Parameter.empty else parameter.default

@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
+from normswap.graph.insert import Insertion
 from normswap.graph.scope import Scope
 from normswap.graph.values import Kind
 
@@ -23,6 +25,7 @@ class Variant:
         calls: paths of the submodules the graph calls.
         threaded: those of them that are passed the context.
         direct: paths of tensors the graph reads itself.
+        something: whether it certainly returns a tensor, not None.
     """
 
     run: Callable[..., Any] | None
@@ -32,6 +35,7 @@ class Variant:
     calls: tuple[str, ...] = ()
     threaded: tuple[tuple[str, ...], ...] = ()
     direct: tuple[str, ...] = ()
+    something: bool = False
 
     def holds(self, module: nn.Module) -> bool:
         """Return whether everything the trace depended on is as it was."""
@@ -48,6 +52,16 @@ class Variant:
         return True
 
 
+class Schedule(Protocol):
+    """What a method draws once for a forward of the whole model."""
+
+    def begin(self, device: torch.device | None = None) -> None:
+        """Draw for the forward that starts now."""
+
+    def end(self) -> None:
+        """Forget the draw: the forward is over."""
+
+
 class ContainerState:
     """What a converted container carries.
 
@@ -60,6 +74,11 @@ class ContainerState:
         variants: ways to run it, by kinds of arguments.
         exact: kinds for which numbers count as constants.
         assumed: kinds that were traced before any call; calls may bring others.
+        insertions: layers inserted in its residual blocks.
+        blocks: how many of those it had when they were inserted.
+        before: name of a layer its first argument passes through first, if any.
+        after: name of a layer its output passes through, if any.
+        schedule: begun anew by each forward, if any; it tells inserted layers what to do.
     """
 
     def __init__(self, fqn: str, scope: Scope, layers: tuple[type, ...], first_norm: str) -> None:
@@ -71,6 +90,16 @@ class ContainerState:
         self.variants: dict[tuple[Kind, ...], list[Variant]] = {}
         self.exact: set[tuple[Kind, ...]] = set()
         self.assumed: set[tuple[Kind, ...]] = set()
+        self.insertions: tuple[Insertion, ...] = ()
+        self.blocks = 0
+        self.before: str | None = None
+        self.after: str | None = None
+        self.schedule: Schedule | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the module's own forward runs untraced, between `before` and `after`."""
+        return not self.layers and not self.insertions
 
     def seen(self) -> list[Variant]:
         """Return the variants calls have met, or the assumed ones where none were met yet."""
@@ -88,6 +117,9 @@ class ContainerState:
         state.override = copy.deepcopy(self.override, memo)
         state.variants = {key: list(found) for key, found in self.variants.items()}
         state.exact, state.assumed = set(self.exact), set(self.assumed)
+        state.insertions, state.blocks = self.insertions, self.blocks
+        state.before, state.after = self.before, self.after
+        state.schedule = copy.deepcopy(self.schedule, memo)
         return state
 
 
@@ -109,10 +141,9 @@ def walk(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
 
 def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
     """Run the forward the module had before conversion."""
-    state: ContainerState = module._normswap  # type: ignore[assignment]
+    state: ContainerState | None = vars(module).get("_normswap")
     cls: Any = type(module)
-    if state.override is not None:
-        return cls.spread(
-            lambda _, *args, **kwargs: state.override(*args, **kwargs), module, values
-        )
+    override = None if state is None else state.override
+    if override is not None:
+        return cls.spread(lambda _, *args, **kwargs: override(*args, **kwargs), module, values)
     return cls.spread(cls.converted_from.forward, module, values)

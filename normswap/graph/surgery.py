@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _forward_unimplemented
 
+from normswap.errors import ConversionError
 from normswap.graph.install import install, uninstall
 from normswap.graph.prepare import prepare_default
 from normswap.graph.scope import Scope
@@ -20,6 +21,7 @@ class Surgery:
         self.model = model
         self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
         self._installed: list[nn.Module] = []
+        self._added: list[tuple[nn.Module, str]] = []
 
     def swap(self, names: Iterable[str], layer: nn.Module) -> None:
         """Put one layer at every name of a module."""
@@ -42,13 +44,51 @@ class Surgery:
             install(module, ContainerState(name, scope, layers, sites[0]))
             self._installed.append(module)
         with TraceSession(layers) as session:
-            for module, _ in containers:
+            # Children first: what a child returns tells what its parent may ask of it.
+            for module, _ in reversed(containers):
                 prepare_default(module, session)
+
+    def add(self, module: nn.Module, name: str, layer: nn.Module) -> str:
+        """Add a child under a free name like `name`; return the name."""
+        free = name
+        count = 0
+        while hasattr(module, free):
+            count += 1
+            free = f"{name}_{count}"
+        module.add_module(free, layer)
+        self._added.append((module, free))
+        return free
+
+    def install_inserted(self, states: dict[nn.Module, ContainerState]) -> None:
+        """Install a forward that calls the added children, its signature unchanged.
+
+        Raises:
+            ConversionError: a container whose graph cannot take its insertions.
+        """
+        for module, state in states.items():
+            install(module, state, contextual=False)
+            self._installed.append(module)
+        with TraceSession() as session:
+            for module, state in states.items():
+                if not state.insertions:
+                    continue
+                prepare_default(module, session)
+                reason = next((v.reason for v in state.seen() if v.run is None), None)
+                if reason is not None:
+                    raise ConversionError(f"cannot insert a layer in {state.fqn}: it {reason}")
+
+    def install_around(self, module: nn.Module, state: ContainerState, contextual: bool) -> None:
+        """Install a forward that runs added children before and after the module's own."""
+        install(module, state, contextual)
+        self._installed.append(module)
 
     def undo(self) -> None:
         """Take everything back."""
         while self._installed:
             uninstall(self._installed.pop())
+        while self._added:
+            module, name = self._added.pop()
+            del module._modules[name]
         while self._swapped:
             parent, leaf, module = self._swapped.pop()
             parent._modules[leaf] = module

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.graph import patches as p
+from normswap.graph.hazards import Watch
+from normswap.graph.held import random_states, restore
 from normswap.graph.patches import Patches, TraceFailure
-from normswap.graph.tracer import ContainerTracer, LiveCalls, Traced
+from normswap.graph.tracer import SWITCHES, ContainerTracer, LiveCalls, Traced
 from normswap.graph.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
 
 _LOCK = threading.RLock()
@@ -32,11 +34,6 @@ def tracing() -> bool:
     return bool(_OPEN) and _OPEN[-1].tracer is not None
 
 
-def _random_states() -> list[Any]:
-    numpy = sys.modules.get("numpy")
-    return [random.getstate(), None if numpy is None else str(numpy.random.get_state())]
-
-
 class TraceSession:
     """Traces containers; while it is open, module calls and reads go through the tracer.
 
@@ -44,7 +41,7 @@ class TraceSession:
         layers: classes of the norm layers, whose forward called by itself counts as a call.
     """
 
-    def __init__(self, layers: tuple[type, ...] = ()) -> None:
+    def __init__(self, layers: tuple[Any, ...] = ()) -> None:
         self.layers = layers
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
@@ -52,6 +49,7 @@ class TraceSession:
         self._local = Patches()
         self._tables: dict[tuple[int, bool], list[tuple[str, Any]]] = {}
         self._entered: set[int] = set()
+        self._library: set[int] = set()
         self._inline = False
 
     @property
@@ -101,6 +99,9 @@ class TraceSession:
         self._patches.set(nn.Module, "__setattr__", setattribute)
         self._patches.set(torch.autograd.Function, "apply", classmethod(apply_function))
         self._patches.set(torch.utils.checkpoint, "checkpoint", self._checkpoint)
+        self._patches.set(torch.jit, "isinstance", p.symbolic_isinstance)
+        for switch in (torch.autocast, torch.inference_mode):
+            self._patches.set(switch, "__enter__", self._refuse_switch(vars(switch)["__enter__"]))
         self._patches.set(torch, "is_tensor", lambda v: p.symbolic_isinstance(v, Tensor))
         for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"):
             self._patches.set(torch, name, p.ask_user_only(getattr(torch, name), name))
@@ -108,8 +109,7 @@ class TraceSession:
             wrapped = p.wrap_leaf(getattr(math, name), self._record, self._enter_globals)
             self._patches.set(math, name, wrapped)
         for layer in self.layers:
-            if "forward" in vars(layer):
-                self._patches.set(layer, "forward", self._layer_forward(vars(layer)["forward"]))
+            self._patches.set(layer, "forward", self._layer_forward(layer.forward))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -125,6 +125,14 @@ class TraceSession:
 
         return forward
 
+    def _refuse_switch(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def enter(switch: Any) -> Any:
+            if self.tracer is not None:
+                raise TraceFailure(SWITCHES)
+            return original(switch)
+
+        return enter
+
     def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         assert self.tracer is not None
         return self.tracer.create_proxy("call_function", function, args, kwargs)
@@ -134,26 +142,38 @@ class TraceSession:
             return _CHECKPOINT(function, *args, **kwargs)
         return self.tracer.checkpoint(function, args, kwargs)
 
-    def _enter_globals(self, table: dict[str, Any]) -> None:
-        """Replace the free functions a function in these globals may call."""
-        if self.tracer is None or id(table) in self._entered or p.is_torch(table.get("__name__")):
-            return
-        self._entered.add(id(table))
-        key = (id(table), self._inline)
-        if key not in self._tables:
-            self._tables[key] = [
+    def _enter_globals(self, table: dict[str, Any]) -> bool:
+        """Replace the free functions a function in these globals may call.
+
+        Returns:
+            Whether they may be those of a forward: not torch's or the standard library's.
+        """
+        key = id(table)
+        if key in self._library:
+            return False
+        if key in self._entered:
+            return True
+        if self.tracer is None:
+            return False
+        if p.is_library(table.get("__name__")):
+            self._library.add(key)
+            return False
+        self._entered.add(key)
+        leaves = (key, self._inline)
+        if leaves not in self._tables:
+            self._tables[leaves] = [
                 (name, p.wrap_leaf(function, self._record, self._enter_globals))
                 for name, function in p.leaf_names(table, self._inline)
             ]
-        for name, wrapped in self._tables[key]:
+        for name, wrapped in self._tables[leaves]:
             self._local.set(table, name, wrapped)
         for name, value in list(table.items()):
             if value is _CHECKPOINT:
                 self._local.set(table, name, self._checkpoint)
-        if "isinstance" not in table:
-            self._local.set(table, "isinstance", p.symbolic_isinstance)
-        if "hasattr" not in table:
-            self._local.set(table, "hasattr", p.symbolic_hasattr)
+        for name, stand_in in p.STAND_INS.items():
+            if name not in table:
+                self._local.set(table, name, stand_in)
+        return True
 
     def trace(
         self,
@@ -183,13 +203,13 @@ class TraceSession:
             leaves.append(proxy)
         supply: Iterator[Any] = iter(leaves)
         values = tuple(rebuild(kind, supply) for kind in kinds)
-        before = _random_states()
+        before = random_states()
         self._inline, self._entered = inline, set()
         try:
             self._tracer = tracer
             for table in p.globals_of(forward, type(root)):
                 self._enter_globals(table)
-            with LiveCalls(tracer):
+            with LiveCalls(tracer), Watch(self._enter_globals, tracer.held.names):
                 output = call(forward, root, values)
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
         except TraceFailure:
@@ -200,24 +220,24 @@ class TraceSession:
         finally:
             self._tracer = None
             self._local.undo()
-        self._check_untouched(tracer, before)
+            self._check_untouched(tracer, before)
+        tracer.result.reads.update(tracer.held.settings())
         return tracer.result
 
     def _check_untouched(self, tracer: ContainerTracer, before: list[Any]) -> None:
-        if _random_states() != before:
+        if random_states() != before:
             random.setstate(before[0])
             raise TraceFailure("draws Python or NumPy random numbers inside forward")
+        changed = ""
         for (path, name), value in tracer.result.reads.items():
             now = getattr(tracer.root.get_submodule(path), name)
             if type(now) is not type(value) or now != value:
                 if isinstance(now, list | dict | set):
-                    _restore(now, value)
-                raise TraceFailure(f"changes .{name} inside forward")
-
-
-def _restore(target: Any, value: Any) -> None:
-    target.clear()
-    target.extend(value) if isinstance(target, list) else target.update(value)
+                    restore(now, value)
+                changed = changed or name
+        tracer.held.release()
+        if changed:
+            raise TraceFailure(f"changes .{changed} inside forward")
 
 
 def _named_apply(cls: Any) -> Callable[..., Any]:

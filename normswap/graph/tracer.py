@@ -10,11 +10,12 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from normswap.graph.patches import TraceFailure
+from normswap.graph.held import Held, is_plain, snapshot
+from normswap.graph.patches import TraceFailure, is_torch
 from normswap.graph.region import Region, split_options
 from normswap.graph.values import any_leaf, describe, find_other, rebuild
 
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+SWITCHES = "switches gradients or autocast on or off inside forward"
 _BASE = set(vars(nn.Module())) - {"training"}
 
 
@@ -23,6 +24,11 @@ class Value(fx.Proxy):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(Tensor, name):
+            raise TraceFailure(f"sets .{name} of a tensor inside forward")
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if self.node.meta.get("tensor") and not hasattr(Tensor, name):
@@ -73,6 +79,8 @@ class LiveCalls(TorchFunctionMode):
         if any_leaf((args, kwargs), (fx.Proxy,)):
             return func(*args, **kwargs)
         if "grad_enabled" in name or "autocast" in name:
+            if "set" in name:
+                raise TraceFailure(SWITCHES)
             return func(*args, **kwargs)
         if name == "__get__":
             return func(*args, **kwargs)
@@ -101,6 +109,7 @@ class ContainerTracer(fx.Tracer):
                 if isinstance(value, Tensor):
                     self.tensors.setdefault(id(value), prefix + key)
         self.modes = _modes()
+        self.held = Held()
         self.region: Region | None = None
 
     def proxy(self, node: fx.Node) -> Value:
@@ -110,7 +119,7 @@ class ContainerTracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless the forward changed a mode that a graph does not carry."""
         if _modes() != self.modes:
-            raise TraceFailure("switches gradients or autocast on or off inside forward")
+            raise TraceFailure(SWITCHES)
         return self.graph.create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -152,7 +161,12 @@ class ContainerTracer(fx.Tracer):
             parent = path.rpartition(".")[0]
             children = tuple(self.root.get_submodule(parent)._modules)
             self.result.structure[parent] = children
-        return self.create_proxy("call_module", path, args, kwargs)
+            while "." in parent:
+                parent = parent.rpartition(".")[0]
+                self.result.structure[parent] = tuple(self.root.get_submodule(parent)._modules)
+        proxy = self.create_proxy("call_module", path, args, kwargs)
+        proxy.node.meta["something"] = _returns_tensor(module)
+        return proxy
 
     def checkpoint(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Trace a checkpointed function apart and record its call."""
@@ -200,27 +214,25 @@ class ContainerTracer(fx.Tracer):
                 if (id(value) in self.tensors)
                 else value
             )
-        if name not in _BASE and _is_plain(value):
-            self.result.reads.setdefault((path, name), _snapshot(value))
+        of_class = callable(value) and name not in vars(module)
+        if name not in _BASE and not of_class:
+            if is_plain(value):
+                self.result.reads.setdefault((path, name), snapshot(value))
+            else:
+                self.held.hold(f"{path}.{name}".lstrip("."), value)
         return value
 
 
-def _is_plain(value: Any, depth: int = 3) -> bool:
-    if isinstance(value, _PLAIN):
+def _returns_tensor(module: nn.Module) -> bool:
+    """Return whether a module is certain to: a layer of torch, a norm, a graph that ends so."""
+    state: Any = vars(module).get("_normswap")
+    variants = [] if state is None else [v for found in state.variants.values() for v in found]
+    if variants and all(variant.something for variant in variants):
         return True
-    if isinstance(value, tuple | list | set | frozenset) and depth:
-        return len(value) <= 64 and all(_is_plain(v, depth - 1) for v in value)
-    if isinstance(value, dict) and depth:
-        return len(value) <= 64 and all(_is_plain(v, depth - 1) for v in value.values())
-    return False
-
-
-def _snapshot(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_snapshot(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _snapshot(v) for k, v in value.items()}
-    return set(value) if isinstance(value, set) else value
+    cls = getattr(type(module), "converted_from", type(module))
+    if cls is nn.Sequential:
+        return bool(module._modules) and _returns_tensor(module[-1])  # type: ignore[index]
+    return is_torch(cls.__module__) and cls is not nn.MultiheadAttention
 
 
 def _is_plain_subclass(a: Any) -> bool:

@@ -1,10 +1,12 @@
 """The arguments of a forward: which are symbolic in its graph, which are constants of it.
 
-A container is traced once for each *kind* of arguments it meets. Tensors are symbolic; None, bool
-and str are constants, since Python branches on them; numbers are symbolic unless the forward
+A container is traced once for each *kind* of arguments it meets. Tensors are symbolic; None, bool,
+str and enums are constants, since Python branches on them; numbers are symbolic unless the forward
 branches on them; tuples, lists and dicts keep their structure.
 """
 
+import enum
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -33,8 +35,8 @@ def describe(value: Any, leaves: list[Any], exact: bool) -> Kind:
         return None
     if isinstance(value, bool):
         return ("bool", value)
-    if isinstance(value, str):
-        return ("str", value)
+    if isinstance(value, str | enum.Enum):
+        return (type(value), value)
     if isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         if exact:
             return (NUMBER, value)
@@ -46,8 +48,9 @@ def describe(value: Any, leaves: list[Any], exact: bool) -> Kind:
         return ("list", tuple([describe(v, leaves, exact) for v in value]))
     if type(value) is torch.Size:
         return ("size", tuple([describe(v, leaves, exact) for v in value]))
-    if type(value) is dict:
-        return ("dict", tuple([(k, describe(v, leaves, exact)) for k, v in value.items()]))
+    if type(value) is dict or type(value) is OrderedDict:
+        tag = "dict" if type(value) is dict else "ordered"
+        return (tag, tuple([(k, describe(v, leaves, exact)) for k, v in value.items()]))
     return (OTHER, type(value).__name__)
 
 
@@ -62,8 +65,9 @@ def rebuild(kind: Kind, leaves: Iterator[Any]) -> Any:
         return tuple(rebuild(k, leaves) for k in content)
     if tag == "list":
         return [rebuild(k, leaves) for k in content]
-    if tag == "dict":
-        return {name: rebuild(k, leaves) for name, k in content}
+    if tag in ("dict", "ordered"):
+        items = [(name, rebuild(k, leaves)) for name, k in content]
+        return dict(items) if tag == "dict" else OrderedDict(items)
     return content
 
 
@@ -76,7 +80,7 @@ def leaf_kinds(kind: Kind) -> Iterator[str]:
         if tag in ("tuple", "size", "list"):
             for part in content:
                 yield from leaf_kinds(part)
-        elif tag == "dict":
+        elif tag in ("dict", "ordered"):
             for _, part in content:
                 yield from leaf_kinds(part)
 
@@ -90,7 +94,7 @@ def find_other(kind: Kind) -> str | None:
         return str(content)
     if tag in ("tuple", "size", "list"):
         return next((o for o in map(find_other, content) if o), None)
-    if tag == "dict":
+    if tag in ("dict", "ordered"):
         return next((o for _, k in content if (o := find_other(k))), None)
     return None
 

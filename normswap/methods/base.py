@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normswap.errors import ConversionError, UnknownNameError
 from normswap.functional.moments import Moments
-from normswap.sites import Site
+from normswap.sites import Place, Site
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,8 @@ class NoOptions:
     """Options of a method that has none."""
 
 
-class Method(ABC):
-    """How one method replaces a normalisation layer.
-
-    Subclass, set the class attributes, implement `build` and `statistics`, and decorate with
-    `register_method`. Nothing else needs to know the method.
+class BaseMethod(ABC):
+    """What every method states of itself.
 
     Attributes:
         name: what users call it by.
@@ -54,6 +51,14 @@ class Method(ABC):
     title: ClassVar[str]
     needs_context: ClassVar[bool] = True
     options: ClassVar[type] = NoOptions
+
+
+class Method(BaseMethod):
+    """How one method replaces a normalisation layer.
+
+    Subclass, set the class attributes, implement `build` and `statistics`, and decorate with
+    `register_method`. Nothing else needs to know the method.
+    """
 
     def refuse(self, site: Site) -> str | None:
         """Return why this method cannot replace the layer at a site, None where it can."""
@@ -76,8 +81,39 @@ class Method(ABC):
         return None
 
 
-_REGISTRY: dict[str, Method] = {}
-M = TypeVar("M", bound=type[Method])
+class InsertedMethod(BaseMethod):
+    """How one method joins a model's norms: a layer at a placement, the norms stay.
+
+    Attributes:
+        placement: where, unless the user says: a placement of residual blocks, which falls back
+            to "norm" in a model without any.
+    """
+
+    needs_context: ClassVar[bool] = False
+    placement: ClassVar[str] = "post"
+
+    @abstractmethod
+    def insert(self, place: Place, options: Any) -> nn.Module:
+        """Return a layer for a place that is the identity in eval mode, ``forward(x)``.
+
+        Raises:
+            ConversionError: the place does not tell what the layer needs to know.
+        """
+
+    def placements(self, placement: str, options: Any) -> tuple[str, ...]:
+        """Return every placement the method uses when asked for one."""
+        return (placement,)
+
+    def connect(self, layers: list[nn.Module], options: Any) -> Any:
+        """Return what steers the layers, begun and ended with each forward of the model, or None.
+
+        It has ``begin(device)`` and ``end()``.
+        """
+        return None
+
+
+_REGISTRY: dict[str, BaseMethod] = {}
+M = TypeVar("M", bound=type[BaseMethod])
 
 
 def register_method(cls: M) -> M:
@@ -102,7 +138,7 @@ def methods() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def get_method(name: str) -> Method:
+def get_method(name: str) -> BaseMethod:
     """Return a method by name.
 
     Raises:
@@ -113,7 +149,7 @@ def get_method(name: str) -> Method:
     return _REGISTRY[name]
 
 
-def parse_options(method: Method, given: dict[str, Any]) -> Any:
+def parse_options(method: BaseMethod, given: dict[str, Any]) -> Any:
     """Build a method's options from keyword arguments.
 
     Raises:

@@ -180,5 +180,9 @@ def test_settings_out_of_range_are_refused(given, message):
         resolve(given)
 
 
+def test_given_weights_are_tuned_at_a_smaller_rate():
+    assert resolve({"weights": "some.pth"}).lr < resolve({}).lr
+
+
 def test_weights_of_efficientnet_lite0_choose_its_model():
     assert resolve({"weights": "efficientnet-lite0"}).model == "tf_efficientnet_lite0"

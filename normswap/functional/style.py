@@ -1,0 +1,183 @@
+"""Style transfer between instances: the statistics of a map or a box, and CrossNorm on them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from normswap.functional.affine import Affine, apply_affine
+from normswap.functional.moments import Moments, compute_dtype, instance_moments
+
+
+class Style(NamedTuple):
+    """Mean and unbiased standard deviation of each channel of each instance; both (N, C)."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def instance_style(x: Tensor, box: Tensor | None = None, eps: float = 1e-5) -> Style:
+    """Return each instance's style: ``mean`` and ``sqrt(var + eps)``, var unbiased.
+
+    Args:
+        x: (N, C, *), any number of trailing dimensions including none.
+        box: restrict the statistics to a box, as `draw_box` returns it.
+        eps: added to the variance, under the root. CrossNorm's is 1e-5, SelfNorm's 1e-12.
+
+    Shape:
+        mean, std: (N, C), float32 or, for float64 input, float64.
+
+    Returns:
+        The style. A map of one position has a std of exactly 0, and no gradient through it; a box
+        of one position, whose size the host does not know, has a std of sqrt(eps).
+    """
+    if box is not None:
+        mean, var = _box_moments(x.to(compute_dtype(x)), box)
+        return Style(mean, torch.sqrt(var + eps))
+    mean, biased = instance_moments(x)
+    positions = x.shape[2:].numel()
+    if positions < 2:
+        return Style(mean, torch.zeros_like(mean))
+    return Style(mean, torch.sqrt(biased * (positions / (positions - 1)) + eps))
+
+
+def _box_moments(x: Tensor, box: Tensor) -> Moments:
+    """Return mean and unbiased variance inside a box, whatever the values outside are."""
+    dims = tuple(range(2, x.dim()))
+    inside = box_mask(box, x.shape[2:])
+    count = box_size(box)
+    mean = torch.where(inside, x, 0).sum(dims, keepdim=True) / count.clamp(min=1)
+    centred = torch.where(inside, x - mean, 0)
+    var = centred.square().sum(dims) / (count - 1).clamp(min=1)
+    return Moments(mean.flatten(1), var)
+
+
+def box_size(box: Tensor) -> Tensor:
+    """Return the number of positions in a box, 0-dim."""
+    return (box[1] - box[0]).prod()
+
+
+def box_mask(box: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a bool map of this size, True inside the box."""
+    mask = torch.ones((), dtype=torch.bool, device=box.device)
+    for axis, extent in enumerate(size):
+        place = torch.arange(extent, device=box.device)
+        mask = mask.unsqueeze(-1) & (place >= box[0, axis]) & (place < box[1, axis])
+    return mask
+
+
+def draw_box(
+    size: Sequence[int],
+    beta: float = 1.0,
+    device: torch.device | None = None,
+    generator: torch.Generator | None = None,
+    tries: int = 32,
+) -> Tensor:
+    """Draw a random box that covers more than a tenth of a map.
+
+    A ratio r ~ Beta(beta, beta) gives each side ``2 * (floor(sqrt(r) * extent) // 2)``, placed at
+    a uniform centre and clipped. All tries are drawn at once and the first that is large enough is
+    taken; where none is, the whole map.
+
+    Args:
+        size: extents of the map, at least one spatial dimension, each at least 1.
+        beta: positive; 1, the authors' setting, makes r uniform.
+        device: where to draw; its default generator is used unless one is given.
+        generator: of torch, on that device.
+        tries: at least 1. With beta 1, 32 tries fail together once in 1e7 draws or less often,
+            on maps of 4 x 4 and larger.
+
+    Shape:
+        result: (2, D) int64; row 0 is the first position inside, row 1 the first one past it.
+
+    Returns:
+        The box. The host never waits for it, and its values decide no shape.
+
+    Source: Tang et al., ICCV 2021, arXiv 2102.02811, code ``cn_rand_bbox``.
+    Differs from source: torch's generator instead of NumPy's; the tries are bounded (the source
+    never returns on maps where every box is empty or too small: 1 x 1, 2 x 2); any number of
+    spatial dimensions.
+    """
+    side = _draw_beta(beta, tries, device, generator).sqrt()
+    corners, total = [], 1
+    for extent in size:
+        half = (side * extent).long() // 2
+        centre = torch.randint(extent, (tries,), device=device, generator=generator)
+        # The whole map is one more try, which is always large enough.
+        low = F.pad((centre - half).clamp(min=0), (0, 1), value=0)
+        high = F.pad((centre + half).clamp(max=extent), (0, 1), value=extent)
+        corners.append(torch.stack([low, high]))
+        total *= extent
+    boxes = torch.stack(corners, dim=1)
+    large = 10 * (boxes[1] - boxes[0]).prod(0) > total
+    first = large.int().argmax().reshape(1)
+    return boxes.index_select(2, first).squeeze(2)
+
+
+def _draw_beta(
+    beta: float, count: int, device: torch.device | None, generator: torch.Generator | None
+) -> Tensor:
+    if beta == 1:
+        return torch.rand(count, device=device, generator=generator)
+    shape = torch.full((2, count), float(beta), device=device)
+    gamma = torch._standard_gamma(shape, generator=generator)
+    # Both draws of a small beta can underflow.
+    gamma = gamma.clamp(min=torch.finfo(gamma.dtype).tiny)
+    return gamma[0] / gamma.sum(0)
+
+
+def cross_norm(
+    x: Tensor,
+    permutation: Tensor,
+    instances: int = 2,
+    content_box: Tensor | None = None,
+    style_box: Tensor | None = None,
+    fire: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Give each channel of x the style of another channel: CrossNorm.
+
+    ``y = (x - mu_A) / sigma_A * sigma_B + mu_B``, with mean and ``sigma = sqrt(var + eps)`` (var
+    unbiased) of each instance and channel. Gradients flow through the statistics of A and of B.
+
+    Args:
+        x: (N, C, *), any number of trailing dimensions including none.
+        permutation: int64, a permutation of the N instances, or of the C channels.
+        instances: 2, where B is instance ``permutation[n]``, same channel; or 1, where B is
+            channel ``permutation[c]`` of the same instance.
+        content_box: rewrite only this box of A, normalised with the box's own statistics.
+        style_box: take B's statistics from this box.
+        fire: bool, 0-dim; where False, x comes back. For callers that cannot decide on the host.
+        eps: added to the variances, under the root.
+
+    Shape:
+        x and result: (N, C, *); boxes: (2, D), see `draw_box`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of x; x itself where it is empty or has one
+        position, and the values of x where a box has.
+
+    Source: Tang et al., ICCV 2021, arXiv 2102.02811, section 3, code ``cn_op_2ins_space_chan``.
+    Differs from source: maps and boxes of one position are left alone (NaN in the source); boxes
+    are masks; any number of spatial dimensions; statistics accumulate in float32.
+    """
+    if x.shape[0] == 0 or x.shape[2:].numel() < 2:
+        return x
+    content = instance_style(x, content_box, eps)
+    style = content if content_box is style_box else instance_style(x, style_box, eps)
+    mean, std = (t.index_select(0 if instances == 2 else 1, permutation) for t in style)
+    scale = std / content.std
+    shift = mean - content.mean * scale
+    for box in (content_box, style_box):
+        if box is not None:
+            usable = box_size(box) > 1
+            fire = usable if fire is None else fire & usable
+    if fire is not None:
+        # On the (N, C) tables, so that nothing the size of x is chosen between.
+        scale, shift = torch.where(fire, scale, 1), torch.where(fire, shift, 0)
+    y = apply_affine(x, Affine(scale, shift))
+    if content_box is None:
+        return y
+    return torch.where(box_mask(content_box, x.shape[2:]), y, x)

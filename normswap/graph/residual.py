@@ -1,0 +1,196 @@
+"""Find the residual blocks in a container's graph: which add ends one, which operand is what."""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+_ADDS = (operator.add, operator.iadd, torch.add)
+_WORK = (F.conv1d, F.conv2d, F.conv3d, F.linear, torch.matmul, operator.matmul, torch.bmm)
+_MOVES = ("permute", "transpose", "movedim", "swapaxes", "view", "reshape")
+_STOCHASTIC = ("DropPath", "StochasticDepth", "Dropout", "Dropout2d", "Identity")
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A residual add.
+
+    Attributes:
+        add: the node that ends the block.
+        branch: position (0 or 1) of the branch among its operands.
+        start: the node where branch and skip part.
+        path: the nodes of the branch, in order, after `start`.
+        reason: why the branch is the branch.
+    """
+
+    add: fx.Node
+    branch: int
+    start: fx.Node
+    path: tuple[fx.Node, ...]
+    reason: str
+
+    @property
+    def branch_end(self) -> fx.Node:
+        """The operand that is the end of the branch."""
+        return self.add.all_input_nodes[self.branch]
+
+    @property
+    def skip_end(self) -> fx.Node:
+        """The operand that is the end of the skip."""
+        return self.add.all_input_nodes[1 - self.branch]
+
+
+def find_residuals(graph: fx.Graph, module: nn.Module) -> tuple[list[Residual], list[str]]:
+    """Return the residual adds of a graph in order, and what else might be one and why not.
+
+    An add is residual where its operands share an ancestor and convolutions or linear layers lie
+    on the way from there to one of them. That operand is the branch; where both have such work,
+    the one with more. As much on both is reported, not guessed.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    before = _ancestors(graph)
+    found: list[Residual] = []
+    ambiguous: list[str] = []
+    for node in graph.nodes:
+        operands = node.all_input_nodes
+        if not _is_add(node) or len(operands) != 2:
+            continue
+        sides = [before[operand] | {operand} for operand in operands]
+        shared = {n for n in sides[0] & sides[1] if n.op != "get_attr"}
+        if not shared:
+            continue
+        start = max(shared, key=order.__getitem__)
+        if _takes_apart(start, sides):
+            continue
+        paths = [sorted(side - before[start] - {start}, key=order.__getitem__) for side in sides]
+        weights = [sum(_work(n, module) for n in path) for path in paths]
+        names = [[_describe(n) for n in path if _work(n, module)] for path in paths]
+        if weights[0] == weights[1]:
+            if weights[0]:
+                ambiguous.append(
+                    f"{node.name}: both operands have {weights[0]} layers on their way "
+                    f"({', '.join(names[0])} | {', '.join(names[1])})"
+                )
+            continue
+        branch = 0 if weights[0] > weights[1] else 1
+        skip = ", ".join(names[1 - branch]) or "identity"
+        reason = f"branch {', '.join(names[branch])}; skip {skip}"
+        found.append(Residual(node, branch, start, tuple(paths[branch]), reason))
+    # An add on the branch of another block is a part of that block, not a block's end.
+    inner = {r.add for r in found for outer in found if r.add in outer.path}
+    return [r for r in found if r.add not in inner], ambiguous
+
+
+def _takes_apart(start: fx.Node, sides: list[set[fx.Node]]) -> bool:
+    """Return whether a side starts from a part of a value: what it is added to is another one."""
+    return any(
+        user.op == "call_function" and user.target is operator.getitem and user in side
+        for user in start.users
+        for side in sides
+    )
+
+
+def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    before: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        before[node] = set(inputs).union(*(before[i] for i in inputs))
+    return before
+
+
+def _is_add(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target in _ADDS
+    return node.op == "call_method" and node.target in ("add", "add_")
+
+
+def _describe(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _work(node: fx.Node, module: nn.Module) -> int:
+    """Return how many convolutions and linear layers a node runs."""
+    if node.op == "call_function":
+        return int(node.target in _WORK)
+    if node.op != "call_module":
+        return 0
+    inner = module.get_submodule(str(node.target)).modules()
+    return sum(isinstance(m, _ConvNd | nn.Linear) for m in inner)
+
+
+def before_stochastic(node: fx.Node, module: nn.Module) -> fx.Node:
+    """Return the end of a branch before the stochastic depth or dropout that may follow it."""
+    while node.op == "call_module" and node.all_input_nodes:
+        if type(module.get_submodule(str(node.target))).__name__ not in _STOCHASTIC:
+            break
+        node = node.all_input_nodes[0]
+    return node
+
+
+def channels_last(residual: Residual, module: nn.Module) -> bool:
+    """Return whether the features at an add have their channels last.
+
+    So it is where the branch's last layer is linear and nothing moves the dimensions after it.
+    """
+    node: fx.Node | None = residual.branch_end
+    while node is not None:
+        if node.op == "call_method" and node.target in _MOVES:
+            return False
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in _MOVES:
+            return False
+        layers: list[Any] = []
+        if node.op == "call_module":
+            inner = module.get_submodule(str(node.target)).modules()
+            layers = [m for m in inner if isinstance(m, _ConvNd | nn.Linear)]
+        if layers:
+            return isinstance(layers[-1], nn.Linear)
+        node = node.all_input_nodes[0] if node.all_input_nodes else None
+    return False
+
+
+def out_channels(node: fx.Node, module: nn.Module) -> int | None:
+    """Return the channels of a value, followed back to a layer that tells; None if none does."""
+    seen: list[fx.Node] = [node]
+    while seen:
+        node = seen.pop(0)
+        if node.op == "call_module":
+            found = _layer_channels(module.get_submodule(str(node.target)), out=True)
+            if found is not None:
+                return found
+        if node.op == "call_function" and node.target in (torch.cat, torch.concat):
+            return None
+        seen += node.all_input_nodes
+    return None
+
+
+def in_channels(residual: Residual, module: nn.Module) -> int | None:
+    """Return the channels a branch takes, from its first layer that tells."""
+    for node in residual.path:
+        if node.op == "call_module":
+            found = _layer_channels(module.get_submodule(str(node.target)), out=False)
+            if found is not None:
+                return found
+    return None
+
+
+def input_channels(model: nn.Module) -> int | None:
+    """Return the channels of a model's input, from its first convolution or norm."""
+    return _layer_channels(model, out=False)
+
+
+def _layer_channels(layer: nn.Module, out: bool) -> int | None:
+    layers = list(layer.modules())
+    for inner in reversed(layers) if out else layers:
+        name = "out_channels" if out else "in_channels"
+        if isinstance(inner, _ConvNd):
+            return int(getattr(inner, name))
+        if isinstance(inner, nn.Linear):
+            return inner.out_features if out else inner.in_features
+        features = getattr(inner, "num_features", None)
+        if isinstance(features, int) and next(inner.children(), None) is None:
+            return features
+    return None

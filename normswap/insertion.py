@@ -1,0 +1,228 @@
+"""Where a method inserts its layers, and the surgery that does it."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _forward_unimplemented
+
+from normswap.errors import ConversionError
+from normswap.graph.container import dispatch
+from normswap.graph.insert import PLACEMENTS, Insertion
+from normswap.graph.patches import TraceFailure
+from normswap.graph.residual import (
+    Residual,
+    channels_last,
+    find_residuals,
+    in_channels,
+    input_channels,
+    out_channels,
+)
+from normswap.graph.scope import Scope
+from normswap.graph.signature import parameters_of, write_forward
+from normswap.graph.state import ContainerState
+from normswap.graph.surgery import Surgery
+from normswap.graph.trace import TraceSession
+from normswap.graph.values import describe
+from normswap.methods.base import BaseMethod, Contexts, InsertedMethod, Method
+from normswap.report import Row
+from normswap.select import Selector, matches
+from normswap.sites import Place, Site, find_norms, is_instance_norm, norm_channels, read_site
+
+ALL_PLACEMENTS = ("norm", *PLACEMENTS, "input")
+
+
+def find_places(
+    model: nn.Module,
+    method: InsertedMethod,
+    placement: str | None,
+    options: Any,
+    select: Selector,
+    exclude: Selector,
+) -> tuple[list[Row], list[Place]]:
+    """Return a row for every place a method's layers could go, and the places chosen.
+
+    Args:
+        model: the model.
+        method: whose layers are inserted.
+        placement: where; None is the method's own in a model that has such places, else "norm".
+        options: of the method.
+        select: matched against the container of a block, or the norm.
+        exclude: likewise.
+
+    Raises:
+        ConversionError: an unknown placement, or no place at all.
+    """
+    if placement is not None and placement not in ALL_PLACEMENTS:
+        raise ConversionError(
+            f"unknown placement {placement!r}; the placements are {', '.join(ALL_PLACEMENTS)}"
+        )
+    rows: list[Row] = []
+    places: list[Place] = []
+    for wanted in method.placements(placement or method.placement, options):
+        found = _find(model, wanted, select, exclude)
+        if placement is None and not any(row.action != "kept" for row in found[0]):
+            found = _find(model, "norm", select, exclude)
+        if not found[1]:
+            listed = "; ".join(f"{r.fqn or '(root)'}: {r.reason}" for r in found[0][:10])
+            raise ConversionError(
+                f"found no place for a layer at {wanted!r} in {type(model).__name__}"
+                + (f": {listed}" if listed else "; placement='norm' puts one after each norm")
+            )
+        rows += found[0]
+        places += found[1]
+    return rows, places
+
+
+def place_at_input(model: nn.Module) -> tuple[list[Row], list[Place]]:
+    """Return the one place before a model."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    place = Place("", "input", input_channels(model), like.device, like.dtype)
+    return [Row("", "the first argument", "inserted")], [place]
+
+
+def _find(
+    model: nn.Module, placement: str, select: Selector, exclude: Selector
+) -> tuple[list[Row], list[Place]]:
+    if placement == "input":
+        return place_at_input(model)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    finder = _norm_places if placement == "norm" else _block_places
+    rows: list[Row] = []
+    places: list[Place] = []
+    for module, row, place in finder(model, placement, like):
+        rows.append(row)
+        names = (row.fqn, *row.aliases)
+        if select is not None and not matches(select, names, module):
+            row.action, row.reason = "kept", "not selected"
+        elif exclude is not None and matches(exclude, names, module):
+            row.action, row.reason = "kept", "excluded"
+        elif place is not None:
+            row.action = "inserted"
+            row.channels = place.channels or 0
+            places.append(place)
+    return rows, places
+
+
+def _norm_places(model: nn.Module, placement: str, like: Any) -> Any:
+    for fqn, module, aliases in find_norms(model):
+        row = Row(fqn, type(module).__name__, "refused", aliases)
+        channels = norm_channels(module)
+        if channels is None:
+            row.reason = f"{type(module).__name__} is neither a batch nor an instance norm"
+            yield module, row, None
+            continue
+        before = is_instance_norm(module)
+        row.reason = "before the norm" if before else "after the norm"
+        own = next((t for t in module.state_dict().values() if t.is_floating_point()), like)
+        place = Place(fqn, placement, channels, own.device, own.dtype, before=before)
+        yield module, row, place
+
+
+def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
+    with TraceSession() as session:
+        for fqn, module in model.named_modules():
+            forward = type(module).forward
+            torch_own = type(module).__module__.startswith("torch.nn.")
+            if torch_own or forward is _forward_unimplemented or not any(module.children()):
+                continue
+            written = write_forward(parameters_of(forward), dispatch)
+            kinds = tuple(describe(value, [], False) for value in written.examples())
+            try:
+                traced = session.trace(module, forward, written.spread, kinds, False)
+            except TraceFailure:
+                # Most such containers hold no add; one that does shows as a block never found.
+                continue
+            found, ambiguous = find_residuals(traced.graph, module)
+            for why in ambiguous:
+                yield module, Row(fqn, type(module).__name__, "refused", reason=why), None
+            for block, residual in enumerate(found):
+                row = Row(fqn, type(module).__name__, "refused", reason=residual.reason)
+                if channels_last(residual, module):
+                    row.reason = f"its features have their channels last ({residual.reason})"
+                    yield module, row, None
+                    continue
+                channels = _channels(residual, module, placement)
+                where = (fqn, placement, channels, like.device, like.dtype, block, len(found))
+                yield module, row, Place(*where, reason=residual.reason)
+
+
+def _channels(residual: Residual, module: nn.Module, placement: str) -> int | None:
+    if placement == "pre":
+        return in_channels(residual, module) or out_channels(residual.start, module)
+    return out_channels(residual.branch_end, module)
+
+
+def insert(
+    surgery: Surgery,
+    method: InsertedMethod,
+    rows: list[Row],
+    places: list[Place],
+    options: Any,
+) -> None:
+    """Build a layer for each place and put it there.
+
+    Raises:
+        ConversionError: a layer cannot be built, or a container cannot be traced with it.
+    """
+    layers = [method.insert(place, options) for place in places]
+    states: dict[nn.Module, ContainerState] = {}
+    scope = Scope(1, ("0",))
+
+    def state_of(fqn: str) -> tuple[nn.Module, ContainerState]:
+        module = surgery.model.get_submodule(fqn)
+        if module not in states:
+            states[module] = ContainerState(fqn, scope, (), places[0].fqn)
+        return module, states[module]
+
+    chosen = [row for row in rows if row.action == "inserted"]
+    for row, place, layer in zip(chosen, places, layers, strict=True):
+        module, state = state_of(place.fqn)
+        layer.train(module.training)
+        child = surgery.add(module, method.name.replace("-", "_"), layer)
+        describe_layer(row, place, child, layer)
+        if place.placement == "input" or place.before:
+            state.before = child
+        elif place.placement == "norm":
+            state.after = child
+        else:
+            state.insertions += (Insertion(place.placement, place.block, child),)
+            state.blocks = place.blocks
+    schedule = method.connect(layers, options)
+    if schedule is not None:
+        state_of("")[1].schedule = schedule
+    surgery.install_inserted(states)
+
+
+def insert_at_input(
+    surgery: Surgery, method: BaseMethod, row: Row, place: Place, contexts: Contexts, options: Any
+) -> None:
+    """Put a norm in front of the model that starts as the identity in eval mode."""
+    assert isinstance(method, Method)
+    if place.channels is None:
+        raise ConversionError("cannot tell the channels of the input: no convolution or norm")
+    source = nn.BatchNorm2d(place.channels, device=place.device, dtype=place.dtype)
+    with torch.no_grad():
+        source.running_var.fill_(1 - source.eps)  # type: ignore[union-attr]
+    site = read_site("", source)
+    assert isinstance(site, Site)
+    layer = method.build(replace(site, dims=()), source, contexts, options)
+    scope = Scope(contexts.count, contexts.names)
+    layer.train(surgery.model.training)
+    child = surgery.add(surgery.model, "input_norm", layer)
+    if method.needs_context:
+        layer.scope = scope  # type: ignore[assignment]
+        layer.site = child  # type: ignore[assignment]
+    describe_layer(row, place, child, layer)
+    state = ContainerState("", scope, (), child)
+    state.before = child
+    surgery.install_around(surgery.model, state, method.needs_context)
+
+
+def describe_layer(row: Row, place: Place, child: str, layer: nn.Module) -> None:
+    """Note in a row what was inserted."""
+    row.layer = f"{place.fqn}.{child}".lstrip(".")
+    row.target = f"{type(layer).__name__} ({place.placement})"
+    row.channels = place.channels or 0
+    row.parameters_after = sum(p.numel() for p in layer.parameters())

@@ -1,0 +1,102 @@
+"""CNSN: CrossNorm, then SelfNorm."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from normswap.functional.schedule import Schedule
+from normswap.methods.base import InsertedMethod, register_method
+from normswap.methods.crossnorm import CrossNormOptions, ScheduledCrossNorm
+from normswap.methods.selfnorm import SelfNormOptions
+from normswap.sites import Place
+
+
+class CNSN(nn.Module):
+    """CrossNorm, then SelfNorm, at one place.
+
+    ``y = SelfNorm(CrossNorm(x))``; in eval, ``y = SelfNorm(x)``.
+
+    Args:
+        crossnorm: a `CrossNorm`; widens the training distribution, has no parameters.
+        selfnorm: a `SelfNorm`; bridges training and test distribution, has all the parameters.
+
+    Shape:
+        x: (N, C, *), any number of trailing dimensions including none; result: as x.
+
+    Source: Tang et al., ICCV 2021, arXiv 2102.02811, section 5, code ``CNSN``.
+    """
+
+    def __init__(self, crossnorm: nn.Module, selfnorm: nn.Module) -> None:
+        super().__init__()
+        self.crossnorm = crossnorm
+        self.selfnorm = selfnorm
+
+    def forward(self, x: Tensor, fire: bool | Tensor | None = None) -> Tensor:
+        """Exchange styles where CrossNorm fires, then recalibrate.
+
+        Args:
+            x: input, (N, C, *).
+            fire: for CrossNorm; see `CrossNorm.forward`.
+
+        Returns:
+            A tensor of the shape, dtype and memory format of x.
+        """
+        y: Tensor = self.selfnorm(self.crossnorm(x, fire))
+        return y
+
+
+@dataclass(frozen=True)
+class CNSNOptions:
+    """Options of the method "cnsn": those of CrossNorm and of SelfNorm.
+
+    Attributes:
+        crop, instances, beta, p, active: see `CrossNormOptions`.
+        gates, init: see `SelfNormOptions`.
+        image: put one CrossNorm at the model's input instead of one at each place, as the authors
+            do for ImageNet.
+    """
+
+    crop: str = "neither"
+    instances: int = 2
+    beta: float = 1.0
+    p: float = 0.5
+    active: int = 1
+    gates: int = 1
+    init: str = "identity"
+    image: bool = False
+
+    @property
+    def crossnorm(self) -> CrossNormOptions:
+        """Those of CrossNorm."""
+        return CrossNormOptions(self.crop, self.instances, self.beta, self.p, self.active)
+
+    @property
+    def selfnorm(self) -> SelfNormOptions:
+        """Those of SelfNorm."""
+        return SelfNormOptions(self.gates, self.init)
+
+
+@register_method
+class CNSNMethod(InsertedMethod):
+    """CrossNorm, then SelfNorm, at places of a model."""
+
+    name = "cnsn"
+    title = "CrossNorm, then SelfNorm: augments in training, recalibrates always"
+    options = CNSNOptions
+
+    def placements(self, placement: str, options: CNSNOptions) -> tuple[str, ...]:
+        """Add the input where CrossNorm goes there."""
+        return ("input", placement) if options.image else (placement,)
+
+    def insert(self, place: Place, options: CNSNOptions) -> nn.Module:
+        """Return both, or the one that belongs at the place."""
+        if not options.image:
+            return CNSN(options.crossnorm.build(), options.selfnorm.build(place))
+        if place.placement == "input":
+            return options.crossnorm.build()
+        return options.selfnorm.build(place)
+
+    def connect(self, layers: list[nn.Module], options: CNSNOptions) -> Schedule:
+        """Share one schedule between the CrossNorm layers."""
+        inner = [m for layer in layers for m in layer.modules()]
+        return options.crossnorm.connect([m for m in inner if isinstance(m, ScheduledCrossNorm)])

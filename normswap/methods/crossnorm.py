@@ -1,0 +1,168 @@
+"""CrossNorm: in training, channels exchange their mean and variance."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import ConversionError, InputError, UnknownNameError
+from normswap.functional.schedule import Schedule
+from normswap.functional.style import cross_norm, draw_box
+from normswap.methods.base import InsertedMethod, register_method
+from normswap.sites import Place
+
+CROPS = ("neither", "style", "content", "both")
+
+
+class CrossNorm(nn.Module):
+    """CrossNorm: an augmentation of features; identity in eval.
+
+    ``y = (x - mu_A) / sigma_A * sigma_B + mu_B`` with ``sigma = sqrt(var + 1e-5)``, var unbiased,
+    of each instance and channel A and a randomly drawn B. No parameters and no state.
+
+    Args:
+        crop: "neither"; "style": B's statistics come from a random box of it; "content": only a
+            random box of A is rewritten, with the box's own statistics; "both", two boxes. One
+            draw of boxes serves the batch. "neither" is what most of the authors' scripts use.
+        instances: 2, where B is another instance, same channel; 1, where B is another channel of
+            the same instance.
+        beta: positive; boxes cover a share Beta(beta, beta) of the map before clipping; 1, the
+            authors' setting, is uniform.
+        p: in [0, 1]; probability that a forward in training is rewritten where the caller does not
+            say; 0.5, the authors' usual setting.
+
+    Shape:
+        x: (N, C, *), any number of trailing dimensions including none; result: as x.
+
+    Raises:
+        UnknownNameError: `crop` is none of the four.
+        ConversionError: `instances`, `beta` or `p` out of range.
+
+    Source: Tang et al., ICCV 2021, arXiv 2102.02811, section 3.
+    Differs from source: see `normswap.functional.style.cross_norm` and `draw_box`; whether to fire
+    is an argument of forward instead of an attribute that other code sets; every draw is torch's.
+    """
+
+    def __init__(
+        self, crop: str = "neither", instances: int = 2, beta: float = 1.0, p: float = 0.5
+    ) -> None:
+        super().__init__()
+        if crop not in CROPS:
+            raise UnknownNameError(f"unknown crop {crop!r}; the crops are {', '.join(CROPS)}")
+        if instances not in (1, 2):
+            raise ConversionError(f"expected instances of 1 or 2, got {instances!r}")
+        if not beta > 0:
+            raise ConversionError(f"expected a positive beta, got {beta!r}")
+        if not 0 <= p <= 1:
+            raise ConversionError(f"expected p in [0, 1], got {p!r}")
+        self.crop = crop
+        self.instances = instances
+        self.beta = beta
+        self.p = p
+
+    def forward(self, x: Tensor, fire: bool | Tensor | None = None) -> Tensor:
+        """Exchange styles, in training and if it fires.
+
+        Args:
+            x: input, (N, C, *).
+            fire: a bool; a bool tensor, 0-dim, for schedules drawn inside `torch.compile`; or
+                None, to draw with probability p.
+
+        Returns:
+            A tensor of the shape, dtype and memory format of x. x itself in eval, where it does
+            not fire, and where there is no other instance (or channel) or a single position.
+
+        Raises:
+            InputError: fewer than two dimensions.
+        """
+        if x.dim() < 2:
+            raise InputError(f"expected input (N, C, *) at CrossNorm, got {tuple(x.shape)}")
+        if not self.training:
+            return x
+        if fire is None:
+            fire = self._draw_fire(x)
+        axis = 0 if self.instances == 2 else 1
+        if fire is False or x.shape[axis] < 2 or x.shape[2:].numel() < 2:
+            return x
+        permutation = torch.randperm(x.shape[axis], device=x.device)
+        content_box = style_box = None
+        if self.crop in ("style", "both"):
+            style_box = draw_box(x.shape[2:], self.beta, x.device)
+        if self.crop in ("content", "both"):
+            content_box = draw_box(x.shape[2:], self.beta, x.device)
+        condition = fire if isinstance(fire, Tensor) else None
+        return cross_norm(x, permutation, self.instances, content_box, style_box, condition)
+
+    def _draw_fire(self, x: Tensor) -> bool | Tensor:
+        if self.p in (0, 1):
+            return bool(self.p)
+        if torch.compiler.is_compiling():
+            return torch.rand((), device=x.device) < self.p
+        # On the CPU, whatever the device of x, so that the host knows without waiting.
+        return torch.rand((), device="cpu").item() < self.p
+
+    def extra_repr(self) -> str:
+        """List the settings that are not the default."""
+        settings = {"crop": "neither", "instances": 2, "beta": 1.0, "p": 0.5}
+        given = ((name, getattr(self, name), default) for name, default in settings.items())
+        return ", ".join(f"{name}={value!r}" for name, value, default in given if value != default)
+
+
+@dataclass(frozen=True)
+class CrossNormOptions:
+    """Options of the method "crossnorm"; see `CrossNorm` and `Schedule`.
+
+    Attributes:
+        crop: "neither", "style", "content" or "both".
+        instances: 2 or 1.
+        beta: of the boxes.
+        p: probability that a forward in training has firing places.
+        active: how many places then fire.
+    """
+
+    crop: str = "neither"
+    instances: int = 2
+    beta: float = 1.0
+    p: float = 0.5
+    active: int = 1
+
+    def build(self) -> "ScheduledCrossNorm":
+        """Return a layer with these settings."""
+        return ScheduledCrossNorm(self.crop, self.instances, self.beta, self.p)
+
+    def connect(self, layers: list["ScheduledCrossNorm"]) -> Schedule:
+        """Return the schedule of a model's layers, told to each of them."""
+        schedule = Schedule(self.p, self.active, len(layers))
+        for site, layer in enumerate(layers):
+            layer.schedule, layer.index = schedule, site
+        return schedule
+
+
+class ScheduledCrossNorm(CrossNorm):
+    """CrossNorm as one of several places of a model, a few of which fire in a forward."""
+
+    schedule: Schedule | None = None
+    index: int = 0
+
+    def forward(self, x: Tensor, fire: bool | Tensor | None = None) -> Tensor:
+        """Exchange styles where the model's schedule says; see `CrossNorm.forward`."""
+        if fire is None and self.training and self.schedule is not None:
+            fire = self.schedule.fires(self.index, x.device)
+        return super().forward(x, fire)
+
+
+@register_method
+class CrossNormMethod(InsertedMethod):
+    """CrossNorm at places of a model that one schedule fires."""
+
+    name = "crossnorm"
+    title = "exchanges channel statistics between samples in training: an augmentation"
+    options = CrossNormOptions
+
+    def insert(self, place: Place, options: CrossNormOptions) -> nn.Module:
+        """Return a layer; it needs no channels."""
+        return options.build()
+
+    def connect(self, layers: list[nn.Module], options: CrossNormOptions) -> Schedule:
+        """Share one schedule between the layers."""
+        return options.connect([m for m in layers if isinstance(m, ScheduledCrossNorm)])

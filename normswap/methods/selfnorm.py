@@ -1,0 +1,211 @@
+"""SelfNorm: each channel recalibrated by a gate on its own mean and standard deviation."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normswap.errors import ConversionError, InputError, UnknownNameError
+from normswap.functional.affine import Affine, apply_affine
+from normswap.functional.style import Style, instance_style
+from normswap.methods.base import InsertedMethod, register_method
+from normswap.sites import Place
+
+INITS = ("identity", "paper")
+
+
+class Gate(nn.Module):
+    """One gate: ``scale * sigmoid(BN(w1 * mean + w2 * std))``, for each instance and channel.
+
+    BN is batch normalization over the instances, biased variance plus 1e-5 under the root, running
+    statistics with momentum 0.1 (unbiased variance) in eval. It is part of this layer rather than
+    a BatchNorm module, so that what rewrites a model's norms does not take it for one of them. A
+    training batch of one instance has no spread: it uses the running statistics and leaves them.
+
+    Args:
+        num_features: C.
+        init: see `SelfNorm`.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Shape:
+        parameters weight: (C, 2), bn_weight, bn_bias: (C,); buffers running_mean, running_var:
+        (C,). Result: (N, C).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        init: str = "identity",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.init = init
+        self.scale = 2.0 if init == "identity" else 1.0
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(num_features, 2, **options))
+        self.bn_weight = nn.Parameter(torch.empty(num_features, **options))
+        self.bn_bias = nn.Parameter(torch.empty(num_features, **options))
+        self.register_buffer("running_mean", torch.empty(num_features, **options))
+        self.register_buffer("running_var", torch.empty(num_features, **options))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw w as the source does, uniform in +-1/sqrt(2); start BN as `init` says."""
+        nn.init.uniform_(self.weight, -math.sqrt(0.5), math.sqrt(0.5))
+        nn.init.constant_(self.bn_weight, 0 if self.init == "identity" else 1)
+        nn.init.zeros_(self.bn_bias)
+        nn.init.zeros_(self.running_mean)
+        nn.init.ones_(self.running_var)
+
+    def forward(self, style: Style) -> Tensor:
+        """Return the gate of each instance and channel, (N, C)."""
+        mean, std = style
+        weight = self.weight.to(mean.dtype)
+        z = (weight[:, 0] * mean + weight[:, 1] * std).to(self.bn_weight.dtype)
+        batch = self.training and z.shape[0] > 1
+        running = (self.running_mean, self.running_var)
+        if self.training and not batch:
+            # A later forward updates them in place; backward needs the values of this one.
+            running = (running[0].clone(), running[1].clone())
+        z = F.batch_norm(z, *running, self.bn_weight, self.bn_bias, batch, 0.1, 1e-5)
+        return self.scale * torch.sigmoid(z.to(mean.dtype))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Stay as it is where a state dict, of the model before conversion, knows no gate."""
+        own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
+        if not any(name in state_dict for name in own):
+            state_dict.update(own)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class SelfNorm(nn.Module):
+    """SelfNorm: style recalibration.
+
+    One gate: ``y = x * g``. Two: ``y = x * g + mu * (f - g)``, which is sigma' = g * sigma and
+    mu' = f * mu. Each gate is ``scale * sigmoid(BN(w1 * mu + w2 * sigma))``, w for each channel,
+    with sigma = sqrt(var + 1e-12), var unbiased, of each instance and channel; see `Gate`.
+
+    Args:
+        num_features: C, at least 1.
+        gates: 1, as the authors train, or 2.
+        init: "identity": scale 2 and BN weight and bias zero, so that each gate is exactly 1 and
+            y is x, in training and eval, until trained. "paper": scale 1, BN weight 1; gates start
+            near 0.5, which is for training from scratch: it destroys a pretrained model.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Shape:
+        x: (N, C, *), any number of trailing dimensions including none; result: as x.
+
+    Raises:
+        ConversionError: `num_features` or `gates` out of range.
+        UnknownNameError: `init` is neither of the two.
+
+    Source: Tang et al., ICCV 2021, arXiv 2102.02811, section 4.
+    Differs from source: the identity start; a training batch of one works; maps of one position
+    have std 0 (NaN in the source); any number of spatial dimensions; statistics accumulate in
+    float32.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        gates: int = 1,
+        init: str = "identity",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_features < 1:
+            raise ConversionError(f"expected num_features of at least 1, got {num_features}")
+        if gates not in (1, 2):
+            raise ConversionError(f"expected gates of 1 or 2, got {gates!r}")
+        if init not in INITS:
+            raise UnknownNameError(f"unknown init {init!r}; the inits are {', '.join(INITS)}")
+        self.num_features = num_features
+        self.gates = gates
+        self.init = init
+        self.g = Gate(num_features, init, device, dtype)
+        self.f = Gate(num_features, init, device, dtype) if gates == 2 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Recalibrate x.
+
+        Args:
+            x: input, (N, C, *).
+
+        Returns:
+            A tensor of the shape, dtype and memory format of x; x itself where it is empty.
+
+        Raises:
+            InputError: dimension 1 is not num_features.
+        """
+        if x.dim() < 2 or x.shape[1] != self.num_features:
+            raise InputError(
+                f"expected input (N, {self.num_features}, *) at SelfNorm, got {tuple(x.shape)}; "
+                "channels are dimension 1"
+            )
+        if x.numel() == 0:
+            return x
+        style = instance_style(x, eps=1e-12)
+        g = self.g(style)
+        if self.f is None:
+            y: Tensor = x * g.reshape(g.shape + (1,) * (x.dim() - 2))
+            return y.to(x.dtype)
+        return apply_affine(x, Affine(g, style.mean * (self.f(style) - g)))
+
+    def extra_repr(self) -> str:
+        """List the settings, non-default ones last."""
+        text = str(self.num_features)
+        if self.gates != 1:
+            text += f", gates={self.gates}"
+        return text if self.init == "identity" else f"{text}, init={self.init!r}"
+
+
+@dataclass(frozen=True)
+class SelfNormOptions:
+    """Options of the method "selfnorm"; see `SelfNorm`.
+
+    Attributes:
+        gates: 1 or 2.
+        init: "identity" or "paper".
+    """
+
+    gates: int = 1
+    init: str = "identity"
+
+    def build(self, place: Place) -> SelfNorm:
+        """Return a layer for a place.
+
+        Raises:
+            ConversionError: nothing around the place tells its channels.
+        """
+        if place.channels is None:
+            raise ConversionError(
+                f"cannot tell the number of channels at {place.fqn or 'the input'} "
+                f"({place.placement}): no layer around it says; leave it out with exclude="
+            )
+        return SelfNorm(place.channels, self.gates, self.init, place.device, place.dtype)
+
+
+@register_method
+class SelfNormMethod(InsertedMethod):
+    """SelfNorm at places of a model."""
+
+    name = "selfnorm"
+    title = "recalibrates each channel by its own statistics, starting as the identity"
+    options = SelfNormOptions
+
+    def insert(self, place: Place, options: SelfNormOptions) -> nn.Module:
+        """Return a layer of the place's channels."""
+        return options.build(place)

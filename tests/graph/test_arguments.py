@@ -1,0 +1,176 @@
+"""Arguments and results of every shape reach the forward as they were given."""
+
+import dataclasses
+import enum
+import functools
+import inspect
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from tests.graph.behave import CHANNELS, LABELS, Block, Holder, check, images
+
+
+class Mode(enum.IntEnum):
+    PLAIN = 1
+    TWICE = 2
+
+
+@dataclasses.dataclass
+class Batch:
+    x: torch.Tensor
+    y: torch.Tensor | None = None
+
+
+Pair = namedtuple("Pair", "a b")
+
+
+def test_keyword_only_arguments():
+    class Model(Holder):
+        def forward(self, *, x, scale=1.0, skip=None):
+            y = self.b(self.a(x)) * scale
+            return y if skip is None else y + skip
+
+    check(Model(), x=images(), scale=2.0)
+    check(Model(), x=images(), skip=images())
+
+
+def test_each_set_of_optional_arguments_takes_its_own_branch():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(CHANNELS)
+
+        def forward(self, x, skip=None, twice=False):
+            if skip is not None:
+                x = x + skip
+            return self.norm(x * 2 if twice else x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x):
+            return self.inner(x) + self.inner(x, x * 2) + self.inner(x, twice=True)
+
+    check(Model())
+
+
+def test_dicts_lists_and_tuples():
+    class Model(Holder):
+        def forward(self, batch):
+            y = self.b(self.a(batch["image"])) * batch["mask"]
+            if "extra" in batch:
+                y = y + batch["extra"]
+            return {"logits": y, "features": [y * 2, (y,)]}
+
+    batch = {"image": images(), "mask": torch.rand(4, 1, 6, 6)}
+    check(Model(), batch)
+    check(Model(), {**batch, "extra": images()})
+    check(Model(), OrderedDict(batch))
+
+
+def test_a_dataclass():
+    class Model(Holder):
+        def forward(self, batch):
+            return Batch(self.b(self.a(batch.x)))
+
+    check(Model(), Batch(images()), opaque="takes a Batch")
+
+
+def test_a_namedtuple_result():
+    class Model(Holder):
+        def forward(self, x):
+            y = self.a(x)
+            return Pair(y, b=self.b(y))
+
+    converted = check(Model())
+    assert isinstance(converted(images(), context=LABELS), Pair)
+
+
+def test_variable_arguments():
+    class Model(Holder):
+        def forward(self, *xs, **options):
+            return sum(self.b(self.a(x)) for x in xs) * options.get("gain", 1)
+
+    check(Model(), images(), images() * 2)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_an_enum_is_itself_in_the_forward(mode):
+    class Model(Holder):
+        def forward(self, x, mode=Mode.PLAIN):
+            y = self.b(self.a(x))
+            return y * 2 if mode is Mode.TWICE else y
+
+    check(Model(), images(), mode)
+
+
+def test_an_argument_that_is_called_context_stays():
+    class Model(Holder):
+        def forward(self, x, context):
+            return self.b(self.a(x)) * context
+
+    converted = check(Model(), images(), torch.rand(4, 1, 1, 1))
+    assert type(converted).context_argument == "norm_context"
+
+
+@pytest.mark.parametrize("ask", ["type", "callable", "getattr", "match", "jit"])
+def test_a_forward_may_ask_what_its_argument_is(ask):
+    class Model(Holder):
+        def forward(self, x):
+            y = self.b(self.a(x))
+            if ask == "type":
+                return y if type(x) is torch.Tensor else y * 3
+            if ask == "callable":
+                return y * 3 if callable(x) else y
+            if ask == "getattr":
+                return y * 3 if getattr(x, "logits", None) is not None else y
+            if ask == "jit":
+                return y if torch.jit.isinstance(x, torch.Tensor) else y * 3
+            match x:
+                case torch.Tensor():
+                    return y
+            return y * 3
+
+    check(Model(), opaque="identity" if ask in ("match", "type") else None)
+
+
+def test_a_decorator_sees_only_what_was_given():
+    def forced(function):
+        @functools.wraps(function)
+        def wrapper(self, *args, **kwargs):
+            assert "twice" not in kwargs
+            return function(self, *args, twice=True, **kwargs)
+
+        return wrapper
+
+    class Model(Holder):
+        @forced
+        def forward(self, x, skip=None, twice=None):
+            y = self.b(self.a(x))
+            return y * 2 if twice else y
+
+    converted = check(Model())
+    shown = list(inspect.signature(converted.forward).parameters)
+    assert shown == ["x", "skip", "twice", "context"]
+
+
+def test_labels_match_the_items_of_a_list_when_other_arguments_are_given():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, pictures, targets=None):
+            y = self.block(torch.stack(pictures))
+            return y if targets is None else y.mean() + sum(t["box"].sum() for t in targets)
+
+    converted = normswap.convert(Model(), "cn", contexts=3, verify=False)
+    targets = [{"box": torch.rand(2, 4), "label": torch.ones(2)} for _ in range(4)]
+    converted(list(images()), targets, context=LABELS).backward()
+    assert converted.block.norm.weight.grad.isfinite().all()

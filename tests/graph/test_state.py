@@ -1,0 +1,143 @@
+"""What a forward reads may change after conversion, what it writes is written at each run."""
+
+import copy
+import pickle
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import normswap
+from tests.graph.behave import CHANNELS, LABELS, Block, Holder, call, check, close, images
+
+
+class Scaled(Holder):
+    def __init__(self):
+        super().__init__()
+        self.scale = 1
+        self.act = F.relu
+        self.options = types.SimpleNamespace(twice=False, deep=types.SimpleNamespace(shift=0))
+        self.table = {"gain": 1.0}
+        self.extra = None
+        self.blocks = nn.ModuleList([nn.ModuleDict({"block": Block()})])
+
+    def forward(self, x):
+        y = self.act(self.b(self.a(x)) * self.scale * self.table["gain"])
+        for block in self.blocks:
+            y = block["block"](y)
+        if self.extra is not None:
+            y = self.extra(y)
+        return y * 2 + self.options.deep.shift if self.options.twice else y
+
+
+def _change(model, name):
+    if name == "scale":
+        model.scale = 3
+    elif name == "function":
+        model.act = torch.tanh
+    elif name == "setting":
+        model.options.twice = True
+    elif name == "nested setting":
+        model.options.twice = True
+        model.options.deep.shift = 5
+    elif name == "dict":
+        model.table["gain"] = 0.5
+    elif name == "new module":
+        model.extra = nn.Softplus()
+    elif name == "more children":
+        model.blocks.append(nn.ModuleDict({"block": nn.Softplus()}))
+    elif name == "replaced child":
+        model.b = nn.Softplus()
+
+
+CHANGES = ["scale", "function", "setting", "nested setting", "dict", "new module"]
+CHANGES += ["more children", "replaced child"]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_after_conversion_takes_effect(name):
+    model = Scaled()
+    converted = check(model)
+    converted = normswap.convert(model, "cn", contexts=3, verify=False)
+    call(converted, (images(),))
+    for changed in (model, converted):
+        _change(changed, name)
+    close(call(converted, (images(),), context=LABELS), call(model, (images(),)))
+
+
+def test_a_module_removed_after_conversion():
+    model = Scaled()
+    model.extra = nn.Softplus()
+    converted = check(model)
+    converted = normswap.convert(model, "cn", contexts=3, verify=False)
+    model.extra = converted.extra = None
+    close(call(converted, (images(),)), call(model, (images(),)))
+
+
+class Writer(Holder):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.last = None
+        self.kept = [torch.zeros(1)]
+        self.box = types.SimpleNamespace(count=0)
+        self.register_buffer("average", torch.zeros(CHANNELS))
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.kind == "attribute":
+            self.last = y
+        elif self.kind == "list":
+            self.kept[0] = y
+        elif self.kind == "object":
+            self.box.count += 1
+            self.box.last = y
+        elif self.kind == "buffer":
+            self.average.mul_(0.5).add_(y.detach().mean((0, 2, 3)))
+        return self.b(y)
+
+
+@pytest.mark.parametrize("kind", ["attribute", "list", "object", "buffer"])
+def test_what_a_forward_writes(kind):
+    model = Writer(kind)
+    converted = normswap.convert(model.eval(), "cn", contexts=3, verify=False)
+    assert torch.equal(converted.kept[0], torch.zeros(1))
+    assert vars(converted.box) == {"count": 0}
+    for _ in range(2):
+        call(converted, (images(),), context=LABELS)
+        call(model, (images(),))
+    if kind == "attribute":
+        close([converted.last], [model.last])
+    elif kind == "list":
+        close([converted.kept[0]], [model.kept[0]])
+    elif kind == "object":
+        assert converted.box.count == model.box.count == 2
+        close([converted.box.last], [model.box.last])
+    else:
+        close([converted.average], [model.average])
+
+
+def test_copies_and_pickles_compute_the_same():
+    converted = check(Scaled())
+    expected = call(converted, (images(),), context=LABELS)
+    for other in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        close(call(other, (images(),), context=LABELS), expected)
+        assert type(other).__name__ == "Scaled"
+
+
+def test_the_checkpoint_of_the_original_restores_its_function():
+    model = Scaled()
+    converted = check(model)
+    assert not converted.load_state_dict(model.state_dict(), strict=False).unexpected_keys
+    close(call(converted, (images(),), context=LABELS), call(model, (images(),)))
+
+
+def test_functional_call_with_other_parameters():
+    converted = check(Scaled())
+    tensors = {**dict(converted.named_parameters()), **dict(converted.named_buffers())}
+    doubled = {k: v * 2 if k.endswith("conv.bias") else v for k, v in tensors.items()}
+    called = torch.func.functional_call(converted, doubled, (images(),), {"context": LABELS})
+    converted.load_state_dict(doubled, strict=False)
+    close([called.detach()], call(converted, (images(),), context=LABELS))
