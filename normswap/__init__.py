@@ -6,6 +6,7 @@ from normswap.api import convert as convert
 from normswap.api import plan as plan
 from normswap.api import summary as summary
 from normswap.api import verify as verify
+from normswap.calibration import calibrate as calibrate
 from normswap.errors import ContextError as ContextError
 from normswap.errors import ConversionError as ConversionError
 from normswap.errors import InputError as InputError
@@ -15,6 +16,7 @@ from normswap.errors import UnknownNameError as UnknownNameError
 from normswap.errors import VerificationError as VerificationError
 from normswap.functional.schedule import Schedule as Schedule
 from normswap.graph.scope import use_context as use_context
+from normswap.methods.acn_layer import AdaptiveContextNorm as AdaptiveContextNorm
 from normswap.methods.base import get_method as get_method
 from normswap.methods.base import methods as methods
 from normswap.methods.base import register_method as register_method

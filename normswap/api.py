@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from normswap.checks import check_model
 from normswap.conversion import (
-    RECORD,
     Record,
     convert_bare,
     find_targets,
@@ -21,7 +20,7 @@ from normswap.conversion import (
 from normswap.errors import ConversionError
 from normswap.functional.moments import gaussian_divergence
 from normswap.graph.reach import find_reach
-from normswap.graph.state import context_argument
+from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
 from normswap.methods.base import (
     Method,
@@ -59,7 +58,9 @@ def convert(
     Args:
         model: any module that holds a norm.
         method: one of `normswap.methods()`.
-        contexts: how many, or their names; one by default, for which no label is needed.
+        contexts: how many, or their names; one by default, for which no label is needed. Left
+            out, as `unknown` and `priors`, for a method without labels ("acn"): the model's
+            forward then stays as it was.
         select: which norms to replace: glob, compiled regular expression, type,
             ``fn(name, module)``, or several; all by default.
         exclude: which to leave alone, in the same forms.
@@ -172,7 +173,7 @@ def structure_copy(model: nn.Module) -> nn.Module:
 
 
 def summary(model: nn.Module) -> Report:
-    """Return what was replaced in a converted model, and how its contexts have moved apart.
+    """Return what was replaced in a converted model, and how far its contexts moved apart.
 
     Args:
         model: a converted model, or a module (a wrapper, a task) that holds one.
@@ -231,15 +232,20 @@ def _summarise(root: nn.Module, record: Record) -> Report:
             if method.needs_context and not row.layer:
                 row.delivery = reach.delivery.get(id(layer), "unreached")
             statistics = method.statistics(layer)
+            if statistics is not None and not method.needs_context:
+                row.components = statistics.mean.shape[0]
             if statistics is not None and not statistics.mean.is_meta:
-                priors = record.contexts.priors.to(statistics.mean.device)
-                row.divergence = gaussian_divergence(statistics, priors)
+                weights = method.weights(layer)
+                if weights is None:
+                    weights = record.contexts.priors.to(statistics.mean.device)
+                row.divergence = gaussian_divergence(statistics, weights)
     unknown = record.contexts.unknown
     return Report(
         model=record.model,
         method=record.method,
-        contexts=record.contexts.names,
-        priors=tuple(record.contexts.priors.tolist()),
+        options=asdict(record.options),
+        contexts=record.contexts.names if method.needs_context else (),
+        priors=tuple(record.contexts.priors.tolist()) if method.needs_context else (),
         unknown=record.contexts.names[unknown] if isinstance(unknown, int) else unknown,
         rows=rows,
         opaque=reach.opaque,

@@ -6,7 +6,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from normswap.errors import ConversionError
-from normswap.graph.state import context_argument
+from normswap.graph.state import RECORD, context_argument
 
 _WRAPPERS = {
     "OptimizedModule": "is compiled; convert the original module (._orig_mod), then compile it",
@@ -49,6 +49,6 @@ def _obstacle(module: nn.Module) -> str | None:
         return "is prepared for quantisation; convert first, then prepare"
     if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
         return "is lazy: its shapes are unknown until a first forward; run one, then convert"
-    if context_argument(module) is not None:
+    if context_argument(module) is not None or RECORD in vars(module):
         return "is converted already; convert the original model with the method wanted"
     return None

@@ -9,6 +9,7 @@ from torch import nn
 from normswap.contexts.priors import check_priors
 from normswap.errors import ConversionError, UnknownNameError
 from normswap.graph.scope import Scope
+from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
 from normswap.insertion import find_places, insert, insert_at_input, place_at_input
 from normswap.methods.base import BaseMethod, Contexts, InsertedMethod, Method
@@ -16,8 +17,6 @@ from normswap.methods.layer import POLICIES
 from normswap.report import Row, Verification
 from normswap.select import Selector, matches
 from normswap.sites import Place, Site, find_norms, read_site
-
-RECORD = "_normswap_record"
 
 
 @dataclass
@@ -38,15 +37,19 @@ def make_contexts(
     """Check what the caller says of the contexts.
 
     Raises:
-        ConversionError: contexts for a method that takes none; no, or repeated, names; priors
+        ConversionError: any of these for a method that takes none; no, or repeated, names; priors
             that do not fit.
         UnknownNameError: `unknown` is neither a policy nor a context.
     """
-    if contexts is not None and not method.needs_context:
-        raise ConversionError(
-            f"method {method.name!r} takes no contexts, got contexts={contexts!r}; leave it out, "
-            "or choose a method that needs labels"
-        )
+    if not method.needs_context:
+        policy_given = None if unknown == "pooled" else unknown
+        given = {"contexts": contexts, "priors": priors, "unknown": policy_given}
+        for name, value in given.items():
+            if value is not None:
+                raise ConversionError(
+                    f"method {method.name!r} takes no contexts, got {name}={value!r}; leave it "
+                    "out, or choose a method that needs labels"
+                )
     if contexts is None:
         contexts = 1
     if isinstance(contexts, bool) or not isinstance(contexts, int | Sequence):
@@ -134,7 +137,7 @@ def _build(
     if method.needs_context:
         layer.scope = scope  # type: ignore[assignment]
     row.target = type(layer).__name__
-    row.contexts = record.contexts.count
+    row.contexts = record.contexts.count if method.needs_context else 0
     row.parameters_after = sum(p.numel() for p in layer.parameters())
     row.statistics = "transferred" if site.tracked else "of each instance"
     return layer

@@ -19,11 +19,13 @@ class Row:
         reason: why it was not replaced; for an inserted layer, how its place was recognised.
         layer: name of the inserted layer.
         channels: C.
-        contexts: K; 0 where it was left alone.
+        contexts: K; 0 where it was left alone, and for a method without contexts.
+        components: how many its layer has, where that is no number of contexts.
         delivery: "threaded", "scoped" or "unreached"; how the context gets there.
         parameters_before, parameters_after: number of trainable and frozen parameters.
         statistics: what became of the running statistics.
-        divergence: how far the contexts' statistics are apart, in nats; None where there are none.
+        divergence: how far apart the statistics of contexts or components are, in nats; None where
+            there are none.
     """
 
     fqn: str
@@ -39,6 +41,7 @@ class Row:
     parameters_after: int = 0
     statistics: str = ""
     divergence: float | None = None
+    components: int = 0
     layer: str = ""
 
 
@@ -83,6 +86,7 @@ class Report:
     traced: int = 0
     direct: list[str] = field(default_factory=list)
     verification: Verification | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def count(self, **where: Any) -> int:
         """Return the number of rows whose attributes have these values."""
@@ -110,7 +114,7 @@ class Report:
 
     def heading(self) -> str:
         """Return the lines above the table."""
-        lines = [f"{self.model}: {self.method}, {self._contexts()}", self._counts()]
+        lines = [f"{self.model}: {', '.join([self.method, *self._settings()])}", self._counts()]
         before = sum(r.parameters_before for r in self.rows if r.action == "replaced")
         after = sum(r.parameters_after for r in self.rows if r.action in ("replaced", "inserted"))
         lines.append(f"parameters of these layers: {before:,} -> {after:,}")
@@ -128,9 +132,16 @@ class Report:
             lines.append(str(self.verification))
         return "\n".join(lines)
 
-    def _contexts(self) -> str:
+    def _settings(self) -> list[str]:
+        settings = [
+            f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in self.options.items()
+        ]
+        if not self.contexts:
+            return settings
         shown = ", ".join(self.contexts[:12]) + (", ..." if len(self.contexts) > 12 else "")
-        return f"{len(self.contexts)} context(s): {shown}; unknown labels: {self.unknown}"
+        count = f"{len(self.contexts)} context(s): {shown}; unknown labels: {self.unknown}"
+        return [*settings, count]
 
     def _counts(self) -> str:
         rest = f"{self.count(action='kept')} kept, {self.count(action='refused')} refused"
@@ -139,11 +150,14 @@ class Report:
                 f"places: {len(self.rows)} found, {self.count(action='inserted')} given a layer, "
                 + rest
             )
-        return (
-            f"norms: {len(self.rows)} found, {self.count(action='replaced')} replaced "
-            f"({self.count(delivery='threaded')} threaded, {self.count(delivery='scoped')} scoped, "
-            f"{self.count(delivery='unreached')} reached by no forward), {rest}"
-        )
+        counts = f"norms: {len(self.rows)} found, {self.count(action='replaced')} replaced"
+        if self.contexts:
+            counts += (
+                f" ({self.count(delivery='threaded')} threaded, "
+                f"{self.count(delivery='scoped')} scoped, "
+                f"{self.count(delivery='unreached')} reached by no forward)"
+            )
+        return f"{counts}, {rest}"
 
     def _table(self, style: str, most: int | None) -> str:
         columns: list[tuple[str, Any]] = [
@@ -155,6 +169,7 @@ class Report:
             ("is", lambda r: r.target or r.action),
             ("channels", lambda r: r.channels or ""),
             ("context", lambda r: r.delivery),
+            ("components", lambda r: r.components or ""),
             ("parameters", lambda r: f"{r.parameters_before} -> {r.parameters_after}"),
             ("statistics", lambda r: r.statistics),
             ("divergence", lambda r: "" if r.divergence is None else f"{r.divergence:.3g}"),

@@ -110,7 +110,7 @@ def widen(inputs: Any, num_contexts: int) -> Any:
     sizes = {t.shape[0] for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()}
     if len(sizes) != 1:
         return inputs
-    wanted = min(num_contexts, _MOST_CONTEXTS_A_BATCH)
+    wanted = min(max(num_contexts, 1), _MOST_CONTEXTS_A_BATCH)
     times = -(-wanted // max(sizes.pop(), 1))
     return tree_map(
         lambda t: torch.cat([t] * times) if isinstance(t, Tensor) and t.dim() else t, inputs

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.functional import Affine, Moments, apply_affine, fold_norm
-from normswap.methods.base import _REGISTRY, Contexts, Method, affine_tensors
+from normswap.methods.base import _REGISTRY, Contexts, Method, affine_tensors, get_method
 from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
 from normswap.sites import Site
 from tests.contract import Contract
+
+CONTEXT_METHODS = [name for name in normswap.methods() if get_method(name).needs_context]
 
 
 class ShiftNorm(ContextLayer):
@@ -75,10 +77,7 @@ def _registered():
     del _REGISTRY["shift"]
 
 
-WITH_LABELS = [n for n in normswap.methods() if normswap.get_method(n).needs_context]
-
-
-@pytest.mark.parametrize("method", [*WITH_LABELS, "shift"])
+@pytest.mark.parametrize("method", [*CONTEXT_METHODS, "shift"])
 class TestEveryMethod(Contract):
     pass
 

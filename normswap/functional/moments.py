@@ -27,6 +27,11 @@ def wide_dtype(t: Tensor) -> torch.dtype:
     return torch.float32 if t.device.type == "mps" else torch.float64
 
 
+def log_spread(var: Tensor, eps: float) -> Tensor:
+    """Return ``0.5 * log(var + eps)``, computed in float64."""
+    return 0.5 * (var.double() + eps).log()
+
+
 def instance_moments(x: Tensor) -> Moments:
     """Return the mean and biased variance of each channel of each instance.
 
@@ -81,9 +86,10 @@ def pool_moments(moments: Moments, priors: Tensor) -> Moments:
     ``m = sum_k lambda_k m_k``, ``v = sum_k lambda_k (v_k + (m_k - m)^2)``.
 
     Shape:
-        moments: (K, C); priors: (K,), sums to one; result: (1, C).
+        moments: (K, C); priors: (K,), or (K, C) where channels differ; sums to one over K;
+        result: (1, C).
     """
-    weights = priors.unsqueeze(1)
+    weights = priors.reshape(priors.shape[0], -1)
     mean = (weights * moments.mean).sum(0, keepdim=True)
     var = (weights * (moments.var + (moments.mean - mean).square())).sum(0, keepdim=True)
     return Moments(mean, var)
@@ -121,8 +127,8 @@ def gaussian_divergence(moments: Moments, priors: Tensor) -> float:
 
     The Kullback-Leibler divergence of each context's Gaussian from the pooled one,
     ``KL_k = 1/2 [log(v / v_k) + (v_k + (m_k - m)^2) / v - 1]``,
-    averaged over channels and, with the priors, over contexts. A channel without spread counts
-    with the smallest positive variance.
+    averaged over channels and, with the priors (K,) or (K, C), over contexts. A channel without
+    spread counts with the smallest positive variance.
     """
     mean, var = (t.double() for t in moments)
     priors = priors.double()
@@ -131,4 +137,5 @@ def gaussian_divergence(moments: Moments, priors: Tensor) -> float:
     ratio = var.clamp(min=tiny) / pooled.var.clamp(min=tiny)
     shift = (mean - pooled.mean).square() / pooled.var.clamp(min=tiny)
     divergence = 0.5 * (ratio - 1 - ratio.log() + shift)
-    return float((priors @ divergence.mean(1)).clamp(min=0))
+    weighted = priors.reshape(priors.shape[0], -1) * divergence
+    return float(weighted.sum(0).mean().clamp(min=0))

@@ -123,6 +123,10 @@ class ContainerState:
         return state
 
 
+# Where a converted model's root keeps what `convert` did.
+RECORD = "_normswap_record"
+
+
 def context_argument(module: nn.Module) -> str | None:
     """Return the name of a module's context argument, None where it takes none."""
     return getattr(type(module), "context_argument", None)

@@ -1,5 +1,6 @@
 """The methods, one file each; importing the package registers them."""
 
+from normswap.methods import acn as acn
 from normswap.methods import cn as cn
 from normswap.methods import cnsn as cnsn
 from normswap.methods import cnx as cnx

@@ -76,6 +76,10 @@ class Method(BaseMethod):
     def statistics(self, layer: nn.Module) -> Moments | None:
         """Return the mean and variance of each context, (K, C), None where there are none."""
 
+    def weights(self, layer: nn.Module) -> Tensor | None:
+        """Return the weight of each context, (K, C), None where the given priors hold."""
+        return None
+
 
 class InsertedMethod(BaseMethod):
     """How one method joins a model's norms: a layer at a placement, the norms stay.

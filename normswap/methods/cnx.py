@@ -12,6 +12,7 @@ from normswap.functional.moments import (
     context_moments,
     context_posterior,
     instance_moments,
+    log_spread,
     pool_moments,
 )
 from normswap.methods.base import (
@@ -167,11 +168,6 @@ def _is_started(state: dict[str, Any], prefix: str) -> bool:
     """Return whether saved statistics are other than those of a layer that met no batch."""
     values = [state.get(prefix + name) for name in ("mu", "log_sigma")]
     return any(isinstance(v, Tensor) and (v.is_meta or bool(v.any())) for v in values)
-
-
-def log_spread(var: Tensor, eps: float) -> Tensor:
-    """Return ``0.5 * log(var + eps)``, computed in float64."""
-    return 0.5 * (var.double() + eps).log()
 
 
 @register_method

@@ -19,7 +19,45 @@ class Scope(Protocol):
         """Return the context in scope, if any."""
 
 
-class ContextLayer(nn.Module):
+class NormLayer(nn.Module):
+    """Base of layers that replace a norm: where it stood, and what it applies after normalising.
+
+    Args:
+        num_features: C, the size of dimension 1 of the input.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        if num_features < 1:
+            raise ContextError(f"expected num_features of at least 1, got {num_features}")
+        self.num_features = num_features
+        self.site = ""
+        self.dims: tuple[int, ...] = ()
+        self.tail: tuple[str, ...] = ()
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[1] != self.num_features:
+            raise ContextError(
+                f"expected input (N, {self.num_features}, *) at {self._where()}, "
+                f"got {tuple(x.shape)}; channels are dimension 1"
+            )
+        if self.dims and x.dim() not in self.dims:
+            raise ContextError(
+                f"expected input of {' or '.join(map(str, self.dims))} dimensions at "
+                f"{self._where()}, got {x.dim()}"
+            )
+
+    def _where(self) -> str:
+        return self.site or type(self).__name__
+
+    def _finish(self, y: Tensor) -> Tensor:
+        """Apply the children the replaced layer applied: drop, act."""
+        for name in self.tail:
+            y = getattr(self, name)(y)
+        return y
+
+
+class ContextLayer(NormLayer):
     """Base of layers whose forward takes a context.
 
     A subclass implements ``normalize(x, labels, unlabelled)``. `labels` is one int64 per row of
@@ -37,25 +75,18 @@ class ContextLayer(nn.Module):
     priors: Tensor
 
     def __init__(self, num_features: int, num_contexts: int, unknown: str | int = "pooled") -> None:
-        super().__init__()
-        if num_features < 1 or num_contexts < 1:
-            raise ContextError(
-                "expected num_features and num_contexts of at least 1, got "
-                f"{num_features} and {num_contexts}"
-            )
+        super().__init__(num_features)
+        if num_contexts < 1:
+            raise ContextError(f"expected num_contexts of at least 1, got {num_contexts}")
         if unknown not in POLICIES and unknown not in range(num_contexts):
             raise ContextError(
                 f"expected unknown= one of {', '.join(POLICIES)} or the index of a context in "
                 f"[0, {num_contexts}), got {unknown!r}"
             )
-        self.num_features = num_features
         self.num_contexts = num_contexts
         self.unknown = unknown
-        self.site = ""
-        self.dims: tuple[int, ...] = ()
         self.names = tuple(str(k) for k in range(num_contexts))
         self.scope: Scope | None = None
-        self.tail: tuple[str, ...] = ()
 
     def forward(self, x: Tensor, context: Labels | None = None) -> Tensor:
         """Normalise x with the statistics of each sample's context.
@@ -73,10 +104,7 @@ class ContextLayer(nn.Module):
         """
         self._check_input(x)
         labels, unlabelled = self._labels(x, context)
-        y = self.normalize(x, labels, unlabelled)
-        for name in self.tail:
-            y = getattr(self, name)(y)
-        return y
+        return self._finish(self.normalize(x, labels, unlabelled))
 
     @abstractmethod
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
@@ -86,21 +114,6 @@ class ContextLayer(nn.Module):
         """Return lambda, (K,), summing to one again after what a cast rounded."""
         priors = self.priors.to(dtype)
         return priors / priors.sum()
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() < 2 or x.shape[1] != self.num_features:
-            raise ContextError(
-                f"expected input (N, {self.num_features}, *) at {self._where()}, "
-                f"got {tuple(x.shape)}; channels are dimension 1"
-            )
-        if self.dims and x.dim() not in self.dims:
-            raise ContextError(
-                f"expected input of {' or '.join(map(str, self.dims))} dimensions at "
-                f"{self._where()}, got {x.dim()}"
-            )
-
-    def _where(self) -> str:
-        return self.site or type(self).__name__
 
     def _labels(self, x: Tensor, context: Labels | None) -> tuple[Tensor | None, bool]:
         if context is None and self.scope is not None:
@@ -143,7 +156,7 @@ class ContextLayer(nn.Module):
         return text if self.unknown == "pooled" else f"{text}, unknown={self.unknown!r}"
 
 
-def adopt(layer: ContextLayer, source: nn.Module, tail: tuple[str, ...]) -> None:
+def adopt(layer: NormLayer, source: nn.Module, tail: tuple[str, ...]) -> None:
     """Carry over from the layer being replaced: mode, hooks, fused children, user attributes."""
     for name in tail:
         layer.add_module(name, getattr(source, name))

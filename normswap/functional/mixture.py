@@ -1,0 +1,183 @@
+"""Normalise with a Gaussian mixture: who owns a value, each component's moments, the sum.
+
+Shared shapes: x (N, C, *), K components; component tables (K, C). The functions that normalise
+compute ``y = sum_k tau_k * gain_k * (x - m_k) / sqrt(v_k + eps) + bias`` and differ in what is
+assigned to components: each value, each position, or each channel of an instance.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normswap.functional.affine import Affine, apply_affine, fold_norm
+from normswap.functional.moments import Moments, compute_dtype, instance_moments
+
+# A component that owns less than this many values of a batch has no moments there: it takes the
+# given ones. In exact arithmetic any mass would do; in float32 it may underflow to zero.
+MASS = 1e-3
+
+
+class Mixture(NamedTuple):
+    """K Gaussians for each channel.
+
+    Attributes:
+        log_prior: log lambda, (K, C), or (K, 1) where all channels share it; exp sums to one.
+        mean: mu, (K, C).
+        log_sigma: log of the standard deviation, (K, C).
+    """
+
+    log_prior: Tensor
+    mean: Tensor
+    log_sigma: Tensor
+
+
+class Normalized(NamedTuple):
+    """What a forward computed.
+
+    Attributes:
+        y: the output, in the dtype of x.
+        mass: how many values of the batch each component owns, (K, C); zero unless `batch`.
+        moments: the mean and biased variance each component was normalised with, (K, C).
+    """
+
+    y: Tensor
+    mass: Tensor
+    moments: Moments
+
+
+def rows(table: Tensor, dims: int) -> Tensor:
+    """Return a table (K, C) shaped to meet an input (N, C, *) of `dims` dimensions."""
+    return table.reshape(table.shape[0], 1, table.shape[1], *[1] * (dims - 2))
+
+
+def responsibilities(x: Tensor, mixture: Mixture, joint: bool = False) -> Tensor:
+    """Return the probability of each component given a value.
+
+    ``log tau_k = log_softmax_k(log lambda_k - log sigma_k - (x - mu_k)^2 / (2 sigma_k^2))``;
+    with `joint`, all channels of a position decide together: the last two terms are summed over
+    channels.
+
+    Args:
+        x: (N, C, *).
+        mixture: its log_prior is (K, 1) with `joint`.
+        joint: whether positions, not values, are assigned.
+
+    Returns:
+        tau, (K, N, C, *), or (K, N, 1, *) with `joint`; sums to one over components.
+
+    Source: Faye et al., arXiv 2403.16798, ACN.
+    Differs from source: log space; an eps added to tau would zero it in the tails.
+    """
+    log_prior = rows(mixture.log_prior, x.dim())
+    if not joint:
+        log_sigma = rows(mixture.log_sigma, x.dim())
+        z = (x - rows(mixture.mean, x.dim())) * (-log_sigma).exp()
+        return (log_prior - log_sigma - 0.5 * z.square()).softmax(0)
+    # sum_c (x - mu)^2 p, expanded so that nothing of size K * x is made.
+    precision = (-2 * mixture.log_sigma).exp()
+    weighted = mixture.mean * precision
+    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    distance = (precision @ flat.square() - 2 * weighted @ flat).movedim(1, 0)
+    constant = 0.5 * (weighted * mixture.mean).sum(1) + mixture.log_sigma.sum(1)
+    logits = mixture.log_prior.unsqueeze(1) - constant.view(-1, 1, 1) - 0.5 * distance
+    return logits.softmax(0).view(len(logits), x.shape[0], 1, *x.shape[2:])
+
+
+def _owned(mass: Tensor, batch: Moments, given: Moments) -> Moments:
+    """Return the batch's moments for components that own something of it, else the given ones."""
+    usable = mass >= MASS
+    return Moments(
+        torch.where(usable, batch.mean, given.mean), torch.where(usable, batch.var, given.var)
+    )
+
+
+def norm_elements_plain(
+    x: Tensor,
+    mixture: Mixture,
+    gain: Tensor,
+    bias: Tensor,
+    given: Moments,
+    eps: float,
+    batch: bool,
+) -> Normalized:
+    """Normalise; every value is assigned on its own. Its memory grows with K; see `norm_elements`.
+
+    Args:
+        x: (N, C, *).
+        mixture: in the dtype statistics accumulate in, as all tables.
+        gain: (K, C), gamma / sqrt(lambda).
+        bias: (C,).
+        given: moments (K, C) used without `batch`, and for components that own nothing.
+        eps: added to the variance.
+        batch: whether to normalise with the tau-weighted moments of this batch.
+    """
+    values, used, mass = x.to(compute_dtype(x)), given, torch.zeros_like(given.mean)
+    tau = responsibilities(values, mixture)
+    if batch:
+        dims = (1, *range(3, tau.dim()))
+        mass = tau.sum(dims)
+        share = mass.clamp(min=MASS)
+        mean = (tau * values).sum(dims) / share
+        spread = (values - rows(mean, x.dim())).square()
+        used = _owned(mass, Moments(mean, (tau * spread).sum(dims) / share), given)
+    scale = gain * torch.rsqrt(used.var + eps)
+    centred = values - rows(used.mean, x.dim())
+    y = (tau * rows(scale, x.dim()) * centred).sum(0) + rows(bias.unsqueeze(0), x.dim())[0]
+    return Normalized(y.to(x.dtype), mass, used)
+
+
+def norm_positions(
+    x: Tensor,
+    mixture: Mixture,
+    gain: Tensor,
+    bias: Tensor,
+    given: Moments,
+    eps: float,
+    batch: bool,
+) -> Normalized:
+    """Normalise; the channels of a position are assigned jointly. Arguments as for elements."""
+    flat = x.to(compute_dtype(x))
+    flat = flat.flatten(2) if x.dim() > 2 else flat.unsqueeze(2)
+    # A shift of everything changes nothing but rounding: sums of squares need a near origin.
+    origin = (flat.mean((0, 2)) if batch else given.mean.mean(0)).detach()
+    flat = flat - origin.unsqueeze(1)
+    mixture = mixture._replace(mean=mixture.mean - origin)
+    given = Moments(given.mean - origin, given.var)
+    tau = responsibilities(flat, mixture, joint=True).squeeze(2)
+    used, mass = given, torch.zeros_like(given.mean)
+    if batch:
+        mass = tau.sum((1, 2)).unsqueeze(1)
+        share = mass.clamp(min=MASS)
+        mean = torch.einsum("knm,ncm->kc", tau, flat) / share
+        square = torch.einsum("knm,ncm->kc", tau, flat.square()) / share
+        used = _owned(mass, Moments(mean, (square - mean.square()).clamp(min=0)), given)
+    affine = fold_norm(used, gain, bias, eps)
+    scale, shift = (torch.einsum("knm,kc->ncm", tau, table) for table in affine)
+    # In the dtype and memory format of x.
+    y = torch.empty_like(x).copy_(torch.addcmul(shift, flat, scale).reshape(x.shape))
+    return Normalized(y, mass, Moments(used.mean + origin, used.var))
+
+
+def norm_instances(
+    x: Tensor,
+    mixture: Mixture,
+    gain: Tensor,
+    bias: Tensor,
+    given: Moments,
+    eps: float,
+    batch: bool,
+) -> Normalized:
+    """Normalise; the channel mean of an instance decides for it. Arguments as for elements."""
+    instances = instance_moments(x)
+    tau = responsibilities(instances.mean, mixture)
+    used, mass = given, torch.zeros_like(given.mean)
+    if batch:
+        mass = tau.sum(1)
+        share = mass.clamp(min=MASS)
+        mean = (tau * instances.mean).sum(1) / share
+        spread = instances.var + (instances.mean - mean.unsqueeze(1)).square()
+        used = _owned(mass, Moments(mean, (tau * spread).sum(1) / share), given)
+    affine = fold_norm(used, gain, bias, eps)
+    scale, shift = ((tau * table.unsqueeze(1)).sum(0) for table in affine)
+    return Normalized(apply_affine(x, Affine(scale, shift)), mass, used)

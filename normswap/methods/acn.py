@@ -1,0 +1,81 @@
+"""ACN, adaptive context normalization, as a method."""
+
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from normswap.functional.moments import Moments
+from normswap.methods.acn_layer import AdaptiveContextNorm
+from normswap.methods.acn_options import AdaptiveOptions
+from normswap.methods.base import (
+    Contexts,
+    Method,
+    affine_tensors,
+    keep_requires_grad,
+    register_method,
+)
+from normswap.methods.layer import adopt
+from normswap.sites import Site
+
+
+@register_method
+class AdaptiveContextNormalization(Method):
+    """ACN as a replacement of batch norm."""
+
+    name = "acn"
+    title = "a learned Gaussian mixture for each channel, no labels"
+    needs_context = False
+    options: ClassVar[type] = AdaptiveOptions
+
+    def refuse(self, site: Site) -> str | None:
+        """Refuse an instance norm and synchronised statistics."""
+        if site.kind == "instance":
+            return (
+                "acn normalises with statistics that instances share, and an instance norm has "
+                "a set for each instance; cn and cn-x replace it"
+            )
+        if site.synced:
+            return (
+                "acn does not share batch statistics between processes yet; replace SyncBatchNorm "
+                "by BatchNorm first"
+            )
+        return None
+
+    def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
+        """Start all components from the layer's running statistics, told apart as asked."""
+        layer = AdaptiveContextNorm(
+            site.num_features,
+            eps=site.eps,
+            momentum=site.momentum,
+            device=site.device,
+            dtype=site.dtype,
+            **asdict(options),
+        )
+        mean, var = source.running_mean, source.running_var
+        assert isinstance(mean, Tensor)
+        assert isinstance(var, Tensor)
+        layer.set_values(layer.start_from(mean, var, *affine_tensors(source, site)))
+        tracked = getattr(source, "num_batches_tracked", None)
+        if tracked is not None and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.copy_(tracked)
+        layer.frozen = site.frozen
+        layer.site, layer.dims = site.fqn, site.dims
+        keep_requires_grad(layer, source, site)
+        adopt(layer, source, site.fused)
+        return layer
+
+    def statistics(self, layer: nn.Module) -> Moments | None:
+        """Return the moments that eval normalises with."""
+        if not isinstance(layer, AdaptiveContextNorm):
+            return None
+        if layer.running_mean is not None and layer.running_var is not None:
+            return Moments(layer.running_mean, layer.running_var)
+        mixture = layer.mixture()
+        return Moments(mixture.mean.detach(), (2 * mixture.log_sigma.detach()).exp())
+
+    def weights(self, layer: nn.Module) -> Tensor | None:
+        """Return lambda."""
+        if not isinstance(layer, AdaptiveContextNorm):
+            return None
+        return layer.mixture().log_prior.detach().exp().expand_as(layer.mu)
