@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.checks import check_model
+from normswap.checks import check_copyable, check_model
 from normswap.conversion import (
     Record,
     convert_bare,
@@ -94,6 +94,8 @@ def convert(
     parsed = parse_options(chosen, options)
     given = make_contexts(chosen, contexts, priors, unknown)
     check_model(model)
+    if not inplace:
+        check_copyable(model)
     rows, found = find_targets(model, chosen, parsed, placement, select, exclude)
     inputs: Any = "verify=False" if not verify else example_inputs
     if verify and inputs is None:

@@ -52,3 +52,18 @@ def _obstacle(module: nn.Module) -> str | None:
     if context_argument(module) is not None or RECORD in vars(module):
         return "is converted already; convert the original model with the method wanted"
     return None
+
+
+def check_copyable(model: nn.Module) -> None:
+    """Raise if a copy of a model would go on using the original's modules.
+
+    Raises:
+        ConversionError: a forward that was replaced on an instance by a function with a closure.
+    """
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if getattr(forward, "__closure__", None) and not hasattr(forward, "__self__"):
+            raise ConversionError(
+                f"cannot convert a copy: the forward of {name or 'the model'} was replaced on the "
+                "instance by a function that may hold modules of the original; pass inplace=True"
+            )

@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 # then its children `drop` and `act`.
 _FUSED = {"timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"}
 # Batch norm with every tensor a buffer: torchvision, timm, detectron2 and DETR each have one.
-_FROZEN = {"FrozenBatchNorm2d", "FrozenBatchNormAct2d"}
+_FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
 _DIMS = {"1d": (2, 3), "2d": (4,), "3d": (5,)}
 
 
@@ -97,7 +97,7 @@ def looks_like_norm(module: nn.Module) -> bool:
         return True
     name = type(module).__name__
     leaf = next(module.children(), None) is None
-    return name in _FROZEN or (leaf and ("Norm" in name or name.endswith("BN")))
+    return name.endswith(_FROZEN) or (leaf and ("Norm" in name or name.endswith("BN")))
 
 
 def read_site(
@@ -119,7 +119,7 @@ def read_site(
         return "its forward was replaced on the instance"
     if hasattr(module, "parametrizations"):
         return "its parameters are parametrized; remove the parametrization first"
-    if name in _FROZEN:
+    if name.endswith(_FROZEN):
         return _read_frozen(fqn, module, aliases)
     if not isinstance(module, _NormBase):
         return f"{name} is neither a batch nor an instance norm"
@@ -184,7 +184,7 @@ def norm_channels(module: nn.Module) -> int | None:
     if isinstance(module, _NormBase):
         return module.num_features
     mean = getattr(module, "running_mean", None)
-    return mean.shape[0] if type(module).__name__ in _FROZEN and mean is not None else None
+    return mean.shape[0] if type(module).__name__.endswith(_FROZEN) and mean is not None else None
 
 
 def is_instance_norm(module: nn.Module) -> bool:

@@ -89,6 +89,16 @@ def test_obstacle_inside_the_model_is_named():
     refuses(nn.Sequential(nn.Identity(), nn.DataParallel(Net())), "its submodule 1")
 
 
+def test_a_forward_that_holds_the_original_is_converted_in_place_only():
+    model = nn.Sequential(Net())
+    inner = model[0]
+    inner.forward = lambda x: inner.bn(inner.conv(x))
+    with pytest.raises(ConversionError, match=r"forward of 0 .* inplace=True"):
+        normswap.convert(model)
+    converted = normswap.convert(model, contexts=2, inplace=True)
+    converted.eval()(torch.randn(2, 3, 8, 8), context=torch.tensor([0, 1]))
+
+
 def test_converting_twice():
     refuses(normswap.convert(Net()), "is converted already")
 

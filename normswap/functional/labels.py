@@ -137,29 +137,30 @@ def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> boo
     return low < 0
 
 
-def labels_per_row(context: Context, x: Tensor, site: str) -> Tensor:
+def labels_per_row(context: Context, x: Tensor, site: str, innermost: bool = False) -> Tensor:
     """Return one label per row of x, (rows,), given one per sample.
 
-    A model may fold tokens or windows into the batch; rows = r * N with the samples outermost,
-    so each label is repeated r times.
+    A model may fold tokens or windows into the batch: rows = r * N. With the samples outermost
+    each label is repeated r times, with the samples innermost all labels are repeated r times.
 
     Raises:
         ContextError: another device than x, or rows not a multiple of N.
     """
     labels = context.labels
-    rows, given = x.shape[0], labels.shape[0]
     if labels.device != x.device:
         raise ContextError(
             f"expected `context` on {x.device}, where the input of {site} is, got it on "
             f"{labels.device}; move it with .to({str(x.device)!r})"
         )
+    rows, given = x.shape[0], labels.shape[0]
     if context.whole:
         return labels.expand(rows)
     if rows == given:
         return labels
     if given == 0 or rows % given:
         raise wrong_length(rows, given, site)
-    return labels.repeat_interleave(rows // given)
+    times = rows // given
+    return labels.repeat(times) if innermost else labels.repeat_interleave(times)
 
 
 def wrong_length(samples: int, given: int, site: str) -> ContextError:

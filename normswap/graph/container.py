@@ -62,7 +62,12 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
     if key in state.exact:
         leaves = []
         key = tuple([describe(value, leaves, True) for value in values])
+    entered = type(context) is not Context
     context = _resolve(state, values, leaves, context)
+    if entered and state.fqn == "" and _may_mix(context):
+        return state.scope.rows.run(
+            module, lambda given: _run(module, state, given, context), values, len(context.labels)
+        )
     for variant in state.variants.get(key, ()):
         if variant.holds(module):
             break
@@ -79,6 +84,13 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
             f"inserted in its residual blocks, but its forward {variant.reason}"
         )
     return _run_scoped(module, state, values, context)
+
+
+def _may_mix(context: Context | None) -> bool:
+    """Return whether the rows of folded samples have to be told apart."""
+    if context is None or context.whole or torch.compiler.is_compiling():
+        return False
+    return type(context.labels) is torch.Tensor and context.labels.shape[0] > 1
 
 
 def _adopt(module: nn.Module) -> ContainerState | None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from normswap.errors import ContextError, ConversionError
 from normswap.functional.labels import Context, Labels, resolve_labels
+from normswap.graph.rows import Rows
 
 
 class Scope:
@@ -31,6 +32,7 @@ class Scope:
         self.ambient: tuple[Context, ...] = ()
         self.earlier: Context | None = None
         self.recomputed = False
+        self.rows = Rows()
 
     def lookup(self) -> Context | None:
         """Return the context of the innermost running entry, else that of `use_context`.
@@ -101,11 +103,13 @@ class Scope:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start with nothing in scope."""
-        return {"num_contexts": self.num_contexts, "names": self.names}
+        return {"num_contexts": self.num_contexts, "names": self.names, "rows": self.rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start anew."""
+        """Start anew, knowing the layouts."""
+        rows = state.pop("rows")
         self.__init__(**state)  # type: ignore[misc]
+        self.rows = rows
 
 
 def _same(one: Context, other: Context) -> bool:

@@ -13,7 +13,9 @@ POLICIES = ("error", "pooled", "posterior")
 
 
 class Scope(Protocol):
-    """Where a layer that was passed no context finds one."""
+    """What the layers of a converted model share."""
+
+    rows: Any
 
     def lookup(self) -> Context | None:
         """Return the context in scope, if any."""
@@ -127,7 +129,11 @@ class ContextLayer(NormLayer):
                 raise wrong_length(x.shape[0], context.labels.shape[0], self._where())
         if self.unknown == "error" and context.unknown is not False:
             self._refuse_unknown(context)
-        return labels_per_row(context, x, self._where()), context.unknown is not False
+        where, given = self._where(), context.labels.shape[0]
+        innermost = False
+        if self.scope is not None and not context.whole and 1 < given < x.shape[0]:
+            innermost = self.scope.rows.innermost(where, x, given)
+        return labels_per_row(context, x, where, innermost), context.unknown is not False
 
     def _default_labels(self, x: Tensor) -> Tensor | None:
         if self.num_contexts == 1:
