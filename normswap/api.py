@@ -17,6 +17,7 @@ from normswap.conversion import (
     make_contexts,
     operate,
 )
+from normswap.distributed import shared_groups
 from normswap.errors import ConversionError
 from normswap.functional.moments import gaussian_divergence
 from normswap.graph.reach import find_reach
@@ -104,7 +105,7 @@ def convert(
     if not isinstance(inputs, str):
         inputs = widen(inputs, given.count)
         expected = eval_outputs(model, inputs)
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else copy.deepcopy(model, shared_groups(model))
     record = Record(method, parsed, given, rows, type(model).__name__)
     if is_bare(found):
         return convert_bare(target, chosen, record, found[0])
@@ -165,7 +166,7 @@ def plan(
 
 def structure_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model whose parameters and buffers hold no values (meta device)."""
-    memo: dict[int, Any] = {}
+    memo = shared_groups(model)
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)

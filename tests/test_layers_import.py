@@ -14,6 +14,7 @@ ROOT = Path(normswap.__file__).parent
 ORDER = [
     {"errors"},
     {"functional"},
+    {"distributed"},
     {"sites"},
     {"methods", "contexts", "presets", "select"},
     {"graph"},

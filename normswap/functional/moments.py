@@ -1,5 +1,6 @@
 """Means and variances: of an instance, of a context, of a mixture of contexts."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,35 +50,49 @@ def instance_moments(x: Tensor) -> Moments:
     return Moments(mean, var)
 
 
-def context_moments(instances: Moments, index: Tensor, num_contexts: int) -> tuple[Tensor, Moments]:
+def context_moments(
+    instances: Moments,
+    index: Tensor,
+    num_contexts: int,
+    size: int = 1,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Moments]:
     """Pool instance statistics within each context, by the law of total variance.
 
-    With n_k instances of equal size in context k:
-    ``mu_k = sum_n m_n / n_k``, ``V_k = sum_n [v_n + (m_n - mu_k)^2] / n_k``.
+    With instances of s_n values a channel, and ``S_k = sum_n s_n`` over those of context k:
+    ``mu_k = sum_n s_n m_n / S_k``, ``V_k = sum_n s_n [v_n + (m_n - mu_k)^2] / S_k``.
     Segment sums, so that the cost does not depend on the number of contexts.
 
     Args:
         instances: mean and biased variance of each instance, (N, C).
         index: int64 (N,) in [0, K]; rows with K belong to no context.
         num_contexts: K.
+        size: values in a channel of an instance; the same for all instances given here.
+        reduce: sums a tensor over processes, each with its own instances and its own size;
+            called twice. By default the instances here are all.
 
     Returns:
-        counts: instances in each context, (K,).
+        counts: values in a channel of each context, (K,); instances, for the default size.
         moments: (K, C); zero where a context is absent.
     """
     dtype = instances.mean.dtype
     # index_add sums in order: float32 would lose digits as the batch grows, batch norm does not.
     mean, var = (t.to(wide_dtype(t)) for t in instances)
-    counts = mean.new_zeros(num_contexts + 1).index_add(
-        0, index, torch.ones_like(index, dtype=mean.dtype)
-    )
-    share = counts.clamp(min=1).reciprocal().unsqueeze(1)
     zeros = mean.new_zeros(num_contexts + 1, mean.shape[1])
-    mu = zeros.index_add(0, index, mean) * share
+    ones = mean.new_ones(mean.shape[0], 1)
+    counts = size * zeros[:, :1].index_add(0, index, ones)
+    total = size * zeros.index_add(0, index, mean)
+    if reduce is not None:
+        both = reduce(torch.cat((counts, total), 1))
+        counts, total = both[:, :1], both[:, 1:]
+    share = counts.clamp(min=1).reciprocal()
+    mu = total * share
     spread = var + (mean - mu.index_select(0, index)).square()
-    total = zeros.index_add(0, index, spread) * share
-    counts, mu, total = (t[:num_contexts].to(dtype) for t in (counts, mu, total))
-    return counts, Moments(mu, total)
+    total = size * zeros.index_add(0, index, spread)
+    if reduce is not None:
+        total = reduce(total)
+    counts, mu, var = (t[:num_contexts].to(dtype) for t in (counts, mu, total * share))
+    return counts.squeeze(1), Moments(mu, var)
 
 
 def pool_moments(moments: Moments, priors: Tensor) -> Moments:

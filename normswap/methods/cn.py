@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.distributed import group_name, sum_over
 from normswap.functional.affine import Affine, apply_affine, fold_norm, where_rows
 from normswap.functional.moments import (
     Moments,
@@ -46,6 +47,10 @@ class ContextNorm(ContextLayer):
         unknown: policy for samples without a label; see `ContextLayer`.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
+        synced: in training, take mu_c and var_c over the batches of all processes, as
+            SyncBatchNorm does, or of those in the group that the attribute `process_group` names.
+            Processes may have batches of different sizes, even empty, and lack contexts; all take
+            part in every training forward and backward.
 
     Shape:
         x: (N, C, *); context: (N,). Parameters weight, bias: (K, C); buffers running_mean,
@@ -73,11 +78,14 @@ class ContextNorm(ContextLayer):
         unknown: str | int = "pooled",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        synced: bool = False,
     ) -> None:
         super().__init__(num_features, num_contexts, unknown)
         self.eps = eps
         self.momentum = momentum
         self.frozen = False
+        self.synced = synced
+        self.process_group: str | None = None
         shape = (num_contexts, num_features)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(shape, **options))
@@ -127,8 +135,9 @@ class ContextNorm(ContextLayer):
     ) -> Moments:
         """Return each context's moments in this batch, and update the running ones."""
         index = torch.where(labels < 0, self.num_contexts, labels)
-        counts, batch = context_moments(instances, index, self.num_contexts)
-        values = counts * (x.numel() // max(x.shape[0] * x.shape[1], 1))
+        reduce = sum_over(self.process_group) if self.synced else None
+        size = x.shape[2:].numel()
+        values, batch = context_moments(instances, index, self.num_contexts, size, reduce)
         usable = (values > 1).unsqueeze(1)
         with torch.no_grad():
             self._update(batch, values.unsqueeze(1), usable)
@@ -176,6 +185,10 @@ class ContextNorm(ContextLayer):
             self.eps,
         )
 
+    def extra_repr(self) -> str:
+        """List the settings, non-default ones last."""
+        return super().extra_repr() + (", synced=True" if self.synced else "")
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -211,6 +224,7 @@ class ContextNormalization(Method):
             contexts.unknown,
             site.device,
             site.dtype,
+            site.synced,
         )
         weight, bias = affine_tensors(source, site)
         root = contexts.priors.sqrt().unsqueeze(1).to(site.device)
@@ -223,6 +237,7 @@ class ContextNormalization(Method):
             if tracked is not None:
                 layer.num_batches_tracked.copy_(tracked)
         layer.frozen = site.frozen
+        layer.process_group = group_name(source) if site.synced else None
         layer.site, layer.dims, layer.names = site.fqn, site.dims, contexts.names
         keep_requires_grad(layer, source, site)
         adopt(layer, source, site.fused)

@@ -1,0 +1,67 @@
+"""Sums over the processes that train one model together."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce by sum; the gradient of a sum over processes is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str | None) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=_resolve(group))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sum(grads[0], ctx.group), None
+
+
+def _sum(x: Tensor, group: str | None) -> Tensor:
+    total: Tensor = _Sum.apply(x, group)
+    return total
+
+
+def _resolve(group: str | None) -> Any:
+    """Return the process group of a name; raise where this process has none of it."""
+    registry: Any = dist.distributed_c10d
+    return None if group is None else registry._resolve_process_group(group)
+
+
+def sum_over(group: str | None = None) -> Callable[[Tensor], Tensor] | None:
+    """Return a sum over the processes of a group, None where this process is alone.
+
+    Every process of the group has to call the result equally often, with tensors of one shape,
+    and to run its backward equally often.
+
+    Args:
+        group: name of a process group; "" for one that this process is not in; all processes by
+            default.
+    """
+    if group == "" or not (dist.is_available() and dist.is_initialized()):
+        return None
+    if dist.get_world_size(_resolve(group)) < 2:
+        return None
+    return partial(_sum, group=group)
+
+
+def group_name(module: nn.Module) -> str | None:
+    """Return the name of a layer's process group, as `sum_over` takes it.
+
+    A process group can be neither copied nor pickled, its name can.
+    """
+    group = getattr(module, "process_group", None)
+    return None if group is None else str(getattr(group, "group_name", ""))
+
+
+def shared_groups(model: nn.Module) -> dict[int, Any]:
+    """Return the memo for `copy.deepcopy` by which a copy shares process groups."""
+    groups = (getattr(module, "process_group", None) for module in model.modules())
+    return {id(group): group for group in groups if group is not None}
