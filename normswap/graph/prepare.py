@@ -1,5 +1,6 @@
 """Trace a container and compile its graph, the context threaded through."""
 
+import itertools
 import linecache
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from normswap.graph.tracer import Traced
 from normswap.graph.values import describe, find_other
 
 _MOST_VARIANTS = 64
+_COUNT = itertools.count()
 
 
 def prepare(module: nn.Module, values: tuple[Any, ...], session: TraceSession) -> Variant:
@@ -117,8 +119,7 @@ def _pass_context(
 
 def _compile(graph: fx.Graph, name: str) -> Callable[..., Any]:
     code = graph.python_code("self")
-    count = sum(1 for key in linecache.cache if key.startswith("<normswap "))
-    filename = f"<normswap {count} {name}>"
+    filename = f"<normswap {next(_COUNT)} {name}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
     scope: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, filename, "exec"), scope)
