@@ -9,6 +9,7 @@ from typing import Any
 import normswap
 
 from .errors import RecipeError
+from .losses import LOSSES
 from .weights import EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_TIMM
 
 DIGITS_MODEL = "resnet10t"
@@ -33,6 +34,7 @@ class Config:
     weights: str | None = None
     method: str = "cn-x"
     unknown: str = "pooled"
+    loss: str = "ce"
     baseline: bool = True
     epochs: int | None = None
     batch_size: int = 64
@@ -66,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unknown",
         "what an unknown label means to the norms (default: pooled)",
         choices=("pooled", "posterior"),
+    )
+    option(
+        "--loss",
+        "cross-entropy, alone or with JSD consistency over CrossNorm passes, AugMix or both "
+        "(default: ce)",
+        choices=LOSSES,
     )
     option(
         "--baseline",

@@ -7,7 +7,7 @@ pure function of the seed and its number, which is what lets a resumed run repea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +63,15 @@ class DomainData:
 
 @dataclass(frozen=True)
 class Batch:
-    """Float images ready for a model, with class and context labels, on one device."""
+    """Float images ready for a model, with class and context labels, on one device.
+
+    `mixed` holds further versions of the same images, if the loader makes any.
+    """
 
     images: Tensor
     labels: Tensor
     context: Tensor
+    mixed: tuple[Tensor, ...] = ()
 
 
 def stratified_mask(groups: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
@@ -123,6 +127,7 @@ class Loader:
         std: likewise.
         batch_size: samples a batch.
         device: where the batches go.
+        mix: makes another version of uint8 images; training batches then carry two in `mixed`.
     """
 
     def __init__(
@@ -132,10 +137,12 @@ class Loader:
         std: tuple[float, ...],
         batch_size: int,
         device: torch.device,
+        mix: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ) -> None:
         self.data = data
         self.batch_size = batch_size
         self.device = device
+        self.mix = mix
         self.train_indices = data.train.nonzero().flatten()
         # An epoch's last, shorter batch is dropped: BatchNorm's statistics would be worse on it.
         self.batches_per_epoch = max(1, len(self.train_indices) // batch_size)
@@ -144,13 +151,19 @@ class Loader:
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
         """Build the batch of these samples, augmented if a generator is given."""
-        images = self.data.images[indices].to(self.device).float() / 255
+        versions = [self.data.images[indices]]
+        if generator is not None and self.mix is not None:
+            versions += [self.mix(versions[0], generator) for _ in range(2)]
+        # Side by side as channels, so that all versions of an image get the same window.
+        images = torch.cat(versions, 1).to(self.device).float() / 255
         if generator is not None:
             images = augment(images, self.data.augmentation, generator)
+        clean, *mixed = ((v - self._mean) / self._std for v in images.chunk(len(versions), 1))
         return Batch(
-            (images - self._mean) / self._std,
+            clean,
             self.data.labels[indices].to(self.device),
             self.data.context_of(self.data.domains[indices]).to(self.device),
+            tuple(mixed),
         )
 
     def train_epoch(self, seed: int, epoch: int) -> Iterator[Batch]:

@@ -27,6 +27,7 @@ from .data import DomainData, Loader
 from .digits import load_digits
 from .errors import RecipeError
 from .folders import load_folder
+from .losses import AugMix, crossnorm_layers
 from .training import Arm, evaluate, fill_statistics, make_arm, train_epoch
 from .weights import EFFICIENTNET_LITE0, load_efficientnet_lite0, load_weights, read_state_dict
 
@@ -68,6 +69,7 @@ def run(out: Path, name: str | None, resume: bool, given: dict[str, Any]) -> Non
     history = runs.load_checkpoint(folder, arms) if resume else []
     print(normswap.summary(arms[-1].model))
     print(describe(config, data, loader, device))
+    print(tables.losses(arms))
 
     if not resume:
         runs.create(folder, to_dict(config), versions())
@@ -88,6 +90,7 @@ def run(out: Path, name: str | None, resume: bool, given: dict[str, Any]) -> Non
         [
             tables.accuracy_table(history, arms, data),
             tables.uncertainty(history, arms, data),
+            tables.losses(arms),
             tables.cost_table(history, arms),
         ]
     )
@@ -127,7 +130,8 @@ def build(config: Config, data: DomainData, device: torch.device) -> tuple[list[
         for line in load_weights(model, state, config.weights):
             print(line)
     images = timm.data.resolve_model_data_config(model)
-    loader = Loader(data, images["mean"], images["std"], config.batch_size, device)
+    mix = AugMix(images["mean"]) if config.loss.startswith("augmix") else None
+    loader = Loader(data, images["mean"], images["std"], config.batch_size, device, mix)
     model.to(device)
     check_image_size(model, loader, config)
     if not (config.pretrained or config.weights):
@@ -139,6 +143,11 @@ def build(config: Config, data: DomainData, device: torch.device) -> tuple[list[
         unknown=config.unknown,
         example_inputs=(loader.batch(loader.train_indices[:2]).images,),
     )
+    if config.loss.endswith("jsd") and not crossnorm_layers(converted):
+        raise RecipeError(
+            f"expected a --method with CrossNorm, such as crossnorm or cnsn, for --loss "
+            f"{config.loss}, got {config.method}"
+        )
     steps = loader.batches_per_epoch
     arms = [make_arm("bn", model, config, steps)] if config.baseline else []
     return [*arms, make_arm(config.method, converted, config, steps)], loader
@@ -217,13 +226,15 @@ def versions() -> dict[str, str]:
 
 def _default_name(config: Config) -> str:
     source = "digits" if config.data is None else Path(config.data).resolve().name
-    return f"{source}-{config.model}-{config.method}" + ("-smoke" if config.smoke else "")
+    loss = "" if config.loss == "ce" else f"-{config.loss}"
+    smoke = "-smoke" if config.smoke else ""
+    return f"{source}-{config.model}-{config.method}{loss}{smoke}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recipes finetune", description=__doc__)
     add_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs go (runs)")
-    parser.add_argument("--name", help="the run's folder (default: after data, model, method)")
+    parser.add_argument("--name", help="the run's folder (default: of data, model, method, loss)")
     parser.add_argument("--resume", action="store_true", help="continue a run after its last epoch")
     return parser

@@ -89,6 +89,13 @@ def uncertainty(history: list[dict[str, Any]], arms: list[Arm], data: DomainData
     )
 
 
+def losses(arms: list[Arm]) -> str:
+    """Say what each model trains with; one without CrossNorm lacks the loss that needs it."""
+    names = ", ".join(f"{arm.name} {arm.loss}" for arm in arms)
+    partly = len({arm.loss for arm in arms}) > 1
+    return f"Training loss: {names}" + (" (the rest needs CrossNorm)." if partly else ".")
+
+
 def epoch_line(record: dict[str, Any], arms: list[Arm], data: DomainData) -> str:
     """Say how an epoch went, in one line."""
     parts = []

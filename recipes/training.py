@@ -11,6 +11,7 @@ import inspect
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -23,17 +24,19 @@ from tqdm import tqdm
 from .config import Config
 from .data import Batch, Loader
 from .errors import RecipeError
+from .losses import loss_of, training_loss
 
 
 @dataclass
 class Arm:
-    """One model of a run with its optimizer and schedule."""
+    """One model of a run with its optimizer, schedule and loss."""
 
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: timm.scheduler.scheduler.Scheduler
     takes_context: bool
+    loss: str
 
 
 def make_arm(name: str, model: nn.Module, config: Config, steps_per_epoch: int) -> Arm:
@@ -50,7 +53,8 @@ def make_arm(name: str, model: nn.Module, config: Config, steps_per_epoch: int) 
         warmup_lr_init=config.lr / 10,
         t_in_epochs=False,
     )
-    return Arm(name, model, optimizer, schedule, takes_context(model))
+    loss = loss_of(model, config.loss)
+    return Arm(name, model, optimizer, schedule, takes_context(model), loss)
 
 
 def takes_context(model: nn.Module) -> bool:
@@ -81,8 +85,7 @@ def train_step(arm: Arm, batch: Batch, config: Config, update: int) -> tuple[Ten
     start = time.perf_counter()
     arm.schedule.step_update(update)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-        logits = _forward(arm, batch.images, batch.context)
-        loss = nn.functional.cross_entropy(logits, batch.labels)
+        loss = training_loss(arm.loss, arm.model, partial(_forward, arm), batch)
     arm.optimizer.zero_grad()
     loss.backward()
     arm.optimizer.step()

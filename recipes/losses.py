@@ -1,0 +1,171 @@
+"""What a step minimises: cross-entropy, alone or with consistency between versions of the images.
+
+    ce           cross-entropy
+    jsd          cross-entropy, and consistency with two CrossNorm passes
+    augmix       cross-entropy, and consistency with two AugMix versions of the images
+    augmix+jsd   both consistencies
+
+Consistency is the Jensen-Shannon divergence of the predictions. Cross-entropy sees the clean images
+alone. The CrossNorm consistency is computed with the probability that CrossNorm fires; the clean
+pass then and otherwise runs without CrossNorm.
+
+Source: Tang et al., ICCV 2021, arXiv 2102.02811, section 5; Hendrycks et al., ICLR 2020, arXiv
+1912.02781.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data.auto_augment import augment_and_mix_transform
+from torch import Tensor, nn
+
+import normswap
+
+from .data import Batch
+
+# Each loss, and what it leaves for a model without CrossNorm trained beside.
+WITHOUT_CROSSNORM = {"ce": "ce", "jsd": "ce", "augmix": "augmix", "augmix+jsd": "augmix"}
+LOSSES = tuple(WITHOUT_CROSSNORM)
+CROSSNORM_WEIGHT = 10
+AUGMIX_WEIGHT = 12
+
+Forward = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def loss_of(model: nn.Module, loss: str) -> str:
+    """Give the loss a model of the run trains with: the run's, as far as its layers allow."""
+    return loss if crossnorm_layers(model) else WITHOUT_CROSSNORM[loss]
+
+
+def training_loss(loss: str, model: nn.Module, forward: Forward, batch: Batch) -> Tensor:
+    """Compute a loss on a batch; the predictions come with torch's random state as it is.
+
+    Args:
+        loss: one of `LOSSES`.
+        model: the model, in training.
+        forward: maps images and their context labels to the model's logits.
+        batch: the batch, with AugMix versions if the loss asks for them.
+    """
+    layers = crossnorm_layers(model)
+    crosses = loss != WITHOUT_CROSSNORM[loss]
+    with switched_off(layers) if crosses else nullcontext():
+        if loss.startswith("augmix"):
+            images = torch.cat([batch.images, *batch.mixed])
+            versions = 1 + len(batch.mixed)
+            clean, *mixed = forward(images, batch.context.repeat(versions)).chunk(versions)
+        else:
+            clean, mixed = forward(batch.images, batch.context), []
+    total = F.cross_entropy(clean, batch.labels)
+    if mixed:
+        total = total + AUGMIX_WEIGHT * jsd([clean, *mixed])
+    if crosses and torch.rand((), device="cpu").item() < _holders(layers)[0].p:
+        with firing(layers):
+            crossed = [forward(batch.images, batch.context) for _ in range(2)]
+        total = total + CROSSNORM_WEIGHT * jsd([clean, *crossed])
+    return total
+
+
+def jsd(logits: Sequence[Tensor]) -> Tensor:
+    """Compute the Jensen-Shannon divergence of predictions, a mean over the samples.
+
+    ``mean_i KL(p_i || M)`` with ``M = clamp(mean_i p_i, 1e-7, 1)``: the value of
+    `timm.loss.JsdCrossEntropy`, whose gradient is NaN once a probability underflows to 0.
+
+    Args:
+        logits: for each version of the samples, (N, classes).
+    """
+    # At least float32: under autocast logits can be bfloat16.
+    dtype = torch.promote_types(logits[0].dtype, torch.float32)
+    log_p = torch.stack([F.log_softmax(one, dim=1, dtype=dtype) for one in logits])
+    p = log_p.exp()
+    log_mixture = p.mean(0).clamp(1e-7, 1).log()
+    return (p * (log_p - log_mixture)).sum(2).mean()
+
+
+def crossnorm_layers(model: nn.Module) -> list[normswap.CrossNorm]:
+    """List the CrossNorm layers of a model, those inside CNSN included."""
+    return [module for module in model.modules() if isinstance(module, normswap.CrossNorm)]
+
+
+@contextmanager
+def switched_off(layers: Sequence[normswap.CrossNorm]) -> Iterator[None]:
+    """Make CrossNorm an identity; every other layer stays in its mode."""
+    modes = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.eval()
+        yield
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.train(mode)
+
+
+@contextmanager
+def firing(layers: Sequence[normswap.CrossNorm]) -> Iterator[None]:
+    """Make CrossNorm fire in every forward, at as many places as its schedule has active."""
+    holders = _holders(layers)
+    before = [holder.p for holder in holders]
+    try:
+        for holder in holders:
+            holder.p = 1.0
+        yield
+    finally:
+        for holder, p in zip(holders, before, strict=True):
+            holder.p = p
+
+
+class AugMix:
+    """timm's AugMix at the authors' severity 3 and width 3, on uint8 tensors.
+
+    Args:
+        mean: of the model's images, per channel in [0, 1]: what a rotation or a shift uncovers.
+    """
+
+    def __init__(self, mean: tuple[float, ...]) -> None:
+        fill = tuple(min(255, round(255 * value)) for value in mean)
+        self._transform = augment_and_mix_transform("augmix-m3-w3", {"img_mean": fill})
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Mix each of (N, 3, S, S) uint8 images with augmented versions of itself.
+
+        The generator alone decides the result.
+        """
+        with _seeded(int(torch.randint(2**32, (), generator=generator))):
+            return torch.stack([self._mix(image) for image in images])
+
+    def _mix(self, image: Tensor) -> Tensor:
+        mixed = self._transform(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        return torch.from_numpy(np.array(mixed)).permute(2, 0, 1)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the generators of Python and NumPy, which timm draws from, and put them back."""
+    before, before_numpy = random.getstate(), np.random.get_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed)
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(before_numpy)
+
+
+def _holders(
+    layers: Sequence[normswap.CrossNorm],
+) -> list[normswap.Schedule | normswap.CrossNorm]:
+    """List what holds the firing probability: the schedule the layers share, else each layer."""
+    holders = []
+    for layer in layers:
+        schedule = getattr(layer, "schedule", None)
+        holder = layer if schedule is None else schedule
+        if not any(holder is other for other in holders):
+            holders.append(holder)
+    return holders
