@@ -45,7 +45,8 @@ def _obstacle(module: nn.Module) -> str | None:
             return why
     if isinstance(module, fx.GraphModule):
         return "is a traced graph (fx.GraphModule); convert the module it was traced from"
-    if type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torchao.")):
+    quantised = type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torchao."))
+    if quantised and type(module).__name__ != "FloatFunctional":
         return "is prepared for quantisation; convert first, then prepare"
     if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
         return "is lazy: its shapes are unknown until a first forward; run one, then convert"

@@ -123,8 +123,13 @@ def _replace(surgery: Surgery, method: BaseMethod, record: Record, sites: list[S
         _build(method, site, surgery.model.get_submodule(site.fqn), record, scope, rows[site.fqn])
         for site in sites
     ]
+    replaced = {
+        id(surgery.model.get_submodule(site.fqn)): layer
+        for site, layer in zip(sites, layers, strict=True)
+    }
     for site, layer in zip(sites, layers, strict=True):
         surgery.swap((site.fqn, *site.aliases), layer)
+    surgery.replace_held(replaced)
     if method.needs_context:
         names = [name for site in sites for name in (site.fqn, *site.aliases)]
         surgery.install(names, scope, tuple({type(layer) for layer in layers}))

@@ -64,10 +64,8 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
         key = tuple([describe(value, leaves, True) for value in values])
     entered = type(context) is not Context
     context = _resolve(state, values, leaves, context)
-    if entered and state.fqn == "" and _may_mix(context):
-        return state.scope.rows.run(
-            module, lambda given: _run(module, state, given, context), values, len(context.labels)
-        )
+    if entered and _may_mix(context):
+        return state.scope.rows.run(module, lambda v: _run(module, state, v, context), values)
     for variant in state.variants.get(key, ()):
         if variant.holds(module):
             break

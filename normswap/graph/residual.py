@@ -53,6 +53,8 @@ def find_residuals(graph: fx.Graph, module: nn.Module) -> tuple[list[Residual], 
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     before = _ancestors(graph)
+    sizes = _sizes(graph)
+    unclear: list[fx.Node] = []
     found: list[Residual] = []
     ambiguous: list[str] = []
     for node in graph.nodes:
@@ -60,7 +62,7 @@ def find_residuals(graph: fx.Graph, module: nn.Module) -> tuple[list[Residual], 
         if not _is_add(node) or len(operands) != 2:
             continue
         sides = [before[operand] | {operand} for operand in operands]
-        shared = {n for n in sides[0] & sides[1] if n.op != "get_attr"}
+        shared = {n for n in sides[0] & sides[1] if n.op != "get_attr" and n not in sizes}
         if not shared:
             continue
         start = max(shared, key=order.__getitem__)
@@ -71,6 +73,7 @@ def find_residuals(graph: fx.Graph, module: nn.Module) -> tuple[list[Residual], 
         names = [[_describe(n) for n in path if _work(n, module)] for path in paths]
         if weights[0] == weights[1]:
             if weights[0]:
+                unclear.append(node)
                 ambiguous.append(
                     f"{node.name}: both operands have {weights[0]} layers on their way "
                     f"({', '.join(names[0])} | {', '.join(names[1])})"
@@ -82,7 +85,23 @@ def find_residuals(graph: fx.Graph, module: nn.Module) -> tuple[list[Residual], 
         found.append(Residual(node, branch, start, tuple(paths[branch]), reason))
     # An add on the branch of another block is a part of that block, not a block's end.
     inner = {r.add for r in found for outer in found if r.add in outer.path}
+    # Nor is one that is an operand of an add that nobody can tell.
+    inner |= {operand for node in unclear for operand in node.all_input_nodes}
     return [r for r in found if r.add not in inner], ambiguous
+
+
+def _sizes(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes that are shapes or numbers rather than features."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        asks = name in ("size", "dim", "numel", "len", "int") or (
+            name == "getattr" and node.args[1] in ("shape", "ndim", "dtype", "device")
+        )
+        inputs = node.all_input_nodes
+        if asks or (inputs and node.op != "call_module" and all(i in found for i in inputs)):
+            found.add(node)
+    return found
 
 
 def _takes_apart(start: fx.Node, sides: list[set[fx.Node]]) -> bool:

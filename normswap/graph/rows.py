@@ -2,97 +2,102 @@
 
 With r rows a sample, windows and tokens are usually folded with the samples outermost (sample 0
 has the first r rows); concatenated inputs and time-major folds have them innermost (sample 0 has
-every N-th row). Which it is cannot be seen from a shape, so the first mixed batch is tried twice,
-without gradients and in eval mode, once with another sample in place of sample 0: the rows that
-change are its rows.
+every N-th row). Which it is cannot be seen from a shape. So a norm that meets folded rows for the
+first time has the model's call run twice more, without gradients, once with noise in place of
+sample 0: the rows that change are its rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normswap.errors import ContextError
+from normswap.graph.remember import remember
 
 _OUTER, _INNER, _MIXED = "samples outermost", "samples innermost", "mixed"
-
-
-class LayoutUnknown(Exception):
-    """A norm met folded rows whose layout is not known yet; the entry of the model finds out."""
+Call = Callable[[Any], Any]
 
 
 class Rows:
-    """What a converted model knows of the layout of its norms' rows, by name of the norm."""
+    """What a converted model knows of the layout of its norms' rows, by norm and rows a sample."""
 
     def __init__(self) -> None:
-        self.layouts: dict[str, str] = {}
-        self.settled = False
-        self.watching = False
-        self.seen: dict[str, list[tuple[Tensor, int]]] | None = None
+        self.layouts: dict[tuple[str, int], str] = {}
+        self.entry: tuple[nn.Module, Call, Any] | None = None
+        self.seen: dict[str, list[Tensor]] | None = None
 
     def innermost(self, site: str, x: Tensor, samples: int) -> bool:
         """Return whether the samples are innermost in the rows of x, given at a norm.
 
         Raises:
-            ContextError: its rows are neither; labels cannot follow them.
-            LayoutUnknown: for the entry of the model.
+            ContextError: the rows are neither, or nothing tells which; labels cannot follow them.
         """
         if self.seen is not None:
-            sums = x.detach().reshape(x.shape[0], -1).double().sum(1)
-            self.seen.setdefault(site, []).append((sums, samples))
+            self.seen.setdefault(site, []).append(x.detach().reshape(x.shape[0], -1).clone())
             return False
-        layout = self.layouts.get(site)
-        if layout is None and self.watching and not torch.compiler.is_compiling():
-            raise LayoutUnknown
-        if layout == _MIXED:
-            raise ContextError(
-                f"expected the rows of the input of {site} to be the samples in order, each r "
-                f"times or all r times over, got {x.shape[0]} rows of {samples} samples in "
-                "another order, so that labels cannot follow; leave the norm out with exclude="
-            )
-        return layout == _INNER
+        key = (site, x.shape[0] // samples)
+        layout = self.layouts.get(key)
+        if layout is None and self.entry is not None and not torch.compiler.is_compiling():
+            self._learn(*self.entry, samples)
+            layout = self.layouts.get(key)
+        if layout == _INNER or layout == _OUTER:
+            return layout == _INNER
+        found = "in another order" if layout == _MIXED else "whose order nothing tells yet"
+        raise ContextError(
+            f"expected the rows of the input of {site} to be the samples in order, each r times "
+            f"or all r times over, got {x.shape[0]} rows of {samples} samples {found}, so that "
+            "labels cannot follow; call the whole model once, not compiled, on samples that "
+            "differ, or leave the norm out with exclude="
+        )
 
-    def run(self, module: nn.Module, call: Callable[[Any], Any], values: Any, samples: int) -> Any:
-        """Run a model's entry; learn the layout of folded rows on the way if it is not known."""
-        undo = None if self.settled else _remember(module)
-        self.watching = True
+    def run(self, module: nn.Module, call: Call, values: Any) -> Any:
+        """Run the outermost call of a model, within reach of the norms below."""
+        if self.entry is not None or self.seen is not None:
+            return call(values)
+        self.entry = (module, call, values)
         try:
-            output = call(values)
-            self.settled = True
-            return output
-        except LayoutUnknown:
-            if undo is not None:
-                undo()
+            return call(values)
         finally:
-            self.watching = False
-        self._learn(module, call, values, samples)
-        self.settled = True
-        return call(values)
+            self.entry = None
 
-    def _learn(self, module: nn.Module, call: Callable[[Any], Any], values: Any, n: int) -> None:
-        undo = _remember(module)
-        modes = [(m, m.training) for m in module.modules()]
+    def _learn(self, module: nn.Module, call: Call, values: Any, samples: int) -> None:
+        # Norms and dropout must treat samples apart, so leaves are in eval; containers keep their
+        # mode, since what they fold may depend on it.
+        modes = [(m, m.training) for m in module.modules() if next(m.children(), None) is None]
+        undo = remember(module)
         runs = []
         try:
-            for m, _ in modes:
-                m.__dict__["training"] = False
-            for inputs in (values, tuple(_exchange(value, n) for value in values)):
+            for leaf, _ in modes:
+                leaf.__dict__["training"] = False
+            for noise in (False, True):
                 self.seen = {}
+                inputs = tuple(_prepare(value, samples, noise) for value in values)
+                undo()
                 with torch.no_grad():
                     call(inputs)
                 runs.append(self.seen)
-                undo()
         finally:
             self.seen = None
-            for m, mode in modes:
-                m.__dict__["training"] = mode
+            for leaf, mode in modes:
+                leaf.__dict__["training"] = mode
+            undo()
         for site, calls in runs[0].items():
-            self.layouts[site] = _decide(calls, runs[1].get(site, []))
+            found: dict[int, set[str]] = {}
+            others = runs[1].get(site, [])
+            for one, other in zip(calls, others, strict=False):
+                found.setdefault(one.shape[0] // samples, set()).update(
+                    _decide(one, other, samples)
+                )
+            for repeats, layouts in found.items():
+                if layouts and len(calls) == len(others):
+                    self.layouts[site, repeats] = layouts.pop() if len(layouts) == 1 else _MIXED
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies know the layouts; no run is under way in them."""
-        return {"layouts": dict(self.layouts), "settled": self.settled}
+        return {"layouts": dict(self.layouts)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore."""
@@ -100,62 +105,47 @@ class Rows:
         self.__dict__.update(state)
 
 
-def _decide(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> str:
-    """Return the layout that explains which rows changed, over all calls of one norm."""
-    if len(before) != len(after):
-        return _MIXED
-    found = set()
-    for (one, n), (other, _) in zip(before, after, strict=True):
-        if one.shape != other.shape:
-            return _MIXED
-        tolerance = 1e-6 * one.abs().max().clamp(min=1e-30)
-        changed = ((one - other).abs() > tolerance).nonzero().flatten().tolist()
-        repeats = one.shape[0] // n
-        outer = all(row < repeats for row in changed)
-        inner = all(row % n == 0 for row in changed)
-        if not (outer or inner):
-            return _MIXED
-        if outer != inner:
-            found.add(_OUTER if outer else _INNER)
-    if len(found) > 1:
-        return _MIXED
-    return found.pop() if found else _OUTER
+def _decide(one: Tensor, other: Tensor, samples: int) -> set[str]:
+    """Return the layout that explains which rows changed; nothing where several do."""
+    if one.shape != other.shape:
+        return {_MIXED}
+    repeats = one.shape[0] // samples
+    scale = one.abs().amax(1).nan_to_num()
+    same = ((one - other).abs().amax(1) <= 1e-5 * scale) | (one == other).all(1)
+    changed = (~same).nonzero().flatten().tolist()
+    outer = all(row < repeats for row in changed)
+    inner = all(row % samples == 0 for row in changed)
+    if outer and inner:
+        return set()
+    return {_OUTER if outer else _INNER if inner else _MIXED}
 
 
-def _exchange(value: Any, n: int) -> Any:
-    """Return an argument whose first sample is a copy of its last."""
+def _prepare(value: Any, samples: int, noise: bool) -> Any:
+    """Copy an argument; put noise, or another sample, in place of its first sample."""
     if isinstance(value, Tensor):
-        if value.dim() == 0 or value.shape[0] != n:
-            return value
-        return torch.cat([value[-1:], value[1:]])
+        value = value.detach().clone()
+        if noise and value.dim() and value.shape[0] == samples:
+            value[0] = _noise(value)
+        return value
     if isinstance(value, dict):
-        return {key: _exchange(part, n) for key, part in value.items()}
-    if isinstance(value, list | tuple) and type(value) in (list, tuple):
-        parts = [_exchange(part, n) for part in value]
-        if len(parts) == n and all(isinstance(p, Tensor) and p.dim() <= 3 for p in parts):
-            parts[0] = value[-1]
-        return type(value)(parts)
+        parts = {key: _prepare(part, samples, noise) for key, part in value.items()}
+        return parts if type(value) is dict else type(value)(parts)
+    if isinstance(value, (list, tuple)):
+        items = [_prepare(part, samples, noise) for part in value]
+        images = all(isinstance(part, Tensor) and part.dim() <= 3 for part in items)
+        if noise and len(items) == samples and images:
+            items[0] = _noise(items[0].unsqueeze(0))
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        changes = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        return replace(value, **{k: _prepare(v, samples, noise) for k, v in changes.items()})
     return value
 
 
-def _on_cuda(module: nn.Module) -> Iterator[bool]:
-    return (parameter.is_cuda for parameter in module.parameters())
-
-
-def _remember(module: nn.Module) -> Callable[[], None]:
-    """Return what puts the buffers and the random state back as they are now."""
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    state = torch.get_rng_state()
-    devices = [torch.cuda.current_device()] if next(_on_cuda(module), False) else []
-    cuda = [torch.cuda.get_rng_state(device) for device in devices]
-
-    def undo() -> None:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-        torch.set_rng_state(state)
-        for device, one in zip(devices, cuda, strict=True):
-            torch.cuda.set_rng_state(one, device)
-
-    return undo
+def _noise(batch: Tensor) -> Tensor:
+    """Return something like a sample of a batch, and unlike its first."""
+    if not batch.is_floating_point():
+        return batch[-1]
+    finite = batch.nan_to_num(0.0, 0.0, 0.0)
+    spread = finite.std(correction=0)
+    return finite.mean() + torch.randn_like(batch[0]) * torch.where(spread > 0, spread, 1.0)

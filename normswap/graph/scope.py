@@ -32,6 +32,7 @@ class Scope:
         self.ambient: tuple[Context, ...] = ()
         self.earlier: Context | None = None
         self.recomputed = False
+        self.active = 0
         self.rows = Rows()
 
     def lookup(self) -> Context | None:
@@ -45,6 +46,8 @@ class Scope:
             return entries[-1]
         if self.current is not None and self.running:
             return self.current
+        if entries is not None and not entries and self.active and not _in_backward():
+            return self._of_other_thread()
         if self.current is not None and _in_backward():
             self.recomputed = True
             if self.earlier is not None and not _same(self.earlier, self.current):
@@ -56,6 +59,15 @@ class Scope:
                 )
             return self.current
         return self.ambient[-1] if self.ambient else None
+
+    def _of_other_thread(self) -> Context | None:
+        """Return the context of the entry that started this thread, if there is only one."""
+        if self.active > 1 and self.current is not None:
+            raise ContextError(
+                "expected norms to run in the thread of the container that calls them where "
+                "several run at once, got one in another thread; pass context= to it"
+            )
+        return self.current
 
     def enter(self, context: Context | None) -> Context | None:
         """Make a context current; return the one to restore, for `leave`."""
@@ -72,6 +84,7 @@ class Scope:
             self.running += 1
         else:
             entries.append(context)
+            self.active += outermost
         if entries is None or outermost:
             self.current = context
         return outer
@@ -84,6 +97,7 @@ class Scope:
             nested = bool(self.running)
         else:
             entries.pop()
+            self.active -= not entries
             nested = False
         if nested or not (entries or torch.is_grad_enabled()):
             self.current = outer

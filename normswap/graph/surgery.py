@@ -13,6 +13,11 @@ from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
 from normswap.graph.trace import TraceSession
 
+_HELD = (
+    "cannot convert: {} holds a norm to be replaced in {}, which would go on running it; "
+    "leave that norm out with exclude="
+)
+
 
 class Surgery:
     """Swaps layers and installs forwards; `undo` restores the model exactly."""
@@ -22,6 +27,7 @@ class Surgery:
         self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
         self._installed: list[nn.Module] = []
         self._added: list[tuple[nn.Module, str]] = []
+        self._held: list[tuple[Any, Any, nn.Module]] = []
 
     def swap(self, names: Iterable[str], layer: nn.Module) -> None:
         """Put one layer at every name of a module."""
@@ -30,6 +36,38 @@ class Surgery:
             parent = self.model.get_submodule(parent_name)
             self._swapped.append((parent, leaf, parent._modules[leaf]))  # type: ignore[arg-type]
             parent._modules[leaf] = layer
+
+    def replace_held(self, layers: dict[int, nn.Module]) -> None:
+        """Replace norms that modules also hold in plain lists, dicts and attributes.
+
+        Args:
+            layers: id of a replaced norm -> its layer.
+
+        Raises:
+            ConversionError: a bound method or partial of a replaced norm, which would go on
+                running it.
+        """
+        for name, module in self.model.named_modules():
+            for key, value in list(vars(module).items()):
+                if key.startswith("_") and type(value) is dict:
+                    continue
+                items: list[tuple[Any, Any]] = []
+                if type(value) is list:
+                    items = list(enumerate(value))
+                elif type(value) is dict:
+                    items = list(value.items())
+                elif isinstance(value, tuple) and any(id(part) in layers for part in value):
+                    raise ConversionError(_HELD.format(f"{name}.{key}".lstrip("."), "a tuple"))
+                for index, part in items:
+                    if id(part) in layers:
+                        self._held.append((value, index, part))
+                        value[index] = layers[id(part)]
+                for part in (value, *(part for _, part in items)):
+                    function = getattr(part, "func", part)
+                    owner = getattr(function, "__self__", function)
+                    if id(owner) in layers and owner is not part:
+                        what = "a function of the norm"
+                        raise ConversionError(_HELD.format(f"{name}.{key}".lstrip("."), what))
 
     def install(self, sites: list[str], scope: Scope, layers: tuple[type, ...]) -> None:
         """Install a forward that takes the context in every container on the way to a site.
@@ -89,6 +127,9 @@ class Surgery:
         while self._added:
             module, name = self._added.pop()
             del module._modules[name]
+        while self._held:
+            holder, index, module = self._held.pop()
+            holder[index] = module
         while self._swapped:
             parent, leaf, module = self._swapped.pop()
             parent._modules[leaf] = module

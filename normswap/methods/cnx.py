@@ -157,8 +157,8 @@ class ContextNormX(ContextLayer):
         state_dict.pop(prefix + "num_batches_tracked", None)
         if isinstance(mean, Tensor) and isinstance(var, Tensor):
             log_sigma = log_spread(var, self.eps)
-            state_dict[prefix + "mu"] = mean.expand(self.mu.shape)
-            state_dict[prefix + "log_sigma"] = log_sigma.expand(self.mu.shape)
+            state_dict[prefix + "mu"] = mean.expand(self.mu.shape).clone()
+            state_dict[prefix + "log_sigma"] = log_sigma.expand(self.mu.shape).clone()
         state_dict.setdefault(prefix + "priors", self.priors)
         self.fresh = self.fresh and not _is_started(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

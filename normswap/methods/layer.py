@@ -191,7 +191,7 @@ def load_shared(
     for name, target in targets.items():
         value = state.get(prefix + name)
         if isinstance(value, Tensor) and value.shape == target.shape[1:]:
-            value = value.unsqueeze(0).expand(target.shape)
+            value = value.unsqueeze(0).expand(target.shape).clone()
             if name in scales:
                 value = value * scales[name].to(value)
             state[prefix + name] = value

@@ -105,8 +105,7 @@ def test_what_was_learnt_of_the_layout_is_copied_and_pickled(fold, unfold):
 def test_learning_the_layout_updates_statistics_once_and_draws_nothing():
     model = converted(innermost, from_innermost).train()
     reference = copy.deepcopy(model)
-    reference.norm.scope.rows.layouts["norm"] = "samples innermost"
-    reference.norm.scope.rows.settled = True
+    reference.norm.scope.rows.layouts["norm", 5] = "samples innermost"
     x = torch.randn(N, 5, 6, dtype=torch.float64)
     state = torch.get_rng_state()
     assert model(x, context=LABELS).equal(reference(x, context=LABELS))
