@@ -15,6 +15,10 @@ _WRAPPERS = {
 }
 
 
+# What float models carry to be quantised later; they compute in float.
+_STUBS = ("FloatFunctional", "QuantStub", "DeQuantStub")
+
+
 def check_model(model: nn.Module) -> None:
     """Raise if a model, or a part of it, is of a kind that surgery cannot change.
 
@@ -46,7 +50,7 @@ def _obstacle(module: nn.Module) -> str | None:
     if isinstance(module, fx.GraphModule):
         return "is a traced graph (fx.GraphModule); convert the module it was traced from"
     quantised = type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torchao."))
-    if quantised and type(module).__name__ != "FloatFunctional":
+    if quantised and type(module).__name__ not in _STUBS:
         return "is prepared for quantisation; convert first, then prepare"
     if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
         return "is lazy: its shapes are unknown until a first forward; run one, then convert"

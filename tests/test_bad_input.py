@@ -103,6 +103,15 @@ def test_converting_twice():
     refuses(normswap.convert(Net()), "is converted already")
 
 
+def test_float_stubs_for_later_quantisation_are_no_obstacle():
+    class Stubbed(Net):
+        def __init__(self):
+            super().__init__()
+            self.add = nn.quantized.FloatFunctional()
+
+    assert isinstance(normswap.convert(Stubbed()).bn, normswap.ContextNormX)
+
+
 def test_unknown_method_lists_the_methods():
     with pytest.raises(UnknownNameError, match=re.escape("the methods are")) as error:
         normswap.convert(Net(), "batchnorm")

@@ -235,6 +235,38 @@ def test_channels_of_every_place_are_those_that_arrive():
     assert all(planned == arrived for planned, arrived in seen)
 
 
+class ThreeWay(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(1, 1, 1)
+        self.b = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x):
+        return x + self.a(x) + self.b(x)
+
+
+def test_a_partial_sum_of_an_ambiguous_add_gets_no_layer():
+    with pytest.raises(ConversionError, match="both operands have 1 layers"):
+        normswap.plan(ThreeWay(), "scale", placement="post")
+
+
+class Resized(nn.Module):
+    """Branch and skip share the size they are brought to; it is no feature."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = double(nn.Conv2d(1, 1, 1, bias=False))
+
+    def forward(self, x):
+        size = x.shape[2:]
+        branch = nn.functional.interpolate(self.conv(x), size=size)
+        return branch + nn.functional.interpolate(x, size=size)
+
+
+def test_a_shared_size_is_not_where_a_block_starts():
+    assert output(Resized(), "pre", 3.0)[0] == 2 * 3 + 1
+
+
 def test_tokens_with_channels_last_are_refused_by_name():
     with pytest.raises(ConversionError, match="channels last"):
         normswap.plan(timm.create_model("vit_tiny_patch16_224"), "scale", placement="post")

@@ -43,14 +43,17 @@ class Rows:
         if layout is None and self.entry is not None and not torch.compiler.is_compiling():
             self._learn(*self.entry, samples)
             layout = self.layouts.get(key)
-        if layout == _INNER or layout == _OUTER:
+        if layout is None and torch.compiler.is_compiling():
+            # Nothing can be run here to find out; what models fold is mostly windows and tokens.
+            return False
+        if layout in (_INNER, _OUTER):
             return layout == _INNER
         found = "in another order" if layout == _MIXED else "whose order nothing tells yet"
         raise ContextError(
             f"expected the rows of the input of {site} to be the samples in order, each r times "
             f"or all r times over, got {x.shape[0]} rows of {samples} samples {found}, so that "
-            "labels cannot follow; call the whole model once, not compiled, on samples that "
-            "differ, or leave the norm out with exclude="
+            "labels cannot follow; call the whole model on samples that differ, or leave the norm "
+            "out with exclude="
         )
 
     def run(self, module: nn.Module, call: Call, values: Any) -> Any:
@@ -110,9 +113,9 @@ def _decide(one: Tensor, other: Tensor, samples: int) -> set[str]:
     if one.shape != other.shape:
         return {_MIXED}
     repeats = one.shape[0] // samples
-    scale = one.abs().amax(1).nan_to_num()
-    same = ((one - other).abs().amax(1) <= 1e-5 * scale) | (one == other).all(1)
-    changed = (~same).nonzero().flatten().tolist()
+    scale = one.nan_to_num().abs().amax(1, keepdim=True)
+    close = ((one - other).abs() <= 1e-5 * scale) | (one == other) | (one.isnan() & other.isnan())
+    changed = (~close.all(1)).nonzero().flatten().tolist()
     outer = all(row < repeats for row in changed)
     inner = all(row % samples == 0 for row in changed)
     if outer and inner:

@@ -146,3 +146,125 @@ def test_one_backbone_on_two_concatenated_inputs():
     together = model(one, other, context=LABELS)
     singly = [model(one[i : i + 1], other[i : i + 1], LABELS[i : i + 1]) for i in range(N)]
     assert torch.allclose(together, torch.cat(singly), rtol=1e-10, atol=1e-12)
+
+
+def test_a_submodule_called_by_itself_learns_the_layout():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Folding(innermost, from_innermost)
+
+        def forward(self, x):
+            return self.body(x)
+
+    model = apart(normswap.convert(Whole().double().eval(), "cn", contexts=K))
+    x = torch.randn(N, 5, 6, dtype=torch.float64)
+    singly = [model.body(x[i : i + 1], context=LABELS[i : i + 1]) for i in range(N)]
+    assert torch.allclose(model.body(x, context=LABELS), torch.cat(singly), rtol=1e-12)
+    with normswap.use_context(model, LABELS):
+        assert torch.allclose(model.body(x), torch.cat(singly), rtol=1e-12)
+
+
+class TwoViews(nn.Module):
+    """Concatenates a second view of its input in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.calls = 0
+        self.register_buffer("average", torch.zeros(6))
+
+    def forward(self, x):
+        self.calls += 1
+        self.average = 0.9 * self.average + x.mean(0)
+        return self.norm(torch.cat([x, x * 2]) if self.training else x)
+
+
+def test_a_fold_met_in_training_only_equals_a_loop_over_contexts():
+    model = normswap.convert(TwoViews().double(), "cn", contexts=K).train()
+    x = torch.randn(N, 6, dtype=torch.float64)
+    y = model(x, context=LABELS)
+    rows, labels = torch.cat([x, x * 2]), LABELS.repeat(2)
+    for label in range(K):
+        chosen = rows[labels == label]
+        expected = (chosen - chosen.mean(0)) / (chosen.var(0, correction=0) + 1e-5).sqrt()
+        assert torch.allclose(y[labels == label], expected)
+        assert torch.allclose(model.norm.running_mean[label], 0.1 * chosen.mean(0))
+
+
+def test_what_a_forward_changes_changes_once():
+    model = normswap.convert(TwoViews().double(), "cn", contexts=K).train()
+    x = torch.randn(N, 6, dtype=torch.float64)
+    model(x, context=LABELS)
+    assert model.calls == 1
+    assert torch.allclose(model.average, x.mean(0))
+    assert model.norm.num_batches_tracked.tolist() == [1, 1, 1]
+
+
+def test_verification_leaves_no_trace_in_the_original():
+    original = TwoViews()
+    normswap.convert(original, "cn", contexts=K, example_inputs=torch.randn(2, 6))
+    assert original.calls == 0
+    assert original.average.equal(torch.zeros(6))
+
+
+@pytest.mark.parametrize("spoil", ["equal samples", "one sample", "zeros", "not a number"])
+def test_an_odd_first_batch_does_not_settle_a_wrong_layout(spoil):
+    model = converted(innermost, from_innermost)
+    x = torch.randn(N, 5, 6, dtype=torch.float64)
+    first = {
+        "equal samples": x[:1].expand_as(x).clone(),
+        "one sample": x[:1],
+        "zeros": torch.zeros_like(x),
+        "not a number": x.index_fill(0, torch.tensor([1]), torch.nan),
+    }[spoil]
+    model(first, context=LABELS[: len(first)])
+    singly = [model(x[i : i + 1], context=LABELS[i : i + 1]) for i in range(N)]
+    assert torch.allclose(model(x, context=LABELS), torch.cat(singly), rtol=1e-12)
+
+
+@FOLDS
+def test_an_export_after_one_call_knows_the_layout(fold, unfold):
+    model = converted(fold, unfold)
+    x = torch.randn(N, 5, 6, dtype=torch.float64)
+    expected = model(x, context=LABELS)
+    exported = torch.export.export(model, (x,), {"context": LABELS}).module()
+    assert torch.allclose(exported(x, context=LABELS), expected)
+
+
+def test_a_norm_also_held_in_a_plain_list_is_replaced_there_too():
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module("norm", nn.BatchNorm1d(6))
+            self.layers = [self.norm]
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    original = Held().double().eval()
+    model = apart(normswap.convert(original, "cn", contexts=K))
+    assert model.layers[0] is model.norm
+    assert original.layers[0] is original.norm
+    x = torch.randn(N, 6, dtype=torch.float64)
+    singly = [model(x[i : i + 1], context=LABELS[i : i + 1]) for i in range(N)]
+    assert torch.allclose(model(x, context=LABELS), torch.cat(singly), rtol=1e-12)
+    assert not model(x, context=LABELS).allclose(model(x))
+
+
+def test_a_norm_held_by_a_bound_method_is_refused():
+    class Bound(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+            self.function = self.norm.forward
+
+        def forward(self, x):
+            return self.function(x)
+
+    model = Bound()
+    with pytest.raises(normswap.ConversionError, match="holds a norm to be replaced"):
+        normswap.convert(model, inplace=True)
+    assert isinstance(model.norm, nn.BatchNorm1d)
