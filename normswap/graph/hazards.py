@@ -128,7 +128,8 @@ def is_something(node: fx.Node) -> bool:
     if name == "multi_head_attention_forward":  # its second result may be None
         return False
     if name in ("getitem", "getattr"):
-        optional = len(node.args) > 1 and node.args[1] in _OPTIONAL
+        key = node.args[1] if len(node.args) > 1 else None
+        optional = isinstance(key, str) and key in _OPTIONAL  # a slice is no key of a set
         return not optional and base is not None and is_something(base)
     module = getattr(target, "__module__", None) or ""
     return is_torch(module) or module in ("_operator", "operator", "math", "builtins", "")

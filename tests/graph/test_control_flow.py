@@ -257,3 +257,21 @@ def test_functions_that_a_module_holds_from_another_file():
             return self.b(self.first(self.two(x)))
 
     check(Model(), opaque="tests the type")
+
+
+def test_a_slice_of_a_result_is_certainly_not_none():
+    class Model(Holder):
+        def forward(self, x):
+            y = self.a(x)
+            part = (y + 1)[:, : CHANNELS // 2, :]
+            return self.b(y) if part is None else self.b(torch.cat([part, part], 1))
+
+    check(Model())
+
+
+def test_an_indexed_result_returned():
+    class Model(Holder):
+        def forward(self, x):
+            return (self.b(self.a(x)) * 2)[:, :2, :]
+
+    check(Model())
