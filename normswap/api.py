@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,18 +19,16 @@ from normswap.conversion import (
 )
 from normswap.distributed import shared_groups
 from normswap.errors import ConversionError
-from normswap.functional.moments import gaussian_divergence
-from normswap.graph.reach import find_reach
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
 from normswap.methods.base import (
-    Method,
     get_method,
     parse_options,
 )
 from normswap.presets import fill_from_preset
 from normswap.report import Report, Verification
 from normswap.select import Selector
+from normswap.summarise import summarise
 from normswap.verification import compare, eval_outputs, make_inputs, widen
 
 
@@ -159,9 +157,9 @@ def plan(
     shell = structure_copy(model)
     record = Record(method, parsed, given, rows, type(model).__name__)
     if is_bare(found):
-        return _summarise(convert_bare(shell, chosen, record, found[0]), record)
+        return summarise(convert_bare(shell, chosen, record, found[0]), record)
     operate(Surgery(shell), chosen, record, found)
-    return _summarise(shell, record)
+    return summarise(shell, record)
 
 
 def structure_copy(model: nn.Module) -> nn.Module:
@@ -187,7 +185,7 @@ def summary(model: nn.Module) -> Report:
     for root in model.modules():
         record: Record | None = vars(root).get(RECORD)
         if record is not None:
-            return _summarise(root, record)
+            return summarise(root, record)
     raise ConversionError(
         f"expected a converted model, got {type(model).__name__}; call normswap.convert first, or "
         "normswap.plan to see what it would do"
@@ -222,37 +220,4 @@ def verify(model: nn.Module, original: nn.Module, example_inputs: Any = None) ->
         record.contexts.names,
         context_argument(model),
         record.contexts.unknown != "error" or record.contexts.count == 1,
-    )
-
-
-def _summarise(root: nn.Module, record: Record) -> Report:
-    reach = find_reach(root)
-    method = get_method(record.method)
-    rows = [copy.copy(row) for row in record.rows]
-    for row in rows:
-        if row.action in ("replaced", "inserted") and isinstance(method, Method):
-            layer = root.get_submodule(row.layer or row.fqn)
-            if method.needs_context and not row.layer:
-                row.delivery = reach.delivery.get(id(layer), "unreached")
-            statistics = method.statistics(layer)
-            if statistics is not None and not method.needs_context:
-                row.components = statistics.mean.shape[0]
-            if statistics is not None and not statistics.mean.is_meta:
-                weights = method.weights(layer)
-                if weights is None:
-                    weights = record.contexts.priors.to(statistics.mean.device)
-                row.divergence = gaussian_divergence(statistics, weights)
-    unknown = record.contexts.unknown
-    return Report(
-        model=record.model,
-        method=record.method,
-        options=asdict(record.options),
-        contexts=record.contexts.names if method.needs_context else (),
-        priors=tuple(record.contexts.priors.tolist()) if method.needs_context else (),
-        unknown=record.contexts.names[unknown] if isinstance(unknown, int) else unknown,
-        rows=rows,
-        opaque=reach.opaque,
-        traced=reach.traced,
-        direct=reach.direct,
-        verification=record.verification,
     )

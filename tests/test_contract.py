@@ -32,7 +32,7 @@ class ShiftNorm(ContextLayer):
             self.register_buffer("num_batches_tracked", norm.num_batches_tracked.clone())
         priors = make_priors(contexts.priors, contexts.count, site.device, site.dtype)
         self.register_buffer("priors", priors)
-        adopt(self, norm, site.fused)
+        adopt(self, norm, site)
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         if self.tracked:
@@ -63,7 +63,7 @@ class Shift(Method):
 
     def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
         layer = ShiftNorm(source, site, contexts)
-        layer.site, layer.names = site.fqn, contexts.names
+        layer.names = contexts.names
         return layer
 
     def statistics(self, layer: nn.Module) -> Moments | None:

@@ -19,7 +19,7 @@ ORDER = [
     {"methods", "contexts", "presets", "select"},
     {"graph"},
     {"report", "plot", "verification", "checks", "checkpoint", "calibration"},
-    {"conversion", "insertion"},
+    {"conversion", "insertion", "summarise"},
     {"api"},
     {"cli"},
     {"__main__"},

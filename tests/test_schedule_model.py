@@ -156,8 +156,6 @@ def test_copies_and_pickles_keep_sharing_and_start_without_a_draw():
 
 @pytest.mark.gpu
 def test_on_a_gpu_without_waiting_for_it():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     model, x = Model(0.5, 1, 3).cuda(), torch.randn(4, 2, 3, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,6 +1,5 @@
 """Build the graph of one container: its nodes, its symbolic values, and what it read."""
 
-import operator
 from collections import OrderedDict
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -13,38 +12,11 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from normswap.graph.held import Held, is_plain, snapshot
 from normswap.graph.patches import TraceFailure, is_torch
 from normswap.graph.region import Region, split_options
+from normswap.graph.symbol import Value
 from normswap.graph.values import any_leaf, describe, find_other, rebuild
 
 SWITCHES = "switches gradients or autocast on or off inside forward"
 _BASE = set(vars(nn.Module())) - {"training"}
-
-
-class Value(fx.Proxy):
-    """A symbolic value that keeps in-place arithmetic and item assignment in place."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(Tensor, name):
-            raise TraceFailure(f"sets .{name} of a tensor inside forward")
-        super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if self.node.meta.get("tensor") and not hasattr(Tensor, name):
-            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        return super().__getattr__(name)
-
-
-def _keep_in_place(name: str) -> None:
-    def method(self: Value, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    setattr(Value, f"__{name}__", method)
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow", "imatmul"):
-    _keep_in_place(_name)
 
 
 @dataclass

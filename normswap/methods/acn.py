@@ -12,7 +12,6 @@ from normswap.methods.base import (
     Contexts,
     Method,
     affine_tensors,
-    keep_requires_grad,
     register_method,
 )
 from normswap.methods.layer import adopt
@@ -60,9 +59,7 @@ class AdaptiveContextNormalization(Method):
         if tracked is not None and layer.num_batches_tracked is not None:
             layer.num_batches_tracked.copy_(tracked)
         layer.frozen = site.frozen
-        layer.site, layer.dims = site.fqn, site.dims
-        keep_requires_grad(layer, source, site)
-        adopt(layer, source, site.fused)
+        adopt(layer, source, site)
         return layer
 
     def statistics(self, layer: nn.Module) -> Moments | None:

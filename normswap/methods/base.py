@@ -173,14 +173,3 @@ def affine_tensors(source: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
         ones if weight is None else weight.detach(),
         torch.zeros_like(ones) if bias is None else bias.detach(),
     )
-
-
-def keep_requires_grad(layer: nn.Module, source: nn.Module, site: Site) -> None:
-    """Freeze what replaces a frozen weight or bias, and the whole layer where both are."""
-    affine = {name: getattr(source, name, None) for name in ("weight", "bias")}
-    given = {name: t.requires_grad for name, t in affine.items() if t is not None}
-    if site.frozen or (given and not any(given.values())):
-        layer.requires_grad_(False)
-        return
-    for name, required in given.items():
-        layer.get_parameter(name).requires_grad_(required)

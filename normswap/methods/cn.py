@@ -19,7 +19,6 @@ from normswap.methods.base import (
     Contexts,
     Method,
     affine_tensors,
-    keep_requires_grad,
     register_method,
 )
 from normswap.methods.instance import ContextInstanceNorm
@@ -238,9 +237,8 @@ class ContextNormalization(Method):
                 layer.num_batches_tracked.copy_(tracked)
         layer.frozen = site.frozen
         layer.process_group = group_name(source) if site.synced else None
-        layer.site, layer.dims, layer.names = site.fqn, site.dims, contexts.names
-        keep_requires_grad(layer, source, site)
-        adopt(layer, source, site.fused)
+        layer.names = contexts.names
+        adopt(layer, source, site)
         return layer
 
     def statistics(self, layer: nn.Module) -> Moments | None:

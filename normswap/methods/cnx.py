@@ -19,7 +19,6 @@ from normswap.methods.base import (
     Contexts,
     Method,
     affine_tensors,
-    keep_requires_grad,
     register_method,
 )
 from normswap.methods.instance import ContextInstanceNorm
@@ -199,9 +198,8 @@ class ContextNormalizationX(Method):
             layer.mu.copy_(source.running_mean)  # type: ignore[arg-type]
             layer.log_sigma.copy_(log_spread(source.running_var, site.eps))  # type: ignore[arg-type]
         layer.fresh = False
-        layer.site, layer.dims, layer.names = site.fqn, site.dims, contexts.names
-        keep_requires_grad(layer, source, site)
-        adopt(layer, source, site.fused)
+        layer.names = contexts.names
+        adopt(layer, source, site)
         return layer
 
     def statistics(self, layer: nn.Module) -> Moments | None:

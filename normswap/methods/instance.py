@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from normswap.functional.affine import Affine, apply_affine, fold_norm, where_rows
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
-from normswap.methods.base import Contexts, affine_tensors, keep_requires_grad
+from normswap.methods.base import Contexts, affine_tensors
 from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
 from normswap.sites import Site
 
@@ -95,11 +95,10 @@ class ContextInstanceNorm(ContextLayer):
             layer.bias.copy_(bias.expand_as(layer.bias))
             for name, buffer in source.named_buffers(recurse=False):
                 layer.get_buffer(name).copy_(buffer)
-        keep_requires_grad(layer, source, site)
-        layer.site, layer.names = site.fqn, contexts.names
+        layer.names = contexts.names
+        adopt(layer, source, site)
         # One dimension fewer is an input without a batch, which instance norms also take.
         layer.dims = site.dims[-1:]
-        adopt(layer, source, site.fused)
         return layer
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from normswap.errors import ContextError, MissingContextError
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
+from normswap.sites import Site
 
 POLICIES = ("error", "pooled", "posterior")
 
@@ -162,11 +163,24 @@ class ContextLayer(NormLayer):
         return text if self.unknown == "pooled" else f"{text}, unknown={self.unknown!r}"
 
 
-def adopt(layer: NormLayer, source: nn.Module, tail: tuple[str, ...]) -> None:
-    """Carry over from the layer being replaced: mode, hooks, fused children, user attributes."""
-    for name in tail:
+def _keep_requires_grad(layer: nn.Module, source: nn.Module, site: Site) -> None:
+    """Freeze what replaces a frozen weight or bias, and the whole layer where both are."""
+    affine = {name: getattr(source, name, None) for name in ("weight", "bias")}
+    given = {name: t.requires_grad for name, t in affine.items() if t is not None}
+    if site.frozen or (given and not any(given.values())):
+        layer.requires_grad_(False)
+        return
+    for name, required in given.items():
+        layer.get_parameter(name).requires_grad_(required)
+
+
+def adopt(layer: NormLayer, source: nn.Module, site: Site) -> None:
+    """Carry over from the layer being replaced: place, mode, hooks, fused children, freezing."""
+    layer.site, layer.dims = site.fqn, site.dims
+    _keep_requires_grad(layer, source, site)
+    for name in site.fused:
         layer.add_module(name, getattr(source, name))
-    layer.tail = tail
+    layer.tail = site.fused
     layer.training = source.training
     hooks = [n for n in vars(nn.Module()) if "hook" in n and "state_dict" not in n]
     for name in (*hooks, "_state_dict_hooks", "_state_dict_pre_hooks"):
