@@ -66,23 +66,36 @@ def explore(trace: Callable[[tuple[bool, ...]], Traced]) -> list[Traced]:
     return paths
 
 
-def join(
-    paths: list[Traced], make: Callable[[fx.Graph], Run], own: Run, depth: int = 0, start: int = 0
-) -> tuple[Run, list[str]]:
-    """Compile what follows the first `depth` questions of these paths.
+def join(paths: list[Traced], make: Callable[[fx.Graph], Run], own: Run) -> Run:
+    """Compile the graphs of all paths of a forward to one function.
 
     Args:
-        paths: agree on the first `depth` answers; all of the forward's, for depth 0.
+        paths: of `explore`.
         make: compiles a graph.
         own: runs the module's own forward on the arguments of the graph and the context.
+
+    Raises:
+        TraceFailure: the paths differ before the question that parts them.
+    """
+    if len(paths) == 1:
+        return make(paths[0].graph)
+    return _join(paths, make, own, 0, 0)[0]
+
+
+def _join(
+    paths: list[Traced], make: Callable[[fx.Graph], Run], own: Run, depth: int, start: int
+) -> tuple[Run, list[str]]:
+    """Compile what follows the first `depth` questions, on whose answers these paths agree.
+
+    Args:
+        paths: those.
+        make: compiles a graph.
+        own: runs the module's own forward.
         depth: number of questions asked already.
         start: position of the first node that comes after them.
 
     Returns:
         The function, and the names of the earlier values it takes.
-
-    Raises:
-        TraceFailure: the paths differ before the question that parts them.
     """
     head = paths[0]
     nodes = list(head.graph.nodes)
@@ -99,7 +112,7 @@ def join(
     arms = []
     for answer in (False, True):
         taken = [path for path in paths if path.answers[depth] is answer]
-        arms.append(join(taken, make, own, depth + 1, stop))
+        arms.append(_join(taken, make, own, depth + 1, stop))
     live = list(dict.fromkeys(name for _, names in arms for name in names))
     branch = Branch(*((run, tuple(live.index(name) for name in names)) for run, names in arms))
     return _compile(body, (branch, head.questions[depth].name, live), make)

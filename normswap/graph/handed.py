@@ -5,25 +5,25 @@ that changes one returns the new contents beside its output, and they are writte
 caller's object; the graph of the caller reads them from there.
 """
 
+import dis
+import functools
+import inspect
+import types
+from itertools import repeat
 from typing import Any
 
 from torch import fx, nn
 
 from normswap.errors import ConversionError
 from normswap.graph.patches import TraceFailure, is_torch
-from normswap.graph.values import any_leaf
+from normswap.graph.signature import EXAMPLE
+from normswap.graph.values import any_leaf, describe, rebuild
 
 # Position of an argument, and the keys its object has after the forward.
 Write = tuple[int, tuple[Any, ...]]
-
-
-class NeedsChild(Exception):
-    """A trace has to know what a child does with a list before it can go on."""
-
-    def __init__(self, child: nn.Module, values: tuple[Any, ...]) -> None:
-        super().__init__(type(child).__name__)
-        self.child = child
-        self.values = values
+_MUTATORS = frozenset(
+    "append extend insert pop popitem remove clear update setdefault sort reverse".split()
+)
 
 
 def keys_of(value: Any) -> tuple[Any, ...]:
@@ -73,11 +73,11 @@ def hand_on(
 ) -> tuple[tuple[Any, ...], dict[str, Any], list[tuple[Any, fx.Proxy, Any]]]:
     """Make nodes of the lists and dicts among the arguments of a call that may change them.
 
+    A converted child that was not traced for such arguments yet, and may change them, is taken to
+    change nothing, and noted among what the trace assumed.
+
     Returns:
         The arguments, and (object, its node, its keys after a call that changes it, else None).
-
-    Raises:
-        NeedsChild: what the call changes is not known yet.
     """
     state = vars(module).get("_normswap")
     given = [v for v in (*args, *kwargs.values()) if type(v) in (list, dict)]
@@ -89,9 +89,14 @@ def hand_on(
         cls: Any = type(module)
         values = cls.bind(module, *args, **kwargs)
         variant = state.find(module, values)
-        if variant is None:
-            raise NeedsChild(module, values)
-        written = {id(values[index]): keys for index, keys in variant.writes}
+        if variant is None and may_change(cls.converted_from):
+            like = [rebuild(describe(v, [], True), repeat(EXAMPLE)) for v in values]
+            tracer.result.assumed.append((module, tuple(like)))
+            return args, kwargs, []
+        if variant is not None and variant.run is not None:
+            if not variant.writes:
+                return args, kwargs, []
+            written = {id(values[index]): keys for index, keys in variant.writes}
     nodes: dict[int, fx.Proxy] = {}
     handed = []
     for value in given:
@@ -102,6 +107,30 @@ def hand_on(
         handed.append((value, node, written.get(id(value))))
     swap = {i: nodes.get(id(v), v) for i, v in enumerate(args)}
     return tuple(swap.values()), {k: nodes.get(id(v), v) for k, v in kwargs.items()}, handed
+
+
+@functools.cache
+def may_change(cls: type) -> bool:
+    """Return whether some method of a class contains code that changes a list or dict."""
+    functions = [f for base in cls.__mro__ if not is_torch(base.__module__) for f in _codes(base)]
+    return any(_changes(code) for code in functions)
+
+
+def _codes(cls: type) -> list[types.CodeType]:
+    found = [inspect.unwrap(getattr(f, "__func__", f)) for f in vars(cls).values() if callable(f)]
+    return [f.__code__ for f in found if isinstance(f, types.FunctionType)]
+
+
+def _changes(code: types.CodeType) -> bool:
+    if not _MUTATORS.isdisjoint(code.co_names):
+        return True
+    for step in dis.get_instructions(code):
+        in_place = step.opname.startswith("INPLACE") or (
+            step.opname == "BINARY_OP" and step.argrepr.endswith("=")
+        )
+        if in_place or step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            return True
+    return any(_changes(part) for part in code.co_consts if isinstance(part, types.CodeType))
 
 
 def take_back(tracer: Any, module: nn.Module, handed: list[Any]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.graph.branches import explore, join
-from normswap.graph.handed import NeedsChild
 from normswap.graph.hazards import is_something
 from normswap.graph.insert import insert_layers
 from normswap.graph.patches import TraceFailure
@@ -74,7 +73,7 @@ def _trace_paths(
 ) -> Variant:
     """Trace every path of a forward, methods that no graph stands for left out of the graph."""
     cls: Any = type(module)
-    outlined: tuple[str, ...] = ()
+    outlined = session.outlined.get(cls.converted_from, ())
 
     def trace(answers: tuple[bool, ...]) -> Traced:
         forward = cls.converted_from.forward
@@ -83,31 +82,35 @@ def _trace_paths(
     while True:
         try:
             paths = explore(trace)
-            break
         except TraceFailure as failure:
             method = next((m for m in failure.methods if m not in outlined), None)
             if method is None or len(outlined) == _MOST_OUTLINED:
                 raise
-            outlined = (*outlined, method)
-        except NeedsChild as need:
-            _prepare_child(need, session)
+            outlined = session.outlined[cls.converted_from] = (*outlined, method)
+            continue
+        needed = [need for path in paths for need in path.assumed]
+        if not any([_changes(child, values, session) for child, values in needed]):
+            break
     for path in paths:
         if not path.failure:
             insert_layers(path.graph, module, state.insertions, state.blocks)
     return _thread(module, paths, kinds)
 
 
-def _prepare_child(need: NeedsChild, session: TraceSession) -> None:
-    """Trace a child for the kinds of arguments its parent calls it with."""
-    state: ContainerState = need.child._normswap  # type: ignore[assignment]
-    met = set(state.variants)
-    prepare(need.child, need.values, session)
-    for key in state.assumed:  # what was assumed without knowing the call, and failed
-        if all(variant.run is None for variant in state.variants.get(key, ())):
-            state.variants.pop(key, None)
-    state.assumed |= set(state.variants) - met
-    if state.find(need.child, need.values) is None:
-        raise TraceFailure(f"hands a list to a {type(need.child).__name__} that cannot be foreseen")
+def _changes(child: nn.Module, values: tuple[Any, ...], session: TraceSession) -> bool:
+    """Return whether a child may change the lists or dicts it is called with."""
+    state: ContainerState = child._normswap  # type: ignore[assignment]
+    if state.find(child, values) is None:
+        met = set(state.variants)
+        prepare(child, values, session)
+        for key in state.assumed:  # what was assumed without knowing the call, and failed
+            if all(variant.run is None for variant in state.variants.get(key, ())):
+                state.variants.pop(key, None)
+        state.assumed |= set(state.variants) - met
+    variant = state.find(child, values)
+    if variant is None:
+        raise TraceFailure(f"hands a list to a {type(child).__name__} that cannot be foreseen")
+    return variant.run is None or bool(variant.writes)
 
 
 def _thread(module: nn.Module, paths: list[Traced], kinds: Any) -> Variant:
@@ -128,16 +131,15 @@ def _thread(module: nn.Module, paths: list[Traced], kinds: Any) -> Variant:
             node.args = (node.args[0], context, *node.args[1:])
         reads.update(path.reads)
         structure.update(path.structure)
-    outside = _norms_outside(module, calls)
-    for path in paths:
-        for node in path.outlined:
-            method: Any = node.target
-            method.scoped = outside
+    outlined: list[Any] = [node.target for path in paths for node in path.outlined]
+    outside = bool(outlined) and _norms_outside(module, calls)
+    for method in outlined:
+        method.scoped = outside
     writes = {path.writes for path in paths if not path.failure}
     if len(writes) > 1:
         raise TraceFailure("changes a list or dict it is given in one branch only")
     own = own_forward_of(kinds, tuple(index for index, _ in next(iter(writes))))
-    run, _ = join(paths, lambda graph: _compile(graph, name), own)
+    run = join(paths, lambda graph: _compile(graph, name), own)
     threaded = [c for c in calls if context_argument(module.get_submodule(c)) is not None]
     return Variant(
         run=run,
@@ -151,7 +153,7 @@ def _thread(module: nn.Module, paths: list[Traced], kinds: Any) -> Variant:
         direct=tuple(direct),
         something=all(path.failure or _returns_something(path) for path in paths),
         writes=next(iter(writes)),
-        rest=outside and any(path.outlined for path in paths),
+        rest=outside,
     )
 
 

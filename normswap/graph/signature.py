@@ -9,7 +9,7 @@ import torch
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 # Stands for a required argument until a real one is seen: most are tensors.
-_TENSOR = torch.empty(0)
+EXAMPLE = torch.empty(0)
 
 
 class Forward(NamedTuple):
@@ -135,7 +135,7 @@ def write_forward(
     shown = [p for p in declared if p.name not in {q.name for q in parameters}]
     if shown:
         scope["forward"].__signature__ = _show(parameters, shown, argument if contextual else None)
-    required = tuple(_TENSOR for p in shown if p.default is p.empty and p.kind in _POSITIONAL)
+    required = tuple(EXAMPLE for p in shown if p.default is p.empty and p.kind in _POSITIONAL)
 
     def examples() -> tuple[Any, ...]:
         return tuple(_example(p, required) for p in parameters)
@@ -160,4 +160,4 @@ def _example(parameter: Parameter, required: tuple[Any, ...]) -> Any:
         return required
     if parameter.kind is Parameter.VAR_KEYWORD:
         return {}
-    return _TENSOR if parameter.default is Parameter.empty else parameter.default
+    return EXAMPLE if parameter.default is Parameter.empty else parameter.default

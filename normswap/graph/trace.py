@@ -19,12 +19,12 @@ from torch import Tensor, fx, nn
 
 from normswap.graph import patches as p
 from normswap.graph.branches import end_at_question
-from normswap.graph.handed import NeedsChild, find_writes, snapshot_lists
+from normswap.graph.handed import find_writes, snapshot_lists
 from normswap.graph.hazards import Watch
 from normswap.graph.held import DRAWS, put_back, random_states
 from normswap.graph.patches import Patches, TraceFailure
 from normswap.graph.region import trace_checkpointed
-from normswap.graph.tracer import SWITCHES, ContainerTracer, LiveCalls, Traced
+from normswap.graph.tracer import SWITCHES, ContainerTracer, LiveCalls, Names, Traced
 from normswap.graph.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
 
 _LOCK = threading.RLock()
@@ -46,6 +46,7 @@ class TraceSession:
 
     def __init__(self, layers: tuple[Any, ...] = ()) -> None:
         self.layers = layers
+        self.outlined: dict[type, tuple[str, ...]] = {}  # methods that no graph stands for
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
         self._patches = Patches()
@@ -54,6 +55,7 @@ class TraceSession:
         self._entered: set[int] = set()
         self._library: set[int] = set()
         self._inline = False
+        self._names: dict[nn.Module, Names] = {}
 
     @property
     def tracer(self) -> ContainerTracer | None:
@@ -206,7 +208,8 @@ class TraceSession:
         Raises:
             TraceFailure: no graph stands for this forward; the text says why.
         """
-        tracer = ContainerTracer(root, answers, outlined)
+        names = self._names.get(root) or self._names.setdefault(root, Names(root))
+        tracer = ContainerTracer(root, names, answers, outlined)
         leaves: list[Any] = []
         for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
             proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
@@ -228,8 +231,6 @@ class TraceSession:
                 if tracer.result.writes:
                     output = (output, tuple(values[i] for i, _ in tracer.result.writes))
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
-        except NeedsChild:
-            raise
         except Exception as error:
             failure = error
         finally:

@@ -38,6 +38,8 @@ class Traced:
         answers: the truth this trace took them for.
         asked_in: methods of the container that asked.
         writes: arguments that the forward changes; the graph returns (output, new contents).
+        assumed: (child, arguments like those it was called with) for those that were taken to
+            change no list or dict they are given.
         failure: why this path ends after its last question; "" where the forward returns.
     """
 
@@ -50,7 +52,31 @@ class Traced:
     answers: tuple[bool, ...] = ()
     asked_in: list[str] = field(default_factory=list)
     writes: tuple[Write, ...] = ()
+    assumed: list[tuple[nn.Module, tuple[Any, ...]]] = field(default_factory=list)
     failure: str = ""
+
+
+class Names:
+    """Names of everything below a module.
+
+    Attributes:
+        paths: id of a module -> its name.
+        tensors: id of a parameter, a buffer or another tensor attribute -> its name.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.paths: dict[int, str] = {}
+        self.tensors: dict[int, str] = {}
+        for name, module in root.named_modules():
+            self.paths[id(module)] = name
+            prefix = f"{name}." if name else ""
+            table = vars(module)
+            for key, value in (*table["_parameters"].items(), *table["_buffers"].items()):
+                if value is not None:
+                    self.tensors.setdefault(id(value), prefix + key)
+            for key, value in table.items():
+                if isinstance(value, Tensor):
+                    self.tensors.setdefault(id(value), prefix + key)
 
 
 class LiveCalls(TorchFunctionMode):
@@ -83,12 +109,17 @@ class ContainerTracer(fx.Tracer):
 
     Args:
         root: the container.
+        names: of its modules and tensors.
         answers: to the first questions whether a symbolic value is true; True to those after.
         outlined: names of methods of the container that are called, not entered.
     """
 
     def __init__(
-        self, root: nn.Module, answers: tuple[bool, ...] = (), outlined: tuple[str, ...] = ()
+        self,
+        root: nn.Module,
+        names: "Names",
+        answers: tuple[bool, ...] = (),
+        outlined: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.root = root
@@ -98,17 +129,7 @@ class ContainerTracer(fx.Tracer):
         self.reshaped = 0
         self.graph = fx.Graph(tracer_cls=type(self))
         self.result = Traced(self.graph)
-        self.paths: dict[int, str] = {}
-        self.tensors: dict[int, str] = {}
-        for name, module in root.named_modules():
-            self.paths[id(module)] = name
-            prefix = f"{name}." if name else ""
-            for key, value in (*module._parameters.items(), *module._buffers.items()):
-                if value is not None:
-                    self.tensors.setdefault(id(value), prefix + key)
-            for key, value in vars(module).items():
-                if isinstance(value, Tensor):
-                    self.tensors.setdefault(id(value), prefix + key)
+        self.paths, self.tensors = names.paths, names.tensors
         self.modes = _modes()
         self.held = Held()
         self.region: Region | None = None
