@@ -14,7 +14,7 @@ ROOT = Path(normswap.__file__).parent
 ORDER = [
     {"errors"},
     {"functional"},
-    {"distributed"},
+    {"distributed", "streams", "extras"},
     {"sites"},
     {"methods", "contexts", "presets", "select"},
     {"graph"},
