@@ -2,6 +2,7 @@
 
 from normswap import contexts as contexts
 from normswap import functional as functional
+from normswap import plot as plot
 from normswap.api import convert as convert
 from normswap.api import plan as plan
 from normswap.api import summary as summary

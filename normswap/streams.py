@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.errors import ConversionError
+from normswap.functional.moments import compute_dtype
+
 
 class Reservoir:
     """A uniform sample, without replacement, of the rows of a stream.
@@ -55,6 +58,37 @@ class Reservoir:
             self.rows[left.to(rows.device)] = rows[:swapped]
         if len(rows) > swapped:
             self.rows = torch.cat([self.rows, rows[swapped:]])
+
+
+def keep_values(kept: Reservoir, x: Tensor) -> None:
+    """Offer the values at each position of x, (N, C, *), as rows (C,)."""
+    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    size = flat.shape[2]
+
+    def take(index: Tensor) -> Tensor:
+        index = index.to(x.device)
+        return flat[index // size, :, index % size].to(compute_dtype(x))
+
+    kept.add(len(x) * size, take)
+
+
+def forward_batch(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch, moved to its device: a tensor, a tuple that begins with one, a dict.
+
+    Raises:
+        ConversionError: a batch of another form.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, dict):
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return model(**moved)
+    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(x, Tensor):
+        raise ConversionError(
+            "expected batches that are a tensor, a tuple whose first item is one, or a dict, got "
+            f"{type(batch).__name__}; pass forward=lambda model, batch: ..."
+        )
+    return model(x.to(device))
 
 
 def show_progress(

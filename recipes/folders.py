@@ -85,7 +85,7 @@ def list_folder(root: Path) -> dict[str, dict[str, list[Path]]]:
     try:
         found = contexts.list_images(root)
     except ContextError as error:
-        raise RecipeError(f"expected --data as a folder DOMAIN/CLASS/image: {error}") from error
+        raise RecipeError(f"expected images as DOMAIN/CLASS/image in --data: {error}") from error
     files: dict[str, dict[str, list[Path]]] = {domain: {} for domain in found}
     for domain, images in found.items():
         for path in images:

@@ -21,7 +21,7 @@ ORDER = [
     {"report", "plot", "verification", "checks", "checkpoint", "calibration"},
     {"conversion", "insertion", "summarise"},
     {"api"},
-    {"cli"},
+    {"cli", "cli_plot"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -166,7 +166,7 @@ def load(folder: str | os.PathLike[str], features: Any = None) -> Assigner:
     """
     record, arrays = store.read(folder)
     kind = record.get("kind")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ContextError(
             f"expected an assigner of a kind among {', '.join(sorted(_KINDS))} in {folder}, got "
             f"{kind!r}"
@@ -175,6 +175,8 @@ def load(folder: str | os.PathLike[str], features: Any = None) -> Assigner:
         names, counts = record["names"], record["counts"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"names are {names!r}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"names are {names!r}")
         assigner = _KINDS[kind].restore(names, record, arrays, features)
         if counts is not None:
             sizes = tuple(int(size) for size in counts["sizes"])

@@ -117,7 +117,7 @@ def list_images(root: PathLike) -> dict[str, list[Path]]:
     """
     top = Path(root)
     if not top.is_dir():
-        raise ContextError(f"expected a folder of domain folders at {top}, found none")
+        raise ContextError(f"expected a folder of domain folders, found none at {top}")
     endings = f"known endings are {' '.join(sorted(IMAGE_SUFFIXES))}"
     entries = sorted(entry for entry in top.iterdir() if not entry.name.startswith("."))
     if loose := [entry.name for entry in entries if _is_image(entry.name) and not entry.is_dir()]:
