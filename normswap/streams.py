@@ -116,7 +116,7 @@ def undisturbed(model: nn.Module | None = None, seed: int | None = None) -> Iter
 
     Args:
         model: if any.
-        seed: what torch's generators start from meanwhile; they go on as they are by default.
+        seed: what torch's CPU generator starts from meanwhile; it goes on as it is by default.
     """
     modules = [] if model is None else list(model.modules())
     modes = [(module, module.training) for module in modules]
@@ -124,7 +124,8 @@ def undisturbed(model: nn.Module | None = None, seed: int | None = None) -> Iter
     try:
         with torch.random.fork_rng(devices=list(devices)):
             if seed is not None:
-                torch.manual_seed(seed)
+                # Loaders draw on the CPU; manual_seed would seed devices that are not put back.
+                torch.default_generator.manual_seed(seed)
             if model is not None:
                 model.eval()
             yield

@@ -141,8 +141,11 @@ def test_fitting_on_values_that_are_not_finite_is_refused_with_the_batch(find):
         ([torch.ones(90, 4)], "found 1: the others are alike"),
         ([torch.eye(4)[:2].repeat(40, 1)], "found 2: the others are alike"),
         (torch.randn(90, 4), "expected a loader that yields batches, got Tensor"),
-        ([{"x": torch.randn(90, 4)}], "expected a batch that is a tensor"),
+        ([{"x": torch.randn(90, 4)}], "expected a batch that is a real tensor"),
         ([torch.randn(90)], r"expected a batch \(N, C, H, W\)"),
+        ([torch.randn(90, 4) * 1e30], r"below 1e\+15, got 90 of 90"),
+        ([torch.randn(90, 4, dtype=torch.complex64)], "a real tensor"),
+        ([torch.randn(90, 0)], r"expected features \(N, D\)"),
         ([torch.randn(40, 4), torch.randn(40, 5)], r"size \[4\], as at first, got \[5\]"),
     ],
 )
@@ -156,6 +159,13 @@ def test_sets_that_cannot_be_clustered_are_refused(find, loader, message):
 def test_a_count_below_one_is_refused(find, count):
     with pytest.raises(ContextError, match="num_contexts"):
         find([torch.randn(90, 4)], count)
+
+
+@both
+@pytest.mark.parametrize("seed", [-1, "a", 2**32])
+def test_a_seed_out_of_range_is_refused(find, seed):
+    with pytest.raises(ContextError, match="expected seed="):
+        find([torch.randn(90, 4)], 2, seed=seed)
 
 
 @both

@@ -160,6 +160,7 @@ def test_a_mapping_from_indices_takes_indices():
         (({},), "expected a mapping"),
         (({1: "a", "b": "c"},), "expected a mapping"),
         (({"a": 1},), "expected a mapping"),
+        ((None,), "expected a dict"),
         (({"a": "b"}, ["a", "z"]), "found none for z"),
     ],
 )
@@ -231,6 +232,9 @@ class TestColumns:
             (ROWS, {"columns": []}, "expected columns="),
             ([{"camera": ""}], {"columns": "camera"}, "no row has a value"),
             ([1, 2], {"columns": "camera"}, "expected rows as dicts"),
+            (None, {"columns": "camera"}, "expected rows as dicts"),
+            (ROWS, {"columns": "age", "bins": ["age"]}, "expected bins= as column"),
+            (ROWS, {"columns": "age", "bins": {"age": "x"}}, "expected numbers as edges"),
             ({"a": [1], "b": [1, 2]}, {"columns": "a"}, "columns of one length"),
             (ROWS, {"columns": "camera", "bins": {"camera": 2}}, "expected numbers in the binned"),
             (ROWS, {"columns": "camera", "bins": {"age": 2}}, "bins= of columns that decide"),
@@ -299,5 +303,7 @@ def test_a_report_of_other_samples_needs_their_labels():
         assigner.report(targets=[0, 1])
     labels = assigner(torch.tensor([0, 1, 1]))
     assert assigner.report([0, 1, 1], labels).sizes == (1, 2)
+    with pytest.raises(ContextError, match=r"labels in \[-1, 2\)"):
+        assigner.report(labels=labels + 1)
     with pytest.raises(ContextError, match="as many targets as labels, 3, got 2"):
         assigner.report([0, 1], labels)

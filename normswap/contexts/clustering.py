@@ -123,10 +123,12 @@ def gaussian_mixture(
     mixture = need("sklearn.mixture", "contexts", "a Gaussian mixture")
     stream = FeatureStream(loader, features, num_contexts, samples, seed, progress)
     kept = stream.sample()
-    size = min(dimensions, kept.shape[1], max(len(kept) - 1, 1))
+    if len(kept) < 2:
+        raise ContextError("expected two samples or more to fit a mixture to, got one")
+    size = min(dimensions, kept.shape[1], len(kept) - 1)
     pca = _quietly(decomposition.PCA(size, random_state=seed).fit, kept.numpy())
     # One scale for all, so that what is added to the variances is a share of them.
-    spread = float(pca.explained_variance_.mean()) ** 0.5 if len(kept) > 1 else 0.0
+    spread = float(pca.explained_variance_.mean()) ** 0.5
     _check_distinct(1 if spread == 0 else num_contexts, num_contexts)
     spread = spread or 1.0
     center = torch.from_numpy(pca.mean_).double()

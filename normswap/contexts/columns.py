@@ -96,6 +96,8 @@ def from_columns(
     """
     table = read_rows(rows)
     chosen = (columns,) if isinstance(columns, str) else tuple(columns)
+    if bins is not None and not isinstance(bins, Mapping):
+        raise ContextError(f"expected bins= as column -> a count or edges, got {bins!r}")
     given = dict(bins or {})
     if not chosen or len(set(chosen)) < len(chosen):
         raise ContextError(f"expected columns= as different names, got {columns!r}")
@@ -165,7 +167,10 @@ def _bin_names(name: str, edges: Sequence[float]) -> list[str]:
 
 def _edges(table: Sequence[Row], name: str, wanted: int | Sequence[float]) -> list[float]:
     if not isinstance(wanted, int):
-        edges = [float(edge) for edge in wanted]
+        try:
+            edges = [float(edge) for edge in wanted]
+        except (TypeError, ValueError) as error:
+            raise ContextError(f"expected numbers as edges for {name!r}: {error}") from error
         rising = all(low < high for low, high in pairwise(edges))
         if not edges or not rising or not all(map(math.isfinite, edges)):
             raise ContextError(f"expected rising finite edges for {name!r}, got {list(wanted)}")

@@ -13,6 +13,8 @@ from normswap.errors import ContextError
 from normswap.streams import Reservoir, show_progress, undisturbed
 
 A = TypeVar("A", bound=ClusterAssigner)
+# The squares of larger ones overflow float32.
+LARGEST = 1e15
 
 
 class FeatureStream:
@@ -41,6 +43,8 @@ class FeatureStream:
     ) -> None:
         if isinstance(num_contexts, bool) or not isinstance(num_contexts, int) or num_contexts < 1:
             raise ContextError(f"expected num_contexts of at least 1, got {num_contexts!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ContextError(f"expected seed= in [0, 2^32), got {seed!r}")
         if samples < num_contexts:
             raise ContextError(f"expected samples= of at least {num_contexts}, got {samples}")
         if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
@@ -66,11 +70,11 @@ class FeatureStream:
             bar = show_progress(self.loader, title, progress=self.progress)
             for number, batch in enumerate(bar):
                 x = self.extractor(batch).cpu()
-                bad = int((~x.isfinite().all(1)).sum())
+                bad = int((~(x.abs() < LARGEST).all(1)).sum())
                 if bad:
                     raise ContextError(
-                        f"expected finite features, got {bad} of {len(x)} samples with others in "
-                        f"batch {number}; clean or leave out these inputs"
+                        f"expected finite features, below {LARGEST:g}, got {bad} of {len(x)} "
+                        f"samples with others in batch {number}; clean or leave out these inputs"
                     )
                 targets = targets_of(batch)
                 use(x, targets if targets is not None and len(targets) == len(x) else None)

@@ -66,7 +66,7 @@ class Extractor:
             assert callable(self.features)
             with torch.no_grad():
                 result = self.features(first_of(batch))
-        if not isinstance(result, Tensor) or result.dim() != 2 or result.is_complex():
+        if not isinstance(result, Tensor) or result.dim() != 2 or not result.shape[1]:
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ContextError(
                 f"expected features (N, D) of a batch, got {got}; average what has positions, or "
@@ -129,16 +129,17 @@ class Extractor:
 
 
 def first_of(batch: Any) -> Tensor:
-    """Return the input in a batch: a tensor, or the first item of a tuple or list.
+    """Return the input in a batch: a real tensor, or the first item of a tuple or list.
 
     Raises:
         ContextError: neither.
     """
     x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or x.is_complex():
+        kind = x.dtype if isinstance(x, Tensor) else type(batch).__name__
         raise ContextError(
-            "expected a batch that is a tensor, or a tuple or list whose first item is one, got "
-            f"{type(batch).__name__}; convert it in a generator or a collate function"
+            "expected a batch that is a real tensor, or a tuple or list whose first item is one, "
+            f"got {kind}; convert it in a collate function"
         )
     return x
 

@@ -35,7 +35,7 @@ def read_rows(rows: Rows) -> list[Row]:
             dict(zip(columns, values, strict=True))
             for values in zip(*columns.values(), strict=True)
         ]
-    table = list(rows)
+    table = list(rows) if isinstance(rows, Iterable) else [rows]
     for row in table:
         if not isinstance(row, Mapping):
             raise ContextError(
@@ -59,7 +59,8 @@ def _read_csv(path: str | os.PathLike[str]) -> list[Row]:
 
 def as_text(value: Any) -> str | None:
     """Return a value as text, None where it is missing; whole numbers are written one way."""
-    value = value.item() if hasattr(value, "item") else value
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
     if isinstance(value, float):
         if math.isnan(value):
             return None

@@ -48,6 +48,8 @@ class SuperclassAssigner(Assigner):
             given = given.tolist()
         if isinstance(given, str | int):
             given = [given]
+        if not isinstance(given, Iterable):
+            raise ContextError(f"expected classes, names or indices, got {given!r}")
         return torch.tensor([self._label(item) for item in given], dtype=torch.int64)
 
     def _label(self, item: Any) -> int:
@@ -122,6 +124,8 @@ def from_superclasses(
             )
         mapping = {name: group for group, members in SUPERCLASSES.items() for name in members}
         classes = sorted(mapping) if classes is None else classes
+    if not isinstance(mapping, Mapping):
+        raise ContextError(f"expected a dict from class to superclass, got {mapping!r}")
     kinds = {type(key) for key in mapping}
     if kinds not in ({str}, {int}) or not all(isinstance(v, str) for v in mapping.values()):
         raise ContextError(

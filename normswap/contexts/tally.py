@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import Tensor
 
@@ -53,9 +54,11 @@ class Tally:
         """Count labels (N,) in [-1, K), and the targets they stand with.
 
         Raises:
-            ContextError: another number of targets than of labels.
+            ContextError: labels out of range, or another number of targets.
         """
-        values = labels.tolist()
+        values = torch.as_tensor(labels).tolist()
+        if any(not -1 <= value < self.num_contexts for value in values):
+            raise ContextError(f"expected labels in [-1, {self.num_contexts}), got {labels}")
         for context, count in Counter(values).items():
             if context < 0:
                 self.unknown += count

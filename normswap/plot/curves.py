@@ -52,6 +52,8 @@ def curves(
         )
     (count,) = wanted
     places = list(range(1, count + 1)) if x is None else list(x)
+    if not all(isinstance(place, int | float) for place in places):
+        raise NormswapError(f"expected numbers on the x axis, got {places[:6]}")
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure, axes = open_axes(ax, len(panels), columns, (5 * columns, 3.8 * rows))

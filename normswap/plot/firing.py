@@ -102,7 +102,7 @@ def draw_firings(schedule: Schedule, names: list[str], forwards: int, seed: int)
     record = Firings(names, schedule.p, schedule.active)
     drawn = copy.deepcopy(schedule)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for _ in range(forwards):
             drawn.begin()
             record.rows.append({site for site in range(len(names)) if drawn.fires(site)})
