@@ -82,10 +82,14 @@ def load_folder(
 
 def list_folder(root: Path) -> dict[str, dict[str, list[Path]]]:
     """List the images by domain and class, and check that every domain has every class."""
+    if not root.is_dir():
+        raise RecipeError(
+            f"expected --data to be a folder DOMAIN/CLASS/image, found none at {root}"
+        )
     try:
         found = contexts.list_images(root)
     except ContextError as error:
-        raise RecipeError(f"expected images as DOMAIN/CLASS/image in --data: {error}") from error
+        raise RecipeError(f"expected images as DOMAIN/CLASS/image: {error}") from error
     files: dict[str, dict[str, list[Path]]] = {domain: {} for domain in found}
     for domain, images in found.items():
         for path in images:
