@@ -117,15 +117,16 @@ class Extractor:
                 y = inner.forward_head(inner.forward_features(x), pre_logits=True)
             else:
                 y = inner.forward_features(x)
-        result: Tensor = y.mean((2, 3)) if isinstance(y, Tensor) and y.dim() == 4 else y
-        return result
+        features: Tensor = y
+        return features
 
     def _version(self) -> tuple[int, ...]:
         """Return numbers that move when a tensor of the model is written to."""
         if not isinstance(self.features, nn.Module):
             return ()
         tensors = [*self.features.parameters(), *self.features.buffers()]
-        return tuple(number for t in tensors for number in (id(t), t._version))
+        # Tensors of inference mode count no writes, and can hardly be written to.
+        return tuple(n for t in tensors for n in (id(t), 0 if t.is_inference() else t._version))
 
 
 def first_of(batch: Any) -> Tensor:
