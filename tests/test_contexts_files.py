@@ -70,6 +70,7 @@ def test_no_pickle_is_written(kind, tmp_path):
 
 def test_saving_again_replaces_everything(tmp_path):
     contexts.kmeans([X], 2).save(tmp_path)
+    (tmp_path / "contexts.json.7.tmp").write_text("of a killed process")
     second = contexts.gaussian_mixture([X], 2)
     second.save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2

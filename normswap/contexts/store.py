@@ -42,9 +42,10 @@ def write(
         if arrays:
             _replace(root / content["arrays"], data)
         _replace(root / NAME, text.encode())
-        for old in root.glob("contexts-*.safetensors"):
+        # What was replaced, and what a killed process left.
+        for old in (*root.glob("contexts-*.safetensors"), *root.glob("contexts*.tmp")):
             if old.name != content["arrays"]:
-                old.unlink()
+                old.unlink(missing_ok=True)
     except OSError as error:
         raise ContextError(f"cannot write an assigner to {root}: {error}") from error
 
