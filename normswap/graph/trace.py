@@ -220,10 +220,11 @@ class TraceSession:
         before, lists = random_states(), snapshot_lists(values)
         self._inline, self._entered = inline, set()
         watch = Watch(self._enter_globals, tracer.held.names, root)
+        cls: Any = type(root)
         failure: Exception | None = None
         try:
             self._tracer = tracer
-            for table in p.globals_of(forward, type(root)):
+            for table in p.globals_of(forward, cls):
                 self._enter_globals(table)
             with LiveCalls(tracer), watch:
                 output = call(forward, root, values)
