@@ -129,6 +129,7 @@ def hand_on(
         return args, kwargs, Handed()
     effects = None
     state = vars(module).get("_normswap")
+    tracer.result.plain = False  # what a child does with a list depends on more than its class
     if state is not None and state.override is None:
         cls: Any = type(module)
         values = cls.bind(module, *args, **kwargs)
@@ -173,7 +174,9 @@ def take_back(tracer: Any, module: nn.Module, handed: Handed, output: Any) -> An
             made: Any = node
             new = [(key, made[key]) for key in keys]
             write_back(value, dict(new) if isinstance(value, dict) else [p for _, p in new])
-    check_lists(tracer, _name(module), rest, None if handed.effects.returned is not None else output)
+    check_lists(
+        tracer, _name(module), rest, None if handed.effects.returned is not None else output
+    )
     return give_back(output, handed.effects.returned, handed.values)
 
 

@@ -65,7 +65,7 @@ class Patches:
 
 
 @functools.lru_cache(maxsize=1024)
-def globals_of(forward: Callable[..., Any], cls: type) -> list[dict[str, Any]]:
+def globals_of(forward: Callable[..., Any], cls: Any) -> list[dict[str, Any]]:
     """Return the globals that the methods of a module class see, torch's own left out."""
     tables: dict[int, dict[str, Any]] = {}
     functions = [forward, *(f for base in cls.__mro__ for f in vars(base).values())]

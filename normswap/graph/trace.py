@@ -22,7 +22,7 @@ from normswap.graph.branches import end_at_question
 from normswap.graph.handed import Effects, find_effects, snapshot_lists
 from normswap.graph.hazards import Watch
 from normswap.graph.held import DRAWS, put_back, random_states
-from normswap.graph.names import Names
+from normswap.graph.known import Known
 from normswap.graph.origin import is_library, is_torch
 from normswap.graph.patches import Patches, TraceFailure
 from normswap.graph.region import trace_checkpointed
@@ -60,7 +60,7 @@ class TraceSession:
         self._entered: set[int] = set()
         self._library: set[int] = set()
         self._inline = False
-        self._names: dict[nn.Module, Names] = {}
+        self.known = Known()
 
     @property
     def tracer(self) -> ContainerTracer | None:
@@ -213,7 +213,7 @@ class TraceSession:
         Raises:
             TraceFailure: no graph stands for this forward; the text says why.
         """
-        names = self._names.get(root) or self._names.setdefault(root, Names(root))
+        names = self.known.names_of(root)
         tracer = ContainerTracer(root, names, answers, outlined, self.probed)
         leaves: list[Any] = []
         for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
@@ -225,10 +225,10 @@ class TraceSession:
         before, lists = random_states(), snapshot_lists(values)
         self._inline, self._entered = inline, set()
         watch = Watch(self._enter_globals, tracer.held.names, root)
+        cls: Any = type(root)
         failure: Exception | None = None
         try:
             self._tracer = tracer
-            cls: Any = type(root)
             for table in p.globals_of(forward, cls):
                 self._enter_globals(table)
             with LiveCalls(tracer), watch:
@@ -249,6 +249,7 @@ class TraceSession:
             self.assumed += tracer.result.assumed
             changed = put_back(tracer.root, tracer.result.reads, tracer.held)
         tracer.result.reads.update(tracer.held.settings())
+        tracer.result.plain &= not tracer.held.objects
         if failure is not None:
             end_at_question(tracer, failure)
         elif drawn:

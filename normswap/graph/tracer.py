@@ -14,8 +14,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from normswap.graph.handed import NOTHING, Effects, hand_on, take_back
 from normswap.graph.held import Held, is_plain, snapshot
 from normswap.graph.mutates import changes, gives_back
-from normswap.graph.names import Names
-from normswap.graph.origin import is_torch
+from normswap.graph.names import Names, returns_tensor
 from normswap.graph.outline import Outlined, methods_running
 from normswap.graph.patches import TraceFailure
 from normswap.graph.questions import MOST_QUESTIONS, question_key
@@ -37,6 +36,8 @@ class Traced:
         reads: (path of the module, attribute) -> the value the forward saw.
         structure: path of a module whose children the forward walked -> their names.
         regions: checkpointed parts, each with the node of the graph that calls it.
+        children: path of a submodule that is called -> whether it certainly returns a tensor.
+        plain: whether everything the forward read is in `reads` and `structure`.
         outlined: nodes that call a method of the container.
         questions: nodes whose truth the forward branched on.
         answers: the truth this trace took them for.
@@ -52,6 +53,8 @@ class Traced:
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
     structure: dict[str, tuple[str, ...]] = field(default_factory=dict)
     regions: list[tuple[fx.Node, Region]] = field(default_factory=list)
+    children: dict[str, bool] = field(default_factory=dict)
+    plain: bool = True
     outlined: list[fx.Node] = field(default_factory=list)
     questions: list[fx.Node] = field(default_factory=list)
     answers: tuple[bool, ...] = ()
@@ -198,7 +201,8 @@ class ContainerTracer(fx.Tracer):
                 self.result.structure[parent] = tuple(self.root.get_submodule(parent)._modules)
         args, kwargs, handed = hand_on(self, module, args, kwargs)
         proxy = self.create_proxy("call_module", path, args, kwargs)
-        proxy.node.meta["something"] = _returns_tensor(module)
+        something = self.result.children[path] = returns_tensor(module)
+        proxy.node.meta["something"] = something
         return take_back(self, module, handed, proxy)
 
     def _call_method(self, method: Outlined, *args: Any, **kwargs: Any) -> Any:
@@ -237,18 +241,6 @@ class ContainerTracer(fx.Tracer):
 def probe_key(module: nn.Module, values: tuple[Any, ...]) -> Any:
     """Return what identifies a call of a module on arguments like these."""
     return (id(module), tuple([describe(value, [], True) for value in values]))
-
-
-def _returns_tensor(module: nn.Module) -> bool:
-    """Return whether a module is certain to: a layer of torch, a norm, a graph that ends so."""
-    state: Any = vars(module).get("_normswap")
-    variants = [] if state is None else [v for found in state.variants.values() for v in found]
-    if variants and all(variant.something for variant in variants):
-        return True
-    cls = getattr(type(module), "converted_from", type(module))
-    if cls is nn.Sequential:
-        return bool(module._modules) and _returns_tensor(module[-1])  # type: ignore[index]
-    return is_torch(cls.__module__) and cls is not nn.MultiheadAttention
 
 
 def _is_plain_subclass(a: Any) -> bool:
