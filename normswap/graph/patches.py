@@ -206,13 +206,17 @@ def _flatten(kinds: Any) -> list[Any]:
         return [k for part in kinds for k in _flatten(part)]
     if isinstance(kinds, types.UnionType):
         return list(kinds.__args__)
-    return [kinds]
+    known = getattr(kinds, "__wrapped__", None)  # int and float are replaced, see _BUILTINS
+    return [known if isinstance(known, type) else kinds]
 
 
 def symbolic_type(value: Any, *rest: Any) -> Any:
     """Stand in for type: a tensor argument is a Tensor; other symbolic types are unknown."""
     if not isinstance(value, fx.Proxy):
-        return type(value, *rest)
+        found = type(value, *rest)
+        # What the forward compares it with is what stands in for int or float there.
+        known = sys._getframe(1).f_globals if found in (int, float, bool) else {}
+        return known.get(found.__name__, found)
     if value.node.op == "placeholder" and value.node.meta.get("tensor"):
         return Tensor
     raise TraceFailure("asks for the type of a value that is only known when it runs")

@@ -174,3 +174,26 @@ def test_labels_match_the_items_of_a_list_when_other_arguments_are_given():
     targets = [{"box": torch.rand(2, 4), "label": torch.ones(2)} for _ in range(4)]
     converted(list(images()), targets, context=LABELS).backward()
     assert converted.block.norm.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["isinstance", "type", "equal", "member"])
+def test_a_forward_may_ask_for_the_type_of_a_setting(name):
+    class Model(Holder):
+        def __init__(self):
+            super().__init__()
+            self.size, self.flag = 3, True
+
+        def forward(self, x):
+            y = self.a(x)
+            if name == "isinstance":
+                found = isinstance(self.size, (int, float)) and not isinstance(self.size, float)
+            elif name == "type":
+                found = type(self.size) is int and type(self.flag) is bool
+            elif name == "equal":
+                found = type(self.size) == int and type(self.size / 2) != int  # noqa: E721
+            else:
+                found = type(self.size) in (int, float)
+            return self.b(y) if found else y
+
+    report = normswap.summary(check(Model()))
+    assert report.count(delivery="threaded") == len(report.rows) == 2

@@ -264,3 +264,19 @@ def test_an_indexed_result_returned():
             return (self.b(self.a(x)) * 2)[:, :2, :]
 
     check(Model())
+
+
+def _is_installed():
+    try:
+        import a_package_that_is_not_there  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def test_a_function_of_nothing_may_handle_exceptions():
+    class Model(Holder):
+        def forward(self, x):
+            return self.a(x) if _is_installed() else self.b(self.a(x))
+
+    check(Model())

@@ -268,3 +268,21 @@ def test_a_norm_held_by_a_bound_method_is_refused():
     with pytest.raises(normswap.ConversionError, match="holds a norm to be replaced"):
         normswap.convert(model, inplace=True)
     assert isinstance(model.norm, nn.BatchNorm1d)
+
+
+def test_samples_that_hardly_differ_at_a_norm_still_tell_the_layout():
+    class Faint(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            tokens = 1 + x.flatten(2).transpose(1, 2) * 1e-7
+            return self.norm(tokens.flatten(0, 1)).unflatten(0, (x.shape[0], -1))
+
+    model = Faint().double().eval()
+    converted = normswap.convert(model, "cn", contexts=3, verify=False)
+    separate(converted)
+    mixed = converted(images().double(), context=LABELS)
+    alone = [converted(images()[i : i + 1].double(), context=LABELS[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(mixed, torch.cat(alone))
