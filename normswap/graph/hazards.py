@@ -7,6 +7,7 @@ are watched, and such a test of a value that only a run knows ends the trace.
 
 import dis
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -73,9 +74,8 @@ def find_hazards(code: types.CodeType) -> Hazards:
 
 def _is_apart(code: types.CodeType) -> bool:
     """Return whether a function is given nothing: no symbolic value is in what it tries."""
-    return not (
-        code.co_argcount or code.co_kwonlyargcount or code.co_freevars or code.co_flags & 12
-    )
+    given = code.co_argcount + code.co_kwonlyargcount + len(code.co_freevars)
+    return not (given or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS))
 
 
 class Watch:

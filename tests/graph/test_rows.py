@@ -9,6 +9,7 @@ from torch import nn
 
 import normswap
 from normswap import ContextError
+from tests.graph import behave
 
 K, N = 3, 4
 LABELS = torch.tensor([2, 0, 1, 0])
@@ -282,7 +283,8 @@ def test_samples_that_hardly_differ_at_a_norm_still_tell_the_layout():
 
     model = Faint().double().eval()
     converted = normswap.convert(model, "cn", contexts=3, verify=False)
-    separate(converted)
-    mixed = converted(images().double(), context=LABELS)
-    alone = [converted(images()[i : i + 1].double(), context=LABELS[i : i + 1]) for i in range(4)]
+    behave.separate(converted)
+    x, labels = behave.images().double(), behave.LABELS
+    mixed = converted(x, context=labels)
+    alone = [converted(x[i : i + 1], context=labels[i : i + 1]) for i in range(4)]
     torch.testing.assert_close(mixed, torch.cat(alone))
