@@ -1,14 +1,12 @@
 """Fit the mixtures of ACN layers to the data that reaches them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
-from importlib import import_module
-from itertools import islice
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normswap.batches import forward_batch, stream, undisturbed
 from normswap.errors import ConversionError
 from normswap.functional.mixture_fit import fit_mixture
 from normswap.functional.mixture_start import free_logits
@@ -69,15 +67,15 @@ def calibrate(
     if samples < 2 * most:
         raise ConversionError(f"expected samples= of at least {2 * most}, got {samples}")
     generator = torch.Generator().manual_seed(seed)
-    with _undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         kept = {name: Reservoir(samples, generator) for name in layers}
         hooks = [
             layer.register_forward_pre_hook(_observer(kept[name], layer.options.assignment))
             for name, layer in layers.items()
         ]
         try:
-            for batch in _bar(loader, batches, progress):
-                (forward or _forward)(model, batch)
+            for batch in stream(loader, batches, progress, "calibrate"):
+                (forward or forward_batch)(model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -197,47 +195,3 @@ def _match(old: Tensor, new: Tensor, weight: Tensor) -> dict[str, Tensor]:
     # Without spread there is nothing to match: a dead channel keeps its gamma.
     ratio = torch.where(sizes[1] > 1e-6, ratio, weight)
     return {"weight": ratio, "bias": old.mean(0) - ratio * new.mean(0)}
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if isinstance(batch, dict):
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return model(**moved)
-    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(x, Tensor):
-        raise ConversionError(
-            "expected batches that are a tensor, a tuple whose first item is one, or a dict, got "
-            f"{type(batch).__name__}; pass forward=lambda model, batch: ..."
-        )
-    return model(x.to(device))
-
-
-def _bar(loader: Iterable[Any], batches: int | None, progress: bool) -> Iterable[Any]:
-    stream = loader if batches is None else islice(loader, batches)
-    try:
-        tqdm = import_module("tqdm").tqdm
-    except ImportError:
-        return stream
-    total = len(loader) if isinstance(loader, Sized) else batches
-    if total is not None and batches is not None:
-        total = min(total, batches)
-    # disable=None: on a terminal only.
-    bar: Iterable[Any] = tqdm(
-        stream, "calibrate", total, unit="batch", disable=None if progress else True
-    )
-    return bar
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode; put modes and torch's generators back."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

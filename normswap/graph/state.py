@@ -101,6 +101,11 @@ class ContainerState:
         """Whether the module's own forward runs untraced, between `before` and `after`."""
         return not self.layers and not self.insertions
 
+    def children(self) -> list[str]:
+        """Return the names of the layers that were inserted in the module."""
+        around = [name for name in (self.before, self.after) if name is not None]
+        return [*(insertion.child for insertion in self.insertions), *around]
+
     def seen(self) -> list[Variant]:
         """Return the variants calls have met, or the assumed ones where none were met yet."""
         met = [v for key, found in self.variants.items() if key not in self.assumed for v in found]

@@ -135,6 +135,19 @@ class Surgery:
             parent._modules[leaf] = module
 
 
+def restore_forwards(model: nn.Module) -> None:
+    """Give every converted container its own class and forward again; drop inserted layers."""
+    for module in list(model.modules()):
+        state: ContainerState | None = vars(module).get("_normswap")
+        base = getattr(type(module), "converted_from", None)
+        if state is not None:
+            for child in state.children():
+                module._modules.pop(child, None)
+            uninstall(module)
+        elif base is not None:  # a slice that never ran
+            module.__class__ = base
+
+
 def find_containers(model: nn.Module, sites: Iterable[str]) -> dict[nn.Module, str]:
     """Return the modules above the sites that have a forward, with their names, root first."""
     found: dict[nn.Module, str] = {}
