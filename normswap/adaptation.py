@@ -144,8 +144,10 @@ class Average:
 def _check(record: Record, context: str | int | None) -> tuple[Method, int]:
     method = get_method(record.method)
     if not isinstance(method, Method) or not method.needs_context:
-        hint = "; normswap.calibrate fits ACN to data" if record.method == "acn" else ""
-        raise ConversionError(f"method {record.method!r} has no contexts to adapt{hint}")
+        raise ConversionError(
+            f"method {record.method!r} has no contexts to adapt (normswap.calibrate fits ACN to "
+            "data)"
+        )
     names = record.contexts.names
     if context is None and len(names) > 1:
         raise MissingContextError(f"expected context= one of {', '.join(names)}, got none")

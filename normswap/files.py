@@ -89,7 +89,12 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"expected {named['bytes']} bytes with the digest in {DESCRIPTION}, got {len(data)} "
             f"others: {folder / named['name']} is cut short or was changed"
         )
-    return content, library.load(data)
+    try:
+        return content, library.load(data)
+    except Exception as error:  # of a library's own type, or none in particular
+        raise CheckpointError(
+            f"{folder / named['name']} does not read as safetensors: {error}"
+        ) from error
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -79,14 +79,13 @@ def add_context(
                 _check_parameter(old, f"{where}.{key}")
                 parameters[old] = f"{where}.{key}"
                 grown[old] = _grown_parameter(old, table)
-    states = {} if optimizer is None else plan_growth(optimizer, parameters, mix)
+    plans = [] if optimizer is None else plan_growth(optimizer, parameters, mix)
     priors = torch.cat([weights * (1 - share), torch.tensor([share], dtype=weights.dtype)])
     after = replace(contexts, names=(*contexts.names, name), priors=priors)
     # Nothing below can fail.
     for where, layer in layers.items():
         _write(layer, tables[where], grown, after)
-    if optimizer is not None:
-        hand_over(optimizer, states, grown)
+    hand_over(plans, grown)
     for scope in scopes_of(root):
         scope.num_contexts, scope.names = after.count, after.names
     _note(record, after, layers)

@@ -163,9 +163,10 @@ def write(norm: nn.Module, plain: Plain, layer: nn.Module) -> None:
     affine = {"weight": plain.weight, "bias": plain.bias}
     slots = {name: getattr(norm, name, None) for name in affine}
     missing = [name for name, slot in slots.items() if slot is None]
-    if any(bool((affine[name] != (name == "weight")).any()) for name in missing):
+    like = next(t for t in (*layer.parameters(), plain.weight) if t.is_floating_point())
+    rounding = 8 * torch.finfo(like.dtype).eps
+    if any(bool(((affine[n] - float(n == "weight")).abs() > rounding).any()) for n in missing):
         for name in missing:
-            like = next(t for t in (*layer.parameters(), plain.weight) if t.is_floating_point())
             tensor = affine[name].to(like.device, like.dtype, copy=True)
             setattr(norm, name, nn.Parameter(tensor, _requires_grad(layer, name)))
         norm.__dict__["affine"] = True
