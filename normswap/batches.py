@@ -34,7 +34,13 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
 
 
 def stream(loader: Iterable[Any], batches: int | None, progress: bool, title: str) -> Iterable[Any]:
-    """Return the first batches of a loader, all by default, with a bar where tqdm is installed."""
+    """Return the first batches of a loader, all by default, with a bar where tqdm is installed.
+
+    Raises:
+        ConversionError: `batches` is no count of at least 1.
+    """
+    if batches is not None and (not isinstance(batches, int) or batches < 1):
+        raise ConversionError(f"expected batches= as a count of at least 1, got {batches!r}")
     first = loader if batches is None else islice(loader, batches)
     try:
         tqdm = import_module("tqdm").tqdm

@@ -158,19 +158,26 @@ class Shared(nn.Module):
         super().__init__()
         self.first = nn.BatchNorm2d(3)
         self.again = self.first
+        self.__dict__["other"] = self.first
         self.__dict__["held"] = [self.first]
         self.__dict__["named"] = {"it": self.first}
 
     def forward(self, x):
-        return self.again(self.first(x))
+        return self.other(self.again(self.first(x)))
 
 
 @EACH
 def test_aliases_lists_and_dicts_hold_the_norm_again(method):
     model = normswap.convert(Shared().eval(), method, contexts=2, verify=False)
-    back = normswap.revert(model)
+    assert model.first is model.other is model.again is model.held[0] is model.named["it"]
+    separate(model.double())
+    x, labels = make_batch((4, 3, 2, 2)), torch.tensor([0, 1, 1, 0])
+    layer = model.first
+    expected = layer(layer(layer(x, labels), labels), labels)
+    assert_close(model(x, context=labels), expected)
+    back = normswap.revert(model, 0)
     assert type(back.first) is nn.BatchNorm2d
-    assert back.first is back.again is back.held[0] is back.named["it"]
+    assert back.first is back.other is back.again is back.held[0] is back.named["it"]
 
 
 @EACH

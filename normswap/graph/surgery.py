@@ -52,7 +52,10 @@ class Surgery:
                 if key.startswith("_") and type(value) is dict:
                     continue
                 items: list[tuple[Any, Any]] = []
-                if type(value) is list:
+                if id(value) in layers:
+                    self._held.append((vars(module), key, value))
+                    vars(module)[key] = layers[id(value)]
+                elif type(value) is list:
                     items = list(enumerate(value))
                 elif type(value) is dict:
                     items = list(value.items())
