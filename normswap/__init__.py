@@ -2,6 +2,7 @@
 
 from normswap import contexts as contexts
 from normswap import functional as functional
+from normswap import plot as plot
 from normswap.adaptation import adapt as adapt
 from normswap.api import convert as convert
 from normswap.api import plan as plan
@@ -12,6 +13,7 @@ from normswap.checkpoint import load as load
 from normswap.checkpoint import save as save
 from normswap.errors import CheckpointError as CheckpointError
 from normswap.errors import ContextError as ContextError
+from normswap.errors import ContextWarning as ContextWarning
 from normswap.errors import ConversionError as ConversionError
 from normswap.errors import InputError as InputError
 from normswap.errors import MissingContextError as MissingContextError

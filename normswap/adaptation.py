@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.batches import forward_batch, stream, undisturbed
 from normswap.conversion import Record
 from normswap.converted import context_index, find_root, replaced_layers
 from normswap.distributed import sum_over
@@ -20,6 +19,7 @@ from normswap.functional.moments import (
 )
 from normswap.graph.scope import use_context
 from normswap.methods.base import Method, get_method
+from normswap.streams import forward_batch, show_progress, undisturbed
 
 
 def adapt(
@@ -82,7 +82,7 @@ def adapt(
     hooks = [a.layer.register_forward_pre_hook(a.observe, with_kwargs=True) for a in averages]
     try:
         with undisturbed(root), _uncompiled(root), torch.no_grad(), use_context(root, index):
-            for batch in stream(loader, batches, progress, "adapt"):
+            for batch in show_progress(loader, "adapt", batches, progress):
                 (forward or forward_batch)(root, batch)
         return _finish(averages, record.contexts.names[index])
     except BaseException:

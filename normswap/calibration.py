@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.batches import forward_batch, stream, undisturbed
 from normswap.errors import ConversionError
 from normswap.functional.mixture_fit import fit_mixture
 from normswap.functional.mixture_start import free_logits
-from normswap.functional.moments import Moments, compute_dtype, instance_moments
+from normswap.functional.moments import Moments, instance_moments
 from normswap.methods.acn_layer import AdaptiveContextNorm
+from normswap.streams import Reservoir, forward_batch, keep_values, show_progress, undisturbed
 
 
 def calibrate(
@@ -74,7 +74,7 @@ def calibrate(
             for name, layer in layers.items()
         ]
         try:
-            for batch in stream(loader, batches, progress, "calibrate"):
+            for batch in show_progress(loader, "calibrate", batches, progress):
                 (forward or forward_batch)(model, batch)
         finally:
             for hook in hooks:
@@ -94,29 +94,6 @@ def calibrate(
             raise
 
 
-class Reservoir:
-    """A uniform sample, without replacement, of the rows of a stream."""
-
-    def __init__(self, size: int, generator: torch.Generator) -> None:
-        self.size = size
-        self.generator = generator
-        self.keys = torch.empty(0)
-        self.rows: Tensor | None = None
-
-    def add(self, count: int, take: Callable[[Tensor], Tensor]) -> None:
-        """Offer `count` rows; `take` returns those of the indices it is given."""
-        # Each row draws a key; those with the largest keys so far are a uniform sample.
-        held = len(self.keys)
-        keys = torch.cat([self.keys, torch.rand(count, generator=self.generator)])
-        order = keys.topk(min(self.size, len(keys))).indices
-        old, new = order[order < held], order[order >= held]
-        self.keys = keys[torch.cat([old, new])]
-        rows = take(new - held)
-        if self.rows is not None:
-            rows = torch.cat([self.rows[old.to(rows.device)], rows])
-        self.rows = rows
-
-
 def _observer(kept: Reservoir, assignment: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
     def observe(_: nn.Module, inputs: tuple[Tensor]) -> None:
         x = inputs[0].detach()
@@ -126,14 +103,7 @@ def _observer(kept: Reservoir, assignment: str) -> Callable[[nn.Module, tuple[Te
             x = torch.stack([mean - var.sqrt(), mean + var.sqrt()], 2)
             kept.add(len(x), lambda index: x[index.to(x.device)])
             return
-        flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-        size = flat.shape[2]
-
-        def take(index: Tensor) -> Tensor:
-            index = index.to(x.device)
-            return flat[index // size, :, index % size].to(compute_dtype(x))
-
-        kept.add(len(x) * size, take)
+        keep_values(kept, x)
 
     return observe
 

@@ -54,7 +54,8 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
 
     Raises:
         ConversionError: not a converted model.
-        CheckpointError: safetensors is missing; sharded parameters, or none with values; an
+        NormswapError: safetensors is missing.
+        CheckpointError: sharded parameters, or none with values; an
             option of the method that JSON cannot hold.
         UnknownNameError: another `state`.
     """
@@ -127,7 +128,8 @@ def load(
         The converted model.
 
     Raises:
-        CheckpointError: safetensors is missing; files that are missing, cut short, changed, or of
+        NormswapError: safetensors is missing.
+        CheckpointError: files that are missing, cut short, changed, or of
             a newer version; a base of another architecture or dtype, or with other values. The
             message names what differs.
         ConversionError: a base that cannot be converted, or is already.

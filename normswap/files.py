@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from normswap.errors import CheckpointError
+from normswap.extras import need
 
 DESCRIPTION = "normswap.json"
 FORMAT = 1
@@ -27,24 +28,15 @@ _LEFTOVER = re.compile(rf"\.?({_TENSORS.pattern}|{re.escape(DESCRIPTION)})(\.[0-
 _AN_HOUR = 3600.0
 
 
-def _library() -> Any:
-    try:
-        from safetensors import torch as library
-    except ImportError as error:
-        raise CheckpointError(
-            "saving and loading need safetensors: pip install 'normswap[save]'"
-        ) from error
-    return library
-
-
 def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write a description and tensors; what was there stays readable until both are on disk.
 
     Raises:
-        CheckpointError: safetensors is missing, `folder` is a file, or the description holds what
+        NormswapError: safetensors is missing.
+        CheckpointError: `folder` is a file, or the description holds what
             JSON cannot.
     """
-    library = _library()
+    library: Any = need("safetensors.torch", "save", "saving and loading a conversion")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"expected a folder to save to, got the file {folder}")
     data: bytes = library.save({k: t.cpu().contiguous().clone() for k, t in tensors.items()})
@@ -68,7 +60,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         CheckpointError: a file that is missing, cut short, changed, or of a newer format.
     """
-    library = _library()
+    library: Any = need("safetensors.torch", "save", "saving and loading a conversion")
     content = read_description(folder)
     while True:
         named = content["file"]

@@ -14,14 +14,14 @@ ROOT = Path(normswap.__file__).parent
 ORDER = [
     {"errors"},
     {"functional"},
-    {"distributed"},
+    {"distributed", "streams", "extras"},
     {"sites"},
     {"methods", "contexts", "presets", "select"},
     {"graph"},
-    {"report", "plot", "verification", "checks", "calibration", "original", "batches"},
+    {"report", "plot", "verification", "checks", "calibration", "original"},
     {"conversion", "insertion", "summarise", "converted", "optimizers", "fingerprint", "files"},
     {"api", "reversion", "growth", "adaptation", "checkpoint"},
-    {"cli"},
+    {"cli", "cli_plot"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

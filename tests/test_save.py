@@ -314,8 +314,8 @@ def test_what_cannot_be_saved(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(CheckpointError, match="it is without values"):
         normswap.save(copy.deepcopy(model).to("meta"), tmp_path / "meta")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'normswap\[save\]'"):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(normswap.NormswapError, match=r"pip install 'normswap\[save\]'"):
         normswap.save(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
