@@ -41,12 +41,13 @@ def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tenso
         raise CheckpointError(f"expected a folder to save to, got the file {folder}")
     data: bytes = library.save({k: t.cpu().contiguous().clone() for k, t in tensors.items()})
     name = f"tensors-{secrets.token_hex(8)}.safetensors"
-    content = {"format": FORMAT, **content}
-    content["file"] = {"name": name, "bytes": len(data), "sha256": _digest(data)}
+    file = {"name": name, "bytes": len(data), "sha256": _digest(data)}
     try:
-        content["digest"] = _digest(_canonical(content))
+        # As it will be read: JSON knows no tuples, and no keys but strings.
+        content = json.loads(json.dumps({"format": FORMAT, **content, "file": file}))
     except TypeError as error:
         raise CheckpointError(f"expected options that JSON can hold: {error}") from error
+    content["digest"] = _digest(_canonical(content))
     folder.mkdir(parents=True, exist_ok=True)
     before = _file_in_use(folder)
     _replace(folder / name, data)

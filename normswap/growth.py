@@ -121,6 +121,11 @@ def _grow(
     """Return the tables of a layer with the row of the new context appended."""
     grown: dict[str, Tensor] = {}
     for key, row in method.added_rows(layer, like, share).items():
+        if key not in layer._parameters and key not in layer._buffers:
+            raise ConversionError(
+                f"{where}.{key} is neither a parameter nor a buffer (parametrized?), so that no "
+                "row can be added to it"
+            )
         table = getattr(layer, key).detach()
         if table.shape[1:] != row.shape:
             raise ConversionError(

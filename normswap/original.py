@@ -73,10 +73,10 @@ def _copy(value: Tensor | None) -> Tensor | None:
     return kept if kept.is_meta else kept.cpu()
 
 
-def rebuild(layer: nn.Module) -> nn.Module:
+def rebuild(layer: nn.Module, device: torch.device | None = None) -> nn.Module:
     """Return the norm that a layer replaced, with the values it had then.
 
-    Its mode, hooks, device, dtype and what is frozen are the layer's.
+    Its mode, hooks, dtype, what is frozen and, by default, its device are the layer's.
     """
     original = original_of(layer)
     assert original is not None
@@ -86,7 +86,7 @@ def rebuild(layer: nn.Module) -> nn.Module:
         norm.__dict__[name] = vars(layer).get(name, value) if name in original.adopted else value
     if original.group is not None:
         norm.__dict__["process_group"] = _find_group(original.group)
-    place = _placement(layer, original.site)
+    place = _placement(layer, original.site, device)
     for name, value in original.parameters.items():
         parameter = None
         if value is not None:
@@ -109,7 +109,7 @@ def _find_group(name: str) -> Any:
     return registry._resolve_process_group(name)
 
 
-def _placement(layer: nn.Module, site: Site) -> Any:
+def _placement(layer: nn.Module, site: Site, device: torch.device | None) -> Any:
     """Return a function that puts a tensor where the layer is now, in its dtype if that changed."""
     tensors = (*layer.parameters(), *layer.buffers())
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
@@ -117,7 +117,7 @@ def _placement(layer: nn.Module, site: Site) -> Any:
 
     def place(value: Tensor) -> Tensor:
         to = dtype if value.is_floating_point() else None
-        return value.to(device=like.device, dtype=to, copy=True)
+        return value.to(device=device or like.device, dtype=to, copy=True)
 
     return place
 
@@ -129,21 +129,23 @@ def _requires_grad(layer: nn.Module, name: str) -> bool:
     return any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
-def is_untouched(
-    layer: nn.Module, norm: nn.Module, method: Method, contexts: Contexts, options: Any
-) -> bool:
-    """Return whether a layer is, bit for bit, what conversion makes of the norm."""
+def is_untouched(layer: nn.Module, method: Method, contexts: Contexts, options: Any) -> bool:
+    """Return whether a layer is, bit for bit, what conversion makes of the norm it replaced."""
     own = _tensors(layer)
     if any(t.is_meta for t in own.values()):
         return True
     original = original_of(layer)
     assert original is not None
-    like = next((t for t in own.values() if t.is_floating_point()), torch.empty(0))
-    site = replace(original.site, device=like.device, dtype=like.dtype)
+    dtype = next((t.dtype for t in own.values() if t.is_floating_point()), original.site.dtype)
+    # Where conversion computed: logarithms of another device may differ in the last bit.
+    there = original.site.device
+    device = there if there.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
+    site = replace(original.site, device=device, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
-        fresh = _tensors(method.build(site, norm, contexts, options))
+        fresh = _tensors(method.build(site, rebuild(layer, device), contexts, options))
     return fresh.keys() == own.keys() and all(
-        t.shape == own[name].shape and torch.equal(t, own[name]) for name, t in fresh.items()
+        t.shape == own[name].shape and torch.equal(t, own[name].to(device))
+        for name, t in fresh.items()
     )
 
 

@@ -176,7 +176,7 @@ def _check_inserted(target: nn.Module, record: Record) -> None:
 def _is_untouched(layer: nn.Module, record: Record) -> bool:
     method = get_method(record.method)
     assert isinstance(method, Method)
-    return is_untouched(layer, rebuild(layer), method, record.contexts, record.options)
+    return is_untouched(layer, method, record.contexts, record.options)
 
 
 def _norm(
@@ -186,7 +186,7 @@ def _norm(
     norm = rebuild(layer)
     method = get_method(record.method)
     assert isinstance(method, Method)
-    if discard or is_untouched(layer, norm, method, record.contexts, record.options):
+    if discard or is_untouched(layer, method, record.contexts, record.options):
         return norm
     try:
         plain = method.plain(layer, index if method.needs_context else None)

@@ -185,6 +185,11 @@ def hook(model):
     return model
 
 
+def parametrize(model):
+    nn.utils.parametrize.register_parametrization(model.stem[1], "weight", nn.Identity())
+    return model
+
+
 REFUSED = [
     ({"name": "a"}, None, "there is a context 'a' already; the contexts are a, b, c"),
     ({"name": "posterior"}, None, "is a policy"),
@@ -195,6 +200,7 @@ REFUSED = [
     ({"name": "d", "like": "e"}, None, "unknown context 'e'"),
     ({"name": "d", "like": "posterior"}, None, "weighs the contexts by each input"),
     ({"name": "d"}, wrap, r"add it to \.module"),
+    ({"name": "d"}, parametrize, r"stem\.1\.weight is neither a parameter nor a buffer"),
     ({"name": "d"}, hook, r"neck\.bias has hooks"),
 ]
 
@@ -202,9 +208,10 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "change", "match"), REFUSED, ids=lambda v: str(v)[:30])
 def test_what_is_refused_changes_nothing(arguments, change, match):
     model = separate(make("cn"))
+    changed = model if change is None else change(model)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(normswap.NormswapError, match=match):
-        normswap.add_context(model if change is None else change(model), **arguments)
+        normswap.add_context(changed, **arguments)
     assert same(model.state_dict(), before)
     assert normswap.summary(model).contexts == tuple(NAMES)
 

@@ -9,6 +9,8 @@ import pickle
 import signal
 import sys
 import time
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import timm
@@ -367,3 +369,26 @@ def test_killed_in_the_middle_the_save_before_is_whole(tmp_path):
         turns.append(values.pop())
     assert max(turns) > 1
     assert make_inputs(base) is not None
+
+
+@dataclass(frozen=True)
+class OddOptions:
+    table: Any = None
+
+
+def test_options_of_a_method_go_through_json_or_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch
+):
+    method = normswap.get_method("crossnorm")
+    monkeypatch.setattr(type(method), "options", OddOptions)
+    monkeypatch.setattr(type(method), "insert", lambda self, place, options: nn.Identity())
+    monkeypatch.setattr(type(method), "connect", lambda self, layers, options: None)
+    base = make_model()
+    model = normswap.convert(base, "crossnorm", table={2: (1, 2), 10: "é"})
+    normswap.save(model, tmp_path)
+    twin = normswap.load(base, tmp_path)
+    assert normswap.summary(twin).options == {"table": {"2": [1, 2], "10": "é"}}
+    model = normswap.convert(base, "crossnorm", table={1, 2})
+    with pytest.raises(CheckpointError, match="options that JSON can hold"):
+        normswap.save(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
