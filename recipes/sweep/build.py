@@ -63,14 +63,14 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def build_filled(
-    build: Callable[[], nn.Module], name: str, seed: int, dtype: torch.dtype, trim: bool
+    build: Callable[[], nn.Module], name: str, seed: int, dtype: torch.dtype, keep: int
 ) -> nn.Module:
-    """Build a model in eval mode, trimmed if asked, and give it random weights."""
+    """Build a model in eval mode, of repeated blocks only `keep` unless 0, with random weights."""
     torch.manual_seed(seed + zlib.crc32(name.encode()))
     with SkipFills():
         model = build().eval()
-    if trim:
-        trim_repeats(model)
+    if keep:
+        trim_repeats(model, keep)
     fill(model)
     return model.to(dtype)
 
@@ -102,21 +102,22 @@ def fill(model: nn.Module) -> None:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, run: Callable[[nn.Module], Any]) -> None:
-    """Set running statistics near those of a batch: signals neither die nor explode."""
+    """Set running statistics near those of a batch: signals neither die nor explode.
+
+    The run is one in training mode, so it also tells whether the inputs are fit for that.
+    """
     tracked = [
-        m
-        for m in model.modules()
-        if isinstance(m, _NormBase) and m.track_running_stats and m.running_mean is not None
+        m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None
     ]
     kept = [norm.momentum for norm in tracked]
+    model.train()
     try:
         for norm in tracked:
-            norm.train()
             norm.momentum = 1.0
         run(model)
     finally:
+        model.eval()
         for norm, momentum in zip(tracked, kept, strict=True):
-            norm.eval()
             norm.momentum = momentum
     for norm in tracked:
         norm.running_mean += 0.2 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
@@ -124,8 +125,8 @@ def calibrate(model: nn.Module, run: Callable[[nn.Module], Any]) -> None:
         norm.running_var.clamp_(min=1e-3)
 
 
-def trim_repeats(model: nn.Module) -> int:
-    """Keep two of each run of consecutive blocks of one class and one set of shapes.
+def trim_repeats(model: nn.Module, keep: int) -> int:
+    """Keep so many of each run of consecutive blocks of one class and one set of shapes.
 
     Returns:
         How many blocks were removed.
@@ -135,7 +136,7 @@ def trim_repeats(model: nn.Module) -> int:
         if type(module) not in (nn.Sequential, nn.ModuleList):
             continue
         children = list(module.children())
-        kept = [c for _, run in itertools.groupby(children, _signature) for c in list(run)[:2]]
+        kept = [c for _, run in itertools.groupby(children, _signature) for c in list(run)[:keep]]
         if len(kept) < len(children):
             names = list(module._modules)
             for name in names[len(kept) :]:

@@ -59,7 +59,7 @@ def sweep_model(source: str, name: str, limits: Limits, methods: list[str]) -> I
     """Give one record for each method; whatever goes wrong is in the record."""
     warnings.simplefilter("ignore")
     record: dict[str, Any] = {"model": name, "family": "", "status": "failed"}
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     shared: dict[str, Any] = {}
     prepared = shell = None
     try:
@@ -71,12 +71,14 @@ def sweep_model(source: str, name: str, limits: Limits, methods: list[str]) -> I
         if not record["norms"]:
             record["status"] = "no norms"
         else:
-            record["check"], dtype = _scale(shell, record["parameters"], limits)
-            if record["check"] != "structure":
+            scale = _scale(shell, record["parameters"], limits)
+            record["check"] = "structure"
+            if scale is not None:
+                record["check"] = "reduced" if scale[0] else "full"
                 shared["stage"] = "prepare"
-                prepared = _prepare(chosen, dtype, record["check"] == "reduced", limits.seed)
+                prepared = _prepare_in_any_precision(chosen, scale[1], scale[0], limits.seed)
                 record["input"] = prepared.label
-                record["dtype"] = str(dtype).removeprefix("torch.")
+                record["dtype"] = str(prepared.subject.dtype).removeprefix("torch.")
         shared = {}
     except Exception as error:
         shared["error"] = _describe(error)
@@ -84,8 +86,9 @@ def sweep_model(source: str, name: str, limits: Limits, methods: list[str]) -> I
         result = {**record, "method": method, **shared}
         if not shared and record["status"] != "no norms":
             result.update(_sweep_method(shell, prepared, method, record["check"]))
-        result["seconds"] = round(time.perf_counter() - start, 2)
-        start = time.perf_counter()
+        now = time.perf_counter(), time.process_time()
+        result["seconds"], result["cpu_seconds"] = (round(b - a, 2) for a, b in zip(start, now))
+        start = now
         yield result
 
 
@@ -97,28 +100,38 @@ def _shell(chosen: Candidate) -> nn.Module:
         return chosen.build(**chosen.attempts[-1].options).eval()
 
 
-def _scale(shell: nn.Module, parameters: int, limits: Limits) -> tuple[str, torch.dtype]:
-    """Choose what of a model fits: all of it in float64, fewer blocks, or its structure alone."""
+def _scale(shell: nn.Module, parameters: int, limits: Limits) -> tuple[int, torch.dtype] | None:
+    """Choose what of a model fits: how many of repeated blocks (0: all), and the precision.
 
-    def fits(size: int, bytes_each: int) -> bool:
-        return size * bytes_each * 1.3 + _OVERHEAD <= limits.memory
-
-    if fits(parameters, 8):
-        return "full", torch.float64
-    try:
+    None where nothing fits.
+    """
+    sizes = {0: parameters}
+    for keep in (2, 1):
         smaller = copy.deepcopy(shell)
-        trim_repeats(smaller)
-        size = count(smaller)["parameters"]
-    except Exception:
-        size = parameters
-    if fits(size, 8):
-        return "reduced", torch.float64
-    if fits(parameters, 4):
-        return "full", torch.float32
-    return ("reduced" if fits(size, 4) else "structure"), torch.float32
+        trim_repeats(smaller, keep)
+        sizes[keep] = count(smaller)["parameters"]
+    for keep, dtype in (
+        *((0, torch.float64), (2, torch.float64), (0, torch.float32)),
+        *((1, torch.float64), (2, torch.float32), (1, torch.float32)),
+    ):
+        if sizes[keep] * dtype.itemsize * 1.3 + _OVERHEAD <= limits.memory:
+            return keep, dtype
+    return None
 
 
-def _prepare(chosen: Candidate, dtype: torch.dtype, trim: bool, seed: int) -> Prepared:
+def _prepare_in_any_precision(
+    chosen: Candidate, dtype: torch.dtype, keep: int, seed: int
+) -> Prepared:
+    try:
+        return _prepare(chosen, dtype, keep, seed)
+    except RuntimeError:
+        if dtype == torch.float32:
+            raise
+        # Code with float32 written into it.
+        return _prepare(chosen, torch.float32, keep, seed)
+
+
+def _prepare(chosen: Candidate, dtype: torch.dtype, keep: int, seed: int) -> Prepared:
     """Build the model and feed it in the first way that works.
 
     Raises:
@@ -134,7 +147,7 @@ def _prepare(chosen: Candidate, dtype: torch.dtype, trim: bool, seed: int) -> Pr
                     chosen.name,
                     seed,
                     dtype,
-                    trim,
+                    keep,
                 )
                 built = attempt.options
             subject = Subject(attempt.make, dtype, seed)

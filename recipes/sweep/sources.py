@@ -166,11 +166,13 @@ def _from_torchvision(name: str, kind: str) -> Candidate:
     without = {key: None for key in ("weights", "weights_backbone") if key in takes}
     attempts: list[Attempt] = []
     if kind == "detection":
+        # No box would pass the usual thresholds of random weights.
+        stages = {f"rpn_{p}_nms_top_n_{m}": 40 for p in ("pre", "post") for m in ("train", "test")}
+        two_stage = {"box_score_thresh": 0.0, "box_detections_per_img": 10, **stages}
+        one_stage = {"score_thresh": 0.0, "detections_per_img": 10, "topk_candidates": 40}
         small = {"min_size": 96, "max_size": 96}
-        for options in ({"box_score_thresh": 0.0}, {"score_thresh": 0.0}, {}):
-            attempts.append(Attempt("96 px", {**small, **options}, detection_samples(96)))
-        for options in ({"score_thresh": 0.0}, {}):
-            attempts.append(Attempt("own size", options, detection_samples(96)))
+        for options in ({**small, **two_stage}, {**small, **one_stage}, one_stage, {}):
+            attempts.append(Attempt("96 px", options, detection_samples(96)))
     elif kind == "video":
         sizes = ((4, 64), (8, 64), (8, 112), (16, 112), (16, 224))
         attempts = [Attempt(f"{t}x{s} px", {}, images(3, t, s, s)) for t, s in sizes]
@@ -204,7 +206,7 @@ def detection_samples(size: int) -> Make:
             "boxes": box,
             "labels": torch.tensor([1]),
             "masks": torch.ones(1, size, size, dtype=torch.uint8),
-            "keypoints": torch.full((1, 17, 3), 20.0, dtype=dtype),
+            "keypoints": torch.full((1, 17, 3), 20.0),
         }
         return pictures, [dict(target) for _ in rows]
 
