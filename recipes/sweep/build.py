@@ -14,14 +14,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-# Parameters above this size are filled by `fill` alone, not by the model's own initialisation,
-# which takes longer than everything else for large models.
+# Matrices and filters above this size are filled by `fill` alone, not by the model's own
+# initialisation, which takes longer than everything else for large models.
 LARGE = 4096
 _FILLS = {
     *(Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_),
     *(nn.init.kaiming_uniform_, nn.init.kaiming_normal_, nn.init.normal_, nn.init.uniform_),
     *(nn.init.xavier_uniform_, nn.init.xavier_normal_, nn.init.trunc_normal_),
 }
+
+
+def is_large(parameter: Tensor) -> bool:
+    """Say whether a parameter is filled by `fill` alone."""
+    return parameter.dim() > 1 and parameter.numel() > LARGE
 
 
 class SkipFills(TorchFunctionMode):
@@ -37,7 +42,7 @@ class SkipFills(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FILLS:
             target = args[0] if args else kwargs.get("tensor")
-            if isinstance(target, nn.Parameter) and target.numel() > LARGE:
+            if isinstance(target, nn.Parameter) and is_large(target):
                 return target
         return func(*args, **kwargs)
 
@@ -85,7 +90,7 @@ def fill(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or not parameter.numel():
             continue
-        if parameter.dim() > 1 and parameter.numel() > LARGE:
+        if is_large(parameter):
             bound = math.sqrt(3 / max(parameter[0].numel(), 1))
             parameter.uniform_(-bound, bound)
         elif id(parameter) in norms:

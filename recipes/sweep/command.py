@@ -17,7 +17,8 @@ import normswap
 from ..errors import RecipeError
 from ..runs import write_text
 from . import report, store
-from .one import GIB, Limits, sweep_model
+from .one import sweep_model
+from .prepare import GIB, Limits
 from .runner import Died, Task, run_tasks
 from .smallest import smallest_members
 from .sources import choose, names_of
@@ -79,7 +80,8 @@ def _sweep(
     memory: float,
 ) -> None:
     bad = sum(r["status"] not in report.FINE for r in records)
-    with tqdm(total=total, initial=len(records), unit="model", smoothing=0.05) as bar:
+    pace = 0.1 if sys.stderr.isatty() else 10
+    with tqdm(total=total, initial=len(records), unit="model", mininterval=pace) as bar:
         for task, part, result in run_tasks(tasks, options.workers, options.timeout, memory):
             if isinstance(result, Died):
                 result = {"model": task.name, "method": part, "family": "", **vars(result)}
@@ -89,7 +91,7 @@ def _sweep(
                 bad += 1
                 why = result.get("problems") or result.get("doubts") or [result.get("error", "")]
                 bar.write(f"{task.name} ({part}): {result['status']}: {'; '.join(why)[:200]}")
-            bar.set_postfix_str(f"{bad} not right")
+            bar.set_postfix_str(f"{bad} not right", refresh=False)
             bar.update()
 
 
