@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .layers import Folded, Pairs, reference, restore, snapshot
 from .outputs import joined, loss
-from .subject import LABELS, SENSITIVE, TRAINING_LABELS, Findings, Subject, apart_or_inf
+from .subject import LABELS, SENSITIVE, TRAINING_LABELS, Findings, Subject, apart_or_inf, row_of
 
 
 def check_preserved(
@@ -23,12 +23,7 @@ def check_preserved(
         return
     output = subject.run(model, rows, context=LABELS)
     for row, label in enumerate(LABELS):
-        found.expect_equal(f"context {label}", _row(output, row), _row(expected, row))
-
-
-def _row(output: list[Tensor], row: int) -> list[Tensor]:
-    size = len(LABELS)
-    return [t[row : row + 1] if t.dim() and t.shape[0] == size else t for t in output]
+        found.expect_equal(f"context {label}", row_of(output, row), row_of(expected, row))
 
 
 def check_mixed(

@@ -45,8 +45,10 @@ def run(options: argparse.Namespace, command: str) -> int:
     settings = resolve(options)
     memory = options.memory_gb * GIB / options.workers
     folder: Path = options.out
+    names = choose(names_of(settings["source"]), settings["filter"], settings["exclude"])
     done = store.open_sweep(folder, settings, options.resume, options.restart)
-    names = _names(settings, options, memory)
+    if settings["smallest_per_family"]:
+        names = smallest_members(names, options.workers, options.timeout, memory)
     methods, limits = settings["methods"], Limits(memory, settings["seed"])
     tasks = []
     for name in names:
@@ -124,13 +126,6 @@ def resolve(options: argparse.Namespace) -> dict[str, Any]:
         "methods": list(dict.fromkeys(options.methods)),
         "seed": options.seed,
     }
-
-
-def _names(settings: dict[str, Any], options: argparse.Namespace, memory: float) -> list[str]:
-    names = choose(names_of(settings["source"]), settings["filter"], settings["exclude"])
-    if not settings["smallest_per_family"]:
-        return names
-    return smallest_members(names, options.workers, options.timeout, memory)
 
 
 def _memory() -> float:

@@ -48,7 +48,7 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def total(key: str) -> int:
         return sum(r.get(key, 0) for r in converted)
 
-    timed = [r for r in converted if "sync_seconds" in r]
+    timed = list(filter(is_timed, converted))
     slow = [r for r in timed if r["convert_seconds"] > allowance(r)]
     return {
         "architectures": len(rows),
@@ -83,6 +83,11 @@ def allowance(record: dict[str, Any]) -> float:
     return 3 * float(record["sync_seconds"]) + 0.002 * containers
 
 
+def is_timed(record: dict[str, Any]) -> bool:
+    """Say whether all of a model was converted with a clock beside it."""
+    return record.get("check") == "full" and "sync_seconds" in record and "replaced" in record
+
+
 def is_right(summary: dict[str, Any]) -> bool:
     """Say whether a sweep is complete and everything in it is right."""
     bad = [s for s in STATUSES if s not in FINE]
@@ -110,6 +115,7 @@ def to_markdown(
     lines += _problems(records)
     lines += _opaque(records)
     lines += _refused_norms(records)
+    lines += _unreached(records)
     lines += _slowest(records)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -207,8 +213,17 @@ def _refused_norms(records: list[dict[str, Any]]) -> list[str]:
     return ["## Norms left alone", "", table, ""]
 
 
+def _unreached(records: list[dict[str, Any]]) -> list[str]:
+    rows = [[r["unreached"], r["model"], r["method"]] for r in records if r.get("unreached")]
+    if not rows:
+        return []
+    rows.sort(key=lambda row: (-row[0], *row[1:]))
+    table = tabulate(rows, ["norms", "model", "method"], tablefmt="github")
+    return ["## Norms that no forward was seen to reach", "", table, ""]
+
+
 def _slowest(records: list[dict[str, Any]]) -> list[str]:
-    timed = [r for r in records if "sync_seconds" in r and "replaced" in r]
+    timed = list(filter(is_timed, records))
     if not timed:
         return []
     timed.sort(key=lambda r: r["convert_seconds"] / max(allowance(r), 1e-9), reverse=True)

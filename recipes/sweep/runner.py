@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 _POLL_SECONDS = 0.5
+# A new process spends seconds on imports, more on a busy machine; no task is to blame for those.
+_START_SECONDS = 300.0
+_STARTED, _DONE = "started", "done"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class _Worker:
     task: Task | None = None
     left: list[str] = field(default_factory=list)
     since: float = 0.0
+    started: bool = False
 
 
 def run_tasks(
@@ -80,7 +84,9 @@ def run_tasks(
                         worker.process.join(5)
                         died = Died("crashed", _exit_text(worker.process.exitcode))
                     else:
-                        if record is None:
+                        if record == _STARTED:
+                            worker.since, worker.started = time.monotonic(), True
+                        elif record == _DONE:
                             worker.task = None
                         else:
                             worker.since = time.monotonic()
@@ -118,7 +124,7 @@ def _give(worker: _Worker, task: Task) -> None:
 
 def _check(worker: _Worker, timeout: float, memory: float) -> Died | None:
     seconds = time.monotonic() - worker.since
-    if seconds > timeout:
+    if seconds > (timeout if worker.started else max(timeout, _START_SECONDS)):
         return Died("timeout", f"took more than {timeout:.0f} s; give more --timeout")
     held = _resident(worker.process.pid)
     if held > memory:
@@ -160,6 +166,7 @@ def _serve(connection: Connection) -> None:
             function, arguments = connection.recv()
         except EOFError:
             return
+        connection.send(_STARTED)
         for record in function(*arguments):
             connection.send(record)
-        connection.send(None)
+        connection.send(_DONE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -149,6 +150,7 @@ def _timm(name: str) -> Candidate:
     )
 
 
+@functools.cache
 def _torchvision() -> dict[str, str]:
     import torchvision.models as zoo
 
@@ -213,6 +215,7 @@ def detection_samples(size: int) -> Make:
     return make
 
 
+@functools.cache
 def _custom(source: str) -> dict[str, Candidate]:
     """Read `package.module:function`, which yields (name, builder, example inputs).
 
