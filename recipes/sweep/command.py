@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     done = store.open_sweep(folder, settings, options.resume, options.restart)
     if settings["smallest_per_family"]:
         names = smallest_members(names, options.workers, options.timeout, memory)
-    methods, limits = settings["methods"], Limits(memory, settings["seed"])
+    methods, limits = settings["methods"], Limits(memory, settings["seed"], settings["structure"])
     tasks = []
     for name in names:
         left = tuple(m for m in methods if (name, m) not in done)
@@ -125,6 +125,7 @@ def resolve(options: argparse.Namespace) -> dict[str, Any]:
         "smallest_per_family": options.smallest_per_family,
         "methods": list(dict.fromkeys(options.methods)),
         "seed": options.seed,
+        "structure": options.structure,
     }
 
 
@@ -151,6 +152,11 @@ def _parser() -> argparse.ArgumentParser:
         "--smallest-per-family",
         action="store_true",
         help="only the member with the fewest parameters of each timm family that has norms",
+    )
+    add(
+        "--structure",
+        action="store_true",
+        help="plan on the meta device only: minutes for all of timm, but no numbers",
     )
     add("--methods", nargs="+", default=["cn"], help=", ".join(normswap.methods()))
     add("--workers", type=int, default=1, help="processes of one thread each (default: 1)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import time
 import warnings
 from collections.abc import Iterator
@@ -39,8 +40,10 @@ def sweep_model(source: str, name: str, limits: Limits, methods: list[str]) -> I
         if not record["norms"]:
             record["status"] = "no norms"
         else:
-            scale = choose_scale(shell, record["parameters"], limits)
             record["check"] = "structure"
+            scale = None
+            if not limits.structure:
+                scale = choose_scale(shell, record["parameters"], limits)
             if scale is not None:
                 record["check"] = "reduced" if scale[0] else "full"
                 shared["stage"] = "prepare"
@@ -54,6 +57,8 @@ def sweep_model(source: str, name: str, limits: Limits, methods: list[str]) -> I
         result = {**record, "method": method, **shared}
         if not shared and record["status"] != "no norms":
             result.update(_sweep_method(shell, prepared, method, record["check"]))
+            if limits.structure and result["status"] == "structure only":
+                result["status"], result["doubts"] = "planned", []
         now = time.perf_counter(), time.process_time()
         result["seconds"], result["cpu_seconds"] = (
             round(b - a, 2) for a, b in zip(start, now, strict=True)
@@ -118,6 +123,7 @@ def _convert(
 ) -> nn.Module:
     """Convert a copy, timed, and time what timm's converter to SyncBatchNorm takes beside it."""
     copied = _copy(model)
+    gc.collect()  # what earlier work left to collect is no part of this
     start = time.process_time()
     converted = normswap.convert(copied, method, contexts=contexts, inplace=True, verify=False)
     result["convert_seconds"] = round(time.process_time() - start, 4)

@@ -113,9 +113,3 @@ def loss(output: list[Tensor]) -> Tensor:
         weight = torch.rand(part.shape, generator=generator, dtype=torch.float64).to(part.dtype)
         total = total + (part * weight).mean()
     return total
-
-
-def compared(output: list[Tensor]) -> tuple[bool, int]:
-    """Say whether every value is finite, and how many values there are."""
-    finite = all(bool(t.isfinite().all()) for t in output)
-    return finite, sum(t.numel() for t in output)

@@ -21,10 +21,17 @@ _OVERHEAD = 1.0 * GIB
 
 @dataclass(frozen=True)
 class Limits:
-    """How a model is checked: memory for one process in bytes, and the seed of its weights."""
+    """How a model is checked.
+
+    Attributes:
+        memory: for one process, in bytes.
+        seed: of the weights.
+        structure: whether to plan only, without values and without running anything.
+    """
 
     memory: float
     seed: int = 0
+    structure: bool = False
 
 
 @dataclass

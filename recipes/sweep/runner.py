@@ -164,9 +164,9 @@ def _serve(connection: Connection) -> None:
     while True:
         try:
             function, arguments = connection.recv()
-        except EOFError:
-            return
-        connection.send(_STARTED)
-        for record in function(*arguments):
-            connection.send(record)
-        connection.send(_DONE)
+            connection.send(_STARTED)
+            for record in function(*arguments):
+                connection.send(record)
+            connection.send(_DONE)
+        except (EOFError, ConnectionError):
+            return  # the parent is gone

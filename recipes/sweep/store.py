@@ -37,13 +37,8 @@ def versions() -> dict[str, str]:
     for root in (package, Path(__file__).parent):
         for path in sorted(root.rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    found["normswap"] = f"{version_of_normswap()} {digest.hexdigest()[:12]}"
+    found["normswap and sweep"] = f"sources {digest.hexdigest()[:12]}"
     return found
-
-
-def version_of_normswap() -> str:
-    """Give the version of the package."""
-    return str(getattr(normswap, "__version__", "source"))
 
 
 def open_sweep(

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +13,15 @@ import torch
 from torch import nn
 
 from recipes.__main__ import main
+from recipes.errors import RecipeError
 from recipes.sweep.build import build_filled, trim_repeats
 from recipes.sweep.outputs import Incomparable, apart, joined, leaves
 from recipes.sweep.report import share
+from recipes.sweep.smallest import smallest_members
+from recipes.sweep.store import open_sweep, read_results
 
 ROOT = Path(__file__).parents[2]
 ZOO = "tests.recipes.sweep_zoo:models"
-# Lines of results that must not be compared between two runs.
-TIMES = ("seconds", "cpu_seconds", "convert_seconds", "sync_seconds")
 
 
 def sweep(out: Path, *options: str) -> int:
@@ -119,25 +121,47 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     assert statuses == {"good": "ok", "no-norms": "no norms", "endless": "timeout"}
 
 
-def test_a_finished_sweep_is_not_run_again(tmp_path, capsys):
-    assert sweep(tmp_path / "out", "--filter", "no-norms") == 0
-    written = (tmp_path / "out" / "results.jsonl").stat().st_mtime_ns
-    assert sweep(tmp_path / "out", "--filter", "no-norms", "--resume") == 0
-    assert (tmp_path / "out" / "results.jsonl").stat().st_mtime_ns == written
-    capsys.readouterr()
+@pytest.fixture
+def finished(swept, tmp_path):
+    """A copy of the finished sweep's folder."""
+    return shutil.copytree(swept[0], tmp_path / "finished")
+
+
+def test_a_finished_sweep_is_not_run_again(finished):
+    before = (finished / "results.jsonl").read_bytes()
+    assert sweep(finished, "--resume") == 1
+    assert (finished / "results.jsonl").read_bytes() == before
+
+
+def test_a_sweep_that_is_there_is_neither_overwritten_nor_mixed(finished, capsys):
+    before = (finished / "results.jsonl").read_bytes()
     for options, message in (
         ((), "add --resume to continue it"),
-        (("--resume", "--seed", "5"), r"settings of the sweep at"),
+        (("--resume", "--seed", "5"), "the settings of the sweep at"),
+        (("--resume", "--methods", "cn-x"), "the settings of the sweep at"),
     ):
-        assert sweep(tmp_path / "out", "--filter", "no-norms", *options) == 2
+        assert sweep(finished, *options) == 2
         assert message in capsys.readouterr().err
-    config = tmp_path / "out" / "config.json"
-    record = json.loads(config.read_text())
-    record["versions"]["torch"] = "1.0"
-    config.write_text(json.dumps(record))
-    assert sweep(tmp_path / "out", "--filter", "no-norms", "--resume") == 2
+    config = json.loads((finished / "config.json").read_text())
+    config["versions"]["torch"] = "1.0"
+    (finished / "config.json").write_text(json.dumps(config))
+    assert sweep(finished, "--resume") == 2
     assert "torch: '1.0'" in capsys.readouterr().err
-    assert sweep(tmp_path / "out", "--filter", "no-norms", "--restart") == 0
+    assert (finished / "results.jsonl").read_bytes() == before
+
+
+def test_restart_forgets_the_results(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert open_sweep(finished, config["settings"], resume=False, restart=True) == {}
+    assert not (finished / "results.jsonl").exists()
+
+
+def test_a_damaged_line_within_the_results_is_an_error(finished):
+    path = finished / "results.jsonl"
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first[:20], *rest]) + "\n")
+    with pytest.raises(RecipeError, match="cannot read line 1 of"):
+        read_results(finished)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +236,44 @@ def test_samples_are_joined_as_their_batch_has_them():
     assert all(map(torch.equal, joined([[b] for b in boxes], boxes), boxes))
     with pytest.raises(Incomparable, match="a batch outputs"):
         joined(singles, [torch.ones(5, 2), torch.ones(2)])
+
+
+def test_structure_alone_plans_without_running(tmp_path):
+    assert sweep(tmp_path / "out", "--structure", "--filter", "good", "raising") == 0
+    found = results(tmp_path / "out")
+    assert {r["status"] for r in found.values()} == {"planned"}
+    assert found["raising", "cn"]["replaced"] == 2
+    assert not any("numbers" in r for r in found.values())
+
+
+def test_torchvision_is_a_source(tmp_path):
+    out = tmp_path / "out"
+    names = ["lraspp_mobilenet_v3_large", "raft_small", "alexnet"]
+    assert main(["sweep", "--source", "torchvision", "--out", str(out), "--filter", *names]) == 0
+    found = {name: r for (name, _), r in results(out).items()}
+    assert found["lraspp_mobilenet_v3_large"]["replaced"] == 47
+    # Optical flow takes two images, and is written for float32.
+    assert (found["raft_small"]["dtype"], found["raft_small"]["family"]) == (
+        "float32",
+        "optical_flow",
+    )
+    assert found["alexnet"]["status"] == "no norms"
+
+
+def test_the_smallest_member_with_norms_stands_for_a_family():
+    names = ["resnet34", "resnet18", "vit_tiny_patch16_224", "vgg11", "vgg13_bn"]
+    assert smallest_members(names, 1, 60, float("inf")) == ["resnet18", "vgg13_bn"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_one_architecture_of_every_family_of_timm_converts_right(tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--smallest-per-family", "--workers", "2", "--memory-gb", "6", "--out", str(out)]
+    code = main(["sweep", *options])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert len(results(out)) >= 59
 
 
 class Blocks(nn.Module):
