@@ -22,6 +22,11 @@ from .sources import candidate
 from .structure import describe, structure
 from .subject import LABELS, Findings
 
+try:
+    from timm.layers import convert_sync_batchnorm
+except ImportError:
+    convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm
+
 
 def sweep_model(source: str, name: str, limits: Limits, methods: list[str]) -> Iterator[dict]:
     """Give one record for each method; whatever goes wrong is in the record."""
@@ -127,10 +132,6 @@ def _convert(
     start = time.process_time()
     converted = normswap.convert(copied, method, contexts=contexts, inplace=True, verify=False)
     result["convert_seconds"] = round(time.process_time() - start, 4)
-    try:
-        from timm.layers import convert_sync_batchnorm
-    except ImportError:
-        convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm
     other = _copy(model)
     start = time.process_time()
     try:
