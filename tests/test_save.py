@@ -352,7 +352,7 @@ def test_killed_in_the_middle_the_save_before_is_whole(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm", "tests.test_save"])
     base, turns = make_model(), []
-    for attempt in range(20):
+    for attempt in range(12):
         ready = context.Event()
         process = context.Process(target=save_for_ever, args=(tmp_path, ready))
         process.start()
