@@ -3,11 +3,15 @@
 from normswap import contexts as contexts
 from normswap import functional as functional
 from normswap import plot as plot
+from normswap.adaptation import adapt as adapt
 from normswap.api import convert as convert
 from normswap.api import plan as plan
 from normswap.api import summary as summary
 from normswap.api import verify as verify
 from normswap.calibration import calibrate as calibrate
+from normswap.checkpoint import load as load
+from normswap.checkpoint import save as save
+from normswap.errors import CheckpointError as CheckpointError
 from normswap.errors import ContextError as ContextError
 from normswap.errors import ContextWarning as ContextWarning
 from normswap.errors import ConversionError as ConversionError
@@ -18,6 +22,7 @@ from normswap.errors import UnknownNameError as UnknownNameError
 from normswap.errors import VerificationError as VerificationError
 from normswap.functional.schedule import Schedule as Schedule
 from normswap.graph.scope import use_context as use_context
+from normswap.growth import add_context as add_context
 from normswap.methods.acn_layer import AdaptiveContextNorm as AdaptiveContextNorm
 from normswap.methods.base import get_method as get_method
 from normswap.methods.base import methods as methods
@@ -29,3 +34,5 @@ from normswap.methods.crossnorm import CrossNorm as CrossNorm
 from normswap.methods.instance import ContextInstanceNorm as ContextInstanceNorm
 from normswap.methods.selfnorm import SelfNorm as SelfNorm
 from normswap.presets import PRESETS as PRESETS
+from normswap.reversion import revert as revert
+from normswap.reversion import specialize as specialize

@@ -20,6 +20,7 @@ from normswap.conversion import (
 )
 from normswap.distributed import shared_groups
 from normswap.errors import ConversionError
+from normswap.fingerprint import checksums, other_tensors
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
 from normswap.methods.base import (
@@ -106,7 +107,7 @@ def convert(
         inputs = widen(inputs, given.count)
         expected = eval_outputs(model, inputs)
     target = model if inplace else copy.deepcopy(model, shared_groups(model))
-    record = Record(method, parsed, given, rows, type(model).__name__)
+    record = Record(method, parsed, given, rows, type(model).__name__, placement=placement)
     if is_bare(found):
         return convert_bare(target, chosen, record, found[0])
     surgery = Surgery(target)
@@ -127,6 +128,7 @@ def convert(
         surgery.undo()
         raise
     target.__dict__[RECORD] = record
+    record.sums = checksums(other_tensors(target))
     return target
 
 

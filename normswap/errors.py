@@ -25,6 +25,10 @@ class UnknownNameError(NormswapError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class CheckpointError(NormswapError, ValueError):
+    """A saved conversion cannot be written or read, or belongs to another model."""
+
+
 class VerificationError(NormswapError, RuntimeError):
     """The converted model computes another function than the original."""
 

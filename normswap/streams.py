@@ -94,7 +94,13 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
 def show_progress(
     loader: Iterable[Any], title: str, batches: int | None = None, progress: bool = True
 ) -> Iterable[Any]:
-    """Return the first `batches` of a loader, with a bar on a terminal if tqdm is installed."""
+    """Return the first `batches` of a loader, with a bar on a terminal if tqdm is installed.
+
+    Raises:
+        ConversionError: `batches` is no count of at least 1.
+    """
+    if batches is not None and (not isinstance(batches, int) or batches < 1):
+        raise ConversionError(f"expected batches= as a count of at least 1, got {batches!r}")
     stream = loader if batches is None else islice(loader, batches)
     try:
         tqdm = import_module("tqdm").tqdm

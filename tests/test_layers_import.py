@@ -18,9 +18,9 @@ ORDER = [
     {"sites"},
     {"methods", "contexts", "presets", "select"},
     {"graph"},
-    {"report", "plot", "verification", "checks", "checkpoint", "calibration"},
-    {"conversion", "insertion", "summarise"},
-    {"api"},
+    {"report", "plot", "verification", "checks", "calibration", "original"},
+    {"conversion", "insertion", "summarise", "converted", "optimizers", "fingerprint", "files"},
+    {"api", "reversion", "growth", "adaptation", "checkpoint"},
     {"cli", "cli_plot"},
     {"__main__"},
 ]
@@ -78,7 +78,7 @@ def test_graph_knows_no_method():
 
 
 def test_a_method_knows_no_other_method():
-    shared = {"base", "layer", "instance"}
+    shared = {"base", "layer", "instance", "plain"}
     # CNSN is CrossNorm, then SelfNorm; ACN is spread over three files.
     parts = {
         "cnsn": {"crossnorm", "selfnorm"},

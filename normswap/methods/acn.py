@@ -3,8 +3,10 @@
 from dataclasses import asdict
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from normswap.errors import ConversionError
 from normswap.functional.moments import Moments
 from normswap.methods.acn_layer import AdaptiveContextNorm
 from normswap.methods.acn_options import AdaptiveOptions
@@ -15,6 +17,7 @@ from normswap.methods.base import (
     register_method,
 )
 from normswap.methods.layer import adopt
+from normswap.methods.plain import Plain
 from normswap.sites import Site
 
 
@@ -76,3 +79,28 @@ class AdaptiveContextNormalization(Method):
         if not isinstance(layer, AdaptiveContextNorm):
             return None
         return layer.mixture().log_prior.detach().exp().expand_as(layer.mu)
+
+    @torch.no_grad()
+    def plain(self, layer: nn.Module, context: int | None) -> Plain:
+        """Return the batch norm that a layer is while its components are equal.
+
+        Then ``tau_k = lambda_k`` for every input, and gamma takes ``sum_k sqrt(lambda_k)``.
+        """
+        assert isinstance(layer, AdaptiveContextNorm)
+        mixture = layer.mixture(torch.float64)
+        tables = [mixture.mean, (2 * mixture.log_sigma).exp() - layer.eps]
+        if layer.running_mean is not None and layer.running_var is not None:
+            tables += [layer.running_mean.double(), layer.running_var.double()]
+        if any(not torch.equal(t, t[:1].expand_as(t)) for t in tables):
+            raise ConversionError(
+                "its map depends on the input: each value is normalised by the components it "
+                "probably belongs to, and these have moved apart"
+            )
+        gain = (0.5 * mixture.log_prior).exp().expand_as(mixture.mean).sum(0)
+        return Plain(
+            tables[-2][0],
+            tables[-1][0].clamp(min=0),
+            layer.weight.double() * gain,
+            layer.bias.double(),
+            layer.num_batches_tracked,
+        )

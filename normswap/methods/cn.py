@@ -23,6 +23,7 @@ from normswap.methods.base import (
 )
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import ContextLayer, adopt, fill_affine, load_shared, make_priors
+from normswap.methods.plain import Plain, added_prior, pick, pick_moments
 from normswap.sites import Site
 
 
@@ -201,6 +202,31 @@ class ContextNorm(ContextLayer):
         fill_affine(state_dict, prefix, self.num_features)
         load_shared(state_dict, prefix, targets, {"weight": root, "bias": root})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def plain(self, context: int | None) -> Plain:
+        """Return the batch norm this layer is in eval mode for a context, None for the pooled."""
+        count, priors = self.num_batches_tracked, self.mixing(torch.float64)
+        running = Moments(self.running_mean, self.running_var)
+        scale = self.priors.double().rsqrt().unsqueeze(1)
+        return Plain(
+            *pick_moments(running, context, priors),
+            pick(self.weight * scale, context, priors),
+            pick(self.bias * scale, context, priors),
+            count.max() if context is None else count[context],
+        )
+
+    def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
+        """Return the rows of one more context; see `Method.added_rows`."""
+        mean, var, weight, bias, batches = self.plain(like)
+        prior = added_prior(self.priors, share)
+        affine = {"weight": weight * prior.sqrt(), "bias": bias * prior.sqrt(), "priors": prior}
+        statistics = {"running_mean": mean, "running_var": var, "num_batches_tracked": batches}
+        return {name: t for name, t in (affine | statistics).items() if t is not None}
+
+    @torch.no_grad()
+    def set_moments(self, context: int, moments: Moments) -> None:
+        """Set the running statistics of a context, (C,) each."""
+        self.running_mean[context], self.running_var[context] = moments
 
 
 @register_method

@@ -23,6 +23,7 @@ from normswap.methods.base import (
 )
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import ContextLayer, adopt, fill_affine, make_priors
+from normswap.methods.plain import Plain, added_prior, pick_moments
 from normswap.sites import Site
 
 
@@ -161,6 +162,36 @@ class ContextNormX(ContextLayer):
         state_dict.setdefault(prefix + "priors", self.priors)
         self.fresh = self.fresh and not _is_started(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def plain(self, context: int | None) -> Plain:
+        """Return the batch norm this layer is, for a context; None for the pooled.
+
+        Its running variance is ``sigma^2 - eps``; where that is negative, 0, and its weight takes
+        the factor ``sqrt(eps) / sigma`` that is left.
+        """
+        mean, var = self._learned(context)
+        weight, bias = torch.ones_like(mean), torch.zeros_like(mean)
+        if self.weight is not None and self.bias is not None:
+            weight, bias = self.weight.detach().double(), self.bias.detach().double()
+        weight = torch.where(var < self.eps, weight * (self.eps / var).sqrt(), weight)
+        return Plain(mean, (var - self.eps).clamp(min=0), weight, bias)
+
+    def _learned(self, context: int | None) -> Moments:
+        """Return mu and sigma^2 of a context, or of the mixture, (C,) float64."""
+        moments = Moments(self.mu, (2 * self.log_sigma.double()).exp())
+        return pick_moments(moments, context, self.mixing(torch.float64))
+
+    def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
+        """Return the rows of one more context; see `Method.added_rows`."""
+        mean, var = self._learned(like)
+        prior = added_prior(self.priors, share)
+        return {"mu": mean, "log_sigma": 0.5 * var.log(), "priors": prior}
+
+    @torch.no_grad()
+    def set_moments(self, context: int, moments: Moments) -> None:
+        """Set mu and ``log sigma = log(var + eps) / 2`` of a context from statistics, (C,) each."""
+        self.mu[context] = moments.mean
+        self.log_sigma[context] = log_spread(moments.var, self.eps)
 
 
 def _is_started(state: dict[str, Any], prefix: str) -> bool:

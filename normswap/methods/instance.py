@@ -9,6 +9,7 @@ from normswap.functional.affine import Affine, apply_affine, fold_norm, where_ro
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
 from normswap.methods.base import Contexts, affine_tensors
 from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
+from normswap.methods.plain import Plain, added_prior, pick
 from normswap.sites import Site
 
 
@@ -161,3 +162,14 @@ class ContextInstanceNorm(ContextLayer):
         for name, value in (("priors", self.priors), ("weight", self.weight), ("bias", self.bias)):
             state_dict.setdefault(prefix + name, value.detach())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def plain(self, context: int | None) -> Plain:
+        """Return the instance norm this layer is, for a context; None for the mean affine."""
+        priors = self.mixing(torch.float64)
+        weight, bias = (pick(t, context, priors) for t in (self.weight, self.bias))
+        return Plain(self.running_mean, self.running_var, weight, bias)
+
+    def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
+        """Return the rows of one more context; see `Method.added_rows`."""
+        _, _, weight, bias, _ = self.plain(like)
+        return {"weight": weight, "bias": bias, "priors": added_prior(self.priors, share)}

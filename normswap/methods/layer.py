@@ -242,4 +242,5 @@ def make_priors(
             f"expected `priors` of {num_contexts} positive values that sum to one, "
             f"got {priors.tolist()}; normswap.contexts.check_priors scales counts"
         )
-    return priors.to(device=device, dtype=torch.float64 if wide else torch.float32)
+    # A copy: layers of a float64 model would share one tensor with each other and the caller.
+    return priors.to(device=device, dtype=torch.float64 if wide else torch.float32, copy=True)

@@ -164,6 +164,14 @@ class SelfNorm(nn.Module):
             return y.to(x.dtype)
         return apply_affine(x, Affine(g, style.mean * (self.f(style) - g)))
 
+    def effect(self) -> str | None:
+        """Return what the layer does in eval, None while every gate is exactly 1."""
+        gates = [gate for gate in (self.g, self.f) if gate is not None]
+        learned = (t for gate in gates for t in (gate.bn_weight, gate.bn_bias))
+        if all(gate.scale == 2 for gate in gates) and not any(bool(t.any()) for t in learned):
+            return None
+        return "SelfNorm scales each channel by a gate on its own mean and spread"
+
     def extra_repr(self) -> str:
         """List the settings, non-default ones last."""
         text = str(self.num_features)
@@ -209,3 +217,8 @@ class SelfNormMethod(InsertedMethod):
     def insert(self, place: Place, options: SelfNormOptions) -> nn.Module:
         """Return a layer of the place's channels."""
         return options.build(place)
+
+    def effect(self, layer: nn.Module) -> str | None:
+        """Return what a trained layer does."""
+        assert isinstance(layer, SelfNorm)
+        return layer.effect()
