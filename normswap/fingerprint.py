@@ -55,17 +55,26 @@ def checksums(tensors: dict[str, Tensor]) -> dict[str, int] | None:
     """
     if any(t.is_meta for t in tensors.values()):
         return None
-    sums = [_checksum(t).cpu() for t in tensors.values()]
-    return {name: int(value) for name, value in zip(tensors, sums, strict=True)}
+    sums = [_checksum(t) for t in tensors.values()]
+    devices = {s.device for s in sums}
+    by_device = {d: iter(torch.stack([s for s in sums if s.device == d]).tolist()) for d in devices}
+    return {name: next(by_device[s.device]) for name, s in zip(tensors, sums, strict=True)}
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Return ``sum_i (i mod 1021 + 1) p b_i`` modulo 2^64 over the bits b as integers, p odd."""
+    """Return ``sum_i (i mod 1021 + 1) p b_i`` modulo 2^64, p odd, over the bits b as int64.
+
+    What is left of a row of 1021, or of 8 bytes, fills the first columns.
+    """
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).contiguous().flatten()
-    bits = flat.view(_INTEGERS[flat.element_size()])
-    whole = len(bits) - len(bits) % _COLUMNS
-    columns = bits[:whole].view(-1, _COLUMNS).sum(0, dtype=torch.int64)
-    columns[: len(bits) - whole] += bits[whole:]
+    each = 8 // flat.element_size()
+    if flat.storage_offset() % each:
+        flat = flat.clone()
+    whole = len(flat) - len(flat) % (each * _COLUMNS)
+    columns = flat[:whole].view(torch.int64).view(-1, _COLUMNS).sum(0)
+    rest = flat[whole:].view(_INTEGERS[flat.element_size()]).to(torch.int64)
+    for part in rest.split(_COLUMNS):
+        columns[: len(part)] += part
     weights = torch.arange(1, _COLUMNS + 1, device=tensor.device) * 0x9E3779B97F4A7C1
     return (columns * weights).sum()
 
