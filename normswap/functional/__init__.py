@@ -1,7 +1,8 @@
 """Pure tensor functions the methods share."""
 
 from normswap.functional.affine import Affine as Affine
-from normswap.functional.affine import apply_affine as apply_affine
+from normswap.functional.affine import Centred as Centred
+from normswap.functional.affine import centre_norm as centre_norm
 from normswap.functional.affine import fold_norm as fold_norm
 from normswap.functional.labels import Context as Context
 from normswap.functional.labels import resolve_labels as resolve_labels
@@ -16,3 +17,6 @@ from normswap.functional.moments import context_posterior as context_posterior
 from normswap.functional.moments import gaussian_divergence as gaussian_divergence
 from normswap.functional.moments import instance_moments as instance_moments
 from normswap.functional.moments import pool_moments as pool_moments
+from normswap.functional.stat_affine import apply_affine as apply_affine
+from normswap.functional.stat_affine import apply_centred as apply_centred
+from normswap.functional.stat_affine import stat_affine as stat_affine

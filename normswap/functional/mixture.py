@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.functional.affine import Affine, apply_affine, fold_norm
+from normswap.functional.affine import Affine, fold_norm
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
+from normswap.functional.stat_affine import apply_affine
 
 # A component that owns less than this many values of a batch has no moments there: it takes the
 # given ones. In exact arithmetic any mass would do; in float32 it may underflow to zero.

@@ -1,12 +1,13 @@
 """CN, context normalization: batch statistics and an affine for each context."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normswap.distributed import group_name, sum_over
-from normswap.functional.affine import Affine, apply_affine, fold_norm, where_rows
+from normswap.functional.affine import Affine, Centred, centre_norm, fold_norm
 from normswap.functional.moments import (
     Moments,
     compute_dtype,
@@ -15,6 +16,7 @@ from normswap.functional.moments import (
     instance_moments,
     pool_moments,
 )
+from normswap.functional.stat_affine import apply_centred, stat_affine
 from normswap.methods.base import (
     Contexts,
     Method,
@@ -113,33 +115,61 @@ class ContextNorm(ContextLayer):
         if self.training or torch.is_grad_enabled():
             # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
-        priors = self.mixing(dtype)
-        scale = self.priors.to(dtype).rsqrt().unsqueeze(1)
-        weight, bias = self.weight.to(dtype) * scale, self.bias.to(dtype) * scale
+        if labels is not None and self.training and not self.frozen:
+            glue = partial(self._glue, labels, unlabelled, running, x.shape[2:].numel())
+            return stat_affine(x, glue, self.weight, self.bias)
+        weight, bias = self._scaled(self.weight, self.bias, dtype)
         if labels is None:
-            return apply_affine(x, self._unknown(x, None, running, weight, bias, priors))
-        known = labels.clamp(min=0)
-        moments, instances = running, None
-        if self.training and not self.frozen:
-            instances = instance_moments(x)
-            moments = self._batch_moments(x, instances, labels, running)
-        affine = fold_norm(moments, weight, bias, self.eps).rows(known)
+            return apply_centred(x, self._unknown(x, None, running, weight, bias))
+        table = centre_norm(running, weight, bias, self.eps)
+        if self.num_contexts > 1:
+            table = table.rows(labels.clamp(min=0) if unlabelled else labels)
         if unlabelled:
-            other = self._unknown(x, instances, running, weight, bias, priors)
-            affine = where_rows(labels >= 0, affine, other)
-        return apply_affine(x, affine)
+            table = table.where(labels >= 0, self._unknown(x, None, running, weight, bias))
+        return apply_centred(x, table)
+
+    def _scaled(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return gamma and beta over sqrt(lambda)."""
+        scale = self.priors.to(dtype).rsqrt().unsqueeze(1)
+        return weight.to(dtype) * scale, bias.to(dtype) * scale
+
+    def _glue(
+        self,
+        labels: Tensor,
+        unlabelled: bool,
+        running: Moments,
+        size: int,
+        instances: Moments,
+        *tensors: Tensor,
+        replay: bool,
+    ) -> Affine:
+        """Return the map of each instance in training; see `normswap.functional.stat_affine`."""
+        weight, bias = self._scaled(*tensors, instances.mean.dtype)
+        moments = self._batch_moments(instances, labels, unlabelled, running, size, replay)
+        table = centre_norm(moments, weight, bias, self.eps)
+        table = table.rows(labels.clamp(min=0) if unlabelled else labels)
+        if unlabelled:
+            other = self._unknown(None, instances, running, weight, bias)
+            table = table.where(labels >= 0, other)
+        return table.at(instances.mean)
 
     def _batch_moments(
-        self, x: Tensor, instances: Moments, labels: Tensor, running: Moments
+        self,
+        instances: Moments,
+        labels: Tensor,
+        unlabelled: bool,
+        running: Moments,
+        size: int,
+        replay: bool,
     ) -> Moments:
         """Return each context's moments in this batch, and update the running ones."""
-        index = torch.where(labels < 0, self.num_contexts, labels)
+        index = torch.where(labels < 0, self.num_contexts, labels) if unlabelled else labels
         reduce = sum_over(self.process_group) if self.synced else None
-        size = x.shape[2:].numel()
         values, batch = context_moments(instances, index, self.num_contexts, size, reduce)
         usable = (values > 1).unsqueeze(1)
-        with torch.no_grad():
-            self._update(batch, values.unsqueeze(1), usable)
+        if not replay:
+            with torch.no_grad():
+                self._update(batch, values.unsqueeze(1), usable)
         return Moments(
             torch.where(usable, batch.mean, running.mean),
             torch.where(usable, batch.var, running.var),
@@ -157,27 +187,29 @@ class ContextNorm(ContextLayer):
 
     def _unknown(
         self,
-        x: Tensor,
+        x: Tensor | None,
         instances: Moments | None,
         running: Moments,
         weight: Tensor,
         bias: Tensor,
-        priors: Tensor,
-    ) -> Affine:
+    ) -> Centred:
         """Return the map of samples without a label: one row, or one a sample ("posterior")."""
         if isinstance(self.unknown, int):
             row = slice(self.unknown, self.unknown + 1)
             moments = Moments(running.mean[row], running.var[row])
-            return fold_norm(moments, weight[row], bias[row], self.eps)
-        if self.unknown == "posterior" and self.num_contexts > 1:
-            instances = instance_moments(x) if instances is None else instances
-            weights = context_posterior(instances, running, priors, self.eps)
-            return fold_norm(running, weight, bias, self.eps).mix(weights)
+            return centre_norm(moments, weight[row], bias[row], self.eps)
         if self.unknown == "error":
             # Reached only where the host cannot see the labels; wrong results must be visible.
-            return Affine(*(torch.full_like(t[:1], torch.nan) for t in (weight, bias)))
+            return Centred(*(torch.full_like(weight[:1], torch.nan) for _ in range(3)))
+        priors = self.mixing(weight.dtype)
+        if self.unknown == "posterior" and self.num_contexts > 1:
+            if instances is None:
+                assert x is not None
+                instances = instance_moments(x)
+            weights = context_posterior(instances, running, priors, self.eps)
+            return fold_norm(running, weight, bias, self.eps).mix(weights).centred()
         mixing = priors.unsqueeze(1)
-        return fold_norm(
+        return centre_norm(
             pool_moments(running, priors),
             (mixing * weight).sum(0, keepdim=True),
             (mixing * bias).sum(0, keepdim=True),
