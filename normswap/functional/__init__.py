@@ -17,6 +17,6 @@ from normswap.functional.moments import context_posterior as context_posterior
 from normswap.functional.moments import gaussian_divergence as gaussian_divergence
 from normswap.functional.moments import instance_moments as instance_moments
 from normswap.functional.moments import pool_moments as pool_moments
-from normswap.functional.stat_affine import apply_affine as apply_affine
-from normswap.functional.stat_affine import apply_centred as apply_centred
-from normswap.functional.stat_affine import stat_affine as stat_affine
+from normswap.functional.fused import apply_affine as apply_affine
+from normswap.functional.fused import apply_centred as apply_centred
+from normswap.functional.fused import stat_affine as stat_affine

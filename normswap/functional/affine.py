@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.functional.moments import Moments, wide_dtype
+from normswap.functional.moments import Moments, pick_rows, wide_dtype
 
 
 class Centred(NamedTuple):
@@ -21,7 +21,7 @@ class Centred(NamedTuple):
 
     def rows(self, index: Tensor) -> "Centred":
         """Return the rows that `index` (N,) names, (N, C)."""
-        return Centred(*(t.index_select(0, index) for t in self))
+        return Centred(*(pick_rows(t, index) for t in self))
 
     def at(self, mean: Tensor) -> "Affine":
         """Return scale and shift of the same map written as ``(x - mean) * scale + shift``."""
@@ -41,7 +41,7 @@ class Affine(NamedTuple):
 
     def rows(self, index: Tensor) -> "Affine":
         """Return the rows that `index` (N,) names, (N, C)."""
-        return Affine(self.scale.index_select(0, index), self.shift.index_select(0, index))
+        return Affine(*(pick_rows(t, index) for t in self))
 
     def mix(self, weights: Tensor) -> "Affine":
         """Return the rows mixed by weights (N, K), each row of which sums to one."""

@@ -18,6 +18,8 @@ from normswap.functional.moments import Moments, compute_dtype
 
 # Values of a block: temporaries of it stay in a CPU's cache.
 _BLOCK = 2**20
+# Values of an instance from which one call for it costs less than blocks of several operators.
+_LARGE = 2**15
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _grad_kernel: Any = torch.ops.aten.native_batch_norm_backward
@@ -164,10 +166,17 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         mask = [False, True, True]
         _, second, first = _grad_kernel(*given, ones, mean, ones, None, None, False, 0.0, mask)
         return first.view(centre.shape), second.view(centre.shape)
-    wide = compute_dtype(x)
-    first = x.new_empty(x.shape[:2], dtype=wide)
+    first = x.new_empty(x.shape[:2], dtype=compute_dtype(x))
     second = torch.empty_like(first)
+    if _is_large(x):
+        ones = torch.ones_like(centre[0])
+        for row in range(len(x)):
+            given = (dy[row : row + 1], x[row : row + 1], ones, centre[row], ones, None, None)
+            _, by_x, by_one = _grad_kernel(*given, False, 0.0, [False, True, True])
+            first[row], second[row] = by_one, by_x
+        return first, second
     grads, values, middle = _view(dy), _view(x), _spread(centre, x)
+    wide = first.dtype
     for rows in _blocks(values):
         grad = grads[rows].to(wide)
         torch.sum(grad, 1, out=first[rows])
@@ -176,13 +185,17 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def _is_large(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() // len(x) >= _LARGE
+
+
 def scale_and_dot(
     dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dy * scale`` and what `dot` returns."""
     whole = centre.shape[0] == 1
     if not (whole or _fuses(x)):
-        return (scaled(dy, scale), *dot(dy, x, centre))
+        return scaled(dy, scale), *dot(dy, x, centre)
     mean, weight = (t[0] if whole else _flat(t, x) for t in (centre, scale))
     ones = torch.ones_like(mean)
     given = (dy, x) if whole else (_as_channels(dy), _as_channels(x))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from normswap.functional.affine import Affine, fold_norm
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
-from normswap.functional.stat_affine import apply_affine
+from normswap.functional.fused import apply_affine
 
 # A component that owns less than this many values of a batch has no moments there: it takes the
 # given ones. In exact arithmetic any mass would do; in float32 it may underflow to zero.

@@ -86,7 +86,7 @@ def context_moments(
         counts, total = both[:, :1], both[:, 1:]
     share = counts.clamp(min=1).reciprocal()
     mu = total * share
-    spread = var + (mean - mu.index_select(0, index)).square()
+    spread = var + (mean - pick_rows(mu, index)).square()
     total = size * segment_sum(spread, index, num_contexts + 1)
     if reduce is not None:
         total = reduce(total)
@@ -94,10 +94,22 @@ def context_moments(
     return counts.squeeze(1), Moments(mu, var)
 
 
+def _embeds(t: Tensor, index: Tensor) -> bool:
+    """Return whether an embedding and its derivative, a segment sum, are the faster kernels.
+
+    On the CPU they are, several times. Elsewhere their derivative may make the host wait.
+    """
+    return t.device.type == "cpu" and index.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def pick_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Return the rows (N, C) of a table (K, C) that an index (N,) names."""
+    return torch.embedding(table, index) if _embeds(table, index) else table.index_select(0, index)
+
+
 def segment_sum(values: Tensor, index: Tensor, count: int) -> Tensor:
     """Return the sum of the rows (N, C) that share an index, (count, C)."""
-    if values.device.type == "cpu" and values.numel() and not torch.compiler.is_compiling():
-        # The derivative of an embedding is this sum, several times faster than index_add.
+    if _embeds(values, index):
         total: Tensor = torch.ops.aten.embedding_dense_backward(values, index, count, -1, False)
         return total
     return values.new_zeros(count, values.shape[1]).index_add(0, index, values)

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normswap.functional.affine import Affine, Centred
+from normswap.functional.glue import ExchangeGlue
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
-from normswap.functional.stat_affine import apply_centred, stat_affine
+from normswap.functional.fused import apply_centred, stat_affine
 
 
 class Style(NamedTuple):
@@ -179,7 +180,10 @@ def cross_norm(
     if content_box is None:
         given = () if style_box is None else instance_style(x, style_box, eps)
         glue = partial(_exchange, permutation, axis, fire, x.shape[2:].numel(), eps)
-        return stat_affine(x, glue, *given)
+        hand = None
+        if fire is None and style_box is None:
+            hand = ExchangeGlue(permutation, axis, x.shape[2:].numel(), eps)
+        return stat_affine(x, glue, *given, hand=hand)
     content = instance_style(x, content_box, eps)
     style = content if content_box is style_box else instance_style(x, style_box, eps)
     mean, std = (t.index_select(axis, permutation) for t in style)
@@ -201,7 +205,7 @@ def _exchange(
     *style: Tensor,
     replay: bool,
 ) -> Affine:
-    """Return the map to the style of another channel; see `normswap.functional.stat_affine`."""
+    """Return the map to the style of another channel; see `normswap.functional.fused`."""
     own = style_of(instances, positions, eps)
     mean, std = (t.index_select(axis, permutation) for t in style or own)
     scale = std / own.std

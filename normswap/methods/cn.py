@@ -1,6 +1,5 @@
 """CN, context normalization: batch statistics and an affine for each context."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from normswap.distributed import group_name, sum_over
 from normswap.functional.affine import Affine, Centred, centre_norm, fold_norm
+from normswap.functional.glue import ContextGlue
 from normswap.functional.moments import (
     Moments,
     compute_dtype,
@@ -16,7 +16,7 @@ from normswap.functional.moments import (
     instance_moments,
     pool_moments,
 )
-from normswap.functional.stat_affine import apply_centred, stat_affine
+from normswap.functional.fused import apply_centred, stat_affine
 from normswap.methods.base import (
     Contexts,
     Method,
@@ -115,75 +115,77 @@ class ContextNorm(ContextLayer):
         if self.training or torch.is_grad_enabled():
             # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
+        weight, bias = self._scaled(dtype)
         if labels is not None and self.training and not self.frozen:
-            glue = partial(self._glue, labels, unlabelled, running, x.shape[2:].numel())
-            return stat_affine(x, glue, self.weight, self.bias)
-        weight, bias = self._scaled(self.weight, self.bias, dtype)
+            return self._train_step(x, labels, unlabelled, running, weight, bias)
         if labels is None:
             return apply_centred(x, self._unknown(x, None, running, weight, bias))
         table = centre_norm(running, weight, bias, self.eps)
-        if self.num_contexts > 1:
-            table = table.rows(labels.clamp(min=0) if unlabelled else labels)
-        if unlabelled:
-            table = table.where(labels >= 0, self._unknown(x, None, running, weight, bias))
-        return apply_centred(x, table)
+        if not unlabelled:
+            return apply_centred(x, table, labels if self.num_contexts > 1 else None)
+        other = self._unknown(x, None, running, weight, bias)
+        return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
 
-    def _scaled(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return gamma and beta over sqrt(lambda)."""
         scale = self.priors.to(dtype).rsqrt().unsqueeze(1)
-        return weight.to(dtype) * scale, bias.to(dtype) * scale
+        return self.weight.to(dtype) * scale, self.bias.to(dtype) * scale
 
-    def _glue(
+    def _train_step(
         self,
+        x: Tensor,
         labels: Tensor,
         unlabelled: bool,
         running: Moments,
-        size: int,
-        instances: Moments,
-        *tensors: Tensor,
-        replay: bool,
-    ) -> Affine:
-        """Return the map of each instance in training; see `normswap.functional.stat_affine`."""
-        weight, bias = self._scaled(*tensors, instances.mean.dtype)
-        moments = self._batch_moments(instances, labels, unlabelled, running, size, replay)
-        table = centre_norm(moments, weight, bias, self.eps)
-        table = table.rows(labels.clamp(min=0) if unlabelled else labels)
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        """Normalise with each context's moments in this batch, and update the running ones."""
+        index, given, posterior = labels, running, False
         if unlabelled:
-            other = self._unknown(None, instances, running, weight, bias)
-            table = table.where(labels >= 0, other)
-        return table.at(instances.mean)
-
-    def _batch_moments(
-        self,
-        instances: Moments,
-        labels: Tensor,
-        unlabelled: bool,
-        running: Moments,
-        size: int,
-        replay: bool,
-    ) -> Moments:
-        """Return each context's moments in this batch, and update the running ones."""
-        index = torch.where(labels < 0, self.num_contexts, labels) if unlabelled else labels
+            # One more context, whose moments are given. With "posterior" it is a placeholder.
+            index = torch.where(labels < 0, self.num_contexts, labels)
+            posterior = self.unknown == "posterior" and self.num_contexts > 1
+            row = self._unknown_row(running, weight, bias)
+            given = Moments(*(torch.cat(pair) for pair in zip(running, row[0], strict=True)))
+            weight, bias = torch.cat((weight, row[1])), torch.cat((bias, row[2]))
         reduce = sum_over(self.process_group) if self.synced else None
-        values, batch = context_moments(instances, index, self.num_contexts, size, reduce)
-        usable = (values > 1).unsqueeze(1)
-        if not replay:
-            with torch.no_grad():
-                self._update(batch, values.unsqueeze(1), usable)
-        return Moments(
-            torch.where(usable, batch.mean, running.mean),
-            torch.where(usable, batch.var, running.var),
-        )
+        size, count = x.shape[2:].numel(), self.num_contexts
 
-    def _update(self, batch: Moments, values: Tensor, usable: Tensor) -> None:
+        def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
+            values, batch = context_moments(instances, index, count, size, reduce)
+            values = values.unsqueeze(1)
+            used = Moments(
+                *(torch.where(values > 1, b, g) for b, g in zip(batch, running, strict=True))
+            )
+            if not replay:
+                self._update(used, values)
+            if unlabelled:
+                rows = (torch.cat((u, g[count:])) for u, g in zip(used, given, strict=True))
+                used = Moments(*rows)
+            table = centre_norm(used, *tensors, self.eps).rows(index)
+            if posterior:
+                known = (t[:count] for t in tensors)
+                table = table.where(labels >= 0, self._unknown(None, instances, running, *known))
+            return table.at(instances.mean)
+
+        hand = None
+        if reduce is None and not posterior:
+            hand = ContextGlue(index, size, given, count, self.eps, self._update)
+        return stat_affine(x, glue, weight, bias, hand=hand)
+
+    @torch.no_grad()
+    def _update(self, used: Moments, values: Tensor) -> None:
+        """Move the running statistics; where a context had no moments, `used` holds them."""
+        count = self.num_contexts
+        values, usable = values[:count], values[:count] > 1
         self.num_batches_tracked.add_(usable.squeeze(1))
-        if self.momentum is None:
+        rate: Any = self.momentum
+        if rate is None:
             rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal().unsqueeze(1)
-        else:
-            rate = torch.full_like(values, self.momentum)
-        unbiased = batch.var * (values / (values - 1).clamp(min=1))
-        for buffer, new in ((self.running_mean, batch.mean), (self.running_var, unbiased)):
-            buffer.copy_(torch.where(usable, buffer + rate * (new - buffer), buffer))
+        unbiased = used.var[:count] * torch.where(usable, values / (values - 1), 1)
+        for buffer, new in ((self.running_mean, used.mean[:count]), (self.running_var, unbiased)):
+            buffer.copy_(torch.lerp(buffer.to(new.dtype), new, rate))
 
     def _unknown(
         self,
@@ -194,26 +196,31 @@ class ContextNorm(ContextLayer):
         bias: Tensor,
     ) -> Centred:
         """Return the map of samples without a label: one row, or one a sample ("posterior")."""
-        if isinstance(self.unknown, int):
-            row = slice(self.unknown, self.unknown + 1)
-            moments = Moments(running.mean[row], running.var[row])
-            return centre_norm(moments, weight[row], bias[row], self.eps)
-        if self.unknown == "error":
-            # Reached only where the host cannot see the labels; wrong results must be visible.
-            return Centred(*(torch.full_like(weight[:1], torch.nan) for _ in range(3)))
-        priors = self.mixing(weight.dtype)
         if self.unknown == "posterior" and self.num_contexts > 1:
             if instances is None:
                 assert x is not None
                 instances = instance_moments(x)
+            priors = self.mixing(weight.dtype)
             weights = context_posterior(instances, running, priors, self.eps)
             return fold_norm(running, weight, bias, self.eps).mix(weights).centred()
-        mixing = priors.unsqueeze(1)
-        return centre_norm(
-            pool_moments(running, priors),
+        return centre_norm(*self._unknown_row(running, weight, bias), self.eps)
+
+    def _unknown_row(
+        self, running: Moments, weight: Tensor, bias: Tensor
+    ) -> tuple[Moments, Tensor, Tensor]:
+        """Return moments, gamma and beta of the one row, (1, C), that unknown labels take."""
+        if isinstance(self.unknown, int):
+            row = slice(self.unknown, self.unknown + 1)
+            return Moments(running.mean[row], running.var[row]), weight[row], bias[row]
+        if self.unknown == "error":
+            # Reached only where the host cannot see the labels; wrong results must be visible.
+            nan = torch.full_like(running.mean[:1], torch.nan)
+            return Moments(nan, nan), torch.full_like(weight[:1], torch.nan), nan
+        mixing = self.mixing(weight.dtype).unsqueeze(1)
+        return (
+            pool_moments(running, mixing),
             (mixing * weight).sum(0, keepdim=True),
             (mixing * bias).sum(0, keepdim=True),
-            self.eps,
         )
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from normswap.functional.moments import (
     log_spread,
     pool_moments,
 )
-from normswap.functional.stat_affine import apply_centred
+from normswap.functional.fused import apply_centred
 from normswap.methods.base import (
     Contexts,
     Method,
@@ -120,11 +120,10 @@ class ContextNormX(ContextLayer):
         if labels is None:
             return apply_centred(x, self._unknown(x, mu, log_sigma))
         table = self._table(mu, torch.exp(-log_sigma))
-        if self.num_contexts > 1:
-            table = table.rows(labels.clamp(min=0) if unlabelled else labels)
-        if unlabelled:
-            table = table.where(labels >= 0, self._unknown(x, mu, log_sigma))
-        return apply_centred(x, table)
+        if not unlabelled:
+            return apply_centred(x, table, labels if self.num_contexts > 1 else None)
+        other = self._unknown(x, mu, log_sigma)
+        return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
 
     def _table(self, mu: Tensor, inverse_sigma: Tensor) -> Centred:
         if self.weight is None or self.bias is None:

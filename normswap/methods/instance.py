@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from normswap.functional.affine import Affine, centre_norm
 from normswap.functional.moments import Moments, compute_dtype
-from normswap.functional.stat_affine import apply_centred, stat_affine
+from normswap.functional.fused import apply_centred, stat_affine
 from normswap.methods.base import Contexts, affine_tensors
 from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
 from normswap.sites import Site
@@ -137,7 +137,7 @@ class ContextInstanceNorm(ContextLayer):
         *tensors: Tensor,
         replay: bool,
     ) -> Affine:
-        """Return the map of each instance; see `normswap.functional.stat_affine`."""
+        """Return the map of each instance; see `normswap.functional.fused`."""
         mean, var = self.running_mean, self.running_var
         if self.training and mean is not None and var is not None and not replay:
             if instances.mean.shape[0]:

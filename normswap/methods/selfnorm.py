@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from normswap.errors import ConversionError, InputError, UnknownNameError
 from normswap.functional.affine import Affine
 from normswap.functional.moments import Moments
-from normswap.functional.stat_affine import stat_affine
+from normswap.functional.fused import stat_affine
 from normswap.functional.style import Style, style_of
 from normswap.methods.base import InsertedMethod, register_method
 from normswap.sites import Place
@@ -182,7 +182,7 @@ class SelfNorm(nn.Module):
     def _glue(
         self, positions: int, instances: Moments, *tensors: Tensor, replay: bool
     ) -> Affine:
-        """Return the map of each instance; see `normswap.functional.stat_affine`."""
+        """Return the map of each instance; see `normswap.functional.fused`."""
         style = style_of(instances, positions, 1e-12)
         g = self.g(style, tensors[:3], replay)
         f = g if self.f is None else self.f(style, tensors[3:], replay)

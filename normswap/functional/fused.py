@@ -15,7 +15,14 @@ from torch.autograd import Function, forward_ad
 
 from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
-from normswap.functional.moments import Moments, compute_dtype, instance_moments
+from normswap.functional.glue import Pull
+from normswap.functional.moments import (
+    Moments,
+    compute_dtype,
+    instance_moments,
+    pick_rows,
+    segment_sum,
+)
 
 
 class Glue(Protocol):
@@ -26,6 +33,16 @@ class Glue(Protocol):
 
         Pure in what it returns. It may update buffers, unless it is replayed for a derivative.
         """
+
+
+class HandGlue(Protocol):
+    """The same function with its derivative written out; see `normswap.functional.glue`."""
+
+    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Affine, Any]:
+        """Return the map and what `backward` needs."""
+
+    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
+        """Return the gradients, given those of s and t."""
 
 
 def uses_kernels(x: Tensor) -> bool:
@@ -44,8 +61,7 @@ def _records(tensors: Sequence[Tensor]) -> bool:
 
 def _sums(t: Tensor, rows: int) -> Tensor:
     """Return the sum over positions, and over instances where the tables have one row."""
-    dims = tuple(range(2, t.dim()))
-    total = t.sum(dims) if dims else t
+    total = t.flatten(2).sum(2)
     return total.sum(0, keepdim=True) if rows == 1 else total
 
 
@@ -57,20 +73,25 @@ def apply_centred_plain(x: Tensor, table: Centred) -> Tensor:
     return torch.addcmul(shift - centre * scale, x.to(dtype), scale).to(x.dtype)
 
 
-def apply_centred(x: Tensor, table: Centred) -> Tensor:
+def apply_centred(x: Tensor, table: Centred, index: Tensor | None = None) -> Tensor:
     """Return ``(x - centre) * scale + shift`` in the dtype and memory format of x.
 
     Shape:
-        x: (N, C, *); tables: (N, C), or (1, C) for all instances.
+        x: (N, C, *); tables: (N, C), or (1, C) for all instances, or (K, C) with index (N,), the
+        row of each instance.
     """
     if not uses_kernels(x):
-        return apply_centred_plain(x, table)
+        return apply_centred_plain(x, table if index is None else table.rows(index))
     dtype = compute_dtype(x)
     tables = tuple(t.to(dtype) for t in table)
     if not _records((x, *tables)):
-        return kernels.affine(x, *tables)
-    y: Tensor = _TableAffine.apply(x, *tables)
+        return kernels.affine(x, *_picked(tables, index))
+    y: Tensor = _TableAffine.apply(x, index, *tables)
     return y
+
+
+def _picked(tables: Sequence[Tensor], index: Tensor | None) -> Sequence[Tensor]:
+    return tables if index is None else [pick_rows(t, index) for t in tables]
 
 
 def apply_affine(x: Tensor, affine: Affine) -> Tensor:
@@ -86,43 +107,50 @@ class _TableAffine(Function):
     """``y = (x - c) * s + t``: dx = dy s, ds = sum dy (x - c), dt = sum dy, dc = -s dt."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        x, centre, scale, shift = inputs
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, index, *tables = inputs
         kept = x if any(ctx.needs_input_grad[1:]) else None
-        ctx.save_for_backward(kept, centre, scale)
-        return kernels.affine(x, centre, scale, shift)
+        ctx.save_for_backward(kept, index, *tables[:2])
+        return kernels.affine(x, *_picked(tables, index))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, centre, scale = ctx.saved_tensors
+        x, index, *tables = ctx.saved_tensors
         needed, (dy,) = ctx.needs_input_grad, grads
         if torch.is_grad_enabled():
-            return _differentiate_tables(dy, x, centre, scale)
+            return _differentiate_tables(dy, x, index, *tables)
+        centre, scale = _picked(tables, index)
         if x is None:
-            return kernels.scaled(dy if kernels.suits(dy) else dy.contiguous(), scale), *[None] * 3
+            dy = dy if kernels.suits(dy) else dy.contiguous()
+            return kernels.scaled(dy, scale), *[None] * 4
         dy, dx = kernels.match(dy, x), None
         if needed[0]:
             dx, dshift, dscale = kernels.scale_and_dot(dy, x, centre, scale)
         else:
             dshift, dscale = kernels.dot(dy, x, centre)
-        return dx, -scale * dshift if needed[1] else None, dscale, dshift
+        if index is not None:
+            dshift, dscale = (segment_sum(t, index, len(tables[0])) for t in (dshift, dscale))
+        return dx, None, -tables[1] * dshift if needed[2] else None, dscale, dshift
 
 
 def _differentiate_tables(
-    dy: Tensor, x: Tensor | None, centre: Tensor, scale: Tensor
+    dy: Tensor, x: Tensor | None, index: Tensor | None, *tables: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients with a graph of their own."""
+    centre, scale = _picked(tables, index)
     rows, shape = len(scale), scale.shape + (1,) * (dy.dim() - 2)
     wide = dy.to(scale.dtype)
     dx = (wide * scale.reshape(shape)).to(dy.dtype)
     if x is None:
-        return dx, None, None, None
+        return dx, *[None] * 4
     dshift = _sums(wide, rows)
     dscale = _sums(wide * (x.to(scale.dtype) - centre.reshape(shape)), rows)
-    return dx, -scale * dshift, dscale, dshift
+    if index is not None:
+        dshift, dscale = (segment_sum(t, index, len(tables[0])) for t in (dshift, dscale))
+    return dx, None, -tables[1] * dshift, dscale, dshift
 
 
-def stat_affine(x: Tensor, glue: Glue, *tensors: Tensor) -> Tensor:
+def stat_affine(x: Tensor, glue: Glue, *tensors: Tensor, hand: HandGlue | None = None) -> Tensor:
     """Return ``(x - mean) * s + t`` with s and t a function of x's own statistics.
 
     Args:
@@ -131,6 +159,7 @@ def stat_affine(x: Tensor, glue: Glue, *tensors: Tensor) -> Tensor:
             `tensors` to s and t. Anything differentiable; what costs, is of the size of x, is not
             its business.
         tensors: what the glue differentiates besides the statistics: parameters.
+        hand: the same glue with a derivative of its own, for where the kernels are used.
 
     Returns:
         A tensor of the shape, dtype and memory format of x.
@@ -139,10 +168,47 @@ def stat_affine(x: Tensor, glue: Glue, *tensors: Tensor) -> Tensor:
         return _compute_plain(x, glue, tensors, replay=False)
     if not _records((x, *tensors)):
         instances = kernels.stats(x)
-        scale, shift = glue(instances, *tensors, replay=False)
+        if hand is None:
+            scale, shift = glue(instances, *tensors, replay=False)
+        else:
+            (scale, shift), _ = hand.forward(instances, *tensors)
         return kernels.affine(x, instances.mean, scale, shift)
-    y: Tensor = _StatAffine.apply(x, glue, *tensors)
+    y: Tensor = _StatAffine.apply(x, glue, hand or _AutogradGlue(glue, x.shape[2:].numel()), *tensors)
     return y
+
+
+class _AutogradGlue:
+    """Glue with torch's derivative."""
+
+    def __init__(self, glue: Glue, positions: int) -> None:
+        self.glue, self.positions = glue, positions
+
+    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Affine, Any]:
+        """Compute the glue, keeping its graph."""
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_(t.requires_grad) for t in (*instances, *tensors)]
+            affine = self.glue(Moments(*leaves[:2]), *leaves[2:], replay=False)
+        return Affine(*(t.detach() for t in affine)), (affine, leaves)
+
+    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
+        """Go back through the graph; it is kept, as others' graphs are where torch is told to."""
+        (scale, shift), leaves = saved
+        pairs = ((scale, dscale), (shift, dshift))
+        pulled = [(out, grad) for out, grad in pairs if out.requires_grad]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found: list[Tensor | None] = [None] * len(wanted)
+        if pulled and wanted:
+            outs, grads = zip(*pulled, strict=True)
+            found = list(
+                torch.autograd.grad(outs, wanted, grads, retain_graph=True, allow_unused=True)
+            )
+        iterator = iter(found)
+        dmean, dvar, *dtensors = (next(iterator) if t.requires_grad else None for t in leaves)
+        zero, share = torch.zeros_like(dscale), 1 / self.positions
+        # Differences first: a map that does not depend on the mean has a constant of exactly zero.
+        constant = torch.addcmul(zero if dmean is None else dmean, scale.detach(), dshift, value=-1)
+        spread = zero if dvar is None else dvar * (2 * share)
+        return Pull(spread, constant.mul_(share), tuple(dtensors))
 
 
 def _compute_plain(x: Tensor, glue: Glue, tensors: Sequence[Tensor], replay: bool) -> Tensor:
@@ -152,56 +218,36 @@ def _compute_plain(x: Tensor, glue: Glue, tensors: Sequence[Tensor], replay: boo
 
 
 class _StatAffine(Function):
-    """The glue's derivative is torch's, on its (N, C); that of the rest, over x, is by hand.
-
-    With D1 = sum dy, D2 = sum dy (x - m) and dm, dv what the glue makes of (D2, D1):
-    dx = s dy + 2 dv / M (x - m) + (dm - s D1) / M.
-    """
+    """dx = s dy + b (x - m) + c, with b and c what the glue makes of sum dy and sum dy (x - m)."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, glue, *tensors = inputs
+        x, glue, hand, *tensors = inputs
         instances = kernels.stats(x)
-        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad)
-        needed = needed[:2] + needed[3:]
-        with torch.enable_grad():
-            given = zip((*instances, *tensors), needed, strict=True)
-            leaves = [t.detach().requires_grad_(need) for t, need in given]
-            affine = glue(Moments(*leaves[:2]), *leaves[2:], replay=False)
-        ctx.glue, ctx.leaves, ctx.affine = glue, leaves, affine
+        if ctx.needs_input_grad[0]:
+            for t in instances:
+                t.requires_grad_()
+        affine, kept = hand.forward(instances, *tensors)
+        mean = instances.mean.detach()
+        ctx.glue, ctx.hand, ctx.kept, ctx.mean, ctx.scale = glue, hand, kept, mean, affine.scale
         ctx.save_for_backward(x, *tensors)
-        return kernels.affine(x, instances.mean, *(t.detach() for t in affine))
+        return kernels.affine(x, mean, *affine)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         if torch.is_grad_enabled():
             found = _differentiate(x, ctx.glue, tensors, grads[0], needed)
-            return found[0], None, *found[1:]
-        dy, mean, scale = kernels.match(grads[0], x), ctx.leaves[0].detach(), ctx.affine.scale
-        first, second = kernels.dot(dy, x, mean)
-        pairs = zip(ctx.affine, (second, first), strict=True)
-        pulled = [(out, grad) for out, grad in pairs if out.requires_grad]
-        wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
-        results: list[Tensor | None] = [None] * len(wanted)
-        if pulled:
-            outs, cotangents = zip(*pulled, strict=True)
-            results = list(
-                torch.autograd.grad(outs, wanted, cotangents, retain_graph=True, allow_unused=True)
-            )
-        iterator = iter(results)
-        dmean, dvar, *dtensors = (
-            next(iterator) if leaf.requires_grad else None for leaf in ctx.leaves
-        )
-        if not needed[0]:
-            return None, None, *dtensors
-        a, share = scale.detach(), 1 / x.shape[2:].numel()
-        # Differences first: a map that does not depend on the mean has a c of exactly zero.
-        c = torch.addcmul(torch.zeros_like(a) if dmean is None else dmean, a, first, value=-1)
-        c = c.mul_(share)
-        b = torch.zeros_like(a) if dvar is None else dvar * (2 * share)
-        return kernels.combine(dy, x, a, b, c.addcmul_(b, mean, value=-1)), None, *dtensors
+            return found[0], None, None, *found[1:]
+        dy, mean = kernels.match(grads[0], x), ctx.mean
+        dshift, dscale = kernels.dot(dy, x, mean)
+        pull = ctx.hand.backward(ctx.kept, dscale, dshift)
+        dx = None
+        if needed[0]:
+            offset = torch.addcmul(pull.constant, pull.spread, mean, value=-1)
+            dx = kernels.combine(dy, x, ctx.scale, pull.spread, offset)
+        return dx, None, None, *pull.tensors
 
 
 def _differentiate(
