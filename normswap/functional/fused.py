@@ -6,7 +6,7 @@ tracing (where a compiler fuses them), functorch and forward-mode derivatives, s
 devices, dtypes and strides that the kernels do not know.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -150,7 +150,9 @@ def _differentiate_tables(
     return dx, None, -tables[1] * dshift, dscale, dshift
 
 
-def stat_affine(x: Tensor, glue: Glue, *tensors: Tensor, hand: HandGlue | None = None) -> Tensor:
+def stat_affine(
+    x: Tensor, glue: Glue, *tensors: Tensor, hand: Callable[[], HandGlue] | None = None
+) -> Tensor:
     """Return ``(x - mean) * s + t`` with s and t a function of x's own statistics.
 
     Args:
@@ -159,7 +161,7 @@ def stat_affine(x: Tensor, glue: Glue, *tensors: Tensor, hand: HandGlue | None =
             `tensors` to s and t. Anything differentiable; what costs, is of the size of x, is not
             its business.
         tensors: what the glue differentiates besides the statistics: parameters.
-        hand: the same glue with a derivative of its own, for where the kernels are used.
+        hand: makes the same glue with a derivative of its own, where the kernels are used.
 
     Returns:
         A tensor of the shape, dtype and memory format of x.
@@ -171,9 +173,10 @@ def stat_affine(x: Tensor, glue: Glue, *tensors: Tensor, hand: HandGlue | None =
         if hand is None:
             scale, shift = glue(instances, *tensors, replay=False)
         else:
-            (scale, shift), _ = hand.forward(instances, *tensors)
+            (scale, shift), _ = hand().forward(instances, *tensors)
         return kernels.affine(x, instances.mean, scale, shift)
-    y: Tensor = _StatAffine.apply(x, glue, hand or _AutogradGlue(glue, x.shape[2:].numel()), *tensors)
+    chosen = _AutogradGlue(glue, x.shape[2:].numel()) if hand is None else hand()
+    y: Tensor = _StatAffine.apply(x, glue, chosen, *tensors)
     return y
 
 

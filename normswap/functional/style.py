@@ -182,7 +182,7 @@ def cross_norm(
         glue = partial(_exchange, permutation, axis, fire, x.shape[2:].numel(), eps)
         hand = None
         if fire is None and style_box is None:
-            hand = ExchangeGlue(permutation, axis, x.shape[2:].numel(), eps)
+            hand = partial(ExchangeGlue, permutation, axis, x.shape[2:].numel(), eps)
         return stat_affine(x, glue, *given, hand=hand)
     content = instance_style(x, content_box, eps)
     style = content if content_box is style_box else instance_style(x, style_box, eps)
@@ -191,7 +191,7 @@ def cross_norm(
     identity = Centred(content.mean, torch.ones_like(std), content.mean)
     if fire is not None:
         # On the (N, C) tables, so that nothing the size of x is chosen between.
-        table = table.where(fire.expand(len(x)), identity)
+        table = table.where(fire.expand(x.shape[0]), identity)
     return torch.where(box_mask(content_box, x.shape[2:]), apply_centred(x, table), x)
 
 

@@ -1,5 +1,6 @@
 """CN, context normalization: batch statistics and an affine for each context."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,7 +172,7 @@ class ContextNorm(ContextLayer):
 
         hand = None
         if reduce is None and not posterior:
-            hand = ContextGlue(index, size, given, count, self.eps, self._update)
+            hand = partial(ContextGlue, index, size, given, count, self.eps, self._update)
         return stat_affine(x, glue, weight, bias, hand=hand)
 
     @torch.no_grad()

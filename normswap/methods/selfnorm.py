@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from normswap.errors import ConversionError, InputError, UnknownNameError
 from normswap.functional.affine import Affine
+from normswap.functional.gate import GateGlue
 from normswap.functional.moments import Moments
 from normswap.functional.fused import stat_affine
 from normswap.functional.style import Style, style_of
@@ -19,6 +20,8 @@ from normswap.methods.base import InsertedMethod, register_method
 from normswap.sites import Place
 
 INITS = ("identity", "paper")
+# Under the root of an instance's standard deviation.
+_EPS = 1e-12
 
 
 class Gate(nn.Module):
@@ -87,14 +90,24 @@ class Gate(nn.Module):
         weight, bn_weight, bn_bias = tensors or self.parameters_in_order()
         weight = weight.to(mean.dtype)
         z = (weight[:, 0] * mean + weight[:, 1] * std).to(bn_weight.dtype)
-        batch = self.training and z.shape[0] > 1
+        running, batch = self._running(z.shape[0], replay)
+        z = F.batch_norm(z, *running, bn_weight, bn_bias, batch, 0.1, 1e-5)
+        gate = torch.sigmoid(z.to(mean.dtype))
+        return gate if self.scale == 1 else self.scale * gate
+
+    def by_hand(self, positions: int, instances: int) -> GateGlue:
+        """Return what `forward` computes as glue with its derivative written out."""
+        running, batch = self._running(instances, False)
+        return GateGlue(positions, running, batch, self.scale, _EPS)
+
+    def _running(self, instances: int, replay: bool) -> tuple[tuple[Tensor, Tensor], bool]:
+        """Return the running statistics to use, and whether the batch's are used instead."""
+        batch = self.training and instances > 1
         running = (self.running_mean, self.running_var)
         if replay or (self.training and not batch):
             # A later forward updates them in place; backward needs the values of this one.
             running = (running[0].clone(), running[1].clone())
-        z = F.batch_norm(z, *running, bn_weight, bn_bias, batch, 0.1, 1e-5)
-        gate = torch.sigmoid(z.to(mean.dtype))
-        return gate if self.scale == 1 else self.scale * gate
+        return running, batch
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -177,13 +190,15 @@ class SelfNorm(nn.Module):
             return x
         gates = (self.g,) if self.f is None else (self.g, self.f)
         tensors = [t for gate in gates for t in gate.parameters_in_order()]
-        return stat_affine(x, partial(self._glue, x.shape[2:].numel()), *tensors)
+        positions = x.shape[2:].numel()
+        hand = partial(self.g.by_hand, positions, x.shape[0]) if self.f is None else None
+        return stat_affine(x, partial(self._glue, positions), *tensors, hand=hand)
 
     def _glue(
         self, positions: int, instances: Moments, *tensors: Tensor, replay: bool
     ) -> Affine:
         """Return the map of each instance; see `normswap.functional.fused`."""
-        style = style_of(instances, positions, 1e-12)
+        style = style_of(instances, positions, _EPS)
         g = self.g(style, tensors[:3], replay)
         f = g if self.f is None else self.f(style, tensors[3:], replay)
         return Affine(g, style.mean * f)
