@@ -298,7 +298,9 @@ def test_float32_gradients_far_from_zero_are_as_good_as_batch_norms(size, layout
     def errors(layer, x, *labels):
         exact = slopes(copy.deepcopy(layer).double(), x.double(), *labels)
         rounded = slopes(layer, x, *labels)
-        return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(rounded, exact, strict=True)]
+        return [
+            float((a - b).abs().max() / b.abs().max()) for a, b in zip(rounded, exact, strict=True)
+        ]
 
     bound = FEW * max(max(errors(norm, x[labels == k])) for k in range(2))
     assert max(errors(layer, x, labels)) <= bound

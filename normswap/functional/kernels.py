@@ -171,8 +171,10 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     if _is_large(x):
         ones = torch.ones_like(centre[0])
         for row in range(len(x)):
-            given = (dy[row : row + 1], x[row : row + 1], ones, centre[row], ones, None, None)
-            _, by_x, by_one = _grad_kernel(*given, False, 0.0, [False, True, True])
+            part = slice(row, row + 1)
+            tables = (ones, centre[row], ones, None, None)
+            found = _grad_kernel(dy[part], x[part], *tables, False, 0.0, [False, True, True])
+            _, by_x, by_one = found
             first[row], second[row] = by_one, by_x
         return first, second
     grads, values, middle = _view(dy), _view(x), _spread(centre, x)

@@ -76,7 +76,7 @@ def context_moments(
         moments: (K, C); zero where a context is absent.
     """
     dtype = instances.mean.dtype
-    # Segments are summed in order: float32 would lose digits as the batch grows, batch norm does not.
+    # Segments are summed in order: float32 would lose digits as the batch grows.
     mean, var = (t.to(wide_dtype(t)) for t in instances)
     ones = mean.new_ones(mean.shape[0], 1)
     counts = size * segment_sum(ones, index, num_contexts + 1)

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normswap.functional.affine import Affine, Centred
+from normswap.functional.fused import stat_affine
 from normswap.functional.glue import ExchangeGlue
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
-from normswap.functional.fused import apply_centred, stat_affine
+from normswap.functional.tables import apply_centred
 
 
 class Style(NamedTuple):

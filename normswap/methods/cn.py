@@ -7,17 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from normswap.distributed import group_name, sum_over
-from normswap.functional.affine import Affine, Centred, centre_norm, fold_norm
-from normswap.functional.glue import ContextGlue
+from normswap.functional.affine import Centred, centre_norm, fold_norm
+from normswap.functional.context import norm_contexts
 from normswap.functional.moments import (
     Moments,
     compute_dtype,
-    context_moments,
     context_posterior,
     instance_moments,
     pool_moments,
 )
-from normswap.functional.fused import apply_centred, stat_affine
+from normswap.functional.tables import apply_centred
 from normswap.methods.base import (
     Contexts,
     Method,
@@ -142,50 +141,52 @@ class ContextNorm(ContextLayer):
         bias: Tensor,
     ) -> Tensor:
         """Normalise with each context's moments in this batch, and update the running ones."""
-        index, given, posterior = labels, running, False
+        index, given, override = labels, running, None
         if unlabelled:
-            # One more context, whose moments are given. With "posterior" it is a placeholder.
+            # One more context, whose moments are given.
             index = torch.where(labels < 0, self.num_contexts, labels)
-            posterior = self.unknown == "posterior" and self.num_contexts > 1
             row = self._unknown_row(running, weight, bias)
             given = Moments(*(torch.cat(pair) for pair in zip(running, row[0], strict=True)))
             weight, bias = torch.cat((weight, row[1])), torch.cat((bias, row[2]))
+            if self.unknown == "posterior" and self.num_contexts > 1:
+                override = partial(self._mix_unlabelled, labels, running)
         reduce = sum_over(self.process_group) if self.synced else None
-        size, count = x.shape[2:].numel(), self.num_contexts
+        return norm_contexts(
+            x,
+            index,
+            weight,
+            bias,
+            given,
+            self.num_contexts,
+            self.eps,
+            self._update,
+            reduce,
+            override,
+        )
 
-        def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
-            values, batch = context_moments(instances, index, count, size, reduce)
-            values = values.unsqueeze(1)
-            used = Moments(
-                *(torch.where(values > 1, b, g) for b, g in zip(batch, running, strict=True))
-            )
-            if not replay:
-                self._update(used, values)
-            if unlabelled:
-                rows = (torch.cat((u, g[count:])) for u, g in zip(used, given, strict=True))
-                used = Moments(*rows)
-            table = centre_norm(used, *tensors, self.eps).rows(index)
-            if posterior:
-                known = (t[:count] for t in tensors)
-                table = table.where(labels >= 0, self._unknown(None, instances, running, *known))
-            return table.at(instances.mean)
-
-        hand = None
-        if reduce is None and not posterior:
-            hand = partial(ContextGlue, index, size, given, count, self.eps, self._update)
-        return stat_affine(x, glue, weight, bias, hand=hand)
+    def _mix_unlabelled(
+        self,
+        labels: Tensor,
+        running: Moments,
+        table: Centred,
+        instances: Moments,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Centred:
+        """Give samples without a label the map of policy "posterior"."""
+        known = (t[: self.num_contexts] for t in (weight, bias))
+        return table.where(labels >= 0, self._unknown(None, instances, running, *known))
 
     @torch.no_grad()
     def _update(self, used: Moments, values: Tensor) -> None:
         """Move the running statistics; where a context had no moments, `used` holds them."""
-        count = self.num_contexts
-        values, usable = values[:count], values[:count] > 1
+        usable = values > 1
         self.num_batches_tracked.add_(usable.squeeze(1))
         rate: Any = self.momentum
         if rate is None:
             rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal().unsqueeze(1)
-        unbiased = used.var[:count] * torch.where(usable, values / (values - 1), 1)
-        for buffer, new in ((self.running_mean, used.mean[:count]), (self.running_var, unbiased)):
+        unbiased = used.var * torch.where(usable, values / (values - 1), 1)
+        for buffer, new in ((self.running_mean, used.mean), (self.running_var, unbiased)):
             buffer.copy_(torch.lerp(buffer.to(new.dtype), new, rate))
 
     def _unknown(

@@ -15,7 +15,7 @@ from normswap.functional.moments import (
     log_spread,
     pool_moments,
 )
-from normswap.functional.fused import apply_centred
+from normswap.functional.tables import apply_centred
 from normswap.methods.base import (
     Contexts,
     Method,

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.affine import Affine, centre_norm
+from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
-from normswap.functional.fused import apply_centred, stat_affine
+from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
 from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
 from normswap.sites import Site

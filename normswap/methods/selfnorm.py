@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from normswap.errors import ConversionError, InputError, UnknownNameError
 from normswap.functional.affine import Affine
+from normswap.functional.fused import stat_affine
 from normswap.functional.gate import GateGlue
 from normswap.functional.moments import Moments
-from normswap.functional.fused import stat_affine
 from normswap.functional.style import Style, style_of
 from normswap.methods.base import InsertedMethod, register_method
 from normswap.sites import Place
@@ -102,7 +102,9 @@ class Gate(nn.Module):
 
     def _running(self, instances: int, replay: bool) -> tuple[tuple[Tensor, Tensor], bool]:
         """Return the running statistics to use, and whether the batch's are used instead."""
-        batch = self.training and instances > 1
+        batch = False
+        if self.training and instances > 1:  # Under torch.compile a comparison is no bool.
+            batch = True
         running = (self.running_mean, self.running_var)
         if replay or (self.training and not batch):
             # A later forward updates them in place; backward needs the values of this one.
@@ -194,9 +196,7 @@ class SelfNorm(nn.Module):
         hand = partial(self.g.by_hand, positions, x.shape[0]) if self.f is None else None
         return stat_affine(x, partial(self._glue, positions), *tensors, hand=hand)
 
-    def _glue(
-        self, positions: int, instances: Moments, *tensors: Tensor, replay: bool
-    ) -> Affine:
+    def _glue(self, positions: int, instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
         """Return the map of each instance; see `normswap.functional.fused`."""
         style = style_of(instances, positions, _EPS)
         g = self.g(style, tensors[:3], replay)
