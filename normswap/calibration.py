@@ -1,9 +1,6 @@
 """Fit the mixtures of ACN layers to the data that reaches them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
-from importlib import import_module
-from itertools import islice
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,8 +9,9 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError
 from normswap.functional.mixture_fit import fit_mixture
 from normswap.functional.mixture_start import free_logits
-from normswap.functional.moments import Moments, compute_dtype, instance_moments
+from normswap.functional.moments import Moments, instance_moments
 from normswap.methods.acn_layer import AdaptiveContextNorm
+from normswap.streams import Reservoir, forward_batch, keep_values, show_progress, undisturbed
 
 
 def calibrate(
@@ -69,15 +67,15 @@ def calibrate(
     if samples < 2 * most:
         raise ConversionError(f"expected samples= of at least {2 * most}, got {samples}")
     generator = torch.Generator().manual_seed(seed)
-    with _undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         kept = {name: Reservoir(samples, generator) for name in layers}
         hooks = [
             layer.register_forward_pre_hook(_observer(kept[name], layer.options.assignment))
             for name, layer in layers.items()
         ]
         try:
-            for batch in _bar(loader, batches, progress):
-                (forward or _forward)(model, batch)
+            for batch in show_progress(loader, "calibrate", batches, progress):
+                (forward or forward_batch)(model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -96,29 +94,6 @@ def calibrate(
             raise
 
 
-class Reservoir:
-    """A uniform sample, without replacement, of the rows of a stream."""
-
-    def __init__(self, size: int, generator: torch.Generator) -> None:
-        self.size = size
-        self.generator = generator
-        self.keys = torch.empty(0)
-        self.rows: Tensor | None = None
-
-    def add(self, count: int, take: Callable[[Tensor], Tensor]) -> None:
-        """Offer `count` rows; `take` returns those of the indices it is given."""
-        # Each row draws a key; those with the largest keys so far are a uniform sample.
-        held = len(self.keys)
-        keys = torch.cat([self.keys, torch.rand(count, generator=self.generator)])
-        order = keys.topk(min(self.size, len(keys))).indices
-        old, new = order[order < held], order[order >= held]
-        self.keys = keys[torch.cat([old, new])]
-        rows = take(new - held)
-        if self.rows is not None:
-            rows = torch.cat([self.rows[old.to(rows.device)], rows])
-        self.rows = rows
-
-
 def _observer(kept: Reservoir, assignment: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
     def observe(_: nn.Module, inputs: tuple[Tensor]) -> None:
         x = inputs[0].detach()
@@ -128,14 +103,7 @@ def _observer(kept: Reservoir, assignment: str) -> Callable[[nn.Module, tuple[Te
             x = torch.stack([mean - var.sqrt(), mean + var.sqrt()], 2)
             kept.add(len(x), lambda index: x[index.to(x.device)])
             return
-        flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-        size = flat.shape[2]
-
-        def take(index: Tensor) -> Tensor:
-            index = index.to(x.device)
-            return flat[index // size, :, index % size].to(compute_dtype(x))
-
-        kept.add(len(x) * size, take)
+        keep_values(kept, x)
 
     return observe
 
@@ -197,47 +165,3 @@ def _match(old: Tensor, new: Tensor, weight: Tensor) -> dict[str, Tensor]:
     # Without spread there is nothing to match: a dead channel keeps its gamma.
     ratio = torch.where(sizes[1] > 1e-6, ratio, weight)
     return {"weight": ratio, "bias": old.mean(0) - ratio * new.mean(0)}
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if isinstance(batch, dict):
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return model(**moved)
-    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(x, Tensor):
-        raise ConversionError(
-            "expected batches that are a tensor, a tuple whose first item is one, or a dict, got "
-            f"{type(batch).__name__}; pass forward=lambda model, batch: ..."
-        )
-    return model(x.to(device))
-
-
-def _bar(loader: Iterable[Any], batches: int | None, progress: bool) -> Iterable[Any]:
-    stream = loader if batches is None else islice(loader, batches)
-    try:
-        tqdm = import_module("tqdm").tqdm
-    except ImportError:
-        return stream
-    total = len(loader) if isinstance(loader, Sized) else batches
-    if total is not None and batches is not None:
-        total = min(total, batches)
-    # disable=None: on a terminal only.
-    bar: Iterable[Any] = tqdm(
-        stream, "calibrate", total, unit="batch", disable=None if progress else True
-    )
-    return bar
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode; put modes and torch's generators back."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -14,14 +14,14 @@ ROOT = Path(normswap.__file__).parent
 ORDER = [
     {"errors"},
     {"functional"},
-    {"distributed"},
+    {"distributed", "streams", "extras"},
     {"sites"},
     {"methods", "contexts", "presets", "select"},
     {"graph"},
     {"report", "plot", "verification", "checks", "checkpoint", "calibration"},
     {"conversion", "insertion", "summarise"},
     {"api"},
-    {"cli"},
+    {"cli", "cli_plot"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
