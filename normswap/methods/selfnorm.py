@@ -1,7 +1,9 @@
 """SelfNorm: each channel recalibrated by a gate on its own mean and standard deviation."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,12 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.errors import ConversionError, InputError, UnknownNameError
-from normswap.functional.affine import Affine, apply_affine
-from normswap.functional.style import Style, instance_style
+from normswap.functional.affine import Affine
+from normswap.functional.fused import stat_affine
+from normswap.functional.gate import GateGlue
+from normswap.functional.moments import Moments
+from normswap.functional.style import Style, style_of
 from normswap.methods.base import InsertedMethod, register_method
 from normswap.sites import Place
 
 INITS = ("identity", "paper")
+# Under the root of an instance's standard deviation.
+_EPS = 1e-12
 
 
 class Gate(nn.Module):
@@ -65,18 +72,44 @@ class Gate(nn.Module):
         nn.init.zeros_(self.running_mean)
         nn.init.ones_(self.running_var)
 
-    def forward(self, style: Style) -> Tensor:
-        """Return the gate of each instance and channel, (N, C)."""
+    def parameters_in_order(self) -> tuple[Tensor, ...]:
+        """Return w, and the affine of BN."""
+        return self.weight, self.bn_weight, self.bn_bias
+
+    def forward(
+        self, style: Style, tensors: Sequence[Tensor] | None = None, replay: bool = False
+    ) -> Tensor:
+        """Return the gate of each instance and channel, (N, C).
+
+        Args:
+            style: of the instances.
+            tensors: used in place of `parameters_in_order`.
+            replay: a second forward for a derivative, which updates nothing.
+        """
         mean, std = style
-        weight = self.weight.to(mean.dtype)
-        z = (weight[:, 0] * mean + weight[:, 1] * std).to(self.bn_weight.dtype)
-        batch = self.training and z.shape[0] > 1
+        weight, bn_weight, bn_bias = tensors or self.parameters_in_order()
+        weight = weight.to(mean.dtype)
+        z = (weight[:, 0] * mean + weight[:, 1] * std).to(bn_weight.dtype)
+        running, batch = self._running(z.shape[0], replay)
+        z = F.batch_norm(z, *running, bn_weight, bn_bias, batch, 0.1, 1e-5)
+        gate = torch.sigmoid(z.to(mean.dtype))
+        return gate if self.scale == 1 else self.scale * gate
+
+    def by_hand(self, positions: int, instances: int) -> GateGlue:
+        """Return what `forward` computes as glue with its derivative written out."""
+        running, batch = self._running(instances, False)
+        return GateGlue(positions, running, batch, self.scale, _EPS)
+
+    def _running(self, instances: int, replay: bool) -> tuple[tuple[Tensor, Tensor], bool]:
+        """Return the running statistics to use, and whether the batch's are used instead."""
+        batch = False
+        if self.training and instances > 1:  # Under torch.compile a comparison is no bool.
+            batch = True
         running = (self.running_mean, self.running_var)
-        if self.training and not batch:
+        if replay or (self.training and not batch):
             # A later forward updates them in place; backward needs the values of this one.
             running = (running[0].clone(), running[1].clone())
-        z = F.batch_norm(z, *running, self.bn_weight, self.bn_bias, batch, 0.1, 1e-5)
-        return self.scale * torch.sigmoid(z.to(mean.dtype))
+        return running, batch
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -157,12 +190,18 @@ class SelfNorm(nn.Module):
             )
         if x.numel() == 0:
             return x
-        style = instance_style(x, eps=1e-12)
-        g = self.g(style)
-        if self.f is None:
-            y: Tensor = x * g.reshape(g.shape + (1,) * (x.dim() - 2))
-            return y.to(x.dtype)
-        return apply_affine(x, Affine(g, style.mean * (self.f(style) - g)))
+        gates = (self.g,) if self.f is None else (self.g, self.f)
+        tensors = [t for gate in gates for t in gate.parameters_in_order()]
+        positions = x.shape[2:].numel()
+        hand = partial(self.g.by_hand, positions, x.shape[0]) if self.f is None else None
+        return stat_affine(x, partial(self._glue, positions), *tensors, hand=hand)
+
+    def _glue(self, positions: int, instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
+        """Return the map of each instance; see `normswap.functional.fused`."""
+        style = style_of(instances, positions, _EPS)
+        g = self.g(style, tensors[:3], replay)
+        f = g if self.f is None else self.f(style, tensors[3:], replay)
+        return Affine(g, style.mean * f)
 
     def effect(self) -> str | None:
         """Return what the layer does in eval, None while every gate is exactly 1."""
