@@ -73,7 +73,7 @@ def _checksum(tensor: Tensor) -> Tensor:
     whole = len(flat) - len(flat) % (each * _COLUMNS)
     columns = flat[:whole].view(torch.int64).view(-1, _COLUMNS).sum(0)
     rest = flat[whole:].view(_INTEGERS[flat.element_size()]).to(torch.int64)
-    for part in rest.split(_COLUMNS):
+    for part in torch.split(rest, _COLUMNS):
         columns[: len(part)] += part
     weights = torch.arange(1, _COLUMNS + 1, device=tensor.device) * 0x9E3779B97F4A7C1
     return (columns * weights).sum()
