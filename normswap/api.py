@@ -29,6 +29,7 @@ from normswap.presets import fill_from_preset
 from normswap.report import Report, Verification
 from normswap.select import Selector
 from normswap.summarise import summarise
+from normswap.training import exempt_norms
 from normswap.verification import compare, eval_outputs, make_inputs, widen
 
 
@@ -106,7 +107,9 @@ def convert(
     target = model if inplace else copy.deepcopy(model, shared_groups(model))
     record = Record(method, parsed, given, rows, type(model).__name__)
     if is_bare(found):
-        return convert_bare(target, chosen, record, found[0])
+        layer = convert_bare(target, chosen, record, found[0])
+        exempt_norms(layer)
+        return layer
     surgery = Surgery(target)
     try:
         operate(surgery, chosen, record, found)
@@ -125,6 +128,7 @@ def convert(
         surgery.undo()
         raise
     target.__dict__[RECORD] = record
+    exempt_norms(target)
     return target
 
 

@@ -1,9 +1,6 @@
 """Fit the mixtures of ACN layers to the data that reaches them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
-from importlib import import_module
-from itertools import islice
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +11,7 @@ from normswap.functional.mixture_fit import fit_mixture
 from normswap.functional.mixture_start import free_logits
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
 from normswap.methods.acn_layer import AdaptiveContextNorm
+from normswap.streams import show_progress, undisturbed
 
 
 def calibrate(
@@ -69,15 +67,15 @@ def calibrate(
     if samples < 2 * most:
         raise ConversionError(f"expected samples= of at least {2 * most}, got {samples}")
     generator = torch.Generator().manual_seed(seed)
-    with _undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         kept = {name: Reservoir(samples, generator) for name in layers}
         hooks = [
             layer.register_forward_pre_hook(_observer(kept[name], layer.options.assignment))
             for name, layer in layers.items()
         ]
         try:
-            for batch in _bar(loader, batches, progress):
-                (forward or _forward)(model, batch)
+            for batch in show_progress(loader, "calibrate", batches, progress):
+                (forward or run_batch)(model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -199,7 +197,8 @@ def _match(old: Tensor, new: Tensor, weight: Tensor) -> dict[str, Tensor]:
     return {"weight": ratio, "bias": old.mean(0) - ratio * new.mean(0)}
 
 
-def _forward(model: nn.Module, batch: Any) -> Any:
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch: a tensor, a tuple whose first item is the input, or a dict."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, dict):
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -211,33 +210,3 @@ def _forward(model: nn.Module, batch: Any) -> Any:
             f"{type(batch).__name__}; pass forward=lambda model, batch: ..."
         )
     return model(x.to(device))
-
-
-def _bar(loader: Iterable[Any], batches: int | None, progress: bool) -> Iterable[Any]:
-    stream = loader if batches is None else islice(loader, batches)
-    try:
-        tqdm = import_module("tqdm").tqdm
-    except ImportError:
-        return stream
-    total = len(loader) if isinstance(loader, Sized) else batches
-    if total is not None and batches is not None:
-        total = min(total, batches)
-    # disable=None: on a terminal only.
-    bar: Iterable[Any] = tqdm(
-        stream, "calibrate", total, unit="batch", disable=None if progress else True
-    )
-    return bar
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode; put modes and torch's generators back."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

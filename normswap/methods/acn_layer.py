@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.functional.backward import in_backward
 from normswap.functional.mixture import (
     MASS,
     Mixture,
@@ -68,6 +69,7 @@ class AdaptiveContextNorm(NormLayer):
     the statistics are kept; the layer keeps gamma and beta; lambda and sigma are bounded.
     """
 
+    context_parameters = ("prior_logits", "mu", "log_sigma")
     weight: nn.Parameter
     bias: nn.Parameter
     prior_logits: nn.Parameter
@@ -184,9 +186,10 @@ class AdaptiveContextNorm(NormLayer):
         """Compute the layer; see the class."""
         values = x.numel() // max(x.shape[1], 1)
         tracked = self.running_mean is not None
-        batch = tracked and self.training and not self.frozen and values > 1
+        frozen = self.frozen or self.stats_frozen
+        batch = tracked and self.training and not frozen and values > 1
         result = self.compute(x, batch)
-        if batch:
+        if batch and not in_backward():
             self._update(result, values)
         return result.y
 

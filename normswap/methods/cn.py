@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from normswap.distributed import group_name, sum_over
 from normswap.functional.affine import Affine, apply_affine, fold_norm, where_rows
+from normswap.functional.backward import in_backward
 from normswap.functional.moments import (
     Moments,
     compute_dtype,
@@ -60,12 +61,14 @@ class ContextNorm(ContextLayer):
     eval uses running statistics; labels out of range are an error instead of passing through.
     """
 
+    context_parameters = ("weight", "bias")
     weight: nn.Parameter
     bias: nn.Parameter
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
     priors: Tensor
+    _first_run: Moments | None = None
 
     def __init__(
         self,
@@ -113,6 +116,7 @@ class ContextNorm(ContextLayer):
         if self.training or torch.is_grad_enabled():
             # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
+            running = self._at_first_run(running)
         priors = self.mixing(dtype)
         scale = self.priors.to(dtype).rsqrt().unsqueeze(1)
         weight, bias = self.weight.to(dtype) * scale, self.bias.to(dtype) * scale
@@ -120,7 +124,7 @@ class ContextNorm(ContextLayer):
             return apply_affine(x, self._unknown(x, None, running, weight, bias, priors))
         known = labels.clamp(min=0)
         moments, instances = running, None
-        if self.training and not self.frozen:
+        if self.training and not (self.frozen or self.stats_frozen):
             instances = instance_moments(x)
             moments = self._batch_moments(x, instances, labels, running)
         affine = fold_norm(moments, weight, bias, self.eps).rows(known)
@@ -128,6 +132,22 @@ class ContextNorm(ContextLayer):
             other = self._unknown(x, instances, running, weight, bias, priors)
             affine = where_rows(labels >= 0, affine, other)
         return apply_affine(x, affine)
+
+    def _at_first_run(self, running: Moments) -> Moments:
+        """Return what the running statistics were when this forward first ran.
+
+        Gradient checkpointing runs it again, after its update; samples without a label have to
+        meet the same statistics then. Of several forwards before one backward, the last counts.
+        """
+        if torch.compiler.is_compiling():
+            # The compiler computes again in backward what is cheap, from the buffers as updated
+            # (pytorch/pytorch#197039), but keeps the result of a flip.
+            return Moments(*(t.flip(0).flip(0) for t in running)) if self.training else running
+        if in_backward():
+            return self._first_run or running
+        if self.training:
+            self._first_run = running
+        return running
 
     def _batch_moments(
         self, x: Tensor, instances: Moments, labels: Tensor, running: Moments
@@ -138,8 +158,9 @@ class ContextNorm(ContextLayer):
         size = x.shape[2:].numel()
         values, batch = context_moments(instances, index, self.num_contexts, size, reduce)
         usable = (values > 1).unsqueeze(1)
-        with torch.no_grad():
-            self._update(batch, values.unsqueeze(1), usable)
+        if not in_backward():
+            with torch.no_grad():
+                self._update(batch, values.unsqueeze(1), usable)
         return Moments(
             torch.where(usable, batch.mean, running.mean),
             torch.where(usable, batch.var, running.var),

@@ -56,6 +56,7 @@ class ContextNormX(ContextLayer):
     norm instead of Xavier, which is nearly an identity; sigma is positive by its logarithm.
     """
 
+    context_parameters = ("mu", "log_sigma")
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     mu: nn.Parameter

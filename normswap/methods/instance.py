@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.affine import Affine, apply_affine, fold_norm, where_rows
+from normswap.functional.backward import in_backward
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
 from normswap.methods.base import Contexts, affine_tensors
 from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
@@ -37,6 +38,7 @@ class ContextInstanceNorm(ContextLayer):
     Source: Dumoulin et al., "A Learned Representation for Artistic Style", ICLR 2017.
     """
 
+    context_parameters = ("weight", "bias")
     weight: nn.Parameter
     bias: nn.Parameter
     running_mean: Tensor | None
@@ -120,7 +122,8 @@ class ContextInstanceNorm(ContextLayer):
     def _moments(self, x: Tensor) -> Moments:
         """Return the statistics of each instance, or the running ones, (1, C)."""
         mean, var = self.running_mean, self.running_var
-        if self.training or mean is None or var is None:
+        training = self.training and not self.stats_frozen
+        if training or mean is None or var is None:
             positions = x.shape[2:].numel()
             if positions == 1:
                 raise ValueError(
@@ -128,7 +131,8 @@ class ContextInstanceNorm(ContextLayer):
                     f"input {tuple(x.shape)} (at {self._where()})"
                 )
             moments = instance_moments(x)
-            if self.training and mean is not None and var is not None and x.shape[0]:
+            update = training and x.shape[0] > 0 and not in_backward()
+            if update and mean is not None and var is not None:
                 self._update(mean, var, moments, positions)
             return moments
         dtype = compute_dtype(x)

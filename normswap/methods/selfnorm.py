@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from normswap.errors import ConversionError, InputError, UnknownNameError
 from normswap.functional.affine import Affine, apply_affine
+from normswap.functional.backward import in_backward
 from normswap.functional.style import Style, instance_style
 from normswap.methods.base import InsertedMethod, register_method
 from normswap.sites import Place
@@ -36,6 +37,7 @@ class Gate(nn.Module):
         (C,). Result: (N, C).
     """
 
+    stats_frozen = False  # as for the layers that replace norms, see `normswap.freeze`
     running_mean: Tensor
     running_var: Tensor
 
@@ -49,6 +51,7 @@ class Gate(nn.Module):
         super().__init__()
         self.init = init
         self.scale = 2.0 if init == "identity" else 1.0
+        self.momentum = 0.1
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_features, 2, **options))
         self.bn_weight = nn.Parameter(torch.empty(num_features, **options))
@@ -70,12 +73,13 @@ class Gate(nn.Module):
         mean, std = style
         weight = self.weight.to(mean.dtype)
         z = (weight[:, 0] * mean + weight[:, 1] * std).to(self.bn_weight.dtype)
-        batch = self.training and z.shape[0] > 1
+        batch = self.training and not self.stats_frozen and z.shape[0] > 1
         running = (self.running_mean, self.running_var)
-        if self.training and not batch:
-            # A later forward updates them in place; backward needs the values of this one.
+        if self.training and (not batch or in_backward()):
+            # Copies: a recomputation updates nothing; and without batch statistics, backward needs
+            # the values of this forward, which a later one updates in place.
             running = (running[0].clone(), running[1].clone())
-        z = F.batch_norm(z, *running, self.bn_weight, self.bn_bias, batch, 0.1, 1e-5)
+        z = F.batch_norm(z, *running, self.bn_weight, self.bn_bias, batch, self.momentum, 1e-5)
         return self.scale * torch.sigmoid(z.to(mean.dtype))
 
     def _load_from_state_dict(
