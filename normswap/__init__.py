@@ -28,5 +28,6 @@ from normswap.methods.instance import ContextInstanceNorm as ContextInstanceNorm
 from normswap.methods.selfnorm import SelfNorm as SelfNorm
 from normswap.presets import PRESETS as PRESETS
 from normswap.statistics import update_stats as update_stats
+from normswap.synchronise import convert_sync_batchnorm as convert_sync_batchnorm
 from normswap.training import freeze as freeze
 from normswap.training import param_groups as param_groups

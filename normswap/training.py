@@ -137,7 +137,7 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{prefix}.{name}" if prefix else name: parameter
         for prefix, module in model.named_modules()
-        if _is_ours(module) or looks_like_norm(module)
+        if is_ours(module) or looks_like_norm(module)
         for name, parameter in module.named_parameters(recurse=False)
     }
 
@@ -178,7 +178,7 @@ def _layer_scales(model: nn.Module, layer_decay: float) -> dict[int, float]:
     return {id(p): group["lr_scale"] for group in groups for p in group["params"]}
 
 
-def _is_ours(module: nn.Module) -> bool:
+def is_ours(module: nn.Module) -> bool:
     """Return whether a module is a layer of this package, or of a method of the user's own."""
     return isinstance(module, NormLayer) or type(module).__module__.startswith("normswap.")
 

@@ -1,15 +1,17 @@
 """CN, context normalization: batch statistics and an affine for each context."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normswap.distributed import group_name, sum_over
+from normswap.distributed import group_name, sum_over, sum_over_ddp
 from normswap.functional.affine import Affine, apply_affine, fold_norm, where_rows
 from normswap.functional.backward import in_backward
 from normswap.functional.moments import (
     Moments,
+    combine_moments,
     compute_dtype,
     context_moments,
     context_posterior,
@@ -50,7 +52,9 @@ class ContextNorm(ContextLayer):
         synced: in training, take mu_c and var_c over the batches of all processes, as
             SyncBatchNorm does, or of those in the group that the attribute `process_group` names.
             Processes may have batches of different sizes, even empty, and lack contexts; all take
-            part in every training forward and backward.
+            part in every training forward and backward. Without it, DistributedDataParallel
+            leaves the normalisation to each process, and the running statistics take the samples
+            of all.
 
     Shape:
         x: (N, C, *); context: (N,). Parameters weight, bias: (K, C); buffers running_mean,
@@ -160,13 +164,20 @@ class ContextNorm(ContextLayer):
         usable = (values > 1).unsqueeze(1)
         if not in_backward():
             with torch.no_grad():
-                self._update(batch, values.unsqueeze(1), usable)
+                self._update(batch, values.unsqueeze(1), sum_over_ddp() if reduce is None else None)
         return Moments(
             torch.where(usable, batch.mean, running.mean),
             torch.where(usable, batch.var, running.var),
         )
 
-    def _update(self, batch: Moments, values: Tensor, usable: Tensor) -> None:
+    def _update(
+        self, batch: Moments, values: Tensor, reduce: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        if reduce is not None:
+            # The wrapper gives every process the buffers of the first one, before each forward:
+            # contexts that only others have would never be updated.
+            values, batch = combine_moments(values, batch, reduce)
+        usable = values > 1
         self.num_batches_tracked.add_(usable.squeeze(1))
         if self.momentum is None:
             rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal().unsqueeze(1)

@@ -1,6 +1,7 @@
 """SelfNorm: each channel recalibrated by a gate on its own mean and standard deviation."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from normswap.distributed import sum_over
 from normswap.errors import ConversionError, InputError, UnknownNameError
 from normswap.functional.affine import Affine, apply_affine
 from normswap.functional.backward import in_backward
+from normswap.functional.mixture_synced import shared_batch_norm
+from normswap.functional.moments import Moments
 from normswap.functional.style import Style, instance_style
 from normswap.methods.base import InsertedMethod, register_method
 from normswap.sites import Place
@@ -25,6 +29,8 @@ class Gate(nn.Module):
     statistics with momentum 0.1 (unbiased variance) in eval. It is part of this layer rather than
     a BatchNorm module, so that what rewrites a model's norms does not take it for one of them. A
     training batch of one instance has no spread: it uses the running statistics and leaves them.
+    With `synced` set, the instances are those of all processes, or of those in the group that
+    `process_group` names.
 
     Args:
         num_features: C.
@@ -52,6 +58,8 @@ class Gate(nn.Module):
         self.init = init
         self.scale = 2.0 if init == "identity" else 1.0
         self.momentum = 0.1
+        self.synced = False
+        self.process_group: str | None = None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_features, 2, **options))
         self.bn_weight = nn.Parameter(torch.empty(num_features, **options))
@@ -73,7 +81,10 @@ class Gate(nn.Module):
         mean, std = style
         weight = self.weight.to(mean.dtype)
         z = (weight[:, 0] * mean + weight[:, 1] * std).to(self.bn_weight.dtype)
-        batch = self.training and not self.stats_frozen and z.shape[0] > 1
+        batch = self.training and not self.stats_frozen
+        if batch and self.synced and (reduce := sum_over(self.process_group)) is not None:
+            return self.scale * torch.sigmoid(self._shared(z, reduce).to(mean.dtype))
+        batch = batch and z.shape[0] > 1
         running = (self.running_mean, self.running_var)
         if self.training and (not batch or in_backward()):
             # Copies: a recomputation updates nothing; and without batch statistics, backward needs
@@ -81,6 +92,18 @@ class Gate(nn.Module):
             running = (running[0].clone(), running[1].clone())
         z = F.batch_norm(z, *running, self.bn_weight, self.bn_bias, batch, self.momentum, 1e-5)
         return self.scale * torch.sigmoid(z.to(mean.dtype))
+
+    def _shared(self, z: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return BN(z) over the instances of all processes, and update the running statistics."""
+        running = Moments(self.running_mean.clone()[None], self.running_var.clone()[None])
+        z, batch, count = shared_batch_norm(z, running, 1e-5, reduce)
+        if not in_backward():
+            with torch.no_grad():
+                rate = self.momentum * (count > 1).to(z.dtype)
+                unbiased = batch.var * (count / (count - 1).clamp(min=1))
+                self.running_mean.lerp_(batch.mean[0].to(z.dtype), rate)
+                self.running_var.lerp_(unbiased[0].to(z.dtype), rate)
+        return z * self.bn_weight + self.bn_bias
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -159,7 +182,7 @@ class SelfNorm(nn.Module):
                 f"expected input (N, {self.num_features}, *) at SelfNorm, got {tuple(x.shape)}; "
                 "channels are dimension 1"
             )
-        if x.numel() == 0:
+        if x.numel() == 0 and not self.g.synced:
             return x
         style = instance_style(x, eps=1e-12)
         g = self.g(style)
