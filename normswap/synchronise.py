@@ -14,7 +14,9 @@ from normswap.graph.state import RECORD
 from normswap.training import is_ours
 
 
-def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
+def convert_sync_batchnorm(
+    model: nn.Module, process_group: Any = None, *, others: bool = True
+) -> nn.Module:
     """Let every norm of a converted model share its batch statistics between processes, in place.
 
     In training, CN, ACN and SelfNorm then normalise with the statistics of the batches of all
@@ -23,13 +25,13 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     training forwards and backwards. Running statistics are then equal on all processes. CN-X
     shares the batch it starts from; it has no batch statistics. On one process nothing changes.
 
-    Batch norms that were not replaced become SyncBatchNorm by torch's function, or by timm's where
-    timm made them; SyncBatchNorm itself works on accelerators only.
 
     Args:
         model: a converted model, before DistributedDataParallel wraps it; or convert a model whose
             norms are SyncBatchNorm already.
         process_group: of `torch.distributed`; all processes by default.
+        others: whether batch norms that were not replaced become SyncBatchNorm, by torch's
+            function, or by timm's where timm made them. SyncBatchNorm works on accelerators only.
 
     Returns:
         The model itself.
@@ -52,7 +54,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
         if hasattr(layer, "synced"):
             layer.synced, layer.process_group = True, name  # type: ignore[assignment]
     shared: dict[nn.Module, nn.Module] = {}
-    for module in list(model.modules()):
+    for module in list(model.modules()) if others else ():
         for child, norm in module._modules.items():
             if norm is not None and _is_plain(norm):
                 if norm not in shared:
