@@ -2,12 +2,14 @@
 
 from normswap import contexts as contexts
 from normswap import functional as functional
+from normswap import plot as plot
 from normswap.api import convert as convert
 from normswap.api import plan as plan
 from normswap.api import summary as summary
 from normswap.api import verify as verify
 from normswap.calibration import calibrate as calibrate
 from normswap.errors import ContextError as ContextError
+from normswap.errors import ContextWarning as ContextWarning
 from normswap.errors import ConversionError as ConversionError
 from normswap.errors import InputError as InputError
 from normswap.errors import MissingContextError as MissingContextError

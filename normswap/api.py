@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checks import check_copyable, check_model
+from normswap.contexts.assigner import Assigner
 from normswap.conversion import (
     Record,
     convert_bare,
@@ -37,7 +38,7 @@ def convert(
     model: nn.Module,
     method: str = "cn-x",
     *,
-    contexts: int | Sequence[str] | None = None,
+    contexts: int | Sequence[str] | Assigner | None = None,
     select: Selector = None,
     exclude: Selector = None,
     placement: str | None = None,
@@ -58,9 +59,10 @@ def convert(
     Args:
         model: any module that holds a norm.
         method: one of `normswap.methods()`.
-        contexts: how many, or their names; one by default, for which no label is needed. Left
-            out, as `unknown` and `priors`, for a method without labels ("acn"): the model's
-            forward then stays as it was.
+        contexts: how many, their names, or an assigner (`normswap.contexts`), of which names and
+            priors are taken; one by default, for which no label is needed. Left out, as `unknown`
+            and `priors`, for a method without labels ("acn"): the model's forward then stays as it
+            was.
         select: which norms to replace: glob, compiled regular expression, type,
             ``fn(name, module)``, or several; all by default.
         exclude: which to leave alone, in the same forms.
@@ -136,7 +138,7 @@ def plan(
     model: nn.Module,
     method: str = "cn-x",
     *,
-    contexts: int | Sequence[str] | None = None,
+    contexts: int | Sequence[str] | Assigner | None = None,
     select: Selector = None,
     exclude: Selector = None,
     placement: str | None = None,

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError
 from normswap.functional.mixture_fit import fit_mixture
 from normswap.functional.mixture_start import free_logits
-from normswap.functional.moments import Moments, compute_dtype, instance_moments
+from normswap.functional.moments import Moments, instance_moments
 from normswap.methods.acn_layer import AdaptiveContextNorm
-from normswap.streams import show_progress, undisturbed
+from normswap.streams import Reservoir, forward_batch, keep_values, show_progress, undisturbed
 
 
 def calibrate(
@@ -75,7 +75,7 @@ def calibrate(
         ]
         try:
             for batch in show_progress(loader, "calibrate", batches, progress):
-                (forward or run_batch)(model, batch)
+                (forward or forward_batch)(model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -94,29 +94,6 @@ def calibrate(
             raise
 
 
-class Reservoir:
-    """A uniform sample, without replacement, of the rows of a stream."""
-
-    def __init__(self, size: int, generator: torch.Generator) -> None:
-        self.size = size
-        self.generator = generator
-        self.keys = torch.empty(0)
-        self.rows: Tensor | None = None
-
-    def add(self, count: int, take: Callable[[Tensor], Tensor]) -> None:
-        """Offer `count` rows; `take` returns those of the indices it is given."""
-        # Each row draws a key; those with the largest keys so far are a uniform sample.
-        held = len(self.keys)
-        keys = torch.cat([self.keys, torch.rand(count, generator=self.generator)])
-        order = keys.topk(min(self.size, len(keys))).indices
-        old, new = order[order < held], order[order >= held]
-        self.keys = keys[torch.cat([old, new])]
-        rows = take(new - held)
-        if self.rows is not None:
-            rows = torch.cat([self.rows[old.to(rows.device)], rows])
-        self.rows = rows
-
-
 def _observer(kept: Reservoir, assignment: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
     def observe(_: nn.Module, inputs: tuple[Tensor]) -> None:
         x = inputs[0].detach()
@@ -126,14 +103,7 @@ def _observer(kept: Reservoir, assignment: str) -> Callable[[nn.Module, tuple[Te
             x = torch.stack([mean - var.sqrt(), mean + var.sqrt()], 2)
             kept.add(len(x), lambda index: x[index.to(x.device)])
             return
-        flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-        size = flat.shape[2]
-
-        def take(index: Tensor) -> Tensor:
-            index = index.to(x.device)
-            return flat[index // size, :, index % size].to(compute_dtype(x))
-
-        kept.add(len(x) * size, take)
+        keep_values(kept, x)
 
     return observe
 
@@ -195,18 +165,3 @@ def _match(old: Tensor, new: Tensor, weight: Tensor) -> dict[str, Tensor]:
     # Without spread there is nothing to match: a dead channel keeps its gamma.
     ratio = torch.where(sizes[1] > 1e-6, ratio, weight)
     return {"weight": ratio, "bias": old.mean(0) - ratio * new.mean(0)}
-
-
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a batch: a tensor, a tuple whose first item is the input, or a dict."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if isinstance(batch, dict):
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return model(**moved)
-    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(x, Tensor):
-        raise ConversionError(
-            "expected batches that are a tensor, a tuple whose first item is one, or a dict, got "
-            f"{type(batch).__name__}; pass forward=lambda model, batch: ..."
-        )
-    return model(x.to(device))

@@ -1,4 +1,4 @@
-"""The command line: inspect a model, list the methods, verify a conversion."""
+"""The command line: inspect a model, list the methods, verify a conversion, draw pictures."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from tabulate import tabulate
 from torch import nn
 
 from normswap import api
+from normswap.cli_plot import add_plot
 from normswap.errors import NormswapError, UnknownNameError
 from normswap.methods.base import get_method, methods
 from normswap.report import Report
@@ -53,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_conversion(verify)
     verify.add_argument("--seed", type=int, default=0, help="of the weights; default: 0")
     verify.set_defaults(run=_verify)
+
+    add_plot(commands, build_model)
     return parser
 
 

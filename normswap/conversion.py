@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from normswap.contexts.assigner import Assigner
 from normswap.contexts.priors import check_priors
 from normswap.errors import ConversionError, UnknownNameError
 from normswap.graph.scope import Scope
@@ -32,7 +33,7 @@ class Record:
 
 
 def make_contexts(
-    method: BaseMethod, contexts: int | Sequence[str] | None, priors: Any, unknown: str
+    method: BaseMethod, contexts: int | Sequence[str] | Assigner | None, priors: Any, unknown: str
 ) -> Contexts:
     """Check what the caller says of the contexts.
 
@@ -50,6 +51,9 @@ def make_contexts(
                     f"method {method.name!r} takes no contexts, got {name}={value!r}; leave it "
                     "out, or choose a method that needs labels"
                 )
+    if isinstance(contexts, Assigner):
+        priors = contexts.priors if priors is None else priors
+        contexts = contexts.names
     if contexts is None:
         contexts = 1
     if isinstance(contexts, bool) or not isinstance(contexts, int | Sequence):

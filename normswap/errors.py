@@ -1,4 +1,4 @@
-"""The errors the package raises; each also inherits the builtin a caller would expect."""
+"""The errors and warnings of the package; an error also inherits the builtin one would expect."""
 
 
 class NormswapError(Exception):
@@ -10,7 +10,7 @@ class ConversionError(NormswapError, ValueError):
 
 
 class ContextError(NormswapError, ValueError):
-    """The context labels do not fit: value, length, type or device."""
+    """The context labels do not fit (value, length, type, device), or none can be made of this."""
 
 
 class MissingContextError(ContextError):
@@ -31,3 +31,7 @@ class VerificationError(NormswapError, RuntimeError):
 
 class InputError(NormswapError, ValueError):
     """A tensor given to a layer has another shape than the layer takes."""
+
+
+class ContextWarning(UserWarning):
+    """The contexts can be used as they are, but something about them may mislead."""

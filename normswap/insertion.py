@@ -1,5 +1,6 @@
 """Where a method inserts its layers, and the surgery that does it."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.errors import ConversionError
+from normswap.graph.branches import explore
 from normswap.graph.container import dispatch
 from normswap.graph.insert import PLACEMENTS, Insertion
 from normswap.graph.patches import TraceFailure
@@ -24,6 +26,7 @@ from normswap.graph.signature import parameters_of, write_forward
 from normswap.graph.state import ContainerState
 from normswap.graph.surgery import Surgery
 from normswap.graph.trace import TraceSession
+from normswap.graph.tracer import Traced
 from normswap.graph.values import describe
 from normswap.methods.base import BaseMethod, Contexts, InsertedMethod, Method
 from normswap.report import Row
@@ -130,11 +133,17 @@ def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
             written = write_forward(parameters_of(forward), dispatch)
             kinds = tuple(describe(value, [], False) for value in written.examples())
             try:
-                traced = session.trace(module, forward, written.spread, kinds, False)
+                paths = explore(functools.partial(_trace, session, module, written, kinds))
             except TraceFailure:
                 # Most such containers hold no add; one that does shows as a block never found.
                 continue
-            found, ambiguous = find_residuals(traced.graph, module)
+            graphs = [path.graph for path in paths if not path.failure]
+            found, ambiguous = find_residuals(graphs[0], module)
+            counts = {len(find_residuals(graph, module)[0]) for graph in graphs}
+            if len(counts) > 1:
+                why = f"has {sorted(counts)} residual adds, depending on its input"
+                yield module, Row(fqn, type(module).__name__, "refused", reason=why), None
+                continue
             for why in ambiguous:
                 yield module, Row(fqn, type(module).__name__, "refused", reason=why), None
             for block, residual in enumerate(found):
@@ -146,6 +155,13 @@ def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
                 channels = _channels(residual, module, placement)
                 where = (fqn, placement, channels, like.device, like.dtype, block, len(found))
                 yield module, row, Place(*where, reason=residual.reason)
+
+
+def _trace(
+    session: TraceSession, module: nn.Module, written: Any, kinds: Any, answers: tuple[bool, ...]
+) -> Traced:
+    forward = type(module).forward
+    return session.trace(module, forward, written.spread, kinds, answers=answers)
 
 
 def _channels(residual: Residual, module: nn.Module, placement: str) -> int | None:

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normswap.calibration import run_batch
 from normswap.errors import ConversionError
 from normswap.graph.scope import use_context
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import ContextLayer
-from normswap.streams import show_progress, undisturbed
+from normswap.streams import forward_batch, show_progress, undisturbed
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -62,7 +61,7 @@ def update_stats(
             "CrossNorm have none, and normswap.freeze(stats='update') lets frozen ones move again"
         )
     before = [{n: b.clone() for n, b in _buffers(m).items()} for m in layers]
-    run = forward or run_batch
+    run = forward or forward_batch
     with torch.no_grad(), undisturbed(model):
         try:
             with _measuring(layers) as counts:

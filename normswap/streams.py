@@ -1,13 +1,94 @@
-"""Batches that stream through a model: eval mode meanwhile, and a progress bar."""
+"""Batches that stream through a model: eval mode meanwhile, a progress bar, a uniform sample."""
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from normswap.errors import ConversionError
+from normswap.functional.moments import compute_dtype
+
+
+class Reservoir:
+    """A uniform sample, without replacement, of the rows of a stream.
+
+    Attributes:
+        rows: what is kept, (kept, ...); None before the first row.
+        index: the number in the stream of each row kept, (kept,) int64.
+        seen: rows offered so far.
+    """
+
+    def __init__(self, size: int, generator: torch.Generator) -> None:
+        self.size = size
+        self.generator = generator
+        self.keys = torch.empty(0)
+        self.index = torch.empty(0, dtype=torch.int64)
+        self.rows: Tensor | None = None
+        self.seen = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row offered is kept; the rows are then in the order of the stream."""
+        return self.seen == len(self.index)
+
+    def add(self, count: int, take: Callable[[Tensor], Tensor]) -> None:
+        """Offer `count` rows; `take` returns those of the indices it is given."""
+        # Each row draws a key; those with the largest keys so far are a uniform sample.
+        held = len(self.keys)
+        keys = torch.cat([self.keys, torch.rand(count, generator=self.generator)])
+        stays = torch.zeros(len(keys), dtype=torch.bool)
+        stays[keys.topk(min(self.size, len(keys))).indices] = True
+        new = stays[held:].nonzero().flatten()
+        left = (~stays[:held]).nonzero().flatten()
+        index, fresh, rows = self.seen + new, keys[held:][new], take(new)
+        self.seen += count
+        # In place: copying the whole sample for every batch took most of the time.
+        swapped = len(left)
+        self.keys[left], self.index[left] = fresh[:swapped], index[:swapped]
+        self.keys = torch.cat([self.keys, fresh[swapped:]])
+        self.index = torch.cat([self.index, index[swapped:]])
+        if self.rows is None:
+            self.rows = rows
+            return
+        if swapped:
+            self.rows[left.to(rows.device)] = rows[:swapped]
+        if len(rows) > swapped:
+            self.rows = torch.cat([self.rows, rows[swapped:]])
+
+
+def keep_values(kept: Reservoir, x: Tensor) -> None:
+    """Offer the values at each position of x, (N, C, *), as rows (C,)."""
+    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    size = flat.shape[2]
+
+    def take(index: Tensor) -> Tensor:
+        index = index.to(x.device)
+        return flat[index // size, :, index % size].to(compute_dtype(x))
+
+    kept.add(len(x) * size, take)
+
+
+def forward_batch(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch, moved to its device: a tensor, a tuple that begins with one, a dict.
+
+    Raises:
+        ConversionError: a batch of another form.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, dict):
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return model(**moved)
+    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(x, Tensor):
+        raise ConversionError(
+            "expected batches that are a tensor, a tuple whose first item is one, or a dict, got "
+            f"{type(batch).__name__}; pass forward=lambda model, batch: ..."
+        )
+    return model(x.to(device))
 
 
 def show_progress(
@@ -35,7 +116,7 @@ def undisturbed(model: nn.Module | None = None, seed: int | None = None) -> Iter
 
     Args:
         model: if any.
-        seed: what torch's generators start from meanwhile; they go on as they are by default.
+        seed: what torch's CPU generator starts from meanwhile; it goes on as it is by default.
     """
     modules = [] if model is None else list(model.modules())
     modes = [(module, module.training) for module in modules]
@@ -43,7 +124,8 @@ def undisturbed(model: nn.Module | None = None, seed: int | None = None) -> Iter
     try:
         with torch.random.fork_rng(devices=list(devices)):
             if seed is not None:
-                torch.manual_seed(seed)
+                # Loaders draw on the CPU; manual_seed would seed devices that are not put back.
+                torch.default_generator.manual_seed(seed)
             if model is not None:
                 model.eval()
             yield

@@ -2,7 +2,6 @@
 
 from fnmatch import fnmatch
 from functools import partial
-from importlib import import_module
 from inspect import getattr_static
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from normswap.errors import ConversionError, UnknownNameError
+from normswap.extras import need
 from normswap.graph.state import RECORD
 from normswap.methods.layer import NormLayer
 from normswap.sites import looks_like_norm
@@ -47,8 +47,8 @@ def param_groups(
         gradient are in none.
 
     Raises:
-        ConversionError: a number out of range; no parameter that requires a gradient; or
-            `layer_decay` without timm.
+        ConversionError: a number out of range, or no parameter that requires a gradient.
+        NormswapError: `layer_decay` without timm.
     """
     for name, value in (("lr", lr), ("norm_lr", norm_lr), ("weight_decay", weight_decay)):
         if value is not None and not value >= 0:
@@ -168,12 +168,7 @@ def _spared_names(model: nn.Module) -> list[str]:
 
 
 def _layer_scales(model: nn.Module, layer_decay: float) -> dict[int, float]:
-    try:
-        optim = import_module("timm.optim")
-    except ImportError:
-        raise ConversionError(
-            "layer_decay= needs timm, which knows the layers: pip install 'normswap[recipes]'"
-        ) from None
+    optim = need("timm.optim", "recipes", "layer_decay=, whose layers are timm's,")
     groups = optim.param_groups_layer_decay(model, layer_decay=layer_decay)
     return {id(p): group["lr_scale"] for group in groups for p in group["params"]}
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from normswap import ContextError, contexts
+
 from .data import Augmentation, DomainData, stratified_mask
 from .errors import RecipeError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TEST_FRACTION = 0.2
 
 
@@ -85,18 +86,19 @@ def list_folder(root: Path) -> dict[str, dict[str, list[Path]]]:
         raise RecipeError(
             f"expected --data to be a folder DOMAIN/CLASS/image, found none at {root}"
         )
-    files = {
-        domain.name: {
-            folder.name: images for folder in _folders(domain) if (images := _images(folder))
-        }
-        for domain in _folders(root)
-    }
-    files = {domain: classes for domain, classes in files.items() if classes}
-    if not files:
-        raise RecipeError(
-            f"expected images as DOMAIN/CLASS/image under {root}, found none; "
-            f"known endings are {' '.join(sorted(SUFFIXES))}"
-        )
+    try:
+        found = contexts.list_images(root)
+    except ContextError as error:
+        raise RecipeError(f"expected images as DOMAIN/CLASS/image: {error}") from error
+    files: dict[str, dict[str, list[Path]]] = {domain: {} for domain in found}
+    for domain, images in found.items():
+        for path in images:
+            inside = path.relative_to(root / domain).parts
+            if len(inside) == 1:
+                raise RecipeError(
+                    f"expected images as DOMAIN/CLASS/image under {root}, found {path} in no class"
+                )
+            files[domain].setdefault(inside[0], []).append(path)
     every = set().union(*files.values())
     for domain, classes in files.items():
         if missing := sorted(every - set(classes)):
@@ -132,11 +134,3 @@ def decode(paths: list[Path], size: int, workers: int) -> Tensor:
         for _ in tqdm(done, total=len(paths), desc="decoding", unit="image", disable=None):
             pass
     return images
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)

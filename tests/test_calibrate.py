@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import normswap
 from normswap import AdaptiveContextNorm, ConversionError
-from normswap.calibration import Reservoir
+from normswap.streams import Reservoir
 from tests.builders import assert_close
 from tests.test_acn import EVERY_KIND, make_bimodal
 

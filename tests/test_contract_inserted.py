@@ -160,8 +160,8 @@ def test_a_container_that_stops_being_traceable_is_an_error_not_a_silent_skip(me
             self.odd = False
 
         def forward(self, x):
-            if self.odd and x.sum() > 0:
-                x = x * 2
+            if self.odd:
+                x = torch.stack([row * 2 for row in x])
             return x + self.bn(self.conv(x))
 
     model = normswap.convert(Block().eval(), method, placement="post")

@@ -14,7 +14,7 @@ ROOT = Path(normswap.__file__).parent
 ORDER = [
     {"errors"},
     {"functional"},
-    {"distributed", "streams"},
+    {"distributed", "streams", "extras"},
     {"sites"},
     {"methods", "contexts", "presets", "select"},
     {"graph"},
@@ -27,10 +27,11 @@ ORDER = [
         "calibration",
         "training",
         "statistics",
+        "synchronise",
     },
     {"conversion", "insertion", "summarise"},
     {"api"},
-    {"cli"},
+    {"cli", "cli_plot"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

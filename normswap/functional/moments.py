@@ -161,20 +161,29 @@ def context_posterior(instances: Moments, contexts: Moments, priors: Tensor, eps
     return logits.softmax(1).to(dtype)
 
 
+def gaussian_divergences(moments: Moments, priors: Tensor) -> Tensor:
+    """Return how far each context's Gaussian is from the pooled one, in nats, (K, C) float64.
+
+    The Kullback-Leibler divergence
+    ``KL_k = 1/2 [log(v / v_k) + (v_k + (m_k - m)^2) / v - 1]``; 0 where all are equal. A channel
+    without spread counts with the smallest positive variance.
+
+    Shape:
+        moments: (K, C); priors: (K,) or (K, C).
+    """
+    mean, var = (t.double() for t in moments)
+    tiny = torch.finfo(torch.float32).tiny
+    pooled = pool_moments(Moments(mean, var), priors.double())
+    ratio = var.clamp(min=tiny) / pooled.var.clamp(min=tiny)
+    shift = (mean - pooled.mean).square() / pooled.var.clamp(min=tiny)
+    return (0.5 * (ratio - 1 - ratio.log() + shift)).clamp(min=0)
+
+
 def gaussian_divergence(moments: Moments, priors: Tensor) -> float:
     """Return how far the contexts' statistics have moved apart, in nats; 0 when they are equal.
 
-    The Kullback-Leibler divergence of each context's Gaussian from the pooled one,
-    ``KL_k = 1/2 [log(v / v_k) + (v_k + (m_k - m)^2) / v - 1]``,
-    averaged over channels and, with the priors (K,) or (K, C), over contexts. A channel without
-    spread counts with the smallest positive variance.
+    `gaussian_divergences`, averaged over channels and, with the priors (K,) or (K, C), over
+    contexts.
     """
-    mean, var = (t.double() for t in moments)
-    priors = priors.double()
-    tiny = torch.finfo(torch.float32).tiny
-    pooled = pool_moments(Moments(mean, var), priors)
-    ratio = var.clamp(min=tiny) / pooled.var.clamp(min=tiny)
-    shift = (mean - pooled.mean).square() / pooled.var.clamp(min=tiny)
-    divergence = 0.5 * (ratio - 1 - ratio.log() + shift)
-    weighted = priors.reshape(priors.shape[0], -1) * divergence
-    return float(weighted.sum(0).mean().clamp(min=0))
+    weights = priors.double().reshape(priors.shape[0], -1)
+    return float((weights * gaussian_divergences(moments, priors)).sum(0).mean())

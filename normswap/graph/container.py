@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.errors import ConversionError
 from normswap.functional.labels import Context, wrong_length
+from normswap.graph.handed import write_back
 from normswap.graph.prepare import prepare
 from normswap.graph.scope import Scope
-from normswap.graph.state import ContainerState, Variant, context_argument, own_forward
+from normswap.graph.state import (
+    ContainerState,
+    Variant,
+    context_argument,
+    own_forward,
+    run_scoped,
+    untraced,
+)
 from normswap.graph.trace import TraceSession, tracing
 from normswap.graph.values import describe
 
@@ -75,13 +82,15 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
         else:
             return _run_new(module, state, values, context)
     if variant.run is not None:
-        return variant.run(module, *leaves, context)
+        output = variant.run(module, *leaves, context)
+        if variant.writes:
+            output, contents = output
+            for (index, _), new in zip(variant.writes, contents):  # noqa: B905 - for dynamo
+                write_back(values[index], new)
+        return output
     if state.insertions:
-        raise ConversionError(
-            f"expected {state.fqn or 'the model'} to run as it was traced, since layers are "
-            f"inserted in its residual blocks, but its forward {variant.reason}"
-        )
-    return _run_scoped(module, state, values, context)
+        raise untraced(module, variant.reason)
+    return run_scoped(module, values, context)
 
 
 def _may_mix(context: Context | None) -> bool:
@@ -111,14 +120,6 @@ def _run_new(module: nn.Module, state: ContainerState, values: Any, context: Any
     with TraceSession(state.layers) as session:
         prepare(module, values, session)
     return _run(module, state, values, context)
-
-
-def _run_scoped(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
-    outer = state.scope.enter(context)
-    try:
-        return own_forward(module, values)
-    finally:
-        state.scope.leave(outer)
 
 
 def _resolve(

@@ -12,8 +12,9 @@ import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import fx
+from torch import fx, nn
 
+from normswap.graph.outline import method_of
 from normswap.graph.patches import TraceFailure, is_torch
 
 _LOADS = ("LOAD_FAST", "LOAD_DEREF")
@@ -74,12 +75,21 @@ class Watch:
     Args:
         enter: told the globals of each; returns whether they are a forward's own, not a library's.
         names: collects the names they look up.
+        root: the container; its methods that run are remembered.
     """
 
-    def __init__(self, enter: Callable[[dict[str, Any]], bool], names: set[str]) -> None:
+    def __init__(
+        self, enter: Callable[[dict[str, Any]], bool], names: set[str], root: nn.Module
+    ) -> None:
         self._enter = enter
         self._names = names
+        self._root = root
+        self._methods: dict[str, tuple[str, ...]] = {}
         self._outer: Any = None
+
+    def methods_naming(self, *names: str) -> list[str]:
+        """Return the methods of the container that ran and look up one of these names."""
+        return [m for m, used in self._methods.items() if not set(names).isdisjoint(used)]
 
     def __enter__(self) -> None:
         self._outer = sys.gettrace()
@@ -94,6 +104,9 @@ class Watch:
         if not self._enter(frame.f_globals):
             return None
         self._names.update(frame.f_code.co_names)
+        method = method_of(self._root, frame)
+        if method:
+            self._methods[method] = frame.f_code.co_names
         hazards = find_hazards(frame.f_code)
         if hazards.refused:
             raise TraceFailure(f"{hazards.refused} inside forward")

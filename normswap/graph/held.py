@@ -21,6 +21,7 @@ _PLAIN = (
     *(torch.dtype, torch.device, torch.memory_format),
     *(types.FunctionType, types.BuiltinFunctionType),
 )
+DRAWS = "draws Python or NumPy random numbers inside forward"
 _MOST_PARTS = 64
 _DEPTH = 3
 
@@ -88,25 +89,20 @@ class Held:
             TraceFailure: a source of random numbers.
         """
         if isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random"):
-            raise TraceFailure("draws Python or NumPy random numbers inside forward")
+            raise TraceFailure(DRAWS)
         contents = _contents(value)
         if contents is not None and path not in self.objects:
             self.objects[path] = (value, type(contents)(contents))
 
-    def release(self) -> None:
-        """Put back what the forward changed.
-
-        Raises:
-            TraceFailure: it changed something.
-        """
+    def release(self) -> str:
+        """Put back what the forward changed; return the path of one such object, or ""."""
         changed = ""
         for path, (value, before) in self.objects.items():
             contents = _contents(value)
             if not _same(contents, before):
                 restore(contents, before)
                 changed = changed or path
-        if changed:
-            raise TraceFailure(f"changes .{changed} inside forward")
+        return changed
 
     def settings(self) -> dict[tuple[str, str], Any]:
         """Return (path of an object, attribute) -> value, for what a forward may branch on."""
@@ -124,6 +120,18 @@ class Held:
                     found[path, name] = snapshot(now)
                 elif depth and not isinstance(now, list | dict | set) and _contents(now):
                     self._read(f"{path}.{name}", now, found, depth - 1)
+
+
+def put_back(root: nn.Module, reads: dict[tuple[str, str], Any], held: Held) -> str:
+    """Undo what a forward changed while it was traced; return what that was, or ""."""
+    changed = ""
+    for (path, name), value in reads.items():
+        now = getattr(root.get_submodule(path), name)
+        if type(now) is not type(value) or now != value:
+            if isinstance(now, list | dict | set):
+                restore(now, value)
+            changed = changed or name
+    return changed or held.release()
 
 
 def _same(now: Any, before: Any) -> bool:

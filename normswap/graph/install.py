@@ -99,6 +99,7 @@ def converted_class(base: Any, generic: bool = False, contextual: bool = True) -
         "__setstate__": set_state,
         "__setattr__": set_attribute,
         "forward": written.forward,
+        "bind": staticmethod(written.bind),
         "spread": staticmethod(written.spread),
         "example_values": staticmethod(written.examples),
         "converted_from": base,

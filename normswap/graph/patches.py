@@ -5,7 +5,7 @@ import functools
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,16 @@ _BUILTINS = ("len", "int", "float", "max", "min", "round", "sum", "bool")
 
 
 class TraceFailure(Exception):
-    """A forward that no graph stands for; the container keeps its own. The text is the reason."""
+    """A forward that no graph stands for; the container keeps its own. The text is the reason.
+
+    Args:
+        reason: why.
+        methods: of the container, in one of which it came about; innermost first.
+    """
+
+    def __init__(self, reason: str, methods: Iterable[str] = ()) -> None:
+        super().__init__(reason)
+        self.methods = tuple(methods)
 
 
 class Patches:
@@ -52,7 +61,8 @@ class Patches:
                 setattr(owner, name, value)
 
 
-def globals_of(forward: Callable[..., Any], cls: type) -> list[dict[str, Any]]:
+@functools.lru_cache(maxsize=1024)
+def globals_of(forward: Callable[..., Any], cls: Any) -> list[dict[str, Any]]:
     """Return the globals that the methods of a module class see, torch's own left out."""
     tables: dict[int, dict[str, Any]] = {}
     functions = [forward, *(f for base in cls.__mro__ for f in vars(base).values())]
@@ -113,7 +123,9 @@ def wrap_leaf(
     @functools.wraps(function, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
         given = (args, kwargs)
-        if any_leaf(given, (fx.Proxy,)):
+        # The length and the truth of a list are known, whatever is in it.
+        known = function in (len, bool) and not isinstance(args[0], fx.Proxy)
+        if not known and any_leaf(given, (fx.Proxy,)):
             reaches = any_leaf(given, (nn.Module, types.FunctionType, types.MethodType))
             if not reaches and not any_leaf(given, (functools.partial,)):
                 return record(function, args, kwargs)
@@ -122,6 +134,16 @@ def wrap_leaf(
         return function(*args, **kwargs)
 
     return call
+
+
+def named_apply(cls: Any) -> Callable[..., Any]:
+    """Return a function for a graph that applies a ``torch.autograd.Function``."""
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return cls.apply(*args, **kwargs)
+
+    apply.__name__ = apply.__qualname__ = f"{cls.__name__}_apply"
+    return apply
 
 
 def ask_user_only(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -141,7 +163,30 @@ def symbolic_isinstance(value: Any, kinds: Any) -> bool:
         return isinstance(value, tuple(_flatten(kinds)))
     if value.node.op == "placeholder" and value.node.meta.get("tensor"):
         return any(issubclass(Tensor, k) for k in _flatten(kinds) if isinstance(k, type))
-    raise TraceFailure("tests the type of a value that is only known when it runs")
+    return _ask(value, IsInstance(_flatten(kinds)))
+
+
+class IsInstance:
+    """Tests the type of a value when it runs."""
+
+    __name__ = "is_instance"
+    __module__ = "normswap.graph.patches"
+    pure = True
+
+    def __init__(self, kinds: list[Any]) -> None:
+        if not all(type(kind) is type for kind in kinds):
+            raise TraceFailure("tests a type that is only known when it runs")
+        self.kinds = tuple(kinds)
+
+    def __call__(self, value: Any) -> bool:
+        """Test it."""
+        return isinstance(value, self.kinds)
+
+
+def _ask(value: fx.Proxy, question: Callable[[Any], bool]) -> bool:
+    if value.node.op == "placeholder":  # a number: a constant of the next attempt
+        raise TraceFailure("tests the type of a value that is only known when it runs")
+    return bool(value.tracer.create_proxy("call_function", question, (value,), {}))
 
 
 def symbolic_hasattr(value: Any, name: str) -> bool:

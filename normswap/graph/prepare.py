@@ -7,15 +7,23 @@ from typing import Any
 
 from torch import fx, nn
 
+from normswap.graph.branches import explore, join
 from normswap.graph.hazards import is_something
 from normswap.graph.insert import insert_layers
 from normswap.graph.patches import TraceFailure
-from normswap.graph.state import ContainerState, Variant, context_argument, walk
+from normswap.graph.state import (
+    ContainerState,
+    Variant,
+    context_argument,
+    own_forward_of,
+    walk,
+)
 from normswap.graph.trace import TraceSession
 from normswap.graph.tracer import Traced
 from normswap.graph.values import describe, find_other
 
 _MOST_VARIANTS = 64
+_MOST_OUTLINED = 4
 _COUNT = itertools.count()
 
 
@@ -38,7 +46,6 @@ def prepare(module: nn.Module, values: tuple[Any, ...], session: TraceSession) -
 def _trace(
     module: nn.Module, state: ContainerState, key: Any, values: Any, session: TraceSession
 ) -> tuple[Variant, bool]:
-    cls: Any = type(module)
     if state.override is not None:
         return Variant(None, "its forward was replaced on the instance"), False
     other = next((o for o in map(find_other, key) if o), None)
@@ -51,9 +58,7 @@ def _trace(
     reason = ""
     for kinds, inline in attempts:
         try:
-            traced = session.trace(module, cls.converted_from.forward, cls.spread, kinds, inline)
-            insert_layers(traced.graph, module, state.insertions, state.blocks)
-            variant = _thread(module, traced)
+            variant = _trace_paths(module, state, kinds, inline, session)
         except TraceFailure as failure:
             reason = reason or str(failure)
             continue
@@ -63,33 +68,109 @@ def _trace(
     return Variant(None, reason), False
 
 
-def _thread(module: nn.Module, traced: Traced) -> Variant:
-    """Pass the context to the calls that take it, and compile the graph."""
+def _trace_paths(
+    module: nn.Module, state: ContainerState, kinds: Any, inline: bool, session: TraceSession
+) -> Variant:
+    """Trace every path of a forward, methods that no graph stands for left out of the graph."""
+    cls: Any = type(module)
+    outlined = session.outlined.get(cls.converted_from, ())
+
+    def trace(answers: tuple[bool, ...]) -> Traced:
+        forward = cls.converted_from.forward
+        return session.trace(module, forward, cls.spread, kinds, inline, answers, outlined)
+
+    while True:
+        try:
+            paths = explore(trace)
+        except TraceFailure as failure:
+            method = next((m for m in failure.methods if m not in outlined), None)
+            if method is None or len(outlined) == _MOST_OUTLINED:
+                raise
+            outlined = session.outlined[cls.converted_from] = (*outlined, method)
+            continue
+        needed = [need for path in paths for need in path.assumed]
+        if not any([_changes(child, values, session) for child, values in needed]):
+            break
+    for path in paths:
+        if not path.failure:
+            insert_layers(path.graph, module, state.insertions, state.blocks)
+    return _thread(module, paths, kinds)
+
+
+def _changes(child: nn.Module, values: tuple[Any, ...], session: TraceSession) -> bool:
+    """Return whether a child may change the lists or dicts it is called with."""
+    state: ContainerState = child._normswap  # type: ignore[assignment]
+    if state.find(child, values) is None:
+        met = set(state.variants)
+        prepare(child, values, session)
+        for key in state.assumed:  # what was assumed without knowing the call, and failed
+            if all(variant.run is None for variant in state.variants.get(key, ())):
+                state.variants.pop(key, None)
+        state.assumed |= set(state.variants) - met
+    variant = state.find(child, values)
+    if variant is None:
+        raise TraceFailure(f"hands a list to a {type(child).__name__} that cannot be foreseen")
+    return variant.run is None or bool(variant.writes)
+
+
+def _thread(module: nn.Module, paths: list[Traced], kinds: Any) -> Variant:
+    """Pass the context to the calls that take it, and compile the graphs."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
-    context = _add_context(traced.graph)
-    calls, direct = _pass_context(module, traced.graph, context)
-    for node, region in traced.regions:
-        found = _pass_context(module, region.graph, _add_context(region.graph))
-        calls, direct = calls + found[0], direct + found[1]
-        region.run = _compile(region.graph, name)
-        node.args = (*node.args, context)
+    calls: list[str] = []
+    direct: list[str] = []
+    reads: dict[tuple[str, str], Any] = {}
+    structure: dict[str, tuple[str, ...]] = {}
+    for path in paths:
+        context = _add_context(path.graph)
+        _pass_context(module, path.graph, context, calls, direct)
+        for node, region in path.regions:
+            _pass_context(module, region.graph, _add_context(region.graph), calls, direct)
+            region.run = _compile(region.graph, name)
+            node.args = (*node.args, context)
+        for node in path.outlined:
+            node.args = (node.args[0], context, *node.args[1:])
+        reads.update(path.reads)
+        structure.update(path.structure)
+    outlined: list[Any] = [node.target for path in paths for node in path.outlined]
+    outside = bool(outlined) and _norms_outside(module, calls)
+    for method in outlined:
+        method.scoped = outside
+    writes = {path.writes for path in paths if not path.failure}
+    if len(writes) > 1:
+        raise TraceFailure("changes a list or dict it is given in one branch only")
+    own = own_forward_of(kinds, tuple(index for index, _ in next(iter(writes))))
+    run = join(paths, lambda graph: _compile(graph, name), own)
     threaded = [c for c in calls if context_argument(module.get_submodule(c)) is not None]
     return Variant(
-        run=_compile(traced.graph, name),
+        run=run,
         reads=tuple(
             (tuple(path.split(".")) if path else (), name, value)
-            for (path, name), value in traced.reads.items()
+            for (path, name), value in reads.items()
         ),
-        structure=tuple((tuple(p.split(".")), c) for p, c in traced.structure.items()),
+        structure=tuple((tuple(p.split(".")), c) for p, c in structure.items()),
         calls=tuple(dict.fromkeys(calls)),
         threaded=tuple(tuple(c.split(".")) for c in dict.fromkeys(threaded)),
         direct=tuple(direct),
-        something=_returns_something(traced.graph),
+        something=all(path.failure or _returns_something(path) for path in paths),
+        writes=next(iter(writes)),
+        rest=outside,
     )
 
 
-def _returns_something(graph: fx.Graph) -> bool:
-    result = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+def _norms_outside(module: nn.Module, calls: list[str]) -> bool:
+    """Return whether some norm is below no submodule that the graph calls."""
+    called = {id(m) for call in calls for m in module.get_submodule(call).modules()}
+    return any(
+        context_argument(m) is not None and id(m) not in called
+        for m in module.modules()
+        if m is not module
+    )
+
+
+def _returns_something(path: Traced) -> bool:
+    result: Any = next(n for n in reversed(path.graph.nodes) if n.op == "output").args[0]
+    if path.writes:
+        result = result[0]
     return isinstance(result, fx.Node) and is_something(result)
 
 
@@ -102,10 +183,9 @@ def _add_context(graph: fx.Graph) -> fx.Node:
 
 
 def _pass_context(
-    module: nn.Module, graph: fx.Graph, context: fx.Node
-) -> tuple[list[str], list[str]]:
-    """Add the context to calls that take it; return the submodules called and tensors read."""
-    calls, direct = [], []
+    module: nn.Module, graph: fx.Graph, context: fx.Node, calls: list[str], direct: list[str]
+) -> None:
+    """Add the context to calls that take it; collect the submodules called and tensors read."""
     for node in graph.nodes:
         if node.op == "get_attr":
             direct.append(str(node.target))
@@ -114,7 +194,6 @@ def _pass_context(
             argument = context_argument(module.get_submodule(calls[-1]))
             if argument is not None:
                 node.kwargs = {**node.kwargs, argument: context}
-    return calls, direct
 
 
 def _compile(graph: fx.Graph, name: str) -> Callable[..., Any]:

@@ -63,6 +63,12 @@ def find_reach(model: nn.Module) -> Reach:
                 queue += [(m, False) for m in module.modules() if m is not module]
             else:
                 queue += [(module.get_submodule(call), threaded) for call in variant.calls]
+                if variant.rest:
+                    called = {
+                        m for call in variant.calls for m in module.get_submodule(call).modules()
+                    }
+                    rest = [m for m in module.modules() if m is not module and m not in called]
+                    queue += [(m, False) for m in rest]
     return reach
 
 

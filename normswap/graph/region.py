@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from normswap.graph.handed import find_writes, snapshot_lists
+from normswap.graph.patches import TraceFailure
+from normswap.graph.values import describe, find_other, rebuild
+
 _CHECKPOINT = torch.utils.checkpoint.checkpoint
 _OPTIONS = {
     "use_reentrant",
@@ -66,7 +70,45 @@ class Region:
         return _CHECKPOINT(function, *tensors, **self.options)
 
 
-def split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split checkpoint's keyword arguments into its own and those of the function."""
     own = {k: v for k, v in kwargs.items() if k in _OPTIONS}
     return own, {k: v for k, v in kwargs.items() if k not in _OPTIONS}
+
+
+def trace_checkpointed(tracer: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Trace a checkpointed function apart and record its call."""
+    if tracer.region is not None:
+        raise TraceFailure("nests gradient checkpointing")
+    if not callable(function):
+        raise TraceFailure("uses checkpoint as a decorator inside forward")
+    options, kwargs = _split_options(kwargs)
+    outer: list[Any] = []
+    kinds = [describe(value, outer, True) for value in (args, kwargs)]
+    if any(map(find_other, kinds)):
+        raise TraceFailure("checkpoints a function of objects that no graph takes")
+    region = Region(fx.Graph(tracer_cls=type(tracer)), options)
+    tracer.graph, tracer.region = region.graph, region
+    try:
+        inner = [
+            tracer.create_proxy("placeholder", f"value_{i}", (), {}) for i in range(len(outer))
+        ]
+        for proxy, given in zip(inner, outer, strict=True):
+            proxy.node.meta = dict(given.node.meta)
+        supply = iter(inner)
+        given_args, given_kwargs = (rebuild(kind, supply) for kind in kinds)
+        before = snapshot_lists((given_args, *given_kwargs.values()))
+        output = function(*given_args, **given_kwargs)
+        find_writes((), before)
+        tracer.create_node("output", "output", (tracer.create_arg(output),), {})
+    finally:
+        tracer.graph, tracer.region = tracer.result.graph, None
+    # The region names submodules by path from the container, so it is handed the container.
+    itself = tracer.create_proxy("get_attr", "converted_container", (), {})
+    captured = [fx.Proxy(node, tracer) for node in region.captured]
+    value = tracer.create_proxy("call_function", region, (itself, *outer, *captured), {})
+    tracer.result.regions.append((value.node, region))
+    if isinstance(output, tuple | list):
+        parts: Any = value
+        return type(output)(parts[i] for i in range(len(output)))
+    return value

@@ -9,7 +9,7 @@ import torch
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 # Stands for a required argument until a real one is seen: most are tensors.
-_TENSOR = torch.empty(0)
+EXAMPLE = torch.empty(0)
 
 
 class Forward(NamedTuple):
@@ -18,6 +18,7 @@ class Forward(NamedTuple):
     Attributes:
         forward: takes the original's arguments and the context, and hands
             ``(module, values, context)`` to a dispatcher, with one value per parameter.
+        bind: takes the same, and returns the values.
         spread: ``spread(function, module, values)`` calls a function of the original signature.
         examples: returns values of the kind expected: a tensor where the original requires an
             argument, else its default.
@@ -25,6 +26,7 @@ class Forward(NamedTuple):
     """
 
     forward: Callable[..., Any]
+    bind: Callable[..., Any]
     spread: Callable[..., Any]
     examples: Callable[[], tuple[Any, ...]]
     argument: str | None
@@ -122,6 +124,8 @@ def write_forward(
     source = (
         f"def forward({', '.join(head)}):\n"
         f"    return _dispatch(self, ({names}), {argument if contextual else None})\n"
+        f"def bind({', '.join(head)}):\n"
+        f"    return ({names})\n"
         f"def spread(function, self, values):\n"
         f"{unpack}"
         f"    return function({', '.join(['self', *passed])})\n"
@@ -131,12 +135,13 @@ def write_forward(
     shown = [p for p in declared if p.name not in {q.name for q in parameters}]
     if shown:
         scope["forward"].__signature__ = _show(parameters, shown, argument if contextual else None)
-    required = tuple(_TENSOR for p in shown if p.default is p.empty and p.kind in _POSITIONAL)
+    required = tuple(EXAMPLE for p in shown if p.default is p.empty and p.kind in _POSITIONAL)
 
     def examples() -> tuple[Any, ...]:
         return tuple(_example(p, required) for p in parameters)
 
-    return Forward(scope["forward"], scope["spread"], examples, argument if contextual else None)
+    context = argument if contextual else None
+    return Forward(scope["forward"], scope["bind"], scope["spread"], examples, context)
 
 
 def _show(own: list[Parameter], shown: list[Parameter], argument: str | None) -> inspect.Signature:
@@ -155,4 +160,4 @@ def _example(parameter: Parameter, required: tuple[Any, ...]) -> Any:
         return required
     if parameter.kind is Parameter.VAR_KEYWORD:
         return {}
-    return _TENSOR if parameter.default is Parameter.empty else parameter.default
+    return EXAMPLE if parameter.default is Parameter.empty else parameter.default

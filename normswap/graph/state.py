@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from normswap.errors import ConversionError
 from normswap.graph.insert import Insertion
 from normswap.graph.scope import Scope
-from normswap.graph.values import Kind
+from normswap.graph.values import Kind, describe, rebuild
 
 
 @dataclass
@@ -26,6 +27,9 @@ class Variant:
         threaded: those of them that are passed the context.
         direct: paths of tensors the graph reads itself.
         something: whether it certainly returns a tensor, not None.
+        writes: (position of an argument, keys it has afterwards) for those the forward changes;
+            `run` then returns its output and their new contents.
+        rest: whether norms that none of the calls reaches may find the context in scope.
     """
 
     run: Callable[..., Any] | None
@@ -36,6 +40,8 @@ class Variant:
     threaded: tuple[tuple[str, ...], ...] = ()
     direct: tuple[str, ...] = ()
     something: bool = False
+    rest: bool = False
+    writes: tuple[tuple[int, tuple[Any, ...]], ...] = ()
 
     def holds(self, module: nn.Module) -> bool:
         """Return whether everything the trace depended on is as it was."""
@@ -101,6 +107,13 @@ class ContainerState:
         """Whether the module's own forward runs untraced, between `before` and `after`."""
         return not self.layers and not self.insertions
 
+    def find(self, module: nn.Module, values: tuple[Any, ...]) -> Variant | None:
+        """Return the way to run the module on arguments like these, None where none is known."""
+        key = tuple([describe(value, [], False) for value in values])
+        if key in self.exact:
+            key = tuple([describe(value, [], True) for value in values])
+        return next((v for v in self.variants.get(key, ()) if v.holds(module)), None)
+
     def seen(self) -> list[Variant]:
         """Return the variants calls have met, or the assumed ones where none were met yet."""
         met = [v for key, found in self.variants.items() if key not in self.assumed for v in found]
@@ -147,3 +160,41 @@ def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
     if override is not None:
         return cls.spread(lambda _, *args, **kwargs: override(*args, **kwargs), module, values)
     return cls.spread(cls.converted_from.forward, module, values)
+
+
+def run_scoped(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
+    """Run the forward the module had before conversion, with the context in scope."""
+    scope = vars(module)["_normswap"].scope
+    outer = scope.enter(context)
+    try:
+        return own_forward(module, values)
+    finally:
+        scope.leave(outer)
+
+
+def untraced(module: nn.Module, reason: str) -> ConversionError:
+    """Return the error of a container that runs without the layers inserted in it."""
+    return ConversionError(
+        f"expected {vars(module)['_normswap'].fqn or 'the model'} to run as it was traced, since "
+        f"layers are inserted in its residual blocks, but its forward {reason}"
+    )
+
+
+def own_forward_of(kinds: tuple[Kind, ...], written: tuple[int, ...]) -> Callable[..., Any]:
+    """Return a function of the symbolic parts of such arguments that calls `run_scoped`.
+
+    Args:
+        kinds: of the arguments.
+        written: positions of those whose contents are returned beside the output.
+    """
+
+    def run(module: nn.Module, *leaves: Any) -> Any:
+        *given, context = leaves
+        supply = iter(given)
+        values = tuple([rebuild(kind, supply) for kind in kinds])
+        output = run_scoped(module, values, context)
+        if vars(module)["_normswap"].insertions:
+            raise untraced(module, "takes a branch that no graph stands for")
+        return (output, [values[i] for i in written]) if written else output
+
+    return run

@@ -1,5 +1,6 @@
 """Change a model's modules in place, with a way back."""
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
 from normswap.graph.trace import TraceSession
 
+_SIMPLE = {bool, int, float, str, type(None), set, OrderedDict}
 _HELD = (
     "cannot convert: {} holds a norm to be replaced in {}, which would go on running it; "
     "leave that norm out with exclude="
@@ -49,7 +51,7 @@ class Surgery:
         """
         for name, module in self.model.named_modules():
             for key, value in list(vars(module).items()):
-                if key.startswith("_") and type(value) is dict:
+                if type(value) in _SIMPLE or (key.startswith("_") and type(value) is dict):
                     continue
                 items: list[tuple[Any, Any]] = []
                 if type(value) is list:

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.graph import patches as p
+from normswap.graph.branches import end_at_question
+from normswap.graph.handed import find_writes, snapshot_lists
 from normswap.graph.hazards import Watch
-from normswap.graph.held import random_states, restore
+from normswap.graph.held import DRAWS, put_back, random_states
 from normswap.graph.patches import Patches, TraceFailure
-from normswap.graph.tracer import SWITCHES, ContainerTracer, LiveCalls, Traced
+from normswap.graph.region import trace_checkpointed
+from normswap.graph.tracer import SWITCHES, ContainerTracer, LiveCalls, Names, Traced
 from normswap.graph.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
 
 _LOCK = threading.RLock()
@@ -43,6 +46,7 @@ class TraceSession:
 
     def __init__(self, layers: tuple[Any, ...] = ()) -> None:
         self.layers = layers
+        self.outlined: dict[type, tuple[str, ...]] = {}  # methods that no graph stands for
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
         self._patches = Patches()
@@ -51,6 +55,7 @@ class TraceSession:
         self._entered: set[int] = set()
         self._library: set[int] = set()
         self._inline = False
+        self._names: dict[nn.Module, Names] = {}
 
     @property
     def tracer(self) -> ContainerTracer | None:
@@ -91,7 +96,7 @@ class TraceSession:
         def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
             if self.tracer is None or not any_leaf((args, kwargs), (fx.Proxy,)):
                 return apply.__get__(None, cls)(*args, **kwargs)
-            return self.tracer.create_proxy("call_function", _named_apply(cls), args, kwargs)
+            return self.tracer.create_proxy("call_function", p.named_apply(cls), args, kwargs)
 
         self._patches.set(nn.Module, "__call__", call)
         self._patches.set(nn.Module, "__getattribute__", getattribute)
@@ -140,7 +145,7 @@ class TraceSession:
     def _checkpoint(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:
         if self.tracer is None:
             return _CHECKPOINT(function, *args, **kwargs)
-        return self.tracer.checkpoint(function, args, kwargs)
+        return trace_checkpointed(self.tracer, function, args, kwargs)
 
     def _enter_globals(self, table: dict[str, Any]) -> bool:
         """Replace the free functions a function in these globals may call.
@@ -181,9 +186,11 @@ class TraceSession:
         forward: Callable[..., Any],
         call: Callable[..., Any],
         kinds: tuple[Kind, ...],
-        inline: bool,
+        inline: bool = False,
+        answers: tuple[bool, ...] = (),
+        outlined: tuple[str, ...] = (),
     ) -> Traced:
-        """Trace one forward.
+        """Trace one path of a forward.
 
         Args:
             root: the container.
@@ -191,11 +198,18 @@ class TraceSession:
             call: ``call(forward, root, values)`` spreads values over the signature.
             kinds: of the arguments, in the order of the signature.
             inline: whether to enter free functions, where they are not calls in the graph.
+            answers: to the first questions whether a symbolic value is true.
+            outlined: names of methods of the container that are calls in the graph.
+
+        Returns:
+            The graph; with a failure, one that ends at its last question, after which the
+            module's own forward may be run from its start instead.
 
         Raises:
             TraceFailure: no graph stands for this forward; the text says why.
         """
-        tracer = ContainerTracer(root)
+        names = self._names.get(root) or self._names.setdefault(root, Names(root))
+        tracer = ContainerTracer(root, names, answers, outlined)
         leaves: list[Any] = []
         for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
             proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
@@ -203,46 +217,36 @@ class TraceSession:
             leaves.append(proxy)
         supply: Iterator[Any] = iter(leaves)
         values = tuple(rebuild(kind, supply) for kind in kinds)
-        before = random_states()
+        before, lists = random_states(), snapshot_lists(values)
         self._inline, self._entered = inline, set()
+        watch = Watch(self._enter_globals, tracer.held.names, root)
+        cls: Any = type(root)
+        failure: Exception | None = None
         try:
             self._tracer = tracer
-            for table in p.globals_of(forward, type(root)):
+            for table in p.globals_of(forward, cls):
                 self._enter_globals(table)
-            with LiveCalls(tracer), Watch(self._enter_globals, tracer.held.names):
+            with LiveCalls(tracer), watch:
                 output = call(forward, root, values)
+                tracer.result.writes = find_writes(values, lists)
+                if tracer.result.writes:
+                    output = (output, tuple(values[i] for i, _ in tracer.result.writes))
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
-        except TraceFailure:
-            raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:160]
-            raise TraceFailure(f"{type(error).__name__}: {reason}") from error
+            failure = error
         finally:
             self._tracer = None
             self._local.undo()
-            self._check_untouched(tracer, before)
+            drawn = random_states() != before
+            if drawn:
+                random.setstate(before[0])
+            changed = put_back(tracer.root, tracer.result.reads, tracer.held)
         tracer.result.reads.update(tracer.held.settings())
+        if failure is not None:
+            end_at_question(tracer, failure)
+        elif drawn:
+            raise TraceFailure(DRAWS, watch.methods_naming("random", "np", "numpy"))
+        elif changed:
+            name = changed.partition(".")[0]
+            raise TraceFailure(f"changes .{changed} inside forward", watch.methods_naming(name))
         return tracer.result
-
-    def _check_untouched(self, tracer: ContainerTracer, before: list[Any]) -> None:
-        if random_states() != before:
-            random.setstate(before[0])
-            raise TraceFailure("draws Python or NumPy random numbers inside forward")
-        changed = ""
-        for (path, name), value in tracer.result.reads.items():
-            now = getattr(tracer.root.get_submodule(path), name)
-            if type(now) is not type(value) or now != value:
-                if isinstance(now, list | dict | set):
-                    restore(now, value)
-                changed = changed or name
-        tracer.held.release()
-        if changed:
-            raise TraceFailure(f"changes .{changed} inside forward")
-
-
-def _named_apply(cls: Any) -> Callable[..., Any]:
-    def apply(*args: Any, **kwargs: Any) -> Any:
-        return cls.apply(*args, **kwargs)
-
-    apply.__name__ = apply.__qualname__ = f"{cls.__name__}_apply"
-    return apply

@@ -1,5 +1,7 @@
 """Build the graph of one container: its nodes, its symbolic values, and what it read."""
 
+import functools
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -9,11 +11,14 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
+from normswap.graph.handed import Write, hand_on, take_back
 from normswap.graph.held import Held, is_plain, snapshot
+from normswap.graph.outline import Outlined, methods_running
 from normswap.graph.patches import TraceFailure, is_torch
-from normswap.graph.region import Region, split_options
+from normswap.graph.questions import MOST_QUESTIONS, question_key
+from normswap.graph.region import Region
 from normswap.graph.symbol import Value
-from normswap.graph.values import any_leaf, describe, find_other, rebuild
+from normswap.graph.values import any_leaf
 
 SWITCHES = "switches gradients or autocast on or off inside forward"
 _BASE = set(vars(nn.Module())) - {"training"}
@@ -28,12 +33,50 @@ class Traced:
         reads: (path of the module, attribute) -> the value the forward saw.
         structure: path of a module whose children the forward walked -> their names.
         regions: checkpointed parts, each with the node of the graph that calls it.
+        outlined: nodes that call a method of the container.
+        questions: nodes whose truth the forward branched on.
+        answers: the truth this trace took them for.
+        asked_in: methods of the container that asked.
+        writes: arguments that the forward changes; the graph returns (output, new contents).
+        assumed: (child, arguments like those it was called with) for those that were taken to
+            change no list or dict they are given.
+        failure: why this path ends after its last question; "" where the forward returns.
     """
 
     graph: fx.Graph
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
     structure: dict[str, tuple[str, ...]] = field(default_factory=dict)
     regions: list[tuple[fx.Node, Region]] = field(default_factory=list)
+    outlined: list[fx.Node] = field(default_factory=list)
+    questions: list[fx.Node] = field(default_factory=list)
+    answers: tuple[bool, ...] = ()
+    asked_in: list[str] = field(default_factory=list)
+    writes: tuple[Write, ...] = ()
+    assumed: list[tuple[nn.Module, tuple[Any, ...]]] = field(default_factory=list)
+    failure: str = ""
+
+
+class Names:
+    """Names of everything below a module.
+
+    Attributes:
+        paths: id of a module -> its name.
+        tensors: id of a parameter, a buffer or another tensor attribute -> its name.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.paths: dict[int, str] = {}
+        self.tensors: dict[int, str] = {}
+        for name, module in root.named_modules():
+            self.paths[id(module)] = name
+            prefix = f"{name}." if name else ""
+            table = vars(module)
+            for key, value in (*table["_parameters"].items(), *table["_buffers"].items()):
+                if value is not None:
+                    self.tensors.setdefault(id(value), prefix + key)
+            for key, value in table.items():
+                if isinstance(value, Tensor):
+                    self.tensors.setdefault(id(value), prefix + key)
 
 
 class LiveCalls(TorchFunctionMode):
@@ -62,24 +105,31 @@ class LiveCalls(TorchFunctionMode):
 
 
 class ContainerTracer(fx.Tracer):
-    """Builds the graph of one container."""
+    """Builds the graph of one container.
 
-    def __init__(self, root: nn.Module) -> None:
+    Args:
+        root: the container.
+        names: of its modules and tensors.
+        answers: to the first questions whether a symbolic value is true; True to those after.
+        outlined: names of methods of the container that are called, not entered.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        names: "Names",
+        answers: tuple[bool, ...] = (),
+        outlined: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
         self.root = root
+        self.given = answers
+        self.outlined = outlined
+        self.known: dict[Any, bool] = {}
+        self.reshaped = 0
         self.graph = fx.Graph(tracer_cls=type(self))
         self.result = Traced(self.graph)
-        self.paths: dict[int, str] = {}
-        self.tensors: dict[int, str] = {}
-        for name, module in root.named_modules():
-            self.paths[id(module)] = name
-            prefix = f"{name}." if name else ""
-            for key, value in (*module._parameters.items(), *module._buffers.items()):
-                if value is not None:
-                    self.tensors.setdefault(id(value), prefix + key)
-            for key, value in vars(module).items():
-                if isinstance(value, Tensor):
-                    self.tensors.setdefault(id(value), prefix + key)
+        self.paths, self.tensors = names.paths, names.tensors
         self.modes = _modes()
         self.held = Held()
         self.region: Region | None = None
@@ -88,10 +138,31 @@ class ContainerTracer(fx.Tracer):
         """Wrap a node."""
         return Value(node, self)
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Answer whether a symbolic value is true, for this path."""
+        if self.region is not None:
+            raise TraceFailure("branches inside a checkpointed part on a value known when it runs")
+        key = question_key(obj.node)
+        key = key and (key, self.reshaped)
+        if key in self.known:
+            return self.known[key]
+        result, place = self.result, len(self.result.answers)
+        result.asked_in += methods_running(self.root, sys._getframe(1))[:1]
+        if place >= MOST_QUESTIONS:
+            raise TraceFailure("branches endlessly on values only known when it runs")
+        answer = self.given[place] if place < len(self.given) else True
+        result.questions.append(self.create_proxy("call_function", bool, (obj,), {}).node)
+        result.answers = (*result.answers, answer)
+        if key is not None:
+            self.known[key] = answer
+        return answer
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless the forward changed a mode that a graph does not carry."""
         if _modes() != self.modes:
             raise TraceFailure(SWITCHES)
+        if args[0] == "call_method" and args[1].endswith("_"):
+            self.reshaped += 1  # what was asked of its shape may have another answer now
         return self.graph.create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -140,43 +211,16 @@ class ContainerTracer(fx.Tracer):
             while "." in parent:
                 parent = parent.rpartition(".")[0]
                 self.result.structure[parent] = tuple(self.root.get_submodule(parent)._modules)
+        args, kwargs, handed = hand_on(self, module, args, kwargs)
         proxy = self.create_proxy("call_module", path, args, kwargs)
         proxy.node.meta["something"] = _returns_tensor(module)
+        take_back(self, module, handed)
         return proxy
 
-    def checkpoint(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Trace a checkpointed function apart and record its call."""
-        if self.region is not None:
-            raise TraceFailure("nests gradient checkpointing")
-        if not callable(function):
-            raise TraceFailure("uses checkpoint as a decorator inside forward")
-        options, kwargs = split_options(kwargs)
-        outer: list[Any] = []
-        kinds = [describe(value, outer, True) for value in (args, kwargs)]
-        if any(map(find_other, kinds)):
-            raise TraceFailure("checkpoints a function of objects that no graph takes")
-        region = Region(fx.Graph(tracer_cls=type(self)), options)
-        self.graph, self.region = region.graph, region
-        try:
-            inner = [
-                self.create_proxy("placeholder", f"value_{i}", (), {}) for i in range(len(outer))
-            ]
-            for proxy, given in zip(inner, outer, strict=True):
-                proxy.node.meta = dict(given.node.meta)
-            supply = iter(inner)
-            given_args, given_kwargs = (rebuild(kind, supply) for kind in kinds)
-            output = function(*given_args, **given_kwargs)
-            self.create_node("output", "output", (self.create_arg(output),), {})
-        finally:
-            self.graph, self.region = self.result.graph, None
-        # The region names submodules by path from the container, so it is handed the container.
+    def _call_method(self, method: Outlined, *args: Any, **kwargs: Any) -> Any:
         itself = self.create_proxy("get_attr", "converted_container", (), {})
-        captured = [fx.Proxy(node, self) for node in region.captured]
-        value = self.create_proxy("call_function", region, (itself, *outer, *captured), {})
-        self.result.regions.append((value.node, region))
-        if isinstance(output, tuple | list):
-            parts: Any = value
-            return type(output)(parts[i] for i in range(len(output)))
+        value = self.create_proxy("call_function", method, (itself, *args), kwargs)
+        self.result.outlined.append(value.node)
         return value
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
@@ -191,6 +235,8 @@ class ContainerTracer(fx.Tracer):
                 else value
             )
         of_class = callable(value) and name not in vars(module)
+        if of_class and module is self.root and name in self.outlined:
+            return functools.partial(self._call_method, Outlined(name))
         if name not in _BASE and not of_class:
             if is_plain(value):
                 self.result.reads.setdefault((path, name), snapshot(value))

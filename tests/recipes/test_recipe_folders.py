@@ -50,6 +50,18 @@ def test_a_folder_without_images_is_refused(tmp_path):
         load_folder(tmp_path, 16)
 
 
+def test_an_image_outside_any_class_is_refused(folder):
+    shutil.copy(folder / "day" / "dog" / "0.png", folder / "day" / "stray.png")
+    with pytest.raises(RecipeError, match=r"stray\.png in no class"):
+        load_folder(folder, 16)
+
+
+def test_images_in_folders_below_a_class_belong_to_it(folder):
+    (folder / "day" / "dog" / "more").mkdir()
+    shutil.move(folder / "day" / "dog" / "0.png", folder / "day" / "dog" / "more" / "0.png")
+    assert len(load_folder(folder, 16).images) == 20
+
+
 def test_a_domain_lacking_a_class_is_named_with_the_class(folder):
     shutil.rmtree(folder / "day" / "dog")
     with pytest.raises(RecipeError, match="'day' has no images of dog"):

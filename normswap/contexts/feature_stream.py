@@ -1,0 +1,154 @@
+"""A loader whose features are read once or several times, in the same order each time."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from normswap.contexts.clusters import ClusterAssigner
+from normswap.contexts.features import Extractor, Features, targets_of
+from normswap.contexts.tally import Tally
+from normswap.errors import ContextError
+from normswap.streams import Reservoir, show_progress, undisturbed
+
+A = TypeVar("A", bound=ClusterAssigner)
+# The squares of larger ones overflow float32.
+LARGEST = 1e15
+
+
+class FeatureStream:
+    """The features of a loader's batches, and a uniform sample of them.
+
+    Args:
+        loader: see `normswap.contexts.kmeans`, as for the rest.
+        features: what to make of a batch.
+        num_contexts: K; the sample must hold as many.
+        samples: how many to keep.
+        seed: of the sample, and of torch's generators while the loader is read.
+        progress: whether to show a bar.
+
+    Raises:
+        ContextError: an argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        features: Features,
+        num_contexts: int,
+        samples: int,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        if isinstance(num_contexts, bool) or not isinstance(num_contexts, int) or num_contexts < 1:
+            raise ContextError(f"expected num_contexts of at least 1, got {num_contexts!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ContextError(f"expected seed= in [0, 2^32), got {seed!r}")
+        if samples < num_contexts:
+            raise ContextError(f"expected samples= of at least {num_contexts}, got {samples}")
+        if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+            raise ContextError(
+                f"expected a loader that yields batches, got {type(loader).__name__}; give a "
+                "DataLoader, or a list of batches"
+            )
+        self.loader = loader
+        self.num_contexts = num_contexts
+        self.seed = seed
+        self.progress = progress
+        self.extractor = Extractor(features)
+        self.kept = Reservoir(samples, torch.Generator().manual_seed(seed))
+        self.targets: list[Tensor | None] = []
+
+    def read(self, title: str, use: Callable[[Tensor, Tensor | None], None]) -> None:
+        """Hand the features and, if they come with them, the classes of each batch to `use`.
+
+        Raises:
+            ContextError: features that are not finite.
+        """
+        with undisturbed(seed=self.seed):
+            bar = show_progress(self.loader, title, progress=self.progress)
+            for number, batch in enumerate(bar):
+                x = self.extractor(batch).cpu()
+                bad = int((~(x.abs() < LARGEST).all(1)).sum())
+                if bad:
+                    raise ContextError(
+                        f"expected finite features, below {LARGEST:g}, got {bad} of {len(x)} "
+                        f"samples with others in batch {number}; clean or leave out these inputs"
+                    )
+                targets = targets_of(batch)
+                use(x, targets if targets is not None and len(targets) == len(x) else None)
+
+    def sample(self) -> Tensor:
+        """Read the loader once; return a uniform sample of its features, (kept, D).
+
+        Raises:
+            ContextError: no batch, fewer samples than contexts, or more than the sample holds from
+                an iterator.
+        """
+        once = isinstance(self.loader, Iterator)
+
+        def keep(x: Tensor, targets: Tensor | None) -> None:
+            self.kept.add(len(x), lambda index: x[index])
+            self.targets.append(targets)
+            if once and not self.kept.complete:
+                raise ContextError(
+                    f"expected a loader that can be read again, for it holds more than samples="
+                    f"{self.kept.size}, got an iterator; give a DataLoader or a list, or more "
+                    "samples="
+                )
+
+        self.read("sample", keep)
+        if self.kept.rows is None or self.kept.seen < self.num_contexts:
+            raise ContextError(
+                f"expected at least {self.num_contexts} samples, one a context, got "
+                f"{self.kept.seen}"
+            )
+        return self.kept.rows
+
+    def count(self, assigner: A) -> A:
+        """Count the contexts of the whole set, and return the assigner with them.
+
+        Raises:
+            ContextError: the loader gave another number of samples than before.
+        """
+        tally = Tally(self.num_contexts)
+        if self.kept.complete and self.kept.rows is not None:
+            known = [t for t in self.targets if t is not None]
+            classes = torch.cat(known) if len(known) == len(self.targets) else None
+            tally.add(assigner.assign(self.kept.rows), classes)
+        else:
+            self.read("count", lambda x, targets: tally.add(assigner.assign(x), targets))
+        assigner.counts = tally.result()
+        if sum(assigner.sizes) != self.kept.seen:
+            raise ContextError(
+                f"expected the loader to give {self.kept.seen} samples each time it is read, got "
+                f"{sum(assigner.sizes)}; give one that starts anew"
+            )
+        return assigner
+
+
+class Blocks:
+    """Gathers rows into blocks of at least some size.
+
+    Args:
+        size: of a block; the rows left at the end make one more.
+        use: takes a block, (rows, D).
+    """
+
+    def __init__(self, size: int, use: Callable[[Tensor], Any]) -> None:
+        self.size = size
+        self.use = use
+        self.held: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        """Take rows (n, D)."""
+        self.held.append(rows)
+        if sum(map(len, self.held)) >= self.size:
+            self.finish()
+
+    def finish(self) -> None:
+        """Hand on what is left."""
+        if any(map(len, self.held)):
+            self.use(torch.cat(self.held))
+        self.held = []

@@ -1,0 +1,81 @@
+"""Methods of a container that no graph stands for: called by the graph, not entered."""
+
+import dis
+import types
+from typing import Any
+
+from torch import nn
+
+
+class Outlined:
+    """Calls a method of the container by name, with the context in scope where asked.
+
+    Attributes:
+        name: of the method.
+        scoped: whether norms may be reached from it, which then find the context in scope.
+    """
+
+    __module__ = "normswap.graph.outline"
+
+    def __init__(self, name: str) -> None:
+        self.name = self.__name__ = name
+        self.scoped = False
+
+    def __call__(self, module: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        method = getattr(module, self.name)
+        if not self.scoped:
+            return method(*args, **kwargs)
+        scope = module._normswap.scope
+        outer = scope.enter(context)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            scope.leave(outer)
+
+
+def methods_running(root: nn.Module, frame: types.FrameType | None) -> list[str]:
+    """Return the methods of a container, other than forward, that this frame runs in."""
+    names = []
+    while frame is not None:
+        name = method_of(root, frame)
+        if name:
+            names.append(name)
+        frame = frame.f_back
+    return names
+
+
+def methods_failed(root: nn.Module, error: BaseException | None) -> list[str]:
+    """Return the methods of a container that an error came out of, innermost first."""
+    names: list[str] = []
+    while error is not None:
+        step = error.__traceback__
+        while step is not None:
+            name = method_of(root, step.tb_frame)
+            if name:
+                names.insert(0, name)
+            step = step.tb_next
+        error = error.__cause__
+    return names
+
+
+def method_of(root: nn.Module, frame: types.FrameType) -> str:
+    """Return the name of the container's method a frame runs; "" where it runs none."""
+    code = frame.f_code
+    if code.co_name == "forward" or not code.co_varnames:
+        return ""
+    if frame.f_locals.get(code.co_varnames[0]) is not root:
+        return ""
+    method = getattr(type(root), code.co_name, None)
+    return code.co_name if getattr(method, "__code__", None) is code else ""
+
+
+def is_raised(error: BaseException, library: Any) -> bool:
+    """Return whether a forward raised an error itself, rather than torch or Python for it."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    if step is None or library(step.tb_frame.f_globals.get("__name__")):
+        return False
+    code = step.tb_frame.f_code.co_code
+    return dis.opname[code[step.tb_lasti]] == "RAISE_VARARGS"

@@ -1,0 +1,157 @@
+"""``normswap plot``, in this process: what it reads, writes and refuses."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import normswap
+from normswap import plot
+from normswap.cli import main
+from normswap.plot import files
+from tests.models import make_inputs, make_model
+
+RECORDS = [
+    {
+        "epoch": epoch,
+        "seconds": 1.0,
+        "arms": {
+            "bn": {"loss": 2.0 / epoch, "accuracy": {"unknown": {"a": 40, "b": 60, "c": 0}}},
+            "cn": {
+                "loss": 3.0 / epoch,
+                "accuracy": {"unknown": {"a": 10, "b": 30, "c": 0}, "known": {"a": 80, "b": 90}},
+            },
+        },
+    }
+    for epoch in (1, 2)
+]
+
+
+def convert(method="cn", **keywords):
+    model = make_model()
+    given = {} if method == "acn" else {"contexts": ["a", "b"]}
+    model = normswap.convert(model, method, example_inputs=make_inputs(model), **given, **keywords)
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("running_mean", "mu")):
+            tensor.add_(torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def save(model, path, prefix=""):
+    save_file({prefix + name: value.clone() for name, value in model.state_dict().items()}, path)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    settings = {"model": "no_such_model", "held_out": "c"}
+    (folder / "config.json").write_text(json.dumps({"settings": settings}))
+    save(convert(), folder / "model.safetensors")
+    return folder
+
+
+def is_picture(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["curves"],
+        ["divergence"],
+        ["divergence", "--names", "x,y"],
+        ["densities", "--layer", "neck"],
+    ],
+)
+def test_a_run_is_drawn(run, tmp_path, capsys, arguments):
+    out = tmp_path / "picture.png"
+    assert main(["plot", arguments[0], str(run), *arguments[1:], "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    assert is_picture(out)
+
+
+def test_where_crossnorm_would_fire_is_drawn_of_a_timm_model(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    assert main(["plot", "firing", "resnet10t", "--forwards", "20"]) == 0
+    assert is_picture(tmp_path / "firing.png")
+
+
+def test_curves_of_a_run_leave_the_held_out_domain_out(run):
+    given = files.read_curves(run)
+    assert given["x"] == [1, 2]
+    loss, accuracy = given["panels"].values()
+    assert loss == {"bn": [2.0, 1.0], "cn": [3.0, 1.5]}
+    assert accuracy == {
+        "bn": [50, 50],
+        "cn, label known": [85, 85],
+        "cn, label unknown": [20, 20],
+    }
+
+
+def test_other_records_have_a_panel_for_each_number(tmp_path):
+    lines = [{"step": 10, "loss": 1.0, "note": "x"}, {"step": 20, "loss": 0.5, "top1": 3}]
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    given = files.read_curves(path)
+    assert (given["x"], given["xlabel"]) == ([10, 20], "step")
+    assert given["panels"] == {"loss": {"loss": [1.0, 0.5]}, "top1": {"top1": [None, 3]}}
+
+
+@pytest.mark.parametrize("method", ["cn", "cn-x", "acn"])
+@pytest.mark.parametrize("prefix", ["", "cn/model/"])
+def test_divergences_of_a_file_are_those_of_the_model(method, prefix, tmp_path):
+    model = convert(method)
+    save(model, tmp_path / "some.safetensors", prefix)
+    order = [name for name, _ in model.named_modules()]
+    rows = files.divergences_in(files.read_tensors(tmp_path), order)
+    report = normswap.summary(model)
+    assert list(rows) == [row.fqn for row in report.rows]
+    shown = plot.divergence(model).axes[0].get_images()[0].get_array()
+    assert torch.allclose(torch.stack(list(rows.values())), torch.as_tensor(shown.data), rtol=1e-5)
+
+
+def test_layers_of_unknown_order_are_sorted_with_numbers_by_size(tmp_path):
+    norm = {"running_mean": torch.zeros(2, 3), "running_var": torch.ones(2, 3)}
+    tensors = {f"layer{k}.{n}": v for k in (10, 9, 1) for n, v in norm.items()}
+    tensors |= {f"layer{k}.priors": torch.full((2,), 0.5) for k in (10, 9, 1)}
+    assert list(files.divergences_in(tensors)) == ["layer1", "layer9", "layer10"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["curves", "{}/none"], "expected a run with metrics.jsonl"),
+        (["curves", "{}/bad.jsonl"], "is not one JSON record a line"),
+        (["curves", "{}/empty.jsonl"], "expected records, one a line"),
+        (["curves", "{}/list.jsonl"], "expected records, one a line"),
+        (["curves", "{}/arms.jsonl"], "holds other records than a run writes"),
+        (["curves", "{}/text.jsonl"], "expected curves of one length"),
+        (["divergence", "{}"], "expected model.safetensors or checkpoint.safetensors"),
+        (["divergence", "{}/none"], "cannot read tensors"),
+        (["divergence", "{}/bad.jsonl"], "cannot read tensors"),
+        (["divergence", "{}/plain.safetensors"], "found no layer of CN, CN-X or ACN"),
+        (["densities", "{}/plain.safetensors", "--layer", "x"], "got 'x'; they are: none"),
+        (["firing", "resnet10t", "--method", "cn"], "method='crossnorm' or 'cnsn'"),
+        (["firing", "resnet10t", "--forwards", "0"], "forwards= of at least 1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line_and_exit_2(tmp_path, capsys, arguments, message):
+    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "arms.jsonl").write_text('{"arms": {"bn": 3}}\n')
+    (tmp_path / "text.jsonl").write_text('{"a": "b"}\n')
+    save_file({"fc.weight": torch.ones(2, 2)}, tmp_path / "plain.safetensors")
+    save_file({"fc.weight": torch.ones(2, 2)}, tmp_path / "second.safetensors")
+    out = ["--out", str(tmp_path / "out.png")]
+    given = [argument.replace("{}", str(tmp_path)) for argument in arguments]
+    assert main(["plot", *given, *out]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out.png").exists()
