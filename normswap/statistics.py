@@ -14,6 +14,7 @@ from normswap.errors import ConversionError
 from normswap.graph.scope import use_context
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import ContextLayer
+from normswap.methods.selfnorm import SelfNorm
 from normswap.streams import forward_batch, show_progress, undisturbed
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
@@ -64,7 +65,7 @@ def update_stats(
     run = forward or forward_batch
     with torch.no_grad(), undisturbed(model):
         try:
-            with _measuring(layers) as counts:
+            with _measuring(model, layers) as counts:
                 for batch in show_progress(loader, "update_stats", batches, progress):
                     given = None if labels is None else batch[labels]
                     with nullcontext() if given is None else use_context(model, given):
@@ -107,19 +108,18 @@ def _is_cumulative(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def _measuring(layers: list[nn.Module]) -> Iterator[list[int]]:
+def _measuring(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[int]]:
     """Let layers average over batches; yield how many each has met, where it cannot tell."""
+    hosts = {gate: m for m in model.modules() if isinstance(m, SelfNorm) for gate in m.children()}
     momenta: list[Any] = [layer.momentum for layer in layers]
     counts = [0] * len(layers)
     hooks = []
 
-    def counter(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def count(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0][0] if isinstance(inputs[0], tuple) else inputs[0]
-            # A SelfNorm gate, whose statistics are over instances, skips a batch of one.
-            if len(x) > isinstance(inputs[0], tuple):
+    def counter(index: int, least: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if len(inputs[0]) >= least:
                 counts[index] += 1
-            layer.momentum = 1 / max(counts[index], 1)  # type: ignore[assignment]
+            layers[index].momentum = 1 / max(counts[index], 1)  # type: ignore[assignment]
 
         return count
 
@@ -133,7 +133,10 @@ def _measuring(layers: list[nn.Module]) -> Iterator[list[int]]:
                 layer.get_buffer("num_batches_tracked").zero_()
                 layer.momentum = None  # type: ignore[assignment]
             else:
-                hooks.append(layer.register_forward_pre_hook(counter(index)))
+                # A gate's statistics are over instances: a batch of one leaves them.
+                least = 2 if layer in hosts else 1
+                host = hosts.get(layer, layer)
+                hooks.append(host.register_forward_pre_hook(counter(index, least)))
         yield counts
     finally:
         for hook in hooks:

@@ -54,7 +54,7 @@ def make_layer(kind):
 
 
 def batch_of(size, rank):
-    return make_batch((size, CHANNELS, 3, 2), seed=rank, offset=3.0)
+    return (1 + rank) * make_batch((size, CHANNELS, 3, 2), seed=rank, offset=3.0)
 
 
 def step(model, x, cotangent):

@@ -79,18 +79,20 @@ def test_selfnorm_and_instance_norms_average_too():
         nn.InstanceNorm2d(3, track_running_stats=True), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
     ).double()
     model = normswap.convert(model, "selfnorm", placement="norm", verify=False)
-    gates = [m for m in model.modules() if type(m).__name__ == "Gate"]
-    seen = {gate: [] for gate in gates}
-    for gate in gates:
-        gate.register_forward_hook(
-            lambda gate, inputs, _: seen[gate].append(
-                gate.weight[:, 0] * inputs[0].mean + gate.weight[:, 1] * inputs[0].std
+    seen = {m: [] for m in model.modules() if isinstance(m, normswap.SelfNorm)}
+    for layer, styles in seen.items():
+        layer.register_forward_pre_hook(
+            lambda layer, inputs, styles=styles: styles.append(
+                (inputs[0].mean((2, 3)), (inputs[0].var((2, 3)) + 1e-12).sqrt())
             )
         )
     data = [x for x, _, _ in batches()]
     normswap.update_stats(model, data)
     assert_close(model[0].running_mean, sum(x.mean((0, 2, 3)) for x in data) / 3)
-    for gate, values in seen.items():
+    assert len(seen) == 2
+    for layer, styles in seen.items():
+        gate = layer.g
+        values = [gate.weight[:, 0] * mean + gate.weight[:, 1] * std for mean, std in styles]
         assert_close(gate.running_mean, sum(z.mean(0) for z in values) / 3)
         assert_close(gate.running_var, sum(z.var(0) for z in values) / 3)
         assert gate.momentum == 0.1
