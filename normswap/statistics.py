@@ -163,8 +163,8 @@ def _report(layers: list[nn.Module], met: list[Tensor]) -> dict[str, int]:
     absent = [name for name, count in least.items() if count == 0]
     if absent:
         warnings.warn(
-            f"no batch had usable samples of {', '.join(absent)}: "
-            "where that is so, a context keeps the statistics it had",
+            f"at some layer no batch had two values a channel of {', '.join(absent)}; there these "
+            "contexts keep the statistics they had",
             stacklevel=3,
         )
     return least

@@ -122,3 +122,23 @@ def test_compiled_training_takes_running_statistics_from_before_the_update():
     run = torch.compile(lambda x: call(layer, x, labels).sin(), fullgraph=True)
     for one, other in zip(train(layer, labels, lambda f, x: run(x)), expected, strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_running_statistics_move_once_on_a_gpu(method, reentrant):
+    # Backward runs in a thread of the device there.
+    labels = torch.tensor([0, 0, 2, -1, 2, -1]).cuda() if method.startswith("cn") else None
+    plain = make_layer(method, 0.2).cuda()
+    checked = copy.deepcopy(plain)
+    x = make_batch((6, 4, 3, 3), offset=2.0).cuda()
+    for layer in (plain, checked):
+        given = x.clone().requires_grad_()
+        if layer is plain:
+            y = call(layer, given, labels)
+        else:
+            y = checkpoint(lambda x: call(checked, x, labels), given, use_reentrant=reentrant)
+        y.sin().sum().backward()
+    for one, other in zip(checked.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other)

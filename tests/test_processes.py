@@ -282,3 +282,31 @@ def test_fresh_cnx_starts_alike_on_all_processes(ranks):
         assert torch.equal(first[f"layer.{name}"], second[f"layer.{name}"])
         assert_close(first[f"layer.{name}"], plain.get_parameter(name))
     assert not torch.equal(plain.mu[0], plain.mu[1])
+
+
+def work_on_gpu(rank, folder):
+    torch.cuda.set_device(rank)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group(
+        "nccl", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    results = {}
+    for method in ("cn", "cn-x", "acn"):
+        model = normswap.convert_sync_batchnorm(make_model(method)).cuda()
+        wrapped = DistributedDataParallel(model, device_ids=[rank])
+        batches = [tuple(t.cuda() for t in images_of(rank, turn)) for turn in range(3)]
+        train(wrapped, method, batches)
+        results[method] = {name: value.cpu() for name, value in model.state_dict().items()}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_models_train_on_two_gpus_as_on_one_process(tmp_path):
+    torch.multiprocessing.spawn(work_on_gpu, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for method in ("cn", "cn-x", "acn"):
+        for name, value in one_process(method).items():
+            assert torch.equal(first[method][name], second[method][name]), name
+            assert_close(first[method][name].double(), value.double(), share=1e-9)
