@@ -85,6 +85,7 @@ def hand_on(
     if not given or (state is None and is_torch(type(module).__module__)):
         return args, kwargs, []
     written: dict[int, tuple[Any, ...]] = {}
+    tracer.result.plain = False  # what a child does with a list depends on more than its class
     if state is not None and state.override is None:
         cls: Any = type(module)
         values = cls.bind(module, *args, **kwargs)

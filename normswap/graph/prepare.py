@@ -73,6 +73,11 @@ def _trace_paths(
 ) -> Variant:
     """Trace every path of a forward, methods that no graph stands for left out of the graph."""
     cls: Any = type(module)
+    names = session.known.names_of(module)
+    alike = (cls, kinds, inline)
+    known = None if state.insertions else session.known.find(alike, names, module)
+    if known is not None:
+        return known
     outlined = session.outlined.get(cls.converted_from, ())
 
     def trace(answers: tuple[bool, ...]) -> Traced:
@@ -94,7 +99,10 @@ def _trace_paths(
     for path in paths:
         if not path.failure:
             insert_layers(path.graph, module, state.insertions, state.blocks)
-    return _thread(module, paths, kinds)
+    variant = _thread(module, paths, kinds)
+    if not state.insertions:
+        session.known.keep(alike, names, variant, paths)
+    return variant
 
 
 def _changes(child: nn.Module, values: tuple[Any, ...], session: TraceSession) -> bool:

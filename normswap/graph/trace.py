@@ -22,9 +22,10 @@ from normswap.graph.branches import end_at_question
 from normswap.graph.handed import find_writes, snapshot_lists
 from normswap.graph.hazards import Watch
 from normswap.graph.held import DRAWS, put_back, random_states
+from normswap.graph.known import Known
 from normswap.graph.patches import Patches, TraceFailure
 from normswap.graph.region import trace_checkpointed
-from normswap.graph.tracer import SWITCHES, ContainerTracer, LiveCalls, Names, Traced
+from normswap.graph.tracer import SWITCHES, ContainerTracer, LiveCalls, Traced
 from normswap.graph.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
 
 _LOCK = threading.RLock()
@@ -55,7 +56,7 @@ class TraceSession:
         self._entered: set[int] = set()
         self._library: set[int] = set()
         self._inline = False
-        self._names: dict[nn.Module, Names] = {}
+        self.known = Known()
 
     @property
     def tracer(self) -> ContainerTracer | None:
@@ -208,8 +209,7 @@ class TraceSession:
         Raises:
             TraceFailure: no graph stands for this forward; the text says why.
         """
-        names = self._names.get(root) or self._names.setdefault(root, Names(root))
-        tracer = ContainerTracer(root, names, answers, outlined)
+        tracer = ContainerTracer(root, self.known.names_of(root), answers, outlined)
         leaves: list[Any] = []
         for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
             proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
@@ -242,6 +242,7 @@ class TraceSession:
                 random.setstate(before[0])
             changed = put_back(tracer.root, tracer.result.reads, tracer.held)
         tracer.result.reads.update(tracer.held.settings())
+        tracer.result.plain &= not tracer.held.objects
         if failure is not None:
             end_at_question(tracer, failure)
         elif drawn:

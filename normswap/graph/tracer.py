@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from normswap.graph.handed import Write, hand_on, take_back
 from normswap.graph.held import Held, is_plain, snapshot
+from normswap.graph.names import Names, returns_tensor
 from normswap.graph.outline import Outlined, methods_running
-from normswap.graph.patches import TraceFailure, is_torch
+from normswap.graph.patches import TraceFailure
 from normswap.graph.questions import MOST_QUESTIONS, question_key
 from normswap.graph.region import Region
 from normswap.graph.symbol import Value
@@ -33,6 +34,8 @@ class Traced:
         reads: (path of the module, attribute) -> the value the forward saw.
         structure: path of a module whose children the forward walked -> their names.
         regions: checkpointed parts, each with the node of the graph that calls it.
+        children: path of a submodule that is called -> whether it certainly returns a tensor.
+        plain: whether everything the forward read is in `reads` and `structure`.
         outlined: nodes that call a method of the container.
         questions: nodes whose truth the forward branched on.
         answers: the truth this trace took them for.
@@ -47,6 +50,8 @@ class Traced:
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
     structure: dict[str, tuple[str, ...]] = field(default_factory=dict)
     regions: list[tuple[fx.Node, Region]] = field(default_factory=list)
+    children: dict[str, bool] = field(default_factory=dict)
+    plain: bool = True
     outlined: list[fx.Node] = field(default_factory=list)
     questions: list[fx.Node] = field(default_factory=list)
     answers: tuple[bool, ...] = ()
@@ -54,29 +59,6 @@ class Traced:
     writes: tuple[Write, ...] = ()
     assumed: list[tuple[nn.Module, tuple[Any, ...]]] = field(default_factory=list)
     failure: str = ""
-
-
-class Names:
-    """Names of everything below a module.
-
-    Attributes:
-        paths: id of a module -> its name.
-        tensors: id of a parameter, a buffer or another tensor attribute -> its name.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        self.paths: dict[int, str] = {}
-        self.tensors: dict[int, str] = {}
-        for name, module in root.named_modules():
-            self.paths[id(module)] = name
-            prefix = f"{name}." if name else ""
-            table = vars(module)
-            for key, value in (*table["_parameters"].items(), *table["_buffers"].items()):
-                if value is not None:
-                    self.tensors.setdefault(id(value), prefix + key)
-            for key, value in table.items():
-                if isinstance(value, Tensor):
-                    self.tensors.setdefault(id(value), prefix + key)
 
 
 class LiveCalls(TorchFunctionMode):
@@ -117,7 +99,7 @@ class ContainerTracer(fx.Tracer):
     def __init__(
         self,
         root: nn.Module,
-        names: "Names",
+        names: Names,
         answers: tuple[bool, ...] = (),
         outlined: tuple[str, ...] = (),
     ) -> None:
@@ -213,7 +195,8 @@ class ContainerTracer(fx.Tracer):
                 self.result.structure[parent] = tuple(self.root.get_submodule(parent)._modules)
         args, kwargs, handed = hand_on(self, module, args, kwargs)
         proxy = self.create_proxy("call_module", path, args, kwargs)
-        proxy.node.meta["something"] = _returns_tensor(module)
+        something = self.result.children[path] = returns_tensor(module)
+        proxy.node.meta["something"] = something
         take_back(self, module, handed)
         return proxy
 
@@ -243,18 +226,6 @@ class ContainerTracer(fx.Tracer):
             else:
                 self.held.hold(f"{path}.{name}".lstrip("."), value)
         return value
-
-
-def _returns_tensor(module: nn.Module) -> bool:
-    """Return whether a module is certain to: a layer of torch, a norm, a graph that ends so."""
-    state: Any = vars(module).get("_normswap")
-    variants = [] if state is None else [v for found in state.variants.values() for v in found]
-    if variants and all(variant.something for variant in variants):
-        return True
-    cls = getattr(type(module), "converted_from", type(module))
-    if cls is nn.Sequential:
-        return bool(module._modules) and _returns_tensor(module[-1])  # type: ignore[index]
-    return is_torch(cls.__module__) and cls is not nn.MultiheadAttention
 
 
 def _is_plain_subclass(a: Any) -> bool:
