@@ -76,15 +76,14 @@ def context_moments(
         moments: (K, C); zero where a context is absent.
     """
     dtype = instances.mean.dtype
-    # index_add sums in order: float32 would lose digits as the batch grows, batch norm does not.
+    # Segments are summed in order: float32 would lose digits as the batch grows.
     mean, var = (t.to(wide_dtype(t)) for t in instances)
-    zeros = mean.new_zeros(num_contexts + 1, mean.shape[1])
     ones = mean.new_ones(mean.shape[0], 1)
-    counts = size * zeros[:, :1].index_add(0, index, ones)
+    counts = size * segment_sum(ones, index, num_contexts + 1)
     share = counts.clamp(min=1).reciprocal()
-    mu = size * zeros.index_add(0, index, mean) * share
-    spread = var + (mean - mu.index_select(0, index)).square()
-    var = size * zeros.index_add(0, index, spread) * share
+    mu = size * segment_sum(mean, index, num_contexts + 1) * share
+    spread = var + (mean - pick_rows(mu, index)).square()
+    var = size * segment_sum(spread, index, num_contexts + 1) * share
     counts, mu, var = (t[:num_contexts] for t in (counts, mu, var))
     if reduce is not None:
         counts, (mu, var) = combine_moments(counts, Moments(mu, var), reduce)
@@ -117,6 +116,27 @@ def combine_moments(
     mean = first * share
     var = (second * share - mean.square()).clamp(min=0)
     return total.to(dtype), Moments(mean.to(dtype), var.to(dtype))
+
+
+def _embeds(t: Tensor, index: Tensor) -> bool:
+    """Return whether an embedding and its derivative, a segment sum, are the faster kernels.
+
+    On the CPU they are, several times. Elsewhere their derivative may make the host wait.
+    """
+    return t.device.type == "cpu" and index.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def pick_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Return the rows (N, C) of a table (K, C) that an index (N,) names."""
+    return torch.embedding(table, index) if _embeds(table, index) else table.index_select(0, index)
+
+
+def segment_sum(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """Return the sum of the rows (N, C) that share an index, (count, C)."""
+    if _embeds(values, index):
+        total: Tensor = torch.ops.aten.embedding_dense_backward(values, index, count, -1, False)
+        return total
+    return values.new_zeros(count, values.shape[1]).index_add(0, index, values)
 
 
 def pool_moments(moments: Moments, priors: Tensor) -> Moments:

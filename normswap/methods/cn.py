@@ -1,23 +1,25 @@
 """CN, context normalization: batch statistics and an affine for each context."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normswap.distributed import group_name, sum_over, sum_over_ddp
-from normswap.functional.affine import Affine, apply_affine, fold_norm, where_rows
+from normswap.functional.affine import Centred, centre_norm, fold_norm
 from normswap.functional.backward import in_backward
+from normswap.functional.context import norm_contexts
 from normswap.functional.moments import (
     Moments,
     combine_moments,
     compute_dtype,
-    context_moments,
     context_posterior,
     instance_moments,
     pool_moments,
 )
+from normswap.functional.tables import apply_centred
 from normswap.methods.base import (
     Contexts,
     Method,
@@ -121,21 +123,17 @@ class ContextNorm(ContextLayer):
             # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
             running = self._at_first_run(running)
-        priors = self.mixing(dtype)
-        scale = self.priors.to(dtype).rsqrt().unsqueeze(1)
-        weight, bias = self.weight.to(dtype) * scale, self.bias.to(dtype) * scale
+        weight, bias = self._scaled(dtype)
+        frozen = self.frozen or self.stats_frozen
+        if labels is not None and self.training and not frozen:
+            return self._train_step(x, labels, unlabelled, running, weight, bias)
         if labels is None:
-            return apply_affine(x, self._unknown(x, None, running, weight, bias, priors))
-        known = labels.clamp(min=0)
-        moments, instances = running, None
-        if self.training and not (self.frozen or self.stats_frozen):
-            instances = instance_moments(x)
-            moments = self._batch_moments(x, instances, labels, running)
-        affine = fold_norm(moments, weight, bias, self.eps).rows(known)
-        if unlabelled:
-            other = self._unknown(x, instances, running, weight, bias, priors)
-            affine = where_rows(labels >= 0, affine, other)
-        return apply_affine(x, affine)
+            return apply_centred(x, self._unknown(x, None, running, weight, bias))
+        table = centre_norm(running, weight, bias, self.eps)
+        if not unlabelled:
+            return apply_centred(x, table, labels if self.num_contexts > 1 else None)
+        other = self._unknown(x, None, running, weight, bias)
+        return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
 
     def _at_first_run(self, running: Moments) -> Moments:
         """Return what the running statistics were when this forward first ran.
@@ -153,67 +151,120 @@ class ContextNorm(ContextLayer):
             self._first_run = running
         return running
 
-    def _batch_moments(
-        self, x: Tensor, instances: Moments, labels: Tensor, running: Moments
-    ) -> Moments:
-        """Return each context's moments in this batch, and update the running ones."""
-        index = torch.where(labels < 0, self.num_contexts, labels)
+    def _scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return gamma and beta over sqrt(lambda)."""
+        scale = self.priors.to(dtype).rsqrt().unsqueeze(1)
+        return self.weight.to(dtype) * scale, self.bias.to(dtype) * scale
+
+    def _train_step(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        unlabelled: bool,
+        running: Moments,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        """Normalise with each context's moments in this batch, and update the running ones."""
+        index, given, override = labels, running, None
+        if unlabelled:
+            # One more context, whose moments are given.
+            index = torch.where(labels < 0, self.num_contexts, labels)
+            row = self._unknown_row(running, weight, bias)
+            given = Moments(*(torch.cat(pair) for pair in zip(running, row[0], strict=True)))
+            weight, bias = torch.cat((weight, row[1])), torch.cat((bias, row[2]))
+            if self.unknown == "posterior" and self.num_contexts > 1:
+                override = partial(self._mix_unlabelled, labels, running)
         reduce = sum_over(self.process_group) if self.synced else None
-        size = x.shape[2:].numel()
-        values, batch = context_moments(instances, index, self.num_contexts, size, reduce)
-        usable = (values > 1).unsqueeze(1)
-        if not in_backward():
-            with torch.no_grad():
-                self._update(batch, values.unsqueeze(1), sum_over_ddp() if reduce is None else None)
-        return Moments(
-            torch.where(usable, batch.mean, running.mean),
-            torch.where(usable, batch.var, running.var),
+        return norm_contexts(
+            x,
+            index,
+            weight,
+            bias,
+            given,
+            self.num_contexts,
+            self.eps,
+            self._update,
+            reduce,
+            override,
         )
 
-    def _update(
-        self, batch: Moments, values: Tensor, reduce: Callable[[Tensor], Tensor] | None
-    ) -> None:
+    def _mix_unlabelled(
+        self,
+        labels: Tensor,
+        running: Moments,
+        table: Centred,
+        instances: Moments,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Centred:
+        """Give samples without a label the map of policy "posterior"."""
+        known = (t[: self.num_contexts] for t in (weight, bias))
+        return table.where(labels >= 0, self._unknown(None, instances, running, *known))
+
+    @torch.no_grad()
+    def _update(self, used: Moments, values: Tensor) -> None:
+        """Move the running statistics; where a context had no moments, `used` holds them."""
+        if in_backward():
+            return
+        reduce = None if self.synced else sum_over_ddp()
         if reduce is not None:
             # The wrapper gives every process the buffers of the first one, before each forward:
             # contexts that only others have would never be updated.
-            values, batch = combine_moments(values, batch, reduce)
+            values, used = self._of_all(values, used, reduce)
         usable = values > 1
         self.num_batches_tracked.add_(usable.squeeze(1))
-        if self.momentum is None:
+        rate: Any = self.momentum
+        if rate is None:
             rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal().unsqueeze(1)
-        else:
-            rate = torch.full_like(values, self.momentum)
-        unbiased = batch.var * (values / (values - 1).clamp(min=1))
-        for buffer, new in ((self.running_mean, batch.mean), (self.running_var, unbiased)):
-            buffer.copy_(torch.where(usable, buffer + rate * (new - buffer), buffer))
+        unbiased = used.var * torch.where(usable, values / (values - 1), 1)
+        for buffer, new in ((self.running_mean, used.mean), (self.running_var, unbiased)):
+            buffer.copy_(torch.lerp(buffer.to(new.dtype), new, rate))
+
+    def _of_all(
+        self, values: Tensor, used: Moments, reduce: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Moments]:
+        """Combine the moments of contexts with what other processes have of them."""
+        values = torch.where(values > 1, values, 0)
+        values, found = combine_moments(values, used, reduce)
+        running = (self.running_mean, self.running_var)
+        new = (torch.where(values > 1, f, r.to(f)) for f, r in zip(found, running, strict=True))
+        return values, Moments(*new)
 
     def _unknown(
         self,
-        x: Tensor,
+        x: Tensor | None,
         instances: Moments | None,
         running: Moments,
         weight: Tensor,
         bias: Tensor,
-        priors: Tensor,
-    ) -> Affine:
+    ) -> Centred:
         """Return the map of samples without a label: one row, or one a sample ("posterior")."""
+        if self.unknown == "posterior" and self.num_contexts > 1:
+            if instances is None:
+                assert x is not None
+                instances = instance_moments(x)
+            priors = self.mixing(weight.dtype)
+            weights = context_posterior(instances, running, priors, self.eps)
+            return fold_norm(running, weight, bias, self.eps).mix(weights).centred()
+        return centre_norm(*self._unknown_row(running, weight, bias), self.eps)
+
+    def _unknown_row(
+        self, running: Moments, weight: Tensor, bias: Tensor
+    ) -> tuple[Moments, Tensor, Tensor]:
+        """Return moments, gamma and beta of the one row, (1, C), that unknown labels take."""
         if isinstance(self.unknown, int):
             row = slice(self.unknown, self.unknown + 1)
-            moments = Moments(running.mean[row], running.var[row])
-            return fold_norm(moments, weight[row], bias[row], self.eps)
-        if self.unknown == "posterior" and self.num_contexts > 1:
-            instances = instance_moments(x) if instances is None else instances
-            weights = context_posterior(instances, running, priors, self.eps)
-            return fold_norm(running, weight, bias, self.eps).mix(weights)
+            return Moments(running.mean[row], running.var[row]), weight[row], bias[row]
         if self.unknown == "error":
             # Reached only where the host cannot see the labels; wrong results must be visible.
-            return Affine(*(torch.full_like(t[:1], torch.nan) for t in (weight, bias)))
-        mixing = priors.unsqueeze(1)
-        return fold_norm(
-            pool_moments(running, priors),
+            nan = torch.full_like(running.mean[:1], torch.nan)
+            return Moments(nan, nan), torch.full_like(weight[:1], torch.nan), nan
+        mixing = self.mixing(weight.dtype).unsqueeze(1)
+        return (
+            pool_moments(running, mixing),
             (mixing * weight).sum(0, keepdim=True),
             (mixing * bias).sum(0, keepdim=True),
-            self.eps,
         )
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.distributed import sum_over, sum_over_ddp
-from normswap.functional.affine import Affine, apply_affine, where_rows
+from normswap.functional.affine import Affine, Centred
 from normswap.functional.moments import (
     Moments,
     compute_dtype,
@@ -17,6 +17,7 @@ from normswap.functional.moments import (
     log_spread,
     pool_moments,
 )
+from normswap.functional.tables import apply_centred
 from normswap.methods.base import (
     Contexts,
     Method,
@@ -128,33 +129,35 @@ class ContextNormX(ContextLayer):
         dtype = compute_dtype(x)
         mu, log_sigma = self.mu.to(dtype), self.log_sigma.to(dtype)
         if labels is None:
-            return apply_affine(x, self._unknown(x, mu, log_sigma))
-        affine = self._affine(mu, torch.exp(-log_sigma)).rows(labels.clamp(min=0))
-        if unlabelled:
-            affine = where_rows(labels >= 0, affine, self._unknown(x, mu, log_sigma))
-        return apply_affine(x, affine)
+            return apply_centred(x, self._unknown(x, mu, log_sigma))
+        table = self._table(mu, torch.exp(-log_sigma))
+        if not unlabelled:
+            return apply_centred(x, table, labels if self.num_contexts > 1 else None)
+        other = self._unknown(x, mu, log_sigma)
+        return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
 
-    def _affine(self, mu: Tensor, inverse_sigma: Tensor) -> Affine:
+    def _table(self, mu: Tensor, inverse_sigma: Tensor) -> Centred:
         if self.weight is None or self.bias is None:
-            return Affine(inverse_sigma, -mu * inverse_sigma)
-        scale = self.weight.to(mu.dtype) * inverse_sigma
-        return Affine(scale, self.bias.to(mu.dtype) - mu * scale)
+            return Centred(mu, inverse_sigma, torch.zeros_like(mu))
+        bias = self.bias.to(mu.dtype).expand_as(mu)
+        return Centred(mu, self.weight.to(mu.dtype) * inverse_sigma, bias)
 
-    def _unknown(self, x: Tensor, mu: Tensor, log_sigma: Tensor) -> Affine:
+    def _unknown(self, x: Tensor, mu: Tensor, log_sigma: Tensor) -> Centred:
         """Return the map of samples without a label: one row, or one a sample ("posterior")."""
         if isinstance(self.unknown, int):
             row = slice(self.unknown, self.unknown + 1)
-            return self._affine(mu[row], torch.exp(-log_sigma[row]))
+            return self._table(mu[row], torch.exp(-log_sigma[row]))
+        if self.unknown == "error":
+            # Reached only where the host cannot see the labels; wrong results must be visible.
+            return Centred(*(torch.full_like(mu[:1], torch.nan) for _ in range(3)))
         priors = self.mixing(mu.dtype)
         moments = Moments(mu, torch.exp(2 * log_sigma))
         if self.unknown == "posterior" and self.num_contexts > 1:
             weights = context_posterior(instance_moments(x), moments, priors, 0.0)
-            return self._affine(mu, torch.exp(-log_sigma)).mix(weights)
-        if self.unknown == "error":
-            # Reached only where the host cannot see the labels; wrong results must be visible.
-            return Affine(*(torch.full_like(mu[:1], torch.nan) for _ in range(2)))
+            centre, scale, shift = self._table(mu, torch.exp(-log_sigma))
+            return Affine(scale, shift - centre * scale).mix(weights).centred()
         pooled = pool_moments(moments, priors)
-        return self._affine(pooled.mean, torch.rsqrt(pooled.var))
+        return self._table(pooled.mean, torch.rsqrt(pooled.var))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
