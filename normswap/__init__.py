@@ -36,3 +36,7 @@ from normswap.methods.selfnorm import SelfNorm as SelfNorm
 from normswap.presets import PRESETS as PRESETS
 from normswap.reversion import revert as revert
 from normswap.reversion import specialize as specialize
+from normswap.statistics import update_stats as update_stats
+from normswap.synchronise import convert_sync_batchnorm as convert_sync_batchnorm
+from normswap.training import freeze as freeze
+from normswap.training import param_groups as param_groups

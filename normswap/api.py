@@ -31,6 +31,7 @@ from normswap.presets import fill_from_preset
 from normswap.report import Report, Verification
 from normswap.select import Selector
 from normswap.summarise import summarise
+from normswap.training import exempt_norms
 from normswap.verification import compare, eval_outputs, make_inputs, widen
 
 
@@ -109,7 +110,9 @@ def convert(
     target = model if inplace else copy.deepcopy(model, shared_groups(model))
     record = Record(method, parsed, given, rows, type(model).__name__, placement=placement)
     if is_bare(found):
-        return convert_bare(target, chosen, record, found[0])
+        layer = convert_bare(target, chosen, record, found[0])
+        exempt_norms(layer)
+        return layer
     surgery = Surgery(target)
     try:
         operate(surgery, chosen, record, found)
@@ -129,6 +132,7 @@ def convert(
         raise
     target.__dict__[RECORD] = record
     record.sums = checksums(other_tensors(target))
+    exempt_norms(target)
     return target
 
 

@@ -19,6 +19,7 @@ ORDER = [
     {"methods", "contexts", "presets", "select"},
     {"graph"},
     {"report", "plot", "verification", "checks", "calibration", "original"},
+    {"training", "statistics", "synchronise"},
     {"conversion", "insertion", "summarise", "converted", "optimizers", "fingerprint", "files"},
     {"api", "reversion", "growth", "adaptation", "checkpoint"},
     {"cli", "cli_plot"},

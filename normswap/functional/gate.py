@@ -26,6 +26,7 @@ class GateGlue:
         batch: whether the BN uses the statistics of this batch.
         scale: of the gate.
         eps: under the root of std.
+        momentum: of the BN.
     """
 
     def __init__(
@@ -35,7 +36,9 @@ class GateGlue:
         batch: bool,
         scale: float,
         eps: float,
+        momentum: float = 0.1,
     ) -> None:
+        self.momentum = momentum
         self.positions, self.running, self.batch = positions, running, batch
         self.scale, self.eps = scale, eps
 
@@ -49,7 +52,7 @@ class GateGlue:
             std = torch.zeros_like(var)
         by_mean, by_std = weight.to(mean.dtype).unbind(1)
         z = torch.addcmul(by_mean * mean, by_std, std).to(gain.dtype)
-        out, *saved = _batch_norm(z, gain, bias, *self.running, self.batch, 0.1, 1e-5)
+        out, *saved = _batch_norm(z, gain, bias, *self.running, self.batch, self.momentum, 1e-5)
         sigmoid = out.to(mean.dtype).sigmoid_()
         g = sigmoid * self.scale
         return Affine(g, mean * g), (mean, std, weight, gain, z, sigmoid, saved)

@@ -125,7 +125,8 @@ class _ElementNorm(Function):
         if dy is None:
             return (None,) * (count + 2)
         found: Sequence[Tensor | None]
-        inputs, statistics = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor once a backward
+        inputs, statistics = saved[:count], saved[count:]
         with torch.autocast(dy.device.type, enabled=False):
             if torch.is_grad_enabled():
                 found = _differentiate(inputs, ctx.eps, ctx.batch, dy, ctx.needs_input_grad)

@@ -69,7 +69,7 @@ def context_moments(
         num_contexts: K.
         size: values in a channel of an instance; the same for all instances given here.
         reduce: sums a tensor over processes, each with its own instances and its own size;
-            called twice. By default the instances here are all.
+            called once. By default the instances here are all.
 
     Returns:
         counts: values in a channel of each context, (K,); instances, for the default size.
@@ -80,18 +80,42 @@ def context_moments(
     mean, var = (t.to(wide_dtype(t)) for t in instances)
     ones = mean.new_ones(mean.shape[0], 1)
     counts = size * segment_sum(ones, index, num_contexts + 1)
-    total = size * segment_sum(mean, index, num_contexts + 1)
-    if reduce is not None:
-        both = reduce(torch.cat((counts, total), 1))
-        counts, total = both[:, :1], both[:, 1:]
     share = counts.clamp(min=1).reciprocal()
-    mu = total * share
+    mu = size * segment_sum(mean, index, num_contexts + 1) * share
     spread = var + (mean - pick_rows(mu, index)).square()
-    total = size * segment_sum(spread, index, num_contexts + 1)
+    var = size * segment_sum(spread, index, num_contexts + 1) * share
+    counts, mu, var = (t[:num_contexts] for t in (counts, mu, var))
     if reduce is not None:
-        total = reduce(total)
-    counts, mu, var = (t[:num_contexts].to(dtype) for t in (counts, mu, total * share))
-    return counts.squeeze(1), Moments(mu, var)
+        counts, (mu, var) = combine_moments(counts, Moments(mu, var), reduce)
+    return counts.squeeze(1).to(dtype), Moments(mu.to(dtype), var.to(dtype))
+
+
+def combine_moments(
+    counts: Tensor, moments: Moments, reduce: Callable[[Tensor], Tensor], least: float = 1.0
+) -> tuple[Tensor, Moments]:
+    """Return the counts and moments of what all processes have, with one sum over them.
+
+    From ``S0 = n``, ``S1 = n m``, ``S2 = n (v + m^2)``, summed in float64: every process has
+    moments that lost no digits, so only the differences between processes need the wide sums.
+
+    Args:
+        counts: values, or mass, that the moments here are over, (K, 1) or (K, C).
+        moments: (K, C).
+        reduce: sums a tensor over processes.
+        least: counts below this have no moments.
+
+    Returns:
+        The counts and moments over all, in the dtype of `moments`.
+    """
+    dtype = moments.mean.dtype
+    n, m, v = (t.to(wide_dtype(t)) for t in (counts, *moments))
+    sums = reduce(torch.cat((n, n * m, n * (v + m.square())), 1))
+    width, channels = n.shape[1], m.shape[1]
+    total, first, second = sums[:, :width], sums[:, width:-channels], sums[:, -channels:]
+    share = total.clamp(min=least).reciprocal()
+    mean = first * share
+    var = (second * share - mean.square()).clamp(min=0)
+    return total.to(dtype), Moments(mean.to(dtype), var.to(dtype))
 
 
 def _embeds(t: Tensor, index: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from normswap.errors import ContextError, ConversionError
+from normswap.functional.backward import in_backward
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.graph.rows import Rows
 
@@ -46,9 +47,9 @@ class Scope:
             return entries[-1]
         if self.current is not None and self.running:
             return self.current
-        if entries is not None and not entries and self.active and not _in_backward():
+        if entries is not None and not entries and self.active and not in_backward():
             return self._of_other_thread()
-        if self.current is not None and _in_backward():
+        if self.current is not None and in_backward():
             self.recomputed = True
             if self.earlier is not None and not _same(self.earlier, self.current):
                 raise ContextError(
@@ -128,12 +129,6 @@ class Scope:
 
 def _same(one: Context, other: Context) -> bool:
     return one.labels is other.labels or torch.equal(one.labels, other.labels)
-
-
-def _in_backward() -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def scopes_of(model: nn.Module) -> list[Scope]:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from normswap.distributed import group_name
 from normswap.errors import ConversionError
 from normswap.functional.moments import Moments
 from normswap.methods.acn_layer import AdaptiveContextNorm
@@ -31,16 +32,11 @@ class AdaptiveContextNormalization(Method):
     options: ClassVar[type] = AdaptiveOptions
 
     def refuse(self, site: Site) -> str | None:
-        """Refuse an instance norm and synchronised statistics."""
+        """Refuse an instance norm."""
         if site.kind == "instance":
             return (
                 "acn normalises with statistics that instances share, and an instance norm has "
                 "a set for each instance; cn and cn-x replace it"
-            )
-        if site.synced:
-            return (
-                "acn does not share batch statistics between processes yet; replace SyncBatchNorm "
-                "by BatchNorm first"
             )
         return None
 
@@ -62,6 +58,8 @@ class AdaptiveContextNormalization(Method):
         if tracked is not None and layer.num_batches_tracked is not None:
             layer.num_batches_tracked.copy_(tracked)
         layer.frozen = site.frozen
+        layer.synced = site.synced
+        layer.process_group = group_name(source) if site.synced else None
         adopt(layer, source, site)
         return layer
 

@@ -1,16 +1,19 @@
 """CN, context normalization: batch statistics and an affine for each context."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normswap.distributed import group_name, sum_over
+from normswap.distributed import group_name, sum_over, sum_over_ddp
 from normswap.functional.affine import Centred, centre_norm, fold_norm
+from normswap.functional.backward import in_backward
 from normswap.functional.context import norm_contexts
 from normswap.functional.moments import (
     Moments,
+    combine_moments,
     compute_dtype,
     context_posterior,
     instance_moments,
@@ -52,7 +55,9 @@ class ContextNorm(ContextLayer):
         synced: in training, take mu_c and var_c over the batches of all processes, as
             SyncBatchNorm does, or of those in the group that the attribute `process_group` names.
             Processes may have batches of different sizes, even empty, and lack contexts; all take
-            part in every training forward and backward.
+            part in every training forward and backward. Without it, DistributedDataParallel
+            leaves the normalisation to each process, and the running statistics take the samples
+            of all.
 
     Shape:
         x: (N, C, *); context: (N,). Parameters weight, bias: (K, C); buffers running_mean,
@@ -63,12 +68,14 @@ class ContextNorm(ContextLayer):
     eval uses running statistics; labels out of range are an error instead of passing through.
     """
 
+    context_parameters = ("weight", "bias")
     weight: nn.Parameter
     bias: nn.Parameter
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
     priors: Tensor
+    _first_run: Moments | None = None
 
     def __init__(
         self,
@@ -116,8 +123,10 @@ class ContextNorm(ContextLayer):
         if self.training or torch.is_grad_enabled():
             # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
+            running = self._at_first_run(running)
         weight, bias = self._scaled(dtype)
-        if labels is not None and self.training and not self.frozen:
+        frozen = self.frozen or self.stats_frozen
+        if labels is not None and self.training and not frozen:
             return self._train_step(x, labels, unlabelled, running, weight, bias)
         if labels is None:
             return apply_centred(x, self._unknown(x, None, running, weight, bias))
@@ -126,6 +135,22 @@ class ContextNorm(ContextLayer):
             return apply_centred(x, table, labels if self.num_contexts > 1 else None)
         other = self._unknown(x, None, running, weight, bias)
         return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
+
+    def _at_first_run(self, running: Moments) -> Moments:
+        """Return what the running statistics were when this forward first ran.
+
+        Gradient checkpointing runs it again, after its update; samples without a label have to
+        meet the same statistics then. Of several forwards before one backward, the last counts.
+        """
+        if torch.compiler.is_compiling():
+            # The compiler computes again in backward what is cheap, from the buffers as updated
+            # (pytorch/pytorch#197039), but keeps the result of a flip.
+            return Moments(*(t.flip(0).flip(0) for t in running)) if self.training else running
+        if in_backward():
+            return self._first_run or running
+        if self.training:
+            self._first_run = running
+        return running
 
     def _scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return gamma and beta over sqrt(lambda)."""
@@ -181,6 +206,13 @@ class ContextNorm(ContextLayer):
     @torch.no_grad()
     def _update(self, used: Moments, values: Tensor) -> None:
         """Move the running statistics; where a context had no moments, `used` holds them."""
+        if in_backward():
+            return
+        reduce = None if self.synced else sum_over_ddp()
+        if reduce is not None:
+            # The wrapper gives every process the buffers of the first one, before each forward:
+            # contexts that only others have would never be updated.
+            values, used = self._of_all(values, used, reduce)
         usable = values > 1
         self.num_batches_tracked.add_(usable.squeeze(1))
         rate: Any = self.momentum
@@ -189,6 +221,16 @@ class ContextNorm(ContextLayer):
         unbiased = used.var * torch.where(usable, values / (values - 1), 1)
         for buffer, new in ((self.running_mean, used.mean), (self.running_var, unbiased)):
             buffer.copy_(torch.lerp(buffer.to(new.dtype), new, rate))
+
+    def _of_all(
+        self, values: Tensor, used: Moments, reduce: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Moments]:
+        """Combine the moments of contexts with what other processes have of them."""
+        values = torch.where(values > 1, values, 0)
+        values, found = combine_moments(values, used, reduce)
+        running = (self.running_mean, self.running_var)
+        new = (torch.where(values > 1, f, r.to(f)) for f, r in zip(found, running, strict=True))
+        return values, Moments(*new)
 
     def _unknown(
         self,

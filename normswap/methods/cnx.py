@@ -1,10 +1,12 @@
 """CN-X: a learned mean and spread for each context, no batch statistics."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normswap.distributed import sum_over, sum_over_ddp
 from normswap.functional.affine import Affine, Centred
 from normswap.functional.moments import (
     Moments,
@@ -51,13 +53,15 @@ class ContextNormX(ContextLayer):
 
     A fresh layer starts mu and sigma from its first batch in training mode: each context from its
     own samples, contexts absent there or with one value from the whole batch. A batch with one
-    value per channel, or none, is no start.
+    value per channel, or none, is no start. Within DistributedDataParallel, or with `synced`, the
+    batch is that of all processes, which then start alike.
 
     Source: Faye et al., arXiv 2403.16798, CN-X.
     Differs from source: the layer keeps a shared gamma and beta; starts from data or from a batch
     norm instead of Xavier, which is nearly an identity; sigma is positive by its logarithm.
     """
 
+    context_parameters = ("mu", "log_sigma")
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     mu: nn.Parameter
@@ -79,6 +83,8 @@ class ContextNormX(ContextLayer):
         self.eps = eps
         self.affine = affine
         self.fresh = True
+        self.synced = False
+        self.process_group: str | None = None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         for name in ("weight", "bias"):
             value = nn.Parameter(torch.empty(num_features, **options)) if affine else None
@@ -99,13 +105,16 @@ class ContextNormX(ContextLayer):
                 self.bias.zero_()
 
     @torch.no_grad()
-    def start_from(self, x: Tensor, labels: Tensor) -> None:
-        """Set mu and sigma from a batch; labels (N,) in [-1, K)."""
-        instances = instance_moments(x.detach())
+    def start_from(
+        self, x: Tensor, labels: Tensor, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Set mu and sigma from a batch; labels (N,) in [-1, K); reduce sums over processes."""
+        instances, size = instance_moments(x.detach()), x.shape[2:].numel()
         index = torch.where(labels < 0, self.num_contexts, labels)
-        counts, moments = context_moments(instances, index, self.num_contexts)
-        _, whole = context_moments(instances, torch.zeros_like(index), 1)
-        values = counts * (x.numel() // max(x.shape[0] * x.shape[1], 1))
+        values, moments = context_moments(instances, index, self.num_contexts, size, reduce)
+        count, whole = context_moments(instances, torch.zeros_like(index), 1, size, reduce)
+        if reduce is not None and not count > 1:
+            return
         usable = (values > 1).unsqueeze(1)
         self.mu.copy_(torch.where(usable, moments.mean, whole.mean))
         var = torch.where(usable, moments.var, whole.var)
@@ -114,8 +123,10 @@ class ContextNormX(ContextLayer):
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
-        if self.fresh and self.training and labels is not None and x.numel() > x.shape[1]:
-            self.start_from(x, labels)
+        if self.fresh and self.training and labels is not None:
+            reduce = sum_over(self.process_group) if self.synced else sum_over_ddp()
+            if reduce is not None or x.numel() > x.shape[1]:
+                self.start_from(x, labels, reduce)
         dtype = compute_dtype(x)
         mu, log_sigma = self.mu.to(dtype), self.log_sigma.to(dtype)
         if labels is None:

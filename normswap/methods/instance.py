@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.affine import Affine, centre_norm
+from normswap.functional.backward import in_backward
 from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import apply_centred
@@ -41,6 +42,7 @@ class ContextInstanceNorm(ContextLayer):
     Source: Dumoulin et al., "A Learned Representation for Artistic Style", ICLR 2017.
     """
 
+    context_parameters = ("weight", "bias")
     weight: nn.Parameter
     bias: nn.Parameter
     running_mean: Tensor | None
@@ -114,7 +116,8 @@ class ContextInstanceNorm(ContextLayer):
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
         mean, var = self.running_mean, self.running_var
-        if self.training or mean is None or var is None:
+        training = self.training and not self.stats_frozen
+        if training or mean is None or var is None:
             if x.shape[2:].numel() == 1:
                 raise ValueError(
                     "expected more than 1 spatial element for the statistics of an instance, got "
@@ -141,8 +144,10 @@ class ContextInstanceNorm(ContextLayer):
     ) -> Affine:
         """Return the map of each instance; see `normswap.functional.fused`."""
         mean, var = self.running_mean, self.running_var
-        if self.training and mean is not None and var is not None and not replay:
-            if instances.mean.shape[0]:
+        training = self.training and not self.stats_frozen
+        update = training and not (replay or in_backward()) and instances.mean.shape[0] > 0
+        if mean is not None and var is not None:
+            if update:
                 self._update(mean, var, instances, positions)
         weight, bias = (t.to(instances.mean.dtype) for t in tensors)
         affine = self._select(weight, bias, labels, unlabelled)
