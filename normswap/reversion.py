@@ -148,7 +148,8 @@ def _restore(
         surgery.undo()
         raise
     restore_forwards(target)
-    del target.__dict__[RECORD]
+    for name in (RECORD, "no_weight_decay"):  # what `convert` put there
+        target.__dict__.pop(name, None)
     return target
 
 

@@ -363,3 +363,10 @@ def test_convolutions_fuse_with_the_norms_of_a_specialised_model(method):
     torch.ao.quantization.fuse_modules(plain, [["0", "1"]], inplace=True)
     assert type(plain[1]) is nn.Identity
     assert_close(plain(x), model(x, context="b"), 1e-10)
+
+
+def test_nothing_of_the_conversion_is_left_on_the_model():
+    model = timm.create_model("resnet10t", num_classes=2)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    reverted = normswap.revert(normswap.convert(model, "cn", contexts=2, verify=False))
+    assert {name: set(vars(module)) for name, module in reverted.named_modules()} == before
