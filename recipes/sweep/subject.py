@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .outputs import TOLERANCE, Incomparable, apart, joined, leaves
 from .sources import Make
@@ -75,6 +76,18 @@ class Subject:
     def run(self, model: nn.Module, rows: Sequence[int], **more: Any) -> list[Tensor]:
         """Call without gradients."""
         return self.call(model, rows, **more)
+
+    def rounding(self, model: nn.Module) -> float:
+        """Return how far the output moves, relatively, when the inputs move by 16 roundings."""
+        factor = 1 + 16 * torch.finfo(self.dtype).eps
+
+        def scale(value: Any) -> Any:
+            is_float = isinstance(value, Tensor) and value.is_floating_point()
+            return value * factor if is_float else value
+
+        moved = Subject(lambda *a: tree_map(scale, self.make(*a)), self.dtype, self.seed)
+        rows = range(len(LABELS))
+        return apart_or_inf(moved.run(model, rows), self.run(model, rows))
 
     def one_by_one(self, run: Callable[[int], list[Tensor]], whole: list[Tensor]) -> list[Tensor]:
         """Run each sample of the batch by itself and put the outputs in the batch's layout."""

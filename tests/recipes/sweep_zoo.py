@@ -54,6 +54,16 @@ class Deaf(Net):
         return super().forward(x) * 0
 
 
+class Chaotic(Net):
+    """Doubles every rounding error eighty times over."""
+
+    def forward(self, x):
+        y = super().forward(x).sigmoid()
+        for _ in range(80):
+            y = 3.99 * y * (1 - y)
+        return y
+
+
 class Raising(Net):
     def forward(self, x):
         raise ValueError("no forward today")
@@ -93,6 +103,7 @@ def models():
     yield "type-asking", TypeAsking, images
     yield "reordering", Reordering, images
     yield "deaf", Deaf, images
+    yield "chaotic", Chaotic, images
     yield "raising", Raising, images
     yield "killed", killed, images
     yield "endless", endless, images
