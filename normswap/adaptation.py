@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.conversion import Record
-from normswap.converted import context_index, find_root, replaced_layers
+from normswap.converted import context_index, find_root, method_layers
 from normswap.distributed import sum_over
 from normswap.errors import ConversionError, MissingContextError
 from normswap.functional.moments import (
@@ -70,7 +70,7 @@ def adapt(
     """
     root, record = find_root(model)
     method, index = _check(record, context)
-    found = replaced_layers(root).items()
+    found = method_layers(root).items()
     layers = {name: layer for name, layer in found if method.statistics(layer) is not None}
     if not layers:
         raise ConversionError(

@@ -4,7 +4,6 @@ import copy
 from dataclasses import asdict
 from importlib import metadata
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from normswap.conversion import Record, convert_bare, find_targets, is_bare, mak
 from normswap.converted import find_root
 from normswap.distributed import shared_groups
 from normswap.errors import CheckpointError, UnknownNameError
-from normswap.files import read_folder, write_folder
+from normswap.files import as_folder, read_folder, write_folder
 from normswap.fingerprint import (
     checksums,
     describe,
@@ -30,6 +29,7 @@ from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
 from normswap.methods.base import Contexts, get_method, methods, parse_options
 from normswap.report import Verification
+from normswap.training import exempt_norms
 
 _STATES = ("changed", "norms", "all")
 
@@ -55,13 +55,14 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
     Raises:
         ConversionError: not a converted model.
         NormswapError: safetensors is missing.
-        CheckpointError: sharded parameters, or none with values; an
-            option of the method that JSON cannot hold.
+        CheckpointError: sharded parameters, or none with values; an option of the method that
+            JSON cannot hold; a folder that cannot be written to.
         UnknownNameError: another `state`.
     """
     if state not in _STATES:
         raise UnknownNameError(f"unknown state {state!r}; the choices are {', '.join(_STATES)}")
     root, record = find_root(model)
+    path = as_folder(folder)
     layers, others = layer_tensors(root), other_tensors(root)
     for name, tensor in (layers | others).items():
         if tensor.is_meta or hasattr(tensor, "full_tensor"):
@@ -87,7 +88,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
         "layers": describe(layers),
         "others": sorted(stored),
     }
-    write_folder(Path(folder), content, layers | stored)
+    write_folder(path, content, layers | stored)
 
 
 def _is_site(row: Any) -> bool:
@@ -136,7 +137,7 @@ def load(
         UnknownNameError: a method that is not registered here.
         Whatever is raised, `base` is as it was.
     """
-    content, tensors = read_folder(Path(folder))
+    content, tensors = read_folder(as_folder(folder))
     if content["method"] not in methods():
         raise UnknownNameError(
             f"{folder} was saved with method {content['method']!r}, which is not registered here; "
@@ -167,6 +168,7 @@ def load(
         undo()
         raise
     vars(model)[RECORD].sums = sums
+    exempt_norms(model)
     return model
 
 
@@ -213,6 +215,9 @@ def _check_values(
 ) -> None:
     if sums is None:
         raise CheckpointError("expected a base with values, got one on the meta device")
+    strange = [name for name in (*content["values"], *content["others"]) if name not in sums]
+    if strange:
+        raise CheckpointError(f"{folder} names tensors that its base has not: {shorten(strange)}")
     unlike = [name for name, value in content["values"].items() if sums[name] != value]
     if wanted and unlike:
         raise CheckpointError(

@@ -1,5 +1,9 @@
 """The errors and warnings of the package; an error also inherits the builtin one would expect."""
 
+from typing import Any
+
+from torch import nn
+
 
 class NormswapError(Exception):
     """Base of every error this package raises on purpose."""
@@ -39,3 +43,14 @@ class InputError(NormswapError, ValueError):
 
 class ContextWarning(UserWarning):
     """The contexts can be used as they are, but something about them may mislead."""
+
+
+def expect_module(model: Any) -> None:
+    """Raise if what was given as a model is none.
+
+    Raises:
+        ConversionError: it is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ConversionError(f"expected a torch.nn.Module, got {what}")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from normswap.errors import CheckpointError
 from normswap.extras import need
+from normswap.schema import find_wrong
 
 DESCRIPTION = "normswap.json"
 FORMAT = 1
@@ -28,17 +29,26 @@ _LEFTOVER = re.compile(rf"\.?({_TENSORS.pattern}|{re.escape(DESCRIPTION)})(\.[0-
 _AN_HOUR = 3600.0
 
 
+def as_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return a path.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        raise CheckpointError(f"expected a folder as a path, got {type(folder).__name__}")
+    return Path(folder)
+
+
 def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write a description and tensors; what was there stays readable until both are on disk.
 
     Raises:
         NormswapError: safetensors is missing.
-        CheckpointError: `folder` is a file, or the description holds what
+        CheckpointError: `folder` is a file or cannot be written to, or the description holds what
             JSON cannot.
     """
     library: Any = need("safetensors.torch", "save", "saving and loading a conversion")
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"expected a folder to save to, got the file {folder}")
     data: bytes = library.save({k: t.cpu().contiguous().clone() for k, t in tensors.items()})
     name = f"tensors-{secrets.token_hex(8)}.safetensors"
     file = {"name": name, "bytes": len(data), "sha256": _digest(data)}
@@ -48,10 +58,24 @@ def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tenso
     except TypeError as error:
         raise CheckpointError(f"expected options that JSON can hold: {error}") from error
     content["digest"] = _digest(_canonical(content))
+    try:
+        _write(folder, name, data, content)
+    except FileExistsError as error:
+        raise CheckpointError(f"expected a folder to save to, got the file {folder}") from error
+    except (OSError, ValueError) as error:  # no right to write, no space, no such path
+        raise CheckpointError(f"cannot save to {folder}: {error}") from error
+
+
+def _write(folder: Path, name: str, data: bytes, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     before = _file_in_use(folder)
     _replace(folder / name, data)
-    _replace(folder / DESCRIPTION, json.dumps(content, indent=1).encode())
+    try:
+        _replace(folder / DESCRIPTION, json.dumps(content, indent=1).encode())
+    except BaseException:
+        if _file_in_use(folder) != name:
+            (folder / name).unlink(missing_ok=True)
+        raise
     _sweep(folder, before, name)
 
 
@@ -77,6 +101,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     "copy both"
                 ) from None
             content = again
+        except OSError as error:
+            raise CheckpointError(f"cannot read {folder / named['name']}: {error}") from error
     if len(data) != named["bytes"] or _digest(data) != named["sha256"]:
         raise CheckpointError(
             f"expected {named['bytes']} bytes with the digest in {DESCRIPTION}, got {len(data)} "
@@ -103,10 +129,10 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"expected a folder that normswap.save wrote, found no {path}"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     version = content.get("format") if isinstance(content, dict) else None
-    if not isinstance(version, int) or "digest" not in content:
+    if type(version) is not int or version < 1 or "digest" not in content:
         raise CheckpointError(f"{path} is not a description that normswap.save wrote")
     if version > FORMAT:
         raise CheckpointError(
@@ -115,6 +141,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         )
     if content["digest"] != _digest(_canonical(content)):
         raise CheckpointError(f"{path} was changed after it was written; save again")
+    wrong = find_wrong(content)
+    if wrong is not None:
+        raise CheckpointError(f"{path} is not a description that normswap.save wrote: {wrong}")
     if not _TENSORS.fullmatch(content["file"]["name"]):
         raise CheckpointError(f"{path} names a file of another kind: {content['file']['name']!r}")
     found: dict[str, Any] = content

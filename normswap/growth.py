@@ -16,6 +16,9 @@ from normswap.methods.layer import POLICIES
 from normswap.methods.plain import pick
 from normswap.optimizers import hand_over, plan_growth
 
+# A share far smaller rounds to zero in the layers, which divide by its root.
+_LEAST = 1e-6
+
 
 def add_context(
     model: nn.Module,
@@ -40,9 +43,9 @@ def add_context(
         model: a converted model whose method takes contexts; not wrapped in DDP.
         name: of the new context; its number by default.
         like: the context to start from, by name or index, or "pooled".
-        share: prior probability of the new context, in (0, 1), 1 / (K + 1) by default; the others
-            keep their ratios. The layers' buffers `priors` are appended to and not scaled, since
-            CN divides by their roots; their sum is then no longer one.
+        share: prior probability of the new context, 1 / (K + 1) by default, at least 1e-6 away from
+            0 and 1; the others keep their ratios. The layers' buffers `priors` are appended to and
+            not scaled, since CN divides by their roots; their sum is then no longer one.
         optimizer: one that trains these parameters; torch's, timm's, or any that keeps its state
             by parameter and row.
 
@@ -61,8 +64,10 @@ def add_context(
     index = context_or_pooled(record, like)
     count = contexts.count
     share = 1 / (count + 1) if share is None else share
-    if not (isinstance(share, int | float) and 0 < share < 1):
-        raise ConversionError(f"expected share= in (0, 1), got {share!r}")
+    if not (isinstance(share, int | float) and _LEAST <= share <= 1 - _LEAST):
+        raise ConversionError(
+            f"expected share= in (0, 1), got {share!r}; at least {_LEAST} from both ends"
+        )
     layers = method_layers(root)
     tables = {where: _grow(where, layer, method, index, share) for where, layer in layers.items()}
     weights = contexts.priors

@@ -20,6 +20,7 @@ from normswap.graph.surgery import Surgery, restore_forwards
 from normswap.methods.base import InsertedMethod, Method, get_method
 from normswap.methods.plain import Plain
 from normswap.original import is_untouched, original_of, rebuild, write
+from normswap.training import release
 
 _SHOWN = 5
 
@@ -37,7 +38,8 @@ def revert(
     bit. One that was trained gives the norm that computes what it computes in eval mode: for every
     context alike, or for the one asked for. Everything else, trained or not, stays as it is now;
     so do modes, hooks, device, dtype and what is frozen. A norm without an affine gets one where a
-    context has one. Parameters of the norms are new objects: make the optimizer anew.
+    context has one. Running statistics that `freeze` held move in training again. Parameters of
+    the norms are new objects: make the optimizer anew.
 
     Args:
         model: a converted model.
@@ -148,6 +150,7 @@ def _restore(
         surgery.undo()
         raise
     restore_forwards(target)
+    release(target)
     for name in (RECORD, "no_weight_decay"):  # what `convert` put there
         target.__dict__.pop(name, None)
     return target

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normswap.errors import ConversionError
+from normswap.errors import ConversionError, expect_module
 from normswap.graph.scope import use_context
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import ContextLayer
@@ -51,10 +51,12 @@ def update_stats(
         methods without contexts. A context with none keeps its statistics, and a warning names it.
 
     Raises:
-        ConversionError: no layer with running statistics, or none that a batch reached.
+        ConversionError: no layer with running statistics, or none that a batch reached; batches
+            without an item at `labels`; values that are not finite.
         MissingContextError: a layer that needs labels got none. Whatever is raised, the model is
             as it was.
     """
+    expect_module(model)
     layers = [m for m in model.modules() if _is_measured(m)]
     if not layers:
         raise ConversionError(
@@ -67,7 +69,7 @@ def update_stats(
         try:
             with _measuring(model, layers) as counts:
                 for batch in show_progress(loader, "update_stats", batches, progress):
-                    given = None if labels is None else batch[labels]
+                    given = None if labels is None else _labels_in(batch, labels)
                     with nullcontext() if given is None else use_context(model, given):
                         run(model, batch)
             met = [_met(layer, counts[index]) for index, layer in enumerate(layers)]
@@ -76,6 +78,7 @@ def update_stats(
                     "no batch reached a layer with running statistics, or each had one value a "
                     "channel; the loader may be empty"
                 )
+            _check_finite(model, layers)
         except BaseException:
             for layer, old in zip(layers, before, strict=True):
                 for name, buffer in _buffers(layer).items():
@@ -86,6 +89,26 @@ def update_stats(
                 rows = seen.reshape(seen.shape + (1,) * (buffer.dim() - seen.dim()))
                 buffer.copy_(torch.where(rows, buffer, old[name]))
     return _report(layers, met)
+
+
+def _labels_in(batch: Any, position: int) -> Any:
+    if not isinstance(batch, tuple | list):
+        raise ConversionError(
+            f"expected batches as tuples with context labels at position {position!r} (labels=), "
+            f"got {type(batch).__name__}"
+        )
+    if type(position) is not int or not -len(batch) <= position < len(batch):
+        raise ConversionError(
+            f"expected labels= as a position in batches of {len(batch)} items, got {position!r}"
+        )
+    return batch[position]
+
+
+def _check_finite(model: nn.Module, layers: list[nn.Module]) -> None:
+    for layer in layers:
+        if not all(bool(b.isfinite().all()) for b in _buffers(layer).values()):
+            name = next(name for name, module in model.named_modules() if module is layer)
+            raise ConversionError(f"values that are not finite enter {name or 'the layer'}")
 
 
 def _buffers(layer: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from normswap.distributed import name_of_group
-from normswap.errors import ConversionError
+from normswap.errors import ConversionError, expect_module
 from normswap.graph.state import RECORD
 from normswap.training import is_ours
 
@@ -25,7 +25,6 @@ def convert_sync_batchnorm(
     training forwards and backwards. Running statistics are then equal on all processes. CN-X
     shares the batch it starts from; it has no batch statistics. On one process nothing changes.
 
-
     Args:
         model: a converted model, before DistributedDataParallel wraps it; or convert a model whose
             norms are SyncBatchNorm already.
@@ -39,6 +38,7 @@ def convert_sync_batchnorm(
     Raises:
         ConversionError: no converted model, or one that is wrapped already.
     """
+    expect_module(model)
     layers = [m for m in model.modules() if is_ours(m)]
     if not layers and not any(RECORD in vars(m) for m in model.modules()):
         raise ConversionError(

@@ -5,14 +5,15 @@ from functools import partial
 from inspect import getattr_static
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from normswap.errors import ConversionError, UnknownNameError
+from normswap.errors import ConversionError, UnknownNameError, expect_module
 from normswap.extras import need
 from normswap.graph.state import RECORD
 from normswap.methods.layer import NormLayer
 from normswap.sites import looks_like_norm
+from normswap.streams import HELD
 
 _TRAIN = ("norms", "contexts", "all")
 _STATS = ("update", "frozen")
@@ -50,10 +51,11 @@ def param_groups(
         ConversionError: a number out of range, or no parameter that requires a gradient.
         NormswapError: `layer_decay` without timm.
     """
+    expect_module(model)
     for name, value in (("lr", lr), ("norm_lr", norm_lr), ("weight_decay", weight_decay)):
-        if value is not None and not value >= 0:
+        if not (_is_number(value) and value >= 0) and not (name == "norm_lr" and value is None):
             raise ConversionError(f"expected {name}= of 0 or more, got {value!r}")
-    if layer_decay is not None and not 0 < layer_decay <= 1:
+    if layer_decay is not None and not (_is_number(layer_decay) and 0 < layer_decay <= 1):
         raise ConversionError(f"expected layer_decay= in (0, 1], got {layer_decay!r}")
     norms = {id(p) for p in norm_parameters(model).values()}
     spared = _spared_names(model)
@@ -93,7 +95,8 @@ def freeze(model: nn.Module, train: str = "norms", stats: str = "update") -> Non
             model's mode.
 
     ``freeze(model, train="all", stats="update")`` takes it all back. The setting is part of the
-    model: copies and pickles keep it, a state dict does not.
+    model: copies and pickles keep it, a state dict does not. `revert` and `specialize` end
+    ``stats="frozen"``: in the plain model every norm follows ``train()`` and ``eval()``.
 
     Raises:
         UnknownNameError: a word that is none of these.
@@ -103,6 +106,7 @@ def freeze(model: nn.Module, train: str = "norms", stats: str = "update") -> Non
     for name, value, choices in (("train", train, _TRAIN), ("stats", stats, _STATS)):
         if value not in choices:
             raise UnknownNameError(f"{name}= is {value!r}; the choices are {', '.join(choices)}")
+    expect_module(model)
     layers = [m for m in model.modules() if isinstance(m, NormLayer)]
     if not layers and not any(RECORD in vars(m) for m in model.modules()):
         raise ConversionError(
@@ -132,6 +136,12 @@ def freeze(model: nn.Module, train: str = "norms", stats: str = "update") -> Non
             _hold(module, stats == "frozen")
 
 
+def release(model: nn.Module) -> None:
+    """Let the norms of a model that are held in eval mode follow the model's mode again."""
+    for module in model.modules():
+        _hold(module, False)
+
+
 def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of every norm layer of a model by name, inserted layers included."""
     return {
@@ -151,10 +161,17 @@ def exempt_norms(model: nn.Module) -> None:
     model.__dict__["no_weight_decay"] = partial(_no_weight_decay, model)
 
 
+def _is_number(value: Any) -> bool:
+    """Return whether a value can be a learning rate; some optimizers take it as a tensor."""
+    return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+
+
 def _no_weight_decay(model: nn.Module) -> set[str]:
     own = getattr_static(type(model), "no_weight_decay", None)
     names = set() if own is None else set(own.__get__(model, type(model))())
-    return names | set(norm_parameters(model))
+    norms = set(norm_parameters(model))
+    # A compiled model asks this one, but has its parameters under other names.
+    return names | norms | {f"_orig_mod.{name}" for name in norms}
 
 
 def _spared_names(model: nn.Module) -> list[str]:
@@ -185,19 +202,19 @@ def _has_statistics(module: nn.Module) -> bool:
 
 def _hold(module: nn.Module, held: bool) -> None:
     """Keep a norm in eval mode whatever mode it is set to, or let it go again."""
-    is_held = "_mode" in vars(module)
+    is_held = HELD in vars(module)
     if held and not is_held:
         mode = module.training
         module.__dict__["train"] = partial(_train_children, module)
         module.train(mode)
     elif is_held and not held:
         del module.__dict__["train"]
-        module.training = module.__dict__.pop("_mode")
+        module.training = module.__dict__.pop(HELD)
 
 
 def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
     """Stand in for a held norm's ``train``: its dropout and activation follow the mode."""
     type(module).train(module, mode)
-    module.__dict__["_mode"] = mode
+    module.__dict__[HELD] = mode
     module.training = False
     return module

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.errors import ContextError, ConversionError
+from normswap.errors import ContextError, ConversionError, expect_module
 from normswap.functional.backward import in_backward
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.graph.rows import Rows
@@ -156,6 +156,7 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
         ConversionError: no converted model in `model`.
         ContextError: labels that do not fit.
     """
+    expect_module(model)
     scopes = scopes_of(model)
     if not scopes:
         raise ConversionError(

@@ -53,8 +53,12 @@ def divergence(
         rows, known, heading = model_divergences(source)
         names, title = names or known, title or heading
         kind = "layer, in the model's order"
-    else:
+    elif isinstance(source, Mapping):
         rows, kind = dict(source), "layer"
+    else:
+        raise ConversionError(
+            f"expected a converted model or divergences by layer, got {type(source).__name__}"
+        )
     table = _table(rows)
     labels = [f"context {k}" for k in range(table.shape[1])] if names is None else list(names)
     if len(labels) != table.shape[1]:
