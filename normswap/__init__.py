@@ -27,7 +27,7 @@ from normswap.methods.acn_layer import AdaptiveContextNorm as AdaptiveContextNor
 from normswap.methods.base import get_method as get_method
 from normswap.methods.base import methods as methods
 from normswap.methods.base import register_method as register_method
-from normswap.methods.cn import ContextNorm as ContextNorm
+from normswap.methods.cn_layer import ContextNorm as ContextNorm
 from normswap.methods.cnsn import CNSN as CNSN
 from normswap.methods.cnx import ContextNormX as ContextNormX
 from normswap.methods.crossnorm import CrossNorm as CrossNorm

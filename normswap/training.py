@@ -3,7 +3,7 @@
 from fnmatch import fnmatch
 from functools import partial
 from inspect import getattr_static
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -161,7 +161,7 @@ def exempt_norms(model: nn.Module) -> None:
     model.__dict__["no_weight_decay"] = partial(_no_weight_decay, model)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     """Return whether a value can be a learning rate; some optimizers take it as a tensor."""
     return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
 

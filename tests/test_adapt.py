@@ -205,3 +205,13 @@ def test_works_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     _, model = make("cn")
     assert normswap.adapt(model, batches_for(model), "a")
+
+
+def test_a_norm_at_the_input_takes_the_statistics_of_the_images():
+    _, model = make("cn", placement="input")
+    images = 3 * torch.randn(16, *make_inputs(model).shape[1:], dtype=torch.float64) + 2
+    assert list(normswap.adapt(model, [images], "b")) == ["input_norm"]
+    norm = model.input_norm
+    assert_close(norm.running_mean[1], images.mean((0, 2, 3)))
+    assert_close(norm.running_var[1], images.transpose(0, 1).flatten(1).var(1))
+    assert torch.equal(norm.running_mean[0], torch.zeros(3, dtype=torch.float64))

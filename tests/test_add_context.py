@@ -197,6 +197,7 @@ REFUSED = [
     ({"name": ""}, None, "as a string, got ''"),
     ({"name": "d", "share": 1}, None, r"share= in \(0, 1\), got 1"),
     ({"name": "d", "share": float("nan")}, None, "share="),
+    ({"name": "d", "share": 1e-40}, None, "at least 1e-06 from both ends"),
     ({"name": "d", "like": "e"}, None, "unknown context 'e'"),
     ({"name": "d", "like": "posterior"}, None, "weighs the contexts by each input"),
     ({"name": "d"}, wrap, r"add it to \.module"),

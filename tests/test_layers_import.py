@@ -80,9 +80,11 @@ def test_graph_knows_no_method():
 
 def test_a_method_knows_no_other_method():
     shared = {"base", "layer", "instance", "plain"}
-    # CNSN is CrossNorm, then SelfNorm; ACN is spread over three files.
+    # CNSN is CrossNorm, then SelfNorm; CN and ACN are spread over three files each.
     parts = {
         "cnsn": {"crossnorm", "selfnorm"},
+        "cn": {"cn_layer"},
+        "cn_layer": {"cn_tables"},
         "acn": {"acn_layer", "acn_options"},
         "acn_layer": {"acn_options"},
     }

@@ -267,7 +267,17 @@ def test_changed_at_any_byte_nothing_is_loaded(tmp_path):
         (lambda d: (d / DESCRIPTION).write_text("[" * 100_000), "cannot read"),
         (lambda d: (d / DESCRIPTION).write_bytes(b"\xff\xfe\x00"), "cannot read"),
         (lambda d: rewrite(d, format=FORMAT + 1), "knows formats up to 1: upgrade normswap"),
-        (lambda d: rewrite(d, file={"name": "../x"}), "a file of another kind"),
+        (lambda d: rewrite(d, format=True), "is not a description"),
+        (lambda d: rewrite(d, file={**describe(d)["file"], "name": "../x"}), "of another kind"),
+        (lambda d: rewrite(d, file=None), "expected 'file' as a name, bytes and sha256"),
+        (lambda d: rewrite(d, base={"class": "Net"}), "expected 'base' as a class, norms and"),
+        (lambda d: rewrite(d, contexts=["a", "a", "b"]), "expected 'contexts' as distinct names"),
+        (lambda d: rewrite(d, contexts=["a"]), "expected 1 priors, one a context, got 3"),
+        (lambda d: rewrite(d, priors=[0.5, -1.0, 1.5]), "expected 'priors' as positive numbers"),
+        (lambda d: rewrite(d, unknown=3), "expected 'unknown' as one of 3 contexts, got 3"),
+        (lambda d: rewrite(d, others=["nowhere"]), "names tensors that its base has not: nowhere"),
+        (lambda d: rewrite(d, values={"nowhere": 1}), "names tensors that its base has not"),
+        (lambda d: ((d / DESCRIPTION).unlink(), (d / DESCRIPTION).mkdir()), "cannot read"),
     ],
 )
 def test_spoilt_folders(spoil, match, tmp_path):
@@ -392,3 +402,29 @@ def test_options_of_a_method_go_through_json_or_are_refused_before_anything_is_w
     with pytest.raises(CheckpointError, match="options that JSON can hold"):
         normswap.save(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "place", ["file", "file/below", "description", "nul\0", "x" * 300, None, 3]
+)
+def test_where_nothing_can_be_saved_is_an_error_of_the_package(place, tmp_path):
+    _, model = make()
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "description" / DESCRIPTION).mkdir(parents=True)
+    folder = tmp_path / place if isinstance(place, str) else place
+    with pytest.raises(CheckpointError, match=r"cannot save to|expected a folder"):
+        normswap.save(model, folder)
+    with pytest.raises(CheckpointError, match=r"cannot read|expected a folder"):
+        normswap.load(model, folder)
+    assert (tmp_path / "file").read_text() == "kept"
+    assert [p.name for p in (tmp_path / "description").iterdir()] == [DESCRIPTION]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_loaded_model_spares_its_norms_from_decay_as_the_saved_one_does(bare, tmp_path):
+    base = nn.BatchNorm2d(4) if bare else make_model()
+    model = normswap.convert(base, "cn-x", contexts=2, verify=False)
+    normswap.save(model, tmp_path)
+    loaded = normswap.load(base, tmp_path)
+    assert loaded.no_weight_decay() == model.no_weight_decay()
+    assert copy.deepcopy(loaded).no_weight_decay() == model.no_weight_decay()

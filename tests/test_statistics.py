@@ -153,3 +153,21 @@ def test_what_cannot_be_measured_is_refused():
         normswap.update_stats(model, batches(), labels=2)
     with pytest.raises(normswap.ConversionError, match="CN-X and"):
         normswap.update_stats(normswap.convert(ConvNet(), "cn-x", verify=False), batches())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "labels", "match"),
+    [
+        (lambda b: b, 3, "a position in batches of 3 items, got 3"),
+        (lambda b: b, "x", "a position in batches of 3 items, got 'x'"),
+        (lambda b: b[0], 2, "batches as tuples with context labels at position 2"),
+        (lambda b: (b[0] * torch.nan, *b[1:]), 2, "values that are not finite enter stem.1"),
+    ],
+)
+def test_batches_that_cannot_count_leave_the_model_as_it_was(spoil, labels, match):
+    model = normswap.convert(ConvNet().double(), "cn", contexts=3, verify=False)
+    before = copy.deepcopy(model.state_dict())
+    given = batches()
+    with pytest.raises(normswap.ConversionError, match=match):
+        normswap.update_stats(model, [given[0], spoil(given[1])], labels=labels)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

@@ -75,10 +75,8 @@ def test_exemptions_follow_copies_and_pickles():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         del other.neck
         gone = model.no_weight_decay() - other.no_weight_decay()
-        assert {name for name in gone if not name.startswith("_orig_mod")} == {
-            "neck.weight",
-            "neck.bias",
-        }
+        wanted = {"neck.weight", "neck.bias"}
+        assert {name for name in gone if not name.startswith("_orig_mod")} == wanted
 
 
 def test_norms_have_a_rate_of_their_own():
@@ -357,3 +355,39 @@ def test_autocast_with_a_scaler_trains_float32_statistics(method, dtype):
     assert all(bool(v.isfinite().all()) for v in after.values())
     moved = [n for n in before if not torch.equal(before[n], after[n])]
     assert {"stem.0.weight", "head.weight"} <= set(moved)
+
+
+def test_timms_factory_spares_the_norms_of_a_compiled_model():
+    model = convert(ConvNet(), "cn-x")
+    compiled = torch.compile(model, backend="eager")
+    optimizer = timm.optim.create_optimizer_v2(compiled, "adamw", lr=0.1, weight_decay=0.05)
+    assert decayed(model, optimizer.param_groups) == conv_and_head_weights(model)
+
+
+@pytest.mark.parametrize("back", [normswap.revert, normswap.specialize])
+def test_a_plain_model_has_no_held_norms(back):
+    model = convert(ConvNet(), "cn", select="stem*").train()
+    normswap.freeze(model, "all", "frozen")
+    assert not model.neck.training
+    plain = back(model, 0)
+    assert all(m.training for m in plain.modules())
+    assert "train" not in vars(plain.neck)
+    assert not any("normswap" in name for m in plain.modules() for name in vars(m))
+    assert not model.neck.training
+
+
+def test_a_held_norm_goes_back_to_its_mode_after_a_pass_in_eval_mode():
+    model = convert(ConvNet(), "cn", select="stem*").train()
+    normswap.freeze(model, "all", "frozen")
+    normswap.adapt(model, [torch.randn(8, 3, 8, 8)], 0, progress=False)
+    normswap.freeze(model, "all", "update")
+    assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("value", ["0.1", None, True, [0.1]])
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "norm_lr", "layer_decay"])
+def test_what_is_no_number_is_refused(name, value):
+    if value is None and name in ("norm_lr", "layer_decay"):
+        pytest.skip("None is the default")
+    with pytest.raises(normswap.ConversionError, match=f"expected {name}="):
+        normswap.param_groups(convert(ConvNet(), "cn"), **{"lr": 0.1, name: value})
