@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.checks import check_copyable, check_model
+from normswap.checks import check_copyable, check_model, require_module
 from normswap.contexts.assigner import Assigner
 from normswap.conversion import (
     Record,
@@ -190,6 +190,7 @@ def summary(model: nn.Module) -> Report:
     Raises:
         ConversionError: no converted model there.
     """
+    require_module(model)
     for root in model.modules():
         record: Record | None = vars(root).get(RECORD)
         if record is not None:
@@ -215,6 +216,8 @@ def verify(model: nn.Module, original: nn.Module, example_inputs: Any = None) ->
         ConversionError: no inputs could be made, or `model` is not converted.
         VerificationError: they differ beyond rounding.
     """
+    require_module(model)
+    require_module(original)
     record: Record | None = vars(model).get(RECORD)
     if record is None:
         raise ConversionError(f"expected a converted model, got {type(model).__name__}")

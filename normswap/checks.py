@@ -1,5 +1,7 @@
 """Models that cannot be converted as a whole, found before anything is changed."""
 
+from typing import Any
+
 import torch
 from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -19,6 +21,16 @@ _WRAPPERS = {
 _STUBS = ("FloatFunctional", "QuantStub", "DeQuantStub")
 
 
+def require_module(model: Any) -> None:
+    """Raise if this is no module.
+
+    Raises:
+        ConversionError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def check_model(model: nn.Module) -> None:
     """Raise if a model, or a part of it, is of a kind that surgery cannot change.
 
@@ -26,8 +38,7 @@ def check_model(model: nn.Module) -> None:
         ConversionError: not a module; lazy, scripted, compiled, traced, wrapped for distribution,
             prepared for quantisation, or converted already.
     """
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    require_module(model)
     for name, module in model.named_modules():
         where = f"its submodule {name}" if name else "the model"
         why = _obstacle(module)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normswap.checks import require_module
 from normswap.errors import ConversionError
 from normswap.graph.scope import use_context
 from normswap.methods.instance import ContextInstanceNorm
@@ -55,6 +56,7 @@ def update_stats(
         MissingContextError: a layer that needs labels got none. Whatever is raised, the model is
             as it was.
     """
+    require_module(model)
     layers = [m for m in model.modules() if _is_measured(m)]
     if not layers:
         raise ConversionError(

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from normswap.checks import require_module
 from normswap.distributed import name_of_group
 from normswap.errors import ConversionError
 from normswap.graph.state import RECORD
@@ -39,6 +40,7 @@ def convert_sync_batchnorm(
     Raises:
         ConversionError: no converted model, or one that is wrapped already.
     """
+    require_module(model)
     layers = [m for m in model.modules() if is_ours(m)]
     if not layers and not any(RECORD in vars(m) for m in model.modules()):
         raise ConversionError(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from normswap.checks import require_module
 from normswap.errors import ConversionError, UnknownNameError
 from normswap.extras import need
 from normswap.graph.state import RECORD
@@ -50,6 +51,7 @@ def param_groups(
         ConversionError: a number out of range, or no parameter that requires a gradient.
         NormswapError: `layer_decay` without timm.
     """
+    require_module(model)
     for name, value in (("lr", lr), ("norm_lr", norm_lr), ("weight_decay", weight_decay)):
         if value is not None and not value >= 0:
             raise ConversionError(f"expected {name}= of 0 or more, got {value!r}")
@@ -100,6 +102,7 @@ def freeze(model: nn.Module, train: str = "norms", stats: str = "update") -> Non
         ConversionError: no converted model; one that DistributedDataParallel wrapped already,
             which would go on waiting for the gradients it knew; or nothing left to train.
     """
+    require_module(model)
     for name, value, choices in (("train", train, _TRAIN), ("stats", stats, _STATS)):
         if value not in choices:
             raise UnknownNameError(f"{name}= is {value!r}; the choices are {', '.join(choices)}")

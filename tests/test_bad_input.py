@@ -209,3 +209,22 @@ def test_use_context_on_a_model_that_is_not_converted():
 def test_summary_of_a_model_that_is_not_converted():
     with pytest.raises(ConversionError, match=r"normswap\.plan to see"):
         normswap.summary(Net())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        normswap.summary,
+        normswap.freeze,
+        normswap.convert_sync_batchnorm,
+        lambda model: normswap.verify(model, Net()),
+        lambda model: normswap.param_groups(model, 0.1),
+        lambda model: normswap.update_stats(model, []),
+        lambda model: normswap.use_context(model, 0).__enter__(),
+        lambda model: normswap.plot.record_firing(model).__enter__(),
+    ],
+)
+@pytest.mark.parametrize("model", [None, {"state": 1}])
+def test_what_is_no_module_is_named(call, model):
+    with pytest.raises(ConversionError, match=f"expected a .*, got {type(model).__name__}"):
+        call(model)

@@ -156,7 +156,7 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
         ConversionError: no converted model in `model`.
         ContextError: labels that do not fit.
     """
-    scopes = scopes_of(model)
+    scopes = scopes_of(model) if isinstance(model, nn.Module) else []
     if not scopes:
         raise ConversionError(
             f"expected a converted model, got {type(model).__name__} without any context-aware "

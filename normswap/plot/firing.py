@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.checks import require_module
 from normswap.errors import ConversionError
 from normswap.extras import need
 from normswap.functional.schedule import Schedule
@@ -116,6 +117,7 @@ def find_schedule(model: nn.Module) -> tuple[Schedule, list[str]]:
     Raises:
         ConversionError: the model has no layers of CrossNorm that a schedule fires.
     """
+    require_module(model)
     found: dict[int, str] = {}
     schedule = None
     for name, module in model.named_modules():
