@@ -56,13 +56,14 @@ def sum_over(group: str | None = None) -> Callable[[Tensor], Tensor] | None:
 def sum_over_ddp() -> Callable[[Tensor], Tensor] | None:
     """Return a sum over the processes whose buffers DistributedDataParallel keeps equal.
 
-    None outside the forward of such a wrapper, and in compiled code, which cannot tell.
+    None outside the forward of such a wrapper, in compiled code, which cannot tell, and in its
+    ``join()``, where a process that has no more batches would be waited for in vain.
     """
     if torch.compiler.is_compiling():
         return None
     wrapped: Any = DistributedDataParallel
     wrapper: Any = wrapped._get_active_ddp_module()
-    if wrapper is None or not wrapper.broadcast_buffers:
+    if wrapper is None or not wrapper.broadcast_buffers or wrapper._join_config.enable:
         return None
     return sum_over(wrapper.process_group.group_name)
 

@@ -6,6 +6,7 @@ the first one writes and prints. Alone, everything here does nothing.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,7 +117,12 @@ def wrapped(model: nn.Module) -> nn.Module:
     """Give what averages the gradients of all processes; the model itself on one."""
     # Buffers are equal already, or made so by `agree_on_buffers`; a step may run several forwards,
     # between which DistributedDataParallel's own broadcast would spoil what backward needs.
-    return DistributedDataParallel(model, broadcast_buffers=False) if size() > 1 else model
+    if size() == 1:
+        return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    # torch renamed the argument after 2.9.
+    flag: Any = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, **{flag: False})
 
 
 def agree_on_buffers(model: nn.Module) -> None:

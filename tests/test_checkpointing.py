@@ -72,6 +72,19 @@ def test_running_statistics_and_gradients_are_those_without_checkpointing(
         assert_close(one.grad, other.grad), name
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_in_eval_mode_after_training_takes_the_statistics_of_now(method, reentrant):
+    labels = torch.tensor([0, 0, 2, -1, 2, -1]) if method.startswith("cn") else None
+    layer = make_layer(method, 0.2)
+    train(layer, labels, lambda f, x: checkpoint(f, x, use_reentrant=reentrant))
+    layer.eval()
+    expected = train(layer, labels, lambda f, x: f(x))
+    actual = train(layer, labels, lambda f, x: checkpoint(f, x, use_reentrant=reentrant))
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other)
+
+
 @pytest.mark.parametrize("method", ["cn", "acn", "selfnorm"])
 def test_timm_checkpointing_moves_the_statistics_once(method):
     model = timm.create_model("resnet10t", num_classes=3)

@@ -3,10 +3,12 @@
 import io
 
 import pytest
+import timm
 import torch
 
 import normswap
-from tests.models import ConvNet
+from recipes.weights import load_efficientnet_lite0
+from tests.models import ConvNet, Windows
 
 CASES = {
     "cn": {"method": "cn"},
@@ -65,6 +67,17 @@ def test_an_exported_program_equals_eager_for_any_batch(case, labelled):
         torch.testing.assert_close(program(*other), model(*other))
 
 
+def test_a_program_that_folds_windows_takes_any_batch():
+    model = make("cn", Windows)
+    for learnt in (False, True):
+        given = (torch.randn(5, *Windows.shape), LABELS)
+        program = torch.export.export(model, given, dynamic_shapes=dynamic(given)).module()
+        for count in (2, 5, 8):
+            other = torch.randn(count, *Windows.shape), LABELS.repeat(2)[:count]
+            expected = model(*other)  # which also learns the layout
+            torch.testing.assert_close(program(*other), expected, msg=f"{learnt=}")
+
+
 def test_a_label_that_is_no_context_is_an_error_in_an_exported_program():
     given = arguments_for(None, True)
     program = torch.export.export(make("cn"), given).module()
@@ -98,6 +111,44 @@ def test_onnxruntime_equals_eager_for_any_batch(case, labelled):
         feeds["context"][0] = 3
         with pytest.raises(runtime.capi.onnxruntime_pybind11_state.InvalidArgument):
             session.run(None, feeds)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:# The axis name:UserWarning"
+)
+def test_a_pretrained_backbone_exports_once_to_a_program_and_to_onnx():
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    base = timm.create_model("tf_efficientnet_lite0")
+    base.load_state_dict(load_efficientnet_lite0(), strict=False)
+    model = normswap.convert(base, "cn", contexts=3, verify=False).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, normswap.ContextNorm):
+                for t in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+                    t.mul_(1 + 0.1 * torch.rand(t.shape, generator=generator))
+    given = torch.randn(5, 3, 64, 64, generator=generator), LABELS
+    exported = torch.export.export(model, given, dynamic_shapes=dynamic(given))
+    file = io.BytesIO()
+    torch.onnx.export(exported, dynamo=True, verbose=False).save(file)
+    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    assert len(names) == 2
+    for count in (1, 5):
+        images = torch.randn(count, 3, 64, 64, generator=generator)
+        with torch.no_grad():
+            expected = model(images, context=LABELS[:count])
+            other = model(images, context=(LABELS[:count] + 1) % 3)
+            # Relative to the spread of the logits, which the contexts move.
+            tolerance = 1e-4 * float(expected.std())
+            assert float((expected - other).abs().max()) > 100 * tolerance
+            program = exported.module()(images, LABELS[:count])
+        feeds = dict(zip(names, (images.numpy(), LABELS[:count].numpy()), strict=True))
+        (actual,) = session.run(None, feeds)
+        for found in (program, torch.from_numpy(actual)):
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -142,6 +142,17 @@ def on_unsynced(rank):
     return {"stem": copy.deepcopy(model[1]), "all": model.state_dict()}
 
 
+def on_join(rank):
+    """Return what training leaves where the second process has fewer batches."""
+    model = make_model("cn")
+    wrapped = DistributedDataParallel(model)
+    with wrapped.join():
+        for turn in range((3, 1)[rank]):
+            x, labels = images_of(rank, turn)
+            wrapped(x, context=labels).sum().backward()
+    return model.state_dict()
+
+
 def on_fresh(rank):
     model = _Direct(normswap.ContextNormX(3, 2).double())
     DistributedDataParallel(model)(*fresh_batch(rank)).sum().backward()
@@ -190,6 +201,7 @@ def work(rank, folder):
         "layers": on_layers(rank),
         "models": on_models(rank),
         "unsynced": on_unsynced(rank),
+        "join": on_join(rank),
         "fresh": on_fresh(rank),
         "fsdp": on_fsdp(rank),
     }
@@ -271,6 +283,14 @@ def test_ddp_loses_no_contexts_running_statistics(ranks):
     assert_close(first["stem"].running_mean, mean)
     assert_close(first["stem"].running_var, var)
     assert first["stem"].num_batches_tracked.tolist() == [2, 2, 2]
+
+
+def test_in_ddps_join_no_process_waits_for_one_without_batches(ranks):
+    first, second = (results["join"] for results in ranks)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    # As with BatchNorm there, buffers are those of the process that has batches.
+    assert first["1.num_batches_tracked"].tolist() == [3, 0, 3]
 
 
 def test_fresh_cnx_starts_alike_on_all_processes(ranks):

@@ -23,6 +23,7 @@ from torch.autograd import Function
 
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_plain
 from normswap.functional.moments import Moments
+from normswap.functional.tables import is_plain_eager
 
 # Values of all components in hand at once: what stays in a CPU's cache, what fills a GPU.
 _BLOCK = {"cpu": 2**18}
@@ -40,9 +41,9 @@ def norm_elements(
 ) -> Normalized:
     """Compute `norm_elements_plain` with memory that does not grow with K, and faster.
 
-    Under torch.compile the plain formulas are traced instead.
+    Under torch.compile, functorch and forward-mode derivatives the plain formulas run instead.
     """
-    if torch.compiler.is_compiling():
+    if not is_plain_eager():
         return norm_elements_plain(x, mixture, gain, bias, given, eps, batch)
     y, mass, mean, var = _ElementNorm.apply(x, *mixture, gain, bias, *given, eps, batch)
     return Normalized(y, mass, Moments(mean, var))

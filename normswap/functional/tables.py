@@ -12,14 +12,20 @@ from normswap.functional.affine import Affine, Centred
 from normswap.functional.moments import compute_dtype, pick_rows, segment_sum
 
 
-def uses_kernels(x: Tensor) -> bool:
-    """Return whether x can go through the kernels here and now."""
+def is_plain_eager() -> bool:
+    """Return whether nothing but autograd's backward looks at what runs: no compiler, no transform.
+
+    A compiler, tracer, functorch transform or forward-mode derivative needs torch's operators.
+    """
     if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return False
-    if type(x) not in (Tensor, nn.Parameter) or not kernels.suits(x):
         return False
     transformed: bool = torch._C._are_functorch_transforms_active()
     return not transformed and forward_ad._current_level < 0
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Return whether x can go through the kernels here and now."""
+    return is_plain_eager() and type(x) in (Tensor, nn.Parameter) and kernels.suits(x)
 
 
 def records(tensors: Sequence[Tensor]) -> bool:

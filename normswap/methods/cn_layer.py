@@ -86,15 +86,17 @@ class ContextNorm(ContextTables):
 
         Gradient checkpointing runs it again, after its update; samples without a label have to
         meet the same statistics then. Of several forwards before one backward, the last counts.
+        In eval mode nothing moves them.
         """
+        if not self.training:
+            return running
         if torch.compiler.is_compiling():
             # The compiler computes again in backward what is cheap, from the buffers as updated
             # (pytorch/pytorch#197039), but keeps the result of a flip.
-            return Moments(*(t.flip(0).flip(0) for t in running)) if self.training else running
+            return Moments(*(t.flip(0).flip(0) for t in running))
         if in_backward():
             return self._first_run or running
-        if self.training:
-            self._first_run = running
+        self._first_run = running
         return running
 
     def _scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

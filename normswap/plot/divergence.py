@@ -135,8 +135,9 @@ def _table(rows: Mapping[str, Tensor]) -> Tensor:
         shapes = sorted({tuple(v.shape) for v in values})
         raise ConversionError(f"expected layers with one value a context each, got {shapes}")
     table = torch.stack(values)
-    if not table.numel() or not bool((table.isfinite() & (table >= 0)).all()):
-        bad = [name for name, v in zip(rows, values, strict=True) if not bool((v >= 0).all())]
+    fine = (table.isfinite() & (table >= 0)).all(1)
+    if not table.numel() or not bool(fine.all()):
+        bad = [name for name, well in zip(rows, fine, strict=True) if not well]
         raise ConversionError(f"expected finite divergences of 0 or more, not so in {bad[:4]}")
     return table
 

@@ -59,6 +59,7 @@ def test_two_processes_finish_what_one_began_as_one_does(tmp_path, monkeypatch, 
     result = torchrun(*out, "--name", "two", "--resume")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("is complete") == 1
+    assert "deprecated" not in result.stderr
     assert "shared by 2 processes" in result.stdout
     one, two = (metrics(tmp_path / name)[-1]["arms"]["cn"] for name in ("one", "two"))
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
