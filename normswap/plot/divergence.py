@@ -57,7 +57,8 @@ def divergence(
         rows, kind = dict(source), "layer"
     else:
         raise ConversionError(
-            f"expected a converted model or divergences by layer, got {type(source).__name__}"
+            "expected a converted model, or a mapping from layers to divergences, got "
+            f"{type(source).__name__}"
         )
     table = _table(rows)
     labels = [f"context {k}" for k in range(table.shape[1])] if names is None else list(names)
