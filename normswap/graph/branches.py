@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import fx
 
+from normswap.graph.origin import is_library
 from normswap.graph.outline import is_raised, methods_failed
-from normswap.graph.patches import TraceFailure, is_library
+from normswap.graph.patches import TraceFailure
 from normswap.graph.questions import is_pure
 from normswap.graph.tracer import ContainerTracer, Traced
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from normswap.functional.labels import Context, wrong_length
-from normswap.graph.handed import write_back
+from normswap.graph.handed import aliased, give_back, write_back
 from normswap.graph.prepare import prepare
 from normswap.graph.scope import Scope
 from normswap.graph.state import (
@@ -81,13 +81,16 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
             variant = Variant(None, "met a new kind of arguments inside torch.compile")
         else:
             return _run_new(module, state, values, context)
+    writes, returned = variant.effects
+    if writes and aliased(values):
+        variant = Variant(None, "is given one list or dict twice, and changes it")
     if variant.run is not None:
         output = variant.run(module, *leaves, context)
-        if variant.writes:
+        if writes:
             output, contents = output
-            for (index, _), new in zip(variant.writes, contents):  # noqa: B905 - for dynamo
+            for (index, _), new in zip(writes, contents):  # noqa: B905 - for dynamo
                 write_back(values[index], new)
-        return output
+        return give_back(output, returned, values)
     if state.insertions:
         raise untraced(module, variant.reason)
     return run_scoped(module, values, context)

@@ -2,64 +2,77 @@
 
 A graph takes such an argument apart, so that what its forward appends would be lost. A container
 that changes one returns the new contents beside its output, and they are written back into the
-caller's object; the graph of the caller reads them from there.
+caller's object; the graph of the caller reads them from there. One that returns the very object it
+was given says so, and the caller's own object is its result.
 """
 
-import dis
-import functools
-import inspect
-import types
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import fx, nn
+from torch import nn
 
-from normswap.errors import ConversionError
-from normswap.graph.patches import TraceFailure, is_torch
+from normswap.graph.mutates import may_change
+from normswap.graph.origin import is_torch
+from normswap.graph.patches import TraceFailure
 from normswap.graph.signature import EXAMPLE
-from normswap.graph.values import any_leaf, describe, rebuild
+from normswap.graph.values import describe, find_lists, rebuild
+from normswap.graph.watched import Watched, check_lists, contents, keys_of, watch_lists
 
 # Position of an argument, and the keys its object has after the forward.
 Write = tuple[int, tuple[Any, ...]]
-_MUTATORS = frozenset(
-    "append extend insert pop popitem remove clear update setdefault sort reverse".split()
-)
+# Position of the argument that the output is, or for each part of a tuple that, None for others.
+Returned = int | tuple[int | None, ...] | None
 
 
-def keys_of(value: Any) -> tuple[Any, ...]:
-    """Return the keys of a dict or the positions of a list."""
-    return tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
+class Effects(NamedTuple):
+    """What a forward does to the lists and dicts it is given.
+
+    Attributes:
+        writes: which arguments it changes.
+        returned: which of them it returns.
+    """
+
+    writes: tuple[Write, ...] = ()
+    returned: Returned = None
 
 
-def contents(value: Any) -> list[tuple[Any, Any]]:
-    """Return the (key, value) pairs of a list or dict."""
-    return list(value.items()) if isinstance(value, dict) else list(enumerate(value))
+NOTHING = Effects()
 
 
 def snapshot_lists(values: Any) -> list[tuple[Any, list[tuple[Any, Any]]]]:
     """Return every list and dict inside some values, with its contents."""
-    if isinstance(values, list | dict):
-        inner = [found for _, part in contents(values) for found in snapshot_lists(part)]
-        return [(values, contents(values)), *inner]
-    if isinstance(values, tuple):
-        return [found for part in values for found in snapshot_lists(part)]
-    return []
+    return [(holder, contents(holder)) for holder in find_lists(values)]
 
 
-def find_writes(values: tuple[Any, ...], before: list[Any]) -> tuple[Write, ...]:
-    """Return which arguments a forward changed.
+def find_effects(
+    values: tuple[Any, ...], before: list[tuple[Any, Any]], output: Any
+) -> tuple[Effects, Any]:
+    """Return what a forward did to its arguments, and the output without those it returns.
 
     Raises:
-        TraceFailure: one inside another argument.
+        TraceFailure: it changed or returned one inside another.
     """
     changed = [holder for holder, old in before if not _same(contents(holder), old)]
     writes = []
     for index, value in enumerate(values):
-        if any(holder is value for holder in changed):
+        if _among(value, changed):
             writes.append((index, keys_of(value)))
+            if any(_among(part, [holder for holder, _ in before]) for _, part in contents(value)):
+                raise TraceFailure("changes a list or dict that holds another it was given")
     if len(writes) < len(changed):
         raise TraceFailure("changes a list or dict inside an argument it was given")
-    return tuple(writes)
+    returned: Returned = _position(output, values)
+    if returned is not None:
+        output = None
+    elif type(output) is tuple:
+        places = tuple(_position(part, values) for part in output)
+        if any(place is not None for place in places):
+            kept = zip(output, places, strict=True)
+            returned, output = places, tuple(v if place is None else None for v, place in kept)
+    given = [holder for holder, _ in before]
+    if given and any(_among(holder, given) for holder in find_lists(output)):
+        raise TraceFailure("returns a list or dict it was given inside another")
+    return Effects(tuple(writes), returned), output
 
 
 def write_back(target: Any, new: Any) -> None:
@@ -68,106 +81,121 @@ def write_back(target: Any, new: Any) -> None:
     target.extend(new) if isinstance(target, list) else target.update(new)
 
 
+def give_back(output: Any, returned: Returned, values: tuple[Any, ...]) -> Any:
+    """Put the arguments that a forward returns in their places of its output."""
+    if returned is None:
+        return output
+    if isinstance(returned, int):
+        return values[returned]
+    return tuple(
+        [output[i] if place is None else values[place] for i, place in enumerate(returned)]
+    )
+
+
+def aliased(values: tuple[Any, ...]) -> bool:
+    """Return whether some list or dict is, or is inside, two of the arguments."""
+    holders = list(find_lists(values))
+    return any(_among(holder, holders[:i]) for i, holder in enumerate(holders))
+
+
+class Handed(NamedTuple):
+    """The lists and dicts of one call.
+
+    Attributes:
+        nodes: (object, its node, its parts) of those that are watched.
+        values: arguments of the callee, one a parameter; empty where nothing is known of it.
+        effects: what it does to them.
+    """
+
+    nodes: tuple[Watched, ...] = ()
+    values: tuple[Any, ...] = ()
+    effects: Effects = NOTHING
+
+
 def hand_on(
     tracer: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], list[tuple[Any, fx.Proxy, Any]]]:
+) -> tuple[tuple[Any, ...], dict[str, Any], Handed]:
     """Make nodes of the lists and dicts among the arguments of a call that may change them.
 
-    A converted child that was not traced for such arguments yet, and may change them, is taken to
-    change nothing, and noted among what the trace assumed.
+    A child whose effects on such arguments are not known yet is taken to have none, and noted
+    among what the trace assumed.
 
-    Returns:
-        The arguments, and (object, its node, its keys after a call that changes it, else None).
+    Raises:
+        TraceFailure: it may change them, and what it does to them is not known.
     """
+    values: tuple[Any, ...] = (*args, *kwargs.values())
+    given = next(find_lists(values), None)
+    if given is None or all(is_torch(_class_of(m).__module__) for m in module.modules()):
+        return args, kwargs, Handed()
+    effects = None
     state = vars(module).get("_normswap")
-    given = [v for v in (*args, *kwargs.values()) if type(v) in (list, dict)]
-    given = [v for v in given if any_leaf(v, (fx.Proxy,))]
-    if not given or (state is None and is_torch(type(module).__module__)):
-        return args, kwargs, []
-    written: dict[int, tuple[Any, ...]] = {}
     tracer.result.plain = False  # what a child does with a list depends on more than its class
     if state is not None and state.override is None:
         cls: Any = type(module)
         values = cls.bind(module, *args, **kwargs)
         variant = state.find(module, values)
-        if variant is None and may_change(cls.converted_from):
-            like = [rebuild(describe(v, [], True), repeat(EXAMPLE)) for v in values]
-            tracer.result.assumed.append((module, tuple(like)))
-            return args, kwargs, []
-        if variant is not None and variant.run is not None:
-            if not variant.writes:
-                return args, kwargs, []
-            written = {id(values[index]): keys for index, keys in variant.writes}
-    nodes: dict[int, fx.Proxy] = {}
-    handed = []
-    for value in given:
-        kind = type(value)
-        parts = tuple(value) if kind is list else tuple(value.items())
-        node = tracer.create_proxy("call_function", _MAKE[kind], parts, {})
-        nodes[id(value)] = node
-        handed.append((value, node, written.get(id(value))))
-    swap = {i: nodes.get(id(v), v) for i, v in enumerate(args)}
-    return tuple(swap.values()), {k: nodes.get(id(v), v) for k, v in kwargs.items()}, handed
+        if variant is None:
+            return args, kwargs, _assume(tracer, module, values)
+        if variant.run is not None:
+            effects = variant.effects
+    elif state is None:
+        values = (args, kwargs)
+        key = (id(module), tuple([describe(value, [], True) for value in values]))
+        if key not in tracer.probed:
+            return args, kwargs, _assume(tracer, module, values)
+        effects = tracer.probed[key]
+        if effects is not None and effects != NOTHING:
+            raise TraceFailure(f"hands a list or dict to a {_name(module)} that changes it")
+    if effects is None and any(may_change(_class_of(m)) for m in module.modules()):
+        raise TraceFailure(f"hands a list or dict to a {_name(module)} that may change it")
+    if (effects is None or effects.writes) and aliased(values):
+        raise TraceFailure(f"hands a list or dict to a {_name(module)} twice")
+    if effects is not None and not effects.writes:
+        return args, kwargs, Handed((), values, effects)
+    args, kwargs, nodes = watch_lists(tracer, args, kwargs)
+    return args, kwargs, Handed(tuple(nodes), values, effects or NOTHING)
 
 
-@functools.cache
-def may_change(cls: type) -> bool:
-    """Return whether some method of a class contains code that changes a list or dict."""
-    functions = [f for base in cls.__mro__ if not is_torch(base.__module__) for f in _codes(base)]
-    return any(_changes(code) for code in functions)
+def _assume(tracer: Any, module: nn.Module, values: tuple[Any, ...]) -> Handed:
+    like = [rebuild(describe(v, [], True), repeat(EXAMPLE)) for v in values]
+    tracer.result.assumed.append((module, tuple(like)))
+    return Handed()
 
 
-def _codes(cls: type) -> list[types.CodeType]:
-    found = [inspect.unwrap(getattr(f, "__func__", f)) for f in vars(cls).values() if callable(f)]
-    return [f.__code__ for f in found if isinstance(f, types.FunctionType)]
-
-
-def _changes(code: types.CodeType) -> bool:
-    if not _MUTATORS.isdisjoint(code.co_names):
-        return True
-    for step in dis.get_instructions(code):
-        in_place = step.opname.startswith("INPLACE") or (
-            step.opname == "BINARY_OP" and step.argrepr.endswith("=")
-        )
-        if in_place or step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            return True
-    return any(_changes(part) for part in code.co_consts if isinstance(part, types.CodeType))
-
-
-def take_back(tracer: Any, module: nn.Module, handed: list[Any]) -> None:
-    """After the call: read what it changed, check the rest."""
-    for value, node, keys in handed:
-        if keys is not None:
-            parts = [(key, node[key]) for key in keys]
-            write_back(value, dict(parts) if isinstance(value, dict) else [p for _, p in parts])
+def take_back(tracer: Any, module: nn.Module, handed: Handed, output: Any) -> Any:
+    """After the call: read what it changed, check the rest; return its output."""
+    written = {id(handed.values[index]): keys for index, keys in handed.effects.writes}
+    rest = []
+    for value, node, parts in handed.nodes:
+        keys = written.get(id(value))
+        if keys is None:
+            rest.append((value, node, parts))
         else:
-            what = (type(module).__name__, keys_of(value))
-            tracer.create_proxy("call_function", check_unchanged, (node, *what), {})
+            made: Any = node
+            new = [(key, made[key]) for key in keys]
+            write_back(value, dict(new) if isinstance(value, dict) else [p for _, p in new])
+    check_lists(
+        tracer, _name(module), rest, None if handed.effects.returned is not None else output
+    )
+    return give_back(output, handed.effects.returned, handed.values)
 
 
-def check_unchanged(value: Any, callee: str, keys: tuple[Any, ...]) -> None:
-    """Raise where a call changed the list or dict it was given, which the graph did not expect.
-
-    Raises:
-        ConversionError: naming the call.
-    """
-    if keys_of(value) != tuple(keys):
-        raise ConversionError(
-            f"expected {callee} to leave the {type(value).__name__} it is given as it was, got "
-            f"{len(value)} entries instead of {len(keys)}; the rest of this forward would not see "
-            "them: let it return what it adds"
-        )
+def _class_of(module: nn.Module) -> type:
+    return getattr(type(module), "converted_from", type(module))
 
 
-def _make_list(*parts: Any) -> list[Any]:
-    return list(parts)
+def _name(module: nn.Module) -> str:
+    return type(module).__name__
 
 
-def _make_dict(*parts: Any) -> dict[Any, Any]:
-    return dict(parts)
+def _among(value: Any, holders: list[Any]) -> bool:
+    return any([holder is value for holder in holders])
 
 
-_MAKE: dict[type, Any] = {list: _make_list, dict: _make_dict}
+def _position(value: Any, values: tuple[Any, ...]) -> int | None:
+    if not isinstance(value, list | dict):
+        return None
+    return next((i for i, given in enumerate(values) if given is value), None)
 
 
 def _same(now: list[tuple[Any, Any]], old: list[tuple[Any, Any]]) -> bool:

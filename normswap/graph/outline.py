@@ -2,6 +2,7 @@
 
 import dis
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -29,7 +30,9 @@ class Outlined:
         scope = module._normswap.scope
         outer = scope.enter(context)
         try:
-            return method(*args, **kwargs)
+            output = method(*args, **kwargs)
+            # What it yields later would be computed out of scope.
+            return iter(list(output)) if isinstance(output, Iterator) else output
         finally:
             scope.leave(outer)
 

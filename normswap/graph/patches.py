@@ -2,6 +2,7 @@
 
 import builtins
 import functools
+import inspect
 import math
 import sys
 import types
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.graph.values import any_leaf
+from normswap.graph.mutates import changes, gives_back
+from normswap.graph.origin import is_library, is_torch
+from normswap.graph.values import any_leaf, find_lists
 
 _MISSING = object()
 # Builtins that turn into calls in the graph when given symbolic values.
@@ -76,20 +79,6 @@ def globals_of(forward: Callable[..., Any], cls: Any) -> list[dict[str, Any]]:
     return list(tables.values())
 
 
-def is_torch(module_name: str | None) -> bool:
-    """Return whether a module is part of torch itself."""
-    return module_name is not None and (
-        module_name == "torch" or module_name.startswith(("torch.", "normswap."))
-    )
-
-
-def is_library(module_name: str | None) -> bool:
-    """Return whether a module is part of torch, of Python or of this package."""
-    return is_torch(module_name) or (
-        module_name is not None and module_name.partition(".")[0] in sys.stdlib_module_names
-    )
-
-
 def leaf_names(table: dict[str, Any], inline: bool) -> list[tuple[str, Any]]:
     """Return the functions among a module's globals that a graph calls instead of entering.
 
@@ -127,13 +116,25 @@ def wrap_leaf(
         known = function in (len, bool) and not isinstance(args[0], fx.Proxy)
         if not known and any_leaf(given, (fx.Proxy,)):
             reaches = any_leaf(given, (nn.Module, types.FunctionType, types.MethodType))
-            if not reaches and not any_leaf(given, (functools.partial,)):
+            if not (reaches or any_leaf(given, (functools.partial,)) or touches(function, given)):
                 return record(function, args, kwargs)
         if isinstance(function, types.FunctionType):
             enter(function.__globals__)
         return function(*args, **kwargs)
 
     return call
+
+
+def touches(function: Any, given: Any) -> bool:
+    """Return whether a function may change or give back a list or dict it is given."""
+    if not isinstance(function, types.FunctionType):
+        return False
+    lists = [holder for value in (*given[0], *given[1].values()) for holder in find_lists(value)]
+    if not any(not holder or any_leaf(holder, (fx.Proxy,)) for holder in lists):
+        return False  # constants, mostly written in the call
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    own = code is not None and not is_library(function.__module__)
+    return own and (changes(code) or gives_back(code))
 
 
 def named_apply(cls: Any) -> Callable[..., Any]:

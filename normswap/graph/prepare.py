@@ -11,6 +11,7 @@ from normswap.graph.branches import explore, join
 from normswap.graph.hazards import is_something
 from normswap.graph.insert import insert_layers
 from normswap.graph.patches import TraceFailure
+from normswap.graph.probe import learn
 from normswap.graph.state import (
     ContainerState,
     Variant,
@@ -85,16 +86,18 @@ def _trace_paths(
         return session.trace(module, forward, cls.spread, kinds, inline, answers, outlined)
 
     while True:
+        session.assumed = []
         try:
             paths = explore(trace)
         except TraceFailure as failure:
+            if learn(session, prepare):
+                continue
             method = next((m for m in failure.methods if m not in outlined), None)
             if method is None or len(outlined) == _MOST_OUTLINED:
                 raise
             outlined = session.outlined[cls.converted_from] = (*outlined, method)
             continue
-        needed = [need for path in paths for need in path.assumed]
-        if not any([_changes(child, values, session) for child, values in needed]):
+        if not learn(session, prepare):
             break
     for path in paths:
         if not path.failure:
@@ -103,22 +106,6 @@ def _trace_paths(
     if not state.insertions:
         session.known.keep(alike, names, variant, paths)
     return variant
-
-
-def _changes(child: nn.Module, values: tuple[Any, ...], session: TraceSession) -> bool:
-    """Return whether a child may change the lists or dicts it is called with."""
-    state: ContainerState = child._normswap  # type: ignore[assignment]
-    if state.find(child, values) is None:
-        met = set(state.variants)
-        prepare(child, values, session)
-        for key in state.assumed:  # what was assumed without knowing the call, and failed
-            if all(variant.run is None for variant in state.variants.get(key, ())):
-                state.variants.pop(key, None)
-        state.assumed |= set(state.variants) - met
-    variant = state.find(child, values)
-    if variant is None:
-        raise TraceFailure(f"hands a list to a {type(child).__name__} that cannot be foreseen")
-    return variant.run is None or bool(variant.writes)
 
 
 def _thread(module: nn.Module, paths: list[Traced], kinds: Any) -> Variant:
@@ -132,7 +119,10 @@ def _thread(module: nn.Module, paths: list[Traced], kinds: Any) -> Variant:
         context = _add_context(path.graph)
         _pass_context(module, path.graph, context, calls, direct)
         for node, region in path.regions:
-            _pass_context(module, region.graph, _add_context(region.graph), calls, direct)
+            inner = _add_context(region.graph)
+            _pass_context(module, region.graph, inner, calls, direct)
+            for call in region.outlined:
+                call.args = (call.args[0], inner, *call.args[1:])
             region.run = _compile(region.graph, name)
             node.args = (*node.args, context)
         for node in path.outlined:
@@ -140,13 +130,14 @@ def _thread(module: nn.Module, paths: list[Traced], kinds: Any) -> Variant:
         reads.update(path.reads)
         structure.update(path.structure)
     outlined: list[Any] = [node.target for path in paths for node in path.outlined]
+    outlined += [n.target for path in paths for _, region in path.regions for n in region.outlined]
     outside = bool(outlined) and _norms_outside(module, calls)
     for method in outlined:
         method.scoped = outside
-    writes = {path.writes for path in paths if not path.failure}
-    if len(writes) > 1:
-        raise TraceFailure("changes a list or dict it is given in one branch only")
-    own = own_forward_of(kinds, tuple(index for index, _ in next(iter(writes))))
+    effects = {path.effects for path in paths if not path.failure}
+    if len(effects) > 1:
+        raise TraceFailure("changes or returns a list or dict it is given in one branch only")
+    own = own_forward_of(kinds, tuple(index for index, _ in next(iter(effects)).writes))
     run = join(paths, lambda graph: _compile(graph, name), own)
     threaded = [c for c in calls if context_argument(module.get_submodule(c)) is not None]
     return Variant(
@@ -160,7 +151,7 @@ def _thread(module: nn.Module, paths: list[Traced], kinds: Any) -> Variant:
         threaded=tuple(tuple(c.split(".")) for c in dict.fromkeys(threaded)),
         direct=tuple(direct),
         something=all(path.failure or _returns_something(path) for path in paths),
-        writes=next(iter(writes)),
+        effects=next(iter(effects)),
         rest=outside,
     )
 
@@ -177,7 +168,7 @@ def _norms_outside(module: nn.Module, calls: list[str]) -> bool:
 
 def _returns_something(path: Traced) -> bool:
     result: Any = next(n for n in reversed(path.graph.nodes) if n.op == "output").args[0]
-    if path.writes:
+    if path.effects.writes:
         result = result[0]
     return isinstance(result, fx.Node) and is_something(result)
 

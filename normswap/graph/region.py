@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from normswap.graph.handed import find_writes, snapshot_lists
+from normswap.graph.handed import NOTHING, find_effects, snapshot_lists
 from normswap.graph.patches import TraceFailure
 from normswap.graph.values import describe, find_other, rebuild
 
@@ -34,6 +34,7 @@ class Region:
         graph: its placeholders are the arguments, then the values of the outer graph it uses.
         captured: those values, outer node -> inner placeholder.
         options: keyword arguments of checkpoint.
+        outlined: nodes that call a method of the container.
         run: the compiled graph, ``run(module, *values, context)``; set once it is threaded.
     """
 
@@ -44,6 +45,7 @@ class Region:
         self.graph = graph
         self.captured: dict[fx.Node, fx.Node] = {}
         self.options = options
+        self.outlined: list[fx.Node] = []
         self.run: Callable[..., Any] | None = None
 
     def capture(self, node: fx.Node) -> fx.Node:
@@ -99,7 +101,9 @@ def trace_checkpointed(tracer: Any, function: Any, args: Any, kwargs: dict[str, 
         given_args, given_kwargs = (rebuild(kind, supply) for kind in kinds)
         before = snapshot_lists((given_args, *given_kwargs.values()))
         output = function(*given_args, **given_kwargs)
-        find_writes((), before)
+        effects, _ = find_effects(tuple(given_args), before, output)
+        if effects != NOTHING:
+            raise TraceFailure("changes or returns a list or dict in a checkpointed part")
         tracer.create_node("output", "output", (tracer.create_arg(output),), {})
     finally:
         tracer.graph, tracer.region = tracer.result.graph, None

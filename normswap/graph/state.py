@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from normswap.errors import ConversionError
+from normswap.graph.handed import NOTHING, Effects
 from normswap.graph.insert import Insertion
 from normswap.graph.scope import Scope
 from normswap.graph.values import Kind, describe, rebuild
@@ -27,8 +28,8 @@ class Variant:
         threaded: those of them that are passed the context.
         direct: paths of tensors the graph reads itself.
         something: whether it certainly returns a tensor, not None.
-        writes: (position of an argument, keys it has afterwards) for those the forward changes;
-            `run` then returns its output and their new contents.
+        effects: on the lists and dicts it is given; where the forward changes some, `run` returns
+            its output and their new contents.
         rest: whether norms that none of the calls reaches may find the context in scope.
     """
 
@@ -41,7 +42,7 @@ class Variant:
     direct: tuple[str, ...] = ()
     something: bool = False
     rest: bool = False
-    writes: tuple[tuple[int, tuple[Any, ...]], ...] = ()
+    effects: Effects = NOTHING
 
     def holds(self, module: nn.Module) -> bool:
         """Return whether everything the trace depended on is as it was."""

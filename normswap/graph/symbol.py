@@ -19,6 +19,9 @@ class Value(fx.Proxy):
             raise TraceFailure(f"sets .{name} of a tensor inside forward")
         super().__setattr__(name, value)
 
+    def __hash__(self) -> int:
+        raise TraceFailure("looks up a value only known when it runs in a set, dict or cache")
+
     def __getattr__(self, name: str) -> Any:
         if self.node.meta.get("tensor") and not hasattr(Tensor, name):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")

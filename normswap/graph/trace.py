@@ -19,14 +19,16 @@ from torch import Tensor, fx, nn
 
 from normswap.graph import patches as p
 from normswap.graph.branches import end_at_question
-from normswap.graph.handed import find_writes, snapshot_lists
+from normswap.graph.handed import Effects, find_effects, snapshot_lists
 from normswap.graph.hazards import Watch
 from normswap.graph.held import DRAWS, put_back, random_states
 from normswap.graph.known import Known
+from normswap.graph.origin import is_library, is_torch
 from normswap.graph.patches import Patches, TraceFailure
 from normswap.graph.region import trace_checkpointed
 from normswap.graph.tracer import SWITCHES, ContainerTracer, LiveCalls, Traced
 from normswap.graph.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
+from normswap.graph.watched import record_function
 
 _LOCK = threading.RLock()
 _OPEN: list["TraceSession"] = []
@@ -48,6 +50,8 @@ class TraceSession:
     def __init__(self, layers: tuple[Any, ...] = ()) -> None:
         self.layers = layers
         self.outlined: dict[type, tuple[str, ...]] = {}  # methods that no graph stands for
+        self.assumed: list[tuple[nn.Module, tuple[Any, ...]]] = []  # of callees, by recent traces
+        self.probed: dict[Any, Effects | None] = {}  # what callees do to lists they are given
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
         self._patches = Patches()
@@ -76,7 +80,7 @@ class TraceSession:
 
         def getattribute(module: nn.Module, name: str) -> Any:
             value = object.__getattribute__(module, name)
-            if self.tracer is None or p.is_torch(sys._getframe(1).f_globals.get("__name__")):
+            if self.tracer is None or is_torch(sys._getframe(1).f_globals.get("__name__")):
                 return value
             return self.tracer.read(module, name, value)
 
@@ -141,7 +145,7 @@ class TraceSession:
 
     def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         assert self.tracer is not None
-        return self.tracer.create_proxy("call_function", function, args, kwargs)
+        return record_function(self.tracer, function, args, kwargs)
 
     def _checkpoint(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:
         if self.tracer is None:
@@ -161,7 +165,7 @@ class TraceSession:
             return True
         if self.tracer is None:
             return False
-        if p.is_library(table.get("__name__")):
+        if is_library(table.get("__name__")):
             self._library.add(key)
             return False
         self._entered.add(key)
@@ -209,7 +213,8 @@ class TraceSession:
         Raises:
             TraceFailure: no graph stands for this forward; the text says why.
         """
-        tracer = ContainerTracer(root, self.known.names_of(root), answers, outlined)
+        names = self.known.names_of(root)
+        tracer = ContainerTracer(root, names, answers, outlined, self.probed)
         leaves: list[Any] = []
         for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
             proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
@@ -228,9 +233,10 @@ class TraceSession:
                 self._enter_globals(table)
             with LiveCalls(tracer), watch:
                 output = call(forward, root, values)
-                tracer.result.writes = find_writes(values, lists)
-                if tracer.result.writes:
-                    output = (output, tuple(values[i] for i, _ in tracer.result.writes))
+                effects, output = find_effects(values, lists, output)
+                tracer.result.effects = effects
+                if effects.writes:
+                    output = (output, tuple(values[i] for i, _ in effects.writes))
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
         except Exception as error:
             failure = error
@@ -240,6 +246,7 @@ class TraceSession:
             drawn = random_states() != before
             if drawn:
                 random.setstate(before[0])
+            self.assumed += tracer.result.assumed
             changed = put_back(tracer.root, tracer.result.reads, tracer.held)
         tracer.result.reads.update(tracer.held.settings())
         tracer.result.plain &= not tracer.held.objects

@@ -11,15 +11,17 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from normswap.graph.handed import Write, hand_on, take_back
+from normswap.graph.handed import NOTHING, Effects, hand_on, take_back
 from normswap.graph.held import Held, is_plain, snapshot
+from normswap.graph.mutates import changes, gives_back
 from normswap.graph.names import Names, returns_tensor
 from normswap.graph.outline import Outlined, methods_running
 from normswap.graph.patches import TraceFailure
 from normswap.graph.questions import MOST_QUESTIONS, question_key
 from normswap.graph.region import Region
 from normswap.graph.symbol import Value
-from normswap.graph.values import any_leaf
+from normswap.graph.values import any_leaf, describe
+from normswap.graph.watched import check_lists, watch_lists
 
 SWITCHES = "switches gradients or autocast on or off inside forward"
 _BASE = set(vars(nn.Module())) - {"training"}
@@ -40,9 +42,10 @@ class Traced:
         questions: nodes whose truth the forward branched on.
         answers: the truth this trace took them for.
         asked_in: methods of the container that asked.
-        writes: arguments that the forward changes; the graph returns (output, new contents).
+        effects: on the lists and dicts it is given; where it changes some, the graph returns
+            (output, their new contents).
         assumed: (child, arguments like those it was called with) for those that were taken to
-            change no list or dict they are given.
+            leave every list and dict they are given alone.
         failure: why this path ends after its last question; "" where the forward returns.
     """
 
@@ -56,7 +59,7 @@ class Traced:
     questions: list[fx.Node] = field(default_factory=list)
     answers: tuple[bool, ...] = ()
     asked_in: list[str] = field(default_factory=list)
-    writes: tuple[Write, ...] = ()
+    effects: Effects = NOTHING
     assumed: list[tuple[nn.Module, tuple[Any, ...]]] = field(default_factory=list)
     failure: str = ""
 
@@ -94,6 +97,7 @@ class ContainerTracer(fx.Tracer):
         names: of its modules and tensors.
         answers: to the first questions whether a symbolic value is true; True to those after.
         outlined: names of methods of the container that are called, not entered.
+        probed: what is known of modules that are given lists or dicts, by `probe_key`.
     """
 
     def __init__(
@@ -102,11 +106,13 @@ class ContainerTracer(fx.Tracer):
         names: Names,
         answers: tuple[bool, ...] = (),
         outlined: tuple[str, ...] = (),
+        probed: dict[Any, Effects | None] | None = None,
     ) -> None:
         super().__init__()
         self.root = root
         self.given = answers
         self.outlined = outlined
+        self.probed = {} if probed is None else probed
         self.known: dict[Any, bool] = {}
         self.reshaped = 0
         self.graph = fx.Graph(tracer_cls=type(self))
@@ -197,13 +203,17 @@ class ContainerTracer(fx.Tracer):
         proxy = self.create_proxy("call_module", path, args, kwargs)
         something = self.result.children[path] = returns_tensor(module)
         proxy.node.meta["something"] = something
-        take_back(self, module, handed)
-        return proxy
+        return take_back(self, module, handed, proxy)
 
     def _call_method(self, method: Outlined, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs, nodes = watch_lists(self, args, kwargs)
+        code = getattr(type(self.root), method.name).__code__
+        if nodes and (changes(code) or gives_back(code)):
+            raise TraceFailure(f"hands a list or dict to .{method.name}, which may change it")
         itself = self.create_proxy("get_attr", "converted_container", (), {})
         value = self.create_proxy("call_function", method, (itself, *args), kwargs)
-        self.result.outlined.append(value.node)
+        (self.region or self.result).outlined.append(value.node)
+        check_lists(self, method.name, nodes, None)
         return value
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
@@ -226,6 +236,11 @@ class ContainerTracer(fx.Tracer):
             else:
                 self.held.hold(f"{path}.{name}".lstrip("."), value)
         return value
+
+
+def probe_key(module: nn.Module, values: tuple[Any, ...]) -> Any:
+    """Return what identifies a call of a module on arguments like these."""
+    return (id(module), tuple([describe(value, [], True) for value in values]))
 
 
 def _is_plain_subclass(a: Any) -> bool:

@@ -104,6 +104,15 @@ def find_other(kind: Kind) -> str | None:
     return None
 
 
+def find_lists(value: Any) -> Iterator[Any]:
+    """Yield every list and dict that a value is or holds, outermost first."""
+    if isinstance(value, (list, dict)):
+        yield value
+    if isinstance(value, (list, dict, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from find_lists(part)
+
+
 def any_leaf(value: Any, kinds: tuple[type, ...]) -> bool:
     """Return whether a value, or anything inside its tuples, lists, dicts, is one of `kinds`."""
     if isinstance(value, kinds):

@@ -1,6 +1,5 @@
 """Lists and dicts that a forward is given and changes."""
 
-import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -80,11 +79,9 @@ def test_a_list_that_a_leaf_changes_is_never_misread():
         def forward(self, x):
             found = [x]
             self.leaf(self.a(x), found)
-            return self.b(torch.cat(found))
+            return self.b(torch.stack(found).sum(0)) * len(found)
 
-    converted = normswap.convert(Model().eval(), "cn", contexts=3, verify=False)
-    with pytest.raises(normswap.ConversionError, match="leave the list it is given"):
-        converted(images(), context=LABELS)
+    check(Model(), opaque="hands a list or dict to a Leaf that changes it")
 
 
 def test_a_list_a_child_only_reads():
@@ -123,4 +120,4 @@ def test_a_list_changed_inside_a_checkpointed_part():
             y = checkpoint(part, x, found, use_reentrant=False)
             return self.b(y) * len(found)
 
-    check(Model(), opaque="inside an argument")
+    check(Model(), opaque="in a checkpointed part")
