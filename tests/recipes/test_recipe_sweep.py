@@ -76,7 +76,7 @@ def test_a_sweep_with_anything_not_right_ends_with_1_and_says_what(swept):
         assert why in report
     data = json.loads((out / "report.json").read_text())
     totals = data["summary"]["methods"]["cn"]
-    assert (totals["architectures"], totals["ok"], totals["wrong"]) == (11, 2, 2)
+    assert (totals["architectures"], totals["ok"], totals["wrong"]) == (12, 2, 2)
     assert data["summary"]["complete"]
 
 
