@@ -40,6 +40,40 @@ def test_one_backbone_on_two_inputs(together):
     threaded(check(Siamese(together), images(), images().flip(0) * 2))
 
 
+class Detect(nn.Module):
+    """Refines the list of features it is given, and returns it inside its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList([Block(), Block()])
+
+    def forward(self, features):
+        for i, head in enumerate(self.heads):
+            features[i] = head(features[i])
+        return {"boxes": sum(f.mean((2, 3)) for f in features), "features": features}
+
+
+class Detector(Holder):
+    def __init__(self, more):
+        super().__init__()
+        self.detect, self.more = Detect(), more
+
+    def forward(self, x):
+        features = [self.a(x), self.b(x)]
+        found = self.detect(features)
+        if self.more:
+            found["features"].append(x)
+            found["boxes"] = found["boxes"] * len(features) + self.a(features[0]).mean((2, 3))
+        return found
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_detector_that_returns_its_features_inside_its_output(more):
+    converted = check(Detector(more), opaque="returns inside another" if more else None)
+    if not more:
+        threaded(converted)
+
+
 class UNet3d(nn.Module):
     def __init__(self):
         super().__init__()
@@ -182,3 +216,25 @@ def test_a_bare_norm():
 def test_a_traced_model_is_refused_by_name():
     with pytest.raises(normswap.ConversionError, match=r"traced graph .*convert the module it was"):
         normswap.convert(fx.symbolic_trace(Checkpointed().eval()))
+
+
+class Chunks(Holder):
+    """Takes features apart as CSP blocks do."""
+
+    def forward(self, x):
+        parts = list(self.a(x).chunk(2, 1))
+        parts.extend(self.b(x).split((1, 3), dim=1))
+        height, width = map(int, x.shape[-2:])
+        y = torch.cat(parts, 1)[:, ::2]
+        return self.b(y.reshape(*x.shape[:2], height, width)) / height
+
+
+def test_features_taken_apart():
+    threaded(check(Chunks()))
+
+
+def test_features_with_fewer_parts_than_asked_for_are_an_error():
+    converted = normswap.convert(Chunks().eval(), "cn", contexts=3, verify=False)
+    converted.a.forward = lambda x, **_: x[:, :1]
+    with pytest.raises(normswap.ConversionError, match="expected 2 parts"):
+        converted(images(), context=LABELS)

@@ -81,7 +81,7 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
             variant = Variant(None, "met a new kind of arguments inside torch.compile")
         else:
             return _run_new(module, state, values, context)
-    writes, returned = variant.effects
+    writes, returned, _ = variant.effects
     if writes and aliased(values):
         variant = Variant(None, "is given one list or dict twice, and changes it")
     if variant.run is not None:
@@ -90,7 +90,7 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
             output, contents = output
             for (index, _), new in zip(writes, contents):  # noqa: B905 - for dynamo
                 write_back(values[index], new)
-        return give_back(output, returned, values)
+        return give_back(output, returned, values) if returned else output
     if state.insertions:
         raise untraced(module, variant.reason)
     return run_scoped(module, values, context)

@@ -6,6 +6,7 @@ caller's object; the graph of the caller reads them from there. One that returns
 was given says so, and the caller's own object is its result.
 """
 
+from collections.abc import Iterator
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -20,8 +21,8 @@ from normswap.graph.watched import Watched, check_lists, contents, keys_of, watc
 
 # Position of an argument, and the keys its object has after the forward.
 Write = tuple[int, tuple[Any, ...]]
-# Position of the argument that the output is, or for each part of a tuple that, None for others.
-Returned = int | tuple[int | None, ...] | None
+# Path in the output -> position of the argument that is there.
+Returned = tuple[tuple[tuple[Any, ...], int], ...]
 
 
 class Effects(NamedTuple):
@@ -29,11 +30,13 @@ class Effects(NamedTuple):
 
     Attributes:
         writes: which arguments it changes.
-        returned: which of them it returns.
+        returned: which of them it returns, and where in its output.
+        width: length of the output where it is a tuple and those are parts of it.
     """
 
     writes: tuple[Write, ...] = ()
-    returned: Returned = None
+    returned: Returned = ()
+    width: int | None = None
 
 
 NOTHING = Effects()
@@ -61,18 +64,13 @@ def find_effects(
                 raise TraceFailure("changes a list or dict that holds another it was given")
     if len(writes) < len(changed):
         raise TraceFailure("changes a list or dict inside an argument it was given")
-    returned: Returned = _position(output, values)
-    if returned is not None:
-        output = None
-    elif type(output) is tuple:
-        places = tuple(_position(part, values) for part in output)
-        if any(place is not None for place in places):
-            kept = zip(output, places, strict=True)
-            returned, output = places, tuple(v if place is None else None for v, place in kept)
+    returned = tuple(_locate(output, values))
+    output = _put(output, [(path, None) for path, _ in returned])
     given = [holder for holder, _ in before]
     if given and any(_among(holder, given) for holder in find_lists(output)):
-        raise TraceFailure("returns a list or dict it was given inside another")
-    return Effects(tuple(writes), returned), output
+        raise TraceFailure("returns a part of a list or dict it was given")
+    flat = bool(returned) and type(output) is tuple and all(len(path) == 1 for path, _ in returned)
+    return Effects(tuple(writes), returned, len(output) if flat else None), output
 
 
 def write_back(target: Any, new: Any) -> None:
@@ -83,13 +81,34 @@ def write_back(target: Any, new: Any) -> None:
 
 def give_back(output: Any, returned: Returned, values: tuple[Any, ...]) -> Any:
     """Put the arguments that a forward returns in their places of its output."""
-    if returned is None:
-        return output
-    if isinstance(returned, int):
-        return values[returned]
-    return tuple(
-        [output[i] if place is None else values[place] for i, place in enumerate(returned)]
-    )
+    return _put(output, [(path, values[place]) for path, place in returned])
+
+
+def _locate(output: Any, values: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """Yield the path in an output, and the position, of every argument that is in it."""
+    if isinstance(output, list | dict):
+        place = next((i for i, value in enumerate(values) if value is output), None)
+        if place is not None:
+            yield (), place
+            return
+    if type(output) in (tuple, list, dict):
+        parts = enumerate(output) if isinstance(output, tuple) else contents(output)
+        for key, part in parts:
+            for path, place in _locate(part, values):
+                yield (key, *path), place
+
+
+def _put(output: Any, parts: list[tuple[tuple[Any, ...], Any]]) -> Any:
+    """Return an output with these parts at these paths."""
+    for path, part in parts:
+        if not path:
+            return part
+        key, inner = path[0], _put(output[path[0]], [(path[1:], part)])
+        if isinstance(output, dict):
+            output = {**output, key: inner}
+        else:
+            output = type(output)([inner if i == key else v for i, v in enumerate(output)])
+    return output
 
 
 def aliased(values: tuple[Any, ...]) -> bool:
@@ -174,10 +193,15 @@ def take_back(tracer: Any, module: nn.Module, handed: Handed, output: Any) -> An
             made: Any = node
             new = [(key, made[key]) for key in keys]
             write_back(value, dict(new) if isinstance(value, dict) else [p for _, p in new])
-    check_lists(
-        tracer, _name(module), rest, None if handed.effects.returned is not None else output
-    )
-    return give_back(output, handed.effects.returned, handed.values)
+    _, returned, width = handed.effects
+    check_lists(tracer, _name(module), rest, None if returned else output)
+    if width is not None:
+        output = tuple(output[i] for i in range(width))
+    elif any(path for path, _ in returned):
+        # Whatever comes later might change the list in one of its places and read the other.
+        tracer.result.last = output.node
+        return output
+    return give_back(output, returned, handed.values)
 
 
 def _class_of(module: nn.Module) -> type:
@@ -190,12 +214,6 @@ def _name(module: nn.Module) -> str:
 
 def _among(value: Any, holders: list[Any]) -> bool:
     return any([holder is value for holder in holders])
-
-
-def _position(value: Any, values: tuple[Any, ...]) -> int | None:
-    if not isinstance(value, list | dict):
-        return None
-    return next((i for i, given in enumerate(values) if given is value), None)
 
 
 def _same(now: list[tuple[Any, Any]], old: list[tuple[Any, Any]]) -> bool:

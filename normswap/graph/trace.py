@@ -238,6 +238,7 @@ class TraceSession:
                 if effects.writes:
                     output = (output, tuple(values[i] for i, _ in effects.writes))
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
+                tracer.check_last()
         except Exception as error:
             failure = error
         finally:

@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -17,9 +18,9 @@ from normswap.graph.mutates import changes, gives_back
 from normswap.graph.names import Names, returns_tensor
 from normswap.graph.outline import Outlined, methods_running
 from normswap.graph.patches import TraceFailure
-from normswap.graph.questions import MOST_QUESTIONS, question_key
+from normswap.graph.questions import MOST_QUESTIONS, is_pure, question_key
 from normswap.graph.region import Region
-from normswap.graph.symbol import Value
+from normswap.graph.symbol import Value, unpack
 from normswap.graph.values import any_leaf, describe
 from normswap.graph.watched import check_lists, watch_lists
 
@@ -46,6 +47,7 @@ class Traced:
             (output, their new contents).
         assumed: (child, arguments like those it was called with) for those that were taken to
             leave every list and dict they are given alone.
+        last: call after which nothing may follow that could change anything.
         failure: why this path ends after its last question; "" where the forward returns.
     """
 
@@ -61,6 +63,7 @@ class Traced:
     asked_in: list[str] = field(default_factory=list)
     effects: Effects = NOTHING
     assumed: list[tuple[nn.Module, tuple[Any, ...]]] = field(default_factory=list)
+    last: fx.Node | None = None
     failure: str = ""
 
 
@@ -126,6 +129,11 @@ class ContainerTracer(fx.Tracer):
         """Wrap a node."""
         return Value(node, self)
 
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """Take a symbolic value apart."""
+        parts = unpack(obj)
+        return super().iter(obj) if parts is None else parts
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Answer whether a symbolic value is true, for this path."""
         if self.region is not None:
@@ -144,6 +152,13 @@ class ContainerTracer(fx.Tracer):
         if key is not None:
             self.known[key] = answer
         return answer
+
+    def check_last(self) -> None:
+        """Raise where something follows the call that nothing may follow."""
+        nodes = list(self.graph.nodes)
+        last = self.result.last
+        if last is not None and not all(map(is_pure, nodes[nodes.index(last) + 1 : -1])):
+            raise TraceFailure("goes on with a list or dict that a call returns inside another")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless the forward changed a mode that a graph does not carry."""
