@@ -69,9 +69,13 @@ def run_tasks(
         while queue or any(w.task for w in pool):
             while queue and len(pool) < workers:
                 pool.append(_start(context))
-            for worker in pool:
+            for index, worker in enumerate(pool):
                 if worker.task is None and queue:
-                    _give(worker, queue.popleft())
+                    if _resident(worker.process.pid) > memory / 2:
+                        # What earlier models left behind must not count against the next one.
+                        _stop(worker)
+                        pool[index] = _start(context)
+                    _give(pool[index], queue.popleft())
             ready = wait([w.connection for w in pool if w.task], timeout=_POLL_SECONDS)
             for worker in list(pool):
                 if worker.task is None:
