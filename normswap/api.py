@@ -18,8 +18,10 @@ from normswap.conversion import (
     make_contexts,
     operate,
 )
+from normswap.converted import find_root
 from normswap.distributed import shared_groups
-from normswap.errors import ConversionError
+from normswap.errors import ConversionError, expect_module
+from normswap.fingerprint import checksums, other_tensors
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
 from normswap.methods.base import (
@@ -30,6 +32,7 @@ from normswap.presets import fill_from_preset
 from normswap.report import Report, Verification
 from normswap.select import Selector
 from normswap.summarise import summarise
+from normswap.training import exempt_norms
 from normswap.verification import compare, eval_outputs, make_inputs, widen
 
 
@@ -106,9 +109,11 @@ def convert(
         inputs = widen(inputs, given.count)
         expected = eval_outputs(model, inputs)
     target = model if inplace else copy.deepcopy(model, shared_groups(model))
-    record = Record(method, parsed, given, rows, type(model).__name__)
+    record = Record(method, parsed, given, rows, type(model).__name__, placement=placement)
     if is_bare(found):
-        return convert_bare(target, chosen, record, found[0])
+        layer = convert_bare(target, chosen, record, found[0])
+        exempt_norms(layer)
+        return layer
     surgery = Surgery(target)
     try:
         operate(surgery, chosen, record, found)
@@ -127,6 +132,8 @@ def convert(
         surgery.undo()
         raise
     target.__dict__[RECORD] = record
+    record.sums = checksums(other_tensors(target))
+    exempt_norms(target)
     return target
 
 
@@ -184,6 +191,7 @@ def summary(model: nn.Module) -> Report:
     Raises:
         ConversionError: no converted model there.
     """
+    expect_module(model)
     for root in model.modules():
         record: Record | None = vars(root).get(RECORD)
         if record is not None:
@@ -198,7 +206,7 @@ def verify(model: nn.Module, original: nn.Module, example_inputs: Any = None) ->
     """Compare a converted model with the original, in eval mode, for every context.
 
     Args:
-        model: the converted model.
+        model: the converted model, perhaps compiled or in DDP; the model itself is run.
         original: the model before conversion.
         example_inputs: as for `convert`.
 
@@ -209,17 +217,16 @@ def verify(model: nn.Module, original: nn.Module, example_inputs: Any = None) ->
         ConversionError: no inputs could be made, or `model` is not converted.
         VerificationError: they differ beyond rounding.
     """
-    record: Record | None = vars(model).get(RECORD)
-    if record is None:
-        raise ConversionError(f"expected a converted model, got {type(model).__name__}")
+    root, record = find_root(model)
+    expect_module(original)
     inputs = make_inputs(original) if example_inputs is None else example_inputs
     if isinstance(inputs, str):
         raise ConversionError(f"nothing to verify on: {inputs}")
     return compare(
-        model,
+        root,
         lambda given: eval_outputs(original, given),
         widen(inputs, record.contexts.count),
         record.contexts.names,
-        context_argument(model),
+        context_argument(root),
         record.contexts.unknown != "error" or record.contexts.count == 1,
     )

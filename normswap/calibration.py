@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import ConversionError
+from normswap.errors import ConversionError, expect_module
 from normswap.functional.mixture_fit import fit_mixture
 from normswap.functional.mixture_start import free_logits
 from normswap.functional.moments import Moments, instance_moments
@@ -57,6 +57,7 @@ def calibrate(
         ConversionError: no ACN layer, or none that a batch reached; values that are not finite;
             too few samples. The model is unchanged, as it is if the loader or the model fails.
     """
+    expect_module(model)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, AdaptiveContextNorm)}
     if not layers:
         raise ConversionError(

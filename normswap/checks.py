@@ -5,7 +5,7 @@ from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from normswap.errors import ConversionError
+from normswap.errors import ConversionError, expect_module
 from normswap.graph.state import RECORD, context_argument
 
 _WRAPPERS = {
@@ -26,8 +26,7 @@ def check_model(model: nn.Module) -> None:
         ConversionError: not a module; lazy, scripted, compiled, traced, wrapped for distribution,
             prepared for quantisation, or converted already.
     """
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    expect_module(model)
     for name, module in model.named_modules():
         where = f"its submodule {name}" if name else "the model"
         why = _obstacle(module)

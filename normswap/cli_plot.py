@@ -10,6 +10,7 @@ from normswap import api, plot
 from normswap.errors import NormswapError, UnknownNameError
 from normswap.methods.base import methods
 from normswap.plot import files
+from normswap.plot.saved import read_saved
 
 
 def add_plot(commands: Any, build_model: Any) -> None:
@@ -32,7 +33,7 @@ def add_plot(commands: Any, build_model: Any) -> None:
         "divergence", help="how far the contexts' statistics are apart, layer by layer"
     )
     divergence.add_argument(
-        "source", metavar="RUN", help="folder of a run, or a safetensors file of a model"
+        "source", metavar="RUN", help="folder of a run or of normswap.save, or a safetensors file"
     )
     divergence.add_argument("--names", type=lambda text: text.split(","), help="of the contexts")
     _finish(divergence, "divergence", _divergence)
@@ -43,7 +44,7 @@ def add_plot(commands: Any, build_model: Any) -> None:
         help="components of a layer; over activations from Python, normswap.plot.densities",
     )
     densities.add_argument(
-        "source", metavar="RUN", help="folder of a run, or a safetensors file of a model"
+        "source", metavar="RUN", help="folder of a run or of normswap.save, or a safetensors file"
     )
     densities.add_argument("--layer", required=True, help="its name in the model")
     densities.add_argument("--channels", type=int, default=6, help="how many (6)")
@@ -72,15 +73,22 @@ def _curves(options: argparse.Namespace) -> str:
 
 
 def _divergence(options: argparse.Namespace) -> str:
-    order = None
-    title = Path(options.source).absolute().name
-    name = files.model_of(options.source) if Path(options.source).is_dir() else None
-    if name is not None:
-        title = f"{title}: divergence by layer"
-        order = _order(options.build_model, name)
-    rows = files.divergences_in(files.read_tensors(options.source), order)
-    count = len(next(iter(rows.values())))
-    names = options.names or files.context_names(options.source, count)
+    saved = read_saved(options.source)
+    if saved is not None:
+        tensors, order, names, title = saved
+        rows = files.divergences_in(tensors, order)
+        count = len(next(iter(rows.values())))
+        names = names or [f"component {k}" for k in range(count)]
+    else:
+        order = None
+        title = Path(options.source).absolute().name
+        name = files.model_of(options.source) if Path(options.source).is_dir() else None
+        if name is not None:
+            title = f"{title}: divergence by layer"
+            order = _order(options.build_model, name)
+        rows = files.divergences_in(files.read_tensors(options.source), order)
+        names = files.context_names(options.source, len(next(iter(rows.values()))))
+    names = options.names or names
     plot.divergence(rows, names=names, title=title, path=options.out)
     return f"wrote {options.out}"
 
@@ -95,14 +103,19 @@ def _order(build_model: Any, name: str) -> list[str] | None:
 
 
 def _densities(options: argparse.Namespace) -> str:
-    found = files.components_in(files.read_tensors(options.source))
+    saved = read_saved(options.source)
+    tensors = files.read_tensors(options.source) if saved is None else saved.tensors
+    found = files.components_in(tensors)
     if options.layer not in found:
         known = ", ".join(list(found)[:8]) or "none"
         raise NormswapError(
             f"expected --layer of a layer with components, got {options.layer!r}; they are: {known}"
         )
     parts = found[options.layer]
-    names = files.context_names(options.source, len(parts.mean))
+    if saved is None:
+        names = files.context_names(options.source, len(parts.mean))
+    else:
+        names = saved.names
     parts = parts._replace(names=tuple(names or ()))
     plot.densities(parts, None, options.layer, channels=options.channels, path=options.out)
     return f"wrote {options.out}"

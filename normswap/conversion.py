@@ -15,6 +15,7 @@ from normswap.graph.surgery import Surgery
 from normswap.insertion import find_places, insert, insert_at_input, place_at_input
 from normswap.methods.base import BaseMethod, Contexts, InsertedMethod, Method
 from normswap.methods.layer import POLICIES
+from normswap.original import remember_original
 from normswap.report import Row, Verification
 from normswap.select import Selector, matches
 from normswap.sites import Place, Site, find_norms, read_site
@@ -22,7 +23,16 @@ from normswap.sites import Place, Site, find_norms, read_site
 
 @dataclass
 class Record:
-    """What a converted model remembers of its conversion; kept on its root."""
+    """What a converted model remembers of its conversion; kept on its root.
+
+    Attributes:
+        method, options, contexts, placement: as asked.
+        rows: what was considered, and what became of it.
+        model: class name of the original.
+        verification: how far the outputs differed.
+        sums: a checksum of every tensor of the model that is not of a layer of the method, as it
+            was at conversion; tells what was trained since.
+    """
 
     method: str
     options: Any
@@ -30,6 +40,8 @@ class Record:
     rows: list[Row]
     model: str
     verification: Verification | None = None
+    placement: str | None = None
+    sums: dict[str, int] | None = None
 
 
 def make_contexts(
@@ -143,6 +155,7 @@ def _build(
     method: Method, site: Site, module: nn.Module, record: Record, scope: Scope, row: Row
 ) -> nn.Module:
     layer = method.build(site, module, record.contexts, record.options)
+    remember_original(layer, module, site)
     if method.needs_context:
         layer.scope = scope  # type: ignore[assignment]
     row.target = type(layer).__name__

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class _Sum(torch.autograd.Function):
@@ -52,12 +53,31 @@ def sum_over(group: str | None = None) -> Callable[[Tensor], Tensor] | None:
     return partial(_sum, group=group)
 
 
+def sum_over_ddp() -> Callable[[Tensor], Tensor] | None:
+    """Return a sum over the processes whose buffers DistributedDataParallel keeps equal.
+
+    None outside the forward of such a wrapper, in compiled code, which cannot tell, and in its
+    ``join()``, where a process that has no more batches would be waited for in vain.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    wrapped: Any = DistributedDataParallel
+    wrapper: Any = wrapped._get_active_ddp_module()
+    if wrapper is None or not wrapper.broadcast_buffers or wrapper._join_config.enable:
+        return None
+    return sum_over(wrapper.process_group.group_name)
+
+
 def group_name(module: nn.Module) -> str | None:
     """Return the name of a layer's process group, as `sum_over` takes it.
 
     A process group can be neither copied nor pickled, its name can.
     """
-    group = getattr(module, "process_group", None)
+    return name_of_group(getattr(module, "process_group", None))
+
+
+def name_of_group(group: Any) -> str | None:
+    """Return the name of a process group, None for all processes, "" where this is in none."""
     return None if group is None else str(getattr(group, "group_name", ""))
 
 

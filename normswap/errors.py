@@ -1,5 +1,9 @@
 """The errors and warnings of the package; an error also inherits the builtin one would expect."""
 
+from typing import Any
+
+from torch import nn
+
 
 class NormswapError(Exception):
     """Base of every error this package raises on purpose."""
@@ -25,6 +29,10 @@ class UnknownNameError(NormswapError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class CheckpointError(NormswapError, ValueError):
+    """A saved conversion cannot be written or read, or belongs to another model."""
+
+
 class VerificationError(NormswapError, RuntimeError):
     """The converted model computes another function than the original."""
 
@@ -35,3 +43,14 @@ class InputError(NormswapError, ValueError):
 
 class ContextWarning(UserWarning):
     """The contexts can be used as they are, but something about them may mislead."""
+
+
+def expect_module(model: Any) -> None:
+    """Raise if what was given as a model is none.
+
+    Raises:
+        ConversionError: it is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ConversionError(f"expected a torch.nn.Module, got {what}")

@@ -29,6 +29,7 @@ from normswap.graph.trace import TraceSession
 from normswap.graph.tracer import Traced
 from normswap.graph.values import describe
 from normswap.methods.base import BaseMethod, Contexts, InsertedMethod, Method
+from normswap.original import remember_original
 from normswap.report import Row
 from normswap.select import Selector, matches
 from normswap.sites import Place, Site, find_norms, is_instance_norm, norm_channels, read_site
@@ -223,7 +224,9 @@ def insert_at_input(
         source.running_var.fill_(1 - source.eps)  # type: ignore[union-attr]
     site = read_site("", source)
     assert isinstance(site, Site)
-    layer = method.build(replace(site, dims=()), source, contexts, options)
+    site = replace(site, dims=())
+    layer = method.build(site, source, contexts, options)
+    remember_original(layer, source, site)
     scope = Scope(contexts.count, contexts.names)
     layer.train(surgery.model.training)
     child = surgery.add(surgery.model, "input_norm", layer)

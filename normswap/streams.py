@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError
 from normswap.functional.moments import compute_dtype
 
+# Where a norm that `freeze` keeps in eval mode has the mode it was set to.
+HELD = "_normswap_mode"
+
 
 class Reservoir:
     """A uniform sample, without replacement, of the rows of a stream.
@@ -94,7 +97,17 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
 def show_progress(
     loader: Iterable[Any], title: str, batches: int | None = None, progress: bool = True
 ) -> Iterable[Any]:
-    """Return the first `batches` of a loader, with a bar on a terminal if tqdm is installed."""
+    """Return the first `batches` of a loader, with a bar on a terminal if tqdm is installed.
+
+    Raises:
+        ConversionError: `batches` is no count of at least 1, or `loader` nothing to iterate over.
+    """
+    if batches is not None and (type(batches) is not int or batches < 1):
+        raise ConversionError(f"expected batches= as a count of at least 1, got {batches!r}")
+    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise ConversionError(
+            f"expected a loader, something that yields batches, got {type(loader).__name__}"
+        )
     stream = loader if batches is None else islice(loader, batches)
     try:
         tqdm = import_module("tqdm").tqdm
@@ -118,17 +131,25 @@ def undisturbed(model: nn.Module | None = None, seed: int | None = None) -> Iter
         model: if any.
         seed: what torch's CPU generator starts from meanwhile; it goes on as it is by default.
     """
-    modules = [] if model is None else list(model.modules())
-    modes = [(module, module.training) for module in modules]
     devices = set() if model is None else {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)), modes_kept(model):
+        if seed is not None:
+            # Loaders draw on the CPU; manual_seed would seed devices that are not put back.
+            torch.default_generator.manual_seed(seed)
+        if model is not None:
+            model.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(model: nn.Module | None) -> Iterator[None]:
+    """Put the modes of a model's modules back, those that held norms would have included."""
+    modules = [] if model is None else list(model.modules())
+    modes = [(module, module.training, vars(module).get(HELD)) for module in modules]
     try:
-        with torch.random.fork_rng(devices=list(devices)):
-            if seed is not None:
-                # Loaders draw on the CPU; manual_seed would seed devices that are not put back.
-                torch.default_generator.manual_seed(seed)
-            if model is not None:
-                model.eval()
-            yield
+        yield
     finally:
-        for module, mode in modes:
+        for module, mode, held in modes:
             module.training = mode
+            if held is not None:
+                module.__dict__[HELD] = held

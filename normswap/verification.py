@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from normswap.errors import ConversionError, VerificationError
 from normswap.graph.remember import remember
 from normswap.report import Verification
+from normswap.streams import modes_kept
 
 # Output differences allowed, as a share of the largest output; rounding is far below, a wrong
 # statistic or affine far above.
@@ -43,17 +44,15 @@ def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    undo = remember(model)
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(enabled=True, devices=[]):
-            torch.manual_seed(0)
-            yield
-    finally:
-        undo()
-        for module, mode in modes:
-            module.training = mode
+    with modes_kept(model):
+        undo = remember(model)
+        model.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(enabled=True, devices=[]):
+                torch.manual_seed(0)
+                yield
+        finally:
+            undo()
 
 
 def eval_outputs(model: nn.Module, inputs: Any, **extra: Any) -> list[Tensor]:

@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 COMMANDS = {
     "finetune": "fine-tune a timm backbone with context-aware norms beside plain BatchNorm",
+    "bench": "time a model with other norms beside the model as it is",
+    "sweep": "convert every model of a zoo (timm, torchvision, yours) and check each result",
 }
 
 

@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import parallel
+from .errors import RecipeError
+
 UNKNOWN = -1
+TEST_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -94,15 +98,14 @@ def stratified_mask(groups: Tensor, fraction: float, generator: torch.Generator)
     return picked
 
 
-def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Cut a random window out of each image and resize it back to the image's size.
+def draw_windows(n: int, how: Augmentation, generator: torch.Generator) -> Tensor:
+    """Draw a window for each of n images: an affine map of coordinates, (n, 2, 3).
 
     Args:
-        images: (N, C, S, S) float.
+        n: how many.
         how: the range of the windows.
         generator: a CPU generator; the choice is the same on every device.
     """
-    n = len(images)
     uniform = torch.rand(n, 4, generator=generator)
     low, high = how.side
     side = low + (high - low) * uniform[:, 0]
@@ -112,7 +115,12 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
     theta[:, 0, 0] = torch.where((uniform[:, 3] < 0.5) & how.flip, -side, side)
     theta[:, 1, 1] = side
     theta[:, :, 2] = (2 * uniform[:, 1:3] - 1) * reach[:, None]
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return theta
+
+
+def cut_windows(images: Tensor, windows: Tensor) -> Tensor:
+    """Cut a window out of each image (N, C, S, S) and resize it back to the image's size."""
+    grid = F.affine_grid(windows, list(images.shape), align_corners=False)
     return F.grid_sample(
         images, grid.to(images.device), "bilinear", padding_mode="border", align_corners=False
     )
@@ -144,20 +152,37 @@ class Loader:
         self.device = device
         self.mix = mix
         self.train_indices = data.train.nonzero().flatten()
+        if len(self.train_indices) < parallel.size() or batch_size < parallel.size():
+            raise RecipeError(
+                f"expected --batch-size, and as many training images, of at least "
+                f"{parallel.size()}, one a process, got {batch_size}"
+            )
         # An epoch's last, shorter batch is dropped: BatchNorm's statistics would be worse on it.
         self.batches_per_epoch = max(1, len(self.train_indices) // batch_size)
+        # A batch of all processes together.
+        self.step_size = min(batch_size, len(self.train_indices))
         self._mean = torch.tensor(mean, device=device)[:, None, None]
         self._std = torch.tensor(std, device=device)[:, None, None]
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """Build the batch of these samples, augmented if a generator is given."""
+    def batch(
+        self,
+        indices: Tensor,
+        generator: torch.Generator | None = None,
+        part: slice = slice(None),
+    ) -> Batch:
+        """Build the batch of these samples, augmented if a generator is given.
+
+        A part of a batch is drawn as the whole is: its images are those that the whole has there.
+        """
         versions = [self.data.images[indices]]
         if generator is not None and self.mix is not None:
             versions += [self.mix(versions[0], generator) for _ in range(2)]
         # Side by side as channels, so that all versions of an image get the same window.
-        images = torch.cat(versions, 1).to(self.device).float() / 255
+        images = torch.cat(versions, 1)[part].to(self.device).float() / 255
         if generator is not None:
-            images = augment(images, self.data.augmentation, generator)
+            windows = draw_windows(len(indices), self.data.augmentation, generator)
+            images = cut_windows(images, windows[part])
+        indices = indices[part]
         clean, *mixed = ((v - self._mean) / self._std for v in images.chunk(len(versions), 1))
         return Batch(
             clean,
@@ -166,15 +191,20 @@ class Loader:
             tuple(mixed),
         )
 
-    def train_epoch(self, seed: int, epoch: int) -> Iterator[Batch]:
-        """Give the augmented training batches of an epoch; seed and epoch alone decide them."""
+    def train_epoch(self, seed: int, epoch: int, whole: bool = False) -> Iterator[Batch]:
+        """Give the augmented training batches of an epoch; seed and epoch alone decide them.
+
+        Of several processes each gets its part of every batch, or all of it with `whole`.
+        """
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = self.train_indices[torch.randperm(len(self.train_indices), generator=generator)]
         for start in range(self.batches_per_epoch):
-            yield self.batch(order[start * self.batch_size :][: self.batch_size], generator)
+            indices = order[start * self.batch_size :][: self.batch_size]
+            part = slice(None) if whole else parallel.part_of(len(indices))
+            yield self.batch(indices, generator, part)
 
     def domain_test(self, domain: int) -> Iterator[Batch]:
-        """Give the test batches of one domain, as they are."""
+        """Give the test batches of one domain, as they are; of several processes each has some."""
         chosen = (self.data.test & (self.data.domains == domain)).nonzero().flatten()
-        for indices in chosen.split(256):
+        for indices in chosen.split(TEST_BATCH)[parallel.rank() :: parallel.size()]:
             yield self.batch(indices)

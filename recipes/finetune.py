@@ -7,7 +7,6 @@ tables and curves. With no options it runs offline in minutes, on rotated handwr
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import nn
 
 import normswap
 
-from . import runs, tables
+from . import parallel, runs, tables
 from .config import Config, add_arguments, resolve, resolve_resumed, to_dict
 from .curves import draw_curves
 from .data import DomainData, Loader
@@ -28,6 +27,7 @@ from .digits import load_digits
 from .errors import RecipeError
 from .folders import load_folder
 from .losses import AugMix, crossnorm_layers
+from .parallel import say
 from .training import Arm, evaluate, fill_statistics, make_arm, train_epoch
 from .weights import EFFICIENTNET_LITE0, load_efficientnet_lite0, load_weights, read_state_dict
 
@@ -39,8 +39,14 @@ def main(argv: list[str]) -> int:
     """Run the recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
     try:
         given = vars(_parser().parse_args(argv))
-        run(**{key: given.pop(key) for key in ("out", "name", "resume")}, given=given)
-    except (RecipeError, normswap.NormswapError) as error:
+        with parallel.joined(given.get("device", "auto")):
+            try:
+                run(**{key: given.pop(key) for key in ("out", "name", "resume")}, given=given)
+            except (RecipeError, normswap.NormswapError) as error:
+                where = "" if parallel.is_first() else f" (process {parallel.rank()})"
+                print(f"error{where}: {error}", file=sys.stderr)
+                return 2
+    except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -57,8 +63,9 @@ def run(out: Path, name: str | None, resume: bool, given: dict[str, Any]) -> Non
         config = resolve_resumed(given, runs.read_config(out / name))
     else:
         config = resolve(given)
-        name = name or runs.free_name(out, _default_name(config))
-        runs.check_new(out / name)
+        name = parallel.from_first(name or runs.free_name(out, _default_name(config)))
+        if parallel.is_first():
+            runs.check_new(out / name)
     folder = out / name
     device = pick_device(config.device)
     start = time.perf_counter()
@@ -67,25 +74,42 @@ def run(out: Path, name: str | None, resume: bool, given: dict[str, Any]) -> Non
     data = load_data(config)
     arms, loader = build(config, data, device)
     history = runs.load_checkpoint(folder, arms) if resume else []
-    print(normswap.summary(arms[-1].model))
-    print(describe(config, data, loader, device))
-    print(tables.losses(arms))
+    say(normswap.summary(arms[-1].model))
+    say(describe(config, data, loader, device))
+    say(tables.losses(arms))
 
-    if not resume:
-        runs.create(folder, to_dict(config), versions())
-    print(
+    if not resume and parallel.is_first():
+        runs.create(folder, to_dict(config), runs.versions())
+    say(
         f"writing {folder}; to continue after a stop: "
-        f"python -m recipes finetune --out {out} --name {name} --resume"
+        f"{parallel.launcher()} -m recipes finetune --out {out} --name {name} --resume"
     )
     for epoch in range(len(history), config.epochs):
         record = train_and_test(arms, loader, config, epoch)
         history.append(record)
-        runs.save_checkpoint(folder, arms, history)
-        print(tables.epoch_line(record, arms, data), flush=True)
+        if parallel.is_first():
+            runs.save_checkpoint(folder, arms, history)
+        say(tables.epoch_line(record, arms, data), flush=True)
 
+    if parallel.is_first():
+        finish(folder, config, history, arms, data)
+        say(
+            f"{folder} is complete, {time.perf_counter() - start:.0f} s in all; report.txt there "
+            "also says how far the contexts' statistics moved apart"
+        )
+
+
+def finish(
+    folder: Path,
+    config: Config,
+    history: list[dict[str, Any]],
+    arms: list[Arm],
+    data: DomainData,
+) -> None:
+    """Write what a finished run leaves, and print its tables."""
     runs.write_metrics(folder, history)
     runs.save_model(folder, arms[-1])
-    draw_curves(folder / "curves.png", history, arms, data, f"{config.model}, {name}")
+    draw_curves(folder / "curves.png", history, arms, data, f"{config.model}, {folder.name}")
     report = "\n".join(
         [
             tables.accuracy_table(history, arms, data),
@@ -96,11 +120,7 @@ def run(out: Path, name: str | None, resume: bool, given: dict[str, Any]) -> Non
     )
     trained = normswap.summary(arms[-1].model)
     runs.write_text(folder / "report.txt", f"{report}\n\n{trained}\n")
-    print(report)
-    print(
-        f"{folder} is complete, {time.perf_counter() - start:.0f} s in all; report.txt there also "
-        "says how far the contexts' statistics moved apart"
-    )
+    say(report)
 
 
 def load_data(config: Config) -> DomainData:
@@ -128,7 +148,7 @@ def build(config: Config, data: DomainData, device: torch.device) -> tuple[list[
         lite = config.weights == EFFICIENTNET_LITE0
         state = load_efficientnet_lite0() if lite else read_state_dict(Path(config.weights))
         for line in load_weights(model, state, config.weights):
-            print(line)
+            say(line)
     images = timm.data.resolve_model_data_config(model)
     mix = AugMix(images["mean"]) if config.loss.startswith("augmix") else None
     loader = Loader(data, images["mean"], images["std"], config.batch_size, device, mix)
@@ -190,11 +210,12 @@ def check_image_size(model: nn.Module, loader: Loader, config: Config) -> None:
 def pick_device(name: str) -> torch.device:
     """Give the device of this name; `auto` is the first accelerator, else the CPU."""
     if name == "auto":
-        if torch.accelerator.is_available():
-            return torch.accelerator.current_accelerator()
-        return torch.device("cpu")
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
+        name = "cpu" if found is None else found.type
     try:
-        device = torch.device(name)
+        device = torch.device(parallel.local_device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -211,17 +232,8 @@ def describe(config: Config, data: DomainData, loader: Loader, device: torch.dev
         f"{len(data.classes)} classes, domains {', '.join(data.domain_names)}{held_out} "
         f"({data.note}); {config.epochs} epochs of {loader.batches_per_epoch} steps of "
         f"{config.batch_size}"
+        + (f", shared by {parallel.size()} processes" if parallel.size() > 1 else "")
     )
-
-
-def versions() -> dict[str, str]:
-    """Record what the run ran with."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "threads": str(torch.get_num_threads()),
-    }
 
 
 def _default_name(config: Config) -> str:

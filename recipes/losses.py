@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import normswap
 
+from . import parallel
 from .data import Batch
 
 # Each loss, and what it leaves for a model without CrossNorm trained beside.
@@ -65,7 +66,9 @@ def training_loss(loss: str, model: nn.Module, forward: Forward, batch: Batch) -
     total = F.cross_entropy(clean, batch.labels)
     if mixed:
         total = total + AUGMIX_WEIGHT * jsd([clean, *mixed])
-    if crosses and torch.rand((), device="cpu").item() < _holders(layers)[0].p:
+    fires = crosses and torch.rand((), device="cpu").item() < _holders(layers)[0].p
+    # Parts of a batch that differ in size may leave processes with different random states.
+    if crosses and parallel.from_first(fires):
         with firing(layers):
             crossed = [forward(batch.images, batch.context) for _ in range(2)]
         total = total + CROSSNORM_WEIGHT * jsd([clean, *crossed])

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -74,6 +76,16 @@ def create(folder: Path, settings: dict[str, Any], versions: dict[str, str]) -> 
     folder.mkdir(parents=True)
     record = {"settings": settings, "versions": versions}
     write_text(folder / CONFIG, json.dumps(record, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Record what the run ran with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def read_config(folder: Path) -> dict[str, Any]:

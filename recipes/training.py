@@ -12,6 +12,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import timm
@@ -21,6 +22,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import normswap
+
+from . import parallel
 from .config import Config
 from .data import Batch, Loader
 from .errors import RecipeError
@@ -29,10 +33,14 @@ from .losses import loss_of, training_loss
 
 @dataclass
 class Arm:
-    """One model of a run with its optimizer, schedule and loss."""
+    """One model of a run with its optimizer, schedule and loss.
+
+    `runner` is what a training step calls: the model, or what joins several processes around it.
+    """
 
     name: str
     model: nn.Module
+    runner: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: timm.scheduler.scheduler.Scheduler
     takes_context: bool
@@ -41,9 +49,8 @@ class Arm:
 
 def make_arm(name: str, model: nn.Module, config: Config, steps_per_epoch: int) -> Arm:
     """Give a model AdamW and a cosine schedule with a tenth of the steps as warm-up."""
-    groups = timm.optim.param_groups_weight_decay(
-        model, config.weight_decay, no_weight_decay_list=norm_parameter_names(model)
-    )
+    parallel.share_statistics(model, converted=name != "bn")
+    groups = normswap.param_groups(model, config.lr, config.weight_decay)
     optimizer = timm.optim.create_optimizer_v2(groups, opt="adamw", lr=config.lr)
     steps = config.epochs * steps_per_epoch
     schedule = timm.scheduler.CosineLRScheduler(
@@ -54,7 +61,8 @@ def make_arm(name: str, model: nn.Module, config: Config, steps_per_epoch: int) 
         t_in_epochs=False,
     )
     loss = loss_of(model, config.loss)
-    return Arm(name, model, optimizer, schedule, takes_context(model), loss)
+    runner = parallel.wrapped(model)
+    return Arm(name, model, runner, optimizer, schedule, takes_context(model), loss)
 
 
 def takes_context(model: nn.Module) -> bool:
@@ -62,35 +70,28 @@ def takes_context(model: nn.Module) -> bool:
     return "context" in inspect.signature(model.forward).parameters
 
 
-def norm_parameter_names(model: nn.Module) -> list[str]:
-    """List the parameters that belong to normswap's layers.
+def train_step(
+    arm: Arm, batch: Batch, config: Config, update: int, share: float = 1.0
+) -> tuple[Tensor, float]:
+    """Take one step; give the loss, still on the device, and the step's seconds.
 
-    timm spares one-dimensional parameters from weight decay, and BatchNorm's are. Those of a
-    context-aware norm are (K, C), so that rule misses them; decaying a mean or a log standard
-    deviation towards zero would pull the layer from the statistics it was given.
+    `share` is the share of the whole batch that this process has; losses of all processes add up.
     """
-    return [
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if type(module).__module__.partition(".")[0] == "normswap"
-        for name, _ in module.named_parameters(recurse=False)
-    ]
-
-
-def train_step(arm: Arm, batch: Batch, config: Config, update: int) -> tuple[Tensor, float]:
-    """Take one step; give the loss, still on the device, and the step's seconds."""
     device = batch.images.device
     torch.manual_seed(config.seed * 1_000_003 + update)
     _wait_for(device)
     start = time.perf_counter()
     arm.schedule.step_update(update)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-        loss = training_loss(arm.loss, arm.model, partial(_forward, arm), batch)
+        forward = partial(_forward, arm.runner, arm.takes_context)
+        loss = training_loss(arm.loss, arm.model, forward, batch)
     arm.optimizer.zero_grad()
+    # Gradients are averaged over processes, whose parts of the batch may differ in size.
+    loss = loss * (share * parallel.size())
     loss.backward()
     arm.optimizer.step()
     _wait_for(device)
-    return loss.detach(), time.perf_counter() - start
+    return loss.detach() / parallel.size(), time.perf_counter() - start
 
 
 def train_epoch(
@@ -119,18 +120,19 @@ def train_epoch(
         desc=f"epoch {epoch + 1}/{config.epochs}",
         unit="batch",
         leave=False,
-        disable=None,
+        disable=None if parallel.is_first() else True,
     )
     for index, batch in enumerate(batches):
         # In turns, so that neither arm always steps right after the batch was made.
         for arm in arms if index % 2 == 0 else reversed(arms):
             update = epoch * loader.batches_per_epoch + index
-            loss, duration = train_step(arm, batch, config, update)
+            share = len(batch.images) / loader.step_size
+            loss, duration = train_step(arm, batch, config, update, share)
             losses[arm.name].append(loss)
             seconds[arm.name].append(duration)
     report = {}
     for arm in arms:
-        loss = torch.stack(losses[arm.name]).mean().item()
+        loss = parallel.total(torch.stack(losses[arm.name])).mean().item()
         if not torch.isfinite(torch.tensor(loss)):
             raise RecipeError(
                 f"the loss of {arm.name} is {loss} in epoch {epoch + 1}; try a smaller --lr than "
@@ -155,20 +157,24 @@ def evaluate(arm: Arm, loader: Loader, config: Config) -> dict[str, dict[str, fl
         the domain as label, for arms that take one. The held-out domain is under `unknown` only.
     """
     arm.model.eval()
+    parallel.agree_on_buffers(arm.model)
     accuracy: dict[str, dict[str, float]] = {"unknown": {}}
     if arm.takes_context:
         accuracy["known"] = {}
     for index, domain in enumerate(loader.data.domain_names):
         kinds = ["unknown"] if domain == loader.data.held_out else list(accuracy)
-        right: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+        right = {kind: torch.zeros((), dtype=torch.int64, device=loader.device) for kind in kinds}
+        count = torch.zeros((), dtype=torch.int64, device=loader.device)
         for batch in loader.domain_test(index):
-            for kind, hits in right.items():
+            count += len(batch.labels)
+            for kind in kinds:
                 context = batch.context if kind == "known" else None
                 with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.amp):
-                    logits = _forward(arm, batch.images, context)
-                hits.append(logits.argmax(1) == batch.labels)
+                    logits = _forward(arm.model, arm.takes_context, batch.images, context)
+                right[kind] += (logits.argmax(1) == batch.labels).sum()
+        images = parallel.total(count).item()
         for kind, hits in right.items():
-            accuracy[kind][domain] = 100 * torch.cat(hits).float().mean().item()
+            accuracy[kind][domain] = 100 * parallel.total(hits).item() / images
     return accuracy
 
 
@@ -185,14 +191,14 @@ def fill_statistics(model: nn.Module, loader: Loader, config: Config, batches: i
     model.train()
     for norm in norms:
         norm.momentum = None  # a plain average of the batches
-    for _, batch in zip(range(batches), loader.train_epoch(config.seed, -1), strict=False):
+    for batch in islice(loader.train_epoch(config.seed, -1, whole=True), batches):
         model(batch.images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
 
-def _forward(arm: Arm, images: Tensor, context: Tensor | None) -> Tensor:
-    return arm.model(images, context=context) if arm.takes_context else arm.model(images)
+def _forward(model: nn.Module, contextual: bool, images: Tensor, context: Tensor | None) -> Tensor:
+    return model(images, context=context) if contextual else model(images)
 
 
 def _points(values: list[float]) -> list[float]:

@@ -209,3 +209,47 @@ def test_use_context_on_a_model_that_is_not_converted():
 def test_summary_of_a_model_that_is_not_converted():
     with pytest.raises(ConversionError, match=r"normswap\.plan to see"):
         normswap.summary(Net())
+
+
+TOOLS = {
+    "save": lambda m: normswap.save(m, "nowhere"),
+    "load": lambda m: normswap.load(m, "nowhere"),
+    "revert": normswap.revert,
+    "specialize": normswap.specialize,
+    "add_context": normswap.add_context,
+    "adapt": lambda m: normswap.adapt(m, []),
+    "calibrate": lambda m: normswap.calibrate(m, []),
+    "update_stats": lambda m: normswap.update_stats(m, []),
+    "param_groups": lambda m: normswap.param_groups(m, 0.1),
+    "freeze": normswap.freeze,
+    "convert_sync_batchnorm": normswap.convert_sync_batchnorm,
+    "summary": normswap.summary,
+    "plan": normswap.plan,
+    "verify": lambda m: normswap.verify(m, Net()),
+    "use_context": lambda m: normswap.use_context(m, 0).__enter__(),
+    "divergence": normswap.plot.divergence,
+    "densities": lambda m: normswap.plot.densities(m, []),
+    "record_firing": lambda m: normswap.plot.record_firing(m).__enter__(),
+}
+
+
+@pytest.mark.parametrize("given", [None, 3, "resnet50", torch.zeros(2), Net, {}], ids=str)
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+def test_what_is_no_model_is_refused_by_every_tool(tool, given):
+    with pytest.raises(normswap.NormswapError, match="expected"):
+        tool(given)
+
+
+def test_verify_takes_a_wrapped_model():
+    base = Net()
+    model = normswap.convert(base, "cn", contexts=2, verify=False)
+    wrapped = torch.compile(model, backend="eager")
+    assert normswap.verify(wrapped, base, torch.randn(2, 3, 8, 8)).differences
+
+
+@pytest.mark.parametrize("loader", [None, 3, Net()], ids=["None", "int", "model"])
+def test_a_loader_that_yields_nothing_is_refused(loader):
+    model = normswap.convert(Net(), "cn", contexts=2, verify=False)
+    for tool in (normswap.update_stats, lambda m, data: normswap.adapt(m, data, 0)):
+        with pytest.raises(ConversionError, match="expected a loader"):
+            tool(model, loader)

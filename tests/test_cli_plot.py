@@ -10,6 +10,7 @@ import normswap
 from normswap import plot
 from normswap.cli import main
 from normswap.plot import files
+from normswap.plot.divergence import model_divergences
 from tests.models import make_inputs, make_model
 
 RECORDS = [
@@ -155,3 +156,39 @@ def test_what_cannot_be_drawn_is_one_line_and_exit_2(tmp_path, capsys, arguments
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("method", ["cn", "cn-x", "acn"])
+def test_a_saved_conversion_is_drawn_as_the_model_is(method, tmp_path, monkeypatch):
+    model = convert(method)
+    if method != "acn":
+        normswap.add_context(model, "night", like="b", share=0.7)
+    normswap.save(model, tmp_path)
+    normswap.save(model, tmp_path)
+    (tmp_path / "tensors-0123456789abcdef.safetensors").write_bytes(b"left by a killed save")
+    drawn = []
+    monkeypatch.setattr(plot, "divergence", lambda rows, **given: drawn.append((rows, given)))
+    assert main(["plot", "divergence", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 0
+    ((rows, given),) = drawn
+    expected, names, title = model_divergences(model)
+    assert list(rows) == list(expected)
+    assert given["names"] == names
+    assert given["title"] == title
+    for name, row in rows.items():
+        torch.testing.assert_close(row, expected[name], rtol=1e-5, atol=1e-7, check_dtype=False)
+
+
+def test_pictures_of_a_saved_conversion_are_written(tmp_path):
+    normswap.save(convert(), tmp_path)
+    out = tmp_path / "picture.png"
+    for arguments in (["divergence"], ["densities", "--layer", "neck"]):
+        assert main(["plot", arguments[0], str(tmp_path), *arguments[1:], "--out", str(out)]) == 0
+        assert is_picture(out)
+        out.unlink()
+
+
+def test_a_damaged_saved_conversion_is_one_line_and_exit_2(tmp_path, capsys):
+    normswap.save(convert(), tmp_path)
+    (tmp_path / "normswap.json").write_text("{")
+    assert main(["plot", "divergence", str(tmp_path)]) == 2
+    assert "cannot read" in capsys.readouterr().err

@@ -10,8 +10,11 @@ import normswap
 from normswap.functional import Affine, Moments, apply_affine, fold_norm
 from normswap.methods.base import _REGISTRY, Contexts, Method, affine_tensors, get_method
 from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
+from normswap.methods.plain import Plain, added_prior, pick
 from normswap.sites import Site
 from tests.contract import Contract
+from tests.lifecycle import Lifecycle
+from tests.models import make_model
 
 CONTEXT_METHODS = [name for name in normswap.methods() if get_method(name).needs_context]
 
@@ -51,6 +54,18 @@ class ShiftNorm(ContextLayer):
         chosen = [torch.where(rows, a, b) for a, b in zip(known, other, strict=True)]
         return apply_affine(x, fold_norm(moments, *chosen, self.eps))
 
+    def plain(self, context: int | None) -> Plain:
+        priors = self.mixing(torch.float64)
+        affine = [pick(t, context, priors) for t in (self.weight, self.bias)]
+        if self.tracked:
+            return Plain(self.running_mean, self.running_var, *affine)
+        return Plain(None, None, *affine)
+
+    def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
+        plain = self.plain(like)
+        prior = added_prior(self.priors, share)
+        return {"weight": plain.weight, "bias": plain.bias, "priors": prior}
+
     def _load_from_state_dict(self, state: dict, prefix: str, *args: Any) -> None:
         load_shared(state, prefix, {"weight": self.weight, "bias": self.bias}, {})
         state.setdefault(prefix + "priors", self.priors)
@@ -82,6 +97,11 @@ class TestEveryMethod(Contract):
     pass
 
 
+@pytest.mark.parametrize("method", [*CONTEXT_METHODS, "shift"])
+class TestEveryLife(Lifecycle):
+    pass
+
+
 def test_a_registered_method_is_listed():
     assert "shift" in normswap.methods()
 
@@ -97,3 +117,12 @@ def test_options_must_be_a_dataclass():
     with pytest.raises(normswap.ConversionError, match="dataclass"):
         normswap.register_method(other)
     assert "other" not in normswap.methods()
+
+
+def test_a_method_that_does_not_say_what_its_layers_equal_is_refused_by_name(monkeypatch):
+    monkeypatch.delattr(ShiftNorm, "plain")
+    model = normswap.convert(make_model(), "shift", contexts=2)
+    assert normswap.revert(model).state_dict().keys() == make_model().state_dict().keys()
+    model.neck.weight.data[0] += 1
+    with pytest.raises(normswap.ConversionError, match=r"neck .*'shift'.* equals no plain norm"):
+        normswap.specialize(model, 0)

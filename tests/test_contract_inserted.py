@@ -10,6 +10,7 @@ from torch import nn
 
 import normswap
 from normswap.methods.base import InsertedMethod, get_method
+from tests.lifecycle import Lifecycle
 
 METHODS = [n for n in normswap.methods() if isinstance(get_method(n), InsertedMethod)]
 EACH = pytest.mark.parametrize("method", METHODS)
@@ -168,3 +169,10 @@ def test_a_container_that_stops_being_traceable_is_an_error_not_a_silent_skip(me
     model.odd = True
     with pytest.raises(normswap.ConversionError, match="to run as it was traced"):
         model(images().abs())
+
+
+@pytest.mark.parametrize(
+    "method", [n for n in normswap.methods() if not get_method(n).needs_context]
+)
+class TestEveryLife(Lifecycle):
+    pass

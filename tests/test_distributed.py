@@ -144,6 +144,25 @@ def on_compile(rank):
     return step_first(rank, [layer])
 
 
+def on_adapt(rank):
+    """Return the state after adapting to batches of each process."""
+    model = normswap.convert(make_net(), "cn", contexts=3)
+    normswap.adapt(model, [images_of(rank)[0], images_of(rank)[0] * 2], 1)
+    return model.state_dict()
+
+
+def on_revert(rank):
+    """Return whether reverted copies have the group of the norm."""
+    groups = [dist.new_group([0]), dist.new_group([0, 1])]
+    found = []
+    for group in (groups[1 - rank], None):
+        model = converted(nn.SyncBatchNorm(CHANNELS, process_group=group))
+        for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            norm = normswap.revert(twin)[0]
+            found.append(type(norm) is nn.SyncBatchNorm and norm.process_group is group)
+    return found
+
+
 def work(rank, folder):
     warnings.simplefilter("error")
     torch.set_num_threads(1)
@@ -159,6 +178,8 @@ def work(rank, folder):
         "groups": on_groups(rank),
         "plain": step_first(rank, converted(nn.BatchNorm2d(CHANNELS))),
         "compiled": on_compile(rank),
+        "adapted": on_adapt(rank),
+        "reverted": on_revert(rank),
     }
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -221,6 +242,20 @@ def test_ddp_trains_as_one_process_over_both_batches(ranks):
     for name, value in model.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         assert_close(first[name], value)
+
+
+def test_two_processes_adapt_as_one_over_both_batches(ranks):
+    first, second = (results["adapted"] for results in ranks)
+    model = normswap.convert(make_net(), "cn", contexts=3)
+    x = torch.cat([images_of(rank)[0] for rank in range(2)])
+    normswap.adapt(model, [x, x * 2], 1)
+    for name, value in model.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        assert_close(first[name], value)
+
+
+def test_a_reverted_norm_has_its_process_group(ranks):
+    assert all(all(results["reverted"]) for results in ranks)
 
 
 @pytest.mark.parametrize("way", ["copy", "pickle"])

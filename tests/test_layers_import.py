@@ -14,13 +14,14 @@ ROOT = Path(normswap.__file__).parent
 ORDER = [
     {"errors"},
     {"functional"},
-    {"distributed", "streams", "extras"},
+    {"distributed", "streams", "extras", "schema", "files"},
     {"sites"},
     {"methods", "contexts", "presets", "select"},
     {"graph"},
-    {"report", "plot", "verification", "checks", "checkpoint", "calibration"},
-    {"conversion", "insertion", "summarise"},
-    {"api"},
+    {"report", "plot", "verification", "checks", "calibration", "original"},
+    {"training", "statistics", "synchronise"},
+    {"conversion", "insertion", "summarise", "converted", "optimizers", "fingerprint"},
+    {"api", "reversion", "growth", "adaptation", "checkpoint"},
     {"cli", "cli_plot"},
     {"__main__"},
 ]
@@ -78,10 +79,12 @@ def test_graph_knows_no_method():
 
 
 def test_a_method_knows_no_other_method():
-    shared = {"base", "layer", "instance"}
-    # CNSN is CrossNorm, then SelfNorm; ACN is spread over three files.
+    shared = {"base", "layer", "instance", "plain"}
+    # CNSN is CrossNorm, then SelfNorm; CN and ACN are spread over three files each.
     parts = {
         "cnsn": {"crossnorm", "selfnorm"},
+        "cn": {"cn_layer"},
+        "cn_layer": {"cn_tables"},
         "acn": {"acn_layer", "acn_options"},
         "acn_layer": {"acn_options"},
     }

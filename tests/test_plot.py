@@ -90,6 +90,8 @@ def test_divergences_may_be_given():
         ({"a": torch.zeros(2), "b": torch.zeros(3)}, {}, "one value a context"),
         ({"a": torch.tensor([float("nan")])}, {}, r"finite divergences of 0 or more.*\['a'\]"),
         ({"a": torch.tensor([-1.0])}, {}, "finite divergences of 0 or more"),
+        ({"a": torch.ones(1), "b": torch.tensor([torch.inf])}, {}, r"finite.*\['b'\]"),
+        (None, {}, "expected a converted model, or a mapping .*, got NoneType"),
         ({"a": torch.zeros(2)}, {"names": ["x"]}, "expected 2 names"),
     ],
 )

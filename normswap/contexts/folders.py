@@ -41,8 +41,9 @@ class FolderAssigner(Assigner):
 
     def __call__(self, batch: PathLike | Iterable[PathLike]) -> Tensor:
         """Return the domain of each path; see the class and `Assigner`."""
-        if isinstance(batch, Tensor):
-            raise ContextError("expected paths, got a tensor; folders tell the context of files")
+        if isinstance(batch, Tensor) or not isinstance(batch, str | os.PathLike | Iterable):
+            kind = "a tensor" if isinstance(batch, Tensor) else repr(batch)
+            raise ContextError(f"expected paths, got {kind}; folders tell the context of files")
         paths = [batch] if isinstance(batch, str | os.PathLike) else list(batch)
         for path in paths:
             if not isinstance(path, str | os.PathLike):

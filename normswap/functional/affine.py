@@ -1,11 +1,36 @@
-"""The one map every method ends in: ``y = x * s + t``, with s and t per instance and channel."""
+"""The one map every method ends in, as tables: scale and shift per instance and channel."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from normswap.functional.moments import Moments, compute_dtype, wide_dtype
+from normswap.functional.moments import Moments, pick_rows, wide_dtype
+
+
+class Centred(NamedTuple):
+    """``y = (x - centre) * scale + shift``; the shape of all is (rows, C).
+
+    Gradients lose no digits to a mean that is large against the spread, as they would through
+    ``shift - centre * scale``.
+    """
+
+    centre: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def rows(self, index: Tensor) -> "Centred":
+        """Return the rows that `index` (N,) names, (N, C)."""
+        return Centred(*(pick_rows(t, index) for t in self))
+
+    def at(self, mean: Tensor) -> "Affine":
+        """Return scale and shift of the same map written as ``(x - mean) * scale + shift``."""
+        return Affine(self.scale, torch.addcmul(self.shift, mean - self.centre, self.scale))
+
+    def where(self, condition: Tensor, other: "Centred") -> "Centred":
+        """Keep the rows where `condition` (N,) holds, take the others from `other`."""
+        mask = condition.unsqueeze(1)
+        return Centred(*(torch.where(mask, a, b) for a, b in zip(self, other, strict=True)))
 
 
 class Affine(NamedTuple):
@@ -16,13 +41,22 @@ class Affine(NamedTuple):
 
     def rows(self, index: Tensor) -> "Affine":
         """Return the rows that `index` (N,) names, (N, C)."""
-        return Affine(self.scale.index_select(0, index), self.shift.index_select(0, index))
+        return Affine(*(pick_rows(t, index) for t in self))
 
     def mix(self, weights: Tensor) -> "Affine":
         """Return the rows mixed by weights (N, K), each row of which sums to one."""
         wide = wide_dtype(weights)
         scale, shift = ((weights.to(wide) @ t.to(wide)).to(t.dtype) for t in self)
         return Affine(scale, shift)
+
+    def where(self, condition: Tensor, other: "Affine") -> "Affine":
+        """Keep the rows where `condition` (N,) holds, take the others from `other`."""
+        mask = condition.unsqueeze(1)
+        return Affine(*(torch.where(mask, a, b) for a, b in zip(self, other, strict=True)))
+
+    def centred(self) -> Centred:
+        """Return the same map, centred on zero."""
+        return Centred(torch.zeros_like(self.shift), self.scale, self.shift)
 
 
 def fold_norm(moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Affine:
@@ -31,22 +65,6 @@ def fold_norm(moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Aff
     return Affine(scale, bias - moments.mean * scale)
 
 
-def apply_affine(x: Tensor, affine: Affine) -> Tensor:
-    """Return ``x * scale + shift`` in the dtype and memory format of x.
-
-    Shape:
-        x: (N, C, *); scale, shift: (N, C), or (1, C) for all instances.
-    """
-    shape = affine.scale.shape + (1,) * (x.dim() - 2)
-    dtype = compute_dtype(x)
-    scale, shift = (t.to(dtype).reshape(shape) for t in affine)
-    return torch.addcmul(shift, x.to(dtype), scale).to(x.dtype)
-
-
-def where_rows(condition: Tensor, first: Affine, second: Affine) -> Affine:
-    """Choose each row from `first` where `condition` (N,) holds, else from `second`."""
-    condition = condition.unsqueeze(1)
-    return Affine(
-        torch.where(condition, first.scale, second.scale),
-        torch.where(condition, first.shift, second.shift),
-    )
+def centre_norm(moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Centred:
+    """Return ``weight * (x - mean) / sqrt(var + eps) + bias`` as a map."""
+    return Centred(moments.mean, weight * torch.rsqrt(moments.var + eps), bias)

@@ -128,6 +128,8 @@ def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> boo
         return None
     if labels.numel() == 0:
         return False
+    if _is_under_vmap(labels):
+        return None
     if labels.device.type != "cpu":
         in_range = ((labels >= -1) & (labels < num_contexts)).all()
         torch._assert_async(in_range, f"context labels must lie in [-1, {num_contexts})")
@@ -135,6 +137,16 @@ def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> boo
     low, high = (int(v) for v in labels.aminmax())
     _require_range(low, high, num_contexts, names)
     return low < 0
+
+
+def _is_under_vmap(t: Tensor) -> bool:
+    """Return whether a tensor stands for those of a batch, whose values cannot be read."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
 
 
 def labels_per_row(context: Context, x: Tensor, site: str, innermost: bool = False) -> Tensor:

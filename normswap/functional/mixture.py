@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.functional.affine import Affine, apply_affine, fold_norm
-from normswap.functional.moments import Moments, compute_dtype, instance_moments
+from normswap.functional.affine import Affine, fold_norm
+from normswap.functional.fused import stat_affine
+from normswap.functional.moments import Moments, compute_dtype
 
 # A component that owns less than this many values of a batch has no moments there: it takes the
 # given ones. In exact arithmetic any mass would do; in float32 it may underflow to zero.
@@ -169,15 +170,23 @@ def norm_instances(
     batch: bool,
 ) -> Normalized:
     """Normalise; the channel mean of an instance decides for it. Arguments as for elements."""
-    instances = instance_moments(x)
-    tau = responsibilities(instances.mean, mixture)
-    used, mass = given, torch.zeros_like(given.mean)
-    if batch:
-        mass = tau.sum(1)
-        share = mass.clamp(min=MASS)
-        mean = (tau * instances.mean).sum(1) / share
-        spread = instances.var + (instances.mean - mean.unsqueeze(1)).square()
-        used = _owned(mass, Moments(mean, (tau * spread).sum(1) / share), given)
-    affine = fold_norm(used, gain, bias, eps)
-    scale, shift = ((tau * table.unsqueeze(1)).sum(0) for table in affine)
-    return Normalized(apply_affine(x, Affine(scale, shift)), mass, used)
+    found: list[tuple[Tensor, Moments]] = []
+
+    def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
+        log_prior, mu, log_sigma, gain, bias, mean, var = tensors
+        tau = responsibilities(instances.mean, Mixture(log_prior, mu, log_sigma))
+        used, mass = Moments(mean, var), torch.zeros_like(mean)
+        if batch:
+            mass = tau.sum(1)
+            share = mass.clamp(min=MASS)
+            mean = (tau * instances.mean).sum(1) / share
+            spread = instances.var + (instances.mean - mean.unsqueeze(1)).square()
+            used = _owned(mass, Moments(mean, (tau * spread).sum(1) / share), used)
+        if not replay:
+            found.append((mass.detach(), Moments(used.mean.detach(), used.var.detach())))
+        weight = tau * (gain * torch.rsqrt(used.var + eps)).unsqueeze(1)
+        shift = (weight * (instances.mean - used.mean.unsqueeze(1))).sum(0) + bias
+        return Affine(weight.sum(0), shift)
+
+    y = stat_affine(x, glue, *mixture, gain, bias, *given)
+    return Normalized(y, *found[0])

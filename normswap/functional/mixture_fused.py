@@ -23,6 +23,7 @@ from torch.autograd import Function
 
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_plain
 from normswap.functional.moments import Moments
+from normswap.functional.tables import is_plain_eager
 
 # Values of all components in hand at once: what stays in a CPU's cache, what fills a GPU.
 _BLOCK = {"cpu": 2**18}
@@ -40,9 +41,9 @@ def norm_elements(
 ) -> Normalized:
     """Compute `norm_elements_plain` with memory that does not grow with K, and faster.
 
-    Under torch.compile the plain formulas are traced instead.
+    Under torch.compile, functorch and forward-mode derivatives the plain formulas run instead.
     """
-    if torch.compiler.is_compiling():
+    if not is_plain_eager():
         return norm_elements_plain(x, mixture, gain, bias, given, eps, batch)
     y, mass, mean, var = _ElementNorm.apply(x, *mixture, gain, bias, *given, eps, batch)
     return Normalized(y, mass, Moments(mean, var))
@@ -77,9 +78,10 @@ def _write(y: Tensor, block: slice, values: Tensor) -> None:
 
 def _assign(x: Tensor, log_prior: Tensor, mean: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Return z and tau, (c, K, P), of values (c, P) under tables (c, K, 1)."""
-    inverse = (-log_sigma).exp()
-    z = torch.addcmul(-mean * inverse, x.unsqueeze(1), inverse)
-    return z, torch.addcmul(log_prior - log_sigma, z, z, value=-0.5).softmax(1)
+    # Steps of two operands: with a table that is broadcast along positions, addcmul is several
+    # times slower than a product and a sum.
+    z = (x.unsqueeze(1) - mean).mul_((-log_sigma).exp())
+    return z, z.square().mul_(-0.5).add_(log_prior - log_sigma).softmax(1)
 
 
 class _ElementNorm(Function):
@@ -124,7 +126,8 @@ class _ElementNorm(Function):
         if dy is None:
             return (None,) * (count + 2)
         found: Sequence[Tensor | None]
-        inputs, statistics = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor once a backward
+        inputs, statistics = saved[:count], saved[count:]
         with torch.autocast(dy.device.type, enabled=False):
             if torch.is_grad_enabled():
                 found = _differentiate(inputs, ctx.eps, ctx.batch, dy, ctx.needs_input_grad)
@@ -161,8 +164,11 @@ def _backward(
             usable = s >= MASS
             p, q = (torch.where(usable, d / s.clamp(min=MASS), 0) for d in (dm, dv))
             dm, dv = (torch.where(usable, 0, d) for d in (dm, dv))
-        dtau = torch.addcmul(p, grad.unsqueeze(1), a)
-        dtau = torch.addcmul(-q * v, dtau.addcmul_(q, e), e) if batch else dtau.mul_(e)
+        dtau = grad.unsqueeze(1) * a
+        if batch:
+            dtau = dtau.add_(p).add_(e * q).mul_(e).sub_(q * v)
+        else:
+            dtau = dtau.mul_(e)
         coefficients = torch.cat([a, p - 2 * q * m, 2 * q], 2)
         by_dy, constant, by_x = (coefficients.transpose(1, 2) @ tau).unbind(1)
         dlogit = dtau.mul_(tau)

@@ -69,30 +69,74 @@ def context_moments(
         num_contexts: K.
         size: values in a channel of an instance; the same for all instances given here.
         reduce: sums a tensor over processes, each with its own instances and its own size;
-            called twice. By default the instances here are all.
+            called once. By default the instances here are all.
 
     Returns:
         counts: values in a channel of each context, (K,); instances, for the default size.
         moments: (K, C); zero where a context is absent.
     """
     dtype = instances.mean.dtype
-    # index_add sums in order: float32 would lose digits as the batch grows, batch norm does not.
+    # Segments are summed in order: float32 would lose digits as the batch grows.
     mean, var = (t.to(wide_dtype(t)) for t in instances)
-    zeros = mean.new_zeros(num_contexts + 1, mean.shape[1])
     ones = mean.new_ones(mean.shape[0], 1)
-    counts = size * zeros[:, :1].index_add(0, index, ones)
-    total = size * zeros.index_add(0, index, mean)
-    if reduce is not None:
-        both = reduce(torch.cat((counts, total), 1))
-        counts, total = both[:, :1], both[:, 1:]
+    counts = size * segment_sum(ones, index, num_contexts + 1)
     share = counts.clamp(min=1).reciprocal()
-    mu = total * share
-    spread = var + (mean - mu.index_select(0, index)).square()
-    total = size * zeros.index_add(0, index, spread)
+    mu = size * segment_sum(mean, index, num_contexts + 1) * share
+    spread = var + (mean - pick_rows(mu, index)).square()
+    var = size * segment_sum(spread, index, num_contexts + 1) * share
+    counts, mu, var = (t[:num_contexts] for t in (counts, mu, var))
     if reduce is not None:
-        total = reduce(total)
-    counts, mu, var = (t[:num_contexts].to(dtype) for t in (counts, mu, total * share))
-    return counts.squeeze(1), Moments(mu, var)
+        counts, (mu, var) = combine_moments(counts, Moments(mu, var), reduce)
+    return counts.squeeze(1).to(dtype), Moments(mu.to(dtype), var.to(dtype))
+
+
+def combine_moments(
+    counts: Tensor, moments: Moments, reduce: Callable[[Tensor], Tensor], least: float = 1.0
+) -> tuple[Tensor, Moments]:
+    """Return the counts and moments of what all processes have, with one sum over them.
+
+    From ``S0 = n``, ``S1 = n m``, ``S2 = n (v + m^2)``, summed in float64: every process has
+    moments that lost no digits, so only the differences between processes need the wide sums.
+
+    Args:
+        counts: values, or mass, that the moments here are over, (K, 1) or (K, C).
+        moments: (K, C).
+        reduce: sums a tensor over processes.
+        least: counts below this have no moments.
+
+    Returns:
+        The counts and moments over all, in the dtype of `moments`.
+    """
+    dtype = moments.mean.dtype
+    n, m, v = (t.to(wide_dtype(t)) for t in (counts, *moments))
+    sums = reduce(torch.cat((n, n * m, n * (v + m.square())), 1))
+    width, channels = n.shape[1], m.shape[1]
+    total, first, second = sums[:, :width], sums[:, width:-channels], sums[:, -channels:]
+    share = total.clamp(min=least).reciprocal()
+    mean = first * share
+    var = (second * share - mean.square()).clamp(min=0)
+    return total.to(dtype), Moments(mean.to(dtype), var.to(dtype))
+
+
+def _embeds(t: Tensor, index: Tensor) -> bool:
+    """Return whether an embedding and its derivative, a segment sum, are the faster kernels.
+
+    On the CPU they are, several times. Elsewhere their derivative may make the host wait.
+    """
+    return t.device.type == "cpu" and index.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def pick_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Return the rows (N, C) of a table (K, C) that an index (N,) names."""
+    return torch.embedding(table, index) if _embeds(table, index) else table.index_select(0, index)
+
+
+def segment_sum(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """Return the sum of the rows (N, C) that share an index, (count, C)."""
+    if _embeds(values, index):
+        total: Tensor = torch.ops.aten.embedding_dense_backward(values, index, count, -1, False)
+        return total
+    return values.new_zeros(count, values.shape[1]).index_add(0, index, values)
 
 
 def pool_moments(moments: Moments, priors: Tensor) -> Moments:

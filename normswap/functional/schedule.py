@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from normswap.errors import ConversionError, NormswapError
+from normswap.functional.backward import in_backward
 
 REMEMBERED = 4096
 
@@ -71,7 +72,7 @@ class Schedule:
             return
         self._flags = None
         seed = _draw_seed()
-        if not _in_backward():
+        if not in_backward():
             self._begin(seed)
 
     def end(self) -> None:
@@ -100,7 +101,7 @@ class Schedule:
         # Gradient checkpointing asks again in backward, with torch's generator as it was then: the
         # same number names the answer, however many forwards lie between.
         ticket = _draw_seed()
-        if _in_backward():
+        if in_backward():
             return self._recall(ticket)
         if self._flags is None:
             answer: bool | Tensor = self._ask(site, ticket)
@@ -160,7 +161,3 @@ class _Draw(threading.local):
 
 def _draw_seed() -> int:
     return int(torch.randint(2**63 - 1, (), device="cpu"))
-
-
-def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)

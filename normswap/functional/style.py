@@ -1,14 +1,18 @@
 """Style transfer between instances: the statistics of a map or a box, and CrossNorm on them."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normswap.functional.affine import Affine, apply_affine
+from normswap.functional.affine import Affine, Centred
+from normswap.functional.fused import stat_affine
+from normswap.functional.glue import ExchangeGlue
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
+from normswap.functional.tables import apply_centred
 
 
 class Style(NamedTuple):
@@ -36,11 +40,15 @@ def instance_style(x: Tensor, box: Tensor | None = None, eps: float = 1e-5) -> S
     if box is not None:
         mean, var = _box_moments(x.to(compute_dtype(x)), box)
         return Style(mean, torch.sqrt(var + eps))
-    mean, biased = instance_moments(x)
-    positions = x.shape[2:].numel()
+    return style_of(instance_moments(x), x.shape[2:].numel(), eps)
+
+
+def style_of(instances: Moments, positions: int, eps: float) -> Style:
+    """Return the style of instances of so many positions, given mean and biased variance."""
     if positions < 2:
-        return Style(mean, torch.zeros_like(mean))
-    return Style(mean, torch.sqrt(biased * (positions / (positions - 1)) + eps))
+        return Style(instances.mean, torch.zeros_like(instances.mean))
+    unbiased = instances.var * (positions / (positions - 1))
+    return Style(instances.mean, torch.sqrt(unbiased + eps))
 
 
 def _box_moments(x: Tensor, box: Tensor) -> Moments:
@@ -165,19 +173,43 @@ def cross_norm(
     """
     if x.shape[0] == 0 or x.shape[2:].numel() < 2:
         return x
-    content = instance_style(x, content_box, eps)
-    style = content if content_box is style_box else instance_style(x, style_box, eps)
-    mean, std = (t.index_select(0 if instances == 2 else 1, permutation) for t in style)
-    scale = std / content.std
-    shift = mean - content.mean * scale
+    axis = 0 if instances == 2 else 1
     for box in (content_box, style_box):
         if box is not None:
             usable = box_size(box) > 1
             fire = usable if fire is None else fire & usable
+    if content_box is None:
+        given = () if style_box is None else instance_style(x, style_box, eps)
+        glue = partial(_exchange, permutation, axis, fire, x.shape[2:].numel(), eps)
+        hand = None
+        if fire is None and style_box is None:
+            hand = partial(ExchangeGlue, permutation, axis, x.shape[2:].numel(), eps)
+        return stat_affine(x, glue, *given, hand=hand)
+    content = instance_style(x, content_box, eps)
+    style = content if content_box is style_box else instance_style(x, style_box, eps)
+    mean, std = (t.index_select(axis, permutation) for t in style)
+    table = Centred(content.mean, std / content.std, mean)
+    identity = Centred(content.mean, torch.ones_like(std), content.mean)
     if fire is not None:
         # On the (N, C) tables, so that nothing the size of x is chosen between.
-        scale, shift = torch.where(fire, scale, 1), torch.where(fire, shift, 0)
-    y = apply_affine(x, Affine(scale, shift))
-    if content_box is None:
-        return y
-    return torch.where(box_mask(content_box, x.shape[2:]), y, x)
+        table = table.where(fire.expand(x.shape[0]), identity)
+    return torch.where(box_mask(content_box, x.shape[2:]), apply_centred(x, table), x)
+
+
+def _exchange(
+    permutation: Tensor,
+    axis: int,
+    fire: Tensor | None,
+    positions: int,
+    eps: float,
+    instances: Moments,
+    *style: Tensor,
+    replay: bool,
+) -> Affine:
+    """Return the map to the style of another channel; see `normswap.functional.fused`."""
+    own = style_of(instances, positions, eps)
+    mean, std = (t.index_select(axis, permutation) for t in style or own)
+    scale = std / own.std
+    if fire is None:
+        return Affine(scale, mean)
+    return Affine(torch.where(fire, scale, 1), torch.where(fire, mean, own.mean))

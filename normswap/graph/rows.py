@@ -38,7 +38,8 @@ class Rows:
         if self.seen is not None:
             self.seen.setdefault(site, []).append(x.detach().reshape(x.shape[0], -1).clone())
             return False
-        key = (site, x.shape[0] // samples)
+        # In a program for any batch the sizes are symbols; their ratio is a number all the same.
+        key = (site, int(x.shape[0] // samples))
         layout = self.layouts.get(key)
         if layout is None and self.entry is not None and not torch.compiler.is_compiling():
             self._learn(*self.entry, samples)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.errors import ContextError, ConversionError
+from normswap.errors import ContextError, ConversionError, expect_module
+from normswap.functional.backward import in_backward
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.graph.rows import Rows
 
@@ -46,9 +47,9 @@ class Scope:
             return entries[-1]
         if self.current is not None and self.running:
             return self.current
-        if entries is not None and not entries and self.active and not _in_backward():
+        if entries is not None and not entries and self.active and not in_backward():
             return self._of_other_thread()
-        if self.current is not None and _in_backward():
+        if self.current is not None and in_backward():
             self.recomputed = True
             if self.earlier is not None and not _same(self.earlier, self.current):
                 raise ContextError(
@@ -130,12 +131,6 @@ def _same(one: Context, other: Context) -> bool:
     return one.labels is other.labels or torch.equal(one.labels, other.labels)
 
 
-def _in_backward() -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
 def scopes_of(model: nn.Module) -> list[Scope]:
     """Return the scopes of the converted models that are, or are inside, a module."""
     found: dict[int, Scope] = {}
@@ -161,6 +156,7 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
         ConversionError: no converted model in `model`.
         ContextError: labels that do not fit.
     """
+    expect_module(model)
     scopes = scopes_of(model)
     if not scopes:
         raise ConversionError(

@@ -108,6 +108,11 @@ class ContainerState:
         """Whether the module's own forward runs untraced, between `before` and `after`."""
         return not self.layers and not self.insertions
 
+    def children(self) -> list[str]:
+        """Return the names of the layers that were inserted in the module."""
+        around = [name for name in (self.before, self.after) if name is not None]
+        return [*(insertion.child for insertion in self.insertions), *around]
+
     def find(self, module: nn.Module, values: tuple[Any, ...]) -> Variant | None:
         """Return the way to run the module on arguments like these, None where none is known."""
         key = tuple([describe(value, [], False) for value in values])

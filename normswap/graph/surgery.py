@@ -54,7 +54,10 @@ class Surgery:
                 if type(value) in _SIMPLE or (key.startswith("_") and type(value) is dict):
                     continue
                 items: list[tuple[Any, Any]] = []
-                if type(value) is list:
+                if id(value) in layers:
+                    self._held.append((vars(module), key, value))
+                    vars(module)[key] = layers[id(value)]
+                elif type(value) is list:
                     items = list(enumerate(value))
                 elif type(value) is dict:
                     items = list(value.items())
@@ -135,6 +138,19 @@ class Surgery:
         while self._swapped:
             parent, leaf, module = self._swapped.pop()
             parent._modules[leaf] = module
+
+
+def restore_forwards(model: nn.Module) -> None:
+    """Give every converted container its own class and forward again; drop inserted layers."""
+    for module in list(model.modules()):
+        state: ContainerState | None = vars(module).get("_normswap")
+        base = getattr(type(module), "converted_from", None)
+        if state is not None:
+            for child in state.children():
+                module._modules.pop(child, None)
+            uninstall(module)
+        elif base is not None:  # a slice that never ran
+            module.__class__ = base
 
 
 def find_containers(model: nn.Module, sites: Iterable[str]) -> dict[nn.Module, str]:

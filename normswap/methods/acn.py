@@ -3,8 +3,11 @@
 from dataclasses import asdict
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from normswap.distributed import group_name
+from normswap.errors import ConversionError
 from normswap.functional.moments import Moments
 from normswap.methods.acn_layer import AdaptiveContextNorm
 from normswap.methods.acn_options import AdaptiveOptions
@@ -15,6 +18,7 @@ from normswap.methods.base import (
     register_method,
 )
 from normswap.methods.layer import adopt
+from normswap.methods.plain import Plain
 from normswap.sites import Site
 
 
@@ -28,16 +32,11 @@ class AdaptiveContextNormalization(Method):
     options: ClassVar[type] = AdaptiveOptions
 
     def refuse(self, site: Site) -> str | None:
-        """Refuse an instance norm and synchronised statistics."""
+        """Refuse an instance norm."""
         if site.kind == "instance":
             return (
                 "acn normalises with statistics that instances share, and an instance norm has "
                 "a set for each instance; cn and cn-x replace it"
-            )
-        if site.synced:
-            return (
-                "acn does not share batch statistics between processes yet; replace SyncBatchNorm "
-                "by BatchNorm first"
             )
         return None
 
@@ -59,6 +58,8 @@ class AdaptiveContextNormalization(Method):
         if tracked is not None and layer.num_batches_tracked is not None:
             layer.num_batches_tracked.copy_(tracked)
         layer.frozen = site.frozen
+        layer.synced = site.synced
+        layer.process_group = group_name(source) if site.synced else None
         adopt(layer, source, site)
         return layer
 
@@ -76,3 +77,28 @@ class AdaptiveContextNormalization(Method):
         if not isinstance(layer, AdaptiveContextNorm):
             return None
         return layer.mixture().log_prior.detach().exp().expand_as(layer.mu)
+
+    @torch.no_grad()
+    def plain(self, layer: nn.Module, context: int | None) -> Plain:
+        """Return the batch norm that a layer is while its components are equal.
+
+        Then ``tau_k = lambda_k`` for every input, and gamma takes ``sum_k sqrt(lambda_k)``.
+        """
+        assert isinstance(layer, AdaptiveContextNorm)
+        mixture = layer.mixture(torch.float64)
+        tables = [mixture.mean, (2 * mixture.log_sigma).exp() - layer.eps]
+        if layer.running_mean is not None and layer.running_var is not None:
+            tables += [layer.running_mean.double(), layer.running_var.double()]
+        if any(not torch.equal(t, t[:1].expand_as(t)) for t in tables):
+            raise ConversionError(
+                "its map depends on the input: each value is normalised by the components it "
+                "probably belongs to, and these have moved apart"
+            )
+        gain = (0.5 * mixture.log_prior).exp().expand_as(mixture.mean).sum(0)
+        return Plain(
+            tables[-2][0],
+            tables[-1][0].clamp(min=0),
+            layer.weight.double() * gain,
+            layer.bias.double(),
+            layer.num_batches_tracked,
+        )

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.distributed import sum_over
+from normswap.functional.backward import in_backward
 from normswap.functional.mixture import (
     MASS,
     Mixture,
@@ -20,6 +22,7 @@ from normswap.functional.mixture_start import (
     bounded_log_sigma,
     start_components,
 )
+from normswap.functional.mixture_synced import shared_moments
 from normswap.functional.moments import Moments, compute_dtype, log_spread
 from normswap.methods.acn_options import AdaptiveOptions
 from normswap.methods.layer import NormLayer
@@ -43,6 +46,9 @@ class AdaptiveContextNorm(NormLayer):
     used in eval, for a batch with a single value per channel, and for a component that owns less
     than a thousandth of a value (which updates nothing). With "learned", m_k is mu_k and
     sqrt(v_k + eps) is sigma_k, in both modes.
+
+    With `synced` set, m_k and v_k are over the batches of all processes, or of those in the group
+    that `process_group` names; see `ContextNorm`, which has the same.
 
     One component is BatchNorm. lambda_k is at least 0.01 / K and sigma_k at least sqrt(eps).
 
@@ -68,6 +74,7 @@ class AdaptiveContextNorm(NormLayer):
     the statistics are kept; the layer keeps gamma and beta; lambda and sigma are bounded.
     """
 
+    context_parameters = ("prior_logits", "mu", "log_sigma")
     weight: nn.Parameter
     bias: nn.Parameter
     prior_logits: nn.Parameter
@@ -95,6 +102,8 @@ class AdaptiveContextNorm(NormLayer):
         self.eps = eps
         self.momentum = momentum
         self.frozen = False
+        self.synced = False
+        self.process_group: str | None = None
         shape = (components, num_features)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         for name in ("weight", "bias"):
@@ -184,11 +193,31 @@ class AdaptiveContextNorm(NormLayer):
         """Compute the layer; see the class."""
         values = x.numel() // max(x.shape[1], 1)
         tracked = self.running_mean is not None
-        batch = tracked and self.training and not self.frozen and values > 1
+        frozen = self.frozen or self.stats_frozen
+        batch = tracked and self.training and not frozen
+        if batch and self.synced and (reduce := sum_over(self.process_group)) is not None:
+            return self._normalize_shared(x, reduce)
+        batch = batch and values > 1
         result = self.compute(x, batch)
-        if batch:
-            self._update(result, values)
+        if batch and not in_backward():
+            self._update(result, values / (values - 1))
         return result.y
+
+    def _normalize_shared(self, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """Normalise with what the components own of the batches of all processes."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        dtype = compute_dtype(x)
+        mixture = self.mixture(dtype)
+        given = Moments(*(t.to(dtype).clone() for t in (self.running_mean, self.running_var)))
+        mass, moments, values = shared_moments(x, mixture, given, self.options.assignment, reduce)
+        gain = self.weight.to(dtype) * (-0.5 * mixture.log_prior).exp()
+        run = _NORMALIZE[self.options.assignment]
+        y = run(x, mixture, gain, self.bias.to(dtype), moments, self.eps, False).y
+        if not in_backward():
+            factor = values / (values - 1).clamp(min=1)
+            self._update(Normalized(y, mass, moments), factor, values > 1)
+        return y
 
     def compute(self, x: Tensor, batch: bool) -> Normalized:
         """Normalise with the moments of this batch, or with the tracked or learned ones."""
@@ -204,18 +233,20 @@ class AdaptiveContextNorm(NormLayer):
         return run(x, mixture, gain, self.bias.to(dtype), given, eps, batch)
 
     @torch.no_grad()
-    def _update(self, result: Normalized, values: int) -> None:
+    def _update(
+        self, result: Normalized, factor: float | Tensor, counts: bool | Tensor = True
+    ) -> None:
         """Move the running statistics of the components that own something of the batch."""
         count, mean, var = self.num_batches_tracked, self.running_mean, self.running_var
         assert count is not None
         assert mean is not None
         assert var is not None
-        count.add_(1)
+        count.add_(counts)
         rate: Any = self.momentum
         if rate is None:
-            rate = count.to(result.mass.dtype).reciprocal()
+            rate = count.clamp(min=1).to(result.mass.dtype).reciprocal()
         rate = (result.mass >= MASS).to(result.mass.dtype) * rate
-        unbiased = result.moments.var * (values / (values - 1))
+        unbiased = result.moments.var * factor
         for buffer, new in ((mean, result.moments.mean), (var, unbiased)):
             buffer.copy_(buffer + rate * (new - buffer))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from normswap.errors import ConversionError, UnknownNameError
 from normswap.functional.moments import Moments
+from normswap.methods.plain import Plain
 from normswap.sites import Place, Site
 
 
@@ -80,6 +81,57 @@ class Method(BaseMethod):
         """Return the weight of each context, (K, C), None where the given priors hold."""
         return None
 
+    def plain(self, layer: nn.Module, context: int | None) -> Plain:
+        """Return the plain norm that computes what a layer computes in eval mode.
+
+        By default what the layer's own ``plain(context)`` returns.
+
+        Args:
+            layer: one this method built.
+            context: index of the context; None for the pooled one, or without contexts.
+
+        Raises:
+            ConversionError: no plain norm does; the message says why.
+        """
+        plain: Plain = self._ask(layer, "plain", "equals no plain norm")(context)
+        return plain
+
+    def added_rows(self, layer: nn.Module, like: int | None, share: float) -> dict[str, Tensor]:
+        """Return the row of one more context for each tensor (K, *) of a layer, by name.
+
+        With them appended, the new context, the last, computes in eval mode what `like` does; the
+        others compute what they did. By default what the layer's own ``added_rows`` returns.
+
+        Args:
+            layer: one this method built.
+            like: index of the context it starts from; None for the pooled one.
+            share: prior probability of the new context, in (0, 1).
+
+        Raises:
+            ConversionError: the layer has no contexts to add to.
+        """
+        rows: dict[str, Tensor] = self._ask(layer, "added_rows", "takes no further context")(
+            like, share
+        )
+        return rows
+
+    def set_moments(self, layer: nn.Module, context: int, moments: Moments) -> None:
+        """Give a context other statistics, (C,) each; by default the layer's own method does.
+
+        Raises:
+            ConversionError: the layer has no statistics of contexts.
+        """
+        self._ask(layer, "set_moments", "has no statistics of a context to set")(context, moments)
+
+    def _ask(self, layer: nn.Module, name: str, otherwise: str) -> Any:
+        found = getattr(layer, name, None)
+        if found is None:
+            raise ConversionError(
+                f"method {self.name!r}: its layer {type(layer).__name__} {otherwise} (it has no "
+                f"{name}())"
+            )
+        return found
+
 
 class InsertedMethod(BaseMethod):
     """How one method joins a model's norms: a layer at a placement, the norms stay.
@@ -110,6 +162,10 @@ class InsertedMethod(BaseMethod):
         It has ``begin(device)`` and ``end()``.
         """
         return None
+
+    def effect(self, layer: nn.Module) -> str | None:
+        """Return what a layer does in eval mode that dropping it would lose, None for nothing."""
+        return f"method {self.name!r} does not say whether its layer is the identity"
 
 
 _REGISTRY: dict[str, BaseMethod] = {}

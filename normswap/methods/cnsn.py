@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from normswap.functional.schedule import Schedule
 from normswap.methods.base import InsertedMethod, register_method
 from normswap.methods.crossnorm import CrossNormOptions, ScheduledCrossNorm
-from normswap.methods.selfnorm import SelfNormOptions
+from normswap.methods.selfnorm import SelfNorm, SelfNormOptions
 from normswap.sites import Place
 
 
@@ -100,3 +100,8 @@ class CNSNMethod(InsertedMethod):
         """Share one schedule between the CrossNorm layers."""
         inner = [m for layer in layers for m in layer.modules()]
         return options.crossnorm.connect([m for m in inner if isinstance(m, ScheduledCrossNorm)])
+
+    def effect(self, layer: nn.Module) -> str | None:
+        """Return what a trained SelfNorm does; CrossNorm is the identity in eval."""
+        effects = (m.effect() for m in layer.modules() if isinstance(m, SelfNorm))
+        return next((effect for effect in effects if effect is not None), None)

@@ -1,11 +1,13 @@
 """CN-X: a learned mean and spread for each context, no batch statistics."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normswap.functional.affine import Affine, apply_affine, where_rows
+from normswap.distributed import sum_over, sum_over_ddp
+from normswap.functional.affine import Affine, Centred
 from normswap.functional.moments import (
     Moments,
     compute_dtype,
@@ -15,6 +17,7 @@ from normswap.functional.moments import (
     log_spread,
     pool_moments,
 )
+from normswap.functional.tables import apply_centred
 from normswap.methods.base import (
     Contexts,
     Method,
@@ -23,6 +26,7 @@ from normswap.methods.base import (
 )
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import ContextLayer, adopt, fill_affine, make_priors
+from normswap.methods.plain import Plain, added_prior, pick_moments
 from normswap.sites import Site
 
 
@@ -49,13 +53,15 @@ class ContextNormX(ContextLayer):
 
     A fresh layer starts mu and sigma from its first batch in training mode: each context from its
     own samples, contexts absent there or with one value from the whole batch. A batch with one
-    value per channel, or none, is no start.
+    value per channel, or none, is no start. Within DistributedDataParallel, or with `synced`, the
+    batch is that of all processes, which then start alike.
 
     Source: Faye et al., arXiv 2403.16798, CN-X.
     Differs from source: the layer keeps a shared gamma and beta; starts from data or from a batch
     norm instead of Xavier, which is nearly an identity; sigma is positive by its logarithm.
     """
 
+    context_parameters = ("mu", "log_sigma")
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     mu: nn.Parameter
@@ -77,6 +83,8 @@ class ContextNormX(ContextLayer):
         self.eps = eps
         self.affine = affine
         self.fresh = True
+        self.synced = False
+        self.process_group: str | None = None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         for name in ("weight", "bias"):
             value = nn.Parameter(torch.empty(num_features, **options)) if affine else None
@@ -97,13 +105,16 @@ class ContextNormX(ContextLayer):
                 self.bias.zero_()
 
     @torch.no_grad()
-    def start_from(self, x: Tensor, labels: Tensor) -> None:
-        """Set mu and sigma from a batch; labels (N,) in [-1, K)."""
-        instances = instance_moments(x.detach())
+    def start_from(
+        self, x: Tensor, labels: Tensor, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Set mu and sigma from a batch; labels (N,) in [-1, K); reduce sums over processes."""
+        instances, size = instance_moments(x.detach()), x.shape[2:].numel()
         index = torch.where(labels < 0, self.num_contexts, labels)
-        counts, moments = context_moments(instances, index, self.num_contexts)
-        _, whole = context_moments(instances, torch.zeros_like(index), 1)
-        values = counts * (x.numel() // max(x.shape[0] * x.shape[1], 1))
+        values, moments = context_moments(instances, index, self.num_contexts, size, reduce)
+        count, whole = context_moments(instances, torch.zeros_like(index), 1, size, reduce)
+        if reduce is not None and not count > 1:
+            return
         usable = (values > 1).unsqueeze(1)
         self.mu.copy_(torch.where(usable, moments.mean, whole.mean))
         var = torch.where(usable, moments.var, whole.var)
@@ -112,38 +123,42 @@ class ContextNormX(ContextLayer):
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
-        if self.fresh and self.training and labels is not None and x.numel() > x.shape[1]:
-            self.start_from(x, labels)
+        if self.fresh and self.training and labels is not None:
+            reduce = sum_over(self.process_group) if self.synced else sum_over_ddp()
+            if reduce is not None or x.numel() > x.shape[1]:
+                self.start_from(x, labels, reduce)
         dtype = compute_dtype(x)
         mu, log_sigma = self.mu.to(dtype), self.log_sigma.to(dtype)
         if labels is None:
-            return apply_affine(x, self._unknown(x, mu, log_sigma))
-        affine = self._affine(mu, torch.exp(-log_sigma)).rows(labels.clamp(min=0))
-        if unlabelled:
-            affine = where_rows(labels >= 0, affine, self._unknown(x, mu, log_sigma))
-        return apply_affine(x, affine)
+            return apply_centred(x, self._unknown(x, mu, log_sigma))
+        table = self._table(mu, torch.exp(-log_sigma))
+        if not unlabelled:
+            return apply_centred(x, table, labels if self.num_contexts > 1 else None)
+        other = self._unknown(x, mu, log_sigma)
+        return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
 
-    def _affine(self, mu: Tensor, inverse_sigma: Tensor) -> Affine:
+    def _table(self, mu: Tensor, inverse_sigma: Tensor) -> Centred:
         if self.weight is None or self.bias is None:
-            return Affine(inverse_sigma, -mu * inverse_sigma)
-        scale = self.weight.to(mu.dtype) * inverse_sigma
-        return Affine(scale, self.bias.to(mu.dtype) - mu * scale)
+            return Centred(mu, inverse_sigma, torch.zeros_like(mu))
+        bias = self.bias.to(mu.dtype).expand_as(mu)
+        return Centred(mu, self.weight.to(mu.dtype) * inverse_sigma, bias)
 
-    def _unknown(self, x: Tensor, mu: Tensor, log_sigma: Tensor) -> Affine:
+    def _unknown(self, x: Tensor, mu: Tensor, log_sigma: Tensor) -> Centred:
         """Return the map of samples without a label: one row, or one a sample ("posterior")."""
         if isinstance(self.unknown, int):
             row = slice(self.unknown, self.unknown + 1)
-            return self._affine(mu[row], torch.exp(-log_sigma[row]))
+            return self._table(mu[row], torch.exp(-log_sigma[row]))
+        if self.unknown == "error":
+            # Reached only where the host cannot see the labels; wrong results must be visible.
+            return Centred(*(torch.full_like(mu[:1], torch.nan) for _ in range(3)))
         priors = self.mixing(mu.dtype)
         moments = Moments(mu, torch.exp(2 * log_sigma))
         if self.unknown == "posterior" and self.num_contexts > 1:
             weights = context_posterior(instance_moments(x), moments, priors, 0.0)
-            return self._affine(mu, torch.exp(-log_sigma)).mix(weights)
-        if self.unknown == "error":
-            # Reached only where the host cannot see the labels; wrong results must be visible.
-            return Affine(*(torch.full_like(mu[:1], torch.nan) for _ in range(2)))
+            centre, scale, shift = self._table(mu, torch.exp(-log_sigma))
+            return Affine(scale, shift - centre * scale).mix(weights).centred()
         pooled = pool_moments(moments, priors)
-        return self._affine(pooled.mean, torch.rsqrt(pooled.var))
+        return self._table(pooled.mean, torch.rsqrt(pooled.var))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -161,6 +176,36 @@ class ContextNormX(ContextLayer):
         state_dict.setdefault(prefix + "priors", self.priors)
         self.fresh = self.fresh and not _is_started(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def plain(self, context: int | None) -> Plain:
+        """Return the batch norm this layer is, for a context; None for the pooled.
+
+        Its running variance is ``sigma^2 - eps``; where that is negative, 0, and its weight takes
+        the factor ``sqrt(eps) / sigma`` that is left.
+        """
+        mean, var = self._learned(context)
+        weight, bias = torch.ones_like(mean), torch.zeros_like(mean)
+        if self.weight is not None and self.bias is not None:
+            weight, bias = self.weight.detach().double(), self.bias.detach().double()
+        weight = torch.where(var < self.eps, weight * (self.eps / var).sqrt(), weight)
+        return Plain(mean, (var - self.eps).clamp(min=0), weight, bias)
+
+    def _learned(self, context: int | None) -> Moments:
+        """Return mu and sigma^2 of a context, or of the mixture, (C,) float64."""
+        moments = Moments(self.mu, (2 * self.log_sigma.double()).exp())
+        return pick_moments(moments, context, self.mixing(torch.float64))
+
+    def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
+        """Return the rows of one more context; see `Method.added_rows`."""
+        mean, var = self._learned(like)
+        prior = added_prior(self.priors, share)
+        return {"mu": mean, "log_sigma": 0.5 * var.log(), "priors": prior}
+
+    @torch.no_grad()
+    def set_moments(self, context: int, moments: Moments) -> None:
+        """Set mu and ``log sigma = log(var + eps) / 2`` of a context from statistics, (C,) each."""
+        self.mu[context] = moments.mean
+        self.log_sigma[context] = log_spread(moments.var, self.eps)
 
 
 def _is_started(state: dict[str, Any], prefix: str) -> bool:

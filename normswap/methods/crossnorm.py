@@ -166,3 +166,7 @@ class CrossNormMethod(InsertedMethod):
     def connect(self, layers: list[nn.Module], options: CrossNormOptions) -> Schedule:
         """Share one schedule between the layers."""
         return options.connect([m for m in layers if isinstance(m, ScheduledCrossNorm)])
+
+    def effect(self, layer: nn.Module) -> str | None:
+        """Return None: CrossNorm is the identity in eval."""
+        return None

@@ -1,14 +1,19 @@
 """Instance norm with an affine for each context, for the methods that act on an instance norm."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normswap.functional.affine import Affine, apply_affine, fold_norm, where_rows
-from normswap.functional.moments import Moments, compute_dtype, instance_moments
+from normswap.functional.affine import Affine, centre_norm
+from normswap.functional.backward import in_backward
+from normswap.functional.fused import stat_affine
+from normswap.functional.moments import Moments, compute_dtype
+from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
 from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
+from normswap.methods.plain import Plain, added_prior, pick
 from normswap.sites import Site
 
 
@@ -37,6 +42,7 @@ class ContextInstanceNorm(ContextLayer):
     Source: Dumoulin et al., "A Learned Representation for Artistic Style", ICLR 2017.
     """
 
+    context_parameters = ("weight", "bias")
     weight: nn.Parameter
     bias: nn.Parameter
     running_mean: Tensor | None
@@ -109,31 +115,53 @@ class ContextInstanceNorm(ContextLayer):
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
-        dtype = compute_dtype(x)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        affine = self._unknown(weight, bias)
-        if labels is not None:
-            known = Affine(weight, bias).rows(labels.clamp(min=0))
-            affine = where_rows(labels >= 0, known, affine) if unlabelled else known
-        return apply_affine(x, fold_norm(self._moments(x), *affine, self.eps))
-
-    def _moments(self, x: Tensor) -> Moments:
-        """Return the statistics of each instance, or the running ones, (1, C)."""
         mean, var = self.running_mean, self.running_var
-        if self.training or mean is None or var is None:
-            positions = x.shape[2:].numel()
-            if positions == 1:
+        training = self.training and not self.stats_frozen
+        if training or mean is None or var is None:
+            if x.shape[2:].numel() == 1:
                 raise ValueError(
                     "expected more than 1 spatial element for the statistics of an instance, got "
                     f"input {tuple(x.shape)} (at {self._where()})"
                 )
-            moments = instance_moments(x)
-            if self.training and mean is not None and var is not None and x.shape[0]:
-                self._update(mean, var, moments, positions)
-            return moments
+            glue = partial(self._glue, labels, unlabelled, x.shape[2:].numel())
+            return stat_affine(x, glue, self.weight, self.bias)
         dtype = compute_dtype(x)
+        affine = self._select(self.weight.to(dtype), self.bias.to(dtype), labels, unlabelled)
         # Copies: a later training forward updates the buffers in place.
-        return Moments(*(t.to(dtype, copy=True).unsqueeze(0) for t in (mean, var)))
+        moments = Moments(*(t.to(dtype, copy=True).unsqueeze(0) for t in (mean, var)))
+        table = centre_norm(moments, *affine, self.eps)
+        centre = moments.mean.expand_as(table.scale)
+        return apply_centred(x, table._replace(centre=centre))
+
+    def _glue(
+        self,
+        labels: Tensor | None,
+        unlabelled: bool,
+        positions: int,
+        instances: Moments,
+        *tensors: Tensor,
+        replay: bool,
+    ) -> Affine:
+        """Return the map of each instance; see `normswap.functional.fused`."""
+        mean, var = self.running_mean, self.running_var
+        training = self.training and not self.stats_frozen
+        update = training and not (replay or in_backward()) and instances.mean.shape[0] > 0
+        if mean is not None and var is not None:
+            if update:
+                self._update(mean, var, instances, positions)
+        weight, bias = (t.to(instances.mean.dtype) for t in tensors)
+        affine = self._select(weight, bias, labels, unlabelled)
+        scale = affine.scale * torch.rsqrt(instances.var + self.eps)
+        return Affine(scale, affine.shift.expand_as(scale))
+
+    def _select(
+        self, weight: Tensor, bias: Tensor, labels: Tensor | None, unlabelled: bool
+    ) -> Affine:
+        """Return gamma and beta of each instance, or the one row of samples without a label."""
+        if labels is None:
+            return self._unknown(weight, bias)
+        known = Affine(weight, bias).rows(labels.clamp(min=0) if unlabelled else labels)
+        return known.where(labels >= 0, self._unknown(weight, bias)) if unlabelled else known
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor, moments: Moments, positions: int) -> None:
@@ -161,3 +189,14 @@ class ContextInstanceNorm(ContextLayer):
         for name, value in (("priors", self.priors), ("weight", self.weight), ("bias", self.bias)):
             state_dict.setdefault(prefix + name, value.detach())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def plain(self, context: int | None) -> Plain:
+        """Return the instance norm this layer is, for a context; None for the mean affine."""
+        priors = self.mixing(torch.float64)
+        weight, bias = (pick(t, context, priors) for t in (self.weight, self.bias))
+        return Plain(self.running_mean, self.running_var, weight, bias)
+
+    def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
+        """Return the rows of one more context; see `Method.added_rows`."""
+        _, _, weight, bias, _ = self.plain(like)
+        return {"weight": weight, "bias": bias, "priors": added_prior(self.priors, share)}

@@ -1,7 +1,7 @@
 """What every context-aware layer shares: its labels, its policy for unknown ones, its tail."""
 
 from abc import abstractmethod
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,15 @@ class NormLayer(nn.Module):
 
     Args:
         num_features: C, the size of dimension 1 of the input.
+
+    Attributes:
+        context_parameters: names of the parameters that have a row for each context or component.
+        stats_frozen: whether training mode, too, uses the running statistics and leaves them;
+            `normswap.freeze` sets it.
     """
+
+    context_parameters: ClassVar[tuple[str, ...]] = ()
+    stats_frozen = False
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -242,4 +250,5 @@ def make_priors(
             f"expected `priors` of {num_contexts} positive values that sum to one, "
             f"got {priors.tolist()}; normswap.contexts.check_priors scales counts"
         )
-    return priors.to(device=device, dtype=torch.float64 if wide else torch.float32)
+    # A copy: layers of a float64 model would share one tensor with each other and the caller.
+    return priors.to(device=device, dtype=torch.float64 if wide else torch.float32, copy=True)

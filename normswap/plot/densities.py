@@ -83,6 +83,10 @@ def densities(
         values: Tensor | None = _collect(
             source, layer, [] if data is None else data, samples, forward, seed, progress
         )
+    elif not isinstance(source, Components):
+        raise ConversionError(
+            f"expected a converted model or Components, got {type(source).__name__}"
+        )
     else:
         parts = source
         values = None if data is None else torch.as_tensor(data)

@@ -53,8 +53,13 @@ def divergence(
         rows, known, heading = model_divergences(source)
         names, title = names or known, title or heading
         kind = "layer, in the model's order"
-    else:
+    elif isinstance(source, Mapping):
         rows, kind = dict(source), "layer"
+    else:
+        raise ConversionError(
+            "expected a converted model, or a mapping from layers to divergences, got "
+            f"{type(source).__name__}"
+        )
     table = _table(rows)
     labels = [f"context {k}" for k in range(table.shape[1])] if names is None else list(names)
     if len(labels) != table.shape[1]:
@@ -131,8 +136,9 @@ def _table(rows: Mapping[str, Tensor]) -> Tensor:
         shapes = sorted({tuple(v.shape) for v in values})
         raise ConversionError(f"expected layers with one value a context each, got {shapes}")
     table = torch.stack(values)
-    if not table.numel() or not bool((table.isfinite() & (table >= 0)).all()):
-        bad = [name for name, v in zip(rows, values, strict=True) if not bool((v >= 0).all())]
+    fine = (table.isfinite() & (table >= 0)).all(1)
+    if not table.numel() or not bool(fine.all()):
+        bad = [name for name, well in zip(rows, fine, strict=True) if not well]
         raise ConversionError(f"expected finite divergences of 0 or more, not so in {bad[:4]}")
     return table
 

@@ -132,7 +132,8 @@ def components_in(tensors: Mapping[str, Tensor]) -> dict[str, Components]:
         if "prior_logits" in get:
             weight = bounded_log_prior(get["prior_logits"]).exp().expand_as(center)
         else:
-            weight = get["priors"].reshape(-1, 1).expand_as(center)
+            priors = get["priors"] / get["priors"].sum()  # the sum is not one after add_context
+            weight = priors.reshape(-1, 1).expand_as(center)
         found[layer] = Components(weight, center, sigma)
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import ConversionError
+from normswap.errors import ConversionError, expect_module
 from normswap.extras import need
 from normswap.functional.schedule import Schedule
 from normswap.methods.crossnorm import ScheduledCrossNorm
@@ -116,6 +116,7 @@ def find_schedule(model: nn.Module) -> tuple[Schedule, list[str]]:
     Raises:
         ConversionError: the model has no layers of CrossNorm that a schedule fires.
     """
+    expect_module(model)
     found: dict[int, str] = {}
     schedule = None
     for name, module in model.named_modules():

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from recipes.data import Augmentation, DomainData, Loader, augment, stratified_mask
+from recipes.data import (
+    Augmentation,
+    DomainData,
+    Loader,
+    cut_windows,
+    draw_windows,
+    stratified_mask,
+)
 
 STILL = Augmentation(side=(1.0, 1.0), shift=0.0, flip=False)
 
@@ -25,6 +32,10 @@ def numbered(count: int, held_out: str | None = None) -> DomainData:
 def loader(data: DomainData, batch_size: int = 4) -> Loader:
     # With mean 0 and std 1 / 255 a pixel comes back as its uint8 value.
     return Loader(data, (0.0,) * 3, (1 / 255,) * 3, batch_size, torch.device("cpu"))
+
+
+def cut(images, how, generator):
+    return cut_windows(images, draw_windows(len(images), how, generator))
 
 
 def numbers_of(batches) -> list[int]:
@@ -84,14 +95,14 @@ def test_images_are_normalised_by_mean_and_std():
 
 def test_a_whole_window_leaves_images_as_they_are():
     images = torch.rand(5, 3, 8, 8)
-    result = augment(images, STILL, torch.Generator().manual_seed(0))
+    result = cut(images, STILL, torch.Generator().manual_seed(0))
     torch.testing.assert_close(result, images, atol=1e-5, rtol=0)
 
 
 def test_flipping_mirrors_some_images_left_to_right():
     images = torch.rand(32, 3, 8, 8)
     how = Augmentation(side=(1.0, 1.0), shift=0.0, flip=True)
-    result = augment(images, how, torch.Generator().manual_seed(0))
+    result = cut(images, how, torch.Generator().manual_seed(0))
     same = ((result - images).abs().amax((1, 2, 3)) < 1e-4).sum()
     mirrored = ((result - images.flip(3)).abs().amax((1, 2, 3)) < 1e-4).sum()
     assert same + mirrored == 32
@@ -100,5 +111,5 @@ def test_flipping_mirrors_some_images_left_to_right():
 
 def test_a_window_inside_the_image_shows_no_black():
     how = Augmentation(side=(0.5, 0.9), shift=0.0, flip=True)
-    result = augment(torch.ones(64, 3, 16, 16), how, torch.Generator().manual_seed(0))
+    result = cut(torch.ones(64, 3, 16, 16), how, torch.Generator().manual_seed(0))
     assert result.min() > 0.999

@@ -1,0 +1,153 @@
+"""Affine maps of x by a small function of x's own statistics: one autograd Function for all.
+
+x is the only tensor of its size that is saved. The plain formulas serve where the kernels cannot:
+under torch.compile, export and tracing (where a compiler fuses them), functorch and forward-mode
+derivatives, second derivatives, devices, dtypes and strides that the kernels do not know.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from normswap.functional import kernels
+from normswap.functional.affine import Affine, Centred
+from normswap.functional.glue import Pull
+from normswap.functional.moments import Moments, instance_moments
+from normswap.functional.tables import apply_centred_plain, records, uses_kernels
+
+
+class Glue(Protocol):
+    """From the statistics of the instances, and parameters, to a map of each instance."""
+
+    def __call__(self, instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
+        """Return s and t, both (N, C), of ``y = (x - mean) * s + t``.
+
+        Pure in what it returns. It may update buffers, unless it is replayed for a derivative.
+        """
+
+
+class HandGlue(Protocol):
+    """The same function with its derivative written out; see `normswap.functional.glue`."""
+
+    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Affine, Any]:
+        """Return the map and what `backward` needs."""
+
+    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
+        """Return the gradients, given those of s and t."""
+
+
+def stat_affine(
+    x: Tensor, glue: Glue, *tensors: Tensor, hand: Callable[[], HandGlue] | None = None
+) -> Tensor:
+    """Return ``(x - mean) * s + t`` with s and t a function of x's own statistics.
+
+    Args:
+        x: (N, C, *).
+        glue: from mean and biased variance of each channel of each instance, (N, C), and
+            `tensors` to s and t. Anything differentiable; what costs, is of the size of x, is not
+            its business.
+        tensors: what the glue differentiates besides the statistics: parameters.
+        hand: makes the same glue with a derivative of its own, where the kernels are used.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of x.
+    """
+    if not uses_kernels(x):
+        return _compute_plain(x, glue, tensors, replay=False)
+    if not records((x, *tensors)):
+        instances = kernels.stats(x)
+        if hand is None:
+            scale, shift = glue(instances, *tensors, replay=False)
+        else:
+            (scale, shift), _ = hand().forward(instances, *tensors)
+        return kernels.affine(x, instances.mean, scale, shift)
+    chosen = _AutogradGlue(glue, x.shape[2:].numel()) if hand is None else hand()
+    y: Tensor = _StatAffine.apply(x, glue, chosen, *tensors)
+    return y
+
+
+class _AutogradGlue:
+    """Glue with torch's derivative."""
+
+    def __init__(self, glue: Glue, positions: int) -> None:
+        self.glue, self.positions = glue, positions
+
+    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Affine, Any]:
+        """Compute the glue, keeping its graph."""
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_(t.requires_grad) for t in (*instances, *tensors)]
+            affine = self.glue(Moments(*leaves[:2]), *leaves[2:], replay=False)
+        return Affine(*(t.detach() for t in affine)), (affine, leaves)
+
+    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
+        """Go back through the graph; it is kept, as others' graphs are where torch is told to."""
+        (scale, shift), leaves = saved
+        pairs = ((scale, dscale), (shift, dshift))
+        pulled = [(out, grad) for out, grad in pairs if out.requires_grad]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found: list[Tensor | None] = [None] * len(wanted)
+        if pulled and wanted:
+            outs, grads = zip(*pulled, strict=True)
+            found = list(
+                torch.autograd.grad(outs, wanted, grads, retain_graph=True, allow_unused=True)
+            )
+        iterator = iter(found)
+        dmean, dvar, *dtensors = (next(iterator) if t.requires_grad else None for t in leaves)
+        zero, share = torch.zeros_like(dscale), 1 / self.positions
+        # Differences first: a map that does not depend on the mean has a constant of exactly zero.
+        constant = torch.addcmul(zero if dmean is None else dmean, scale.detach(), dshift, value=-1)
+        spread = zero if dvar is None else dvar * (2 * share)
+        return Pull(spread, constant.mul_(share), tuple(dtensors))
+
+
+def _compute_plain(x: Tensor, glue: Glue, tensors: Sequence[Tensor], replay: bool) -> Tensor:
+    instances = instance_moments(x)
+    affine = glue(instances, *tensors, replay=replay)
+    return apply_centred_plain(x, Centred(instances.mean, *affine))
+
+
+class _StatAffine(Function):
+    """dx = s dy + b (x - m) + c, with b and c what the glue makes of sum dy and sum dy (x - m)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, glue, hand, *tensors = inputs
+        instances = kernels.stats(x)
+        if ctx.needs_input_grad[0]:
+            for t in instances:
+                t.requires_grad_()
+        affine, kept = hand.forward(instances, *tensors)
+        mean = instances.mean.detach()
+        ctx.glue, ctx.hand, ctx.kept, ctx.mean, ctx.scale = glue, hand, kept, mean, affine.scale
+        ctx.save_for_backward(x, *tensors)
+        return kernels.affine(x, mean, *affine)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        if torch.is_grad_enabled():
+            found = _differentiate(x, ctx.glue, tensors, grads[0], needed)
+            return found[0], None, None, *found[1:]
+        dy, mean = kernels.match(grads[0], x), ctx.mean
+        dshift, dscale = kernels.dot(dy, x, mean)
+        pull = ctx.hand.backward(ctx.kept, dscale, dshift)
+        dx = None
+        if needed[0]:
+            offset = torch.addcmul(pull.constant, pull.spread, mean, value=-1)
+            dx = kernels.combine(dy, x, ctx.scale, pull.spread, offset)
+        return dx, None, None, *pull.tensors
+
+
+def _differentiate(
+    x: Tensor, glue: Glue, tensors: Sequence[Tensor], dy: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients with a graph of their own, for second derivatives."""
+    with torch.autocast(x.device.type, enabled=False):
+        y = _compute_plain(x, glue, tensors, replay=True)
+    wanted = [t for t, need in zip((x, *tensors), needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]

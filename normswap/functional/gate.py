@@ -1,0 +1,77 @@
+"""SelfNorm's gate as glue with its derivative written out."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normswap.functional.affine import Affine
+from normswap.functional.glue import Pull
+from normswap.functional.moments import Moments
+
+_batch_norm: Any = torch.ops.aten.native_batch_norm
+_batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward
+_sigmoid_backward: Any = torch.ops.aten.sigmoid_backward
+
+
+class GateGlue:
+    """One gate: ``g = scale * sigmoid(BN(w1 * mean + w2 * std))``, s = g, t = g * mean.
+
+    Backward, with dz the gradient of the BN's input: dg = ds + t' dt with t' the mean; of the mean
+    in t nothing is left, since dt = sum dy; std = sqrt(var M / (M - 1) + eps), 0 where M is 1.
+
+    Args:
+        positions: M.
+        running: of the BN, updated in place where `batch`.
+        batch: whether the BN uses the statistics of this batch.
+        scale: of the gate.
+        eps: under the root of std.
+        momentum: of the BN.
+    """
+
+    def __init__(
+        self,
+        positions: int,
+        running: tuple[Tensor, Tensor],
+        batch: bool,
+        scale: float,
+        eps: float,
+        momentum: float = 0.1,
+    ) -> None:
+        self.momentum = momentum
+        self.positions, self.running, self.batch = positions, running, batch
+        self.scale, self.eps = scale, eps
+
+    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Affine, Any]:
+        """Return the map of each instance, and what `backward` needs."""
+        weight, gain, bias = tensors
+        mean, var = instances
+        if self.positions > 1:
+            std = var.mul(self.positions / (self.positions - 1)).add_(self.eps).sqrt_()
+        else:
+            std = torch.zeros_like(var)
+        by_mean, by_std = weight.to(mean.dtype).unbind(1)
+        z = torch.addcmul(by_mean * mean, by_std, std).to(gain.dtype)
+        out, *saved = _batch_norm(z, gain, bias, *self.running, self.batch, self.momentum, 1e-5)
+        sigmoid = out.to(mean.dtype).sigmoid_()
+        g = sigmoid * self.scale
+        return Affine(g, mean * g), (mean, std, weight, gain, z, sigmoid, saved)
+
+    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
+        """Return the gradients, given those of scale and shift."""
+        mean, std, weight, gain, z, sigmoid, statistics = saved
+        dg = torch.addcmul(dscale, mean, dshift).mul_(self.scale)
+        dout = _sigmoid_backward(dg, sigmoid).to(z.dtype)
+        running = (None, None) if self.batch else self.running
+        dz, dgain, dbias = _batch_norm_backward(
+            dout, z, gain, *running, *statistics, self.batch, 1e-5, [True, True, True]
+        )
+        dz = dz.to(mean.dtype)
+        dweight = torch.stack(((dz * mean).sum(0), (dz * std).sum(0)), 1).to(weight.dtype)
+        by_mean, by_std = weight.to(mean.dtype).unbind(1)
+        constant = dz * (by_mean / self.positions)
+        if self.positions > 1:
+            spread = dz.mul_(by_std / (self.positions - 1)).div_(std)
+        else:
+            spread = torch.zeros_like(dz)
+        return Pull(spread, constant, (dweight, dgain, dbias))

@@ -1,0 +1,124 @@
+"""Affine maps of x by tables: one sweep a pass, x the only tensor of its size that is saved."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
+
+from normswap.functional import kernels
+from normswap.functional.affine import Affine, Centred
+from normswap.functional.moments import compute_dtype, pick_rows, segment_sum
+
+
+def is_plain_eager() -> bool:
+    """Return whether nothing but autograd's backward looks at what runs: no compiler, no transform.
+
+    A compiler, tracer, functorch transform or forward-mode derivative needs torch's operators.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return not transformed and forward_ad._current_level < 0
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Return whether x can go through the kernels here and now."""
+    return is_plain_eager() and type(x) in (Tensor, nn.Parameter) and kernels.suits(x)
+
+
+def records(tensors: Sequence[Tensor]) -> bool:
+    """Return whether autograd records what is done with these tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _sums(t: Tensor, rows: int) -> Tensor:
+    """Return the sum over positions, and over instances where the tables have one row."""
+    total = t.flatten(2).sum(2)
+    return total.sum(0, keepdim=True) if rows == 1 else total
+
+
+def apply_centred_plain(x: Tensor, table: Centred) -> Tensor:
+    """Compute `apply_centred` with torch's own derivatives."""
+    shape = table.scale.shape + (1,) * (x.dim() - 2)
+    dtype = compute_dtype(x)
+    centre, scale, shift = (t.to(dtype).reshape(shape) for t in table)
+    return torch.addcmul(shift - centre * scale, x.to(dtype), scale).to(x.dtype)
+
+
+def apply_centred(x: Tensor, table: Centred, index: Tensor | None = None) -> Tensor:
+    """Return ``(x - centre) * scale + shift`` in the dtype and memory format of x.
+
+    Shape:
+        x: (N, C, *); tables: (N, C), or (1, C) for all instances, or (K, C) with index (N,), the
+        row of each instance.
+    """
+    if not uses_kernels(x):
+        return apply_centred_plain(x, table if index is None else table.rows(index))
+    dtype = compute_dtype(x)
+    tables = tuple(t.to(dtype) for t in table)
+    if not records((x, *tables)):
+        return kernels.affine(x, *_picked(tables, index))
+    y: Tensor = _TableAffine.apply(x, index, *tables)
+    return y
+
+
+def _picked(tables: Sequence[Tensor], index: Tensor | None) -> Sequence[Tensor]:
+    return tables if index is None else [pick_rows(t, index) for t in tables]
+
+
+def apply_affine(x: Tensor, affine: Affine) -> Tensor:
+    """Return ``x * scale + shift`` in the dtype and memory format of x.
+
+    Shape:
+        x: (N, C, *); scale, shift: (N, C), or (1, C) for all instances.
+    """
+    return apply_centred(x, affine.centred())
+
+
+class _TableAffine(Function):
+    """``y = (x - c) * s + t``: dx = dy s, ds = sum dy (x - c), dt = sum dy, dc = -s dt."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, index, *tables = inputs
+        kept = x if any(ctx.needs_input_grad[1:]) else None
+        ctx.save_for_backward(kept, index, *tables[:2])
+        return kernels.affine(x, *_picked(tables, index))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, index, *tables = ctx.saved_tensors
+        needed, (dy,) = ctx.needs_input_grad, grads
+        if torch.is_grad_enabled():
+            return _differentiate_tables(dy, x, index, *tables)
+        centre, scale = _picked(tables, index)
+        if x is None:
+            dy = dy if kernels.suits(dy) else dy.contiguous()
+            return kernels.scaled(dy, scale), *[None] * 4
+        dy, dx = kernels.match(dy, x), None
+        if needed[0]:
+            dx, dshift, dscale = kernels.scale_and_dot(dy, x, centre, scale)
+        else:
+            dshift, dscale = kernels.dot(dy, x, centre)
+        if index is not None:
+            dshift, dscale = (segment_sum(t, index, len(tables[0])) for t in (dshift, dscale))
+        return dx, None, -tables[1] * dshift if needed[2] else None, dscale, dshift
+
+
+def _differentiate_tables(
+    dy: Tensor, x: Tensor | None, index: Tensor | None, *tables: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients with a graph of their own."""
+    centre, scale = _picked(tables, index)
+    rows, shape = len(scale), scale.shape + (1,) * (dy.dim() - 2)
+    wide = dy.to(scale.dtype)
+    dx = (wide * scale.reshape(shape)).to(dy.dtype)
+    if x is None:
+        return dx, *[None] * 4
+    dshift = _sums(wide, rows)
+    dscale = _sums(wide * (x.to(scale.dtype) - centre.reshape(shape)), rows)
+    if index is not None:
+        dshift, dscale = (segment_sum(t, index, len(tables[0])) for t in (dshift, dscale))
+    return dx, None, -tables[1] * dshift, dscale, dshift

@@ -1,0 +1,216 @@
+"""The layer of CN: batch statistics and an affine for each context."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normswap.distributed import sum_over, sum_over_ddp
+from normswap.functional.affine import Centred, centre_norm, fold_norm
+from normswap.functional.backward import in_backward
+from normswap.functional.context import norm_contexts
+from normswap.functional.moments import (
+    Moments,
+    combine_moments,
+    compute_dtype,
+    context_posterior,
+    instance_moments,
+    pool_moments,
+)
+from normswap.functional.tables import apply_centred
+from normswap.methods.cn_tables import ContextTables
+
+
+class ContextNorm(ContextTables):
+    """Context normalization (CN).
+
+    ``y = (gamma_c * (x - mu_c) / sqrt(var_c + eps) + beta_c) / sqrt(lambda_c)`` for a sample of
+    context c. In training, mu_c and var_c (biased) are over the samples of c in the batch and all
+    positions; in eval, the running statistics of c. Running statistics move as BatchNorm's do
+    (unbiased variance), only for contexts in the batch. A context with a single value per channel
+    is normalised with its running statistics and does not update them; so are samples labelled -1,
+    with those the policy `unknown` names.
+
+    Args:
+        num_features: C.
+        num_contexts: K.
+        eps: added to the variance.
+        momentum: weight of the new value in the running statistics, in [0, 1]; None keeps the
+            cumulative average.
+        priors: lambda, (K,), positive, sums to one; uniform by default.
+        unknown: policy for samples without a label; see `ContextLayer`.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        synced: in training, take mu_c and var_c over the batches of all processes, as
+            SyncBatchNorm does, or of those in the group that the attribute `process_group` names.
+            Processes may have batches of different sizes, even empty, and lack contexts; all take
+            part in every training forward and backward. Without it, DistributedDataParallel
+            leaves the normalisation to each process, and the running statistics take the samples
+            of all.
+
+    Shape:
+        x: (N, C, *); context: (N,). Parameters weight, bias: (K, C); buffers running_mean,
+        running_var: (K, C), num_batches_tracked, priors: (K,).
+
+    Source: Faye et al., arXiv 2403.16798, CN.
+    Differs from source: channels are dimension 1; parameters exist before the first forward;
+    eval uses running statistics; labels out of range are an error instead of passing through.
+    """
+
+    _first_run: Moments | None = None
+
+    def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
+        """Compute the layer; see the class."""
+        dtype = compute_dtype(x)
+        running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
+        if self.training or torch.is_grad_enabled():
+            # Updates are in place, by this forward or a later one; these values are still needed.
+            running = Moments(running.mean.clone(), running.var.clone())
+            running = self._at_first_run(running)
+        weight, bias = self._scaled(dtype)
+        frozen = self.frozen or self.stats_frozen
+        if labels is not None and self.training and not frozen:
+            return self._train_step(x, labels, unlabelled, running, weight, bias)
+        if labels is None:
+            return apply_centred(x, self._unknown(x, None, running, weight, bias))
+        table = centre_norm(running, weight, bias, self.eps)
+        if not unlabelled:
+            return apply_centred(x, table, labels if self.num_contexts > 1 else None)
+        other = self._unknown(x, None, running, weight, bias)
+        return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
+
+    def _at_first_run(self, running: Moments) -> Moments:
+        """Return what the running statistics were when this forward first ran.
+
+        Gradient checkpointing runs it again, after its update; samples without a label have to
+        meet the same statistics then. Of several forwards before one backward, the last counts.
+        In eval mode nothing moves them.
+        """
+        if not self.training:
+            return running
+        if torch.compiler.is_compiling():
+            # The compiler computes again in backward what is cheap, from the buffers as updated
+            # (pytorch/pytorch#197039), but keeps the result of a flip.
+            return Moments(*(t.flip(0).flip(0) for t in running))
+        if in_backward():
+            return self._first_run or running
+        self._first_run = running
+        return running
+
+    def _scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return gamma and beta over sqrt(lambda)."""
+        scale = self.priors.to(dtype).rsqrt().unsqueeze(1)
+        return self.weight.to(dtype) * scale, self.bias.to(dtype) * scale
+
+    def _train_step(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        unlabelled: bool,
+        running: Moments,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        """Normalise with each context's moments in this batch, and update the running ones."""
+        index, given, override = labels, running, None
+        if unlabelled:
+            # One more context, whose moments are given.
+            index = torch.where(labels < 0, self.num_contexts, labels)
+            row = self._unknown_row(running, weight, bias)
+            given = Moments(*(torch.cat(pair) for pair in zip(running, row[0], strict=True)))
+            weight, bias = torch.cat((weight, row[1])), torch.cat((bias, row[2]))
+            if self.unknown == "posterior" and self.num_contexts > 1:
+                override = partial(self._mix_unlabelled, labels, running)
+        reduce = sum_over(self.process_group) if self.synced else None
+        return norm_contexts(
+            x,
+            index,
+            weight,
+            bias,
+            given,
+            self.num_contexts,
+            self.eps,
+            self._update,
+            reduce,
+            override,
+        )
+
+    def _mix_unlabelled(
+        self,
+        labels: Tensor,
+        running: Moments,
+        table: Centred,
+        instances: Moments,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Centred:
+        """Give samples without a label the map of policy "posterior"."""
+        known = (t[: self.num_contexts] for t in (weight, bias))
+        return table.where(labels >= 0, self._unknown(None, instances, running, *known))
+
+    @torch.no_grad()
+    def _update(self, used: Moments, values: Tensor) -> None:
+        """Move the running statistics; where a context had no moments, `used` holds them."""
+        if in_backward():
+            return
+        reduce = None if self.synced else sum_over_ddp()
+        if reduce is not None:
+            # The wrapper gives every process the buffers of the first one, before each forward:
+            # contexts that only others have would never be updated.
+            values, used = self._of_all(values, used, reduce)
+        usable = values > 1
+        self.num_batches_tracked.add_(usable.squeeze(1))
+        rate: Any = self.momentum
+        if rate is None:
+            rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal().unsqueeze(1)
+        unbiased = used.var * torch.where(usable, values / (values - 1), 1)
+        for buffer, new in ((self.running_mean, used.mean), (self.running_var, unbiased)):
+            buffer.copy_(torch.lerp(buffer.to(new.dtype), new, rate))
+
+    def _of_all(
+        self, values: Tensor, used: Moments, reduce: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Moments]:
+        """Combine the moments of contexts with what other processes have of them."""
+        values = torch.where(values > 1, values, 0)
+        values, found = combine_moments(values, used, reduce)
+        running = (self.running_mean, self.running_var)
+        new = (torch.where(values > 1, f, r.to(f)) for f, r in zip(found, running, strict=True))
+        return values, Moments(*new)
+
+    def _unknown(
+        self,
+        x: Tensor | None,
+        instances: Moments | None,
+        running: Moments,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Centred:
+        """Return the map of samples without a label: one row, or one a sample ("posterior")."""
+        if self.unknown == "posterior" and self.num_contexts > 1:
+            if instances is None:
+                assert x is not None
+                instances = instance_moments(x)
+            priors = self.mixing(weight.dtype)
+            weights = context_posterior(instances, running, priors, self.eps)
+            return fold_norm(running, weight, bias, self.eps).mix(weights).centred()
+        return centre_norm(*self._unknown_row(running, weight, bias), self.eps)
+
+    def _unknown_row(
+        self, running: Moments, weight: Tensor, bias: Tensor
+    ) -> tuple[Moments, Tensor, Tensor]:
+        """Return moments, gamma and beta of the one row, (1, C), that unknown labels take."""
+        if isinstance(self.unknown, int):
+            row = slice(self.unknown, self.unknown + 1)
+            return Moments(running.mean[row], running.var[row]), weight[row], bias[row]
+        if self.unknown == "error":
+            # Reached only where the host cannot see the labels; wrong results must be visible.
+            nan = torch.full_like(running.mean[:1], torch.nan)
+            return Moments(nan, nan), torch.full_like(weight[:1], torch.nan), nan
+        mixing = self.mixing(weight.dtype).unsqueeze(1)
+        return (
+            pool_moments(running, mixing),
+            (mixing * weight).sum(0, keepdim=True),
+            (mixing * bias).sum(0, keepdim=True),
+        )

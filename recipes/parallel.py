@@ -1,0 +1,138 @@
+"""Several processes that train one run together, started by `torchrun -m recipes ...`.
+
+Each takes its part of every batch, so that the batch, and with it the run, is that of one process;
+the first one writes and prints. Alone, everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import normswap
+
+from .errors import RecipeError
+
+
+def rank() -> int:
+    """Give the number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """Give how many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Tell whether this process writes and prints."""
+    return rank() == 0
+
+
+def say(*lines: object, **kwargs: Any) -> None:
+    """Print, in the first process."""
+    if is_first():
+        print(*lines, **kwargs)
+
+
+def local_device(kind: str) -> str:
+    """Give the name of this process's device: each process on a machine has its own GPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" and size() > 1 else kind
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did, and leave them afterwards.
+
+    Raises:
+        RecipeError: one GPU asked for by number, which all processes would share.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    if ":" in device:
+        raise RecipeError(
+            f"expected --device auto, cpu or cuda with several processes, got {device!r}; each "
+            "takes the GPU of its number"
+        )
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def part_of(count: int) -> slice:
+    """Give this process's part of `count` samples; parts differ by one sample at most."""
+    sizes = [len(part) for part in torch.arange(count).tensor_split(size())]
+    start = sum(sizes[: rank()])
+    return slice(start, start + sizes[rank()])
+
+
+def from_first(value: Any) -> Any:
+    """Give every process the value that the first one has."""
+    if size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum a tensor over the processes."""
+    if size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def share_statistics(model: nn.Module, converted: bool) -> None:
+    """Let norms take their batch statistics over all processes.
+
+    SyncBatchNorm works on GPUs only: on a CPU, batch norms keep to their part of the batch.
+    """
+    if size() == 1:
+        return
+    on_gpu = next(model.parameters()).is_cuda
+    if converted:
+        normswap.convert_sync_batchnorm(model, others=on_gpu)
+    elif on_gpu:
+        import timm.layers
+
+        timm.layers.convert_sync_batchnorm(model)
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    """Give what averages the gradients of all processes; the model itself on one."""
+    # Buffers are equal already, or made so by `agree_on_buffers`; a step may run several forwards,
+    # between which DistributedDataParallel's own broadcast would spoil what backward needs.
+    if size() == 1:
+        return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    # torch renamed the argument after 2.9.
+    flag: Any = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, **{flag: False})
+
+
+def agree_on_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of the first: those of norms that are not shared differ."""
+    if size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def launcher() -> str:
+    """Give what started these processes."""
+    alone = size() == 1
+    return "python" if alone else f"torchrun --nproc-per-node={size()}"

@@ -1,0 +1,109 @@
+"""`python -m tests.bench`: layers against BatchNorm, whole models, and cost against K as a plot.
+
+Every table is from one process with its cases run in turn; ratios are of medians.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from tabulate import tabulate
+
+from recipes.bench import HEADINGS, bench_model, make_model
+from tests.bench.layers import BASE, LAYOUTS, SHAPES, bench_layers
+
+MODELS = ("resnet50", "efficientnet_b0")
+METHODS = ("cn", "cn-x", "selfnorm", "crossnorm")
+
+
+def print_layers(options: argparse.Namespace, device: torch.device) -> None:
+    for training in (True, False):
+        columns = {}
+        for shape in SHAPES:
+            for layout in LAYOUTS:
+                columns[f"{shape[-1]} {layout}"] = bench_layers(
+                    shape,
+                    layout,
+                    training,
+                    device,
+                    options.counts,
+                    options.repeats,
+                    options.compile,
+                    torch.bfloat16 if options.bf16 else torch.float32,
+                )
+        first = next(iter(columns.values()))
+        base = ["BatchNorm2d, ms", *(f"{times[BASE].median:.3g}" for times in columns.values())]
+        rows = [
+            [name, *(f"{t[name].median / t[BASE].median:.2f}" for t in columns.values())]
+            for name in first
+            if name != BASE
+        ]
+        print("\ntraining, forward and backward" if training else "\neval, forward")
+        print(tabulate([base, *rows], ["ratio to BatchNorm2d", *columns], disable_numparse=True))
+
+
+def print_models(options: argparse.Namespace, device: torch.device) -> None:
+    for name in MODELS:
+        images = torch.randn(16, 3, 128, 128, device=device)
+        model = make_model(name).to(device)
+        rows = bench_model(
+            model, METHODS, images, 4, options.repeats, options.compile, options.bf16
+        )
+        print(f"\n{name}, batch 16, 128 px")
+        print(tabulate(rows, HEADINGS, disable_numparse=True))
+
+
+def plot_scaling(path: Path, options: argparse.Namespace, device: torch.device) -> None:
+    """Draw the cost of a training step of one layer against the number of contexts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shape = (128, 256, 14, 14)
+    times = bench_layers(shape, "ct", True, device, options.counts, options.repeats)
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for kind in ("loop", "cn", "cn-x"):
+        values = [times[f"{kind} K={k}"].median / times[BASE].median for k in options.counts]
+        axes.plot(options.counts, values, marker="o", label=kind)
+    axes.axhline(1, color="grey", linewidth=1, label="BatchNorm2d")
+    axes.set(xscale="log", yscale="log", xlabel="contexts K", ylabel="time, BatchNorm2d = 1")
+    axes.set_title(f"training step of a layer, input {shape}")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"\nwrote {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    add = parser.add_argument
+    add("what", nargs="*", metavar="layers|models|plot", help="all by default")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--counts", type=int, nargs="+", default=[1, 4, 16, 128], metavar="K")
+    add("--repeats", type=int, default=20)
+    add("--threads", type=int, default=2, help="CPU threads (2)")
+    add("--compile", action="store_true", help="everything through torch.compile")
+    add("--bf16", action="store_true")
+    add("--plot", type=Path, default=Path("scaling.png"), help="where the plot goes")
+    options = parser.parse_args()
+    unknown = sorted({*options.what} - {"layers", "models", "plot"})
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(unknown)}; choose from layers, models, plot")
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    chosen = options.what or ["layers", "models", "plot"]
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if "layers" in chosen:
+        print_layers(options, device)
+    if "models" in chosen:
+        print_models(options, device)
+    if "plot" in chosen:
+        plot_scaling(options.plot, options, device)
+
+
+if __name__ == "__main__":
+    main()

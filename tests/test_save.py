@@ -1,0 +1,430 @@
+"""Saving what changed: small, whole or not there, and only onto the model it came from."""
+
+import copy
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import normswap
+from normswap import CheckpointError, ConversionError
+from normswap.files import DESCRIPTION, FORMAT
+from tests.builders import SKEWED, trained_norm
+from tests.contract import separate
+from tests.lifecycle import NAMES, same, train
+from tests.models import ConvNet, make_inputs, make_model
+
+
+def make(method="cn", **settings):
+    base = make_model()
+    model = normswap.convert(base, method, contexts=NAMES, priors=SKEWED, **settings)
+    return base, separate(model)
+
+
+def tensors_in(folder):
+    from safetensors import safe_open
+
+    (path,) = folder.glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
+def describe(folder):
+    return json.loads((folder / DESCRIPTION).read_text())
+
+
+def rewrite(folder, **changes):
+    """Change the description as its writer would, its digest included."""
+    content = {**describe(folder), **changes}
+    rest = {k: v for k, v in content.items() if k != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    content["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / DESCRIPTION).write_text(json.dumps(content))
+
+
+def test_only_the_layers_are_written_while_nothing_else_was_trained(tmp_path):
+    _, model = make()
+    normswap.save(model, tmp_path)
+    layers = ("stem.1", "blocks.0.bn", "blocks.1.bn", "neck")
+    assert tensors_in(tmp_path) == {n for n in model.state_dict() if n.startswith(layers)}
+    assert {"stem.1.running_mean", "neck.priors"} <= tensors_in(tmp_path)
+    content = describe(tmp_path)
+    assert content["contexts"] == NAMES
+    assert content["method"] == "cn"
+    assert content["priors"] == pytest.approx(SKEWED)
+    assert content["base"]["norms"]["neck"]["class"] == "BatchNorm1d"
+
+
+def test_a_trained_head_is_written_too_and_all_on_request(tmp_path):
+    base, model = make()
+    with torch.no_grad():
+        model.head.bias[0] += 1e-6
+    normswap.save(model, tmp_path)
+    assert {n for n in tensors_in(tmp_path) if "head" in n} == {"head.bias"}
+    assert same(normswap.load(base, tmp_path).state_dict(), model.state_dict())
+    normswap.save(model, tmp_path, state="all")
+    assert tensors_in(tmp_path) == set(model.state_dict())
+    other = ConvNet().eval()
+    assert same(normswap.load(other, tmp_path).state_dict(), model.state_dict())
+    normswap.save(model, tmp_path, state="norms")
+    assert not any("head" in name for name in tensors_in(tmp_path))
+    assert torch.equal(normswap.load(base, tmp_path).head.bias, base.head.bias)
+    with pytest.raises(normswap.UnknownNameError, match="the choices are changed, norms, all"):
+        normswap.save(model, tmp_path, state="everything")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "crossnorm", "p": 0.25, "active": 2},
+        {"method": "cnsn", "placement": "pre", "crop": "both", "gates": 2},
+        {"method": "cnsn", "image": True},
+        {"method": "selfnorm", "placement": "norm"},
+        {"method": "cnsn", "preset": "wideresnet-cifar10"},
+        {"method": "acn", "components": 2, "statistics": "learned", "start": "jitter"},
+        {"method": "cn", "contexts": 2, "placement": "input"},
+        {"method": "cn-x", "contexts": ["pooled", "b"], "select": lambda n, _: "bn1" in n},
+        {"method": "cn", "contexts": ["x", "y"], "unknown": "y", "exclude": "*layer1*"},
+    ],
+    ids=lambda s: "-".join(map(str, s.values()))[:40],
+)
+def test_every_setting_comes_back(settings, tmp_path):
+    base = timm.create_model("resnet10t", num_classes=3).eval()
+    model = train(normswap.convert(base, **settings, verify=False))
+    normswap.save(model, tmp_path)
+    twin = normswap.load(base, tmp_path)
+    assert same(twin.state_dict(), model.state_dict())
+    assert str(twin) == str(model)
+    one, other = (normswap.summary(m) for m in (model, twin))
+    for name in ("method", "options", "contexts", "priors", "unknown"):
+        assert getattr(one, name) == getattr(other, name)
+    x = torch.randn(3, 3, 32, 32)
+    assert torch.equal(twin(x), model(x))
+    schedules = [
+        repr(vars(m).get("_normswap").schedule) for m in (model, twin) if "_normswap" in vars(m)
+    ]
+    assert len(set(schedules)) <= 1
+
+
+def test_a_bare_norm_and_a_fused_activation_with_weights(tmp_path):
+    norm = trained_norm()
+    layer = separate(normswap.convert(norm, "cn", contexts=2))
+    normswap.save(layer, tmp_path)
+    assert same(normswap.load(norm, tmp_path).state_dict(), layer.state_dict())
+    base = nn.Sequential(nn.Conv2d(3, 4, 1), timm.layers.BatchNormAct2d(4, act_layer=nn.PReLU))
+    model = normswap.convert(base.eval(), "cn-x", contexts=2)
+    with torch.no_grad():
+        model[1].act.weight.fill_(0.7)
+    normswap.save(model, tmp_path)
+    assert same(normswap.load(base, tmp_path).state_dict(), model.state_dict())
+
+
+def test_inplace_and_otherwise(tmp_path):
+    base, model = make()
+    normswap.save(model, tmp_path)
+    before = copy.deepcopy(base.state_dict())
+    normswap.load(base, tmp_path)
+    assert same(base.state_dict(), before)
+    assert type(base) is ConvNet
+    base.train().stem[1].eval()
+    base.head.weight.requires_grad_(False)
+    assert normswap.load(base, tmp_path, inplace=True) is base
+    assert same(base.state_dict(), model.state_dict())
+    assert [base.training, base.stem[1].training] == [True, False]
+    assert not base.head.weight.requires_grad
+
+
+def another_class():
+    class ConvNet2(ConvNet):
+        pass
+
+    return ConvNet2()
+
+
+def wider():
+    base = make_model()
+    base.head = nn.Linear(4, 9)
+    return base
+
+
+def without_a_norm():
+    base = make_model()
+    base.neck = nn.Identity()
+    return base
+
+
+def other_norm():
+    base = make_model()
+    base.stem[1] = nn.InstanceNorm2d(4)
+    return base
+
+
+def more():
+    base = make_model()
+    base.extra = nn.Linear(2, 2)
+    return base
+
+
+def other_values():
+    base = make_model()
+    base.stem[0].weight.data[0, 0] += 1e-3
+    return base
+
+
+WRONG = [
+    (another_class, "the model is a ConvNet there, a ConvNet2 here"),
+    (wider, r"head\.weight: float32 \(5, 4\) there, float32 \(9, 4\) here"),
+    (without_a_norm, r"neck: BatchNorm1d\(.* there, Identity\(\) here"),
+    (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3)),
+        r"blocks\.0\.bn: not in this model; .* and \d+ more",
+    ),
+    (other_norm, r"stem\.1: BatchNorm2d\(weight .* there, InstanceNorm2d\(\) here"),
+    (more, r"extra\.weight: not in the saved one"),
+    (lambda: make_model().half(), "float16"),
+    (other_values, r"1 tensors have other values: stem\.0\.weight"),
+]
+
+
+@pytest.mark.parametrize(("make_base", "match"), WRONG)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_wrong_base_is_refused_by_what_differs(make_base, match, inplace, tmp_path):
+    _, model = make()
+    normswap.save(model, tmp_path)
+    base = make_base()
+    before, kind = copy.deepcopy(base.state_dict()), type(base)
+    with pytest.raises(CheckpointError, match=match):
+        normswap.load(base, tmp_path, inplace=inplace)
+    assert same(base.state_dict(), before)
+    assert type(base) is kind
+    assert not any(isinstance(m, normswap.ContextNorm) for m in base.modules())
+
+
+def test_other_values_on_request(tmp_path):
+    _, model = make()
+    normswap.save(model, tmp_path)
+    twin = normswap.load(other_values(), tmp_path, check_values=False)
+    assert torch.equal(twin.stem[0].weight, other_values().stem[0].weight)
+    assert torch.equal(twin.neck.weight, model.neck.weight)
+
+
+def test_a_converted_base_is_refused(tmp_path):
+    _, model = make()
+    normswap.save(model, tmp_path)
+    with pytest.raises(ConversionError, match="is converted already"):
+        normswap.load(model, tmp_path)
+    with pytest.raises(ConversionError, match="expected a converted model"):
+        normswap.save(make_model(), tmp_path)
+
+
+def test_cut_short_at_any_byte_nothing_is_loaded(tmp_path):
+    norm = nn.BatchNorm1d(2)
+    layer = normswap.convert(norm, "cn", contexts=2)
+    normswap.save(layer, tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        for size in range(len(whole)):
+            path.write_bytes(whole[:size])
+            with pytest.raises(CheckpointError):
+                normswap.load(norm, tmp_path)
+        path.write_bytes(whole)
+    normswap.load(norm, tmp_path)
+
+
+def test_changed_at_any_byte_nothing_is_loaded(tmp_path):
+    norm = nn.BatchNorm1d(2)
+    normswap.save(normswap.convert(norm, "cn", contexts=2), tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        for place in range(0, len(whole), 7):
+            if whole[place : place + 1].isspace():
+                continue
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(CheckpointError):
+                normswap.load(norm, tmp_path)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda d: (d / DESCRIPTION).unlink(), r"found no .*normswap\.json"),
+        (lambda d: next(d.glob("*.safetensors")).unlink(), "which names it; copy both"),
+        (lambda d: (d / DESCRIPTION).write_text("[]"), "is not a description"),
+        (lambda d: (d / DESCRIPTION).write_text("{}"), "is not a description"),
+        (lambda d: (d / DESCRIPTION).write_text("{nonsense"), "cannot read"),
+        (lambda d: (d / DESCRIPTION).write_text("[" * 100_000), "cannot read"),
+        (lambda d: (d / DESCRIPTION).write_bytes(b"\xff\xfe\x00"), "cannot read"),
+        (lambda d: rewrite(d, format=FORMAT + 1), "knows formats up to 1: upgrade normswap"),
+        (lambda d: rewrite(d, format=True), "is not a description"),
+        (lambda d: rewrite(d, file={**describe(d)["file"], "name": "../x"}), "of another kind"),
+        (lambda d: rewrite(d, file=None), "expected 'file' as a name, bytes and sha256"),
+        (lambda d: rewrite(d, base={"class": "Net"}), "expected 'base' as a class, norms and"),
+        (lambda d: rewrite(d, contexts=["a", "a", "b"]), "expected 'contexts' as distinct names"),
+        (lambda d: rewrite(d, contexts=["a"]), "expected 1 priors, one a context, got 3"),
+        (lambda d: rewrite(d, priors=[0.5, -1.0, 1.5]), "expected 'priors' as positive numbers"),
+        (lambda d: rewrite(d, unknown=3), "expected 'unknown' as one of 3 contexts, got 3"),
+        (lambda d: rewrite(d, others=["nowhere"]), "names tensors that its base has not: nowhere"),
+        (lambda d: rewrite(d, values={"nowhere": 1}), "names tensors that its base has not"),
+        (lambda d: ((d / DESCRIPTION).unlink(), (d / DESCRIPTION).mkdir()), "cannot read"),
+    ],
+)
+def test_spoilt_folders(spoil, match, tmp_path):
+    base, model = make()
+    normswap.save(model, tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(CheckpointError, match=match):
+        normswap.load(base, tmp_path)
+
+
+def test_a_method_that_is_not_registered_is_named(tmp_path):
+    base, model = make()
+    normswap.save(model, tmp_path)
+    rewrite(tmp_path, method="mine")
+    with pytest.raises(normswap.UnknownNameError, match="'mine', which is not registered here"):
+        normswap.load(base, tmp_path)
+    rewrite(tmp_path, method="cn", options={"size": 1})
+    with pytest.raises(ConversionError, match="unknown option size"):
+        normswap.load(base, tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
+def test_nothing_is_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, model = make()
+    normswap.save(model, tmp_path / "saved")
+    (path,) = (tmp_path / "saved").glob("*.safetensors")
+    data = pickle.dumps(Bomb())
+    path.write_bytes(data)
+    named = {"name": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(tmp_path / "saved", file=named)
+    with pytest.raises(CheckpointError, match="does not read as safetensors"):
+        normswap.load(base, tmp_path / "saved")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_what_cannot_be_saved(tmp_path, monkeypatch):
+    _, model = make()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="expected a folder to save to"):
+        normswap.save(model, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(CheckpointError, match="it is without values"):
+        normswap.save(copy.deepcopy(model).to("meta"), tmp_path / "meta")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(normswap.NormswapError, match=r"pip install 'normswap\[save\]'"):
+        normswap.save(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_saving_again_leaves_one_file_of_each(tmp_path):
+    _, model = make()
+    (tmp_path / "notes.txt").write_text("mine")
+    old = tmp_path / "tensors-0123456789abcdef.safetensors"
+    old.write_bytes(b"left by a killed save")
+    os.utime(old, (time.time() - 7200,) * 2)
+    for _ in range(3):
+        normswap.save(model, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def save_for_ever(folder, ready):
+    torch.set_num_threads(1)
+    _, model = make()
+    turn = 0
+    while True:
+        turn += 1
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                if tensor.is_floating_point() and tensor.dim() == 2:
+                    tensor.fill_(turn)
+        normswap.save(model, folder, state="all")
+        ready.set()
+
+
+def test_killed_in_the_middle_the_save_before_is_whole(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "tests.test_save"])
+    base, turns = make_model(), []
+    for attempt in range(12):
+        ready = context.Event()
+        process = context.Process(target=save_for_ever, args=(tmp_path, ready))
+        process.start()
+        assert ready.wait(60)
+        time.sleep(0.003 * (attempt % 7) + 0.0007 * attempt)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        values = {
+            float(t.flatten()[0])
+            for t in normswap.load(base, tmp_path).state_dict().values()
+            if t.is_floating_point() and t.dim() == 2 and len(t.unique()) == 1
+        }
+        assert len(values) == 1, "tensors of two saves"
+        turns.append(values.pop())
+    assert max(turns) > 1
+    assert make_inputs(base) is not None
+
+
+@dataclass(frozen=True)
+class OddOptions:
+    table: Any = None
+
+
+def test_options_of_a_method_go_through_json_or_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch
+):
+    method = normswap.get_method("crossnorm")
+    monkeypatch.setattr(type(method), "options", OddOptions)
+    monkeypatch.setattr(type(method), "insert", lambda self, place, options: nn.Identity())
+    monkeypatch.setattr(type(method), "connect", lambda self, layers, options: None)
+    base = make_model()
+    model = normswap.convert(base, "crossnorm", table={2: (1, 2), 10: "é"})
+    normswap.save(model, tmp_path)
+    twin = normswap.load(base, tmp_path)
+    assert normswap.summary(twin).options == {"table": {"2": [1, 2], "10": "é"}}
+    model = normswap.convert(base, "crossnorm", table={1, 2})
+    with pytest.raises(CheckpointError, match="options that JSON can hold"):
+        normswap.save(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "place", ["file", "file/below", "description", "nul\0", "x" * 300, None, 3]
+)
+def test_where_nothing_can_be_saved_is_an_error_of_the_package(place, tmp_path):
+    _, model = make()
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "description" / DESCRIPTION).mkdir(parents=True)
+    folder = tmp_path / place if isinstance(place, str) else place
+    with pytest.raises(CheckpointError, match=r"cannot save to|expected a folder"):
+        normswap.save(model, folder)
+    with pytest.raises(CheckpointError, match=r"cannot read|expected a folder"):
+        normswap.load(model, folder)
+    assert (tmp_path / "file").read_text() == "kept"
+    assert [p.name for p in (tmp_path / "description").iterdir()] == [DESCRIPTION]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_loaded_model_spares_its_norms_from_decay_as_the_saved_one_does(bare, tmp_path):
+    base = nn.BatchNorm2d(4) if bare else make_model()
+    model = normswap.convert(base, "cn-x", contexts=2, verify=False)
+    normswap.save(model, tmp_path)
+    loaded = normswap.load(base, tmp_path)
+    assert loaded.no_weight_decay() == model.no_weight_decay()
+    assert copy.deepcopy(loaded).no_weight_decay() == model.no_weight_decay()
