@@ -23,10 +23,11 @@ from normswap.graph.handed import Effects, find_effects, snapshot_lists
 from normswap.graph.hazards import Watch
 from normswap.graph.held import DRAWS, put_back, random_states
 from normswap.graph.known import Known
+from normswap.graph.live import SWITCHES, LiveCalls
 from normswap.graph.origin import is_library, is_torch
 from normswap.graph.patches import Patches, TraceFailure
 from normswap.graph.region import trace_checkpointed
-from normswap.graph.tracer import SWITCHES, ContainerTracer, LiveCalls, Traced
+from normswap.graph.tracer import ContainerTracer, Traced
 from normswap.graph.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
 from normswap.graph.watched import record_function
 

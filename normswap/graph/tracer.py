@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from normswap.graph.handed import NOTHING, Effects, hand_on, take_back
 from normswap.graph.held import Held, is_plain, snapshot
+from normswap.graph.live import SWITCHES
 from normswap.graph.mutates import changes, gives_back
 from normswap.graph.names import Names, returns_tensor
 from normswap.graph.outline import Outlined, methods_running
@@ -21,10 +21,9 @@ from normswap.graph.patches import TraceFailure
 from normswap.graph.questions import MOST_QUESTIONS, is_pure, question_key
 from normswap.graph.region import Region
 from normswap.graph.symbol import Value, unpack
-from normswap.graph.values import any_leaf, describe
+from normswap.graph.values import describe
 from normswap.graph.watched import check_lists, watch_lists
 
-SWITCHES = "switches gradients or autocast on or off inside forward"
 _BASE = set(vars(nn.Module())) - {"training"}
 
 
@@ -65,31 +64,6 @@ class Traced:
     assumed: list[tuple[nn.Module, tuple[Any, ...]]] = field(default_factory=list)
     last: fx.Node | None = None
     failure: str = ""
-
-
-class LiveCalls(TorchFunctionMode):
-    """Records torch functions of constants instead of computing them."""
-
-    def __init__(self, tracer: "ContainerTracer") -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if any_leaf((args, kwargs), (fx.Proxy,)):
-            return func(*args, **kwargs)
-        if "grad_enabled" in name or "autocast" in name:
-            if "set" in name:
-                raise TraceFailure(SWITCHES)
-            return func(*args, **kwargs)
-        if name == "__get__":
-            return func(*args, **kwargs)
-        kind = "call_method" if is_tensor_method_or_property(func) else "call_function"
-        target = name if kind == "call_method" else func
-        return self.tracer.create_proxy(kind, target, args, kwargs)
 
 
 class ContainerTracer(fx.Tracer):
