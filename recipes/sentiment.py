@@ -1,0 +1,178 @@
+"""`python -m recipes sentiment`: sentences of one kind to train on, of another to be tested on.
+
+A convolutional sentence classifier (Kim, "Convolutional Neural Networks for Sentence
+Classification", EMNLP 2014) with BatchNorm after its convolutions, its word vectors learned from
+scratch. BatchNorm beside CrossNorm, SelfNorm and both, after the same norms: features here are
+(N, C, words). The setting is chosen on the validation sentences, which are of the training kind;
+nothing of the other kind is seen before the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import normswap
+
+from . import grid, text
+from .errors import RecipeError
+from .finetune import pick_device
+
+FILES = {
+    "train": "stsa.binary.train.txt",
+    "valid": "stsa.binary.dev.txt",
+    "source": "stsa.binary.test.txt",
+    "target": "custrev.all.txt",
+}
+METHODS = ("bn", "crossnorm", "selfnorm", "cnsn")
+BATCH = 50
+SMOKE_SENTENCES = 200
+
+
+class SentenceCNN(nn.Module):
+    """Word vectors, convolutions over 3, 4 and 5 words, norm, maximum over the sentence.
+
+    Args:
+        words: size of the vocabulary.
+        width: of a word vector.
+        maps: of each convolution.
+        classes: how many.
+        dropout: probability, on the sentence vector.
+    """
+
+    def __init__(
+        self, words: int, width: int = 128, maps: int = 100, classes: int = 2, dropout: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width, padding_idx=text.PAD)
+        self.convs = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(width, maps, span, padding=span - 1), nn.BatchNorm1d(maps))
+            for span in (3, 4, 5)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(3 * maps, classes)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Give the scores (N, classes) of sentences (N, L)."""
+        x = self.embedding(words).transpose(1, 2)
+        found = [F.relu(conv(x)).amax(2) for conv in self.convs]
+        return self.head(self.dropout(torch.cat(found, 1)))
+
+
+def main(argv: list[str]) -> int:
+    """Run the recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
+    try:
+        run(_parser().parse_args(argv))
+    except (RecipeError, normswap.NormswapError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; every finished training is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train every method with every seed, and tabulate."""
+    files = {part: text.read(options.data / name) for part, name in FILES.items()}
+    if options.smoke:
+        files = {
+            part: lines[:: max(len(lines) // SMOKE_SENTENCES, 1)] for part, lines in files.items()
+        }
+    words = text.vocabulary(files["train"])
+    data = {part: text.encode(lines, words) for part, lines in files.items()}
+    device = pick_device(options.device)
+    folder = grid.open_run(options, "sentiment")
+    cells = [
+        {"method": method, "seed": seed}
+        for seed in range(1 if options.smoke else options.seeds)
+        for method in options.methods
+    ]
+
+    def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
+        return train_one(cell, data, len(words) + 2, options, device, log)
+
+    records = grid.run_cells(folder, cells, train)
+    headings = {
+        "valid": "films, validation",
+        "source": "films, test",
+        "target": "products",
+        "best_epoch": "epoch",
+    }
+    grid.finish(folder, grid.table(records, ["method"], headings))
+
+
+def build(method: str, words: int, seed: int) -> nn.Module:
+    """Build the classifier and convert it; every method starts from the same weights."""
+    torch.manual_seed(seed)
+    model = SentenceCNN(words)
+    if method == "bn":
+        return model
+    placed: dict[str, Any] = {}
+    if not normswap.get_method(method).needs_context:
+        placed["placement"] = "norm"
+    if method == "acn":
+        placed = {}
+    return normswap.convert(model, method, verify=False, **placed)
+
+
+def train_one(
+    cell: grid.Cell,
+    data: dict[str, text.Sentences],
+    words: int,
+    options: argparse.Namespace,
+    device: torch.device,
+    log: grid.Log,
+) -> dict[str, Any]:
+    """Train one model; give the accuracies of its epoch that is best on the validation part."""
+    model = build(cell["method"], words, cell["seed"]).to(device)
+    groups = normswap.param_groups(model, options.lr, options.weight_decay)
+    optimizer = torch.optim.AdamW(groups)
+    best: dict[str, Any] = {"valid": -1.0}
+    for epoch in range(1 if options.smoke else options.epochs):
+        generator = torch.Generator().manual_seed(cell["seed"] * 1000 + epoch)
+        torch.manual_seed(cell["seed"] * 1000 + epoch)
+        model.train()
+        total = 0.0
+        for inputs, labels in text.batches(data["train"], BATCH, generator):
+            loss = F.cross_entropy(model(inputs.to(device)), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += float(loss) * len(labels)
+        figures = {
+            part: accuracy(model, data[part], device) for part in ("valid", "source", "target")
+        }
+        log({"epoch": epoch + 1, "loss": total / len(data["train"].labels), **figures})
+        if figures["valid"] > best["valid"]:
+            best = {**figures, "best_epoch": epoch + 1}
+    return best
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: text.Sentences, device: torch.device) -> float:
+    """Give the percentage of sentences classified right."""
+    model.eval()
+    right = [
+        (model(inputs.to(device)).argmax(1).cpu() == labels)
+        for inputs, labels in text.batches(data, 256)
+    ]
+    return 100 * torch.cat(right).float().mean().item()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m recipes sentiment", description=__doc__)
+    parser.add_argument(
+        "--data", type=Path, required=True, help=f"folder with {', '.join(FILES.values())}"
+    )
+    grid.add_arguments(parser, METHODS, seeds=5)
+    parser.add_argument("--epochs", type=int, default=8, help="(default: 8)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's (default: 1e-3)")
+    parser.add_argument("--weight-decay", type=float, default=0.01, help="(default: 0.01)")
+    return parser
