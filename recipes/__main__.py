@@ -15,9 +15,9 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 COMMANDS = {
-    "sentiment": "train a sentence classifier on films, test it on product reviews",
     "finetune": "fine-tune a timm backbone with context-aware norms beside plain BatchNorm",
     "bench": "time a model with other norms beside the model as it is",
+    "sentiment": "train a sentence classifier on films, test it on product reviews",
     "sweep": "convert every model of a zoo (timm, torchvision, yours) and check each result",
 }
 

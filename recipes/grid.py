@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import statistics
 import sys
@@ -21,7 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -31,18 +29,46 @@ from . import runs
 from .errors import RecipeError
 
 RESULTS, EPOCHS = "results.jsonl", "epochs.jsonl"
+# What has no say in the figures of a training, and what a resumed run may have more or less of.
+NOT_SETTINGS = ("out", "name", "resume", "device")
+GROWING = ("methods", "seeds")
 Cell = dict[str, Any]
 Log = Callable[[dict[str, Any]], None]
 
 
-def add_arguments(parser: argparse.ArgumentParser, methods: Sequence[str], seeds: int) -> None:
-    """Add the options that every grid has."""
-    known = ("bn", *normswap.methods())
+def command(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: list[str]
+) -> int:
+    """Run a recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
+    try:
+        run(parser.parse_args(argv))
+    except (RecipeError, normswap.NormswapError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; every finished training is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, methods: Sequence[str], known: Sequence[str], seeds: int
+) -> None:
+    """Add the options that every grid has.
+
+    Args:
+        parser: of the recipe.
+        methods: those that run by default.
+        known: all that the recipe knows.
+        seeds: how many by default.
+    """
     parser.add_argument(
         "--methods", nargs="+", default=list(methods), choices=known, metavar="METHOD",
-        help=f"bn is the model as it is; of {', '.join(known)} (default: {' '.join(methods)})",
+        help=f"of {', '.join(known)}; bn is the model as it is (default: {' '.join(methods)})",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=seeds, help=f"how many (default: {seeds})")
+    parser.add_argument(
+        "--seeds", type=count, default=seeds, help=f"how many, from 0 on (default: {seeds})"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs go (runs)")
     parser.add_argument("--name", help="the run's folder (default: of the recipe)")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
@@ -56,8 +82,7 @@ def open_run(options: argparse.Namespace, recipe: str) -> Path:
     Raises:
         RecipeError: there is such a run already, or none to resume, or one of other settings.
     """
-    skip = ("out", "name", "resume", "device")
-    settings = {k: v for k, v in vars(options).items() if k not in skip}
+    settings = {k: v for k, v in vars(options).items() if k not in NOT_SETTINGS}
     settings = json.loads(json.dumps({"recipe": recipe, **settings}, default=str))
     if options.resume:
         if options.name is None:
@@ -65,11 +90,12 @@ def open_run(options: argparse.Namespace, recipe: str) -> Path:
         folder = options.out / options.name
         before = runs.read_config(folder)
         for key in sorted(set(before) | set(settings)):
-            if before.get(key) != settings.get(key):
+            if key not in GROWING and before.get(key) != settings.get(key):
                 raise RecipeError(
                     f"expected {key} to be {before.get(key)!r}, as in the run to resume, got "
                     f"{settings.get(key)!r}; start a new run with another --name"
                 )
+        runs.write_config(folder, settings, versions())
         return folder
     stem = options.name or recipe + ("-smoke" if options.smoke else "")
     folder = options.out / (options.name or runs.free_name(options.out, stem))
@@ -80,12 +106,15 @@ def open_run(options: argparse.Namespace, recipe: str) -> Path:
 
 def versions() -> dict[str, str]:
     """Record what a run ran with."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": str(torch.get_num_threads()),
-        "command": shlex.join(["python", "-m", "recipes", *sys.argv[1:]]),
-    }
+    return {**runs.versions(), "command": shlex.join(["python", "-m", "recipes", *sys.argv[1:]])}
+
+
+def count(text: str) -> int:
+    """Read a number of things of which there must be one or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
 
 
 def run_cells(
@@ -171,9 +200,8 @@ def table(
 def finish(folder: Path, text: str) -> None:
     """Write and print the report."""
     command = json.loads((folder / "config.json").read_text(encoding="utf-8"))["versions"]
-    report = (
-        f"{command['command']}\npython {command['python']}, torch {command['torch']}\n\n{text}\n"
-    )
+    made = ", ".join(f"{k} {v}" for k, v in command.items() if k != "command")
+    report = f"{command['command']}\n{made}\n\n{text}\n"
     runs.write_text(folder / "report.txt", report)
     print(text)
     print(f"{folder} is complete")

@@ -74,6 +74,11 @@ def check_new(folder: Path) -> None:
 def create(folder: Path, settings: dict[str, Any], versions: dict[str, str]) -> None:
     """Make the folder of a new run and record its settings."""
     folder.mkdir(parents=True)
+    write_config(folder, settings, versions)
+
+
+def write_config(folder: Path, settings: dict[str, Any], versions: dict[str, str]) -> None:
+    """Record the settings of a run."""
     record = {"settings": settings, "versions": versions}
     write_text(folder / CONFIG, json.dumps(record, indent=2) + "\n")
 

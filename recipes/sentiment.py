@@ -10,7 +10,6 @@ nothing of the other kind is seen before the end.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 import normswap
 
 from . import grid, text
-from .errors import RecipeError
 from .finetune import pick_device
+from .points import draw_points
 
 FILES = {
     "train": "stsa.binary.train.txt",
@@ -67,15 +66,7 @@ class SentenceCNN(nn.Module):
 
 def main(argv: list[str]) -> int:
     """Run the recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
-    try:
-        run(_parser().parse_args(argv))
-    except (RecipeError, normswap.NormswapError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; every finished training is kept", file=sys.stderr)
-        return 130
-    return 0
+    return grid.command(_parser(), run, argv)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -105,6 +96,8 @@ def run(options: argparse.Namespace) -> None:
         "target": "products",
         "best_epoch": "epoch",
     }
+    accuracies = {key: text for key, text in headings.items() if key != "best_epoch"}
+    draw_points(folder / "results.png", records, "method", accuracies, "sentences, by norm")
     grid.finish(folder, grid.table(records, ["method"], headings))
 
 
@@ -145,7 +138,7 @@ def train_one(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += float(loss) * len(labels)
+            total += loss.item() * len(labels)
         figures = {
             part: accuracy(model, data[part], device) for part in ("valid", "source", "target")
         }
@@ -171,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", type=Path, required=True, help=f"folder with {', '.join(FILES.values())}"
     )
-    grid.add_arguments(parser, METHODS, seeds=5)
+    grid.add_arguments(parser, METHODS, ("bn", *normswap.methods()), seeds=5)
     parser.add_argument("--epochs", type=int, default=8, help="(default: 8)")
     parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's (default: 1e-3)")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="(default: 0.01)")

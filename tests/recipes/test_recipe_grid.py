@@ -1,0 +1,114 @@
+import argparse
+import json
+
+import pytest
+
+from recipes import grid
+from recipes.errors import RecipeError
+from recipes.points import draw_points
+
+
+def options(tmp_path, *given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    grid.add_arguments(parser, ["bn"], ["bn", "cn"], seeds=2)
+    parser.add_argument("--lr", type=float, default=0.1)
+    return parser.parse_args(["--out", str(tmp_path), *given])
+
+
+CELLS = [{"method": method, "seed": seed} for method in ("bn", "cn") for seed in (0, 1)]
+
+
+def train(cell, log):
+    log({"epoch": 1, "loss": 0.5})
+    return {"accuracy": 10.0 * len(cell["method"]) + cell["seed"]}
+
+
+def test_a_stopped_grid_runs_only_what_is_missing(tmp_path):
+    folder = grid.open_run(options(tmp_path), "toy")
+    ran = []
+
+    def stops(cell, log):
+        ran.append(cell)
+        if len(ran) == 3:
+            log({"epoch": 1, "loss": 9.0})
+            raise KeyboardInterrupt
+        return train(cell, log)
+
+    with pytest.raises(KeyboardInterrupt):
+        grid.run_cells(folder, CELLS, stops)
+    resumed = grid.open_run(options(tmp_path, "--name", folder.name, "--resume"), "toy")
+    again = []
+    records = grid.run_cells(resumed, CELLS, lambda c, log: again.append(c) or train(c, log))
+
+    assert again == CELLS[2:]
+    assert [record["cell"] for record in records] == CELLS
+    assert grid.read_lines(folder / grid.RESULTS) == records
+    # The epoch of the training that was stopped is of no result.
+    assert [e["loss"] for e in grid.read_lines(folder / grid.EPOCHS)] == [0.5] * 4
+
+
+def test_a_resumed_grid_may_have_more_seeds_and_methods(tmp_path):
+    folder = grid.open_run(options(tmp_path), "toy")
+    more = ("--name", folder.name, "--resume", "--seeds", "3", "--methods", "bn", "cn")
+
+    assert grid.open_run(options(tmp_path, *more), "toy") == folder
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    assert settings["seeds"] == 3
+    assert settings["methods"] == ["bn", "cn"]
+
+
+def test_a_grid_of_other_settings_is_not_resumed(tmp_path):
+    folder = grid.open_run(options(tmp_path), "toy")
+    other = options(tmp_path, "--name", folder.name, "--resume", "--lr", "0.2")
+
+    with pytest.raises(RecipeError, match=r"expected lr to be 0\.1, .* got 0\.2"):
+        grid.open_run(other, "toy")
+
+
+def test_resuming_needs_a_name_and_a_run(tmp_path):
+    with pytest.raises(RecipeError, match="--name with --resume"):
+        grid.open_run(options(tmp_path, "--resume"), "toy")
+    with pytest.raises(RecipeError, match="expected a run to resume"):
+        grid.open_run(options(tmp_path, "--resume", "--name", "none"), "toy")
+
+
+def test_a_damaged_file_of_results_is_an_error(tmp_path):
+    folder = grid.open_run(options(tmp_path), "toy")
+    (folder / grid.RESULTS).write_text("{")
+
+    with pytest.raises(RecipeError, match=r"cannot read .*results\.jsonl"):
+        grid.run_cells(folder, CELLS, train)
+
+
+def test_no_seeds_are_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        options(tmp_path, "--seeds", "0")
+    assert "expected 1 or more, got 0" in capsys.readouterr().err
+
+
+def test_the_table_is_of_mean_and_sample_deviation(tmp_path):
+    records = [{"cell": cell, **train(cell, lambda _: None)} for cell in CELLS]
+    text = grid.table(records, ["method"], {"accuracy": "right, %", "none": "missing"})
+
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert rows[0] == ["method", "runs", "right, %", "missing"]
+    assert rows[2] == ["bn", "2", "20.5 +- 0.7", "-"]  # of 20 and 21: sqrt(0.5)
+
+
+def test_the_report_names_command_and_versions(tmp_path):
+    folder = grid.open_run(options(tmp_path), "toy")
+    grid.finish(folder, "a table")
+
+    report = (folder / "report.txt").read_text()
+    assert report.startswith("python -m recipes")
+    assert "torch" in report
+    assert report.endswith("a table\n")
+
+
+def test_a_picture_shows_every_run(tmp_path):
+    records = [{"cell": cell, **train(cell, lambda _: None)} for cell in CELLS]
+    path = tmp_path / "points.png"
+    draw_points(path, records, "method", {"accuracy": "right", "none": "missing"}, "toy")
+
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,78 @@
+import json
+import random
+
+import pytest
+import torch
+
+from recipes import sentiment, text
+from recipes.__main__ import main
+from recipes.errors import RecipeError
+
+
+@pytest.fixture
+def sentences(tmp_path):
+    """Films and products: one good or bad word among others that say nothing."""
+    draw = random.Random(0)
+    folder = tmp_path / "sentences"
+    folder.mkdir()
+    for part, name in sentiment.FILES.items():
+        own = ["film", "plot", "scene"] if part != "target" else ["phone", "price", "screen"]
+        lines = []
+        for i in range(300 if part == "train" else 60):
+            words = [draw.choice(own) for _ in range(4)]
+            words.insert(draw.randrange(5), ("bad", "good")[i % 2])
+            lines.append(f"{i % 2} {' '.join(words)}")
+        (folder / name).write_text("\n".join(lines))
+    return folder
+
+
+def test_the_recipe_learns_and_reports(sentences, tmp_path, capsys):
+    given = ["--data", str(sentences), "--epochs", "2", "--seeds", "1", "--lr", "3e-3"]
+    assert main(["sentiment", *given, "--out", str(tmp_path)]) == 0
+
+    folder = tmp_path / "sentiment"
+    results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [r["cell"]["method"] for r in results] == list(sentiment.METHODS)
+    assert all(r["target"] > 90 for r in results), results
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt",
+    }  # fmt: skip
+    assert "products" in capsys.readouterr().out
+
+
+def test_every_method_starts_from_the_same_weights_and_function():
+    words = torch.randint(0, 40, (6, 12))
+    plain = sentiment.build("bn", 40, seed=1).eval()
+    for method in ("cn", "cn-x", "acn", "crossnorm", "selfnorm", "cnsn"):
+        torch.testing.assert_close(sentiment.build(method, 40, seed=1).eval()(words), plain(words))
+
+
+def test_a_training_is_the_same_again(sentences, tmp_path):
+    given = ["--data", str(sentences), "--smoke", "--methods", "cnsn", "--out", str(tmp_path)]
+    for name in ("one", "two"):
+        assert main(["sentiment", *given, "--name", name]) == 0
+
+    lines = [(tmp_path / name / "epochs.jsonl").read_text() for name in ("one", "two")]
+    assert lines[0] == lines[1]
+
+
+def test_words_are_numbered_from_two_and_rare_ones_are_unknown():
+    lines = [(1, ["a", "b", "a"]), (0, ["b", "c"])]
+    words = text.vocabulary(lines, least=2)
+    rows = text.encode(lines, words, longest=2).words
+
+    assert words == {"a": 2, "b": 3}
+    assert rows.tolist() == [[2, 3], [3, text.UNKNOWN]]
+
+
+def test_a_line_of_another_form_is_an_error(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("1 good\nbad one\n")
+    with pytest.raises(RecipeError, match=r"line 2 of .*got 'bad one'"):
+        text.read(path)
+
+
+def test_a_missing_file_is_an_error(tmp_path, capsys):
+    assert main(["sentiment", "--data", str(tmp_path), "--out", str(tmp_path / "runs")]) == 2
+    assert "stsa.binary.train.txt" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
