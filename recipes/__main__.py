@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 COMMANDS = {
     "finetune": "fine-tune a timm backbone with context-aware norms beside plain BatchNorm",
     "bench": "time a model with other norms beside the model as it is",
+    "domains": "train on several domains, test on one never seen, or on all",
     "sentiment": "train a sentence classifier on films, test it on product reviews",
     "sweep": "convert every model of a zoo (timm, torchvision, yours) and check each result",
 }

@@ -193,7 +193,9 @@ def table(
     cells = []
     for key, group in rows.items():
         found = [[r[name] for r in group if r.get(name) is not None] for name in figures]
-        cells.append([*key, len(group), *(spread(v, digits) if v else "-" for v in found)])
+        texts = [spread(v, digits) if v else "-" for v in found]
+        some = [f" ({len(v)} of {len(group)})" if 0 < len(v) < len(group) else "" for v in found]
+        cells.append([*key, len(group), *(map("".join, zip(texts, some, strict=True)))])
     return tabulate(cells, [*by, "runs", *figures.values()], tablefmt="github", numalign="right")
 
 

@@ -95,7 +95,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> list[str]:
-    """Load a state dict into a timm model; only a head of another size is left as it was.
+    """Load a state dict into a timm model; a head of another size starts at zero.
+
+    A random head would send random gradients through the pretrained layers: timm's EfficientNets
+    start with logits so large that the first epoch is spent on undoing them.
 
     Args:
         model: a timm model, changed in place.
@@ -134,8 +137,10 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> list
             "name the model they belong to with --model"
         )
     model.load_state_dict(given, strict=False)
+    for name in resized:
+        nn.init.zeros_(model.get_parameter(name))
     return [
-        f"head {name} left as initialised: {tuple(state[name].shape)} in {where}, "
+        f"head {name} starts at zero: {tuple(state[name].shape)} in {where}, "
         f"{tuple(wanted[name].shape)} here"
         for name in resized
     ]

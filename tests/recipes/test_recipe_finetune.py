@@ -136,7 +136,7 @@ def test_weights_from_a_file_are_the_start_and_a_skipped_head_is_said(tmp_path, 
     for name, value in source.state_dict().items():
         if not name.startswith("fc."):
             assert torch.equal(value, bn.model.state_dict()[name]), name
-    assert "head fc.weight left as initialised" in capsys.readouterr().out
+    assert "head fc.weight starts at zero" in capsys.readouterr().out
 
 
 def test_autocast_trains(tmp_path):

@@ -1,0 +1,161 @@
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import normswap
+from recipes import domains
+from recipes.__main__ import main
+from recipes.data import Loader
+from recipes.digits import load_digits
+from recipes.errors import RecipeError
+from recipes.mixstyle import add_mixstyle, mix_style
+from recipes.nearest import NearestDomain
+
+CPU = torch.device("cpu")
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_domain_is_held_out_of_every_method(tmp_path, capsys):
+    methods = ["bn", "mixstyle", "cn"]
+    given = ["--smoke", "--held-out", "0", "90", "--methods", *methods]
+    assert main(["domains", *given, "--out", str(tmp_path)]) == 0
+
+    folder = tmp_path / "domains-smoke"
+    results = read(folder / "results.jsonl")
+    assert [(r["cell"]["held_out"], r["cell"]["method"]) for r in results] == [
+        (held, method) for held in ("0", "90") for method in methods
+    ]
+    cn = next(r for r in results if r["cell"] == {"held_out": "90", "method": "cn", "seed": 0})
+    assert set(cn["accuracy"]) == {"label known", "pooled", "posterior", "nearest"}
+    assert "90" not in cn["accuracy"]["label known"]
+    assert "90" in cn["accuracy"]["pooled"]
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt",
+    }  # fmt: skip
+    assert "cn, posterior" in capsys.readouterr().out
+
+
+def test_all_domains_train_jointly_from_a_folder(folder, tmp_path):
+    given = ["--joint", "--smoke", "--data", str(folder), "--image-size", "32"]
+    given += ["--methods", "bn", "cn-x", "--weights", "efficientnet-lite0"]
+    assert main(["domains", *given, "--out", str(tmp_path)]) == 0
+
+    report = (tmp_path / "domains-joint-smoke" / "report.txt").read_text()
+    assert "cn-x, label known" in report
+    assert "epochs to 90 %" in report
+
+
+def test_a_domain_there_is_not_is_an_error(tmp_path, capsys):
+    given = ["--held-out", "45", "--smoke", "--out", str(tmp_path / "runs")]
+    assert main(["domains", *given]) == 2
+    assert "0, 30, 60, 90, got '45'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_figures_of_held_out_domains_come_from_the_trainings_they_were_held_out_of():
+    def record(held, **accuracy):
+        cell = {"held_out": held, "method": "cn", "seed": 0}
+        known = {d: a for d, a in accuracy.items() if d != held}
+        return {"cell": cell, "accuracy": {"label known": known, "pooled": accuracy}}
+
+    records = [record("a", a=10.0, b=70.0, c=90.0), record("b", a=50.0, b=20.0, c=70.0)]
+    (row,) = domains.tabulated(records, [], reach=90)
+
+    assert row["cell"] == {"method": "cn, pooled", "seed": 0}
+    assert (row["a"], row["b"], row["mean"]) == (10.0, 20.0, 15.0)
+    assert row["trained"] == 70.0  # mean of (70 + 90) / 2 and (50 + 70) / 2
+
+
+def test_figures_of_joint_trainings_are_by_domain_and_epoch():
+    cell = {"held_out": domains.JOINT, "method": "bn", "seed": 0}
+    curve = [{"a": 60.0, "b": 80.0}, {"a": 90.0, "b": 94.0}, {"a": 91.0, "b": 93.0}]
+    epochs = [{"cell": cell, "accuracy": {"": accuracy}} for accuracy in curve]
+    (row,) = domains.tabulated([{"cell": cell, "accuracy": {"": curve[-1]}}], epochs, reach=92)
+
+    assert (row["a"], row["b"], row["mean"]) == (91.0, 93.0, 92.0)
+    assert (row["first"], row["reached"]) == (70.0, 2)
+
+
+@pytest.mark.parametrize("method", ["cn", "cn-x"])
+def test_the_policy_set_later_is_the_policy_converted_with(method):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=4)
+    images = torch.randn(12, 3, 32, 32)
+    converted = normswap.convert(model, method, contexts=3, verify=False).eval()
+    with torch.no_grad():
+        for name, value in converted.state_dict().items():
+            if name.endswith(("running_mean", "mu", "sigma", "weight")) and value.shape[0] == 3:
+                value += 0.3 * torch.randn_like(value)
+    outputs = {"pooled": converted(images).detach()}
+    domains.set_unknown(converted, "posterior")
+    outputs["posterior"] = converted(images).detach()
+
+    for policy, got in outputs.items():
+        fresh = normswap.convert(model, method, contexts=3, unknown=policy, verify=False)
+        fresh.load_state_dict(converted.state_dict())
+        torch.testing.assert_close(got, fresh.eval()(images))
+    assert not torch.allclose(outputs["pooled"], outputs["posterior"], rtol=1e-4, atol=1e-6)
+
+
+def test_mixstyle_is_the_formula():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 5, 6, generator=generator, dtype=torch.float64)
+    mixing = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64)
+    permutation = torch.tensor([2, 0, 3, 1])
+    got = mix_style(x, mixing, permutation)
+
+    for n in range(4):
+        for c in range(3):
+            own, other = x[n, c].numpy(), x[permutation[n], c].numpy()
+            std, std_other = ((v.var(ddof=1) + 1e-6) ** 0.5 for v in (own, other))
+            share = mixing[n].item()
+            mean = share * own.mean() + (1 - share) * other.mean()
+            wanted = (own - own.mean()) / std * (share * std + (1 - share) * std_other) + mean
+            torch.testing.assert_close(got[n, c], torch.tensor(wanted))
+
+
+def test_mixstyle_changes_half_of_the_training_steps_and_no_evaluation():
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet10t", num_classes=4)
+    mixed = add_mixstyle(timm.create_model("resnet10t", num_classes=4))
+    mixed.load_state_dict(plain.state_dict())
+    images = torch.randn(6, 3, 32, 32)
+    for module in (*plain.modules(), *mixed.modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()  # so that only MixStyle tells training steps apart
+
+    changed = sum(not torch.equal(plain(images), mixed(images)) for _ in range(24))
+    assert 12 <= changed <= 22  # two stages, each with probability 1/2: 18 expected
+    torch.testing.assert_close(mixed.eval()(images), plain.eval()(images), rtol=0, atol=0)
+
+
+def test_mixstyle_needs_stages():
+    with pytest.raises(RecipeError, match="leave mixstyle out"):
+        add_mixstyle(nn.Sequential(nn.Conv2d(3, 4, 1)))
+
+
+def test_the_nearest_domain_is_found_from_the_image_alone():
+    data = load_digits(32, seed=0, limit=400)
+    images = data.images.clone()
+    for domain in range(4):  # each domain its own brightness
+        images[data.domains == domain] = images[data.domains == domain] // 4 + 50 * domain
+    object.__setattr__(data, "images", images)
+    loader = Loader(data, (0.5,) * 3, (0.5,) * 3, 64, CPU)
+    model = timm.create_model("resnet10t", num_classes=10).train()
+    nearest = NearestDomain(model, loader)
+
+    for domain in range(4):
+        for batch in loader.domain_test(domain):
+            assert (nearest(batch.images) == domain).float().mean() > 0.95
+    assert model.training
+    assert all(
+        int(m.num_batches_tracked) == 0
+        for m in model.modules()
+        if hasattr(m, "num_batches_tracked")
+    )
