@@ -10,7 +10,9 @@ as contexts. Images of a domain never seen have no label; they are normalised wi
 
 Every method starts from the same weights by seed, and has the same batches, schedule and number of
 epochs, at the default settings of its conversion (ACN: one responsibility an image and channel).
-Results are those of the last epoch: nothing is chosen on test images.
+Results are those of the last epoch: nothing is chosen on test images. `bn-frozen` is BatchNorm that
+keeps the statistics it was pretrained with: CN-X does without batch statistics too, and what comes
+of that is not to be put down to contexts.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from .weights import (
     read_state_dict,
 )
 
-METHODS = ("bn", "mixstyle", "crossnorm", "selfnorm", "cnsn", "cn", "cn-x", "acn")
+METHODS = ("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn", "cn", "cn-x", "acn")
 POLICIES = ("pooled", "posterior")
 JOINT = "none"
 Accuracy = dict[str, dict[str, float]]  # by kind of label, by domain, in per cent
@@ -119,12 +121,22 @@ def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Modul
     """Convert the model; every method computes the same function before it is trained."""
     if method == "bn":
         return model
+    if method == "bn-frozen":
+        return freeze_statistics(model)
     if method == "mixstyle":
         return add_mixstyle(model)
     settings: dict[str, Any] = {"assignment": "instance"} if method == "acn" else {}
     if normswap.get_method(method).needs_context:
         settings["contexts"] = contexts
     return normswap.convert(model, method, verify=False, **settings)
+
+
+def freeze_statistics(model: nn.Module) -> nn.Module:
+    """Make every batch norm keep and use its running statistics in training; the affine learns."""
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.register_forward_pre_hook(lambda norm, _: norm.train(False) and None)
+    return model
 
 
 def train_one(
@@ -157,16 +169,18 @@ def train_one(
 
 @torch.inference_mode()
 def measure(model: nn.Module, loader: Loader, nearest: NearestDomain) -> Accuracy:
-    """Measure the accuracy on the test images of each domain, for each kind of label there is."""
+    """Measure the accuracy on the test images of each domain.
+
+    With contexts also by kind of label; a held-out domain has none, and those it was trained with
+    are then tested with theirs.
+    """
     model.eval()
     if not takes_context(model):
         return {"": _accuracy(model, loader, lambda batch: {}, loader.data.domain_names)}
-    domains = loader.data.domain_names
-    found = {
-        "label known": _accuracy(
-            model, loader, lambda batch: {"context": batch.context}, loader.data.contexts
-        )
-    }
+    data = loader.data
+    known = _accuracy(model, loader, lambda batch: {"context": batch.context}, data.contexts)
+    found = {"label known": known}
+    domains = data.domain_names if data.held_out is None else [data.held_out]
     for policy in POLICIES:
         set_unknown(model, policy)
         found[policy] = _accuracy(model, loader, lambda batch: {"context": None}, domains)
