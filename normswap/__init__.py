@@ -40,3 +40,4 @@ from normswap.statistics import update_stats as update_stats
 from normswap.synchronise import convert_sync_batchnorm as convert_sync_batchnorm
 from normswap.training import freeze as freeze
 from normswap.training import param_groups as param_groups
+from normswap.unknown import set_unknown as set_unknown

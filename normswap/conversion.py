@@ -77,13 +77,21 @@ def make_contexts(
     names = tuple(map(str, range(contexts))) if isinstance(contexts, int) else tuple(contexts)
     if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
         raise ConversionError(f"expected at least one context, names distinct, got {contexts!r}")
-    policy: str | int = unknown
-    if unknown not in POLICIES:
-        if unknown not in names:
-            choices = ", ".join((*POLICIES, *names))
-            raise UnknownNameError(f"unknown= is {unknown!r}; the choices are {choices}")
-        policy = names.index(unknown)
-    return Contexts(names, check_priors(priors, len(names)), policy)
+    return Contexts(names, check_priors(priors, len(names)), policy_of(unknown, names))
+
+
+def policy_of(unknown: str, names: Sequence[str]) -> str | int:
+    """Return the policy for unknown labels as the layers take it: a context's name as its index.
+
+    Raises:
+        UnknownNameError: neither a policy nor a context.
+    """
+    if unknown in POLICIES:
+        return unknown
+    if unknown not in names:
+        choices = ", ".join((*POLICIES, *names))
+        raise UnknownNameError(f"unknown= is {unknown!r}; the choices are {choices}")
+    return names.index(unknown)
 
 
 def _decide(

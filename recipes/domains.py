@@ -182,19 +182,12 @@ def measure(model: nn.Module, loader: Loader, nearest: NearestDomain) -> Accurac
     found = {"label known": known}
     domains = data.domain_names if data.held_out is None else [data.held_out]
     for policy in POLICIES:
-        set_unknown(model, policy)
+        normswap.set_unknown(model, policy)
         found[policy] = _accuracy(model, loader, lambda batch: {"context": None}, domains)
     found["nearest"] = _accuracy(
         model, loader, lambda batch: {"context": nearest(batch.images)}, domains
     )
     return found
-
-
-def set_unknown(model: nn.Module, policy: str) -> None:
-    """Set what a converted model does with unknown labels."""
-    for module in model.modules():
-        if isinstance(module, normswap.ContextNorm | normswap.ContextNormX):
-            module.unknown = policy
 
 
 def _accuracy(

@@ -21,7 +21,7 @@ ORDER = [
     {"report", "plot", "verification", "checks", "calibration", "original"},
     {"training", "statistics", "synchronise"},
     {"conversion", "insertion", "summarise", "converted", "optimizers", "fingerprint"},
-    {"api", "reversion", "growth", "adaptation", "checkpoint"},
+    {"api", "reversion", "growth", "adaptation", "checkpoint", "unknown"},
     {"cli", "cli_plot"},
     {"__main__"},
 ]
