@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import timm
 import timm.data
 import torch
 from torch import Tensor, nn
@@ -37,13 +36,7 @@ from .mixstyle import add_mixstyle
 from .nearest import NearestDomain
 from .points import draw_points
 from .training import fill_statistics, make_arm, takes_context, train_epoch
-from .weights import (
-    EFFICIENTNET_LITE0,
-    EFFICIENTNET_LITE0_TIMM,
-    load_efficientnet_lite0,
-    load_weights,
-    read_state_dict,
-)
+from .weights import EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_TIMM, make_backbone
 
 METHODS = ("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn", "cn", "cn-x", "acn")
 POLICIES = ("pooled", "posterior")
@@ -101,14 +94,7 @@ def run(options: argparse.Namespace) -> None:
 def make_model(config: Config, data: DomainData) -> nn.Module:
     """Build the backbone with its weights, the same for every method."""
     torch.manual_seed(config.seed)
-    model = timm.create_model(
-        config.model, pretrained=config.pretrained, num_classes=len(data.classes)
-    )
-    if config.weights:
-        lite = config.weights == EFFICIENTNET_LITE0
-        state = load_efficientnet_lite0() if lite else read_state_dict(Path(config.weights))
-        load_weights(model, state, config.weights)
-    return model
+    return make_backbone(config.model, len(data.classes), config.pretrained, config.weights)[0]
 
 
 def make_loader(config: Config, data: DomainData, model: nn.Module, device: torch.device) -> Loader:

@@ -29,7 +29,7 @@ from .folders import load_folder
 from .losses import AugMix, crossnorm_layers
 from .parallel import say
 from .training import Arm, evaluate, fill_statistics, make_arm, train_epoch
-from .weights import EFFICIENTNET_LITE0, load_efficientnet_lite0, load_weights, read_state_dict
+from .weights import make_backbone
 
 SMOKE_DIGITS = 240
 SMOKE_IMAGES_PER_CLASS = 6
@@ -141,14 +141,9 @@ def build(config: Config, data: DomainData, device: torch.device) -> tuple[list[
     The converted model is always the last; the unconverted one is the very model it was made from.
     """
     torch.manual_seed(config.seed)
-    model = timm.create_model(
-        config.model, pretrained=config.pretrained, num_classes=len(data.classes)
-    )
-    if config.weights:
-        lite = config.weights == EFFICIENTNET_LITE0
-        state = load_efficientnet_lite0() if lite else read_state_dict(Path(config.weights))
-        for line in load_weights(model, state, config.weights):
-            say(line)
+    model, notes = make_backbone(config.model, len(data.classes), config.pretrained, config.weights)
+    for line in notes:
+        say(line)
     images = timm.data.resolve_model_data_config(model)
     mix = AugMix(images["mean"]) if config.loss.startswith("augmix") else None
     loader = Loader(data, images["mean"], images["std"], config.batch_size, device, mix)

@@ -15,6 +15,41 @@ EFFICIENTNET_LITE0 = "efficientnet-lite0"
 EFFICIENTNET_LITE0_TIMM = "tf_efficientnet_lite0"
 
 
+def make_backbone(
+    name: str, classes: int, pretrained: bool = False, weights: str | None = None
+) -> tuple[nn.Module, list[str]]:
+    """Build a timm model with a new head; on given weights the head starts at zero.
+
+    A random head would send random gradients through the pretrained layers: timm's EfficientNets
+    start with logits so large that the first epoch is spent on undoing them.
+
+    Args:
+        name: a name timm knows.
+        classes: how many.
+        pretrained: take timm's weights (downloads them).
+        weights: a file of weights, or `EFFICIENTNET_LITE0`.
+
+    Returns:
+        The model, and one line for each thing to tell the user.
+
+    Raises:
+        RecipeError: the weights cannot be read or are of another model.
+    """
+    import timm
+
+    model = timm.create_model(name, pretrained=pretrained, num_classes=classes)
+    if weights is not None:
+        lite = weights == EFFICIENTNET_LITE0
+        state = load_efficientnet_lite0() if lite else read_state_dict(Path(weights))
+        return model, load_weights(model, state, weights)
+    if not pretrained or classes == model.pretrained_cfg["num_classes"]:
+        return model, []
+    heads = [p for n, p in model.named_parameters() if n.startswith(_head_names(model))]
+    for parameter in heads:
+        nn.init.zeros_(parameter)
+    return model, [f"the head, of {classes} classes, starts at zero"]
+
+
 def load_efficientnet_lite0() -> dict[str, Tensor]:
     """Give ImageNet weights of EfficientNet-Lite0 as a state dict of timm's tf_efficientnet_lite0.
 
@@ -96,9 +131,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> list[str]:
     """Load a state dict into a timm model; a head of another size starts at zero.
-
-    A random head would send random gradients through the pretrained layers: timm's EfficientNets
-    start with logits so large that the first epoch is spent on undoing them.
 
     Args:
         model: a timm model, changed in place.

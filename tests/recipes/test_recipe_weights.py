@@ -11,6 +11,7 @@ from recipes.errors import RecipeError
 from recipes.weights import (
     load_efficientnet_lite0,
     load_weights,
+    make_backbone,
     read_state_dict,
     rename_in_order,
 )
@@ -139,3 +140,20 @@ def test_a_file_that_is_no_weights_is_refused(tmp_path):
 def test_a_missing_file_is_named_with_the_choice(tmp_path):
     with pytest.raises(RecipeError, match=r"'efficientnet-lite0', found no file at .*none\.pth"):
         read_state_dict(tmp_path / "none.pth")
+
+
+def test_a_new_head_on_downloaded_weights_starts_at_zero(monkeypatch):
+    create = timm.create_model
+
+    def downloads(name, pretrained, **settings):
+        assert pretrained
+        return create(name, **settings)
+
+    monkeypatch.setattr(timm, "create_model", downloads)
+    model, notes = make_backbone("resnet10t", 7, pretrained=True)
+    assert not model.fc.weight.any()
+    assert model.conv1[0].weight.any()
+    assert notes == ["the head, of 7 classes, starts at zero"]
+    model, notes = make_backbone("resnet10t", 1000, pretrained=True)
+    assert model.fc.weight.any()
+    assert notes == []
