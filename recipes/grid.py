@@ -127,8 +127,9 @@ def run_cells(
         cells: settings that tell the trainings apart, as JSON takes them.
         train: runs one and gives its figures; told a function that notes an epoch.
     """
-    done = [record for record in read_lines(folder / RESULTS) if record["cell"] in cells]
-    epochs = [e for e in read_lines(folder / EPOCHS) if any(e["cell"] == d["cell"] for d in done)]
+    done = read_lines(folder / RESULTS)
+    finished = [record["cell"] for record in done]
+    epochs = [e for e in read_lines(folder / EPOCHS) if e["cell"] in finished]
     print(
         f"writing {folder}; to continue after a stop, the same with --name {folder.name} --resume"
     )

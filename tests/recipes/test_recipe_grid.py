@@ -57,6 +57,16 @@ def test_a_resumed_grid_may_have_more_seeds_and_methods(tmp_path):
     assert settings["methods"] == ["bn", "cn"]
 
 
+def test_results_of_methods_not_asked_for_are_kept(tmp_path):
+    folder = grid.open_run(options(tmp_path), "toy")
+    grid.run_cells(folder, CELLS, train)
+    records = grid.run_cells(folder, CELLS[:1], train)
+
+    assert [record["cell"] for record in records] == CELLS[:1]
+    assert [record["cell"] for record in grid.read_lines(folder / grid.RESULTS)] == CELLS
+    assert len(grid.read_lines(folder / grid.EPOCHS)) == len(CELLS)
+
+
 def test_a_grid_of_other_settings_is_not_resumed(tmp_path):
     folder = grid.open_run(options(tmp_path), "toy")
     other = options(tmp_path, "--name", folder.name, "--resume", "--lr", "0.2")
