@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .errors import RecipeError
 from .weights import EFFICIENTNET_LITE0_TIMM, load_efficientnet_lite0
 
-BATCH = 128
+BATCH, EPOCHS = 128, 12
 IMAGENET_SIZE = 96
 
 
@@ -44,10 +44,15 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         a: (N, D), two rows or more.
         b: (M, D).
 
+    Raises:
+        RecipeError: features of other shapes, or that are not finite.
+
     Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
     Equilibrium", NeurIPS 2017.
     """
     (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
+    if len(mean_a) != len(mean_b):
+        raise RecipeError(f"expected features of one length, got {len(mean_a)} and {len(mean_b)}")
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
@@ -83,27 +88,33 @@ class Judge:
 
 
 def small_judge(images: Tensor, labels: Tensor, classes: int, device: torch.device) -> Judge:
-    """Train a small convolutional classifier from scratch on images (N, C, 32, 32)."""
-    torch.manual_seed(0)
-    widths = (images.shape[1], 16, 32, 64)
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)]
-        layers += [nn.BatchNorm2d(after), nn.ReLU()]
-    body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU()).to(device)
-    head = nn.Linear(64, classes).to(device)
-    optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], lr=2e-3)
-    steps = 12 * math.ceil(len(images) / 64)
+    """Train a small convolutional classifier from scratch on images (N, C, 32, 32): 64 features."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        widths = (images.shape[1], 16, 32, 64)
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(after), nn.ReLU()]
+        body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU()).to(device)
+        head = nn.Linear(64, classes).to(device)
+        _fit(body, head, images.to(device), labels.to(device))
+    return Judge("a classifier trained on the training images", body.eval(), head.eval())
+
+
+def _fit(body: nn.Module, head: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Train for `EPOCHS` with AdamW, one cycle of its rate, and dropout on the features."""
+    steps = EPOCHS * math.ceil(len(images) / 64)
+    optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(12):
-        for chosen in torch.randperm(len(images)).split(64):
-            dropped = F.dropout(body(images[chosen].to(device)), 0.3)
-            loss = F.cross_entropy(head(dropped), labels[chosen].to(device))
+    for _ in range(EPOCHS):
+        for chosen in torch.randperm(len(images)).to(images.device).split(64):
+            scores = head(F.dropout(body(images[chosen]), 0.3))
+            loss = F.cross_entropy(scores, labels[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    return Judge("a small classifier trained on the same images", body.eval(), head.eval())
 
 
 class ImageNetFeatures(nn.Module):

@@ -50,8 +50,10 @@ def main(argv: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Train every method with every seed, and tabulate."""
-    if not options.lr > 0:
-        raise RecipeError(f"expected --lr above 0, got {options.lr}")
+    for name in ("lr", "lr_discriminator"):
+        rate = getattr(options, name)
+        if rate is not None and not rate > 0:
+            raise RecipeError(f"expected --{name.replace('_', '-')} above 0, got {rate}")
     if options.smoke:
         options.epochs, options.every, options.width = SMOKE_EPOCHS, 1, SMOKE_WIDTH
     device = pick_device(options.device)
@@ -89,7 +91,11 @@ def train_one(
 ) -> dict[str, Any]:
     """Train both networks; give the figures of the last epoch."""
     nets = (pair.generator, pair.discriminator)
-    optimizers = [torch.optim.Adam(n.parameters(), options.lr, (0.5, 0.999)) for n in nets]
+    rates = (options.lr, options.lr_discriminator or options.lr)
+    optimizers = [
+        torch.optim.Adam(net.parameters(), lr, (0.5, 0.999))
+        for net, lr in zip(nets, rates, strict=True)
+    ]
     device = next(nets[0].parameters()).device
     figures: dict[str, Any] = {}
     for epoch in range(options.epochs):
@@ -172,4 +178,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--every", type=grid.count, default=10, help="epochs a judgement (10)")
     parser.add_argument("--width", type=grid.count, default=16, help="of both networks (16)")
     parser.add_argument("--lr", type=float, default=2e-4, help="Adam's (default: 2e-4)")
+    parser.add_argument("--lr-discriminator", type=float, help="of that alone (default: --lr)")
     return parser
