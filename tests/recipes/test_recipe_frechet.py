@@ -27,9 +27,8 @@ def test_diagonal_gaussians_have_the_closed_form():
 
 def test_correlated_gaussians_agree_with_scipy():
     draw = np.random.default_rng(0)
-    a, b = (
-        draw.normal(size=(n, 6)) @ draw.normal(size=(6, 6)) + draw.normal(size=6) for n in (50, 40)
-    )
+    shapes = draw.normal(size=(2, 6, 6))
+    a, b = (draw.normal(size=(n, 6)) @ m + m[0] for n, m in zip((50, 40), shapes, strict=True))
     root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum()
     expected += np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)

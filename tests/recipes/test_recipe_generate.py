@@ -39,7 +39,7 @@ def test_every_method_starts_from_the_same_function(method, batch):
 
 
 def test_statistics_start_from_those_of_images(batch):
-    images, labels = batch
+    images, _ = batch
     pair = build("bn", batch)
     conv, _, hidden, norm = pair.discriminator.layers[:4]
     seen = hidden(F.leaky_relu(conv(images), 0.2))
@@ -51,9 +51,8 @@ def test_statistics_start_from_those_of_images(batch):
 def test_only_methods_that_are_told_the_class_learn_from_it(method, batch):
     images, labels = batch
     pair = build(method, batch)
-    optimizers = [
-        torch.optim.Adam(n.parameters(), 1e-2) for n in (pair.generator, pair.discriminator)
-    ]
+    nets = (pair.generator, pair.discriminator)
+    optimizers = [torch.optim.Adam(n.parameters(), 1e-2) for n in nets]
     for _ in range(3):
         gan.train_step(pair, *optimizers, images, labels, torch.randn(len(labels), gan.NOISE))
     pair.generator.eval(), pair.discriminator.eval()
@@ -64,6 +63,12 @@ def test_only_methods_that_are_told_the_class_learn_from_it(method, batch):
     assert pair.conditional == (method not in ("bn", "acn"))
     assert torch.equal(*made) != pair.conditional
     assert torch.equal(*scored) != pair.conditional
+
+
+def descend(loss, net):
+    parameters = list(net.parameters())
+    for p, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        p.data -= 0.1 * grad
 
 
 def test_a_step_is_that_of_dcgan(batch):
@@ -78,16 +83,9 @@ def test_a_step_is_that_of_dcgan(batch):
     one, zero = torch.ones(len(images)), torch.zeros(len(images))
     cost = F.binary_cross_entropy_with_logits
     of_d = cost(d(images), one) + cost(d(g(noise).detach()), zero)
-    for p, grad in zip(
-        d.parameters(), torch.autograd.grad(of_d, list(d.parameters())), strict=True
-    ):
-        p.data -= 0.1 * grad
-    # Running statistics of the generator moved once more here; its training output has no use of them.
+    descend(of_d, d)
     of_g = cost(d(g(noise)), one)
-    for p, grad in zip(
-        g.parameters(), torch.autograd.grad(of_g, list(g.parameters())), strict=True
-    ):
-        p.data -= 0.1 * grad
+    descend(of_g, g)
 
     torch.testing.assert_close(loss, torch.stack((of_d, of_g)).detach())
     for mine, other in ((ours.generator, g), (ours.discriminator, d)):
@@ -112,22 +110,22 @@ def test_the_recipe_runs_reports_and_repeats_itself(tmp_path, capsys):
         assert (folder / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_a_generator_learns(tmp_path, batch):
-    """Of images of one colour a class, CN and one-hot BatchNorm learn the colours."""
-    labels = torch.arange(192) % 2
-    images = (labels * 1.2 - 0.6).reshape(-1, 1, 1, 1).expand(-1, 1, 32, 32)
-    images = images + 0.05 * torch.randn(192, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    for method in (gan.ONEHOT, "cn"):
-        pair = gan.build(method, ["dark", "light"], 4, images, labels, 0)
-        nets = (pair.generator, pair.discriminator)
-        optimizers = [torch.optim.Adam(n.parameters(), 2e-3, (0.5, 0.999)) for n in nets]
-        for step in range(90):
-            part = slice(step % 3 * 64, step % 3 * 64 + 64)
-            noise = torch.randn(64, gan.NOISE)
-            gan.train_step(pair, *optimizers, images[part], labels[part], noise)
-        made = generate.generate(pair, torch.tensor([0, 1]).repeat_interleave(20), seed=0)
-        dark, light = made.mean((1, 2, 3)).split(20)
-        assert dark.max() < 0 < light.min(), method
+def test_a_generator_learns_to_draw_the_class_asked_for():
+    """Of images that are light on the left in one class, and on the right in the other."""
+    labels = torch.arange(64) % 2
+    half = torch.where(torch.arange(32) < 16, 0.6, -0.6)
+    images = torch.stack((half, -half))[labels].reshape(-1, 1, 1, 32).expand(-1, 1, 32, 32)
+    images = images + 0.05 * torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    pair = gan.build(gan.ONEHOT, ["left", "right"], 8, images, labels, 0)
+    nets = (pair.generator, pair.discriminator)
+    optimizers = [torch.optim.Adam(n.parameters(), 1e-3, (0.5, 0.999)) for n in nets]
+    for _ in range(60):
+        gan.train_step(pair, *optimizers, images, labels, torch.randn(64, gan.NOISE))
+
+    made = generate.generate(pair, torch.tensor([0, 1]).repeat_interleave(20), seed=0)
+    left, right = (made[..., :16] - made[..., 16:]).mean((1, 2, 3)).split(20)
+    assert right.max() < -0.3
+    assert left.min() > 0.3
 
 
 def test_training_images_and_held_out_ones_are_apart():
@@ -136,7 +134,7 @@ def test_training_images_and_held_out_ones_are_apart():
     assert len(data.asked) == 1000
     assert data.images.shape[1:] == (1, 32, 32)
     assert data.images.aminmax() == (-1, 1)
-    everything, labels, _ = gan_data.load_digits()
+    everything, _, _ = gan_data.load_digits()
     everything = {image.numpy().tobytes() for image in everything}
     kept = {image.numpy().tobytes() for image in data.images}
     assert len(everything - kept) == len(data.held_out)
@@ -176,16 +174,12 @@ def test_a_folder_of_another_layout_is_an_error(pictures, tmp_path):
     for path in (pictures / "red").iterdir():
         path.unlink()
     Image.new("RGB", (40, 30)).save(pictures / "red" / "only.png")
-    with pytest.raises(RecipeError, match="got one in .*red"):
+    with pytest.raises(RecipeError, match=r"got one in .*red"):
         gan_data.load_folder(pictures)
 
 
 def test_too_few_images_are_an_error(pictures):
-    for path in [
-        *pictures.glob("*/2*.png"),
-        *pictures.glob("*/3*.png"),
-        *pictures.glob("*/4*.png"),
-    ]:
+    for path in pictures.glob("*/[2-4]*.png"):
         path.unlink()
     with pytest.raises(RecipeError, match="expected 64 images or more to train on"):
         gan_data.load(pictures, False, torch.device("cpu"))
