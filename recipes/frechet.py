@@ -84,7 +84,7 @@ class Judge:
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """Give the percentage of features (N, D) that the classifier gives these labels."""
         scores = self.head(features.to(next(self.head.parameters()).device)).cpu()
-        return 100 * (scores.argmax(1) == labels).float().mean().item()
+        return 100 * (scores.argmax(1) == labels).double().mean().item()
 
 
 def small_judge(images: Tensor, labels: Tensor, classes: int, device: torch.device) -> Judge:
