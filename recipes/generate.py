@@ -162,7 +162,8 @@ def draw_epochs(folder: Path, records: list[dict[str, Any]], real: dict[str, flo
         panels[heading] = {"real": [real[key]] * len(epochs)}
         for method in methods:
             values = [found.get((key, method, epoch)) for epoch in epochs]
-            panels[heading][method] = [statistics.mean(v) if v else None for v in values]
+            if any(values):
+                panels[heading][method] = [statistics.mean(v) if v else None for v in values]
     plot.curves(panels, epochs, log=[HEADINGS["distance"]], path=folder / "results.png")
 
 
