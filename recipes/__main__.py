@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": "time a model with other norms beside the model as it is",
     "domains": "train on several domains, test on one never seen, or on all",
     "sentiment": "train a sentence classifier on films, test it on product reviews",
+    "generate": "train a GAN on digits or on your images, each class a context",
     "sweep": "convert every model of a zoo (timm, torchvision, yours) and check each result",
 }
 

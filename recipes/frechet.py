@@ -1,0 +1,159 @@
+"""Judging generated images: the Frechet distance between features, and a classifier of them.
+
+A judge is a network that gives features and a linear classifier on these. Its distances are in the
+units of its own features: they rank generators judged by the same judge, and mean little beside
+those of another, such as the Inception net of published figures.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import RecipeError
+from .weights import EFFICIENTNET_LITE0_TIMM, load_efficientnet_lite0
+
+BATCH, EPOCHS = 128, 12
+IMAGENET_SIZE = 96
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Give mean (D,) and unbiased covariance (D, D) of features (N, D), in float64."""
+    if features.dim() != 2 or len(features) < 2:
+        raise RecipeError(
+            f"expected features (N, D) of two images or more, got {tuple(features.shape)}"
+        )
+    if not bool(features.isfinite().all()):
+        raise RecipeError("expected finite features; the images may hold NaN or infinity")
+    features = features.double().cpu()
+    return features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Give the squared Frechet distance between Gaussians fitted to two sets of features.
+
+    ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``. The trace of the root is the sum of the
+    roots of the eigenvalues of ``C_a^(1/2) C_b C_a^(1/2)``, which is symmetric.
+
+    Args:
+        a: (N, D), two rows or more.
+        b: (M, D).
+
+    Raises:
+        RecipeError: features of other shapes, or that are not finite.
+
+    Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+    Equilibrium", NeurIPS 2017.
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
+    if len(mean_a) != len(mean_b):
+        raise RecipeError(f"expected features of one length, got {len(mean_a)} and {len(mean_b)}")
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(float(distance), 0.0)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A network of features, and a linear classifier on them.
+
+    Attributes:
+        name: what it is, for the report.
+        body: gives features (N, D) of images (N, C, S, S) in [-1, 1].
+        head: gives scores of the classes.
+    """
+
+    name: str
+    body: nn.Module
+    head: nn.Module
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Give features (N, D) of images on any device, on the CPU."""
+        device = next(self.head.parameters()).device
+        return torch.cat([self.body(part.to(device)).cpu() for part in images.split(BATCH)])
+
+    @torch.no_grad()
+    def accuracy(self, features: Tensor, labels: Tensor) -> float:
+        """Give the percentage of features (N, D) that the classifier gives these labels."""
+        scores = self.head(features.to(next(self.head.parameters()).device)).cpu()
+        return 100 * (scores.argmax(1) == labels).double().mean().item()
+
+
+def small_judge(images: Tensor, labels: Tensor, classes: int, device: torch.device) -> Judge:
+    """Train a small convolutional classifier from scratch on images (N, C, 32, 32): 64 features."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        widths = (images.shape[1], 16, 32, 64)
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(after), nn.ReLU()]
+        body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU()).to(device)
+        head = nn.Linear(64, classes).to(device)
+        _fit(body, head, images.to(device), labels.to(device))
+    return Judge("a classifier trained on the training images", body.eval(), head.eval())
+
+
+def _fit(body: nn.Module, head: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Train for `EPOCHS` with AdamW, one cycle of its rate, and dropout on the features."""
+    steps = EPOCHS * math.ceil(len(images) / 64)
+    optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(EPOCHS):
+        for chosen in torch.randperm(len(images)).to(images.device).split(64):
+            scores = head(F.dropout(body(images[chosen]), 0.3))
+            loss = F.cross_entropy(scores, labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+class ImageNetFeatures(nn.Module):
+    """The last block of EfficientNet-Lite0, averaged over positions: 320 features.
+
+    The 1280 features behind it would need more images than a small data set holds out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        import timm
+
+        self.net = timm.create_model(EFFICIENTNET_LITE0_TIMM, num_classes=1000)
+        self.net.load_state_dict(load_efficientnet_lite0())
+
+    def forward(self, images: Tensor) -> Tensor:
+        size = (IMAGENET_SIZE, IMAGENET_SIZE)
+        large = F.interpolate(images, size, mode="bicubic", align_corners=False).clamp(-1, 1)
+        (last,) = self.net.forward_intermediates(large, indices=1, intermediates_only=True)
+        return last.mean((2, 3))
+
+
+def imagenet_judge(images: Tensor, labels: Tensor, classes: int, device: torch.device) -> Judge:
+    """Take ImageNet features, and fit a logistic regression on them to these images."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    body = ImageNetFeatures().eval().to(device)
+    judge = Judge("EfficientNet-Lite0 of ImageNet", body, nn.Linear(320, classes).to(device))
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    fitted.fit(judge.features(images).numpy(), labels.numpy())
+    scaler, regression = fitted
+    # One linear layer that standardises and scores. Of two classes, scikit-learn scores the second.
+    weight = torch.tensor(regression.coef_ / scaler.scale_)
+    bias = torch.tensor(regression.intercept_) - weight @ torch.tensor(scaler.mean_)
+    if classes == 2:
+        weight, bias = torch.cat((-weight, weight)), torch.cat((-bias, bias))
+    with torch.no_grad():
+        judge.head.weight.copy_(weight)
+        judge.head.bias.copy_(bias)
+    return judge

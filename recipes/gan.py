@@ -1,0 +1,154 @@
+"""A DCGAN for images of 32 px, built with any of the norms, and one step of its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import normswap
+
+from .training import takes_context
+
+NOISE, SIZE, BATCH = 64, 32, 64
+# BatchNorm that is given the class beside its input: the usual way to make a DCGAN conditional.
+ONEHOT = "bn-onehot"
+
+
+class Generator(nn.Module):
+    """Make images (N, channels, 32, 32) in [-1, 1] of noise (N, noise); `width` sets its size."""
+
+    def __init__(self, noise: int, channels: int, width: int) -> None:
+        super().__init__()
+        widths = (noise, 4 * width, 2 * width, width)
+        layers: list[nn.Module] = []
+        for i, (before, after) in enumerate(pairwise(widths)):
+            step = (1, 0) if i == 0 else (2, 1)
+            layers += [nn.ConvTranspose2d(before, after, 4, *step, bias=False)]
+            layers += [nn.BatchNorm2d(after), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(width, channels, 4, 2, 1))
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return torch.tanh(self.layers(noise[:, :, None, None]))
+
+
+class Discriminator(nn.Module):
+    """Score images (N, channels, 32, 32): (N,), high for real ones."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for before in (width, 2 * width):
+            layers += [nn.Conv2d(before, 2 * before, 4, 2, 1, bias=False)]
+            layers += [nn.BatchNorm2d(2 * before), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(4 * width, 1, 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).flatten()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two networks of a GAN and what they are told of the classes."""
+
+    method: str
+    classes: int
+    generator: nn.Module
+    discriminator: nn.Module
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the networks are told the class."""
+        return self.method == ONEHOT or takes_context(self.generator)
+
+    def to(self, device: torch.device) -> Pair:
+        """Move both networks, in place."""
+        self.generator.to(device)
+        self.discriminator.to(device)
+        return self
+
+    def make(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """Make images (N, C, 32, 32); the labels (N,) count only if the method knows of them."""
+        return self._call(self.generator, noise, labels)
+
+    def score(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Score images, given the classes they have or were asked for."""
+        return self._call(self.discriminator, images, labels)
+
+    def _call(self, net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+        if self.method == ONEHOT:
+            marks = F.one_hot(labels, self.classes).to(x.dtype)
+            marks = marks.reshape(*marks.shape, *(1 for _ in x.shape[2:]))
+            return net(torch.cat((x, marks.expand(-1, -1, *x.shape[2:])), 1))
+        return net(x, context=labels) if takes_context(net) else net(x)
+
+
+def build(
+    method: str, classes: list[str], width: int, images: Tensor, labels: Tensor, seed: int
+) -> Pair:
+    """Build both networks with the weights of the DCGAN paper, N(0, 0.02), and convert them.
+
+    Every method of a seed has the same weights; `ONEHOT` has more of them. A fresh BatchNorm claims
+    mean 0 and variance 1; norms that learn their statistics would start from that claim, so all
+    get those of `images`, and of images generated from noise.
+
+    Args:
+        method: "bn", `ONEHOT` or a method of normswap.
+        classes: their names, the contexts of methods that have contexts.
+        width: channels of the largest maps.
+        images: (N, C, 32, 32); a few hundred are drawn from them.
+        labels: (N,).
+        seed: of weights, noise and draw.
+    """
+    torch.manual_seed(seed)
+    extra = len(classes) if method == ONEHOT else 0
+    channels = images.shape[1]
+    generator = Generator(NOISE + extra, channels, width)
+    discriminator = Discriminator(channels + extra, width)
+    for module in [*generator.modules(), *discriminator.modules()]:
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(module.weight, 0, 0.02)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1, 0.02)
+    plain = Pair(method if extra else "bn", len(classes), generator, discriminator)
+    chosen = torch.randperm(len(images))[: 4 * BATCH]
+    noise, images, labels = torch.randn(len(chosen), NOISE), images[chosen], labels[chosen]
+    measure = partial(normswap.update_stats, progress=False)
+    measure(generator, [noise], forward=lambda _, z: plain.make(z, labels))
+    measure(discriminator, [images], forward=lambda _, x: plain.score(x, labels))
+    if method in ("bn", ONEHOT):
+        return plain
+    contexts = classes if normswap.get_method(method).needs_context else None
+    convert = partial(normswap.convert, method=method, contexts=contexts, verify=False)
+    return Pair(method, len(classes), convert(generator), convert(discriminator))
+
+
+def train_step(
+    pair: Pair,
+    of_generator: torch.optim.Optimizer,
+    of_discriminator: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """Step the discriminator, then the generator; give their losses, (2,).
+
+    Real and generated images go through the discriminator in two forwards, so that batch
+    statistics are of the one or the other. The generator is asked for the classes of the batch.
+    """
+    fake = pair.make(noise, labels)
+    real_score, fake_score = pair.score(images, labels), pair.score(fake.detach(), labels)
+    # -log D(real) - log(1 - D(fake)), where D is the sigmoid of the score.
+    loss = F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
+    of_discriminator.zero_grad()
+    loss.backward()
+    of_discriminator.step()
+    fooling = F.softplus(-pair.score(fake, labels)).mean()
+    of_generator.zero_grad()
+    fooling.backward()
+    of_generator.step()
+    return torch.stack((loss.detach(), fooling.detach()))
