@@ -18,6 +18,7 @@ COMMANDS = {
     "finetune": "fine-tune a timm backbone with context-aware norms beside plain BatchNorm",
     "bench": "time a model with other norms beside the model as it is",
     "sentiment": "train a sentence classifier on films, test it on product reviews",
+    "segment": "train a segmentation on some domains, test it on others",
     "sweep": "convert every model of a zoo (timm, torchvision, yours) and check each result",
 }
 
