@@ -91,6 +91,7 @@ class Look:
         tint: factor of each of red, green and blue.
         ink: colour of the digits.
         opacity: how much of the texture the ink hides.
+        light: factors between which that of a scene lies.
         noise: standard deviation of Gaussian noise, of pixel values in [0, 1].
     """
 
@@ -98,15 +99,16 @@ class Look:
     tint: Colour
     ink: Colour
     opacity: float
+    light: tuple[float, float]
     noise: float
 
 
 LOOKS = {
-    "brick": Look("brick", (1.0, 0.75, 0.65), (1.0, 1.0, 1.0), 0.7, 0.02),
-    "grass": Look("grass", (0.75, 1.0, 0.6), (0.2, 0.0, 0.4), 0.9, 0.02),
-    "gravel": Look("gravel", (0.8, 0.9, 1.0), (1.0, 1.0, 0.8), 0.6, 0.08),
-    "tissue": Look("immunohistochemistry", (1.0, 1.0, 1.0), (0.1, 0.0, 0.2), 0.6, 0.05),
-    "fur": Look("chelsea", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), 0.6, 0.05),
+    "gravel": Look("gravel", (0.95, 0.95, 1.0), (1.0, 1.0, 1.0), 0.9, (0.6, 1.1), 0.03),
+    "grass": Look("grass", (0.9, 1.0, 0.85), (0.0, 0.0, 0.1), 0.9, (0.9, 1.5), 0.03),
+    "brick": Look("brick", (1.0, 0.9, 0.85), (1.0, 1.0, 1.0), 0.7, (0.6, 1.2), 0.02),
+    "tissue": Look("immunohistochemistry", (1.0, 1.0, 1.0), (0.1, 0.0, 0.2), 0.7, (0.8, 1.0), 0.04),
+    "fur": Look("chelsea", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), 0.7, (0.6, 1.0), 0.04),
 }
 # Scenes a domain: of a source for training, validation and test; of a target for test.
 COUNTS = (500, 100, 200)
@@ -136,6 +138,8 @@ def make_scenes(
 
     if unknown := [name for name in (*sources, *targets) if name not in LOOKS]:
         raise RecipeError(f"expected domains among {', '.join(LOOKS)}, got {unknown[0]!r}")
+    if twice := [n for n in (*sources, *targets) if [*sources, *targets].count(n) > 1]:
+        raise RecipeError(f"expected each domain once, as source or as target, got {twice[0]!r}")
     if size < 32:
         raise RecipeError(f"expected --image-size of at least 32 for the digits, got {size}")
     digits = load_digits()
@@ -226,7 +230,9 @@ def draw_scene(
         x = quarter % 2 * cell + draw(0, cell - tall)
         ink[y : y + tall, x : x + tall] = large.clamp(0, 1)
         mask[y : y + tall, x : x + tall][large > 0.5] = 1 + label
+    low, high = look.light
+    light = low + (high - low) * torch.rand((), generator=generator)
     share = look.opacity * ink
-    image = image * (1 - share) + torch.tensor(look.ink)[:, None, None] * share
+    image = light * (image * (1 - share) + torch.tensor(look.ink)[:, None, None] * share)
     image = image + look.noise * torch.randn(image.shape, generator=generator)
     return (image.clamp(0, 1) * 255).round().to(torch.uint8), mask
