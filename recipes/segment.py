@@ -107,8 +107,8 @@ def loader(options: argparse.Namespace) -> Callable[[int], Scenes]:
         limit = sum(SMOKE_COUNTS) if options.smoke else None
         read = read_scenes(options.data, options.source, options.target, options.image_size, limit)
         return functools.partial(split, read)
-    sources = options.source or ["brick", "grass"]
-    targets = options.target or ["gravel", "tissue"]
+    sources = options.source or ["gravel", "grass"]
+    targets = options.target or ["brick", "moon"]
     counts = SMOKE_COUNTS if options.smoke else COUNTS
     return functools.lru_cache(1)(
         lambda seed: make_scenes(sources, targets, options.image_size, seed, counts)
@@ -206,8 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recipes segment", description=__doc__)
     grid.add_arguments(parser, METHODS, ("bn", *normswap.methods()), seeds=3)
     parser.add_argument("--data", type=Path, help="DOMAIN/images/NAME.png, DOMAIN/masks/NAME.png")
-    parser.add_argument("--source", nargs="+", help="domains to train on (brick grass)")
-    parser.add_argument("--target", nargs="+", help="domains to test on (gravel tissue)")
+    parser.add_argument("--source", nargs="+", help="domains to train on (gravel grass)")
+    parser.add_argument("--target", nargs="+", help="domains to test on (brick moon)")
     parser.add_argument("--model", default="resnet10t", help="of timm (default: resnet10t)")
     parser.add_argument("--pretrained", action="store_true", help="with timm's weights")
     parser.add_argument(
@@ -216,8 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--placement", help="of crossnorm, selfnorm and cnsn, instead of theirs")
     parser.add_argument("--image-size", type=int, default=64, help="(default: 64)")
-    parser.add_argument("--batch", type=grid.count, default=32, help="(default: 32)")
-    parser.add_argument("--epochs", type=grid.count, default=15, help="(default: 15)")
+    parser.add_argument("--batch", type=grid.count, default=16, help="(default: 16)")
+    parser.add_argument("--epochs", type=grid.count, default=10, help="(default: 10)")
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's (default: 3e-3)")
     parser.add_argument("--weight-decay", type=float, default=0.05, help="(default: 0.05)")
     return parser
