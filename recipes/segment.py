@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--placement", help="of crossnorm, selfnorm and cnsn, instead of theirs")
     parser.add_argument("--image-size", type=int, default=64, help="(default: 64)")
     parser.add_argument("--batch", type=grid.count, default=16, help="(default: 16)")
-    parser.add_argument("--epochs", type=grid.count, default=10, help="(default: 10)")
+    parser.add_argument("--epochs", type=grid.count, default=8, help="(default: 8)")
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's (default: 3e-3)")
     parser.add_argument("--weight-decay", type=float, default=0.05, help="(default: 0.05)")
     return parser

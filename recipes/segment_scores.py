@@ -98,12 +98,12 @@ def draw_predictions(
     for line, (name, shown) in zip(axes, pictures.items(), strict=True):
         for column, (axis, scene) in enumerate(zip(line, shown, strict=True)):
             if name == "image":
-                axis.imshow(scene.permute(1, 2, 0))
+                axis.imshow(scene.permute(1, 2, 0).numpy())
                 domain = int(data.domains[scenes[column]])
                 kind = "source" if domain < len(data.sources) else "target"
                 axis.set_title(f"{names[domain]}\n({kind})", fontsize=7)
             else:
-                mask = scene.float().masked_fill(scene == IGNORED, torch.nan)
+                mask = scene.float().masked_fill(scene == IGNORED, torch.nan).numpy()
                 axis.imshow(mask, colours, vmin=0, vmax=data.classes - 1, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])

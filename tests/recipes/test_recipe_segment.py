@@ -111,7 +111,7 @@ def test_all_norms_of_backbone_and_head_are_threaded():
     rows = normswap.summary(converted).rows
 
     assert sum(row.action == "replaced" for row in rows) == norms
-    assert {row.context for row in rows} == {"threaded"}
+    assert {row.delivery for row in rows} == {"threaded"}
 
 
 def test_mean_iou_is_that_of_scikit_learn():
