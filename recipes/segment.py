@@ -168,7 +168,9 @@ def train_one(
         for images, masks, domains in data.batches(train, options.batch, generator):
             given = {"context": domains.to(device)} if labelled else {}
             scores = model(images.to(device), **given)
-            loss = F.cross_entropy(scores, masks.to(device), ignore_index=IGNORED)
+            masks = masks.to(device)
+            loss = F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum")
+            loss = loss / (masks != IGNORED).sum().clamp(min=1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
