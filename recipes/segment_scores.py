@@ -108,7 +108,8 @@ def draw_predictions(
             axis.set_xticks([])
             axis.set_yticks([])
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    canvas.suptitle(title, fontsize=9)
+    canvas.suptitle(title, fontsize=9, y=1.0)
+    canvas.subplots_adjust(hspace=0.04, wspace=0.04)
     with atomic(path) as temporary:
         canvas.savefig(temporary, format="png", bbox_inches="tight")
 
