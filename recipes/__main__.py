@@ -20,6 +20,7 @@ COMMANDS = {
     "domains": "train on several domains, test on one never seen, or on all",
     "sentiment": "train a sentence classifier on films, test it on product reviews",
     "generate": "train a GAN on digits or on your images, each class a context",
+    "segment": "train a segmentation on some domains, test it on others",
     "sweep": "convert every model of a zoo (timm, torchvision, yours) and check each result",
 }
 

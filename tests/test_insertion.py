@@ -157,7 +157,34 @@ class Halves(nn.Module):
         return one + self.conv(torch.cat([other, other], 1))[:, :1]
 
 
-@pytest.mark.parametrize("block", [Positional, Halves])
+class Levels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fine = nn.Conv2d(1, 2, 1)
+        self.coarse = nn.Conv2d(2, 2, 2, 2)
+
+    def forward(self, x):
+        fine = self.fine(x)
+        return [fine, self.coarse(fine)]
+
+
+class Pyramid(nn.Module):
+    """A decoder: one map is brought to the size of another and added, each from its own source."""
+
+    def __init__(self):
+        super().__init__()
+        self.levels = Levels()
+        self.deep = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+        self.lateral = nn.Conv2d(2, 2, 1)
+        self.bn = nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        maps = self.levels(x)
+        fine = self.lateral(maps[0])
+        return self.bn(fine + nn.functional.interpolate(self.deep(maps[1]), fine.shape[-2:]))
+
+
+@pytest.mark.parametrize("block", [Positional, Halves, Pyramid])
 def test_adds_that_are_not_residual_get_no_layer(block):
     with pytest.raises(ConversionError, match="found no place"):
         normswap.plan(block(), "scale", placement="post")

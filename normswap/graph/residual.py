@@ -52,8 +52,8 @@ def find_residuals(graph: fx.Graph, module: nn.Module) -> tuple[list[Residual], 
     the one with more. As much on both is reported, not guessed.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
-    before = _ancestors(graph)
     sizes = _sizes(graph)
+    before = _ancestors(graph, sizes)
     unclear: list[fx.Node] = []
     found: list[Residual] = []
     ambiguous: list[str] = []
@@ -113,10 +113,11 @@ def _takes_apart(start: fx.Node, sides: list[set[fx.Node]]) -> bool:
     )
 
 
-def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+def _ancestors(graph: fx.Graph, sizes: set[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+    """Return the nodes whose features reach a node; to ask for their size alone is not to."""
     before: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
-        inputs = node.all_input_nodes
+        inputs = [i for i in node.all_input_nodes if i not in sizes]
         before[node] = set(inputs).union(*(before[i] for i in inputs))
     return before
 

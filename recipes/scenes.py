@@ -1,0 +1,239 @@
+"""Segmentation data of several domains in memory: made on the spot, or read from a folder.
+
+The made ones are scikit-learn's handwritten digits on scikit-image's photographs of textures (those
+that its wheel ships), every pixel labelled with the digit whose ink it shows, or as background.
+Domains differ in texture, colour, ink, light and noise; the default targets are such that plain
+BatchNorm loses much on them and not everything. Training, validation and test scenes show different
+digits, and test scenes another part of the photograph: nothing of theirs is trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .data import Augmentation, draw_windows, stratified_mask
+from .errors import RecipeError
+
+IGNORED = 255
+TRAIN, VALID, TEST = range(3)
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Images with a class for every pixel.
+
+    `domains` numbers the sources from 0 on, then the targets; `parts` says what each scene is for
+    (TRAIN, VALID or TEST). Targets only test.
+
+    Shape: images (N, 3, S, S) uint8; masks (N, S, S) uint8, 255 where no class is known; domains
+    and parts (N,) int64.
+    """
+
+    images: Tensor
+    masks: Tensor
+    domains: Tensor
+    parts: Tensor
+    sources: list[str]
+    targets: list[str]
+    classes: int
+    augmentation: Augmentation
+
+    def where(self, part: int, domain: int | None = None) -> Tensor:
+        """Give the indices of the scenes of a part, of one domain or of all."""
+        chosen = self.parts == part
+        return (chosen if domain is None else chosen & (self.domains == domain)).nonzero()[:, 0]
+
+    def batches(
+        self, indices: Tensor, size: int, generator: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Give batches of float images in [0, 1], int64 masks, and domains.
+
+        With a generator they are shuffled and cut at random, and a short last batch is left out
+        (BatchNorm's statistics would be worse on it); without one, all and as they are.
+        """
+        if generator is not None:
+            indices = indices[torch.randperm(len(indices), generator=generator)]
+            indices = indices[: max(len(indices) // size, 1) * size]
+        for chosen in indices.split(size):
+            images, masks = self.images[chosen].float() / 255, self.masks[chosen].long()
+            if generator is not None:
+                images, masks = cut(images, masks, draw_windows(
+                    len(chosen), self.augmentation, generator
+                ))  # fmt: skip
+            yield images, masks, self.domains[chosen]
+
+
+def cut(images: Tensor, masks: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut a window out of each image and its mask; what lies beyond the edge is ignored.
+
+    Shape: images (N, 3, S, S) float; masks (N, S, S) int64; windows (N, 2, 3), affine maps.
+    """
+    grid = F.affine_grid(windows, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
+    # What is beyond the edge comes back as 0: classes are counted from 1 on meanwhile.
+    shifted = torch.where(masks == IGNORED, 0, masks + 1).float()[:, None]
+    shifted = F.grid_sample(shifted, grid, "nearest", "zeros", align_corners=False)[:, 0].long()
+    return images, torch.where(shifted == 0, IGNORED, shifted - 1)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a made domain looks like: a texture, and ink on it.
+
+    Attributes:
+        texture: name of a photograph in `skimage.data`.
+        tint: factor of each of red, green and blue.
+        ink: colour of the digits.
+        opacity: how much of the texture the ink hides.
+        light: factors between which that of a scene lies.
+        noise: standard deviation of Gaussian noise, of pixel values in [0, 1].
+    """
+
+    texture: str
+    tint: Colour
+    ink: Colour
+    opacity: float
+    light: tuple[float, float]
+    noise: float
+
+
+LOOKS = {
+    "gravel": Look("gravel", (0.95, 0.95, 1.0), (1.0, 1.0, 1.0), 0.9, (0.7, 1.1), 0.03),
+    "grass": Look("grass", (0.9, 1.0, 0.85), (0.0, 0.0, 0.1), 0.9, (1.1, 1.5), 0.03),
+    "brick": Look("brick", (1.0, 0.9, 0.85), (1.0, 1.0, 1.0), 0.8, (0.6, 0.9), 0.05),
+    "moon": Look("moon", (1.0, 1.0, 1.0), (0.0, 0.0, 0.1), 0.8, (0.6, 0.9), 0.05),
+    "fur": Look("chelsea", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), 0.8, (0.9, 1.1), 0.03),
+}
+# Scenes a domain: of a source for training, validation and test; of a target for test.
+COUNTS = (500, 100, 200)
+DIGITS_A_SCENE = 3
+
+
+def make_scenes(
+    sources: Sequence[str],
+    targets: Sequence[str],
+    size: int = 64,
+    seed: int = 0,
+    counts: tuple[int, int, int] = COUNTS,
+) -> Scenes:
+    """Make scenes of digits on textures.
+
+    Args:
+        sources: names in `LOOKS`, to train on.
+        targets: likewise, only to test on.
+        size: side of the images in pixels, at least 32.
+        seed: decides which digits are for what, and the scenes.
+        counts: scenes of a domain for training, validation and test.
+
+    Raises:
+        RecipeError: an unknown domain, or a size too small to read a digit.
+    """
+    from sklearn.datasets import load_digits
+
+    if unknown := [name for name in (*sources, *targets) if name not in LOOKS]:
+        raise RecipeError(f"expected domains among {', '.join(LOOKS)}, got {unknown[0]!r}")
+    if twice := [n for n in (*sources, *targets) if [*sources, *targets].count(n) > 1]:
+        raise RecipeError(f"expected each domain once, as source or as target, got {twice[0]!r}")
+    if size < 32:
+        raise RecipeError(f"expected --image-size of at least 32 for the digits, got {size}")
+    digits = load_digits()
+    pixels = torch.tensor(digits.images, dtype=torch.float32) / 16
+    labels = torch.tensor(digits.target)
+    generator = torch.Generator().manual_seed(seed)
+    # Of the digits a quarter tests, an eighth validates, the others train.
+    test = stratified_mask(labels, 0.25, generator)
+    valid = stratified_mask(torch.where(test, 10, labels), 1 / 6, generator) & ~test
+    use = torch.where(test, TEST, torch.where(valid, VALID, TRAIN))
+    made: list[tuple[Tensor, Tensor, int, int]] = []
+    for domain, name in enumerate((*sources, *targets)):
+        texture = photograph(LOOKS[name])
+        for part in (TRAIN, VALID, TEST) if domain < len(sources) else (TEST,):
+            chosen = (use == part).nonzero()[:, 0]
+            # The right third of each photograph is kept for test scenes.
+            wide = texture.shape[2]
+            ground = (
+                texture[..., 2 * wide // 3 :] if part == TEST else texture[..., : 2 * wide // 3]
+            )
+            for _ in range(counts[part]):
+                at = torch.randint(len(chosen), (DIGITS_A_SCENE,), generator=generator)
+                image, mask = draw_scene(
+                    pixels[chosen[at]], labels[chosen[at]], ground, LOOKS[name], size, generator
+                )
+                made.append((image, mask, domain, part))
+    images, masks, domains, parts = zip(*made, strict=True)
+    return Scenes(
+        torch.stack(images),
+        torch.stack(masks),
+        torch.tensor(domains),
+        torch.tensor(parts),
+        list(sources),
+        list(targets),
+        11,
+        # No mirroring: a mirrored digit is another sign.
+        Augmentation(side=(0.85, 1.15), shift=0.05, flip=False),
+    )
+
+
+def photograph(look: Look) -> Tensor:
+    """Give the tinted texture of a look, (3, H, W) float in [0, 1]."""
+    import skimage.data
+
+    image = np.asarray(getattr(skimage.data, look.texture)(), dtype=np.float32) / 255
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    return torch.from_numpy(image * np.float32(look.tint)).permute(2, 0, 1)
+
+
+def draw_scene(
+    digits: Tensor,
+    labels: Tensor,
+    ground: Tensor,
+    look: Look,
+    size: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Draw digits on a piece of a texture, each in a quarter of its own.
+
+    Args:
+        digits: (D, 8, 8) in [0, 1], at most 4.
+        labels: (D,) in [0, 10).
+        ground: (3, H, W), a photograph; a piece of twice the size is halved.
+        look: of the domain.
+        size: side of the result.
+        generator: of the draws.
+
+    Returns:
+        Image (3, size, size) uint8, and mask (size, size) uint8: 0, or 1 + the digit.
+    """
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    side = min(2 * size, *ground.shape[1:])
+    top, left = (draw(0, extent - side) for extent in ground.shape[1:])
+    piece = ground[None, :, top : top + side, left : left + side]
+    image = F.interpolate(piece, size=(size, size), mode="area")[0]
+    ink = torch.zeros(size, size)
+    mask = torch.zeros(size, size, dtype=torch.uint8)
+    cell = size // 2
+    quarters = torch.randperm(4, generator=generator)[: len(digits)].tolist()
+    for digit, label, quarter in zip(digits, labels.tolist(), quarters, strict=True):
+        tall = draw(round(0.65 * cell), round(0.95 * cell))
+        large = F.interpolate(digit[None, None], size=(tall, tall), mode="bicubic")[0, 0]
+        y = quarter // 2 * cell + draw(0, cell - tall)
+        x = quarter % 2 * cell + draw(0, cell - tall)
+        ink[y : y + tall, x : x + tall] = large.clamp(0, 1)
+        mask[y : y + tall, x : x + tall][large > 0.5] = 1 + label
+    low, high = look.light
+    light = low + (high - low) * torch.rand((), generator=generator)
+    share = look.opacity * ink
+    image = light * (image * (1 - share) + torch.tensor(look.ink)[:, None, None] * share)
+    image = image + look.noise * torch.randn(image.shape, generator=generator)
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8), mask

@@ -1,0 +1,150 @@
+"""Images and masks by domain: DIR/DOMAIN/images/NAME.png (or .jpg), DIR/DOMAIN/masks/NAME.png.
+
+A pixel of a mask is its class, 255 where there is none. Both are resized and centre-cropped to a
+square, masks by nearest neighbour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .data import Augmentation, stratified_mask
+from .errors import RecipeError
+from .folders import decode
+from .scenes import IGNORED, TEST, TRAIN, VALID, Scenes
+
+KINDS = (".png", ".jpg", ".jpeg")
+LEAST = 4  # scenes of a source, so that each part has one
+
+
+def read_scenes(
+    root: Path,
+    sources: Sequence[str] | None,
+    targets: Sequence[str] | None,
+    size: int,
+    limit: int | None = None,
+) -> Scenes:
+    """Read a folder; every scene of a source trains until `split`.
+
+    Args:
+        root: the folder.
+        sources: domains to train on; all but the targets by default.
+        targets: domains only to test on; all but the sources by default.
+        size: side of the images in pixels.
+        limit: take so many of each domain, the first by name.
+
+    Raises:
+        RecipeError: something is missing, unreadable, or not as the layout has it.
+    """
+    if not root.is_dir():
+        raise RecipeError(f"expected --data to be a folder DOMAIN/images/NAME.png, none at {root}")
+    domains = sorted(path.name for path in root.iterdir() if (path / "images").is_dir())
+    sources, targets = choose(root, domains, sources, targets)
+    paths: list[tuple[Path, Path]] = []
+    of: list[int] = []
+    for number, name in enumerate((*sources, *targets)):
+        found = pairs(root / name)[:limit]
+        if number < len(sources) and len(found) < LEAST:
+            raise RecipeError(
+                f"expected {LEAST} images or more to train, validate and test on {name!r}, "
+                f"got {len(found)}"
+            )
+        paths += found
+        of += [number] * len(found)
+    masks = torch.stack([read_mask(image, mask, size) for image, mask in paths])
+    images = decode([image for image, _ in paths], size, workers=2)
+    number = torch.tensor(of)
+    known = masks[masks != IGNORED]
+    classes = int(known.max()) + 1 if len(known) else 0
+    if classes < 2:
+        raise RecipeError(f"expected masks of two classes or more under {root}, got {classes}")
+    return Scenes(
+        images,
+        masks,
+        number,
+        torch.where(number < len(sources), TRAIN, TEST),
+        list(sources),
+        list(targets),
+        classes,
+        Augmentation(side=(0.6, 1.0), shift=0.0, flip=True),
+    )
+
+
+def split(scenes: Scenes, seed: int) -> Scenes:
+    """Give a quarter of each source to test and an eighth to validate, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    mine = scenes.domains < len(scenes.sources)
+    test = stratified_mask(scenes.domains, 0.25, generator) | ~mine
+    # Those that test are groups of their own.
+    groups = torch.where(test, scenes.domains + len(scenes.sources), scenes.domains)
+    valid = stratified_mask(groups, 1 / 6, generator) & ~test
+    return replace(scenes, parts=torch.where(test, TEST, torch.where(valid, VALID, TRAIN)))
+
+
+def choose(
+    root: Path,
+    domains: Sequence[str],
+    sources: Sequence[str] | None,
+    targets: Sequence[str] | None,
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Fill in what was not named, and check what was."""
+    listed = ", ".join(domains) or "none"
+    if sources is None and targets is None:
+        raise RecipeError(f"expected --source or --target of the domains of {root}: {listed}")
+    sources = [d for d in domains if d not in targets] if sources is None else sources
+    targets = [d for d in domains if d not in sources] if targets is None else targets
+    for option, names in (("--source", sources), ("--target", targets)):
+        if unknown := [name for name in names if name not in domains]:
+            raise RecipeError(f"expected {option} among {listed} ({root}), got {unknown[0]!r}")
+        if not names:
+            raise RecipeError(f"expected a domain for {option}; {root} has {listed}")
+    if twice := [n for n in (*sources, *targets) if [*sources, *targets].count(n) > 1]:
+        raise RecipeError(f"expected each domain once, as source or as target, got {twice[0]!r}")
+    return sources, targets
+
+
+def pairs(folder: Path) -> list[tuple[Path, Path]]:
+    """List the images of a domain with their masks.
+
+    Raises:
+        RecipeError: no images, or one without a mask.
+    """
+    images = sorted(p for p in (folder / "images").iterdir() if p.suffix.lower() in KINDS)
+    if not images:
+        raise RecipeError(f"expected images ({', '.join(KINDS)}) in {folder / 'images'}, got none")
+    found = [(image, folder / "masks" / f"{image.stem}.png") for image in images]
+    for image, mask in found:
+        if not mask.is_file():
+            raise RecipeError(f"expected a mask for {image} at {mask}, found none")
+    return found
+
+
+def read_mask(image: Path, mask: Path, size: int) -> Tensor:
+    """Read a mask as (size, size) uint8.
+
+    Raises:
+        RecipeError: not readable, not of one channel of 8 bits, or of another size than its image.
+    """
+    try:
+        with Image.open(mask) as opened, Image.open(image) as beside:
+            if opened.mode not in ("L", "P", "1"):
+                raise RecipeError(
+                    f"expected a mask of one channel of 8 bits (mode L or P), got mode "
+                    f"{opened.mode} in {mask}; save class numbers, not colours"
+                )
+            if opened.size != beside.size:
+                raise RecipeError(
+                    f"expected the mask {mask} to have its image's size {beside.size}, "
+                    f"got {opened.size}"
+                )
+            fitted = ImageOps.fit(opened, (size, size), Image.Resampling.NEAREST)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot read {mask} or {image}: {error}") from error
+    return torch.from_numpy(np.array(fitted).astype(np.uint8))
