@@ -9,6 +9,8 @@ from typing import Any
 
 from .runs import atomic
 
+MARKERS = "Ds^v"
+
 
 def draw_points(
     path: Path,
@@ -36,7 +38,7 @@ def draw_points(
     axes = canvas.subplots()
     step = 0.8 / len(names)
     for index, name in enumerate(names):
-        colour, label = f"C{index % 10}", str(name)
+        colour, label, marker = f"C{index % 10}", str(name), MARKERS[index // 10 % len(MARKERS)]
         for column, key in enumerate(figures):
             values = [r[key] for r in records if r["cell"][by] == name and r.get(key) is not None]
             if not values:
@@ -44,7 +46,7 @@ def draw_points(
             x = column + (index - (len(names) - 1) / 2) * step
             error = statistics.stdev(values) if len(values) > 1 else 0.0
             axes.errorbar(
-                x, statistics.mean(values), error, fmt="D", color=colour, label=label,
+                x, statistics.mean(values), error, fmt=marker, color=colour, label=label,
                 markersize=5, capsize=3,
             )  # fmt: skip
             label = None
