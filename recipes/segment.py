@@ -115,9 +115,7 @@ def loader(options: argparse.Namespace) -> Callable[[int], Scenes]:
     )
 
 
-def build(
-    method: str, data: Scenes, seed: int, options: argparse.Namespace, unknown: str = "pooled"
-) -> nn.Module:
+def build(method: str, data: Scenes, seed: int, options: argparse.Namespace) -> nn.Module:
     """Build the network and convert it; every method starts as the same function."""
     torch.manual_seed(seed)
     try:
@@ -136,7 +134,7 @@ def build(
     if method == "bn":
         return model
     if normswap.get_method(method).needs_context:
-        return normswap.convert(model, method, contexts=data.sources, unknown=unknown, verify=False)
+        return normswap.convert(model, method, contexts=data.sources, verify=False)
     arguments = dict(PLACED.get(method, {}))
     if arguments:
         arguments["select"] = "backbone*"
@@ -183,9 +181,9 @@ def train_one(
     figures = {"valid": evaluate(model, data, VALID)["source"], **evaluate(model, data, TEST)}
     if labelled:
         figures["source_known"] = evaluate(model, data, TEST, known=True)["source"]
-        other = build(method, data, seed, options, "posterior").to(device)
-        other.load_state_dict(model.state_dict())
-        found = evaluate(other, data, TEST)
+        normswap.set_unknown(model, "posterior")
+        found = evaluate(model, data, TEST)
+        normswap.set_unknown(model, "pooled")
         figures |= {f"{key}_posterior": found[key] for key in ("source", "target")}
     if seed == 0:
         with atomic(masks_of(folder, method)) as temporary, temporary.open("wb") as file:
