@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +135,7 @@ def train_one(
         images = [known, views.weak(others, generator), views.strong(others, generator)]
         source, weak, strong = shared.forward(model, images, (SOURCE, TARGET, TARGET))
         if not takes_context(model):
-            with kept_buffers(model):
-                alone = model(known)
+            alone = without_trace(model, known)
             source = alone.lerp(source, torch.rand(source.shape).to(source))
         confident = source[: len(ours)].detach().softmax(1)
         threshold = options.threshold * confident.max(1).values.mean()
@@ -158,14 +155,10 @@ def train_one(
     return {**accuracy[TARGET], "source": source, **figures}
 
 
-@contextmanager
-def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Put a model's buffers back afterwards: a second forward of a step is not to count in them."""
-    before = [buffer.clone() for buffer in model.buffers()]
-    yield
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), before, strict=True):
-            buffer.copy_(value)
+def without_trace(model: nn.Module, images: Tensor) -> Tensor:
+    """Run a model in training once more, on copies of its buffers: statistics count one forward."""
+    copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return torch.func.functional_call(model, copies, (images,))
 
 
 def _parser() -> argparse.ArgumentParser:
