@@ -59,7 +59,7 @@ def load_digits(
     seed: int = 0,
     held_out: str | None = None,
     limit: int | None = None,
-    angles: Sequence[int] = ANGLES,
+    angles: Sequence[int] | None = None,
 ) -> DomainData:
     """Load the digits, split them, and turn them into one domain an angle.
 
@@ -68,13 +68,14 @@ def load_digits(
         seed: decides the split and which training digit goes to which angle.
         held_out: name of a domain (its angle, such as "60") that does not train.
         limit: use about so many digits in all, for a quick trial.
-        angles: in degrees, one a domain.
+        angles: in degrees, one a domain; `ANGLES` if left out.
 
     Raises:
         RecipeError: if `size` is too small or `held_out` is not a domain.
     """
     from sklearn.datasets import load_digits as sklearn_digits
 
+    angles = ANGLES if angles is None else angles
     names = [str(angle) for angle in angles]
     if held_out is not None and held_out not in names:
         raise RecipeError(

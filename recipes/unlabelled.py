@@ -49,7 +49,7 @@ Step = Callable[[nn.Module, int], tuple[Tensor, dict[str, Tensor]]]
 
 def add_arguments(parser: argparse.ArgumentParser, steps: int, batch: int) -> None:
     """Add the options that these recipes have in common, defaults of the digits given."""
-    parser.add_argument("--image-size", type=int, help="pixels (digits: 32, folders: 64)")
+    parser.add_argument("--image-size", type=int, help="pixels (digits: 24, folders: 64)")
     parser.add_argument("--limit", type=grid.count, help="images of each class of each domain")
     parser.add_argument(
         "--model",
@@ -77,7 +77,7 @@ def resolve(options: argparse.Namespace) -> None:
         for name, value in SMOKE.items():
             setattr(options, name, value)
     if options.image_size is None:
-        options.image_size = 32 if options.data is None else 64
+        options.image_size = 24 if options.data is None else 64
     if options.model is None and options.data is not None:
         options.model = EFFICIENTNET_LITE0_TIMM
         options.weights = options.weights or EFFICIENTNET_LITE0
