@@ -90,7 +90,7 @@ def load(options: argparse.Namespace) -> DomainData:
     """
     names = (options.source, options.target)
     if options.data is None:
-        names = tuple(name or default for name, default in zip(names, ("0", "60"), strict=True))
+        names = tuple(name or default for name, default in zip(names, ("0", "45"), strict=True))
         options.source, options.target = names
         if not all(name.removeprefix("-").isdecimal() for name in names):
             raise RecipeError(
@@ -165,13 +165,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recipes adaptation", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder DOMAIN/CLASS/image")
     parser.add_argument("--source", help="domain with labels; an angle for the digits (0)")
-    parser.add_argument("--target", help="domain without; an angle for the digits (60)")
+    parser.add_argument("--target", help="domain without; an angle for the digits (45)")
     grid.add_arguments(parser, METHODS, (*PLAIN, *normswap.methods()), seeds=3)
-    shared.add_arguments(parser, steps=300, batch=32)
+    shared.add_arguments(parser, steps=500, batch=32)
     parser.add_argument(
         "--ratio", type=grid.count, default=1, help="target images a source image (default: 1)"
     )
     parser.add_argument(
-        "--threshold", type=float, default=0.9, help="of the source's confidence (default: 0.9)"
+        "--threshold", type=float, default=0.8, help="of the source's confidence (default: 0.8)"
     )
     return parser

@@ -23,7 +23,7 @@ def test_the_smoke_run_trains_and_tests_every_method(tmp_path, capsys):
         contextual = method.startswith("cn")
         expected = {"known", "pooled", "posterior"} if contextual else {"plain"}
         assert {*expected, "source"} == set(record) & set(adaptation.ACCURACIES)
-    assert "target 60" in capsys.readouterr().out
+    assert "target 45" in capsys.readouterr().out
 
 
 def test_labels_of_the_target_change_no_training(tmp_path, monkeypatch):
