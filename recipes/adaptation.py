@@ -13,7 +13,9 @@ domain of a test image is taken as given: that is the task) and with the context
 `source-only` the model with BatchNorm takes as many steps on the source alone. Target images that
 test are not adapted to, and class labels of target images are only counted with.
 
-Without --data: scikit-learn's handwritten digits at two angles, each training digit at one of them.
+Without --data: scikit-learn's handwritten digits at two angles, each training digit at one of them,
+24 px, and a narrow ResNet-10-T from scratch (conversion after the first batches of both domains
+gave its norms statistics). The paper's threshold is 0.9; 0.8 keeps more labels in so few steps.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ def run(options: argparse.Namespace) -> None:
     shared.resolve(options)
     device = pick_device(options.device)
     data = load(options)
+    shared.check(options, data)
     folder = grid.open_run(options, "adaptation")
     for domain, name in enumerate(data.domain_names):
         images = data.domains == domain
@@ -119,9 +122,11 @@ def train_one(
     model = shared.build(options, len(data.classes), seed).to(device)
     views = shared.make_views(model, data, device)
     if options.weights is None:
+        # Norms that learn their statistics would otherwise start from those of no data.
         start = torch.Generator().manual_seed(seed)
         mixed = [torch.cat(pair) for pair in zip(sources[:8], targets[:8], strict=True)]
-        shared.fill_statistics(model, [views.weak(part, start) for part in mixed])
+        batches = [views.weak(part, start) for part in mixed]
+        normswap.update_stats(model, batches, progress=False)
     model = shared.converted(model, cell["method"], CONTEXTS, views.plain(parts[0][:2]), PLAIN)
     align = Alignment(len(data.classes))
 

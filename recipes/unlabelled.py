@@ -116,18 +116,28 @@ def build(options: argparse.Namespace, classes: int, seed: int) -> nn.Module:
     return model
 
 
+def check(options: argparse.Namespace, data: DomainData) -> None:
+    """Build the model once and try two images, before anything is written.
+
+    Raises:
+        RecipeError: if the weights are not the model's, or it cannot take images of this size.
+    """
+    model = build(options, len(data.classes), seed=0).eval()
+    images = make_views(model, data, torch.device("cpu")).plain(torch.arange(2))
+    try:
+        with torch.inference_mode():
+            model(images)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"{options.model or DIGITS_MODEL} cannot take images of {options.image_size} px "
+            f"({str(error).splitlines()[0]}); set another --image-size"
+        ) from error
+
+
 def make_views(model: nn.Module, data: DomainData, device: torch.device) -> Views:
     """Give the views of the images, normalised as the model wants them."""
     config = timm.data.resolve_model_data_config(model)
     return Views(data, config["mean"], config["std"], device)
-
-
-def fill_statistics(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Give a model with random weights the statistics of its first batches, as a fair start.
-
-    A norm that learns its statistics would start from those of no data otherwise.
-    """
-    normswap.update_stats(model, batches, progress=False)
 
 
 def converted(

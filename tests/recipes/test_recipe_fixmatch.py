@@ -70,7 +70,18 @@ def test_a_domain_that_is_not_there_is_an_error(folder):
         load_folder(folder, 16, domains=["night", "dusk"])
 
 
-@pytest.mark.parametrize("bad", [["--ema", "1"], ["--model", "resnet10x"], ["--methods", "xx"]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--ema", "1"],
+        ["--model", "resnet10x"],
+        ["--model", "vit_tiny_patch16_224"],
+        ["--methods", "xx"],
+        ["--image-size", "8"],
+        ["--weights", "nowhere.pt"],
+        ["--data", "nowhere"],
+    ],
+)
 def test_bad_options_are_errors(bad, tmp_path, capsys):
     given = ["fixmatch", *bad, "--out", str(tmp_path / "runs")]
     try:
@@ -78,5 +89,12 @@ def test_bad_options_are_errors(bad, tmp_path, capsys):
     except SystemExit as stop:
         code = stop.code
     assert code == 2
-    assert "expected" in (error := capsys.readouterr().err) or "invalid choice" in error
+    error = capsys.readouterr().err
+    assert any(text in error for text in ("expected", "invalid choice", "set another --image-size"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_methods_that_take_no_context_run_too(tmp_path):
+    given = ["fixmatch", "--smoke", "--methods", "acn", "crossnorm", "selfnorm"]
+    assert main([*given, "--out", str(tmp_path)]) == 0
+    assert all("plain" in record for record in results(tmp_path / "fixmatch-smoke"))

@@ -166,3 +166,15 @@ def test_a_figure_of_nothing_is_left_out_of_the_mean():
     found = unlabelled.mean_of([nothing, {"right": 4.0, "loss": 3.0}])
     assert found == {"right": 4.0, "loss": 2.0}
     assert unlabelled.mean_of([nothing]) == {"loss": 1.0}
+
+
+def test_every_method_starts_from_the_same_weights_and_function():
+    options = argparse.Namespace(model=None, weights=None)
+    images = torch.randn(4, 3, 24, 24)
+    plain = unlabelled.build(options, 10, seed=1).eval()
+    with torch.no_grad():
+        expected = plain(images)
+        for method in ("bn", "cn", "cn-x", "acn", "crossnorm", "selfnorm", "cnsn"):
+            model = unlabelled.build(options, 10, seed=1)
+            model = unlabelled.converted(model, method, ("a", "b"), images, plain=("bn",))
+            torch.testing.assert_close(model.eval()(images), expected)
