@@ -8,6 +8,7 @@ are compared on the same digits; no test digit is ever trained on, at any angle.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,11 @@ def draw(pixels: Tensor, size: int) -> Tensor:
 
 
 def load_digits(
-    size: int = 32, seed: int = 0, held_out: str | None = None, limit: int | None = None
+    size: int = 32,
+    seed: int = 0,
+    held_out: str | None = None,
+    limit: int | None = None,
+    angles: Sequence[int] | None = None,
 ) -> DomainData:
     """Load the digits, split them, and turn them into one domain an angle.
 
@@ -63,13 +68,15 @@ def load_digits(
         seed: decides the split and which training digit goes to which angle.
         held_out: name of a domain (its angle, such as "60") that does not train.
         limit: use about so many digits in all, for a quick trial.
+        angles: in degrees, one a domain; `ANGLES` if left out.
 
     Raises:
         RecipeError: if `size` is too small or `held_out` is not a domain.
     """
     from sklearn.datasets import load_digits as sklearn_digits
 
-    names = [str(angle) for angle in ANGLES]
+    angles = ANGLES if angles is None else angles
+    names = [str(angle) for angle in angles]
     if held_out is not None and held_out not in names:
         raise RecipeError(
             f"expected --held-out to be one of the domains {', '.join(names)}, got {held_out!r}"
@@ -89,7 +96,7 @@ def load_digits(
     home = _deal(labels, ~is_test, trained, generator)
     upright = draw(pixels, size)
     parts = []
-    for domain, angle in enumerate(ANGLES):
+    for domain, angle in enumerate(angles):
         shown = is_test | (home == domain)
         turned = rotate(upright[shown], angle).clamp(0, 1)
         images = (turned * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)

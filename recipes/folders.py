@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def load_folder(
     held_out: str | None = None,
     limit: int | None = None,
     workers: int = 2,
+    domains: Sequence[str] | None = None,
+    flat: bool = False,
 ) -> DomainData:
     """Load a folder of domains; images are resized and centre-cropped to a square.
 
@@ -37,13 +40,19 @@ def load_folder(
         held_out: name of a domain that does not train.
         limit: use about so many images of each class of each domain, for a quick trial.
         workers: threads that decode.
+        domains: load these alone, in this order.
+        flat: take a folder CLASS/image too, as one domain.
 
     Raises:
-        RecipeError: if the folder, a class of a domain or the held-out domain is missing, a class
-            has a single image, or an image cannot be read.
+        RecipeError: if the folder, a class of a domain, one of `domains` or the held-out domain is
+            missing, a class has a single image, or an image cannot be read.
     """
-    files = list_folder(root)
-    domain_names = sorted(files)
+    files = list_folder(root, flat)
+    domain_names = sorted(files) if domains is None else list(dict.fromkeys(domains))
+    if missing := [name for name in domain_names if name not in files]:
+        raise RecipeError(
+            f"expected domains of {root}, which are {', '.join(sorted(files))}, got {missing[0]!r}"
+        )
     classes = sorted(files[domain_names[0]])
     if held_out is not None and held_out not in domain_names:
         raise RecipeError(
@@ -61,15 +70,15 @@ def load_folder(
             paths += found
             labels_of += [label] * len(found)
             domains_of += [domain] * len(found)
-    labels, domains = torch.tensor(labels_of), torch.tensor(domains_of)
+    labels, homes = torch.tensor(labels_of), torch.tensor(domains_of)
     generator = torch.Generator().manual_seed(seed)
-    test = stratified_mask(domains * len(classes) + labels, TEST_FRACTION, generator)
+    test = stratified_mask(homes * len(classes) + labels, TEST_FRACTION, generator)
     if held_out is not None:
-        test |= domains == domain_names.index(held_out)
+        test |= homes == domain_names.index(held_out)
     return DomainData(
         images=decode(paths, size, workers),
         labels=labels,
-        domains=domains,
+        domains=homes,
         train=~test,
         test=test,
         classes=classes,
@@ -80,8 +89,11 @@ def load_folder(
     )
 
 
-def list_folder(root: Path) -> dict[str, dict[str, list[Path]]]:
-    """List the images by domain and class, and check that every domain has every class."""
+def list_folder(root: Path, flat: bool = False) -> dict[str, dict[str, list[Path]]]:
+    """List the images by domain and class, and check that every domain has every class.
+
+    With `flat`, a folder CLASS/image is one domain of the folder's name.
+    """
     if not root.is_dir():
         raise RecipeError(
             f"expected --data to be a folder DOMAIN/CLASS/image, found none at {root}"
@@ -90,10 +102,14 @@ def list_folder(root: Path) -> dict[str, dict[str, list[Path]]]:
         found = contexts.list_images(root)
     except ContextError as error:
         raise RecipeError(f"expected images as DOMAIN/CLASS/image: {error}") from error
+    above = 1  # folders between the root and the class
+    if flat and all(path.parent.parent == root for images in found.values() for path in images):
+        above = 0
+        found = {root.resolve().name: [path for images in found.values() for path in images]}
     files: dict[str, dict[str, list[Path]]] = {domain: {} for domain in found}
     for domain, images in found.items():
         for path in images:
-            inside = path.relative_to(root / domain).parts
+            inside = path.relative_to(root).parts[above:]
             if len(inside) == 1:
                 raise RecipeError(
                     f"expected images as DOMAIN/CLASS/image under {root}, found {path} in no class"

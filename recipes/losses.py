@@ -140,7 +140,7 @@ class AugMix:
 
         The generator alone decides the result.
         """
-        with _seeded(int(torch.randint(2**32, (), generator=generator))):
+        with seeded(int(torch.randint(2**32, (), generator=generator))):
             return torch.stack([self._mix(image) for image in images])
 
     def _mix(self, image: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class AugMix:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed the generators of Python and NumPy, which timm draws from, and put them back."""
     before, before_numpy = random.getstate(), np.random.get_state()
     try:

@@ -109,3 +109,13 @@ def test_unknown_held_out_angle_is_refused_with_the_choices():
 def test_too_small_a_size_is_refused():
     with pytest.raises(RecipeError, match="at least 16 for the digits, got 8"):
         digits.load_digits(size=8)
+
+
+def test_other_angles_are_other_domains():
+    data = digits.load_digits(32, limit=200, angles=(0, 45))
+    assert data.domain_names == ["0", "45"]
+    assert data.test[data.domains == 0].sum() == data.test[data.domains == 1].sum()
+    ours, theirs = (data.images[data.test & (data.domains == d)][:, :1] for d in (0, 1))
+    torch.testing.assert_close(
+        digits.rotate(ours.float() / 255, 45).clamp(0, 1), theirs.float() / 255, atol=0.005, rtol=0
+    )

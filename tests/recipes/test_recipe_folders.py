@@ -90,3 +90,20 @@ def test_an_unreadable_image_is_named(folder):
     (folder / "night" / "cat" / "3.png").write_bytes(b"not an image")
     with pytest.raises(RecipeError, match=r"cannot read the image .*night.cat.3\.png"):
         load_folder(folder, 16)
+
+
+def test_chosen_domains_alone_are_loaded_in_their_order(folder):
+    data = load_folder(folder, 16, domains=["night", "day"])
+    assert data.domain_names == ["night", "day"]
+    assert torch.equal(data.images[:, 0, 8, 8].long(), 50 + 50 * data.domains)
+    assert load_folder(folder, 16, domains=["night"]).images.shape[0] == 10
+
+
+def test_a_folder_of_classes_is_one_domain_where_that_is_asked_for(folder):
+    data = load_folder(folder / "night", 16, flat=True)
+    assert data.domain_names == ["night"]
+    assert data.classes == ["cat", "dog"]
+    assert data.labels.bincount().tolist() == [5, 5]
+    assert load_folder(folder, 16, flat=True).domain_names == ["day", "night"]
+    with pytest.raises(RecipeError, match="in no class"):
+        load_folder(folder / "night", 16)

@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import timm
+import torch
+
+import normswap
+from recipes import adaptation, unlabelled
+from recipes.__main__ import main
+
+
+def results(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_the_smoke_run_trains_and_tests_every_method(tmp_path, capsys):
+    assert main(["adaptation", "--smoke", "--out", str(tmp_path)]) == 0
+
+    folder = tmp_path / "adaptation-smoke"
+    found = {record["cell"]["method"]: record for record in results(folder)}
+    assert list(found) == list(adaptation.METHODS)
+    for method, record in found.items():
+        contextual = method.startswith("cn")
+        expected = {"known", "pooled", "posterior"} if contextual else {"plain"}
+        assert {*expected, "source"} == set(record) & set(adaptation.ACCURACIES)
+    assert "target 45" in capsys.readouterr().out
+
+
+def test_labels_of_the_target_change_no_training(tmp_path, monkeypatch):
+    given = ["adaptation", "--smoke", "--methods", "bn", "cn", "--out", str(tmp_path)]
+    load = unlabelled.load
+
+    def shuffled(*args, **kwargs):
+        data = load(*args, **kwargs)
+        target = (data.domains == adaptation.TARGET) & data.train
+        data.labels[target] = data.labels[target].flip(0)
+        return data
+
+    assert main([*given, "--name", "true"]) == 0
+    monkeypatch.setattr(unlabelled, "load", shuffled)
+    assert main([*given, "--name", "shuffled"]) == 0
+    for one, other in zip(results(tmp_path / "true"), results(tmp_path / "shuffled"), strict=True):
+        for record in (one, other):
+            record.pop("right"), record.pop("seconds")
+        assert one == other
+
+
+def test_images_that_test_change_no_training(tmp_path, monkeypatch):
+    given = ["adaptation", "--smoke", "--methods", "bn", "cn-x", "--out", str(tmp_path)]
+    load = unlabelled.load
+
+    def blackened(*args, **kwargs):
+        data = load(*args, **kwargs)
+        data.images[data.test] = 0
+        return data
+
+    assert main([*given, "--name", "true"]) == 0
+    monkeypatch.setattr(unlabelled, "load", blackened)
+    assert main([*given, "--name", "black"]) == 0
+    lines = [(tmp_path / name / "epochs.jsonl").read_text() for name in ("true", "black")]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("method", ["bn", "cnsn", "acn"])
+def test_a_second_forward_leaves_the_buffers_and_has_gradients(method):
+    model = timm.create_model("resnet10t", num_classes=4, **unlabelled.NARROW)
+    if method != "bn":
+        model = normswap.convert(model, method, verify=False)
+    model.train()
+    images = torch.randn(4, 3, 32, 32)
+    model(images)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch.manual_seed(0)
+    found = adaptation.without_trace(model, images)
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+    found.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, model(images))
+
+
+def test_a_folder_runs_from_the_named_source_to_the_target(folder, tmp_path, capsys):
+    given = ["--data", str(folder), "--source", "night", "--target", "day", "--image-size", "32"]
+    given += ["--model", "resnet10t", "--smoke", "--methods", "cn", "--out", str(tmp_path)]
+    assert main(["adaptation", *given]) == 0
+    assert "source night" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--source", "30", "--target", "30"], "two domains"),
+        (["--source", "photo"], "angles"),
+        (["--data", "FOLDER", "--source", "night"], "two domains"),
+        (["--data", "FOLDER", "--source", "night", "--target", "dusk"], "got 'dusk'"),
+    ],
+)
+def test_domains_that_are_not_there_are_an_error(given, message, folder, tmp_path, capsys):
+    given = [str(folder) if word == "FOLDER" else word for word in given]
+    assert main(["adaptation", "--smoke", *given, "--out", str(tmp_path / "runs")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

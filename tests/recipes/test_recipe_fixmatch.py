@@ -1,0 +1,100 @@
+import json
+
+import pytest
+import torch
+
+from recipes import fixmatch
+from recipes.__main__ import main
+from recipes.digits import load_digits
+from recipes.errors import RecipeError
+
+
+def results(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_the_smoke_run_trains_and_tests_every_method(tmp_path, capsys):
+    assert main(["fixmatch", "--smoke", "--out", str(tmp_path)]) == 0
+
+    folder = tmp_path / "fixmatch-smoke"
+    found = {record["cell"]["method"]: record for record in results(folder)}
+    assert list(found) == list(fixmatch.METHODS)
+    for method, record in found.items():
+        contextual = method.startswith("cn") and method != "cnsn"
+        expected = {"known", "pooled", "posterior"} if contextual else {"plain"}
+        assert expected == set(record) & set(fixmatch.ACCURACIES)
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt",
+    }  # fmt: skip
+    assert "unlabelled" in capsys.readouterr().out
+
+
+def test_a_training_is_the_same_again(tmp_path):
+    given = ["fixmatch", "--smoke", "--methods", "cn", "--out", str(tmp_path)]
+    for name in ("one", "two"):
+        assert main([*given, "--name", name]) == 0
+
+    lines = [(tmp_path / name / "epochs.jsonl").read_text() for name in ("one", "two")]
+    assert lines[0] == lines[1]
+
+
+def test_a_folder_of_classes_and_one_of_domains_run(folder, tmp_path):
+    given = ["--model", "resnet10t", "--image-size", "32", "--smoke", "--labels", "2"]
+    given += ["--methods", "cn", "--out", str(tmp_path)]
+    for data in (folder, folder / "night"):
+        assert main(["fixmatch", "--data", str(data), "--name", f"of-{data.name}", *given]) == 0
+        assert results(tmp_path / f"of-{data.name}")[0]["known"] >= 0
+
+
+def test_as_many_labels_of_each_class_are_picked_from_the_training_images():
+    data = load_digits(limit=200, angles=(0,))
+    picked = fixmatch.pick_labelled(data, 3, seed=5)
+
+    assert data.labels[picked].bincount().tolist() == [3] * 10
+    assert data.train[picked].all()
+    assert len(picked.unique()) == 30
+    assert torch.equal(picked, fixmatch.pick_labelled(data, 3, seed=5))
+    assert not torch.equal(picked, fixmatch.pick_labelled(data, 3, seed=6))
+
+
+def test_more_labels_than_images_is_an_error_before_anything_is_written(tmp_path, capsys):
+    assert main(["fixmatch", "--smoke", "--labels", "90", "--out", str(tmp_path / "runs")]) == 2
+    assert "expected --labels of at most" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_domain_that_is_not_there_is_an_error(folder):
+    from recipes.folders import load_folder
+
+    with pytest.raises(RecipeError, match=r"are day, night, got 'dusk'"):
+        load_folder(folder, 16, domains=["night", "dusk"])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--ema", "1"],
+        ["--model", "resnet10x"],
+        ["--model", "vit_tiny_patch16_224"],
+        ["--methods", "xx"],
+        ["--image-size", "8"],
+        ["--weights", "nowhere.pt"],
+        ["--data", "nowhere"],
+    ],
+)
+def test_bad_options_are_errors(bad, tmp_path, capsys):
+    given = ["fixmatch", *bad, "--out", str(tmp_path / "runs")]
+    try:
+        code = main(given)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert any(text in error for text in ("expected", "invalid choice", "set another --image-size"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_methods_that_take_no_context_run_too(tmp_path):
+    given = ["fixmatch", "--smoke", "--methods", "acn", "crossnorm", "selfnorm"]
+    assert main([*given, "--out", str(tmp_path)]) == 0
+    assert all("plain" in record for record in results(tmp_path / "fixmatch-smoke"))
