@@ -18,6 +18,8 @@ COMMANDS = {
     "finetune": "fine-tune a timm backbone with context-aware norms beside plain BatchNorm",
     "bench": "time a model with other norms beside the model as it is",
     "sentiment": "train a sentence classifier on films, test it on product reviews",
+    "corruptions": "train on clean images, test on ImageNet-C's families of corruptions",
+    "superclasses": "what superclass labels are worth, leaked at test time and not",
     "sweep": "convert every model of a zoo (timm, torchvision, yours) and check each result",
 }
 
@@ -27,7 +29,7 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
         return int(importlib.import_module(f"recipes.{argv[0]}").main(argv[1:]))
     lines = ["usage: python -m recipes COMMAND [options]", ""]
-    lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
     lines += ["", "python -m recipes COMMAND --help lists the options of one."]
     asked_for_help = not argv or argv[0] in ("-h", "--help")
     if not asked_for_help:
