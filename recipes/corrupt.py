@@ -144,18 +144,28 @@ def _elastic(x: Tensor, how: tuple[float, float, float], generator: torch.Genera
 
 
 def _pixelate(x: Tensor, factor: float, generator: torch.Generator) -> Tensor:
-    few = F.interpolate(x, size=[max(1, int(x.shape[-1] * factor))] * 2, mode="area")
-    return F.interpolate(few, size=list(x.shape[-2:]), mode="nearest-exact")
+    size = x.shape[-1]
+    few = (max(1, int(size * factor)),) * 2
+
+    def change(image: Image.Image) -> Image.Image:
+        return image.resize(few, Image.Resampling.BOX).resize((size,) * 2, Image.Resampling.BOX)
+
+    return _each(x, change)
 
 
 def _jpeg(x: Tensor, quality: int, generator: torch.Generator) -> Tensor:
-    pixels = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    results = []
-    for image in pixels:
+    def change(image: Image.Image) -> Image.Image:
         file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=quality)
-        results.append(np.asarray(Image.open(file)))
-    return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).float() / 255
+        image.save(file, "JPEG", quality=quality)
+        return Image.open(file)
+
+    return _each(x, change)
+
+
+def _each(x: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
+    pixels = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    changed = np.stack([np.asarray(change(Image.fromarray(image))) for image in pixels])
+    return torch.from_numpy(changed).permute(0, 3, 1, 2).float() / 255
 
 
 def _average(x: Tensor, points: Tensor, weights: Tensor) -> Tensor:

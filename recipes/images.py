@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import timm
 import timm.data
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import grid
 from .config import DIGITS_MODEL, SCRATCH_LR, TUNE_LR, Config
@@ -28,8 +29,13 @@ from .finetune import check_image_size, check_model_name
 from .folders import load_folder
 from .losses import AugMix
 from .training import fill_statistics, make_arm, train_epoch
-from .weights import EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_TIMM, load_efficientnet_lite0
-from .weights import load_weights, read_state_dict
+from .weights import (
+    EFFICIENTNET_LITE0,
+    EFFICIENTNET_LITE0_TIMM,
+    load_efficientnet_lite0,
+    load_weights,
+    read_state_dict,
+)
 
 DIGITS_EPOCHS, FOLDER_EPOCHS = 8, 4
 DIGITS_SIZE, FOLDER_SIZE = 32, 64
@@ -44,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "--images-per-class", type=grid.count, metavar="N",
         help="of each domain, training and test together (default: all)",
+    )  # fmt: skip
+    option(
+        "--train-per-class", type=grid.count, metavar="N",
+        help="train on so many of each class, drawn at random (default: all that do not test)",
     )  # fmt: skip
     option(
         "--image-size", type=grid.count,
@@ -61,13 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--epochs", type=grid.count,
-        help=f"(default: {DIGITS_EPOCHS} for digits, else {FOLDER_EPOCHS})",
+        help=f"(default: of the recipe for digits, else {FOLDER_EPOCHS})",
     )  # fmt: skip
     option("--batch-size", type=grid.count, default=64, help="(default: 64)")
     option("--lr", type=float, help=f"AdamW's peak (default: {SCRATCH_LR}; tuning {TUNE_LR})")
 
 
-def resolve(options: argparse.Namespace) -> None:
+def resolve(options: argparse.Namespace, digits_epochs: int = DIGITS_EPOCHS) -> None:
     """Decide what was left to the data, so that the record of the run says it; check the model."""
     digits = options.data is None
     options.image_size = options.image_size or (DIGITS_SIZE if digits else FOLDER_SIZE)
@@ -75,7 +85,7 @@ def resolve(options: argparse.Namespace) -> None:
     if options.weights is None:
         lite = options.model == EFFICIENTNET_LITE0_TIMM
         options.weights = EFFICIENTNET_LITE0 if lite else SCRATCH
-    options.epochs = options.epochs or (DIGITS_EPOCHS if digits else FOLDER_EPOCHS)
+    options.epochs = options.epochs or (digits_epochs if digits else FOLDER_EPOCHS)
     if options.lr is None:
         options.lr = SCRATCH_LR if options.weights == SCRATCH else TUNE_LR
     if not options.lr > 0:
@@ -83,18 +93,47 @@ def resolve(options: argparse.Namespace) -> None:
     if options.smoke:
         options.seeds, options.epochs, options.batch_size = 1, 1, 16
     check_model_name(options.model)
+    if options.weights != SCRATCH:
+        _state(options.weights)
+
+
+@lru_cache(maxsize=1)
+def _state(weights: str) -> dict[str, Tensor]:
+    return (
+        load_efficientnet_lite0()
+        if weights == EFFICIENTNET_LITE0
+        else read_state_dict(Path(weights))
+    )
 
 
 def load(options: argparse.Namespace, seed: int) -> DomainData:
     """Load the images as one domain; the seed decides which of them test."""
+    few = options.images_per_class
     if options.data is None:
-        limit = SMOKE_DIGITS if options.smoke else None
-        if options.images_per_class is not None:
-            limit = 10 * options.images_per_class
-        return load_upright_digits(options.image_size, seed, limit)
-    limit = SMOKE_IMAGES_PER_CLASS if options.smoke else options.images_per_class
-    data = load_folder(options.data, options.image_size, seed, limit=limit)
-    return replace(data, domains=torch.zeros_like(data.domains), domain_names=["all"])
+        limit = SMOKE_DIGITS if options.smoke else None if few is None else 10 * few
+        data = load_upright_digits(options.image_size, seed, limit)
+    else:
+        limit = SMOKE_IMAGES_PER_CLASS if options.smoke else few
+        data = load_folder(options.data, options.image_size, seed, limit=limit)
+        data = replace(data, domains=torch.zeros_like(data.domains), domain_names=["all"])
+    if options.train_per_class is None or options.smoke:
+        return data
+    return replace(data, train=_some(data, options.train_per_class, seed))
+
+
+def _some(data: DomainData, count: int, seed: int) -> Tensor:
+    """Mark `count` training images of each class."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros_like(data.train)
+    for label, name in enumerate(data.classes):
+        found = (data.train & (data.labels == label)).nonzero().flatten()
+        if len(found) < count:
+            raise RecipeError(
+                f"expected --train-per-class of at most {len(found)}, the training images of "
+                f"{name}, got {count}"
+            )
+        chosen[found[torch.randperm(len(found), generator=generator)[:count]]] = True
+    return chosen
 
 
 def load_upright_digits(size: int, seed: int, limit: int | None = None) -> DomainData:
@@ -155,9 +194,7 @@ def build(
     torch.manual_seed(config.seed)
     model = timm.create_model(options.model, num_classes=len(data.classes))
     if options.weights != SCRATCH:
-        lite = options.weights == EFFICIENTNET_LITE0
-        state = load_efficientnet_lite0() if lite else read_state_dict(Path(options.weights))
-        load_weights(model, state, options.weights)
+        load_weights(model, _state(options.weights), options.weights)
     images = timm.data.resolve_model_data_config(model)
     mix = AugMix(images["mean"], without) if config.loss.startswith("augmix") else None
     loader = Loader(data, images["mean"], images["std"], config.batch_size, device, mix)
@@ -176,5 +213,3 @@ def train(name: str, model: nn.Module, loader: Loader, config: Config, log: grid
         figures: dict[str, Any] = {"epoch": epoch + 1, "loss": report["loss"]}
         log(figures)
     model.eval()
-
-
