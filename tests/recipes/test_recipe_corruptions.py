@@ -111,14 +111,13 @@ def test_what_cannot_be_done_is_said_before_a_run_is_made(tmp_path, capsys, give
 
 
 def test_few_training_images_leave_the_test_as_it_was():
-    parser = corruptions._parser()
+    loaded = []
     for given in ([], ["--train-per-class", "7"]):
-        options = parser.parse_args(given)
+        options = corruptions._parser().parse_args(given)
         images.resolve(options)
-        data = images.load(options, seed=3)
-        tests = data.images[data.test]
-        if given:
-            assert torch.equal(tests, before)
-            assert data.labels[data.train].bincount().tolist() == [7] * 10
-            assert not (data.train & data.test).any()
-        before = tests
+        loaded.append(images.load(options, seed=3))
+    every, few = loaded
+
+    assert torch.equal(few.test, every.test)
+    assert few.labels[few.train].bincount().tolist() == [7] * 10
+    assert not (few.train & few.test).any()
