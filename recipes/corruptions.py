@@ -68,7 +68,8 @@ def run(options: argparse.Namespace) -> None:
             for name in FAMILIES
         }
 
-    data_of(0)  # what is wrong with the images is said before a run is made
+    # What is wrong with images, model or weights is said before a run is made.
+    images.build(options, data_of(0)[0], images.settings(options, 0), device)
     folder = grid.open_run(options, "corruptions")
     cells = [
         {"method": method, "seed": seed}

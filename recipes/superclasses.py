@@ -77,8 +77,9 @@ def run(options: argparse.Namespace) -> None:
     def data_of(seed: int) -> DomainData:
         return with_superclasses(images.load(options, seed), options.superclasses)
 
-    groups = data_of(0).domain_names  # what is wrong with the data is said before a run is made
-    options.clusters = options.clusters or len(groups)
+    # What is wrong with images, model or weights is said before a run is made.
+    images.build(options, data_of(0), images.settings(options, 0), device)
+    options.clusters = options.clusters or len(data_of(0).domain_names)
     folder = grid.open_run(options, "superclasses")
     cells = [
         {"method": method, "seed": seed}
