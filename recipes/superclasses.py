@@ -41,7 +41,7 @@ from .points import draw_points
 from .supergroups import DIGITS, PACS, with_clusters, with_superclasses
 
 # With all of 126 a class, little is left that a leak could help with.
-DIGITS_PER_CLASS, DIGITS_EPOCHS = 20, 60
+DIGITS_PER_CLASS, DIGITS_EPOCHS = 20, 30
 # Each method: what replaces BatchNorm, and where contexts come from.
 METHODS = {
     "bn": ("bn", "superclass"),
