@@ -100,7 +100,9 @@ def run(options: argparse.Namespace) -> None:
         shown["mce"] = RELATIVE
     draw_points(folder / "results.png", compared, "method", FIGURES, _title(options), "error, %")
     text = "errors in %, means over families and severities; "
-    text += "mean +- standard deviation over seeds\n\n"
+    text += "mean +- standard deviation over seeds\n"
+    text += "mCE is a mean of ratios: a family in which bn is hardly ever wrong weighs as much as "
+    text += "any, so a few more errors there can outweigh fewer errors in all\n\n"
     text += grid.table(compared, ["method"], shown) + "\n\nby family, severities together\n\n"
     text += grid.table(compared, ["method"], {name: name for name in FAMILIES})
     grid.finish(folder, text + aside)
