@@ -8,7 +8,7 @@ those of the last epoch. Every method has the same start, images, order, epochs 
     ...+jsd                    and consistency with two CrossNorm passes
     ...+augmix                 and consistency with two AugMix versions of the images
 
-The default is small so that nine methods and three seeds take about 12 minutes of one thread:
+The default is small so that nine methods and three seeds take about 13 minutes of one thread:
 digits of 24 px, six epochs. A folder has its domains mixed, in training and in the test; at 64 px
 EfficientNet-Lite0 costs about 9 ms an image to train and 3 ms to test, of which there are 65 of
 each test image: take `--images-per-class 30` and fewer methods on a CPU.
