@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
         return int(importlib.import_module(f"recipes.{argv[0]}").main(argv[1:]))
     lines = ["usage: python -m recipes COMMAND [options]", ""]
-    lines += [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
     lines += ["", "python -m recipes COMMAND --help lists the options of one."]
     asked_for_help = not argv or argv[0] in ("-h", "--help")
     if not asked_for_help:

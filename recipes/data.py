@@ -183,13 +183,20 @@ class Loader:
             windows = draw_windows(len(indices), self.data.augmentation, generator)
             images = cut_windows(images, windows[part])
         indices = indices[part]
-        clean, *mixed = ((v - self._mean) / self._std for v in images.chunk(len(versions), 1))
+        clean, *mixed = (self._normalise(v) for v in images.chunk(len(versions), 1))
         return Batch(
             clean,
             self.data.labels[indices].to(self.device),
             self.data.context_of(self.data.domains[indices]).to(self.device),
             tuple(mixed),
         )
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Make uint8 images ready for a model, as they are."""
+        return self._normalise(images.to(self.device).float() / 255)
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return (images - self._mean) / self._std
 
     def train_epoch(self, seed: int, epoch: int, whole: bool = False) -> Iterator[Batch]:
         """Give the augmented training batches of an epoch; seed and epoch alone decide them.

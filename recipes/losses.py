@@ -129,11 +129,16 @@ class AugMix:
 
     Args:
         mean: of the model's images, per channel in [0, 1]: what a rotation or a shift uncovers.
+        without: timm's names of operations to leave out, such as those a test is made of.
     """
 
-    def __init__(self, mean: tuple[float, ...]) -> None:
+    def __init__(self, mean: tuple[float, ...], without: Sequence[str] = ()) -> None:
         fill = tuple(min(255, round(255 * value)) for value in mean)
         self._transform = augment_and_mix_transform("augmix-m3-w3", {"img_mean": fill})
+        names = [op.name for op in self._transform.ops]
+        if unknown := sorted(set(without) - set(names)):
+            raise ValueError(f"expected operations of {', '.join(names)}, got {unknown}")
+        self._transform.ops = [op for op in self._transform.ops if op.name not in without]
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Mix each of (N, 3, S, S) uint8 images with augmented versions of itself.

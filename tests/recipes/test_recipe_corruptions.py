@@ -1,0 +1,124 @@
+import json
+
+import pytest
+import torch
+
+from recipes import corruptions, images
+from recipes.__main__ import main
+from recipes.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
+from recipes.losses import AugMix
+
+
+def run(tmp_path, *given, name="run"):
+    return main(["corruptions", "--out", str(tmp_path), "--name", name, *given])
+
+
+def results(tmp_path, name="run"):
+    lines = (tmp_path / name / "results.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys):
+    assert run(tmp_path, "--smoke") == 0
+
+    found = results(tmp_path)
+    assert [r["cell"]["method"] for r in found] == list(corruptions.METHODS)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt",
+    }  # fmt: skip
+    for r in found:
+        each = r["by_severity"]
+        assert r["corrupted"] == pytest.approx(sum(sum(v) / 5 for v in each.values()) / len(each))
+    assert "mCE, bn = 100" in capsys.readouterr().out
+
+
+def test_a_training_is_the_same_again_and_more_methods_may_join_it(tmp_path):
+    smoke = ("--smoke", "--methods", "cnsn+augmix+jsd")
+    assert run(tmp_path, *smoke, name="one") == 0
+    assert run(tmp_path, "--smoke", "--methods", "bn", name="two") == 0
+    assert run(tmp_path, *smoke, "bn", "--resume", name="two") == 0
+
+    one, two = results(tmp_path, "one")[0], results(tmp_path, "two")[1]
+    del one["seconds"], two["seconds"]
+    assert one == two
+
+
+def test_errors_are_counts_of_wrong_answers():
+    """A model that says 3 to all is wrong wherever the digit is not 3, corrupted or not."""
+    data = images.load_upright_digits(32, seed=0, limit=100)
+    loader = images.Loader(data, (0.5,) * 3, (0.5,) * 3, 8, torch.device("cpu"))
+    clean = data.images[data.test]
+    corrupted = {f: {s: corrupt(clean, f, s, 0) for s in SEVERITIES} for f in FAMILIES}
+
+    class Three(torch.nn.Module):
+        def forward(self, x):
+            return torch.eye(10)[[3] * len(x)]
+
+    found = corruptions.errors(Three(), loader, corrupted)
+    wrong = 100 * (data.labels[data.test] != 3).double().mean().item()
+    for key in ("clean", "corrupted", *GROUPS, *FAMILIES):
+        assert found[key] == pytest.approx(wrong)
+
+
+def test_mce_is_the_mean_of_ratios_to_bn_of_the_same_seed():
+    def record(method, seed, first, others):
+        errors = {name: others for name in FAMILIES} | {FAMILIES[0]: first}
+        return {"cell": {"method": method, "seed": seed}, **errors}
+
+    given = [
+        record("bn", 0, 10.0, 20.0), record("cnsn", 0, 5.0, 30.0),
+        record("bn", 1, 0.0, 50.0), record("cnsn", 1, 5.0, 25.0),
+    ]  # fmt: skip
+    found, aside = corruptions.relative(given)
+
+    count = len(FAMILIES)
+    assert [r["mce"] for r in found] == [
+        pytest.approx(v) for v in (100, (50 + 150 * (count - 1)) / count, 100, 50)
+    ]
+    assert aside.strip() == f"seed 1: bn makes no error in {FAMILIES[0]}, left out of mCE"
+
+
+def test_mce_needs_bn():
+    record = {"cell": {"method": "cnsn", "seed": 0}, **dict.fromkeys(FAMILIES, 1.0)}
+    assert corruptions.relative([record])[0][0]["mce"] is None
+
+
+def test_augmix_leaves_out_operations_that_the_test_is_made_of():
+    left = {op.name for op in AugMix((0.5,) * 3, corruptions.OVERLAP)._transform.ops}
+    assert left == {op.name for op in AugMix((0.5,) * 3)._transform.ops} - set(corruptions.OVERLAP)
+    assert not any("Contrast" in name and name != "AutoContrast" for name in left)
+
+
+def test_an_unknown_operation_of_augmix_is_an_error():
+    with pytest.raises(ValueError, match="expected operations of AutoContrast"):
+        AugMix((0.5,) * 3, ("Fog",))
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["--data", "/nowhere"], "expected --data to be a folder"),
+        (["--model", "resnet10"], "did you mean"),
+        (["--weights", "/nowhere.pt"], "found no file"),
+        (["--weights", "efficientnet-lite0"], "expected the weights of this model"),
+        (["--lr", "-1"], "expected --lr above 0"),
+        (["--train-per-class", "500"], "expected --train-per-class of at most"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_a_run_is_made(tmp_path, capsys, given, text):
+    assert run(tmp_path, *given) == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_few_training_images_leave_the_test_as_it_was():
+    loaded = []
+    for given in ([], ["--train-per-class", "7"]):
+        options = corruptions._parser().parse_args(given)
+        images.resolve(options)
+        loaded.append(images.load(options, seed=3))
+    every, few = loaded
+
+    assert torch.equal(few.test, every.test)
+    assert few.labels[few.train].bincount().tolist() == [7] * 10
+    assert not (few.train & few.test).any()
