@@ -11,31 +11,23 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import timm
 import timm.data
 import torch
 from torch import Tensor, nn
 
 from . import grid
 from .config import DIGITS_MODEL, SCRATCH_LR, TUNE_LR, Config
-from .data import Augmentation, DomainData, Loader, stratified_mask
-from .digits import TEST_FRACTION, draw
+from .data import DomainData, Loader
+from .digits import load_digits
 from .errors import RecipeError
 from .finetune import check_image_size, check_model_name
 from .folders import load_folder
 from .losses import AugMix
 from .training import fill_statistics, make_arm, train_epoch
-from .weights import (
-    EFFICIENTNET_LITE0,
-    EFFICIENTNET_LITE0_TIMM,
-    load_efficientnet_lite0,
-    load_weights,
-    read_state_dict,
-)
+from .weights import EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_TIMM, make_backbone
 
 DIGITS_EPOCHS, FOLDER_EPOCHS = 6, 4
 DIGITS_SIZE, FOLDER_SIZE = 24, 64
@@ -93,17 +85,12 @@ def resolve(options: argparse.Namespace, digits_epochs: int = DIGITS_EPOCHS) -> 
     if options.smoke:
         options.seeds, options.epochs, options.batch_size = 1, 1, 16
     check_model_name(options.model)
-    if options.weights != SCRATCH:
-        _state(options.weights)
+    _backbone(options, classes=2)
 
 
-@lru_cache(maxsize=1)
-def _state(weights: str) -> dict[str, Tensor]:
-    return (
-        load_efficientnet_lite0()
-        if weights == EFFICIENTNET_LITE0
-        else read_state_dict(Path(weights))
-    )
+def _backbone(options: argparse.Namespace, classes: int) -> nn.Module:
+    weights = None if options.weights == SCRATCH else options.weights
+    return make_backbone(options.model, classes, weights=weights)[0]
 
 
 def load(options: argparse.Namespace, seed: int) -> DomainData:
@@ -111,7 +98,7 @@ def load(options: argparse.Namespace, seed: int) -> DomainData:
     few = options.images_per_class
     if options.data is None:
         limit = SMOKE_DIGITS if options.smoke else None if few is None else 10 * few
-        data = load_upright_digits(options.image_size, seed, limit)
+        data = load_digits(options.image_size, seed, limit=limit, angles=(0,))
     else:
         limit = SMOKE_IMAGES_PER_CLASS if options.smoke else few
         data = load_folder(options.data, options.image_size, seed, limit=limit)
@@ -134,32 +121,6 @@ def _some(data: DomainData, count: int, seed: int) -> Tensor:
             )
         chosen[found[torch.randperm(len(found), generator=generator)[:count]]] = True
     return chosen
-
-
-def load_upright_digits(size: int, seed: int, limit: int | None = None) -> DomainData:
-    """Load scikit-learn's 1,797 digits, three in ten of each class to test."""
-    from sklearn.datasets import load_digits
-
-    if size < 16:
-        raise RecipeError(f"expected --image-size of at least 16 for the digits, got {size}")
-    source = load_digits()
-    pixels = torch.tensor(source.images, dtype=torch.float32)
-    labels = torch.tensor(source.target, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(seed)
-    if limit is not None and limit < len(labels):
-        kept = stratified_mask(labels, limit / len(labels), generator)
-        pixels, labels = pixels[kept], labels[kept]
-    test = stratified_mask(labels, TEST_FRACTION, generator)
-    return DomainData(
-        images=(draw(pixels, size) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1),
-        labels=labels,
-        domains=torch.zeros_like(labels),
-        train=~test,
-        test=test,
-        classes=[str(digit) for digit in source.target_names],
-        domain_names=["all"],
-        augmentation=Augmentation(side=(0.9, 1.1), shift=0.08, flip=False),
-    )
 
 
 def settings(options: argparse.Namespace, seed: int, loss: str = "ce") -> Config:
@@ -192,9 +153,7 @@ def build(
         without: operations that AugMix leaves out.
     """
     torch.manual_seed(config.seed)
-    model = timm.create_model(options.model, num_classes=len(data.classes))
-    if options.weights != SCRATCH:
-        load_weights(model, _state(options.weights), options.weights)
+    model = _backbone(options, len(data.classes))
     images = timm.data.resolve_model_data_config(model)
     mix = AugMix(images["mean"], without) if config.loss.startswith("augmix") else None
     loader = Loader(data, images["mean"], images["std"], config.batch_size, device, mix)

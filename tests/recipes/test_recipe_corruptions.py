@@ -45,7 +45,7 @@ def test_a_training_is_the_same_again_and_more_methods_may_join_it(tmp_path):
 
 def test_errors_are_counts_of_wrong_answers():
     """A model that says 3 to all is wrong wherever the digit is not 3, corrupted or not."""
-    data = images.load_upright_digits(32, seed=0, limit=100)
+    data = load_digits(32, seed=0, limit=100, angles=(0,))
     loader = images.Loader(data, (0.5,) * 3, (0.5,) * 3, 8, torch.device("cpu"))
     clean = data.images[data.test]
     corrupted = {f: {s: corrupt(clean, f, s, 0) for s in SEVERITIES} for f in FAMILIES}

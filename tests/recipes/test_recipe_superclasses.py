@@ -6,16 +6,17 @@ import torch
 from sklearn.cluster import KMeans
 
 import normswap
-from recipes import images, superclasses
+from recipes import superclasses
 from recipes.__main__ import main
 from recipes.data import Loader
+from recipes.digits import load_digits
 from recipes.errors import RecipeError
 from recipes.supergroups import DIGITS, with_clusters, with_superclasses
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return images.load_upright_digits(16, seed=0, limit=200)
+    return load_digits(16, seed=0, limit=200, angles=(0,))
 
 
 def loader_of(data):
