@@ -6,6 +6,7 @@ import torch
 from recipes import corruptions, images
 from recipes.__main__ import main
 from recipes.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
+from recipes.digits import load_digits
 from recipes.losses import AugMix
 
 
