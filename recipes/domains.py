@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import timm.data
@@ -31,7 +30,9 @@ import normswap
 from . import grid
 from .config import Config
 from .data import DomainData, Loader
-from .finetune import load_data, pick_device
+from .domain_rows import JOINT, tabulated
+from .errors import RecipeError
+from .finetune import check_image_size, check_model_name, load_data, pick_device
 from .mixstyle import add_mixstyle
 from .nearest import NearestDomain
 from .points import draw_points
@@ -40,7 +41,6 @@ from .weights import EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_TIMM, make_backbone
 
 METHODS = ("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn", "cn", "cn-x", "acn")
 POLICIES = ("pooled", "posterior")
-JOINT = "none"
 Accuracy = dict[str, dict[str, float]]  # by kind of label, by domain, in per cent
 
 
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     """Train every method with every domain held out and every seed, and tabulate."""
     device = pick_device(options.device)
     seeds = range(1 if options.smoke else options.seeds)
-    names = load_data(_config(options, None, 0)).domain_names
+    names = check(options).domain_names
     held = [JOINT] if options.joint else (options.held_out or names)
     for domain in held:
         if domain not in (JOINT, *names):
@@ -89,6 +89,28 @@ def run(options: argparse.Namespace) -> None:
     else:
         headings["trained"] = "domains trained on"
     grid.finish(folder, grid.table(rows, ["method"], headings))
+
+
+def check(options: argparse.Namespace) -> DomainData:
+    """Refuse what cannot be trained before anything is written; give the data of the first seed.
+
+    Raises:
+        RecipeError: a rate that is not above 0, a domain held out of a joint training, no such
+            data, model or weights, or images the model cannot take.
+    """
+    if options.lr is not None and not options.lr > 0:
+        raise RecipeError(f"expected --lr above 0, got {options.lr}")
+    if options.joint and options.held_out:
+        raise RecipeError(
+            f"expected --joint or --held-out, got both ({' '.join(options.held_out)}); a joint "
+            "training holds no domain out"
+        )
+    config = _config(options, None, 0)
+    check_model_name(config.model)
+    data = load_data(config)
+    model = make_model(config, data)
+    check_image_size(model, make_loader(config, data, model, torch.device("cpu")), config)
+    return data
 
 
 def make_model(config: Config, data: DomainData) -> nn.Module:
@@ -186,45 +208,6 @@ def _accuracy(
             right.append(model(batch.images, **labels(batch)).argmax(1) == batch.labels)
         found[domain] = 100 * torch.cat(right).float().mean().item()
     return found
-
-
-def tabulated(
-    records: list[dict[str, Any]], epochs: list[dict[str, Any]], reach: float
-) -> list[dict[str, Any]]:
-    """Give one record a method, kind of label and seed, with the domains as its figures.
-
-    A held-out domain's figure is of the training it was held out of; `trained` is the mean over
-    those trainings of the trained domains' own test images. For joint trainings also: `first`, the
-    mean after the first epoch, and `reached`, the first epoch with a mean of `reach` or more.
-    """
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for record in records:
-        held, method, seed = (record["cell"][key] for key in ("held_out", "method", "seed"))
-        for kind, accuracy in record["accuracy"].items():
-            if held != JOINT and held not in accuracy:
-                continue
-            name = f"{method}, {kind}" if kind else method
-            row = rows.setdefault(
-                (name, seed), {"cell": {"method": name, "seed": seed}, "held": {}, "own": []}
-            )
-            if held == JOINT:
-                row["held"] = accuracy
-                curve = [
-                    mean(e["accuracy"][kind].values())
-                    for e in epochs
-                    if e["cell"] == record["cell"]
-                ]
-                row["first"] = curve[0]
-                row["reached"] = next((i for i, a in enumerate(curve, 1) if a >= reach), None)
-            else:
-                row["held"][held] = accuracy[held]
-                own = record["accuracy"].get("label known", accuracy)
-                row["own"].append(mean(a for d, a in own.items() if d != held))
-    for row in rows.values():
-        row.update(row["held"])
-        row["mean"] = mean(row["held"].values())
-        row["trained"] = mean(row["own"]) if row["own"] else None
-    return list(rows.values())
 
 
 def _config(options: argparse.Namespace, held_out: str | None, seed: int) -> Config:

@@ -9,6 +9,7 @@ from recipes import domains
 from recipes.__main__ import main
 from recipes.data import Loader
 from recipes.digits import load_digits
+from recipes.domain_rows import JOINT, tabulated
 from recipes.errors import RecipeError
 from recipes.mixstyle import add_mixstyle, mix_style
 from recipes.nearest import NearestDomain
@@ -57,6 +58,24 @@ def test_a_domain_there_is_not_is_an_error(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--lr", "-1"], "--lr above 0, got -1.0"),
+        (["--joint", "--held-out", "0"], "--joint or --held-out, got both (0)"),
+        (["--weights", "none.pth"], "found no file at none.pth"),
+        (["--model", "resnet5"], "a name timm knows, got 'resnet5'"),
+        (["--model", "vgg11_bn", "--image-size", "16"], "cannot take images of 16 px"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    given, said, tmp_path, capsys
+):
+    assert main(["domains", "--smoke", *given, "--out", str(tmp_path / "runs")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_figures_of_held_out_domains_come_from_the_trainings_they_were_held_out_of():
     def record(held, **accuracy):
         cell = {"held_out": held, "method": "cn", "seed": 0}
@@ -64,7 +83,7 @@ def test_figures_of_held_out_domains_come_from_the_trainings_they_were_held_out_
         return {"cell": cell, "accuracy": {"label known": accuracy, "pooled": unknown}}
 
     records = [record("a", a=10.0, b=70.0, c=90.0), record("b", a=50.0, b=20.0, c=70.0)]
-    (row,) = domains.tabulated(records, [], reach=90)
+    (row,) = tabulated(records, [], reach=90)
 
     assert row["cell"] == {"method": "cn, pooled", "seed": 0}
     assert (row["a"], row["b"], row["mean"]) == (10.0, 20.0, 15.0)
@@ -72,10 +91,10 @@ def test_figures_of_held_out_domains_come_from_the_trainings_they_were_held_out_
 
 
 def test_figures_of_joint_trainings_are_by_domain_and_epoch():
-    cell = {"held_out": domains.JOINT, "method": "bn", "seed": 0}
+    cell = {"held_out": JOINT, "method": "bn", "seed": 0}
     curve = [{"a": 60.0, "b": 80.0}, {"a": 90.0, "b": 94.0}, {"a": 91.0, "b": 93.0}]
     epochs = [{"cell": cell, "accuracy": {"": accuracy}} for accuracy in curve]
-    (row,) = domains.tabulated([{"cell": cell, "accuracy": {"": curve[-1]}}], epochs, reach=92)
+    (row,) = tabulated([{"cell": cell, "accuracy": {"": curve[-1]}}], epochs, reach=92)
 
     assert (row["a"], row["b"], row["mean"]) == (91.0, 93.0, 92.0)
     assert (row["first"], row["reached"]) == (70.0, 2)
