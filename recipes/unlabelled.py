@@ -97,9 +97,9 @@ def load(
 def build(options: argparse.Namespace, classes: int, seed: int) -> nn.Module:
     """Build the model that every method of a seed starts from."""
     torch.manual_seed(seed)
-    if options.model is None:
-        return timm.create_model(DIGITS_MODEL, num_classes=classes, **NARROW)
-    return make_backbone(options.model, classes, weights=options.weights)[0]
+    settings = NARROW if options.model is None else {}
+    name = options.model or DIGITS_MODEL
+    return make_backbone(name, classes, weights=options.weights, **settings)[0]
 
 
 def check(options: argparse.Namespace, data: DomainData) -> None:

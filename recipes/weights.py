@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,7 @@ EFFICIENTNET_LITE0_TIMM = "tf_efficientnet_lite0"
 
 
 def make_backbone(
-    name: str, classes: int, pretrained: bool = False, weights: str | None = None
+    name: str, classes: int, pretrained: bool = False, weights: str | None = None, **settings: Any
 ) -> tuple[nn.Module, list[str]]:
     """Build a timm model with a new head; on given weights the head starts at zero.
 
@@ -28,6 +29,7 @@ def make_backbone(
         classes: how many.
         pretrained: take timm's weights (downloads them).
         weights: a file of weights, or `EFFICIENTNET_LITE0`.
+        settings: of the model, as `timm.create_model` takes them.
 
     Returns:
         The model, and one line for each thing to tell the user.
@@ -37,7 +39,7 @@ def make_backbone(
     """
     import timm
 
-    model = timm.create_model(name, pretrained=pretrained, num_classes=classes)
+    model = timm.create_model(name, pretrained=pretrained, num_classes=classes, **settings)
     if weights is not None:
         lite = weights == EFFICIENTNET_LITE0
         state = load_efficientnet_lite0() if lite else read_state_dict(Path(weights))

@@ -82,11 +82,6 @@ def test_every_method_starts_as_the_same_function(data, options):
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_the_posterior_model_takes_the_trained_state(data, options):
-    model = segment.build("cn", data, 0, options, "posterior")
-    model.load_state_dict(segment.build("cn", data, 0, options).state_dict())
-
-
 @pytest.mark.parametrize(
     ("name", "levels", "blocks"),
     [
