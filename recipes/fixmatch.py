@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="folder CLASS/image or DOMAIN/CLASS/image")
     parser.add_argument("--domains", nargs="+", help="of the folder, those to use (all)")
     grid.add_arguments(parser, METHODS, (*PLAIN, *normswap.methods()), seeds=3)
-    shared.add_arguments(parser, steps=300, batch=20)
+    shared.add_arguments(parser, steps=800, batch=20)
     parser.add_argument("--labels", type=grid.count, default=4, help="a class (default: 4)")
     parser.add_argument(
         "--ratio", type=grid.count, default=3, help="unlabelled images a labelled one (default: 3)"
