@@ -71,11 +71,7 @@ def run(options: argparse.Namespace) -> None:
             f"{CONTEXTS[domain]} {name}: {int((images & data.train).sum()):,} training and "
             f"{int((images & data.test).sum()):,} test images of {options.image_size} px"
         )
-    cells = [
-        {"method": method, "seed": seed}
-        for seed in range(options.seeds)
-        for method in options.methods
-    ]
+    cells = grid.cells(options)
     records = grid.run_cells(
         folder, cells, lambda cell, log: train_one(cell, data, options, device, log)
     )

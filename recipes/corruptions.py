@@ -76,11 +76,7 @@ def run(options: argparse.Namespace) -> None:
     # What is wrong with images, model or weights is said before a run is made.
     images.build(options, data_of(0)[0], images.settings(options, 0), device)
     folder = grid.open_run(options, "corruptions")
-    cells = [
-        {"method": method, "seed": seed}
-        for seed in range(options.seeds)
-        for method in options.methods
-    ]
+    cells = grid.cells(options)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         data, corrupted = data_of(cell["seed"])

@@ -64,11 +64,7 @@ def run(options: argparse.Namespace) -> None:
         f"{len(data.classes)} classes, {options.labels} labels each; {int(data.train.sum()):,} "
         f"training and {int(data.test.sum()):,} test images of {options.image_size} px"
     )
-    cells = [
-        {"method": method, "seed": seed}
-        for seed in range(options.seeds)
-        for method in options.methods
-    ]
+    cells = grid.cells(options)
     records = grid.run_cells(
         folder, cells, lambda cell, log: train_one(cell, data, options, device, log)
     )

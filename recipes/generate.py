@@ -62,11 +62,7 @@ def run(options: argparse.Namespace) -> None:
     folder = grid.open_run(options, "generate")
     rows = [(data.labels == c).nonzero().flatten()[:COLUMNS] for c in range(len(data.classes))]
     save_samples(folder / "samples-real.png", data.images[torch.cat(rows)])
-    cells = [
-        {"method": method, "seed": seed}
-        for seed in range(1 if options.smoke else options.seeds)
-        for method in options.methods
-    ]
+    cells = grid.cells(options)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         pair = gan.build(

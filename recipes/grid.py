@@ -117,14 +117,20 @@ def count(text: str) -> int:
     return number
 
 
+def cells(options: argparse.Namespace) -> list[Cell]:
+    """Give a cell a method and seed, all methods of a seed together; a smoke test has one seed."""
+    seeds = range(1 if options.smoke else options.seeds)
+    return [{"method": method, "seed": seed} for seed in seeds for method in options.methods]
+
+
 def run_cells(
-    folder: Path, cells: Sequence[Cell], train: Callable[[Cell, Log], dict[str, Any]]
+    folder: Path, wanted: Sequence[Cell], train: Callable[[Cell, Log], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Run every cell that has no result yet; give the records of all, in the cells' order.
+    """Run every cell that has no result yet; give the records of all, in their order.
 
     Args:
         folder: of the run.
-        cells: settings that tell the trainings apart, as JSON takes them.
+        wanted: settings that tell the trainings apart, as JSON takes them.
         train: runs one and gives its figures; told a function that notes an epoch.
     """
     done = read_lines(folder / RESULTS)
@@ -133,7 +139,7 @@ def run_cells(
     print(
         f"writing {folder}; to continue after a stop, the same with --name {folder.name} --resume"
     )
-    bar = tqdm(cells, unit="training", disable=None)
+    bar = tqdm(wanted, unit="training", disable=None)
     for cell in bar:
         if any(record["cell"] == cell for record in done):
             continue
@@ -151,7 +157,7 @@ def run_cells(
         record = {"cell": cell, **figures, "seconds": round(time.perf_counter() - start, 1)}
         done.append(record)
         write_lines(folder / RESULTS, done)
-    return [next(record for record in done if record["cell"] == cell) for cell in cells]
+    return [next(record for record in done if record["cell"] == cell) for cell in wanted]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -191,13 +197,13 @@ def table(
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
         rows.setdefault(tuple(record["cell"][key] for key in by), []).append(record)
-    cells = []
+    lines = []
     for key, group in rows.items():
         found = [[r[name] for r in group if r.get(name) is not None] for name in figures]
         texts = [spread(v, digits) if v else "-" for v in found]
         some = [f" ({len(v)} of {len(group)})" if 0 < len(v) < len(group) else "" for v in found]
-        cells.append([*key, len(group), *(map("".join, zip(texts, some, strict=True)))])
-    return tabulate(cells, [*by, "runs", *figures.values()], tablefmt="github", numalign="right")
+        lines.append([*key, len(group), *(map("".join, zip(texts, some, strict=True)))])
+    return tabulate(lines, [*by, "runs", *figures.values()], tablefmt="github", numalign="right")
 
 
 def finish(folder: Path, text: str) -> None:

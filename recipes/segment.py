@@ -72,11 +72,7 @@ def run(options: argparse.Namespace) -> None:
     for method in options.methods:  # what cannot be converted shows now, not in an hour
         build(method, scenes(0), 0, options)
     folder = grid.open_run(options, "segment")
-    cells = [
-        {"method": method, "seed": seed}
-        for seed in range(options.seeds)
-        for method in options.methods
-    ]
+    cells = grid.cells(options)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         return train_one(cell, scenes(cell["seed"]), options, device, log, folder)

@@ -82,11 +82,7 @@ def run(options: argparse.Namespace) -> None:
     data = {part: text.encode(lines, words) for part, lines in files.items()}
     device = pick_device(options.device)
     folder = grid.open_run(options, "sentiment")
-    cells = [
-        {"method": method, "seed": seed}
-        for seed in range(1 if options.smoke else options.seeds)
-        for method in options.methods
-    ]
+    cells = grid.cells(options)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         return train_one(cell, data, len(words) + 2, options, device, log)

@@ -83,11 +83,7 @@ def run(options: argparse.Namespace) -> None:
     images.build(options, data_of(0), images.settings(options, 0), device)
     options.clusters = options.clusters or len(data_of(0).domain_names)
     folder = grid.open_run(options, "superclasses")
-    cells = [
-        {"method": method, "seed": seed}
-        for seed in range(options.seeds)
-        for method in options.methods
-    ]
+    cells = grid.cells(options)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         return train_one(cell, data_of(cell["seed"]), options, device, log)

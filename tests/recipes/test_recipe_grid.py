@@ -90,6 +90,14 @@ def test_a_damaged_file_of_results_is_an_error(tmp_path):
         grid.run_cells(folder, CELLS, train)
 
 
+def test_cells_are_all_methods_of_a_seed_together_and_of_one_seed_in_a_smoke_test(tmp_path):
+    given = ("--methods", "bn", "cn")
+    assert [tuple(cell.values()) for cell in grid.cells(options(tmp_path, *given))] == [
+        ("bn", 0), ("cn", 0), ("bn", 1), ("cn", 1),
+    ]  # fmt: skip
+    assert grid.cells(options(tmp_path, *given, "--smoke")) == [CELLS[0], CELLS[2]]
+
+
 def test_no_seeds_are_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         options(tmp_path, "--seeds", "0")
