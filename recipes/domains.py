@@ -11,8 +11,8 @@ as contexts. Images of a domain never seen have no label; they are normalised wi
 Every method starts from the same weights by seed, and has the same batches, schedule and number of
 epochs, at the default settings of its conversion (ACN: one responsibility an image and channel).
 Results are those of the last epoch: nothing is chosen on test images. `bn-frozen` is BatchNorm that
-keeps the statistics it was pretrained with: CN-X does without batch statistics too, and what comes
-of that is not to be put down to contexts.
+keeps the statistics it was pretrained with, and `cn-frozen` CN that does: CN-X does without batch
+statistics too, and what comes of that is not to be put down to contexts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid
+from . import frozen, grid
 from .config import Config
 from .data import DomainData, Loader
 from .domain_rows import JOINT, tabulated
@@ -39,7 +39,9 @@ from .points import draw_points
 from .training import fill_statistics, make_arm, takes_context, train_epoch
 from .weights import EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_TIMM, make_backbone
 
-METHODS = ("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn", "cn", "cn-x", "acn")
+METHODS = (
+    "bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn", "cn", "cn-frozen", "cn-x", "acn",
+)  # fmt: skip
 POLICIES = ("pooled", "posterior")
 Accuracy = dict[str, dict[str, float]]  # by kind of label, by domain, in per cent
 
@@ -127,24 +129,15 @@ def make_loader(config: Config, data: DomainData, model: nn.Module, device: torc
 
 def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Module:
     """Convert the model; every method computes the same function before it is trained."""
-    if method == "bn":
-        return model
-    if method == "bn-frozen":
-        return freeze_statistics(model)
-    if method == "mixstyle":
+    name = frozen.name_of(method)
+    if name == "mixstyle":
         return add_mixstyle(model)
-    settings: dict[str, Any] = {"assignment": "instance"} if method == "acn" else {}
-    if normswap.get_method(method).needs_context:
-        settings["contexts"] = contexts
-    return normswap.convert(model, method, verify=False, **settings)
-
-
-def freeze_statistics(model: nn.Module) -> nn.Module:
-    """Make every batch norm keep and use its running statistics in training; the affine learns."""
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            norm.register_forward_pre_hook(lambda norm, _: norm.train(False) and None)
-    return model
+    if name != "bn":
+        settings: dict[str, Any] = {"assignment": "instance"} if name == "acn" else {}
+        if normswap.get_method(name).needs_context:
+            settings["contexts"] = contexts
+        model = normswap.convert(model, name, verify=False, **settings)
+    return frozen.freeze_if_asked(method, model)
 
 
 def train_one(
@@ -167,11 +160,8 @@ def train_one(
     report: dict[str, Any] = {}
     for epoch in range(config.epochs):
         report = train_epoch([arm], loader, config, epoch)[method]
-        figures = {"epoch": epoch + 1, "loss": report["loss"]}
-        if epoch + 1 == config.epochs or data.held_out is None:
-            accuracy = measure(model, loader, nearest)
-            figures["accuracy"] = accuracy
-        log(figures)
+        accuracy = measure(model, loader, nearest)
+        log({"epoch": epoch + 1, "loss": report["loss"], "accuracy": accuracy})
     return {"accuracy": accuracy, "step_ms": report["step_ms"]}
 
 

@@ -31,7 +31,7 @@ from .errors import RecipeError
 RESULTS, EPOCHS = "results.jsonl", "epochs.jsonl"
 # What has no say in the figures of a training, and what a resumed run may have more or less of.
 NOT_SETTINGS = ("out", "name", "resume", "device")
-GROWING = ("methods", "seeds")
+GROWING = ("methods", "seeds", "held_out")
 Cell = dict[str, Any]
 Log = Callable[[dict[str, Any]], None]
 

@@ -100,15 +100,17 @@ def test_figures_of_joint_trainings_are_by_domain_and_epoch():
     assert (row["first"], row["reached"]) == (70.0, 2)
 
 
-def test_frozen_statistics_stay_and_are_used_in_training():
+@pytest.mark.parametrize("method", ["bn-frozen", "cn-frozen"])
+def test_frozen_statistics_stay_and_are_used_in_training(method):
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=4)
     images = torch.randn(6, 3, 32, 32) + 2
     wanted = model.eval()(images)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    frozen = domains.freeze_statistics(model).train()
+    frozen = domains.apply_method(method, model, ["a", "b", "c"]).train()
+    before = {k: v.clone() for k, v in frozen.state_dict().items()}
 
-    got = frozen(images)
+    given = {"context": torch.tensor([0, 1, 1, 2, 2, 2])} if method == "cn-frozen" else {}
+    got = frozen(images, **given)
     torch.testing.assert_close(got, wanted)
     got.sum().backward()
     assert all(torch.equal(v, before[k]) for k, v in frozen.state_dict().items())
