@@ -58,15 +58,19 @@ def find_places(
     Raises:
         ConversionError: an unknown placement, or no place at all.
     """
-    if placement is not None and placement not in ALL_PLACEMENTS:
-        raise ConversionError(
-            f"unknown placement {placement!r}; the placements are {', '.join(ALL_PLACEMENTS)}"
-        )
+    own = placement or method.placement
+    all_wanted = method.placements(own, options)
+    for wanted in all_wanted:
+        if wanted not in ALL_PLACEMENTS:
+            raise ConversionError(
+                f"unknown placement {wanted!r}; the placements are {', '.join(ALL_PLACEMENTS)}"
+            )
     rows: list[Row] = []
     places: list[Place] = []
-    for wanted in method.placements(placement or method.placement, options):
+    for wanted in all_wanted:
         found = _find(model, wanted, select, exclude)
-        if placement is None and not any(row.action != "kept" for row in found[0]):
+        by_itself = placement is None and wanted == own
+        if by_itself and not any(row.action != "kept" for row in found[0]):
             found = _find(model, "norm", select, exclude)
         if not found[1]:
             listed = "; ".join(f"{r.fqn or '(root)'}: {r.reason}" for r in found[0][:10])

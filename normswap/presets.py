@@ -42,7 +42,7 @@ _FIRST_NORM: dict[str, Any] = {"select": ["*norm1", "*bn1"]}
 _IMAGENET = {
     "crossnorm": _crossnorm("input", "both", 0.5),
     "selfnorm": {"placement": "post"},
-    "cnsn": _crossnorm("post", "neither", 0.5, image=True),
+    "cnsn": _crossnorm("post", "neither", 0.5, crossnorm_at="input"),
 }
 _IMAGENET_TRAINING = {
     "optimizer": "SGD, Nesterov 0.9",
@@ -93,6 +93,7 @@ PRESETS = MappingProxyType(
             {
                 "crossnorm": _crossnorm("post", "style", 0.5, **_STAGES),
                 "selfnorm": {"placement": "residual", **_STAGES},
+                "cnsn": _crossnorm("residual", "style", 0.5, crossnorm_at="post", **_STAGES),
             },
             {"epochs": 80, "crop": 713, "lr": 0.01, "schedule": "poly"},
         ),

@@ -10,8 +10,9 @@ random, each logit by itself; with contexts the two are equal.
 
 CN and CN-X take contexts "source" and "target", and are tested on target images as `target` (the
 domain of a test image is taken as given: that is the task) and with the context unknown. In
-`source-only` the model with BatchNorm takes as many steps on the source alone. Target images that
-test are not adapted to, and class labels of target images are only counted with.
+`source-only` the model with BatchNorm takes as many steps on the source alone; --methods knows also
+NAME-frozen, see `recipes.frozen`. Target images that test are not adapted to, and class labels of
+target images are only counted with.
 
 Without --data: scikit-learn's handwritten digits at two angles, each training digit at one of them,
 24 px, and a narrow ResNet-10-T from scratch (conversion after the first batches of both domains
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid
+from . import frozen, grid
 from . import unlabelled as shared
 from .data import DomainData
 from .errors import RecipeError
@@ -42,6 +43,7 @@ from .training import takes_context
 
 METHODS = ("source-only", "bn", "cn", "cn-x")
 PLAIN = ("source-only", "bn")
+KNOWN = (*PLAIN, *normswap.methods(), *map(frozen.suffixed, (*PLAIN, "cn")))
 SOURCE, TARGET = 0, 1
 CONTEXTS = ("source", "target")
 ACCURACIES = {
@@ -131,7 +133,7 @@ def train_one(
         ours, others = sources[index], targets[index]
         labels = data.labels[ours].to(device).repeat(2)
         known = torch.cat([views.weak(ours, generator), views.strong(ours, generator)])
-        if cell["method"] == "source-only":
+        if frozen.name_of(cell["method"]) == "source-only":
             return F.cross_entropy(model(known), labels), {}
         images = [known, views.weak(others, generator), views.strong(others, generator)]
         source, weak, strong = shared.forward(model, images, (SOURCE, TARGET, TARGET))
@@ -167,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="folder DOMAIN/CLASS/image")
     parser.add_argument("--source", help="domain with labels; an angle for the digits (0)")
     parser.add_argument("--target", help="domain without; an angle for the digits (45)")
-    grid.add_arguments(parser, METHODS, (*PLAIN, *normswap.methods()), seeds=3)
+    grid.add_arguments(parser, METHODS, KNOWN, seeds=3)
     shared.add_arguments(parser, steps=500, batch=32)
     parser.add_argument(
         "--ratio", type=grid.count, default=1, help="target images a source image (default: 1)"

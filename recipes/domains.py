@@ -40,8 +40,9 @@ from .training import fill_statistics, make_arm, takes_context, train_epoch
 from .weights import EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_TIMM, make_backbone
 
 METHODS = (
-    "bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn", "cn", "cn-frozen", "cn-x", "acn",
-)  # fmt: skip
+    *("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn"),
+    *("cn", "cn-frozen", "cn-x", "acn"),
+)
 POLICIES = ("pooled", "posterior")
 Accuracy = dict[str, dict[str, float]]  # by kind of label, by domain, in per cent
 

@@ -6,7 +6,8 @@ their weak views. All views are one batch. BatchNorm beside CNSN, and CN and CN-
 "labelled" and "unlabelled": tested as `unlabelled`, since test images are like the unlabelled ones
 (this needs no test label), and with the context unknown. In `labels-only` the model with BatchNorm
 takes as many steps on the labelled images alone, on their weak and their strong views, so that what
-the unlabelled images bring is not mistaken for what the augmentation brings.
+the unlabelled images bring is not mistaken for what the augmentation brings; --methods knows also
+NAME-frozen, see `recipes.frozen`.
 
 The unlabelled images are all training images, the labelled among them; seeds differ in which are
 labelled, the initial weights and the batches. True labels of unlabelled images are only counted.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid
+from . import frozen, grid
 from . import unlabelled as shared
 from .data import DomainData
 from .errors import RecipeError
@@ -37,6 +38,7 @@ from .pseudo import draw, pseudo_loss
 
 METHODS = ("labels-only", "bn", "cnsn", "cn", "cn-x")
 PLAIN = ("labels-only", "bn")
+KNOWN = (*PLAIN, *normswap.methods(), *map(frozen.suffixed, (*PLAIN, "cn")))
 LABELLED, UNLABELLED = 0, 1
 CONTEXTS = ("labelled", "unlabelled")
 ACCURACIES = {
@@ -122,7 +124,7 @@ def train_one(
         ours, others = labelled[index], unlabelled[index]
         targets = data.labels[ours].to(device)
         images = views.weak(ours, generator)
-        if cell["method"] == "labels-only":
+        if frozen.name_of(cell["method"]) == "labels-only":
             images = torch.cat([images, views.strong(ours, generator)])
             return F.cross_entropy(model(images), targets.repeat(2)), {}
         parts = [images, views.weak(others, generator), views.strong(others, generator)]
@@ -141,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recipes fixmatch", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder CLASS/image or DOMAIN/CLASS/image")
     parser.add_argument("--domains", nargs="+", help="of the folder, those to use (all)")
-    grid.add_arguments(parser, METHODS, (*PLAIN, *normswap.methods()), seeds=3)
+    grid.add_arguments(parser, METHODS, KNOWN, seeds=3)
     shared.add_arguments(parser, steps=800, batch=20)
     parser.add_argument("--labels", type=grid.count, default=4, help="a class (default: 4)")
     parser.add_argument(

@@ -17,6 +17,11 @@ from .training import takes_context
 SUFFIX = "-frozen"
 
 
+def suffixed(method: str) -> str:
+    """Give the name of a method with frozen statistics."""
+    return method + SUFFIX
+
+
 def name_of(method: str) -> str:
     """Give the method that this one is but for its statistics."""
     return method.removesuffix(SUFFIX)

@@ -2,8 +2,8 @@
 
 An FCN over a timm `features_only` backbone, the whole of it converted: BatchNorm beside SelfNorm at
 the end of residual branches and CrossNorm with style crops after residual blocks (at one of them,
-with probability .5), which is the setting of Tang et al. (ICCV 2021) for GTA5; `cnsn` has both
-after the blocks. CN and CN-X have the source domains as contexts; a target's label is unknown, and
+with probability .5), which is the setting of Tang et al. (ICCV 2021) for GTA5; `cnsn` is both, each
+at its place. CN and CN-X have the source domains as contexts; a target's label is unknown, and
 so is a source's except in the column that says otherwise. With no options the data are made on the
 spot, see `recipes.scenes`.
 
@@ -41,10 +41,11 @@ from .scenes_folder import read_scenes, split
 from .segment_scores import background, draw_predictions, evaluate, predict
 
 METHODS = ("bn", "crossnorm", "selfnorm", "cnsn", "cn", "cn-x")
+STYLE = {"crop": "style", "p": 0.5, "active": 1}
 PLACED: dict[str, dict[str, Any]] = {
-    "crossnorm": {"placement": "post", "crop": "style", "p": 0.5, "active": 1},
+    "crossnorm": {"placement": "post", **STYLE},
     "selfnorm": {"placement": "residual"},
-    "cnsn": {"placement": "post", "crop": "style", "p": 0.5, "active": 1},
+    "cnsn": {"placement": "residual", "crossnorm_at": "post", **STYLE},
 }
 HEADINGS = {
     "source": "sources",
@@ -134,7 +135,9 @@ def build(method: str, data: Scenes, seed: int, options: argparse.Namespace) -> 
     arguments = dict(PLACED.get(method, {}))
     if arguments:
         arguments["select"] = "backbone*"
-        arguments["placement"] = options.placement or arguments["placement"]
+        if options.placement:
+            arguments["placement"] = options.placement
+            arguments.pop("crossnorm_at", None)
     return normswap.convert(model, method, verify=False, **arguments)
 
 
@@ -210,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         "--levels", nargs="+", type=int, default=[1, 2, 3],
         help="feature maps, finest first (default: 1 2 3, strides 4, 8, 16)",
     )  # fmt: skip
-    parser.add_argument("--placement", help="of crossnorm, selfnorm and cnsn, instead of theirs")
+    parser.add_argument("--placement", help="of crossnorm, selfnorm and cnsn, for theirs")
     parser.add_argument("--image-size", type=int, default=64, help="(default: 64)")
     parser.add_argument("--batch", type=grid.count, default=16, help="(default: 16)")
     parser.add_argument("--epochs", type=grid.count, default=8, help="(default: 8)")

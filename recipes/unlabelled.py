@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid
+from . import frozen, grid
 from .config import DIGITS_MODEL, SCRATCH_LR, TUNE_LR
 from .data import TEST_BATCH, DomainData
 from .digits import load_digits
@@ -129,11 +129,14 @@ def make_views(model: nn.Module, data: DomainData, device: torch.device) -> View
 def converted(
     model: nn.Module, method: str, contexts: Sequence[str], images: Tensor, plain: Sequence[str]
 ) -> nn.Module:
-    """Convert the model, or give it as it is for the methods in `plain`."""
-    if method in plain:
-        return model
-    names = contexts if normswap.get_method(method).needs_context else None
-    return normswap.convert(model, method, contexts=names, example_inputs=(images,), verify=False)
+    """Convert the model, or for the methods in `plain` do not; freeze statistics if asked."""
+    name = frozen.name_of(method)
+    if name not in plain:
+        given = contexts if normswap.get_method(name).needs_context else None
+        model = normswap.convert(
+            model, name, contexts=given, example_inputs=(images,), verify=False
+        )
+    return frozen.freeze_if_asked(method, model)
 
 
 def forward(model: nn.Module, images: Sequence[Tensor], contexts: Sequence[int]) -> list[Tensor]:

@@ -79,6 +79,8 @@ def test_every_preset_names_methods_and_options_that_exist(name):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
     for method in normswap.PRESETS[name].methods:
         one = {"active": 1} if method in ("crossnorm", "cnsn") else {}
+        if method == "cnsn":
+            one["crossnorm_at"] = ""
         report = normswap.plan(net, method, preset=name, placement="input", select="*", **one)
         assert report.count(action="inserted") >= 1
 
@@ -105,3 +107,12 @@ def test_selfnorm_starts_as_the_identity_at_every_place_of_a_real_model():
 def test_active_above_the_number_of_places_is_refused():
     with pytest.raises(ConversionError, match=r"active in \[1, 16\]"):
         normswap.plan(resnet50(), "crossnorm", active=17)
+
+
+def test_the_authors_cnsn_on_gta5_has_crossnorm_after_blocks_and_selfnorm_on_branches():
+    report = normswap.plan(resnet50(), "cnsn", preset="fcn-gta5")
+    blocks = [f"layer{s}.{b}" for s, n in enumerate((3, 4, 6, 3), 1) for b in range(n)]
+    assert inserted(report) == [
+        *((block, "ScheduledCrossNorm (post)") for block in blocks),
+        *((block, "SelfNorm (residual)") for block in blocks),
+    ]

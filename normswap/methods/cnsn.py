@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from normswap.errors import ConversionError
 from normswap.functional.schedule import Schedule
 from normswap.methods.base import InsertedMethod, register_method
 from normswap.methods.crossnorm import CrossNormOptions, ScheduledCrossNorm
@@ -52,8 +53,9 @@ class CNSNOptions:
     Attributes:
         crop, instances, beta, p, active: see `CrossNormOptions`.
         gates, init: see `SelfNormOptions`.
-        image: put one CrossNorm at the model's input instead of one at each place, as the authors
-            do for ImageNet.
+        crossnorm_at: another placement for CrossNorm than SelfNorm's, which is then ``placement``:
+            the authors have "input" for ImageNet, and "post" with SelfNorm at "residual" for GTA5.
+            Both at one place by default.
     """
 
     crop: str = "neither"
@@ -63,7 +65,7 @@ class CNSNOptions:
     active: int = 1
     gates: int = 1
     init: str = "identity"
-    image: bool = False
+    crossnorm_at: str = ""
 
     @property
     def crossnorm(self) -> CrossNormOptions:
@@ -85,14 +87,23 @@ class CNSNMethod(InsertedMethod):
     options = CNSNOptions
 
     def placements(self, placement: str, options: CNSNOptions) -> tuple[str, ...]:
-        """Add the input where CrossNorm goes there."""
-        return ("input", placement) if options.image else (placement,)
+        """Add CrossNorm's where it has its own.
+
+        Raises:
+            ConversionError: it is SelfNorm's.
+        """
+        if options.crossnorm_at == placement:
+            raise ConversionError(
+                f"expected crossnorm_at= to be another place than SelfNorm's, got {placement!r} "
+                'for both; crossnorm_at="" has both there'
+            )
+        return (options.crossnorm_at, placement) if options.crossnorm_at else (placement,)
 
     def insert(self, place: Place, options: CNSNOptions) -> nn.Module:
         """Return both, or the one that belongs at the place."""
-        if not options.image:
+        if not options.crossnorm_at:
             return CNSN(options.crossnorm.build(), options.selfnorm.build(place))
-        if place.placement == "input":
+        if place.placement == options.crossnorm_at:
             return options.crossnorm.build()
         return options.selfnorm.build(place)
 

@@ -157,7 +157,8 @@ def test_every_method_starts_from_the_same_weights_and_function():
     plain = unlabelled.build(options, 10, seed=1).eval()
     with torch.no_grad():
         expected = plain(images)
-        for method in ("bn", "cn", "cn-x", "acn", "crossnorm", "selfnorm", "cnsn"):
+        frozen = ("bn-frozen", "cn-frozen")
+        for method in ("bn", "cn", "cn-x", "acn", "crossnorm", "selfnorm", "cnsn", *frozen):
             model = unlabelled.build(options, 10, seed=1)
             model = unlabelled.converted(model, method, ("a", "b"), images, plain=("bn",))
             torch.testing.assert_close(model.eval()(images), expected)

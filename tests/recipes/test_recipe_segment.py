@@ -99,6 +99,15 @@ def test_residual_blocks_of_a_features_only_backbone_are_found(name, levels, blo
         assert all(row.fqn.startswith("backbone.") for row in taken)
 
 
+def test_cnsn_is_selfnorm_on_the_branches_and_crossnorm_after_the_blocks(data, options):
+    model = segment.build("cnsn", data, 0, options)
+    rows = [r for r in normswap.summary(model).rows if r.action == "inserted"]
+    assert len(rows) == 6
+    kinds = (normswap.SelfNorm, normswap.CrossNorm)
+    counts = [sum(isinstance(m, kind) for m in model.modules()) for kind in kinds]
+    assert counts == [3, 3]
+
+
 def test_all_norms_of_backbone_and_head_are_threaded():
     model = FCN("resnet10t", 5, [1, 2, 3], pretrained=False)
     norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
