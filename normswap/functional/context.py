@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normswap.functional.affine import Affine, Centred, centre_norm
 from normswap.functional.fused import stat_affine
-from normswap.functional.glue import Pull
+from normswap.functional.glue import Map, Pull
 from normswap.functional.moments import (
     Moments,
     context_moments,
@@ -78,10 +78,10 @@ def norm_contexts(
 class ContextGlue:
     """CN: the moments of each context, by the law of total variance, and its affine.
 
-    With r = (V_k + eps)^-1/2 and A = gain r: s = A, t = bias + (m - mu_k) A. Backward, with
-    D1 = sum dt and D2 = sum [ds + dt (m - mu_k)] over the instances of a context, of L values:
-    dbias = D1, dgain = r D2, dx = A dy - A (r^2 D2 (x - mu_k) + D1) / L. A context whose moments
-    are given, not the batch's, has no last term.
+    With r = (V_k + eps)^-1/2 and A = gain r: y = x A + bias - mu_k A. Backward, with D1 = sum dy
+    and D2 = sum dy (x - mu_k) over the instances of a context, of L values: dbias = D1,
+    dgain = r D2, dx = A dy - A (r^2 D2 (x - mu_k) + D1) / L. A context whose moments are given,
+    not the batch's, has no last term.
 
     Args:
         index: (N,) in [0, K).
@@ -104,7 +104,7 @@ class ContextGlue:
         self.index, self.size, self.given = index, size, given
         self.batched, self.eps, self.note = batched, eps, note
 
-    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Affine, Any]:
+    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map of each instance, and what `backward` needs."""
         gain, bias = tensors
         index, dtype, wide = self.index, gain.dtype, wide_dtype(gain)
@@ -127,18 +127,16 @@ class ContextGlue:
         self.note(Moments(mu[:count], var[:count]), values[:count])
         inverse = var.add(self.eps).rsqrt_()
         scale = gain * inverse
-        rows = pick_rows(scale, index)
-        off = instances.mean - pick_rows(mu, index)
-        affine = Affine(rows, torch.addcmul(pick_rows(bias, index), off, rows))
-        return affine, (scale, inverse, off, share)
+        tables = scale, torch.addcmul(bias, mu, scale, value=-1), mu
+        return Map(*(pick_rows(t, index) for t in tables)), (scale, inverse, mu, share)
 
     def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
-        """Return the gradients, given those of scale and shift."""
-        scale, inverse, off, share = saved
+        """Return the gradients, given ``sum dy * (x - mu_k)`` and ``sum dy``."""
+        scale, inverse, mu, share = saved
         index, contexts = self.index, scale.shape[0]
         dbias = segment_sum(dshift, index, contexts)
-        dgain = segment_sum(torch.addcmul(dscale, off, dshift), index, contexts).mul_(inverse)
-        minus = scale * share.neg()
-        spread = pick_rows(minus * inverse * dgain, index)
-        constant = torch.addcmul(pick_rows(minus * dbias, index), spread, off)
-        return Pull(spread, constant, (dgain, dbias))
+        dgain = segment_sum(dscale, index, contexts).mul_(inverse)
+        scale = scale * share
+        spread = (scale * inverse).mul_(dgain).neg_()
+        offset = (scale * dbias).addcmul_(spread, mu).neg_()
+        return Pull(pick_rows(spread, index), pick_rows(offset, index), (dgain, dbias))

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
-from normswap.functional.glue import Pull
+from normswap.functional.glue import Map, Pull
 from normswap.functional.moments import Moments, instance_moments
 from normswap.functional.tables import apply_centred_plain, records, uses_kernels
 
@@ -32,11 +32,11 @@ class Glue(Protocol):
 class HandGlue(Protocol):
     """The same function with its derivative written out; see `normswap.functional.glue`."""
 
-    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Affine, Any]:
+    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map and what `backward` needs."""
 
     def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
-        """Return the gradients, given those of s and t."""
+        """Return the gradients, given ``sum dy * (x - centre)`` and ``sum dy``."""
 
 
 def stat_affine(
@@ -57,14 +57,10 @@ def stat_affine(
     """
     if not uses_kernels(x):
         return _compute_plain(x, glue, tensors, replay=False)
-    if not records((x, *tensors)):
-        instances = kernels.stats(x)
-        if hand is None:
-            scale, shift = glue(instances, *tensors, replay=False)
-        else:
-            (scale, shift), _ = hand().forward(instances, *tensors)
-        return kernels.affine(x, instances.mean, scale, shift)
     chosen = _AutogradGlue(glue, x.shape[2:].numel()) if hand is None else hand()
+    if not records((x, *tensors)):
+        found, _ = chosen.forward(kernels.stats(x), *(t.detach() for t in tensors))
+        return kernels.affine(x, found.scale, found.offset)
     y: Tensor = _StatAffine.apply(x, glue, chosen, *tensors)
     return y
 
@@ -75,12 +71,14 @@ class _AutogradGlue:
     def __init__(self, glue: Glue, positions: int) -> None:
         self.glue, self.positions = glue, positions
 
-    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Affine, Any]:
+    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Compute the glue, keeping its graph."""
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_(t.requires_grad) for t in (*instances, *tensors)]
             affine = self.glue(Moments(*leaves[:2]), *leaves[2:], replay=False)
-        return Affine(*(t.detach() for t in affine)), (affine, leaves)
+        mean, scale, shift = (t.detach() for t in (leaves[0], *affine))
+        offset = torch.addcmul(shift, mean, scale, value=-1)
+        return Map(scale, offset, mean), (affine, leaves)
 
     def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
         """Go back through the graph; it is kept, as others' graphs are where torch is told to."""
@@ -100,7 +98,8 @@ class _AutogradGlue:
         # Differences first: a map that does not depend on the mean has a constant of exactly zero.
         constant = torch.addcmul(zero if dmean is None else dmean, scale.detach(), dshift, value=-1)
         spread = zero if dvar is None else dvar * (2 * share)
-        return Pull(spread, constant.mul_(share), tuple(dtensors))
+        offset = constant.mul_(share).addcmul_(spread, leaves[0].detach(), value=-1)
+        return Pull(spread, offset, tuple(dtensors))
 
 
 def _compute_plain(x: Tensor, glue: Glue, tensors: Sequence[Tensor], replay: bool) -> Tensor:
@@ -119,11 +118,10 @@ class _StatAffine(Function):
         if ctx.needs_input_grad[0]:
             for t in instances:
                 t.requires_grad_()
-        affine, kept = hand.forward(instances, *tensors)
-        mean = instances.mean.detach()
-        ctx.glue, ctx.hand, ctx.kept, ctx.mean, ctx.scale = glue, hand, kept, mean, affine.scale
+        found, ctx.kept = hand.forward(instances, *tensors)
+        ctx.glue, ctx.hand, ctx.scale, ctx.centre = glue, hand, found.scale, found.centre
         ctx.save_for_backward(x, *tensors)
-        return kernels.affine(x, mean, *affine)
+        return kernels.affine(x, found.scale, found.offset)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -132,13 +130,11 @@ class _StatAffine(Function):
         if torch.is_grad_enabled():
             found = _differentiate(x, ctx.glue, tensors, grads[0], needed)
             return found[0], None, None, *found[1:]
-        dy, mean = kernels.match(grads[0], x), ctx.mean
-        dshift, dscale = kernels.dot(dy, x, mean)
+        dy, dx = kernels.match(grads[0], x), None
+        dshift, dscale = kernels.dot(dy, x, ctx.centre)
         pull = ctx.hand.backward(ctx.kept, dscale, dshift)
-        dx = None
         if needed[0]:
-            offset = torch.addcmul(pull.constant, pull.spread, mean, value=-1)
-            dx = kernels.combine(dy, x, ctx.scale, pull.spread, offset)
+            dx = kernels.combine(dy, x, ctx.scale, pull.spread, pull.offset)
         return dx, None, None, *pull.tensors
 
 

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.functional.affine import Affine
-from normswap.functional.glue import Pull
+from normswap.functional.glue import Map, Pull
 from normswap.functional.moments import Moments
 
 _batch_norm: Any = torch.ops.aten.native_batch_norm
@@ -15,10 +14,10 @@ _sigmoid_backward: Any = torch.ops.aten.sigmoid_backward
 
 
 class GateGlue:
-    """One gate: ``g = scale * sigmoid(BN(w1 * mean + w2 * std))``, s = g, t = g * mean.
+    """One gate: ``y = g * x`` with ``g = scale * sigmoid(BN(w1 * mean + w2 * std))``.
 
-    Backward, with dz the gradient of the BN's input: dg = ds + t' dt with t' the mean; of the mean
-    in t nothing is left, since dt = sum dy; std = sqrt(var M / (M - 1) + eps), 0 where M is 1.
+    Backward, with dz the gradient of the BN's input: dg = sum dy x;
+    std = sqrt(var M / (M - 1) + eps), 0 where M is 1.
 
     Args:
         positions: M.
@@ -42,7 +41,7 @@ class GateGlue:
         self.positions, self.running, self.batch = positions, running, batch
         self.scale, self.eps = scale, eps
 
-    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Affine, Any]:
+    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map of each instance, and what `backward` needs."""
         weight, gain, bias = tensors
         mean, var = instances
@@ -55,13 +54,12 @@ class GateGlue:
         out, *saved = _batch_norm(z, gain, bias, *self.running, self.batch, self.momentum, 1e-5)
         sigmoid = out.to(mean.dtype).sigmoid_()
         g = sigmoid * self.scale
-        return Affine(g, mean * g), (mean, std, weight, gain, z, sigmoid, saved)
+        return Map(g, None, None), (mean, std, weight, gain, z, sigmoid, saved)
 
     def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
-        """Return the gradients, given those of scale and shift."""
+        """Return the gradients, given ``sum dy * x`` and ``sum dy``."""
         mean, std, weight, gain, z, sigmoid, statistics = saved
-        dg = torch.addcmul(dscale, mean, dshift).mul_(self.scale)
-        dout = _sigmoid_backward(dg, sigmoid).to(z.dtype)
+        dout = _sigmoid_backward(dscale * self.scale, sigmoid).to(z.dtype)
         running = (None, None) if self.batch else self.running
         dz, dgain, dbias = _batch_norm_backward(
             dout, z, gain, *running, *statistics, self.batch, 1e-5, [True, True, True]
@@ -74,4 +72,5 @@ class GateGlue:
             spread = dz.mul_(by_std / (self.positions - 1)).div_(std)
         else:
             spread = torch.zeros_like(dz)
-        return Pull(spread, constant, (dweight, dgain, dbias))
+        offset = constant.addcmul_(spread, mean, value=-1)
+        return Pull(spread, offset, (dweight, dgain, dbias))

@@ -10,21 +10,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.functional.affine import Affine
 from normswap.functional.moments import Moments
 
 
+class Map(NamedTuple):
+    """``y = x * scale + offset``, and what the gradient of the scale is to be taken about.
+
+    Attributes:
+        scale: (N, C).
+        offset: (N, C); None is 0.
+        centre: (N, C), near the mean, so that ``sum dy * (x - centre)`` loses no digits to a mean
+            that is large against the spread; None is 0.
+    """
+
+    scale: Tensor
+    offset: Tensor | None
+    centre: Tensor | None
+
+
 class Pull(NamedTuple):
-    """What a loss's gradient by x is, besides ``dy * scale``: ``spread * (x - mean) + constant``.
+    """What a loss's gradient by x is, besides ``dy * scale``: ``x * spread + offset``.
 
     Attributes:
         spread: (N, C).
-        constant: (N, C).
+        offset: (N, C).
         tensors: gradients of the tensors given to the glue.
     """
 
     spread: Tensor
-    constant: Tensor
+    offset: Tensor
     tensors: tuple[Tensor | None, ...]
 
 
@@ -42,20 +56,20 @@ class ExchangeGlue:
         self.permutation, self.axis, self.positions = permutation, axis, positions
         self.eps = eps
 
-    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Affine, Any]:
+    def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map of each instance, and what `backward` needs."""
         mean, var = instances
         std = var.mul(self.positions / (self.positions - 1)).add_(self.eps).sqrt_()
         scale = std.index_select(self.axis, self.permutation).div_(std)
         shift = mean.index_select(self.axis, self.permutation)
-        return Affine(scale, shift), (std, scale)
+        return Map(scale, shift.addcmul_(mean, scale, value=-1), mean), (mean, std, scale)
 
     def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
-        """Return the gradients, given those of scale and shift."""
-        std, scale = saved
+        """Return the gradients, given ``sum dy * (x - centre)`` and ``sum dy``."""
+        mean, std, scale = saved
         by_std = dscale / std
         spread = torch.empty_like(std).index_copy_(self.axis, self.permutation, by_std)
         spread.addcmul_(by_std, scale, value=-1).div_(std).div_(self.positions - 1)
-        mean = torch.empty_like(std).index_copy_(self.axis, self.permutation, dshift)
-        constant = mean.addcmul_(scale, dshift, value=-1).div_(self.positions)
-        return Pull(spread, constant, ())
+        dmean = torch.empty_like(std).index_copy_(self.axis, self.permutation, dshift)
+        constant = dmean.addcmul_(scale, dshift, value=-1).div_(self.positions)
+        return Pull(spread, constant.addcmul_(spread, mean, value=-1), ())

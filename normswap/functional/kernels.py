@@ -8,7 +8,6 @@ one sweep; for channels_last, plain operators in blocks do. `torch.var_mean`, ad
 a broadcast inner dimension and reductions to one value per channel were several times slower.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from normswap.functional.moments import Moments, compute_dtype
 # Values of a block: temporaries of it stay in a CPU's cache.
 _BLOCK = 2**20
 # Values of an instance from which one call for it costs less than blocks of several operators.
-_LARGE = 2**15
+_LARGE = 2**16
+# Positions up to which two sweeps cost less than what the batch norm kernel does for a channel.
+_FEW = 64
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _grad_kernel: Any = torch.ops.aten.native_batch_norm_backward
@@ -67,11 +68,15 @@ def _spread(table: Tensor, x: Tensor) -> Tensor:
     return table.unsqueeze(1)
 
 
-def _blocks(view: Tensor) -> Iterator[slice]:
+def _blocks(view: Tensor) -> list[slice]:
     rows = view.shape[0]
     step = max(_BLOCK * rows // view.numel(), 1) if view.device.type == "cpu" else rows
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _scratch(view: Tensor, blocks: list[slice], dtype: torch.dtype) -> Tensor:
+    """Return room for a block: memory in use for every block is memory in the cache."""
+    return view.new_empty(blocks[0].stop, *view.shape[1:], dtype=dtype)
 
 
 def _part(table: Tensor, rows: slice) -> Tensor:
@@ -100,28 +105,30 @@ def stats(x: Tensor) -> Moments:
     mean = x.new_empty(x.shape[:2], dtype=wide)
     var = torch.empty_like(mean)
     means, variances = (_spread(t, x) for t in (mean, var))
-    for rows in _blocks(view):
-        part = view[rows].to(wide)
-        m = torch.sum(part, 1, keepdim=True, out=means[rows]).div_(positions)
-        centred = part - m
-        torch.sum(centred.mul_(centred), 1, keepdim=True, out=variances[rows]).div_(positions)
-    return Moments(mean, var)
+    blocks = _blocks(view)
+    scratch = _scratch(view, blocks, wide)
+    for rows in blocks:
+        part = view[rows]
+        m = torch.sum(part, 1, keepdim=True, dtype=wide, out=means[rows]).div_(positions)
+        centred = torch.sub(part, m, out=scratch[: len(part)])
+        torch.sum(centred.mul_(centred), 1, keepdim=True, out=variances[rows])
+    return Moments(mean, var.div_(positions))
 
 
-def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return ``(x - centre) * scale + shift`` in the dtype and layout of x.
+def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Return ``x * scale + offset`` in the dtype and layout of x; no offset is 0.
 
     The tables are in `compute_dtype(x)`.
     """
-    if scale.shape[0] == 1 or _fuses(x):
-        whole = scale.shape[0] == 1
-        weight, bias, mean = (t[0] if whole else _flat(t, x) for t in (scale, shift, centre))
+    whole = scale.shape[0] == 1
+    if offset is not None and (whole or (_fuses(x) and not _is_small(x))):
+        weight, bias = (t[0] if whole else _flat(t, x) for t in (scale, offset))
         y = torch.batch_norm(
             x if whole else _as_channels(x),
             weight,
             bias,
-            mean,
-            torch.ones_like(mean),
+            torch.zeros_like(weight),
+            torch.ones_like(weight),
             training=False,
             momentum=0.0,
             eps=0.0,
@@ -130,21 +137,31 @@ def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         # Not a view for autograd, which would refuse the in-place activation after it.
         return y if whole else _reshape(y, x.shape)
     y = torch.empty_like(x)
-    view, out = _view(x), _view(y)
-    offset = _spread(torch.addcmul(shift, centre, scale, value=-1), x)
-    _multiply_add(out, [(view, _spread(scale, x))], offset)
+    shift = None if offset is None else _spread(offset, x)
+    _multiply_add(_view(y), [(_view(x), _spread(scale, x))], shift)
     return y
+
+
+def _is_small(x: Tensor) -> bool:
+    """Return whether plain operators, in the dtype of x, beat the batch norm kernel."""
+    few = x.shape[2:].numel() <= _FEW and x.device.type == "cpu"
+    return few and x.dtype == compute_dtype(x)
 
 
 def _multiply_add(out: Tensor, terms: list[tuple[Tensor, Tensor]], offset: Tensor | None) -> None:
     """Write ``sum term * table + offset`` to out, block by block."""
     wide = compute_dtype(out)
     same = out.dtype == wide
-    for rows in _blocks(out):
+    # Where the innermost dimension is broadcast, addcmul is slow but for factors.
+    fill = offset is not None and offset.shape[-1] == 1
+    once = same and len(terms) == 1 and not fill
+    for rows in [slice(len(out))] if once else _blocks(out):
         first, *others = [(t[rows], _part(table, rows)) for t, table in terms]
         target: Any = {"out": out[rows]} if same else {}
         if offset is None:
             total = torch.mul(first[0].to(wide), first[1], **target)
+        elif fill and same:
+            total = out[rows].copy_(_part(offset, rows)).addcmul_(*first)
         else:
             total = torch.addcmul(_part(offset, rows), first[0].to(wide), first[1], **target)
         for values, table in others:
@@ -153,37 +170,35 @@ def _multiply_add(out: Tensor, terms: list[tuple[Tensor, Tensor]], offset: Tenso
             out[rows] = total
 
 
-def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+def dot(dy: Tensor, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return ``sum dy`` and ``sum dy * (x - centre)`` over positions, (N, C).
 
-    Where the centre is (1, C), over instances too, (1, C).
+    Where the centre is (1, C), over instances too, (1, C). No centre is 0.
     """
-    whole = centre.shape[0] == 1
-    if whole or _fuses(x):
-        mean = centre[0] if whole else _flat(centre, x)
-        ones = torch.ones_like(mean)
-        given = (dy, x) if whole else (_as_channels(dy), _as_channels(x))
-        mask = [False, True, True]
-        _, second, first = _grad_kernel(*given, ones, mean, ones, None, None, False, 0.0, mask)
-        return first.view(centre.shape), second.view(centre.shape)
-    first = x.new_empty(x.shape[:2], dtype=compute_dtype(x))
-    second = torch.empty_like(first)
+    if _fuses(x) or (centre is not None and centre.shape[0] == 1):
+        return _dot_fused(dy, x, centre, None)[1:]
+    wide = compute_dtype(x)
     if _is_large(x):
-        ones = torch.ones_like(centre[0])
-        for row in range(len(x)):
-            part = slice(row, row + 1)
-            tables = (ones, centre[row], ones, None, None)
-            found = _grad_kernel(dy[part], x[part], *tables, False, 0.0, [False, True, True])
-            _, by_x, by_one = found
-            first[row], second[row] = by_one, by_x
+        given = x.new_zeros(x.shape[:2], dtype=wide) if centre is None else centre
+        parts = zip(dy.split(1), x.split(1), given.split(1), strict=True)
+        found = [_dot_fused(*part, None)[1:] for part in parts]
+        first, second = (torch.cat(sums) for sums in zip(*found, strict=True))
         return first, second
-    grads, values, middle = _view(dy), _view(x), _spread(centre, x)
-    wide = first.dtype
-    for rows in _blocks(values):
-        grad = grads[rows].to(wide)
-        torch.sum(grad, 1, out=first[rows])
-        centred = values[rows].to(wide) - middle[rows]
-        torch.sum(centred.mul_(grad), 1, out=second[rows])
+    first = x.new_empty(x.shape[:2], dtype=wide)
+    second = torch.empty_like(first)
+    grads, values = _view(dy), _view(x)
+    middle = None if centre is None else _spread(centre, x)
+    blocks = _blocks(values)
+    scratch = _scratch(values, blocks, wide)
+    for rows in blocks:
+        grad, part = grads[rows], values[rows].to(wide)
+        product = scratch[: len(part)]
+        if middle is None:
+            torch.mul(part, grad, out=product)
+        else:
+            torch.sub(part, middle[rows], out=product).mul_(grad)
+        torch.sum(product, 1, out=second[rows])
+        torch.sum(grad, 1, dtype=wide, out=first[rows])
     return first, second
 
 
@@ -191,32 +206,40 @@ def _is_large(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() // len(x) >= _LARGE
 
 
+def _dot_fused(
+    dy: Tensor, x: Tensor, centre: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``dy * scale``, if there is a scale, and what `dot` returns, by one call."""
+    shape = x.shape[:2] if centre is None else centre.shape
+    mean = x.new_zeros(shape, dtype=compute_dtype(x)) if centre is None else centre
+    whole, mean = shape[0] == 1, mean.reshape(-1)
+    ones = torch.ones_like(mean)
+    weight = ones if scale is None else scale.reshape(-1)
+    given = (dy, x) if whole else (_as_channels(dy), _as_channels(x))
+    mask = [scale is not None, True, True]
+    dx, second, first = _grad_kernel(*given, weight, mean, ones, None, None, False, 0.0, mask)
+    return dx, first.view(shape), second.view(shape)
+
+
 def scale_and_dot(
     dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dy * scale`` and what `dot` returns."""
-    whole = centre.shape[0] == 1
-    if not (whole or _fuses(x)):
+    if not (_fuses(x) or centre.shape[0] == 1):
         return scaled(dy, scale), *dot(dy, x, centre)
-    mean, weight = (t[0] if whole else _flat(t, x) for t in (centre, scale))
-    ones = torch.ones_like(mean)
-    given = (dy, x) if whole else (_as_channels(dy), _as_channels(x))
-    mask = [True, True, True]
-    dx, second, first = _grad_kernel(*given, weight, mean, ones, None, None, False, 0.0, mask)
-    return dx if whole else dx.view(x.shape), first.view(centre.shape), second.view(centre.shape)
+    dx, first, second = _dot_fused(dy, x, centre, scale)
+    return dx.view(x.shape), first, second
 
 
 def scaled(dy: Tensor, scale: Tensor) -> Tensor:
     """Return ``dy * scale`` in the dtype and layout of dy."""
-    dx = torch.empty_like(dy)
-    _multiply_add(_view(dx), [(_view(dy), _spread(scale, dy))], None)
-    return dx
+    return affine(dy, scale, None)
 
 
 def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Return ``a * dy + b * x + c``, tables (N, C), in the dtype and layout of x."""
-    if _fuses(x) and x.dtype == compute_dtype(x):
-        dx = affine(dy, torch.zeros_like(a), a, c)
+    if _fuses(x) and x.dtype == compute_dtype(x) and not _is_small(x):
+        dx = affine(dy, a, c)
         _view(dx).addcmul_(_view(x), _spread(b, x))
         return dx
     dx = torch.empty_like(x)

@@ -59,13 +59,20 @@ def apply_centred(x: Tensor, table: Centred, index: Tensor | None = None) -> Ten
     dtype = compute_dtype(x)
     tables = tuple(t.to(dtype) for t in table)
     if not records((x, *tables)):
-        return kernels.affine(x, *_picked(tables, index))
+        return _apply(x, index, *tables)
     y: Tensor = _TableAffine.apply(x, index, *tables)
     return y
 
 
 def _picked(tables: Sequence[Tensor], index: Tensor | None) -> Sequence[Tensor]:
     return tables if index is None else [pick_rows(t, index) for t in tables]
+
+
+def _apply(x: Tensor, index: Tensor | None, *tables: Tensor) -> Tensor:
+    centre, scale, shift = tables
+    offset = torch.addcmul(shift, centre, scale, value=-1)
+    scale, offset = _picked((scale, offset), index)
+    return kernels.affine(x, scale, offset)
 
 
 def apply_affine(x: Tensor, affine: Affine) -> Tensor:
@@ -85,7 +92,7 @@ class _TableAffine(Function):
         x, index, *tables = inputs
         kept = x if any(ctx.needs_input_grad[1:]) else None
         ctx.save_for_backward(kept, index, *tables[:2])
-        return kernels.affine(x, *_picked(tables, index))
+        return _apply(x, index, *tables)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
