@@ -110,25 +110,27 @@ class ContextGlue:
         index, dtype, wide = self.index, gain.dtype, wide_dtype(gain)
         contexts = gain.shape[0]
         # Segments are summed in order: float32 would lose digits as the batch grows.
-        mean, var = (t.to(wide) for t in instances)
-        values = segment_sum(mean.new_full((len(index), 1), self.size), index, contexts)
+        mean = instances.mean.to(wide)
+        counts = segment_sum(mean.new_ones(len(index), 1), index, contexts)
         if self.batched < contexts:
-            values[self.batched :] = 0
-        share = values.clamp(min=1).reciprocal()
-        weight = share * self.size
-        mu = segment_sum(mean, index, contexts).mul_(weight)
-        off = mean - pick_rows(mu, index)
-        var = segment_sum(torch.addcmul(var, off, off), index, contexts).mul_(weight)
+            counts[self.batched :] = 0
+        weight = counts.clamp(min=1).reciprocal_()
+        values = counts.to(dtype).mul_(self.size)
         usable = values > 1
+        mu = segment_sum(mean, index, contexts).mul_(weight)
         mu = torch.where(usable, mu.to(dtype), self.given.mean)
+        centre = pick_rows(mu, index)
+        off = instances.mean - centre
+        spread = torch.addcmul(instances.var, off, off).to(wide)
+        var = segment_sum(spread, index, contexts).mul_(weight)
         var = torch.where(usable, var.to(dtype), self.given.var)
-        values, share = values.to(dtype), (share * usable).to(dtype)
         count = self.batched
         self.note(Moments(mu[:count], var[:count]), values[:count])
         inverse = var.add(self.eps).rsqrt_()
         scale = gain * inverse
-        tables = scale, torch.addcmul(bias, mu, scale, value=-1), mu
-        return Map(*(pick_rows(t, index) for t in tables)), (scale, inverse, mu, share)
+        offset = torch.addcmul(bias, mu, scale, value=-1)
+        found = Map(pick_rows(scale, index), pick_rows(offset, index), centre)
+        return found, (scale, inverse, mu, usable / values.clamp(min=1))
 
     def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
         """Return the gradients, given ``sum dy * (x - mu_k)`` and ``sum dy``."""
@@ -136,7 +138,7 @@ class ContextGlue:
         index, contexts = self.index, scale.shape[0]
         dbias = segment_sum(dshift, index, contexts)
         dgain = segment_sum(dscale, index, contexts).mul_(inverse)
-        scale = scale * share
-        spread = (scale * inverse).mul_(dgain).neg_()
-        offset = (scale * dbias).addcmul_(spread, mu).neg_()
+        minus = scale * share.neg()
+        spread = (minus * inverse).mul_(dgain)
+        offset = (minus * dbias).addcmul_(spread, mu, value=-1)
         return Pull(pick_rows(spread, index), pick_rows(offset, index), (dgain, dbias))

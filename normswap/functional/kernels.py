@@ -8,6 +8,7 @@ one sweep; for channels_last, plain operators in blocks do. `torch.var_mean`, ad
 a broadcast inner dimension and reductions to one value per channel were several times slower.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,19 +69,19 @@ def _spread(table: Tensor, x: Tensor) -> Tensor:
     return table.unsqueeze(1)
 
 
-def _blocks(view: Tensor) -> list[slice]:
+def _block_rows(view: Tensor) -> int:
     rows = view.shape[0]
-    step = max(_BLOCK * rows // view.numel(), 1) if view.device.type == "cpu" else rows
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return max(_BLOCK * rows // view.numel(), 1) if view.device.type == "cpu" else rows
 
 
-def _scratch(view: Tensor, blocks: list[slice], dtype: torch.dtype) -> Tensor:
+def _split(rows: int, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield blocks of so many rows of several tensors; slices would cost more than small sums."""
+    return zip(*(torch.split(t, rows) for t in tensors), strict=True)
+
+
+def _scratch(view: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """Return room for a block: memory in use for every block is memory in the cache."""
-    return view.new_empty(blocks[0].stop, *view.shape[1:], dtype=dtype)
-
-
-def _part(table: Tensor, rows: slice) -> Tensor:
-    return table if table.shape[0] == 1 else table[rows]
+    return view.new_empty(min(rows, len(view)), *view.shape[1:], dtype=dtype)
 
 
 def _as_channels(t: Tensor) -> Tensor:
@@ -104,14 +105,12 @@ def stats(x: Tensor) -> Moments:
     positions = view.shape[1]
     mean = x.new_empty(x.shape[:2], dtype=wide)
     var = torch.empty_like(mean)
-    means, variances = (_spread(t, x) for t in (mean, var))
-    blocks = _blocks(view)
-    scratch = _scratch(view, blocks, wide)
-    for rows in blocks:
-        part = view[rows]
-        m = torch.sum(part, 1, keepdim=True, dtype=wide, out=means[rows]).div_(positions)
+    rows = _block_rows(view)
+    scratch = _scratch(view, rows, wide)
+    for part, m, v in _split(rows, (view, _spread(mean, x), _spread(var, x))):
+        torch.sum(part, 1, keepdim=True, dtype=wide, out=m).div_(positions)
         centred = torch.sub(part, m, out=scratch[: len(part)])
-        torch.sum(centred.mul_(centred), 1, keepdim=True, out=variances[rows])
+        torch.sum(centred.mul_(centred), 1, keepdim=True, out=v)
     return Moments(mean, var.div_(positions))
 
 
@@ -138,7 +137,7 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         return y if whole else _reshape(y, x.shape)
     y = torch.empty_like(x)
     shift = None if offset is None else _spread(offset, x)
-    _multiply_add(_view(y), [(_view(x), _spread(scale, x))], shift)
+    _multiply_add(_view(y), shift, _view(x), _spread(scale, x))
     return y
 
 
@@ -148,26 +147,28 @@ def _is_small(x: Tensor) -> bool:
     return few and x.dtype == compute_dtype(x)
 
 
-def _multiply_add(out: Tensor, terms: list[tuple[Tensor, Tensor]], offset: Tensor | None) -> None:
-    """Write ``sum term * table + offset`` to out, block by block."""
+def _multiply_add(out: Tensor, offset: Tensor | None, *factors: Tensor) -> None:
+    """Write to out ``offset + values * table + ...``, the factors, block by block."""
     wide = compute_dtype(out)
     same = out.dtype == wide
     # Where the innermost dimension is broadcast, addcmul is slow but for factors.
-    fill = offset is not None and offset.shape[-1] == 1
-    once = same and len(terms) == 1 and not fill
-    for rows in [slice(len(out))] if once else _blocks(out):
-        first, *others = [(t[rows], _part(table, rows)) for t, table in terms]
-        target: Any = {"out": out[rows]} if same else {}
+    fill = same and offset is not None and offset.shape[-1] == 1
+    given = factors if offset is None else (*factors, offset)
+    once = same and not fill and len(factors) == 2
+    rows = len(out) if once else _block_rows(out)
+    tensors = [t.expand(len(out), *t.shape[1:]) for t in given]
+    for target, values, table, *more in _split(rows, (out, *tensors)):
+        place: Any = {"out": target} if same else {}
         if offset is None:
-            total = torch.mul(first[0].to(wide), first[1], **target)
-        elif fill and same:
-            total = out[rows].copy_(_part(offset, rows)).addcmul_(*first)
+            total = torch.mul(values.to(wide), table, **place)
+        elif fill:
+            total = target.copy_(more[-1]).addcmul_(values, table)
         else:
-            total = torch.addcmul(_part(offset, rows), first[0].to(wide), first[1], **target)
-        for values, table in others:
-            total.addcmul_(values.to(wide), table)
+            total = torch.addcmul(more[-1], values.to(wide), table, **place)
+        if len(factors) > 2:
+            total.addcmul_(more[0].to(wide), more[1])
         if not same:
-            out[rows] = total
+            target.copy_(total)
 
 
 def dot(dy: Tensor, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -180,25 +181,23 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = compute_dtype(x)
     if _is_large(x):
         given = x.new_zeros(x.shape[:2], dtype=wide) if centre is None else centre
-        parts = zip(dy.split(1), x.split(1), given.split(1), strict=True)
-        found = [_dot_fused(*part, None)[1:] for part in parts]
+        found = [_dot_fused(g, v, m, None)[1:] for g, v, m in _split(1, (dy, x, given))]
         first, second = (torch.cat(sums) for sums in zip(*found, strict=True))
         return first, second
     first = x.new_empty(x.shape[:2], dtype=wide)
     second = torch.empty_like(first)
-    grads, values = _view(dy), _view(x)
-    middle = None if centre is None else _spread(centre, x)
-    blocks = _blocks(values)
-    scratch = _scratch(values, blocks, wide)
-    for rows in blocks:
-        grad, part = grads[rows], values[rows].to(wide)
+    view = _view(x)
+    rows = _block_rows(view)
+    scratch = _scratch(view, rows, wide)
+    middle = [] if centre is None else [_spread(centre, x)]
+    for part, grad, one, two, *m in _split(rows, (view, _view(dy), first, second, *middle)):
         product = scratch[: len(part)]
-        if middle is None:
-            torch.mul(part, grad, out=product)
+        if m:
+            torch.sub(part, m[0], out=product).mul_(grad)
         else:
-            torch.sub(part, middle[rows], out=product).mul_(grad)
-        torch.sum(product, 1, out=second[rows])
-        torch.sum(grad, 1, dtype=wide, out=first[rows])
+            torch.mul(part.to(wide), grad, out=product)
+        torch.sum(product, 1, out=two)
+        torch.sum(grad, 1, dtype=wide, out=one)
     return first, second
 
 
@@ -243,6 +242,6 @@ def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         _view(dx).addcmul_(_view(x), _spread(b, x))
         return dx
     dx = torch.empty_like(x)
-    tables = [_spread(t, x) for t in (a, b, c)]
-    _multiply_add(_view(dx), [(_view(dy), tables[0]), (_view(x), tables[1])], tables[2])
+    a, b, c = (_spread(t, x) for t in (a, b, c))
+    _multiply_add(_view(dx), c, _view(dy), a, _view(x), b)
     return dx
