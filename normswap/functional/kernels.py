@@ -20,8 +20,6 @@ from normswap.functional.moments import Moments, compute_dtype
 _BLOCK = 2**20
 # Values of an instance from which one call for it costs less than blocks of several operators.
 _LARGE = 2**16
-# Positions up to which two sweeps cost less than what the batch norm kernel does for a channel.
-_FEW = 64
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _grad_kernel: Any = torch.ops.aten.native_batch_norm_backward
@@ -120,7 +118,7 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     The tables are in `compute_dtype(x)`.
     """
     whole = scale.shape[0] == 1
-    if offset is not None and (whole or (_fuses(x) and not _is_small(x))):
+    if offset is not None and (whole or _fuses(x)):
         weight, bias = (t[0] if whole else _flat(t, x) for t in (scale, offset))
         y = torch.batch_norm(
             x if whole else _as_channels(x),
@@ -141,28 +139,18 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     return y
 
 
-def _is_small(x: Tensor) -> bool:
-    """Return whether plain operators, in the dtype of x, beat the batch norm kernel."""
-    few = x.shape[2:].numel() <= _FEW and x.device.type == "cpu"
-    return few and x.dtype == compute_dtype(x)
-
-
 def _multiply_add(out: Tensor, offset: Tensor | None, *factors: Tensor) -> None:
     """Write to out ``offset + values * table + ...``, the factors, block by block."""
     wide = compute_dtype(out)
     same = out.dtype == wide
-    # Where the innermost dimension is broadcast, addcmul is slow but for factors.
-    fill = same and offset is not None and offset.shape[-1] == 1
     given = factors if offset is None else (*factors, offset)
-    once = same and not fill and len(factors) == 2
+    once = same and len(factors) == 2
     rows = len(out) if once else _block_rows(out)
     tensors = [t.expand(len(out), *t.shape[1:]) for t in given]
     for target, values, table, *more in _split(rows, (out, *tensors)):
         place: Any = {"out": target} if same else {}
         if offset is None:
             total = torch.mul(values.to(wide), table, **place)
-        elif fill:
-            total = target.copy_(more[-1]).addcmul_(values, table)
         else:
             total = torch.addcmul(more[-1], values.to(wide), table, **place)
         if len(factors) > 2:
@@ -237,7 +225,7 @@ def scaled(dy: Tensor, scale: Tensor) -> Tensor:
 
 def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Return ``a * dy + b * x + c``, tables (N, C), in the dtype and layout of x."""
-    if _fuses(x) and x.dtype == compute_dtype(x) and not _is_small(x):
+    if _fuses(x) and x.dtype == compute_dtype(x):
         dx = affine(dy, a, c)
         _view(dx).addcmul_(_view(x), _spread(b, x))
         return dx
