@@ -5,6 +5,7 @@ compute ``y = sum_k tau_k * gain_k * (x - m_k) / sqrt(v_k + eps) + bias`` and di
 assigned to components: each value, each position, or each channel of an instance.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -113,19 +114,52 @@ def norm_elements_plain(
         eps: added to the variance.
         batch: whether to normalise with the tau-weighted moments of this batch.
     """
-    values, used, mass = x.to(compute_dtype(x)), given, torch.zeros_like(given.mean)
-    tau = responsibilities(values, mixture)
+    # Channels last where they lie so: (P, C), else (N, C, M); a table's row meets either.
+    last = x.dim() > 2 and x.stride(1) == 1 and x.shape[1] > 1
+    values = x.to(compute_dtype(x))
+    values = values.movedim(1, -1).flatten(0, -2) if last else values.reshape(*x.shape[:2], -1)
+    dims, tail = ((0,), (-1,)) if last else ((0, 2), (-1, 1))
+
+    def each(table: Tensor) -> list[Tensor]:
+        return [row.reshape(tail) for row in table]
+
+    # Components in turn, not stacked: a compiler then fuses them into one loop over x. A shift of
+    # everything changes nothing but rounding: sums of squares need a near origin.
+    count = max(values.numel() // x.shape[1], 1)
+    origin = (values.sum(dims) / count if batch else given.mean.mean(0)).detach()
+    values = values - origin.reshape(tail)
+    mixture = mixture._replace(mean=mixture.mean - origin)
+    tau = _shares(values, *map(each, mixture))
+    used, mass = Moments(given.mean - origin, given.var), torch.zeros_like(given.mean)
     if batch:
-        dims = (1, *range(3, tau.dim()))
-        mass = tau.sum(dims)
+        mass = torch.stack([t.sum(dims) for t in tau])
         share = mass.clamp(min=MASS)
-        mean = (tau * values).sum(dims) / share
-        spread = (values - rows(mean, x.dim())).square()
-        used = _owned(mass, Moments(mean, (tau * spread).sum(dims) / share), given)
+        mean = torch.stack([(t * values).sum(dims) for t in tau]) / share
+        square = torch.stack([(t * values.square()).sum(dims) for t in tau]) / share
+        used = _owned(mass, Moments(mean, (square - mean.square()).clamp(min=0)), used)
+    y = bias.reshape(tail)
     scale = gain * torch.rsqrt(used.var + eps)
-    centred = values - rows(used.mean, x.dim())
-    y = (tau * rows(scale, x.dim()) * centred).sum(0) + rows(bias.unsqueeze(0), x.dim())[0]
-    return Normalized(y.to(x.dtype), mass, used)
+    for t, m, s in zip(tau, each(used.mean), each(scale), strict=True):
+        y = y + t * (s * (values - m))
+    # In the dtype and memory format of x.
+    if last:
+        y = y.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    y = y.reshape(x.shape).to(x.dtype)
+    return Normalized(y, mass, Moments(used.mean + origin, used.var))
+
+
+def _shares(
+    values: Tensor, log_prior: list[Tensor], mean: list[Tensor], log_sigma: list[Tensor]
+) -> list[Tensor]:
+    """Return `responsibilities`, one tensor a component, for tables that meet the values."""
+    logits = [
+        p - s - 0.5 * ((values - m) * (-s).exp()).square()
+        for p, m, s in zip(log_prior, mean, log_sigma, strict=True)
+    ]
+    top = functools.reduce(torch.maximum, logits).detach()
+    odds = [(logit - top).exp() for logit in logits]
+    total = functools.reduce(torch.add, odds)
+    return [o / total for o in odds]
 
 
 def norm_positions(
