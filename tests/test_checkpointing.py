@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import normswap
-from normswap.methods.selfnorm import Gate
+from normswap.methods.selfnorm_gate import Gate
 from tests.builders import assert_close, make_batch
 
 METHODS = ["cn", "acn", "selfnorm", "cn-instance"]

@@ -86,7 +86,11 @@ def main() -> None:
     add("--counts", type=int, nargs="+", default=[1, 4, 16, 128], metavar="K")
     add("--repeats", type=int, default=20)
     add("--threads", type=int, default=2, help="CPU threads (2)")
-    add("--compile", action="store_true", help="through torch.compile, all but the layer compared with")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile all but BatchNorm2d",
+    )
     add("--bf16", action="store_true")
     add("--plot", type=Path, default=Path("scaling.png"), help="where the plot goes")
     options = parser.parse_args()

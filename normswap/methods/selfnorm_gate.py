@@ -1,0 +1,145 @@
+"""SelfNorm's gate: a number for each instance and channel, of its mean and standard deviation."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normswap.distributed import sum_over
+from normswap.functional.backward import in_backward
+from normswap.functional.gate import GateGlue
+from normswap.functional.mixture_synced import shared_batch_norm
+from normswap.functional.moments import Moments
+from normswap.functional.style import Style
+
+# Under the root of an instance's standard deviation.
+STD_EPS = 1e-12
+
+
+class Gate(nn.Module):
+    """One gate: ``scale * sigmoid(BN(w1 * mean + w2 * std))``, for each instance and channel.
+
+    BN is batch normalization over the instances, biased variance plus 1e-5 under the root, running
+    statistics with momentum 0.1 (unbiased variance) in eval. It is part of this layer rather than
+    a BatchNorm module, so that what rewrites a model's norms does not take it for one of them. A
+    training batch of one instance has no spread: it uses the running statistics and leaves them.
+    With `synced` set, the instances are those of all processes, or of those in the group that
+    `process_group` names.
+
+    Args:
+        num_features: C.
+        init: see `SelfNorm`.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Shape:
+        parameters weight: (C, 2), bn_weight, bn_bias: (C,); buffers running_mean, running_var:
+        (C,). Result: (N, C).
+    """
+
+    stats_frozen = False  # as for the layers that replace norms, see `normswap.freeze`
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        init: str = "identity",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.init = init
+        self.scale = 2.0 if init == "identity" else 1.0
+        self.momentum = 0.1
+        self.synced = False
+        self.process_group: str | None = None
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(num_features, 2, **options))
+        self.bn_weight = nn.Parameter(torch.empty(num_features, **options))
+        self.bn_bias = nn.Parameter(torch.empty(num_features, **options))
+        self.register_buffer("running_mean", torch.empty(num_features, **options))
+        self.register_buffer("running_var", torch.empty(num_features, **options))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw w as the source does, uniform in +-1/sqrt(2); start BN as `init` says."""
+        nn.init.uniform_(self.weight, -math.sqrt(0.5), math.sqrt(0.5))
+        nn.init.constant_(self.bn_weight, 0 if self.init == "identity" else 1)
+        nn.init.zeros_(self.bn_bias)
+        nn.init.zeros_(self.running_mean)
+        nn.init.ones_(self.running_var)
+
+    def parameters_in_order(self) -> tuple[Tensor, ...]:
+        """Return w, and the affine of BN."""
+        return self.weight, self.bn_weight, self.bn_bias
+
+    def forward(
+        self, style: Style, tensors: Sequence[Tensor] | None = None, replay: bool = False
+    ) -> Tensor:
+        """Return the gate of each instance and channel, (N, C).
+
+        Args:
+            style: of the instances.
+            tensors: used in place of `parameters_in_order`.
+            replay: a second forward for a derivative, which updates nothing.
+        """
+        mean, std = style
+        weight, bn_weight, bn_bias = tensors or self.parameters_in_order()
+        weight = weight.to(mean.dtype)
+        z = (weight[:, 0] * mean + weight[:, 1] * std).to(bn_weight.dtype)
+        if (reduce := self.shares()) is not None:
+            z = self._shared(z, reduce, replay) * bn_weight + bn_bias
+        else:
+            running, batch = self._running(z.shape[0], replay)
+            z = F.batch_norm(z, *running, bn_weight, bn_bias, batch, self.momentum, 1e-5)
+        gate = torch.sigmoid(z.to(mean.dtype))
+        return gate if self.scale == 1 else self.scale * gate
+
+    def by_hand(self, positions: int, instances: int) -> GateGlue:
+        """Return what `forward` computes as glue with its derivative written out."""
+        running, batch = self._running(instances, False)
+        return GateGlue(positions, running, batch, self.scale, STD_EPS, self.momentum)
+
+    def shares(self) -> Callable[[Tensor], Tensor] | None:
+        """Return the sum over processes that the batch statistics take, None where they do not."""
+        if not (self.synced and self.training) or self.stats_frozen:
+            return None
+        return sum_over(self.process_group)
+
+    def _running(self, instances: int, replay: bool) -> tuple[tuple[Tensor, Tensor], bool]:
+        """Return the running statistics to use, and whether the batch's are used instead."""
+        batch = False
+        # Under torch.compile a comparison is no bool.
+        if self.training and not self.stats_frozen and instances > 1:
+            batch = True
+        running = (self.running_mean, self.running_var)
+        if replay or (self.training and (not batch or in_backward())):
+            # A recomputation updates nothing; and without batch statistics, backward needs the
+            # values of this forward, which a later one updates in place.
+            running = (running[0].clone(), running[1].clone())
+        return running, batch
+
+    def _shared(self, z: Tensor, reduce: Callable[[Tensor], Tensor], replay: bool) -> Tensor:
+        """Normalise z over the instances of all processes, and update the running statistics."""
+        running = Moments(self.running_mean.clone()[None], self.running_var.clone()[None])
+        z, batch, count = shared_batch_norm(z, running, 1e-5, reduce)
+        if not (replay or in_backward()):
+            with torch.no_grad():
+                rate = self.momentum * (count > 1).to(z.dtype)
+                unbiased = batch.var * (count / (count - 1).clamp(min=1))
+                self.running_mean.lerp_(batch.mean[0].to(z.dtype), rate)
+                self.running_var.lerp_(unbiased[0].to(z.dtype), rate)
+        return z
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Stay as it is where a state dict, of the model before conversion, knows no gate."""
+        own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
+        if not any(name in state_dict for name in own):
+            state_dict.update(own)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
