@@ -58,25 +58,24 @@ def find_places(
     Raises:
         ConversionError: an unknown placement, or no place at all.
     """
+    find = functools.cache(functools.partial(_find, model, select, exclude))
     own = placement or method.placement
-    all_wanted = method.placements(own, options)
-    for wanted in all_wanted:
-        if wanted not in ALL_PLACEMENTS:
-            raise ConversionError(
-                f"unknown placement {wanted!r}; the placements are {', '.join(ALL_PLACEMENTS)}"
-            )
+    if placement is None and not any(row.action != "kept" for row in find(own)[0]):
+        own = "norm"
     rows: list[Row] = []
     places: list[Place] = []
-    for wanted in all_wanted:
-        found = _find(model, wanted, select, exclude)
-        by_itself = placement is None and wanted == own
-        if by_itself and not any(row.action != "kept" for row in found[0]):
-            found = _find(model, "norm", select, exclude)
+    for wanted in method.placements(own, options):
+        asked = f"placement {wanted!r}" + ("" if wanted == own else f", an option of {method.name}")
+        if wanted not in ALL_PLACEMENTS:
+            raise ConversionError(
+                f"unknown {asked}; the placements are {', '.join(ALL_PLACEMENTS)}"
+            )
+        found = find(wanted)
         if not found[1]:
             listed = "; ".join(f"{r.fqn or '(root)'}: {r.reason}" for r in found[0][:10])
             raise ConversionError(
-                f"found no place for a layer at {wanted!r} in {type(model).__name__}"
-                + (f": {listed}" if listed else "; placement='norm' puts one after each norm")
+                f"found no place for a layer in {type(model).__name__} at {asked}"
+                + (f": {listed}" if listed else "; 'norm' puts one after each norm")
             )
         rows += found[0]
         places += found[1]
@@ -91,7 +90,7 @@ def place_at_input(model: nn.Module) -> tuple[list[Row], list[Place]]:
 
 
 def _find(
-    model: nn.Module, placement: str, select: Selector, exclude: Selector
+    model: nn.Module, select: Selector, exclude: Selector, placement: str
 ) -> tuple[list[Row], list[Place]]:
     if placement == "input":
         return place_at_input(model)

@@ -132,8 +132,8 @@ def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Modul
     """Convert the model; every method computes the same function before it is trained."""
     name = frozen.name_of(method)
     if name == "mixstyle":
-        return add_mixstyle(model)
-    if name != "bn":
+        model = add_mixstyle(model)
+    elif name != "bn":
         settings: dict[str, Any] = {"assignment": "instance"} if name == "acn" else {}
         if normswap.get_method(name).needs_context:
             settings["contexts"] = contexts

@@ -362,3 +362,58 @@ def test_a_failed_insertion_leaves_the_model_as_it_was():
         del base._REGISTRY["failing"]
     assert type(model) is Basic
     assert [n for n, _ in model.named_children()] == ["conv1", "bn1", "conv2", "downsample", "act"]
+
+
+class Listed(nn.Sequential):
+    """A residual block whose forward runs whatever children it has."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Named(nn.ModuleDict):
+    """A model whose forward runs its children by name."""
+
+    def forward(self, x):
+        for key in self:
+            x = self[key](x)
+        for module in dict(self.items()).values():
+            assert module in self.values()
+        return x
+
+
+def convolution():
+    return nn.Conv2d(4, 4, 3, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "placement", "count"),
+    [
+        (nn.Sequential(convolution(), nn.BatchNorm2d(4)), "input", 1),
+        (Named({"conv": convolution(), "bn": nn.BatchNorm2d(4)}), "input", 1),
+        (nn.Sequential(Listed(convolution(), nn.BatchNorm2d(4)), nn.ReLU()), "post", 1),
+        (nn.Sequential(Listed(convolution(), nn.BatchNorm2d(4)), nn.ReLU()), "residual", 1),
+    ],
+)
+def test_containers_that_iterate_over_their_children_run_an_inserted_layer_once(
+    model, placement, count
+):
+    model = copy.deepcopy(model).eval()
+    x = torch.randn(3, 4, 5, 5)
+    length = [len(m) for m in model.modules() if hasattr(m, "__len__")]
+    converted = normswap.convert(model, "selfnorm", placement=placement, verify=False)
+    layers = [m for m in converted.modules() if isinstance(m, normswap.SelfNorm)]
+    calls = []
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    assert converted(x).equal(model(x))
+    assert len(layers) == len(calls) == count
+    assert [len(m) for m in converted.modules() if hasattr(m, "__len__")] == length
+    for layer in layers:
+        nn.init.normal_(layer.g.bn_bias)
+    expected = converted(x)
+    assert not expected.equal(model(x))
+    assert copy.deepcopy(converted)(x).equal(expected)
+    compiled = torch.compile(copy.deepcopy(converted), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    assert normswap.revert(converted, discard=True)(x).equal(model(x))

@@ -225,3 +225,29 @@ def test_fit_of_a_channel_without_spread():
     assert_close(moments.mean[:, 0], torch.zeros(3))
     assert_close(moments.var[:, 0], torch.full((3,), 1e-5))
     assert_close(priors.sum(0), torch.ones(2), 1e-6)
+
+
+@pytest.mark.parametrize("apart", [5, 500])
+def test_float32_moments_of_components_far_apart_lose_no_digits(apart):
+    tables = [t.detach() for t in make_tables(channels=4)]
+    modes = torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64).unsqueeze(1) * apart
+    tables[3:5] = modes.expand(3, 4).clone(), torch.zeros(3, 4, dtype=torch.float64)
+    x = make_batch((16, 4, 9)) + apart * torch.tensor([-1.0, 1.0]).repeat(8).view(-1, 1, 1)
+    wide = run(mixture.norm_elements_plain, x.double(), tables, True)
+    narrow = run(mixture.norm_elements_plain, x.float(), [t.float() for t in tables], True)
+    owned = wide.mass > 1
+    assert bool(owned.any())
+    assert_close(narrow.moments.var[owned].double(), wide.moments.var[owned], 2e-4)
+    assert_close(narrow.y.double(), wide.y, 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (0, 3, 2, 2)])
+@pytest.mark.parametrize("batch", [True, False])
+def test_the_plain_formula_of_nothing_is_nothing(shape, batch):
+    tables = make_tables()
+    result = run(
+        mixture.norm_elements_plain, torch.zeros(shape, dtype=torch.float64), tables, batch
+    )
+    assert result.y.shape == shape
+    assert_close(result.moments.mean, tables[5])
+    assert not bool(result.mass.any())

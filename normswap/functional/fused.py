@@ -142,6 +142,8 @@ def _differentiate(
     x: Tensor, glue: Glue, tensors: Sequence[Tensor], dy: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients with a graph of their own, for second derivatives."""
+    # As views: of inputs that depend on each other, each is to be held fixed for the others.
+    x, *tensors = (t.view_as(t) for t in (x, *tensors))
     with torch.autocast(x.device.type, enabled=False):
         y = _compute_plain(x, glue, tensors, replay=True)
     wanted = [t for t, need in zip((x, *tensors), needed, strict=True) if need]

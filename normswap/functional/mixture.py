@@ -114,38 +114,45 @@ def norm_elements_plain(
         eps: added to the variance.
         batch: whether to normalise with the tau-weighted moments of this batch.
     """
-    # Channels last where they lie so: (P, C), else (N, C, M); a table's row meets either.
-    last = x.dim() > 2 and x.stride(1) == 1 and x.shape[1] > 1
+    # (N, C, M), or where a compiler reads channels last, (P, C); a table's row meets either.
+    last = _is_compiled_channels_last(x)
     values = x.to(compute_dtype(x))
-    values = values.movedim(1, -1).flatten(0, -2) if last else values.reshape(*x.shape[:2], -1)
+    if last:
+        values = values.movedim(1, -1).flatten(0, -2)
+    else:
+        values = values.flatten(2) if x.dim() > 2 else values.unsqueeze(2)
     dims, tail = ((0,), (-1,)) if last else ((0, 2), (-1, 1))
 
     def each(table: Tensor) -> list[Tensor]:
         return [row.reshape(tail) for row in table]
 
-    # Components in turn, not stacked: a compiler then fuses them into one loop over x. A shift of
-    # everything changes nothing but rounding: sums of squares need a near origin.
-    count = max(values.numel() // x.shape[1], 1)
-    origin = (values.sum(dims) / count if batch else given.mean.mean(0)).detach()
-    values = values - origin.reshape(tail)
-    mixture = mixture._replace(mean=mixture.mean - origin)
+    # Components in turn, not stacked: a compiler then fuses them into one loop over x.
     tau = _shares(values, *map(each, mixture))
-    used, mass = Moments(given.mean - origin, given.var), torch.zeros_like(given.mean)
+    used, mass = given, torch.zeros_like(given.mean)
     if batch:
         mass = torch.stack([t.sum(dims) for t in tau])
         share = mass.clamp(min=MASS)
         mean = torch.stack([(t * values).sum(dims) for t in tau]) / share
-        square = torch.stack([(t * values.square()).sum(dims) for t in tau]) / share
-        used = _owned(mass, Moments(mean, (square - mean.square()).clamp(min=0)), used)
+        pairs = zip(tau, each(mean), strict=True)
+        var = torch.stack([(t * (values - m).square()).sum(dims) for t, m in pairs]) / share
+        used = _owned(mass, Moments(mean, var), given)
     y = bias.reshape(tail)
     scale = gain * torch.rsqrt(used.var + eps)
     for t, m, s in zip(tau, each(used.mean), each(scale), strict=True):
         y = y + t * (s * (values - m))
     # In the dtype and memory format of x.
     if last:
-        y = y.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
-    y = y.reshape(x.shape).to(x.dtype)
-    return Normalized(y, mass, Moments(used.mean + origin, used.var))
+        y = y.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1).to(x.dtype)
+    else:
+        y = y.reshape(x.shape).to(x.dtype)
+        y = y if x.is_contiguous() else torch.empty_like(x).copy_(y)
+    return Normalized(y, mass, used)
+
+
+def _is_compiled_channels_last(x: Tensor) -> bool:
+    # Exported programs take inputs of other layouts than the example's.
+    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    return compiled and x.dim() > 2 and x.stride(1) == 1 and x.shape[1] > 1
 
 
 def _shares(

@@ -197,6 +197,8 @@ def _differentiate(
     inputs: tuple[Tensor, ...], eps: float, batch: bool, dy: Tensor, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Return the gradients with a graph of their own, for second derivatives."""
+    # As views: of inputs that depend on each other, each is to be held fixed for the others.
+    inputs = tuple(t.view_as(t) for t in inputs)
     x, log_prior, mu, log_sigma, gain, bias, mean, var = inputs
     y = norm_elements_plain(
         x, Mixture(log_prior, mu, log_sigma), gain, bias, Moments(mean, var), eps, batch

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from normswap.graph.container import dispatch
+from normswap.graph.hidden import hiding
 from normswap.graph.prepare import prepare_default
 from normswap.graph.signature import (
     any_parameters,
@@ -92,6 +93,7 @@ def converted_class(base: Any, generic: bool = False, contextual: bool = True) -
                 state.variants.clear()
 
     body = {
+        **hiding(base),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

@@ -167,10 +167,7 @@ class ContextNorm(ContextTables):
             rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal().unsqueeze(1)
         unbiased = used.var * torch.where(usable, values / (values - 1), 1)
         for buffer, new in ((self.running_mean, used.mean), (self.running_var, unbiased)):
-            if buffer.dtype == new.dtype:
-                buffer.lerp_(new, rate)
-            else:
-                buffer.copy_(torch.lerp(buffer.to(new.dtype), new, rate))
+            buffer.copy_(torch.lerp(buffer.to(new.dtype), new, rate))
 
     def _of_all(
         self, values: Tensor, used: Moments, reduce: Callable[[Tensor], Tensor]
