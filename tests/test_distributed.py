@@ -1,11 +1,7 @@
 """Synchronised layers on two processes against one process over both their batches."""
 
 import copy
-import os
 import pickle
-import socket
-import warnings
-from datetime import timedelta
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import normswap
 from tests.builders import SKEWED, assert_close, make_batch, make_cn
+from tests.ranks import on_two_processes
 
 pytestmark = [
     pytest.mark.skipif(
@@ -163,33 +160,24 @@ def on_revert(rank):
     return found
 
 
-def work(rank, folder):
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-    os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20)
-    )
-    results = {
-        "cases": on_cases(rank),
-        "ddp": on_ddp(rank),
-        "groups": on_groups(rank),
-        "plain": step_first(rank, converted(nn.BatchNorm2d(CHANNELS))),
-        "compiled": on_compile(rank),
-        "adapted": on_adapt(rank),
-        "reverted": on_revert(rank),
-    }
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def on_plain(rank):
+    return step_first(rank, converted(nn.BatchNorm2d(CHANNELS)))
+
+
+JOBS = {
+    "cases": on_cases,
+    "ddp": on_ddp,
+    "groups": on_groups,
+    "plain": on_plain,
+    "compiled": on_compile,
+    "adapted": on_adapt,
+    "reverted": on_revert,
+}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return on_two_processes(JOBS, tmp_path_factory.mktemp("ranks"))
 
 
 def assert_same_step(actual, expected):

@@ -1,10 +1,6 @@
 """Training on two processes against one process over both their batches: whole methods."""
 
 import copy
-import os
-import socket
-import warnings
-from datetime import timedelta
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import normswap
 from tests.builders import assert_close, make_batch
+from tests.ranks import on_two_processes
 
 pytestmark = [
     pytest.mark.skipif(
@@ -188,32 +185,19 @@ def on_fsdp(rank):
     return results
 
 
-def work(rank, folder):
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-    os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20)
-    )
-    results = {
-        "layers": on_layers(rank),
-        "models": on_models(rank),
-        "unsynced": on_unsynced(rank),
-        "join": on_join(rank),
-        "fresh": on_fresh(rank),
-        "fsdp": on_fsdp(rank),
-    }
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+JOBS = {
+    "layers": on_layers,
+    "models": on_models,
+    "unsynced": on_unsynced,
+    "join": on_join,
+    "fresh": on_fresh,
+    "fsdp": on_fsdp,
+}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return on_two_processes(JOBS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", SIZES)
@@ -304,12 +288,7 @@ def test_fresh_cnx_starts_alike_on_all_processes(ranks):
     assert not torch.equal(plain.mu[0], plain.mu[1])
 
 
-def work_on_gpu(rank, folder):
-    torch.cuda.set_device(rank)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group(
-        "nccl", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+def on_gpu(rank):
     results = {}
     for method in ("cn", "cn-x", "acn"):
         model = normswap.convert_sync_batchnorm(make_model(method)).cuda()
@@ -317,15 +296,14 @@ def work_on_gpu(rank, folder):
         batches = [tuple(t.cuda() for t in images_of(rank, turn)) for turn in range(3)]
         train(wrapped, method, batches)
         results[method] = {name: value.cpu() for name, value in model.state_dict().items()}
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_models_train_on_two_gpus_as_on_one_process(tmp_path):
-    torch.multiprocessing.spawn(work_on_gpu, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    found = on_two_processes({"gpu": on_gpu}, tmp_path, "nccl")
+    first, second = (results["gpu"] for results in found)
     for method in ("cn", "cn-x", "acn"):
         for name, value in one_process(method).items():
             assert torch.equal(first[method][name], second[method][name]), name
