@@ -46,3 +46,11 @@ def make_net(training=False, **options):
     random_(base.norm.running_mean, 1, -1, 1)
     random_(base.norm.running_var, 2, 0.5, 2)
     return base, normswap.convert(base, "acn", **options).train(training)
+
+
+def make_bimodal(samples=16, positions=16):
+    """Return a channel with modes at -2 and 2, and what each value is relative to its mode."""
+    generator = torch.Generator().manual_seed(0)
+    mode = (torch.rand(samples, 1, positions, generator=generator) < 0.5).double() * 4 - 2
+    within = 0.5 * torch.randn(samples, 1, positions, generator=generator, dtype=torch.float64)
+    return mode + within, within / 0.5

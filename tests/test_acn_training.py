@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import normswap
 from normswap import AdaptiveContextNorm
-from tests.acn import ASSIGNMENTS, STATISTICS
+from tests.acn import ASSIGNMENTS, STATISTICS, make_bimodal
 from tests.builders import assert_close, make_batch
 
 
@@ -18,14 +18,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def make_bimodal(samples=16, positions=16):
-    """Return a channel with modes at -2 and 2, and what each value is relative to its mode."""
-    generator = torch.Generator().manual_seed(0)
-    mode = (torch.rand(samples, 1, positions, generator=generator) < 0.5).double() * 4 - 2
-    within = 0.5 * torch.randn(samples, 1, positions, generator=generator, dtype=torch.float64)
-    return mode + within, within / 0.5
 
 
 def train_on_bimodal(layer, steps):

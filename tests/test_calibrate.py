@@ -10,8 +10,8 @@ from torch.nn import functional as F
 import normswap
 from normswap import AdaptiveContextNorm, ConversionError
 from normswap.streams import Reservoir
+from tests.acn import EVERY_KIND, make_bimodal
 from tests.builders import assert_close
-from tests.test_acn import EVERY_KIND, make_bimodal
 
 
 class Net(nn.Module):
