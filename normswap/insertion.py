@@ -65,9 +65,7 @@ def find_places(
     rows: list[Row] = []
     places: list[Place] = []
     for wanted in method.placements(own, options):
-        asked, hint = f"placement {wanted!r}", "placement"
-        if wanted != own:
-            asked, hint = f"{asked}, an option of {method.name}", "that option"
+        asked = f"placement {wanted!r}" + ("" if wanted == own else f", an option of {method.name}")
         if wanted not in ALL_PLACEMENTS:
             raise ConversionError(
                 f"unknown {asked}; the placements are {', '.join(ALL_PLACEMENTS)}"
@@ -77,7 +75,7 @@ def find_places(
             listed = "; ".join(f"{r.fqn or '(root)'}: {r.reason}" for r in found[0][:10])
             raise ConversionError(
                 f"found no place for a layer in {type(model).__name__} at {asked}"
-                + (f": {listed}" if listed else f"; {hint}='norm' puts one after each norm")
+                + (f": {listed}" if listed else "; placement='norm' puts one after each norm")
             )
         rows += found[0]
         places += found[1]
