@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from normswap.functional import mixture, mixture_fused
-from normswap.functional.mixture import Mixture, norm_instances, norm_positions, responsibilities
+from normswap.functional.mixture import Mixture, norm_positions, responsibilities
 from normswap.functional.mixture_fit import fit_mixture
 from normswap.functional.mixture_fused import norm_elements
+from normswap.functional.mixture_instances import norm_instances
 from normswap.functional.mixture_start import bounded_log_prior, bounded_log_sigma, free_logits
 from normswap.functional.moments import Moments
 from tests.builders import assert_close, make_batch, random_

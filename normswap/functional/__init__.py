@@ -8,10 +8,10 @@ from normswap.functional.fused import stat_affine as stat_affine
 from normswap.functional.labels import Context as Context
 from normswap.functional.labels import resolve_labels as resolve_labels
 from normswap.functional.mixture import Mixture as Mixture
-from normswap.functional.mixture import norm_instances as norm_instances
 from normswap.functional.mixture import norm_positions as norm_positions
 from normswap.functional.mixture import responsibilities as responsibilities
 from normswap.functional.mixture_fused import norm_elements as norm_elements
+from normswap.functional.mixture_instances import norm_instances as norm_instances
 from normswap.functional.moments import Moments as Moments
 from normswap.functional.moments import context_moments as context_moments
 from normswap.functional.moments import context_posterior as context_posterior

@@ -17,13 +17,18 @@ from torch import Tensor
 from normswap.functional.moments import Moments, compute_dtype
 
 # Values of a block: temporaries of it stay in a CPU's cache.
-_BLOCK = 2**20
+_BLOCK = 2**19
+# Positions below which batch norm's kernel spends more on a channel's table than on its values.
+_NARROW = 128
 # Values of an instance from which one call for it costs less than blocks of several operators.
 _LARGE = 2**16
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _grad_kernel: Any = torch.ops.aten.native_batch_norm_backward
 _reshape: Any = torch.ops.aten._unsafe_view
+# In one sweep: (x - m)^2, and 2 dy (x - m).
+_squares: Any = torch.ops.aten.mse_loss.out
+_products: Any = torch.ops.aten.mse_loss_backward.grad_input
 
 
 def suits(x: Tensor) -> bool:
@@ -53,6 +58,13 @@ def _fuses(x: Tensor) -> bool:
     return x.is_contiguous()
 
 
+def _is_narrow(x: Tensor) -> bool:
+    """Return whether two sweeps of plain operators are faster than batch norm's one."""
+    if x.device.type != "cpu" or not x.is_contiguous() or x.dtype != compute_dtype(x):
+        return False
+    return x.shape[2:].numel() < _NARROW
+
+
 def _view(x: Tensor) -> Tensor:
     """Return x as (N * C, positions), or (N, positions, C) where channels are last."""
     if x.is_contiguous():
@@ -68,12 +80,16 @@ def _spread(table: Tensor, x: Tensor) -> Tensor:
 
 
 def _block_rows(view: Tensor) -> int:
+    """Return how many rows a block has: of blocks alike, with no small one left over."""
     rows = view.shape[0]
-    return max(_BLOCK * rows // view.numel(), 1) if view.device.type == "cpu" else rows
+    blocks = -(-view.numel() // _BLOCK) if view.device.type == "cpu" else 1
+    return -(-rows // blocks)
 
 
 def _split(rows: int, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """Yield blocks of so many rows of several tensors; slices would cost more than small sums."""
+    if rows >= len(tensors[0]):
+        return iter((tuple(tensors),))
     return zip(*(torch.split(t, rows) for t in tensors), strict=True)
 
 
@@ -107,8 +123,8 @@ def stats(x: Tensor) -> Moments:
     scratch = _scratch(view, rows, wide)
     for part, m, v in _split(rows, (view, _spread(mean, x), _spread(var, x))):
         torch.sum(part, 1, keepdim=True, dtype=wide, out=m).div_(positions)
-        centred = torch.sub(part, m, out=scratch[: len(part)])
-        torch.sum(centred.mul_(centred), 1, keepdim=True, out=v)
+        squares = _squares(part, m, 0, out=scratch[: len(part)])
+        torch.sum(squares, 1, keepdim=True, out=v)
     return Moments(mean, var.div_(positions))
 
 
@@ -118,6 +134,8 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     The tables are in `compute_dtype(x)`.
     """
     whole = scale.shape[0] == 1
+    if offset is not None and not whole and _is_narrow(x):
+        return _reshape(torch.mul(_view(x), _spread(scale, x)).add_(_spread(offset, x)), x.shape)
     if offset is not None and (whole or _fuses(x)):
         weight, bias = (t[0] if whole else _flat(t, x) for t in (scale, offset))
         y = torch.batch_norm(
@@ -181,12 +199,12 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
     for part, grad, one, two, *m in _split(rows, (view, _view(dy), first, second, *middle)):
         product = scratch[: len(part)]
         if m:
-            torch.sub(part, m[0], out=product).mul_(grad)
+            _products(grad, part, m[0], 0, grad_input=product)
         else:
             torch.mul(part.to(wide), grad, out=product)
         torch.sum(product, 1, out=two)
         torch.sum(grad, 1, dtype=wide, out=one)
-    return first, second
+    return first, second if centre is None else second.mul_(0.5)
 
 
 def _is_large(x: Tensor) -> bool:

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.functional.affine import Affine, fold_norm
-from normswap.functional.fused import stat_affine
+from normswap.functional.affine import fold_norm
 from normswap.functional.moments import Moments, compute_dtype
 
 # A component that owns less than this many values of a batch has no moments there: it takes the
@@ -86,7 +85,7 @@ def responsibilities(x: Tensor, mixture: Mixture, joint: bool = False) -> Tensor
     return logits.softmax(0).view(len(logits), x.shape[0], 1, *x.shape[2:])
 
 
-def _owned(mass: Tensor, batch: Moments, given: Moments) -> Moments:
+def owned(mass: Tensor, batch: Moments, given: Moments) -> Moments:
     """Return the batch's moments for components that own something of it, else the given ones."""
     usable = mass >= MASS
     return Moments(
@@ -135,7 +134,7 @@ def norm_elements_plain(
         mean = torch.stack([(t * values).sum(dims) for t in tau]) / share
         pairs = zip(tau, each(mean), strict=True)
         var = torch.stack([(t * (values - m).square()).sum(dims) for t, m in pairs]) / share
-        used = _owned(mass, Moments(mean, var), given)
+        used = owned(mass, Moments(mean, var), given)
     y = bias.reshape(tail)
     scale = gain * torch.rsqrt(used.var + eps)
     for t, m, s in zip(tau, each(used.mean), each(scale), strict=True):
@@ -193,41 +192,9 @@ def norm_positions(
         share = mass.clamp(min=MASS)
         mean = torch.einsum("knm,ncm->kc", tau, flat) / share
         square = torch.einsum("knm,ncm->kc", tau, flat.square()) / share
-        used = _owned(mass, Moments(mean, (square - mean.square()).clamp(min=0)), given)
+        used = owned(mass, Moments(mean, (square - mean.square()).clamp(min=0)), given)
     affine = fold_norm(used, gain, bias, eps)
     scale, shift = (torch.einsum("knm,kc->ncm", tau, table) for table in affine)
     # In the dtype and memory format of x.
     y = torch.empty_like(x).copy_(torch.addcmul(shift, flat, scale).reshape(x.shape))
     return Normalized(y, mass, Moments(used.mean + origin, used.var))
-
-
-def norm_instances(
-    x: Tensor,
-    mixture: Mixture,
-    gain: Tensor,
-    bias: Tensor,
-    given: Moments,
-    eps: float,
-    batch: bool,
-) -> Normalized:
-    """Normalise; the channel mean of an instance decides for it. Arguments as for elements."""
-    found: list[tuple[Tensor, Moments]] = []
-
-    def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
-        log_prior, mu, log_sigma, gain, bias, mean, var = tensors
-        tau = responsibilities(instances.mean, Mixture(log_prior, mu, log_sigma))
-        used, mass = Moments(mean, var), torch.zeros_like(mean)
-        if batch:
-            mass = tau.sum(1)
-            share = mass.clamp(min=MASS)
-            mean = (tau * instances.mean).sum(1) / share
-            spread = instances.var + (instances.mean - mean.unsqueeze(1)).square()
-            used = _owned(mass, Moments(mean, (tau * spread).sum(1) / share), used)
-        if not replay:
-            found.append((mass.detach(), Moments(used.mean.detach(), used.var.detach())))
-        weight = tau * (gain * torch.rsqrt(used.var + eps)).unsqueeze(1)
-        shift = (weight * (instances.mean - used.mean.unsqueeze(1))).sum(0) + bias
-        return Affine(weight.sum(0), shift)
-
-    y = stat_affine(x, glue, *mixture, gain, bias, *given)
-    return Normalized(y, *found[0])

@@ -9,14 +9,9 @@ from torch import Tensor, nn
 
 from normswap.distributed import sum_over
 from normswap.functional.backward import in_backward
-from normswap.functional.mixture import (
-    MASS,
-    Mixture,
-    Normalized,
-    norm_instances,
-    norm_positions,
-)
+from normswap.functional.mixture import MASS, Mixture, Normalized, norm_positions
 from normswap.functional.mixture_fused import norm_elements
+from normswap.functional.mixture_instances import norm_instances
 from normswap.functional.mixture_start import (
     bounded_log_prior,
     bounded_log_sigma,

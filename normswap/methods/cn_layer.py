@@ -165,9 +165,14 @@ class ContextNorm(ContextTables):
         rate: Any = self.momentum
         if rate is None:
             rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal().unsqueeze(1)
-        unbiased = used.var * torch.where(usable, values / (values - 1), 1)
+        # Contexts without moments stay: their rate is 0, and the factor finite.
+        rate = usable.to(values.dtype) * rate
+        unbiased = used.var * (values / (values - 1).clamp_(min=1))
         for buffer, new in ((self.running_mean, used.mean), (self.running_var, unbiased)):
-            buffer.copy_(torch.lerp(buffer.to(new.dtype), new, rate))
+            if buffer.dtype == new.dtype:
+                buffer.lerp_(new, rate)
+            else:
+                buffer.copy_(torch.lerp(buffer.to(new.dtype), new, rate))
 
     def _of_all(
         self, values: Tensor, used: Moments, reduce: Callable[[Tensor], Tensor]
