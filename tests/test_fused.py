@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 import normswap
 from normswap.functional import Affine, Centred, apply_centred, stat_affine
 from tests import oracles
+from tests.acn import make_acn
 from tests.builders import assert_close, make_batch, make_cn, make_cnx, make_instance, running_of
 
 FEW = 4
@@ -114,6 +115,8 @@ def make_layers():
         "cn-x": (make_cnx(), (labels,)),
         "cn-x, some unlabelled": (make_cnx(), (partly,)),
         "instance": (make_instance(), (labels,)),
+        "acn, by instance": (make_acn(assignment="instance"), ()),
+        "acn, learned": (make_acn(assignment="instance", statistics="learned"), ()),
         "selfnorm": (selfnorm[0], ()),
         "selfnorm, two gates": (selfnorm[1], ()),
         "crossnorm": (normswap.CrossNorm(p=1.0), ()),

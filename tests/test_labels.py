@@ -81,6 +81,24 @@ def test_forms_of_all_unknown(labels):
     assert torch.equal(model(x, context=labels), model(x))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("make", [make_cn, make_cnx])
+def test_samples_of_one_context_give_what_they_give_beside_others(make, layout):
+    layer = make().eval()
+    x = make_batch((5, 4, 3, 5)).contiguous(memory_format=layout).requires_grad_()
+    tensors = [x, *layer.parameters()]
+    beside = layer(x, torch.tensor([2, 2, 2, 0, 1]))[:3]
+    alone = layer(x[:3], torch.tensor([2, 2, 2]))
+    assert torch.allclose(alone, beside, rtol=0, atol=1e-12)
+    cotangent = make_batch(alone.shape, seed=4)
+    expected = torch.autograd.grad(beside, tensors, cotangent)
+    for a, b in zip(torch.autograd.grad(alone, tensors, cotangent), expected, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    again = torch.autograd.grad(layer(x[:3], 2), tensors, cotangent)
+    for a, b in zip(again, expected, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", ["cn", "cn-x"])
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_policy_that_names_a_context(method, index):

@@ -135,7 +135,10 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """
     whole = scale.shape[0] == 1
     if offset is not None and not whole and _is_narrow(x):
-        return _reshape(torch.mul(_view(x), _spread(scale, x)).add_(_spread(offset, x)), x.shape)
+        view = _view(x)
+        # Not a product and a sum: addcmul rounds once, as far from zero as the offset may be.
+        y = torch.empty_like(view).copy_(_spread(offset, x)).addcmul_(view, _spread(scale, x))
+        return _reshape(y, x.shape)
     if offset is not None and (whole or _fuses(x)):
         weight, bias = (t[0] if whole else _flat(t, x) for t in (scale, offset))
         y = torch.batch_norm(

@@ -18,11 +18,13 @@ class Context(NamedTuple):
         unknown: True or False where the host knows whether a label is -1; None where finding out
             would make the host wait for a device, or the values are not there (tracing).
         whole: whether the one label there is holds for a whole batch of any size.
+        alike: whether the host knows that all labels are the same.
     """
 
     labels: Tensor
     unknown: bool | None
     whole: bool = False
+    alike: bool = False
 
 
 Labels: TypeAlias = Tensor | str | int | Sequence[str | int | None] | Context
@@ -62,7 +64,8 @@ def resolve_labels(
             _require_range(min(indices), max(indices), num_contexts, names)
         values = torch.tensor(indices, dtype=torch.int64, device=device)
         whole = isinstance(labels, (str, int))
-        return Context(values, any(index < 0 for index in indices), whole)
+        unknown = any(index < 0 for index in indices)
+        return Context(values, unknown, whole, len(set(indices)) == 1)
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise ContextError(
             f"expected `context` of an integer dtype (int64), got {labels.dtype}; "
@@ -74,8 +77,8 @@ def resolve_labels(
         )
     whole = labels.dim() == 0
     labels = labels.long().reshape(-1)
-    unknown = _check_range(labels, num_contexts, names)
-    return Context(labels.to(target), unknown, whole)
+    unknown, alike = _check_range(labels, num_contexts, names)
+    return Context(labels.to(target), unknown, whole, alike)
 
 
 def _index(name: str, names: Sequence[str]) -> int:
@@ -122,21 +125,23 @@ def _require_range(low: int, high: int, num_contexts: int, names: Sequence[str])
         )
 
 
-def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> bool | None:
-    """Return whether a label is -1, None if the host cannot know; raise if one is out of range."""
+def _check_range(
+    labels: Tensor, num_contexts: int, names: Sequence[str]
+) -> tuple[bool | None, bool]:
+    """Return `unknown` and `alike` of a `Context`; raise if a label is out of range."""
     if torch.compiler.is_compiling() or labels.is_meta or type(labels) is not Tensor:
-        return None
+        return None, False
     if labels.numel() == 0:
-        return False
+        return False, False
     if _is_under_vmap(labels):
-        return None
+        return None, False
     if labels.device.type != "cpu":
         in_range = ((labels >= -1) & (labels < num_contexts)).all()
         torch._assert_async(in_range, f"context labels must lie in [-1, {num_contexts})")
-        return None
+        return None, False
     low, high = (int(v) for v in labels.aminmax())
     _require_range(low, high, num_contexts, names)
-    return low < 0
+    return low < 0, low == high
 
 
 def _is_under_vmap(t: Tensor) -> bool:
@@ -154,6 +159,7 @@ def labels_per_row(context: Context, x: Tensor, site: str, innermost: bool = Fal
 
     A model may fold tokens or windows into the batch: rows = r * N. With the samples outermost
     each label is repeated r times, with the samples innermost all labels are repeated r times.
+    Where all are known to be alike they are one label, expanded; see `one_label`.
 
     Raises:
         ContextError: another device than x, or rows not a multiple of N.
@@ -167,12 +173,20 @@ def labels_per_row(context: Context, x: Tensor, site: str, innermost: bool = Fal
     rows, given = x.shape[0], labels.shape[0]
     if context.whole:
         return labels.expand(rows)
+    if rows != given and (given == 0 or rows % given):
+        raise wrong_length(rows, given, site)
+    # A compiler would make a graph of its own for labels that happen to be alike.
+    if not torch.compiler.is_compiling() and context.alike:
+        return labels[:1].expand(rows)
     if rows == given:
         return labels
-    if given == 0 or rows % given:
-        raise wrong_length(rows, given, site)
     times = rows // given
     return labels.repeat(times) if innermost else labels.repeat_interleave(times)
+
+
+def one_label(labels: Tensor) -> Tensor:
+    """Return the one label, (1,), of labels that are one expanded; else the labels as they are."""
+    return labels[:1] if labels.stride(0) == 0 and len(labels) > 0 else labels
 
 
 def wrong_length(samples: int, given: int, site: str) -> ContextError:

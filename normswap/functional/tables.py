@@ -52,7 +52,7 @@ def apply_centred(x: Tensor, table: Centred, index: Tensor | None = None) -> Ten
 
     Shape:
         x: (N, C, *); tables: (N, C), or (1, C) for all instances, or (K, C) with index (N,), the
-        row of each instance.
+        row of each instance, or (1,), that of all.
     """
     if not uses_kernels(x):
         return apply_centred_plain(x, table if index is None else table.rows(index))

@@ -11,6 +11,7 @@ from normswap.distributed import sum_over, sum_over_ddp
 from normswap.functional.affine import Centred, centre_norm, fold_norm
 from normswap.functional.backward import in_backward
 from normswap.functional.context import norm_contexts
+from normswap.functional.labels import one_label
 from normswap.functional.moments import (
     Moments,
     combine_moments,
@@ -77,7 +78,7 @@ class ContextNorm(ContextTables):
             return apply_centred(x, self._unknown(x, None, running, weight, bias))
         table = centre_norm(running, weight, bias, self.eps)
         if not unlabelled:
-            return apply_centred(x, table, labels if self.num_contexts > 1 else None)
+            return apply_centred(x, table, one_label(labels) if self.num_contexts > 1 else None)
         other = self._unknown(x, None, running, weight, bias)
         return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from normswap.distributed import sum_over, sum_over_ddp
 from normswap.functional.affine import Affine, Centred
+from normswap.functional.labels import one_label
 from normswap.functional.moments import (
     Moments,
     compute_dtype,
@@ -133,7 +134,7 @@ class ContextNormX(ContextLayer):
             return apply_centred(x, self._unknown(x, mu, log_sigma))
         table = self._table(mu, torch.exp(-log_sigma))
         if not unlabelled:
-            return apply_centred(x, table, labels if self.num_contexts > 1 else None)
+            return apply_centred(x, table, one_label(labels) if self.num_contexts > 1 else None)
         other = self._unknown(x, mu, log_sigma)
         return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
 
