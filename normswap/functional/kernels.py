@@ -123,7 +123,7 @@ def stats(x: Tensor) -> Moments:
     scratch = _scratch(view, rows, wide)
     for part, m, v in _split(rows, (view, _spread(mean, x), _spread(var, x))):
         torch.sum(part, 1, keepdim=True, dtype=wide, out=m).div_(positions)
-        squares = _squares(part, m, 0, out=scratch[: len(part)])
+        squares = _squares(part.to(wide), m, 0, out=scratch[: len(part)])
         torch.sum(squares, 1, keepdim=True, out=v)
     return Moments(mean, var.div_(positions))
 
@@ -201,12 +201,13 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
     middle = [] if centre is None else [_spread(centre, x)]
     for part, grad, one, two, *m in _split(rows, (view, _view(dy), first, second, *middle)):
         product = scratch[: len(part)]
+        grad, part = grad.to(wide), part.to(wide)
         if m:
             _products(grad, part, m[0], 0, grad_input=product)
         else:
-            torch.mul(part.to(wide), grad, out=product)
+            torch.mul(part, grad, out=product)
         torch.sum(product, 1, out=two)
-        torch.sum(grad, 1, dtype=wide, out=one)
+        torch.sum(grad, 1, out=one)
     return first, second if centre is None else second.mul_(0.5)
 
 

@@ -84,7 +84,7 @@ class CrossNorm(nn.Module):
         axis = 0 if self.instances == 2 else 1
         if fire is False or x.shape[axis] < 2 or x.shape[2:].numel() < 2:
             return x
-        permutation = torch.randperm(x.shape[axis], device=x.device)
+        permutation = self._draw_permutation(x.shape[axis], x.device)
         content_box = style_box = None
         if self.crop in ("style", "both"):
             style_box = draw_box(x.shape[2:], self.beta, x.device)
@@ -92,6 +92,12 @@ class CrossNorm(nn.Module):
             content_box = draw_box(x.shape[2:], self.beta, x.device)
         condition = fire if isinstance(fire, Tensor) else None
         return cross_norm(x, permutation, self.instances, content_box, style_box, condition)
+
+    def _draw_permutation(self, count: int, device: torch.device) -> Tensor:
+        if torch.compiler.is_compiling():
+            # Inductor of torch 2.9 fails on what is indexed by torch.randperm.
+            return torch.rand(count, device=device).argsort()
+        return torch.randperm(count, device=device)
 
     def _draw_fire(self, x: Tensor) -> bool | Tensor:
         if self.p in (0, 1):

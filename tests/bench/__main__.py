@@ -4,10 +4,7 @@ Every table is from one process with its cases run in turn; ratios are of median
 """
 
 import argparse
-import os
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from tabulate import tabulate
