@@ -137,8 +137,9 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     if offset is not None and not whole and _is_narrow(x):
         view = _view(x)
         # Not a product and a sum: addcmul rounds once, as far from zero as the offset may be.
-        y = torch.empty_like(view).copy_(_spread(offset, x)).addcmul_(view, _spread(scale, x))
-        return _reshape(y, x.shape)
+        total = torch.empty_like(view).copy_(_spread(offset, x))
+        narrow: Tensor = _reshape(total.addcmul_(view, _spread(scale, x)), x.shape)
+        return narrow
     if offset is not None and (whole or _fuses(x)):
         weight, bias = (t[0] if whole else _flat(t, x) for t in (scale, offset))
         y = torch.batch_norm(

@@ -64,8 +64,7 @@ def resolve_labels(
             _require_range(min(indices), max(indices), num_contexts, names)
         values = torch.tensor(indices, dtype=torch.int64, device=device)
         whole = isinstance(labels, (str, int))
-        unknown = any(index < 0 for index in indices)
-        return Context(values, unknown, whole, len(set(indices)) == 1)
+        return Context(values, -1 in indices, whole, len(set(indices)) == 1)
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise ContextError(
             f"expected `context` of an integer dtype (int64), got {labels.dtype}; "
