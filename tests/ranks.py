@@ -31,6 +31,8 @@ def _work(rank: int, jobs: dict[str, Callable[[int], Any]], folder: Path, backen
         torch.cuda.set_device(rank)
     else:
         warnings.simplefilter("error")
+        # The compiler of torch 2.9 meets a warning of its own.
+        warnings.filterwarnings("ignore", ".*autograd.function.Function'> should not be inst")
         torch.set_num_threads(1)
         loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
         os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
