@@ -162,3 +162,12 @@ def test_wrong_channels_are_named():
 def test_every_parameter_exists_before_the_first_forward():
     names = {name for name, _ in AdaptiveContextNorm(4).named_parameters()}
     assert names == {"weight", "bias", "prior_logits", "mu", "log_sigma"}
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("far", [1e2, 1e4, 1e6])
+def test_a_fresh_layer_is_batch_norm_far_outside_what_it_was_trained_on(options, far):
+    layer = normswap.AdaptiveContextNorm(4, 3, **options).eval()
+    x = far * torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.batch_norm(x, torch.zeros(4), torch.ones(4), eps=layer.eps)
+    assert float((layer(x).detach() - expected).abs().max()) < 2e-6 * far

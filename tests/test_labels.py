@@ -88,15 +88,31 @@ def test_samples_of_one_context_give_what_they_give_beside_others(make, layout):
     x = make_batch((5, 4, 3, 5)).contiguous(memory_format=layout).requires_grad_()
     tensors = [x, *layer.parameters()]
     beside = layer(x, torch.tensor([2, 2, 2, 0, 1]))[:3]
-    alone = layer(x[:3], torch.tensor([2, 2, 2]))
+    alone = layer(x[:3], 2)
     assert torch.allclose(alone, beside, rtol=0, atol=1e-12)
     cotangent = make_batch(alone.shape, seed=4)
     expected = torch.autograd.grad(beside, tensors, cotangent)
     for a, b in zip(torch.autograd.grad(alone, tensors, cotangent), expected, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
-    again = torch.autograd.grad(layer(x[:3], 2), tensors, cotangent)
-    for a, b in zip(again, expected, strict=True):
-        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("labels", [torch.ones(4, dtype=torch.int64), torch.tensor([1]).expand(4)])
+@pytest.mark.parametrize("make", [make_cn, make_cnx])
+def test_a_trace_from_labels_alike_takes_others(make, labels):
+    layer, x = make().eval(), make_batch((4, 4, 3, 5))
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, (x, labels))
+    mixed = torch.tensor([2, 0, 1, 1])
+    assert torch.allclose(traced(x, mixed), layer(x, mixed), rtol=0, atol=1e-12)
+
+
+def test_labels_written_over_within_a_scope_are_those_that_count():
+    model, x, labels = make_model(), images(), torch.zeros(4, dtype=torch.int64)
+    with normswap.use_context(model, labels):
+        labels.copy_(torch.tensor([2, 0, 1, 1]))
+        y = model(x)
+    assert torch.equal(y, model(x, context=torch.tensor([2, 0, 1, 1])))
 
 
 @pytest.mark.parametrize("method", ["cn", "cn-x"])

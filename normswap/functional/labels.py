@@ -18,13 +18,11 @@ class Context(NamedTuple):
         unknown: True or False where the host knows whether a label is -1; None where finding out
             would make the host wait for a device, or the values are not there (tracing).
         whole: whether the one label there is holds for a whole batch of any size.
-        alike: whether the host knows that all labels are the same.
     """
 
     labels: Tensor
     unknown: bool | None
     whole: bool = False
-    alike: bool = False
 
 
 Labels: TypeAlias = Tensor | str | int | Sequence[str | int | None] | Context
@@ -64,7 +62,7 @@ def resolve_labels(
             _require_range(min(indices), max(indices), num_contexts, names)
         values = torch.tensor(indices, dtype=torch.int64, device=device)
         whole = isinstance(labels, (str, int))
-        return Context(values, -1 in indices, whole, len(set(indices)) == 1)
+        return Context(values, -1 in indices, whole)
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise ContextError(
             f"expected `context` of an integer dtype (int64), got {labels.dtype}; "
@@ -76,8 +74,8 @@ def resolve_labels(
         )
     whole = labels.dim() == 0
     labels = labels.long().reshape(-1)
-    unknown, alike = _check_range(labels, num_contexts, names)
-    return Context(labels.to(target), unknown, whole, alike)
+    unknown = _check_range(labels, num_contexts, names)
+    return Context(labels.to(target), unknown, whole)
 
 
 def _index(name: str, names: Sequence[str]) -> int:
@@ -124,23 +122,21 @@ def _require_range(low: int, high: int, num_contexts: int, names: Sequence[str])
         )
 
 
-def _check_range(
-    labels: Tensor, num_contexts: int, names: Sequence[str]
-) -> tuple[bool | None, bool]:
-    """Return `unknown` and `alike` of a `Context`; raise if a label is out of range."""
+def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> bool | None:
+    """Return whether a label is -1, None if the host cannot know; raise if one is out of range."""
     if torch.compiler.is_compiling() or labels.is_meta or type(labels) is not Tensor:
-        return None, False
+        return None
     if labels.numel() == 0:
-        return False, False
+        return False
     if _is_under_vmap(labels):
-        return None, False
+        return None
     if labels.device.type != "cpu":
         in_range = ((labels >= -1) & (labels < num_contexts)).all()
         torch._assert_async(in_range, f"context labels must lie in [-1, {num_contexts})")
-        return None, False
+        return None
     low, high = (int(v) for v in labels.aminmax())
     _require_range(low, high, num_contexts, names)
-    return low < 0, low == high
+    return low < 0
 
 
 def _is_under_vmap(t: Tensor) -> bool:
@@ -158,7 +154,7 @@ def labels_per_row(context: Context, x: Tensor, site: str, innermost: bool = Fal
 
     A model may fold tokens or windows into the batch: rows = r * N. With the samples outermost
     each label is repeated r times, with the samples innermost all labels are repeated r times.
-    Where all are known to be alike they are one label, expanded; see `one_label`.
+    One label for a whole batch is expanded; see `one_label`.
 
     Raises:
         ContextError: another device than x, or rows not a multiple of N.
@@ -172,19 +168,21 @@ def labels_per_row(context: Context, x: Tensor, site: str, innermost: bool = Fal
     rows, given = x.shape[0], labels.shape[0]
     if context.whole:
         return labels.expand(rows)
-    if rows != given and (given == 0 or rows % given):
-        raise wrong_length(rows, given, site)
-    # A compiler would make a graph of its own for labels that happen to be alike.
-    if not torch.compiler.is_compiling() and context.alike:
-        return labels[:1].expand(rows)
     if rows == given:
         return labels
+    if given == 0 or rows % given:
+        raise wrong_length(rows, given, site)
     times = rows // given
     return labels.repeat(times) if innermost else labels.repeat_interleave(times)
 
 
 def one_label(labels: Tensor) -> Tensor:
-    """Return the one label, (1,), of labels that are one expanded; else the labels as they are."""
+    """Return the one label, (1,), of labels that are one expanded; else the labels as they are.
+
+    What is traced from one example has to take labels of any other, so there they all stay.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return labels
     return labels[:1] if labels.stride(0) == 0 and len(labels) > 0 else labels
 
 

@@ -52,6 +52,15 @@ def rows(table: Tensor, dims: int) -> Tensor:
     return table.reshape(table.shape[0], 1, table.shape[1], *[1] * (dims - 2))
 
 
+def from_first(squares: Tensor) -> Tensor:
+    """Return what components (dimension 0) have more than the first one.
+
+    Far from all of them a square is so large that adding log lambda to it would lose lambda; where
+    components have mean and sigma in common, as at the start, the difference is exactly zero.
+    """
+    return squares - squares[:1]
+
+
 def responsibilities(x: Tensor, mixture: Mixture, joint: bool = False) -> Tensor:
     """Return the probability of each component given a value.
 
@@ -74,13 +83,13 @@ def responsibilities(x: Tensor, mixture: Mixture, joint: bool = False) -> Tensor
     if not joint:
         log_sigma = rows(mixture.log_sigma, x.dim())
         z = (x - rows(mixture.mean, x.dim())) * (-log_sigma).exp()
-        return (log_prior - log_sigma - 0.5 * z.square()).softmax(0)
+        return (log_prior - log_sigma - 0.5 * from_first(z.square())).softmax(0)
     # sum_c (x - mu)^2 p, expanded so that nothing of size K * x is made.
     precision = (-2 * mixture.log_sigma).exp()
     weighted = mixture.mean * precision
     flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-    distance = (precision @ flat.square() - 2 * weighted @ flat).movedim(1, 0)
-    constant = 0.5 * (weighted * mixture.mean).sum(1) + mixture.log_sigma.sum(1)
+    distance = from_first((precision @ flat.square() - 2 * weighted @ flat).movedim(1, 0))
+    constant = from_first(0.5 * (weighted * mixture.mean).sum(1) + mixture.log_sigma.sum(1))
     logits = mixture.log_prior.unsqueeze(1) - constant.view(-1, 1, 1) - 0.5 * distance
     return logits.softmax(0).view(len(logits), x.shape[0], 1, *x.shape[2:])
 
@@ -158,9 +167,11 @@ def _shares(
     values: Tensor, log_prior: list[Tensor], mean: list[Tensor], log_sigma: list[Tensor]
 ) -> list[Tensor]:
     """Return `responsibilities`, one tensor a component, for tables that meet the values."""
+    squares = [((values - m) * (-s).exp()).square() for m, s in zip(mean, log_sigma, strict=True)]
+    # As in `from_first`.
     logits = [
-        p - s - 0.5 * ((values - m) * (-s).exp()).square()
-        for p, m, s in zip(log_prior, mean, log_sigma, strict=True)
+        p - s - 0.5 * (square - squares[0])
+        for p, s, square in zip(log_prior, log_sigma, squares, strict=True)
     ]
     top = functools.reduce(torch.maximum, logits).detach()
     odds = [(logit - top).exp() for logit in logits]

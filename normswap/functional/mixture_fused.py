@@ -81,7 +81,10 @@ def _assign(x: Tensor, log_prior: Tensor, mean: Tensor, log_sigma: Tensor) -> tu
     # Steps of two operands: with a table that is broadcast along positions, addcmul is several
     # times slower than a product and a sum.
     z = (x.unsqueeze(1) - mean).mul_((-log_sigma).exp())
-    return z, z.square().mul_(-0.5).add_(log_prior - log_sigma).softmax(1)
+    # From the first component's, as in `from_first`.
+    squares = z.square()
+    squares = squares.sub_(squares[:, :1].clone())
+    return z, squares.mul_(-0.5).add_(log_prior - log_sigma).softmax(1)
 
 
 class _ElementNorm(Function):

@@ -9,7 +9,14 @@ from torch import Tensor
 from normswap.functional.affine import Affine
 from normswap.functional.fused import stat_affine
 from normswap.functional.glue import Map, Pull
-from normswap.functional.mixture import MASS, Mixture, Normalized, owned, responsibilities
+from normswap.functional.mixture import (
+    MASS,
+    Mixture,
+    Normalized,
+    from_first,
+    owned,
+    responsibilities,
+)
 from normswap.functional.moments import Moments
 
 
@@ -55,7 +62,7 @@ class InstanceMixtureGlue:
     With m, v the moments of an instance, z_k = (m - mu_k) / sigma_k, tau the softmax of
     ``log lambda_k - log sigma_k - z_k^2 / 2``, M_k and V_k the tau-weighted moments of the batch
     (or given), S_k = sum_n tau_k and A_k = gain_k / sqrt(V_k + eps):
-    ``y = x * sum_k tau_k A_k + bias - sum_k tau_k A_k M_k``.
+    ``y = (x - M_0) sum_k tau_k A_k + bias + sum_k tau_k A_k (M_0 - M_k)``.
 
     Backward, with D1 = sum dy and D2 = sum dy (x - m): q_k = D2 + D1 (m - M_k);
     dA_k = sum_n tau_k q_k; dM_k = -A_k sum_n tau_k D1; dV_k = -1/2 A_k dA_k / (V_k + eps).
@@ -83,7 +90,7 @@ class InstanceMixtureGlue:
         inverse = log_sigma.neg().exp_().unsqueeze(1)
         z = (instances.mean - mu.unsqueeze(1)).mul_(inverse)
         constant = (log_prior - log_sigma).unsqueeze(1)
-        tau = torch.addcmul(constant, z, z, value=-0.5).softmax(0)
+        tau = (constant - 0.5 * from_first(z.square())).softmax(0)
         used, mass = Moments(mean, var), torch.zeros_like(mean)
         share, usable = None, None
         if self.batch:
@@ -92,11 +99,15 @@ class InstanceMixtureGlue:
             mean = (tau * instances.mean).sum(1).div_(share)
             spread = (instances.mean - mean.unsqueeze(1)).square_().add_(instances.var)
             used = owned(mass, Moments(mean, spread.mul_(tau).sum(1).div_(share)), used)
+        used = Moments(used.mean.detach(), used.var.detach())
         self.found.append((mass, used))
         root = used.var.add(self.eps).rsqrt_()
         scale = gain * root
-        offset = (tau * (scale * used.mean).neg_().unsqueeze(1)).sum(0).add_(bias)
-        found = Map((tau * scale.unsqueeze(1)).sum(0), offset, instances.mean)
+        total = (tau * scale.unsqueeze(1)).sum(0)
+        # About the first mean, times the sum as rounded: far from zero the two have to cancel.
+        first = used.mean[0]
+        offset = (tau * (scale * (first - used.mean)).unsqueeze(1)).sum(0).add_(bias)
+        found = Map(total, offset.addcmul_(first, total, value=-1), instances.mean)
         return found, (instances, z, inverse, tau, share, usable, used, root, scale)
 
     def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:

@@ -94,10 +94,11 @@ class CrossNorm(nn.Module):
         return cross_norm(x, permutation, self.instances, content_box, style_box, condition)
 
     def _draw_permutation(self, count: int, device: torch.device) -> Tensor:
+        permutation = torch.randperm(count, device=device)
         if torch.compiler.is_compiling():
-            # Inductor of torch 2.9 fails on what is indexed by torch.randperm.
-            return torch.rand(count, device=device).argsort()
-        return torch.randperm(count, device=device)
+            # The same again: Inductor of torch 2.9 fails on what is indexed by torch.randperm.
+            return permutation.argsort().argsort()
+        return permutation
 
     def _draw_fire(self, x: Tensor) -> bool | Tensor:
         if self.p in (0, 1):
