@@ -5,22 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.errors import ConversionError
 from normswap.graph.branches import explore
 from normswap.graph.container import dispatch
+from normswap.graph.features import LAST, Reader
 from normswap.graph.insert import PLACEMENTS, Insertion
 from normswap.graph.patches import TraceFailure
-from normswap.graph.residual import (
-    Residual,
-    channels_last,
-    find_residuals,
-    in_channels,
-    input_channels,
-    out_channels,
-)
+from normswap.graph.residual import features_of, find_residuals, input_channels
 from normswap.graph.scope import Scope
 from normswap.graph.signature import parameters_of, write_forward
 from normswap.graph.state import ContainerState
@@ -129,19 +123,14 @@ def _norm_places(model: nn.Module, placement: str, like: Any) -> Any:
 
 def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
     with TraceSession() as session:
+        graphs_of = functools.cache(functools.partial(_graphs, session))
         for fqn, module in model.named_modules():
-            forward = type(module).forward
-            torch_own = type(module).__module__.startswith("torch.nn.")
-            if torch_own or forward is _forward_unimplemented or not any(module.children()):
+            if not any(module.children()):
                 continue
-            written = write_forward(parameters_of(forward), dispatch)
-            kinds = tuple(describe(value, [], False) for value in written.examples())
-            try:
-                paths = explore(functools.partial(_trace, session, module, written, kinds))
-            except TraceFailure:
+            graphs = graphs_of(module)
+            if not graphs:
                 # Most such containers hold no add; one that does shows as a block never found.
                 continue
-            graphs = [path.graph for path in paths if not path.failure]
             found, ambiguous = find_residuals(graphs[0], module)
             counts = {len(find_residuals(graph, module)[0]) for graph in graphs}
             if len(counts) > 1:
@@ -150,15 +139,33 @@ def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
                 continue
             for why in ambiguous:
                 yield module, Row(fqn, type(module).__name__, "refused", reason=why), None
+            reader = Reader(module, graphs_of)
             for block, residual in enumerate(found):
                 row = Row(fqn, type(module).__name__, "refused", reason=residual.reason)
-                if channels_last(residual, module):
-                    row.reason = f"its features have their channels last ({residual.reason})"
+                features = features_of(residual, reader, placement == "pre")
+                if not features.known or features.dimension == LAST:
+                    last = "its features have their channels last"
+                    why = last if features.known else "nothing tells the channels of its features"
+                    row.reason = f"{why} ({residual.reason})"
                     yield module, row, None
                     continue
-                channels = _channels(residual, module, placement)
-                where = (fqn, placement, channels, like.device, like.dtype, block, len(found))
-                yield module, row, Place(*where, reason=residual.reason)
+                where = (fqn, placement, features.channels, like.device, like.dtype)
+                place = Place(*where, block, len(found), reason=residual.reason)
+                yield module, row, place
+
+
+def _graphs(session: TraceSession, module: nn.Module) -> list[fx.Graph]:
+    """Return the graphs of a module, one for each way through its forward; none if untraceable."""
+    forward = type(module).forward
+    if type(module).__module__.startswith("torch.nn.") or forward is _forward_unimplemented:
+        return []
+    written = write_forward(parameters_of(forward), dispatch)
+    kinds = tuple(describe(value, [], False) for value in written.examples())
+    try:
+        paths = explore(functools.partial(_trace, session, module, written, kinds))
+    except TraceFailure:
+        return []
+    return [path.graph for path in paths if not path.failure]
 
 
 def _trace(
@@ -166,12 +173,6 @@ def _trace(
 ) -> Traced:
     forward = type(module).forward
     return session.trace(module, forward, written.spread, kinds, answers=answers)
-
-
-def _channels(residual: Residual, module: nn.Module, placement: str) -> int | None:
-    if placement == "pre":
-        return in_channels(residual, module) or out_channels(residual.start, module)
-    return out_channels(residual.branch_end, module)
 
 
 def insert(

@@ -43,6 +43,8 @@ def insert_layers(
     if not insertions:
         return
     found, _ = find_residuals(graph, module)
+    if len(found) < blocks:
+        found, _ = find_residuals(graph, module, joined=True)
     if len(found) != blocks:
         raise TraceFailure(f"has {len(found)} residual adds here, had {blocks} when planned")
     order = {node: index for index, node in enumerate(graph.nodes)}

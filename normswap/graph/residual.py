@@ -2,16 +2,16 @@
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from normswap.graph.features import Features, Reader, agree, first_layer
+
 _ADDS = (operator.add, operator.iadd, torch.add)
 _WORK = (F.conv1d, F.conv2d, F.conv3d, F.linear, torch.matmul, operator.matmul, torch.bmm)
-_MOVES = ("permute", "transpose", "movedim", "swapaxes", "view", "reshape")
 _STOCHASTIC = ("DropPath", "StochasticDepth", "Dropout", "Dropout2d", "Identity")
 
 
@@ -44,12 +44,20 @@ class Residual:
         return self.add.all_input_nodes[1 - self.branch]
 
 
-def find_residuals(graph: fx.Graph, module: nn.Module) -> tuple[list[Residual], list[str]]:
+def find_residuals(
+    graph: fx.Graph, module: nn.Module, joined: bool = False
+) -> tuple[list[Residual], list[str]]:
     """Return the residual adds of a graph in order, and what else might be one and why not.
 
     An add is residual where its operands share an ancestor and convolutions or linear layers lie
     on the way from there to one of them. That operand is the branch; where both have such work,
     the one with more. As much on both is reported, not guessed.
+
+    Args:
+        graph: of a container.
+        module: the container.
+        joined: whether an argument that is added as it is counts as a skip, too: a caller may hand
+            a block its own skip.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     sizes = _sizes(graph)
@@ -63,6 +71,8 @@ def find_residuals(graph: fx.Graph, module: nn.Module) -> tuple[list[Residual], 
             continue
         sides = [before[operand] | {operand} for operand in operands]
         shared = {n for n in sides[0] & sides[1] if n.op != "get_attr" and n not in sizes}
+        if not shared and joined:
+            shared = _handed(operands, sides)
         if not shared:
             continue
         start = max(shared, key=order.__getitem__)
@@ -88,6 +98,12 @@ def find_residuals(graph: fx.Graph, module: nn.Module) -> tuple[list[Residual], 
     # Nor is one that is an operand of an add that nobody can tell.
     inner |= {operand for node in unclear for operand in node.all_input_nodes}
     return [r for r in found if r.add not in inner], ambiguous
+
+
+def _handed(operands: list[fx.Node], sides: list[set[fx.Node]]) -> set[fx.Node]:
+    """Return where the branch starts of which one operand is an argument as it is."""
+    skips = [i for i, operand in enumerate(operands) if operand.op == "placeholder"]
+    return {n for i in skips for n in sides[1 - i] if n.op == "placeholder"}
 
 
 def _sizes(graph: fx.Graph) -> set[fx.Node]:
@@ -151,66 +167,23 @@ def before_stochastic(node: fx.Node, module: nn.Module) -> fx.Node:
     return node
 
 
-def channels_last(residual: Residual, module: nn.Module) -> bool:
-    """Return whether the features at an add have their channels last.
-
-    So it is where the branch's last layer is linear and nothing moves the dimensions after it.
-    """
-    node: fx.Node | None = residual.branch_end
-    while node is not None:
-        if node.op == "call_method" and node.target in _MOVES:
-            return False
-        if node.op == "call_function" and getattr(node.target, "__name__", "") in _MOVES:
-            return False
-        layers: list[Any] = []
-        if node.op == "call_module":
-            inner = module.get_submodule(str(node.target)).modules()
-            layers = [m for m in inner if isinstance(m, _ConvNd | nn.Linear)]
-        if layers:
-            return isinstance(layers[-1], nn.Linear)
-        node = node.all_input_nodes[0] if node.all_input_nodes else None
-    return False
-
-
-def out_channels(node: fx.Node, module: nn.Module) -> int | None:
-    """Return the channels of a value, followed back to a layer that tells; None if none does."""
-    seen: list[fx.Node] = [node]
-    while seen:
-        node = seen.pop(0)
-        if node.op == "call_module":
-            found = _layer_channels(module.get_submodule(str(node.target)), out=True)
-            if found is not None:
-                return found
-        if node.op == "call_function" and node.target in (torch.cat, torch.concat):
-            return None
-        seen += node.all_input_nodes
-    return None
-
-
-def in_channels(residual: Residual, module: nn.Module) -> int | None:
-    """Return the channels a branch takes, from its first layer that tells."""
-    for node in residual.path:
-        if node.op == "call_module":
-            found = _layer_channels(module.get_submodule(str(node.target)), out=False)
-            if found is not None:
-                return found
-    return None
+def features_of(residual: Residual, reader: Reader, before: bool = False) -> Features:
+    """Return the features at the add of a block, or `before`, those of what the branch takes."""
+    both = [reader.read(end) for end in (residual.branch_end, residual.skip_end)]
+    known = [f for f in both if f.known]
+    added = known[0] if len(known) == 1 else agree(both)
+    start, identity = reader.read(residual.start), residual.skip_end is residual.start
+    if added.known and (identity or not before):
+        return added
+    if start.known and (identity or before):
+        return start
+    if not (identity or before):
+        return Features()
+    modules = (n for n in residual.path if n.op == "call_module")
+    found = (first_layer(reader.module.get_submodule(str(n.target))) for n in modules)
+    return next((f for f in found if f.known), Features())
 
 
 def input_channels(model: nn.Module) -> int | None:
     """Return the channels of a model's input, from its first convolution or norm."""
-    return _layer_channels(model, out=False)
-
-
-def _layer_channels(layer: nn.Module, out: bool) -> int | None:
-    layers = list(layer.modules())
-    for inner in reversed(layers) if out else layers:
-        name = "out_channels" if out else "in_channels"
-        if isinstance(inner, _ConvNd):
-            return int(getattr(inner, name))
-        if isinstance(inner, nn.Linear):
-            return inner.out_features if out else inner.in_features
-        features = getattr(inner, "num_features", None)
-        if isinstance(features, int) and next(inner.children(), None) is None:
-            return features
-    return None
+    return first_layer(model).channels

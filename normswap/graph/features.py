@@ -1,0 +1,221 @@
+"""What a value in a graph is: how many channels it has, and in which dimension they lie.
+
+Followed back to the layers that tell, through what keeps channels as they are; what may move or
+count them otherwise (reshape, matmul, code nobody can read) makes them unknown.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+FIRST, LAST = 1, -1
+_KEEP_METHODS = (
+    *("contiguous", "clone", "detach", "to", "type", "type_as", "float", "half", "double"),
+    *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "softmax", "clamp", "clamp_", "abs"),
+    *("exp", "square", "sqrt", "neg", "pow", "requires_grad_", "bfloat16", "hardtanh_"),
+)
+_KEEP_FUNCTIONS = (
+    *("relu", "relu_", "relu6", "silu", "gelu", "elu", "leaky_relu", "mish", "hardswish", "celu"),
+    *("hardsigmoid", "hardtanh", "hardtanh_", "sigmoid", "tanh", "softplus", "selu", "dropout"),
+    *("dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "interpolate", "upsample"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "boolean_dispatch"),
+    *("batch_norm", "instance_norm", "group_norm", "layer_norm", "normalize", "clamp", "neg"),
+    *("softmax", "exp", "square", "sqrt", "abs", "pow", "drop_path", "checkpoint", "clone"),
+)
+_WEIGHTED = ("conv1d", "conv2d", "conv3d", "linear")
+_BOTH = ("add", "sub", "mul", "div", "truediv", "iadd", "isub", "imul", "itruediv", "maximum")
+_BOTH_METHODS = ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")
+_RESHAPES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
+
+class Features(NamedTuple):
+    """Channels of a value, and the dimension that holds them; None where it is not known.
+
+    Attributes:
+        channels: C.
+        dimension: 1 or -1.
+    """
+
+    channels: int | None = None
+    dimension: int | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether both are."""
+        return self.channels is not None and self.dimension is not None
+
+
+UNKNOWN = Features()
+GraphsOf = Callable[[nn.Module], Sequence[fx.Graph]]
+
+
+class Reader:
+    """Reads features in the graph of a module.
+
+    Args:
+        module: the module.
+        graphs_of: the graphs of a module, one for each way through its forward; none where it
+            cannot be traced.
+        given: features of the placeholders of the graph, by name.
+    """
+
+    def __init__(
+        self, module: nn.Module, graphs_of: GraphsOf, given: dict[str, Features] | None = None
+    ) -> None:
+        self.module, self.graphs_of, self.given = module, graphs_of, given or {}
+        self._known: dict[fx.Node, Features] = {}
+
+    def read(self, value: Any) -> Features:
+        """Return the features of a node; of what is no node, unknown ones."""
+        if not isinstance(value, fx.Node):
+            return UNKNOWN
+        if value not in self._known:
+            self._known[value] = UNKNOWN  # of a value that leads back to itself
+            self._known[value] = self._read(value)
+        return self._known[value]
+
+    def _read(self, node: fx.Node) -> Features:
+        if node.op == "placeholder":
+            return self.given.get(node.name, UNKNOWN)
+        if node.op == "call_module":
+            arguments = [self.read(value) for value in node.args]
+            return self.of_module(self.module.get_submodule(str(node.target)), arguments)
+        if node.op not in ("call_function", "call_method") or not node.args:
+            return UNKNOWN
+        method = node.op == "call_method"
+        name = str(node.target) if method else getattr(node.target, "__name__", "")
+        if name in (_BOTH_METHODS if method else _BOTH):
+            values = [v for v in node.args[:2] if isinstance(v, fx.Node) and v.op != "get_attr"]
+            return agree([self.read(value) for value in values])
+        if name in (_KEEP_METHODS if method else _KEEP_FUNCTIONS):
+            return self.read(node.args[0])
+        if name in ("cat", "concat"):
+            return self._concatenated(node)
+        if name == "permute":
+            return self._permuted(node)
+        if name in _WEIGHTED and len(node.args) > 1:
+            return self._weighted(node, FIRST if name != "linear" else LAST)
+        if node.target is operator.getitem:
+            return self._sliced(node)
+        if name in ("mean", "sum", "amax") and node.kwargs.get("keepdim") is True:
+            return self.read(node.args[0])
+        return UNKNOWN
+
+    def of_module(self, module: nn.Module, arguments: Sequence[Features]) -> Features:
+        """Return the features of what a module returns for arguments with these."""
+        first = arguments[0] if arguments else UNKNOWN
+        if isinstance(module, _ConvNd):
+            return Features(module.out_channels, FIRST)
+        if isinstance(module, nn.Linear):
+            return Features(module.out_features, LAST)
+        if isinstance(module, _NORMS):
+            return Features(_count(module), FIRST)
+        if isinstance(module, nn.LayerNorm) and type(module) is nn.LayerNorm:
+            return Features(module.normalized_shape[-1], LAST)
+        if isinstance(module, _RESHAPES):
+            return UNKNOWN
+        if type(module) is nn.Sequential:
+            for child in module:
+                first = self.of_module(child, [first])
+            return first
+        if type(module).__module__.startswith("torch.nn."):
+            return first
+        count = getattr(module, "num_features", None) or getattr(module, "out_channels", None)
+        if isinstance(count, int) and not any(module.children()):
+            return Features(count, FIRST)
+        graphs = self.graphs_of(module)
+        if not graphs:
+            return first if next(module.parameters(), None) is None else last_layer(module)
+        found = []
+        for graph in graphs:
+            names = [n.name for n in graph.nodes if n.op == "placeholder"]
+            given = dict(zip(names, arguments, strict=False))
+            output = next(n for n in graph.nodes if n.op == "output").args[0]
+            found.append(Reader(module, self.graphs_of, given).read(output))
+        return found[0] if found and all(f == found[0] for f in found) else UNKNOWN
+
+    def _weighted(self, node: fx.Node, dimension: int) -> Features:
+        weight = node.args[1]
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            return UNKNOWN
+        return Features(operator.attrgetter(str(weight.target))(self.module).shape[0], dimension)
+
+    def _concatenated(self, node: fx.Node) -> Features:
+        parts: Any = node.args[0]
+        dimension = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if not isinstance(parts, (list, tuple)) or not parts:
+            return UNKNOWN
+        found = [self.read(part) for part in parts]
+        if any(not f.known or f.dimension != dimension for f in found):
+            return UNKNOWN
+        return Features(sum(f.channels or 0 for f in found), found[0].dimension)
+
+    def _permuted(self, node: fx.Node) -> Features:
+        """Follow the channels of four-dimensional values between dimension 1 and the last."""
+        order: Any = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+        value = self.read(node.args[0])
+        if not value.known or not all(isinstance(d, int) for d in order):
+            return UNKNOWN
+        place = [d % len(order) for d in order].index((value.dimension or 0) % len(order))
+        places = {1: FIRST, len(order) - 1: LAST}
+        return Features(value.channels, places.get(place))
+
+    def _sliced(self, node: fx.Node) -> Features:
+        value, index = self.read(node.args[0]), node.args[1]
+        if isinstance(index, tuple) and index[0] is Ellipsis and len(index) < 4:
+            return value if value.dimension == FIRST else UNKNOWN  # of the map's sides
+        if value.dimension != FIRST or not isinstance(index, tuple) or len(index) < 2:
+            return UNKNOWN
+        part = index[1]
+        if index[0] != slice(None) or not isinstance(part, slice):
+            return UNKNOWN
+        ends = (part.start, part.stop, part.step)
+        if any(not isinstance(end, int | None) for end in ends) or value.channels is None:
+            return UNKNOWN
+        return Features(len(range(*part.indices(value.channels))), FIRST)
+
+
+def agree(found: Sequence[Features]) -> Features:
+    """Return the features of values that are added or multiplied: of those known, if all agree.
+
+    One channel may be broadcast to those of another value.
+    """
+    known = {f for f in found if f.known and f.channels != 1}
+    if not known and all(f.known for f in found):
+        known = set(found)
+    return known.pop() if len(known) == 1 else UNKNOWN
+
+
+def first_layer(module: nn.Module) -> Features:
+    """Return the features of what a module takes, by its first layer that tells."""
+    for layer in module.modules():
+        if isinstance(layer, _ConvNd):
+            return Features(layer.in_channels, FIRST)
+        if isinstance(layer, nn.Linear):
+            return Features(layer.in_features, LAST)
+        if isinstance(layer, _NORMS):
+            return Features(_count(layer), FIRST)
+    return UNKNOWN
+
+
+def last_layer(module: nn.Module) -> Features:
+    """Return the features of what a module returns, by its last layer that tells."""
+    for layer in reversed(list(module.modules())):
+        if isinstance(layer, _ConvNd):
+            return Features(layer.out_channels, FIRST)
+        if isinstance(layer, nn.Linear):
+            return Features(layer.out_features, LAST)
+        if isinstance(layer, _NORMS):
+            return Features(_count(layer), FIRST)
+    return UNKNOWN
+
+
+def _count(norm: nn.Module) -> int | None:
+    count = getattr(norm, "num_features", None) or getattr(norm, "num_channels", None)
+    return count if isinstance(count, int) else None
