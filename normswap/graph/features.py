@@ -130,8 +130,8 @@ class Reader:
         if isinstance(count, int) and not any(module.children()):
             return Features(count, FIRST)
         graphs = self.graphs_of(module)
-        if not graphs:
-            return first if next(module.parameters(), None) is None else last_layer(module)
+        if not graphs and next(module.parameters(), None) is None:
+            return first  # stochastic depth and the like
         found = []
         for graph in graphs:
             names = [n.name for n in graph.nodes if n.op == "placeholder"]
@@ -192,26 +192,15 @@ def agree(found: Sequence[Features]) -> Features:
     return known.pop() if len(known) == 1 else UNKNOWN
 
 
-def first_layer(module: nn.Module) -> Features:
-    """Return the features of what a module takes, by its first layer that tells."""
-    for layer in module.modules():
+def ends(modules: Sequence[nn.Module], first: bool) -> Features:
+    """Return what modules in a row take, or return, by their first or last layer that tells."""
+    layers = [layer for module in modules for layer in module.modules()]
+    for layer in layers if first else reversed(layers):
         if isinstance(layer, _ConvNd):
-            return Features(layer.in_channels, FIRST)
+            return Features(layer.in_channels if first else layer.out_channels, FIRST)
         if isinstance(layer, nn.Linear):
-            return Features(layer.in_features, LAST)
-        if isinstance(layer, _NORMS):
-            return Features(_count(layer), FIRST)
-    return UNKNOWN
-
-
-def last_layer(module: nn.Module) -> Features:
-    """Return the features of what a module returns, by its last layer that tells."""
-    for layer in reversed(list(module.modules())):
-        if isinstance(layer, _ConvNd):
-            return Features(layer.out_channels, FIRST)
-        if isinstance(layer, nn.Linear):
-            return Features(layer.out_features, LAST)
-        if isinstance(layer, _NORMS):
+            return Features(layer.in_features if first else layer.out_features, LAST)
+        if isinstance(layer, _NORMS) and not isinstance(layer, nn.BatchNorm1d):  # of flat tokens
             return Features(_count(layer), FIRST)
     return UNKNOWN
 

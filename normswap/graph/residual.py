@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from normswap.graph.features import Features, Reader, agree, first_layer
+from normswap.graph.features import Features, Reader, agree, ends
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _WORK = (F.conv1d, F.conv2d, F.conv3d, F.linear, torch.matmul, operator.matmul, torch.bmm)
@@ -172,18 +172,21 @@ def features_of(residual: Residual, reader: Reader, before: bool = False) -> Fea
     both = [reader.read(end) for end in (residual.branch_end, residual.skip_end)]
     known = [f for f in both if f.known]
     added = known[0] if len(known) == 1 else agree(both)
-    start, identity = reader.read(residual.start), residual.skip_end is residual.start
+    start = reader.read(residual.start)
+    identity = before_stochastic(residual.skip_end, reader.module) is residual.start
     if added.known and (identity or not before):
         return added
     if start.known and (identity or before):
         return start
-    if not (identity or before):
-        return Features()
-    modules = (n for n in residual.path if n.op == "call_module")
-    found = (first_layer(reader.module.get_submodule(str(n.target))) for n in modules)
-    return next((f for f in found if f.known), Features())
+    modules = [n for n in residual.path if n.op == "call_module"]
+    layers = [reader.module.get_submodule(str(n.target)) for n in modules]
+    first, last = ends(layers, True), ends(layers, False)
+    if identity:
+        # What comes out is what went in: layers that work on a part of it do not tell.
+        return agree([first, last])
+    return first if before else Features()
 
 
 def input_channels(model: nn.Module) -> int | None:
     """Return the channels of a model's input, from its first convolution or norm."""
-    return first_layer(model).channels
+    return ends([model], True).channels

@@ -277,6 +277,14 @@ def test_one_architecture_of_every_family_of_timm_converts_right(tmp_path, capsy
     assert len(results(out)) >= 59
 
 
+@pytest.mark.slow
+def test_models_that_other_methods_got_wrong_once(tmp_path, capsys):
+    names = ["dla46x_c", "ghostnet_050", "rexnet_100", "shvit_s1", "efficientvit_m0"]
+    methods = ["--methods", "acn", "selfnorm", "--workers", "2", "--memory-gb", "8"]
+    code = main(["sweep", "--filter", *names, *methods, "--out", str(tmp_path / "out")])
+    assert code == 0, capsys.readouterr().out
+
+
 class Blocks(nn.Module):
     def __init__(self):
         super().__init__()
