@@ -177,3 +177,29 @@ def test_containers_that_iterate_over_their_children_run_an_inserted_layer_once(
     compiled = torch.compile(copy.deepcopy(converted), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
     assert normswap.revert(converted, discard=True)(x).equal(model(x))
+
+
+class Appends(nn.Sequential):
+    def forward(self, x, found):
+        for layer in self:
+            found.append(layer(found[-1]))
+        return torch.cat(found, 1)
+
+
+class Aggregates(nn.Module):
+    """Hands a list to a child that changes it, as the blocks of VoVNet do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = Appends(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+        self.last = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        found = [x]
+        return self.last(self.layers(x, found)) + found[0]
+
+
+def test_a_block_that_takes_no_layer_is_named_with_what_leaves_it_out():
+    model = nn.Sequential(Aggregates(), nn.BatchNorm2d(2), Aggregates()).eval()
+    with pytest.raises(ConversionError, match=r"layer in 0: it hands a list .* exclude='0'$"):
+        normswap.convert(model, "scale", placement="post")

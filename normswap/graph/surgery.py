@@ -118,7 +118,11 @@ class Surgery:
                 prepare_default(module, session)
                 reason = next((v.reason for v in state.seen() if v.run is None), None)
                 if reason is not None:
-                    raise ConversionError(f"cannot insert a layer in {state.fqn}: it {reason}")
+                    where = state.fqn or "the model itself"
+                    raise ConversionError(
+                        f"cannot insert a layer in {where}: it {reason}; "
+                        f"leave it out with exclude={state.fqn!r}"
+                    )
 
     def install_around(self, module: nn.Module, state: ContainerState, contextual: bool) -> None:
         """Install a forward that runs added children before and after the module's own."""
