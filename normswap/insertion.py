@@ -11,7 +11,7 @@ from torch.nn.modules.module import _forward_unimplemented
 from normswap.errors import ConversionError
 from normswap.graph.branches import explore
 from normswap.graph.container import dispatch
-from normswap.graph.features import LAST, Reader
+from normswap.graph.features import LAST, Features, Reader
 from normswap.graph.insert import PLACEMENTS, Insertion
 from normswap.graph.patches import TraceFailure
 from normswap.graph.residual import features_of, find_residuals, input_channels
@@ -131,27 +131,41 @@ def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
             if not graphs:
                 # Most such containers hold no add; one that does shows as a block never found.
                 continue
-            found, ambiguous = find_residuals(graphs[0], module)
-            counts = {len(find_residuals(graph, module)[0]) for graph in graphs}
+            ways = [find_residuals(graph, module) for graph in graphs]
+            counts = {len(found) for found, _ in ways}
             if len(counts) > 1:
                 why = f"has {sorted(counts)} residual adds, depending on its input"
                 yield module, Row(fqn, type(module).__name__, "refused", reason=why), None
                 continue
-            for why in ambiguous:
+            for why in ways[0][1]:
                 yield module, Row(fqn, type(module).__name__, "refused", reason=why), None
-            reader = Reader(module, graphs_of)
-            for block, residual in enumerate(found):
+            readers = [Reader(module, graphs_of) for _ in graphs]
+            for block, residual in enumerate(ways[0][0]):
                 row = Row(fqn, type(module).__name__, "refused", reason=residual.reason)
-                features = features_of(residual, reader, placement == "pre")
-                if not features.known or features.dimension == LAST:
-                    last = "its features have their channels last"
-                    why = last if features.known else "nothing tells the channels of its features"
+                features = {
+                    features_of(found[block], reader, placement)
+                    for (found, _), reader in zip(ways, readers, strict=True)
+                }
+                channels, why = _read(features)
+                if channels is None:
                     row.reason = f"{why} ({residual.reason})"
                     yield module, row, None
                     continue
-                where = (fqn, placement, features.channels, like.device, like.dtype)
-                place = Place(*where, block, len(found), reason=residual.reason)
+                where = (fqn, placement, channels, like.device, like.dtype)
+                place = Place(*where, block, len(ways[0][0]), reason=residual.reason)
                 yield module, row, place
+
+
+def _read(found: set[Features]) -> tuple[int | None, str]:
+    """Return the channels of a place, or None and why there is to be no layer."""
+    if len(found) > 1:
+        return None, "its features depend on the way through its forward"
+    (features,) = found
+    if not features.known:
+        return None, "nothing tells the channels of its features"
+    if features.dimension == LAST:
+        return None, "its features have their channels last"
+    return features.channels, ""
 
 
 def _graphs(session: TraceSession, module: nn.Module) -> list[fx.Graph]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import normswap
-from tests.scaling import Scale, double, scale_method
+from tests.scaling import Scale, scale_method
 
 __all__ = ["scale_method"]
 
@@ -74,12 +74,44 @@ class Permuted(nn.Module):
         return x + y.permute(0, 3, 1, 2)
 
 
+class PermutedByName(Permuted):
+    def forward(self, x):
+        y = self.linear(self.norm(x).permute(dims=(0, 2, 3, 1)))
+        return x + y.permute(dims=(0, 3, 1, 2))
+
+
+class Glu(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv, self.glu = nn.BatchNorm2d(4), nn.Conv2d(4, 8, 1), nn.GLU(1)
+
+    def forward(self, x):
+        return x + self.glu(self.conv(self.norm(x)))
+
+
+class Unordered(nn.Module):
+    """The layer defined first runs last; the skip is projected."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Conv2d(6, 5, 1)
+        self.first = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6))
+        self.skip = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        return self.skip(x) + self.last(self.first(x))
+
+
 @pytest.mark.parametrize(
     ("block", "channels", "at_add"),
-    [(GhostBlock, 5, 5), (Part, 3, 3), (Gated, 4, 4), (Permuted, 4, 4)],
+    [
+        *[(GhostBlock, 5, 5), (Part, 3, 3), (Gated, 4, 4), (Permuted, 4, 4)],
+        *[(PermutedByName, 4, 4), (Glu, 4, 4), (Unordered, 4, 5)],
+    ],
 )
 @pytest.mark.parametrize("placement", ["pre", "residual", "identity", "post"])
 def test_channels_are_those_that_arrive(block, channels, at_add, placement):
+    at_add = channels if placement == "pre" else at_add
     model = normswap.convert(block().eval(), "scale", placement=placement)
     seen = []
     for module in model.modules():
@@ -121,59 +153,68 @@ class Attention(nn.Module):
         return (logits + self.position).softmax(-1)
 
 
-@pytest.mark.parametrize(
-    ("block", "reason"),
-    [(Tokens, "channels last"), (Attention, "nothing tells the channels|both operands")],
-)
-def test_what_has_no_channels_in_dimension_1_gets_no_layer_and_a_reason(block, reason):
-    with pytest.raises(normswap.ConversionError, match=reason):
-        normswap.plan(block(), "scale", placement="post")
-
-
-class Handed(nn.Module):
-    """A block whose caller may hand it its skip, as the trees of DLA do."""
+class Sequence(nn.Module):
+    """(N, T, C): a convolution over T, between two transpositions."""
 
     def __init__(self):
         super().__init__()
-        self.conv = double(nn.Conv2d(1, 1, 1, bias=False))
-        self.bn = nn.BatchNorm2d(1, eps=0.0)
-
-    def forward(self, x, shortcut=None):
-        if shortcut is None:
-            shortcut = x
-        return self.bn(self.conv(x)) + shortcut
-
-
-class Tree(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.project = nn.Conv2d(1, 1, 1, bias=False)
-        nn.init.constant_(self.project.weight, 10.0)
-        self.one, self.other = Handed(), Handed()
+        self.conv = nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4))
 
     def forward(self, x):
-        return self.other(self.one(x, self.project(x)))
+        return x + self.conv(x.transpose(1, 2)).transpose(1, 2)
 
 
+class Ways(nn.Module):
+    """Where channels lie depends on the size of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        if x.shape[1] == 4:
+            return x + self.conv(x)
+        return x + self.linear(x)
+
+
+class Narrow(nn.Module):
+    """One channel is added to all."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(4, 1, 1), nn.BatchNorm2d(1))
+
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+@pytest.mark.parametrize("placement", ["pre", "residual", "identity", "post"])
 @pytest.mark.parametrize(
-    ("placement", "expected"),
-    # one: 2 x + 10 x; other: 2 y + y; with a factor of 3 in both.
-    [("pre", 16 * 7), ("residual", 16 * 7), ("identity", 32 * 5), ("post", 36 * 9)],
+    ("block", "reason"),
+    [
+        (Tokens, "channels last|nothing tells"),
+        (Attention, "nothing tells the channels|both operands"),
+        (Sequence, "nothing tells"),
+        (Ways, "depend on the way"),
+        (Narrow, "nothing tells"),
+    ],
 )
-def test_a_block_may_be_handed_its_skip(placement, expected):
-    model = normswap.convert(Tree().eval(), "scale", placement=placement, start=3.0)
-    assert model(torch.ones(1, 1, 1, 1)).item() == expected
+def test_what_has_no_channels_in_dimension_1_gets_no_layer_and_a_reason(block, reason, placement):
+    with pytest.raises(normswap.ConversionError, match=reason):
+        normswap.plan(block(), "scale", placement=placement)
 
 
 @pytest.mark.parametrize("name", ["dla46x_c", "ghostnet_050", "rexnet_100", "levit_128s"])
+@pytest.mark.parametrize("placement", ["pre", "post"])
 @pytest.mark.parametrize("method", ["selfnorm", "crossnorm"])
-def test_models_that_combine_and_hand_on_features(name, method):
+def test_models_that_combine_and_hand_on_features(name, method, placement):
     model = timm.create_model(name).eval()
     x = torch.randn(2, 3, *model.default_cfg["input_size"][1:])
     if name == "levit_128s":
-        with pytest.raises(normswap.ConversionError, match="channels last"):
-            normswap.convert(model, method, placement="post")
+        with pytest.raises(normswap.ConversionError, match=r"channels last|nothing tells"):
+            normswap.convert(model, method, placement=placement)
         return
-    converted = normswap.convert(model, method, placement="post")
+    converted = normswap.convert(model, method, placement=placement)
     assert torch.equal(converted(x), model(x))
     converted.train()(x).sum().backward()

@@ -20,17 +20,22 @@ _KEEP_METHODS = (
 _KEEP_FUNCTIONS = (
     *("relu", "relu_", "relu6", "silu", "gelu", "elu", "leaky_relu", "mish", "hardswish", "celu"),
     *("hardsigmoid", "hardtanh", "hardtanh_", "sigmoid", "tanh", "softplus", "selu", "dropout"),
-    *("dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "interpolate", "upsample"),
-    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d"),
-    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
-    *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "boolean_dispatch"),
-    *("batch_norm", "instance_norm", "group_norm", "layer_norm", "normalize", "clamp", "neg"),
-    *("softmax", "exp", "square", "sqrt", "abs", "pow", "drop_path", "checkpoint", "clone"),
+    *("dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "clamp", "neg", "softmax"),
+    *("batch_norm", "instance_norm", "group_norm", "layer_norm", "normalize", "exp", "square"),
+    *("sqrt", "abs", "pow", "drop_path", "checkpoint", "clone"),
 )
+# These work on the dimensions of a map, after the channels.
+_MAP_FUNCTIONS = (
+    *("interpolate", "upsample", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d"),
+    *("max_pool2d", "max_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+    *("adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+)
+_KEEP_MODULES = ("activation", "dropout", "linear")
+_MAP_MODULES = ("pooling", "upsampling", "padding")
+_NOT_KEPT = (nn.GLU, nn.MultiheadAttention)
 _WEIGHTED = ("conv1d", "conv2d", "conv3d", "linear")
 _BOTH = ("add", "sub", "mul", "div", "truediv", "iadd", "isub", "imul", "itruediv", "maximum")
 _BOTH_METHODS = ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")
-_RESHAPES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
@@ -91,10 +96,11 @@ class Reader:
         method = node.op == "call_method"
         name = str(node.target) if method else getattr(node.target, "__name__", "")
         if name in (_BOTH_METHODS if method else _BOTH):
-            values = [v for v in node.args[:2] if isinstance(v, fx.Node) and v.op != "get_attr"]
-            return agree([self.read(value) for value in values])
+            return self._combined([v for v in node.args[:2] if isinstance(v, fx.Node)])
         if name in (_KEEP_METHODS if method else _KEEP_FUNCTIONS):
             return self.read(node.args[0])
+        if not method and name in _MAP_FUNCTIONS:
+            return first_only(self.read(node.args[0]))
         if name in ("cat", "concat"):
             return self._concatenated(node)
         if name == "permute":
@@ -104,7 +110,7 @@ class Reader:
         if node.target is operator.getitem:
             return self._sliced(node)
         if name in ("mean", "sum", "amax") and node.kwargs.get("keepdim") is True:
-            return self.read(node.args[0])
+            return self._averaged(node)
         return UNKNOWN
 
     def of_module(self, module: nn.Module, arguments: Sequence[Features]) -> Features:
@@ -118,17 +124,16 @@ class Reader:
             return Features(_count(module), FIRST)
         if isinstance(module, nn.LayerNorm) and type(module) is nn.LayerNorm:
             return Features(module.normalized_shape[-1], LAST)
-        if isinstance(module, _RESHAPES):
-            return UNKNOWN
         if type(module) is nn.Sequential:
             for child in module:
                 first = self.of_module(child, [first])
             return first
         if type(module).__module__.startswith("torch.nn."):
-            return first
-        count = getattr(module, "num_features", None) or getattr(module, "out_channels", None)
-        if isinstance(count, int) and not any(module.children()):
-            return Features(count, FIRST)
+            kind = type(module).__module__.rpartition(".")[2]
+            if kind in _MAP_MODULES:
+                return first_only(first)
+            kept = kind in _KEEP_MODULES and not isinstance(module, _NOT_KEPT)
+            return first if kept else UNKNOWN
         graphs = self.graphs_of(module)
         if not graphs and next(module.parameters(), None) is None:
             return first  # stochastic depth and the like
@@ -139,6 +144,43 @@ class Reader:
             output = next(n for n in graph.nodes if n.op == "output").args[0]
             found.append(Reader(module, self.graphs_of, given).read(output))
         return found[0] if found and all(f == found[0] for f in found) else UNKNOWN
+
+    def taken(self, node: fx.Node) -> Features:
+        """Return the features of a value by the layers that take it, if those that tell agree."""
+        found = [self._taken_by(user, node) for user in node.users]
+        return agree([f for f in found if f.known])
+
+    def _taken_by(self, user: fx.Node, node: fx.Node) -> Features:
+        if user.op != "call_module" or not user.args or user.args[0] is not node:
+            return UNKNOWN
+        module = self.module.get_submodule(str(user.target))
+        while type(module) is nn.Sequential and len(module):
+            module = module[0]
+        if isinstance(module, _ConvNd):
+            return Features(module.in_channels, FIRST)
+        if isinstance(module, nn.Linear):
+            return Features(module.in_features, LAST)
+        if isinstance(module, _NORMS):
+            return Features(_count(module), FIRST)
+        found = []
+        for graph in self.graphs_of(module):
+            entry = next((n for n in graph.nodes if n.op == "placeholder"), None)
+            if entry is not None:
+                found.append(Reader(module, self.graphs_of).taken(entry))
+        return found[0] if found and all(f == found[0] for f in found) else UNKNOWN
+
+    def _combined(self, values: Sequence[fx.Node]) -> Features:
+        given = [v for v in values if v.op == "get_attr"]
+        found = agree([self.read(value) for value in values if value not in given])
+        # A parameter may have more channels than the one it meets.
+        return UNKNOWN if given and found.channels == 1 else found
+
+    def _averaged(self, node: fx.Node) -> Features:
+        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        dims = dims if isinstance(dims, (list, tuple)) else (dims,)
+        if not all(isinstance(d, int) and d > 1 for d in dims):
+            return UNKNOWN
+        return first_only(self.read(node.args[0]))
 
     def _weighted(self, node: fx.Node, dimension: int) -> Features:
         weight = node.args[1]
@@ -158,9 +200,10 @@ class Reader:
 
     def _permuted(self, node: fx.Node) -> Features:
         """Follow the channels of four-dimensional values between dimension 1 and the last."""
-        order: Any = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+        order: Any = node.args[1:] or node.kwargs.get("dims", ())
+        order = order[0] if order and isinstance(order[0], (list, tuple)) else order
         value = self.read(node.args[0])
-        if not value.known or not all(isinstance(d, int) for d in order):
+        if not (value.known and order) or not all(isinstance(d, int) for d in order):
             return UNKNOWN
         place = [d % len(order) for d in order].index((value.dimension or 0) % len(order))
         places = {1: FIRST, len(order) - 1: LAST}
@@ -168,8 +211,6 @@ class Reader:
 
     def _sliced(self, node: fx.Node) -> Features:
         value, index = self.read(node.args[0]), node.args[1]
-        if isinstance(index, tuple) and index[0] is Ellipsis and len(index) < 4:
-            return value if value.dimension == FIRST else UNKNOWN  # of the map's sides
         if value.dimension != FIRST or not isinstance(index, tuple) or len(index) < 2:
             return UNKNOWN
         part = index[1]
@@ -181,6 +222,11 @@ class Reader:
         return Features(len(range(*part.indices(value.channels))), FIRST)
 
 
+def first_only(found: Features) -> Features:
+    """Return features whose channels are dimension 1; others are unknown."""
+    return found if found.dimension == FIRST else UNKNOWN
+
+
 def agree(found: Sequence[Features]) -> Features:
     """Return the features of values that are added or multiplied: of those known, if all agree.
 
@@ -190,19 +236,6 @@ def agree(found: Sequence[Features]) -> Features:
     if not known and all(f.known for f in found):
         known = set(found)
     return known.pop() if len(known) == 1 else UNKNOWN
-
-
-def ends(modules: Sequence[nn.Module], first: bool) -> Features:
-    """Return what modules in a row take, or return, by their first or last layer that tells."""
-    layers = [layer for module in modules for layer in module.modules()]
-    for layer in layers if first else reversed(layers):
-        if isinstance(layer, _ConvNd):
-            return Features(layer.in_channels if first else layer.out_channels, FIRST)
-        if isinstance(layer, nn.Linear):
-            return Features(layer.in_features if first else layer.out_features, LAST)
-        if isinstance(layer, _NORMS) and not isinstance(layer, nn.BatchNorm1d):  # of flat tokens
-            return Features(_count(layer), FIRST)
-    return UNKNOWN
 
 
 def _count(norm: nn.Module) -> int | None:

@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from normswap.graph.features import Features, Reader, agree, ends
+from normswap.graph.features import Features, Reader, agree
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _WORK = (F.conv1d, F.conv2d, F.conv3d, F.linear, torch.matmul, operator.matmul, torch.bmm)
@@ -63,6 +63,7 @@ def find_residuals(
     sizes = _sizes(graph)
     before = _ancestors(graph, sizes)
     unclear: list[fx.Node] = []
+    handed: set[fx.Node] = set()
     found: list[Residual] = []
     ambiguous: list[str] = []
     for node in graph.nodes:
@@ -73,6 +74,7 @@ def find_residuals(
         shared = {n for n in sides[0] & sides[1] if n.op != "get_attr" and n not in sizes}
         if not shared and joined:
             shared = _handed(operands, sides)
+            handed |= {node} if shared else set()
         if not shared:
             continue
         start = max(shared, key=order.__getitem__)
@@ -94,7 +96,8 @@ def find_residuals(
         reason = f"branch {', '.join(names[branch])}; skip {skip}"
         found.append(Residual(node, branch, start, tuple(paths[branch]), reason))
     # An add on the branch of another block is a part of that block, not a block's end.
-    inner = {r.add for r in found for outer in found if r.add in outer.path}
+    outermost = [r for r in found if r.add not in handed]
+    inner = {r.add for r in found for outer in outermost if r.add in outer.path}
     # Nor is one that is an operand of an add that nobody can tell.
     inner |= {operand for node in unclear for operand in node.all_input_nodes}
     return [r for r in found if r.add not in inner], ambiguous
@@ -167,26 +170,32 @@ def before_stochastic(node: fx.Node, module: nn.Module) -> fx.Node:
     return node
 
 
-def features_of(residual: Residual, reader: Reader, before: bool = False) -> Features:
-    """Return the features at the add of a block, or `before`, those of what the branch takes."""
-    both = [reader.read(end) for end in (residual.branch_end, residual.skip_end)]
-    known = [f for f in both if f.known]
-    added = known[0] if len(known) == 1 else agree(both)
+def features_of(residual: Residual, reader: Reader, placement: str) -> Features:
+    """Return the features at a place of a block; unknown where those at its add are."""
+    branch, skip = (reader.read(end) for end in (residual.branch_end, residual.skip_end))
+    added = agree([branch, skip])
     start = reader.read(residual.start)
+    start = start if start.known else reader.taken(residual.start)
     identity = before_stochastic(residual.skip_end, reader.module) is residual.start
-    if added.known and (identity or not before):
+    if not (branch.known and skip.known):
+        added = branch if branch.known else skip
+        if not added.known and identity:
+            added = start
+        if added.channels == 1 and identity and start.channels != 1:
+            return Features()  # one may be broadcast to those of the other side
+    if not added.known or placement == "post":
         return added
-    if start.known and (identity or before):
-        return start
-    modules = [n for n in residual.path if n.op == "call_module"]
-    layers = [reader.module.get_submodule(str(n.target)) for n in modules]
-    first, last = ends(layers, True), ends(layers, False)
-    if identity:
-        # What comes out is what went in: layers that work on a part of it do not tell.
-        return agree([first, last])
-    return first if before else Features()
+    if placement == "pre":
+        return start if start.known or not identity else added
+    own = branch if placement == "residual" else skip
+    return own if own.known else added
 
 
 def input_channels(model: nn.Module) -> int | None:
-    """Return the channels of a model's input, from its first convolution or norm."""
-    return ends([model], True).channels
+    """Return the channels of a model's input, from its first convolution, linear layer or norm."""
+    for layer in model.modules():
+        for name in ("in_channels", "in_features", "num_features"):
+            count = getattr(layer, name, None)
+            if isinstance(count, int) and not any(layer.children()):
+                return count
+    return None
