@@ -122,7 +122,7 @@ class Reader:
             return Features(module.out_features, LAST)
         if isinstance(module, _NORMS):
             return Features(_count(module), FIRST)
-        if isinstance(module, nn.LayerNorm) and type(module) is nn.LayerNorm:
+        if type(module) is nn.LayerNorm:
             return Features(module.normalized_shape[-1], LAST)
         if type(module) is nn.Sequential:
             for child in module:
@@ -134,11 +134,8 @@ class Reader:
                 return first_only(first)
             kept = kind in _KEEP_MODULES and not isinstance(module, _NOT_KEPT)
             return first if kept else UNKNOWN
-        graphs = self.graphs_of(module)
-        if not graphs and next(module.parameters(), None) is None:
-            return first  # stochastic depth and the like
         found = []
-        for graph in graphs:
+        for graph in self.graphs_of(module):
             names = [n.name for n in graph.nodes if n.op == "placeholder"]
             given = dict(zip(names, arguments, strict=False))
             output = next(n for n in graph.nodes if n.op == "output").args[0]
