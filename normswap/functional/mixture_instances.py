@@ -130,7 +130,6 @@ class InstanceMixtureGlue:
             dtau.addcmul_(slope, off)
             constant = slope.addcmul_(by_var, off).mul_(tau).sum(0)
             dmean, dvar = (t.masked_fill(usable, 0) for t in (dmean, dvar))
-        # To a tau of nothing nothing is due, whatever a far value made of the rest.
         dlogit = tau * dtau
         dlogit.addcmul_(tau, dlogit.sum(0), value=-1)
         dprior = dlogit.sum(1)
