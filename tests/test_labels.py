@@ -9,6 +9,7 @@ from torch import nn
 
 import normswap
 from normswap import ContextError, MissingContextError, UnknownNameError
+from normswap.functional import kernels
 from tests.builders import make_batch, make_cn, make_cnx, trained_norm
 
 NAMES = ("photo", "art", "sketch")
@@ -94,6 +95,22 @@ def test_samples_of_one_context_give_what_they_give_beside_others(make, layout):
     expected = torch.autograd.grad(beside, tensors, cotangent)
     for a, b in zip(torch.autograd.grad(alone, tensors, cotangent), expected, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [make_cn, make_cnx])
+def test_one_context_for_a_batch_has_one_row_of_tables_where_mixed_labels_have_one_each(
+    make, monkeypatch
+):
+    rows, affine = [], kernels.affine
+
+    def record(x, scale, offset):
+        rows.append(len(scale))
+        return affine(x, scale, offset)
+
+    monkeypatch.setattr(kernels, "affine", record)
+    layer, x = make().eval(), make_batch((4, 4, 3, 5))
+    layer(x, "2"), layer(x, torch.tensor([2, 0, 1, 1]))
+    assert rows == [1, 4]
 
 
 @pytest.mark.filterwarnings("ignore")
