@@ -9,19 +9,19 @@ from torch import fx, nn
 from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.errors import ConversionError
-from normswap.graph.branches import explore
-from normswap.graph.container import dispatch
-from normswap.graph.features import LAST, Features, Reader
-from normswap.graph.insert import PLACEMENTS, Insertion
-from normswap.graph.patches import TraceFailure
-from normswap.graph.residual import features_of, find_residuals, input_channels
+from normswap.graph.blocks.features import LAST, Features, Reader
+from normswap.graph.blocks.insert import PLACEMENTS, Insertion
+from normswap.graph.blocks.residual import features_of, find_residuals, input_channels
+from normswap.graph.dispatch import dispatch
 from normswap.graph.scope import Scope
-from normswap.graph.signature import parameters_of, write_forward
 from normswap.graph.state import ContainerState
 from normswap.graph.surgery import Surgery
-from normswap.graph.trace import TraceSession
-from normswap.graph.tracer import Traced
-from normswap.graph.values import describe
+from normswap.graph.tracing.branches import explore
+from normswap.graph.tracing.patches import TraceFailure
+from normswap.graph.tracing.signature import parameters_of, write_forward
+from normswap.graph.tracing.trace import TraceSession
+from normswap.graph.tracing.tracer import Traced
+from normswap.graph.tracing.values import describe
 from normswap.methods.base import BaseMethod, Contexts, InsertedMethod, Method
 from normswap.original import remember_original
 from normswap.report import Row

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normswap.errors import ConversionError, VerificationError
-from normswap.graph.remember import remember
 from normswap.report import Verification
 from normswap.streams import modes_kept
+from normswap.util.restore_state import remember
 
 # Output differences allowed, as a share of the largest output; rounding is far below, a wrong
 # statistic or affine far above.

@@ -14,7 +14,7 @@ ROOT = Path(normswap.__file__).parent
 ORDER = [
     {"errors"},
     {"functional"},
-    {"distributed", "streams", "extras", "schema", "files"},
+    {"distributed", "streams", "extras", "schema", "files", "util"},
     {"sites"},
     {"methods", "contexts", "presets", "select"},
     {"graph"},
@@ -74,7 +74,7 @@ def test_functional_depends_on_torch_and_errors_alone():
 
 
 def test_graph_knows_no_method():
-    for path in (ROOT / "graph").glob("*.py"):
+    for path in (ROOT / "graph").rglob("*.py"):
         assert "methods" not in {name[1] for name in imported(path)}, path
 
 

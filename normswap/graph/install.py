@@ -6,17 +6,17 @@ from typing import Any
 
 from torch import nn
 
-from normswap.graph.container import dispatch
-from normswap.graph.hidden import hiding
+from normswap.graph.blocks.hidden import hiding
+from normswap.graph.dispatch import dispatch
 from normswap.graph.prepare import prepare_default
-from normswap.graph.signature import (
+from normswap.graph.state import ContainerState
+from normswap.graph.tracing.signature import (
     any_parameters,
     declared_parameters,
     parameters_of,
     write_forward,
 )
-from normswap.graph.state import ContainerState
-from normswap.graph.trace import TraceSession
+from normswap.graph.tracing.trace import TraceSession
 
 
 def install(module: nn.Module, state: ContainerState, contextual: bool = True) -> None:

@@ -7,11 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.graph.branches import explore, join
-from normswap.graph.hazards import is_something
-from normswap.graph.insert import insert_layers
-from normswap.graph.patches import TraceFailure
-from normswap.graph.probe import learn
+from normswap.graph.blocks.insert import insert_layers
 from normswap.graph.state import (
     ContainerState,
     Variant,
@@ -19,9 +15,13 @@ from normswap.graph.state import (
     own_forward_of,
     walk,
 )
-from normswap.graph.trace import TraceSession
-from normswap.graph.tracer import Traced
-from normswap.graph.values import describe, find_other
+from normswap.graph.tracing.branches import explore, join
+from normswap.graph.tracing.hazards import is_something
+from normswap.graph.tracing.patches import TraceFailure
+from normswap.graph.tracing.probe import learn
+from normswap.graph.tracing.trace import TraceSession
+from normswap.graph.tracing.tracer import Traced
+from normswap.graph.tracing.values import describe, find_other
 
 _MOST_VARIANTS = 64
 _MOST_OUTLINED = 4

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ContextError
-from normswap.graph.remember import remember
+from normswap.util.restore_state import remember
 
 _OUTER, _INNER, _MIXED = "samples outermost", "samples innermost", "mixed"
 Call = Callable[[Any], Any]

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from normswap.errors import ConversionError
-from normswap.graph.handed import NOTHING, Effects
-from normswap.graph.insert import Insertion
+from normswap.graph.blocks.insert import Insertion
 from normswap.graph.scope import Scope
-from normswap.graph.values import Kind, describe, rebuild
+from normswap.graph.tracing.handed import NOTHING, Effects
+from normswap.graph.tracing.values import Kind, describe, rebuild
 
 
 @dataclass

@@ -12,7 +12,7 @@ from normswap.graph.install import install, uninstall
 from normswap.graph.prepare import prepare_default
 from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
-from normswap.graph.trace import TraceSession
+from normswap.graph.tracing.trace import TraceSession
 
 _SIMPLE = {bool, int, float, str, type(None), set, OrderedDict}
 _HELD = (

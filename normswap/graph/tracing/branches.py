@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import fx
 
-from normswap.graph.origin import is_library
-from normswap.graph.outline import is_raised, methods_failed
-from normswap.graph.patches import TraceFailure
-from normswap.graph.questions import is_pure
-from normswap.graph.tracer import ContainerTracer, Traced
+from normswap.graph.tracing.origin import is_library
+from normswap.graph.tracing.outline import is_raised, methods_failed
+from normswap.graph.tracing.patches import TraceFailure
+from normswap.graph.tracing.questions import is_pure
+from normswap.graph.tracing.tracer import ContainerTracer, Traced
 
 MOST_PATHS = 16
 Run = Callable[..., Any]
@@ -28,7 +28,7 @@ class Branch:
     """
 
     __name__ = "branch"
-    __module__ = "normswap.graph.branches"
+    __module__ = "normswap.graph.tracing.branches"
 
     def __init__(self, *runs: tuple[Run, tuple[int, ...]]) -> None:
         self.runs = runs

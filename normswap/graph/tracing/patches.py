@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.graph.mutates import changes, gives_back
-from normswap.graph.origin import is_library, is_torch
-from normswap.graph.values import any_leaf, find_lists
+from normswap.graph.tracing.mutates import changes, gives_back
+from normswap.graph.tracing.origin import is_library, is_torch
+from normswap.graph.tracing.values import any_leaf, find_lists
 
 _MISSING = object()
 # Builtins that turn into calls in the graph when given symbolic values.
@@ -171,7 +171,7 @@ class IsInstance:
     """Tests the type of a value when it runs."""
 
     __name__ = "is_instance"
-    __module__ = "normswap.graph.patches"
+    __module__ = "normswap.graph.tracing.patches"
     pure = True
 
     def __init__(self, kinds: list[Any]) -> None:

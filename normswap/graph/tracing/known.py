@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from normswap.graph.names import Names, returns_tensor
 from normswap.graph.state import Variant
-from normswap.graph.tracer import Traced
+from normswap.graph.tracing.names import Names, returns_tensor
+from normswap.graph.tracing.tracer import Traced
 
 
 class _Example(NamedTuple):

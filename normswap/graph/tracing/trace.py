@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.graph import patches as p
-from normswap.graph.branches import end_at_question
-from normswap.graph.handed import Effects, find_effects, snapshot_lists
-from normswap.graph.hazards import Watch
-from normswap.graph.held import DRAWS, put_back, random_states
-from normswap.graph.known import Known
-from normswap.graph.live import SWITCHES, LiveCalls
-from normswap.graph.origin import is_library, is_torch
-from normswap.graph.patches import Patches, TraceFailure
-from normswap.graph.region import trace_checkpointed
-from normswap.graph.tracer import ContainerTracer, Traced
-from normswap.graph.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
-from normswap.graph.watched import record_function
+from normswap.graph.tracing import patches as p
+from normswap.graph.tracing.branches import end_at_question
+from normswap.graph.tracing.handed import Effects, find_effects, snapshot_lists
+from normswap.graph.tracing.hazards import Watch
+from normswap.graph.tracing.held import DRAWS, put_back, random_states
+from normswap.graph.tracing.known import Known
+from normswap.graph.tracing.live import SWITCHES, LiveCalls
+from normswap.graph.tracing.origin import is_library, is_torch
+from normswap.graph.tracing.patches import Patches, TraceFailure
+from normswap.graph.tracing.region import trace_checkpointed
+from normswap.graph.tracing.tracer import ContainerTracer, Traced
+from normswap.graph.tracing.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
+from normswap.graph.tracing.watched import record_function
 
 _LOCK = threading.RLock()
 _OPEN: list["TraceSession"] = []

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
-from normswap.graph.patches import TraceFailure
-from normswap.graph.residual import Residual, before_stochastic, find_residuals
+from normswap.graph.blocks.residual import Residual, before_stochastic, find_residuals
+from normswap.graph.tracing.patches import TraceFailure
 
 PLACEMENTS = ("pre", "residual", "identity", "post")
 

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
-from normswap.graph.handed import NOTHING, Effects, hand_on, take_back
-from normswap.graph.held import Held, is_plain, snapshot
-from normswap.graph.live import SWITCHES
-from normswap.graph.mutates import changes, gives_back
-from normswap.graph.names import Names, returns_tensor
-from normswap.graph.outline import Outlined, methods_running
-from normswap.graph.patches import TraceFailure
-from normswap.graph.questions import MOST_QUESTIONS, is_pure, question_key
-from normswap.graph.region import Region
-from normswap.graph.symbol import Value, unpack
-from normswap.graph.values import describe
-from normswap.graph.watched import check_lists, watch_lists
+from normswap.graph.tracing.handed import NOTHING, Effects, hand_on, take_back
+from normswap.graph.tracing.held import Held, is_plain, snapshot
+from normswap.graph.tracing.live import SWITCHES
+from normswap.graph.tracing.mutates import changes, gives_back
+from normswap.graph.tracing.names import Names, returns_tensor
+from normswap.graph.tracing.outline import Outlined, methods_running
+from normswap.graph.tracing.patches import TraceFailure
+from normswap.graph.tracing.questions import MOST_QUESTIONS, is_pure, question_key
+from normswap.graph.tracing.region import Region
+from normswap.graph.tracing.symbol import Value, unpack
+from normswap.graph.tracing.values import describe
+from normswap.graph.tracing.watched import check_lists, watch_lists
 
 _BASE = set(vars(nn.Module())) - {"training"}
 

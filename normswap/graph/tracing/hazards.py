@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from normswap.graph.origin import is_torch
-from normswap.graph.outline import method_of
-from normswap.graph.patches import TraceFailure
+from normswap.graph.tracing.origin import is_torch
+from normswap.graph.tracing.outline import method_of
+from normswap.graph.tracing.patches import TraceFailure
 
 _LOADS = ("LOAD_FAST", "LOAD_DEREF")
 _CATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.graph.origin import is_torch
+from normswap.graph.tracing.origin import is_torch
 
 
 class Names:

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from normswap.errors import ConversionError
-from normswap.graph.patches import TraceFailure
+from normswap.graph.tracing.patches import TraceFailure
 
 
 class Value(fx.Proxy):

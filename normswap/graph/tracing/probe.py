@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from normswap.graph.branches import explore
-from normswap.graph.handed import NOTHING, Effects
-from normswap.graph.patches import TraceFailure
-from normswap.graph.signature import parameters_of, write_forward
 from normswap.graph.state import ContainerState
-from normswap.graph.trace import TraceSession
-from normswap.graph.tracer import Traced, probe_key
-from normswap.graph.values import describe, find_other
+from normswap.graph.tracing.branches import explore
+from normswap.graph.tracing.handed import NOTHING, Effects
+from normswap.graph.tracing.patches import TraceFailure
+from normswap.graph.tracing.signature import parameters_of, write_forward
+from normswap.graph.tracing.trace import TraceSession
+from normswap.graph.tracing.tracer import Traced, probe_key
+from normswap.graph.tracing.values import describe, find_other
 
 Prepare = Callable[[nn.Module, tuple[Any, ...], TraceSession], Any]
 

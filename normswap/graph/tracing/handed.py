@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from normswap.graph.mutates import may_change
-from normswap.graph.origin import is_torch
-from normswap.graph.patches import TraceFailure
-from normswap.graph.signature import EXAMPLE
-from normswap.graph.values import describe, find_lists, rebuild
-from normswap.graph.watched import Watched, check_lists, contents, keys_of, watch_lists
+from normswap.graph.tracing.mutates import may_change
+from normswap.graph.tracing.origin import is_torch
+from normswap.graph.tracing.patches import TraceFailure
+from normswap.graph.tracing.signature import EXAMPLE
+from normswap.graph.tracing.values import describe, find_lists, rebuild
+from normswap.graph.tracing.watched import Watched, check_lists, contents, keys_of, watch_lists
 
 # Position of an argument, and the keys its object has after the forward.
 Write = tuple[int, tuple[Any, ...]]

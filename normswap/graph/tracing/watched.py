@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from normswap.errors import ConversionError
-from normswap.graph.origin import is_library
+from normswap.graph.tracing.origin import is_library
 
 # A list or dict, its node, and its parts as they are handed on.
 Watched = tuple[Any, fx.Proxy, list[Any]]

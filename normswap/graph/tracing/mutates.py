@@ -5,7 +5,7 @@ import functools
 import inspect
 import types
 
-from normswap.graph.origin import is_torch
+from normswap.graph.tracing.origin import is_torch
 
 _MUTATORS = frozenset(
     "append extend insert pop popitem remove clear update setdefault sort reverse".split()

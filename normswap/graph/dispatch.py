@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from normswap.functional.labels import Context, wrong_length
-from normswap.graph.handed import aliased, give_back, write_back
 from normswap.graph.prepare import prepare
 from normswap.graph.scope import Scope
 from normswap.graph.state import (
@@ -22,8 +21,9 @@ from normswap.graph.state import (
     run_scoped,
     untraced,
 )
-from normswap.graph.trace import TraceSession, tracing
-from normswap.graph.values import describe
+from normswap.graph.tracing.handed import aliased, give_back, write_back
+from normswap.graph.tracing.trace import TraceSession, tracing
+from normswap.graph.tracing.values import describe
 
 
 def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:

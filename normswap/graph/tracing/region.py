@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from normswap.graph.handed import NOTHING, find_effects, snapshot_lists
-from normswap.graph.patches import TraceFailure
-from normswap.graph.values import describe, find_other, rebuild
+from normswap.graph.tracing.handed import NOTHING, find_effects, snapshot_lists
+from normswap.graph.tracing.patches import TraceFailure
+from normswap.graph.tracing.values import describe, find_other, rebuild
 
 _CHECKPOINT = torch.utils.checkpoint.checkpoint
 _OPTIONS = {
@@ -39,7 +39,7 @@ class Region:
     """
 
     __name__ = "checkpoint_region"
-    __module__ = "normswap.graph.region"
+    __module__ = "normswap.graph.tracing.region"
 
     def __init__(self, graph: fx.Graph, options: dict[str, Any]) -> None:
         self.graph = graph

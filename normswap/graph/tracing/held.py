@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.graph.patches import TraceFailure
+from normswap.graph.tracing.patches import TraceFailure
 
 _PLAIN = (
     *(bool, int, float, str, bytes, type(None), type, enum.Enum),

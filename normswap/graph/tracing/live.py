@@ -5,8 +5,8 @@ from typing import Any
 from torch import fx
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from normswap.graph.patches import TraceFailure
-from normswap.graph.values import any_leaf
+from normswap.graph.tracing.patches import TraceFailure
+from normswap.graph.tracing.values import any_leaf
 
 SWITCHES = "switches gradients or autocast on or off inside forward"
 

@@ -16,7 +16,7 @@ class Outlined:
         scoped: whether norms may be reached from it, which then find the context in scope.
     """
 
-    __module__ = "normswap.graph.outline"
+    __module__ = "normswap.graph.tracing.outline"
 
     def __init__(self, name: str) -> None:
         self.name = self.__name__ = name

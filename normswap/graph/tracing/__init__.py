@@ -1,0 +1,1 @@
+"""Tracing one container: a graph that stands for its forward, or why none does."""

@@ -1,0 +1,1 @@
+"""Small tools that several houses use."""
