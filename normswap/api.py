@@ -50,6 +50,7 @@ def convert(
     inplace: bool = False,
     example_inputs: Any = None,
     verify: bool = True,
+    trace: bool = True,
     **options: Any,
 ) -> nn.Module:
     """Return the model with its norms replaced, computing the same function, taking ``context=``.
@@ -82,6 +83,9 @@ def convert(
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, batch first.
             Made by itself for models that state their input size.
         verify: compare outputs before and after on the example inputs, in eval mode.
+        trace: run graphs in place of forwards that they stand for. Without, every module runs its
+            own forward, to the same results: layers cannot be inserted inside a forward then, and
+            checkpointing, compiling and exporting see the context only in the norms.
         **options: of the method.
 
     Returns:
@@ -114,7 +118,7 @@ def convert(
         layer = convert_bare(target, chosen, record, found[0])
         exempt_norms(layer)
         return layer
-    surgery = Surgery(target)
+    surgery = Surgery(target, trace)
     try:
         operate(surgery, chosen, record, found)
         if expected is None:
@@ -148,6 +152,7 @@ def plan(
     preset: str | None = None,
     unknown: str = "pooled",
     priors: Tensor | Sequence[float] | None = None,
+    trace: bool = True,
     **options: Any,
 ) -> Report:
     """Return what `convert` with these arguments would do, without tensors and without running.
@@ -167,7 +172,7 @@ def plan(
     record = Record(method, parsed, given, rows, type(model).__name__)
     if is_bare(found):
         return summarise(convert_bare(shell, chosen, record, found[0]), record)
-    operate(Surgery(shell), chosen, record, found)
+    operate(Surgery(shell, trace), chosen, record, found)
     return summarise(shell, record)
 
 

@@ -73,6 +73,8 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
     context = _resolve(state, values, leaves, context)
     if entered and _may_mix(context):
         return state.scope.rows.run(module, lambda v: _run(module, state, v, context), values)
+    if not state.trace:
+        return run_scoped(module, values, context)
     for variant in state.variants.get(key, ()):
         if variant.holds(module):
             break

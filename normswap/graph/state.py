@@ -59,6 +59,10 @@ class Variant:
         return True
 
 
+# Of a container that was converted with trace=False.
+UNTRACED = Variant(None, "was converted with trace=False")
+
+
 class Schedule(Protocol):
     """What a method draws once for a forward of the whole model."""
 
@@ -77,6 +81,7 @@ class ContainerState:
         scope: shared by the whole model.
         layers: classes of the norm layers.
         first_norm: name of the model's first norm, for messages.
+        trace: whether it may run a graph; if not, its own forward runs with the context in scope.
         override: a forward that was set on the instance, if any.
         variants: ways to run it, by kinds of arguments.
         exact: kinds for which numbers count as constants.
@@ -88,11 +93,19 @@ class ContainerState:
         schedule: begun anew by each forward, if any; it tells inserted layers what to do.
     """
 
-    def __init__(self, fqn: str, scope: Scope, layers: tuple[type, ...], first_norm: str) -> None:
+    def __init__(
+        self,
+        fqn: str,
+        scope: Scope,
+        layers: tuple[type, ...],
+        first_norm: str,
+        trace: bool = True,
+    ) -> None:
         self.fqn = fqn
         self.scope = scope
         self.layers = layers
         self.first_norm = first_norm
+        self.trace = trace
         self.override: Callable[..., Any] | None = None
         self.variants: dict[tuple[Kind, ...], list[Variant]] = {}
         self.exact: set[tuple[Kind, ...]] = set()
@@ -122,6 +135,8 @@ class ContainerState:
 
     def seen(self) -> list[Variant]:
         """Return the variants calls have met, or the assumed ones where none were met yet."""
+        if not self.trace:
+            return [UNTRACED]
         met = [v for key, found in self.variants.items() if key not in self.assumed for v in found]
         return met or [v for found in self.variants.values() for v in found]
 
@@ -132,7 +147,8 @@ class ContainerState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ContainerState":
         """Copies share the graphs, which name modules by path."""
-        state = type(self)(self.fqn, copy.deepcopy(self.scope, memo), self.layers, self.first_norm)
+        scope = copy.deepcopy(self.scope, memo)
+        state = type(self)(self.fqn, scope, self.layers, self.first_norm, self.trace)
         state.override = copy.deepcopy(self.override, memo)
         state.variants = {key: list(found) for key, found in self.variants.items()}
         state.exact, state.assumed = set(self.exact), set(self.assumed)
