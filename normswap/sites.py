@@ -1,8 +1,8 @@
 """Read normalisation layers into `Site`s. The only file that knows norm classes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class Place:
         before: whether the layer comes before the norm (after an instance norm every channel's
             statistics are constant).
         reason: how the place was recognised.
+        planned: what tracing the container gave, to be used again.
     """
 
     fqn: str
@@ -80,6 +81,7 @@ class Place:
     blocks: int = 0
     before: bool = False
     reason: str = ""
+    planned: Any = field(default=None, compare=False, repr=False)
 
 
 def _qualified(cls: type) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from normswap.functional.labels import Context, wrong_length
-from normswap.graph.prepare import prepare
+from normswap.graph.prepare import open_session, prepare
 from normswap.graph.scope import Scope
 from normswap.graph.state import (
     ContainerState,
@@ -21,9 +21,7 @@ from normswap.graph.state import (
     run_scoped,
     untraced,
 )
-from normswap.graph.tracing.handed import aliased, give_back, write_back
-from normswap.graph.tracing.trace import TraceSession, tracing
-from normswap.graph.tracing.values import describe
+from normswap.graph.tracing import aliased, describe, tracing, write_back
 
 
 def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
@@ -65,10 +63,7 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
     if state.plain:
         return own_forward(module, values)
     leaves: list[Any] = []
-    key = tuple([describe(value, leaves, False) for value in values])
-    if key in state.exact:
-        leaves = []
-        key = tuple([describe(value, leaves, True) for value in values])
+    key = tuple([describe(value, leaves) for value in values])
     entered = type(context) is not Context
     context = _resolve(state, values, leaves, context)
     if entered and _may_mix(context):
@@ -83,19 +78,23 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
             variant = Variant(None, "met a new kind of arguments inside torch.compile")
         else:
             return _run_new(module, state, values, context)
-    writes, returned, _ = variant.effects
-    if writes and aliased(values):
-        variant = Variant(None, "is given one list or dict twice, and changes it")
-    if variant.run is not None:
+    if variant.run is None or (variant.writes and aliased(values)):
+        if state.insertions:
+            raise untraced(module, variant.reason or "changes a list or dict it is given twice")
+        return run_scoped(module, values, context)
+    if variant.scoped:
+        outer = state.scope.enter(context)
+        try:
+            output = variant.run(module, *leaves, context)
+        finally:
+            state.scope.leave(outer)
+    else:
         output = variant.run(module, *leaves, context)
-        if writes:
-            output, contents = output
-            for (index, _), new in zip(writes, contents):  # noqa: B905 - for dynamo
-                write_back(values[index], new)
-        return give_back(output, returned, values) if returned else output
-    if state.insertions:
-        raise untraced(module, variant.reason)
-    return run_scoped(module, values, context)
+    if variant.writes:
+        output, contents = output
+        for (index, _), new in zip(variant.writes, contents):  # noqa: B905 - for dynamo
+            write_back(values[index], new)
+    return output
 
 
 def _may_mix(context: Context | None) -> bool:
@@ -122,7 +121,7 @@ def _adopt(module: nn.Module) -> ContainerState | None:
 
 
 def _run_new(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
-    with TraceSession(state.layers) as session:
+    with open_session(state.layers) as session:
         prepare(module, values, session)
     return _run(module, state, values, context)
 

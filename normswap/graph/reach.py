@@ -62,13 +62,16 @@ def find_reach(model: nn.Module) -> Reach:
             if variant.run is None:
                 queue += [(m, False) for m in module.modules() if m is not module]
             else:
-                queue += [(module.get_submodule(call), threaded) for call in variant.calls]
-                if variant.rest:
-                    called = {
-                        m for call in variant.calls for m in module.get_submodule(call).modules()
-                    }
-                    rest = [m for m in module.modules() if m is not module and m not in called]
-                    queue += [(m, False) for m in rest]
+                called: set[nn.Module] = {module}
+                for call in variant.calls:
+                    child = module.get_submodule(call)
+                    called.update(child.modules())
+                    if context_argument(child) is not None:
+                        queue.append((child, threaded))
+                    else:
+                        queue += [(m, False) for m in child.modules()]
+                if variant.scoped:
+                    queue += [(m, False) for m in module.modules() if m not in called]
     return reach
 
 

@@ -11,8 +11,7 @@ from torch import nn
 from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import Insertion
 from normswap.graph.scope import Scope
-from normswap.graph.tracing.handed import NOTHING, Effects
-from normswap.graph.tracing.values import Kind, describe, rebuild
+from normswap.graph.tracing import NO_GUARDS, Guards, Kind, Writes, describe, rebuild, walk
 
 
 @dataclass
@@ -22,37 +21,31 @@ class Variant:
     Attributes:
         run: ``run(module, *leaves, context)``; None runs the module's own forward in scope.
         reason: why there is no graph; "" where there is one.
-        reads: (path, attribute, value) the module must still have.
-        structure: (path, names of its children) that must still be so.
+        guards: what of the module, and outside of it, must be as it was.
         calls: paths of the submodules the graph calls.
         threaded: those of them that are passed the context.
         direct: paths of tensors the graph reads itself.
         something: whether it certainly returns a tensor, not None.
-        effects: on the lists and dicts it is given; where the forward changes some, `run` returns
-            its output and their new contents.
-        rest: whether norms that none of the calls reaches may find the context in scope.
+        writes: what it changes of the lists and dicts it is given; where there is any, `run`
+            returns its output and their new contents.
+        scoped: whether the context is in scope too while the graph runs, for norms that something
+            it calls may reach.
     """
 
     run: Callable[..., Any] | None
     reason: str = ""
-    reads: tuple[tuple[tuple[str, ...], str, Any], ...] = ()
-    structure: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+    guards: Guards = NO_GUARDS
     calls: tuple[str, ...] = ()
     threaded: tuple[tuple[str, ...], ...] = ()
     direct: tuple[str, ...] = ()
     something: bool = False
-    rest: bool = False
-    effects: Effects = NOTHING
+    writes: Writes = ()
+    scoped: bool = False
 
     def holds(self, module: nn.Module) -> bool:
         """Return whether everything the trace depended on is as it was."""
-        for path, name, value in self.reads:
-            now = getattr(walk(module, path), name)
-            if type(now) is not type(value) or now != value:
-                return False
-        for path, children in self.structure:
-            if tuple(walk(module, path)._modules) != children:
-                return False
+        if not self.guards.hold(module):
+            return False
         for path in self.threaded:
             if context_argument(walk(module, path)) is None:
                 return False
@@ -84,8 +77,8 @@ class ContainerState:
         trace: whether it may run a graph; if not, its own forward runs with the context in scope.
         override: a forward that was set on the instance, if any.
         variants: ways to run it, by kinds of arguments.
-        exact: kinds for which numbers count as constants.
         assumed: kinds that were traced before any call; calls may bring others.
+        planned: paths traced before, by kinds of arguments.
         insertions: layers inserted in its residual blocks.
         blocks: how many of those it had when they were inserted.
         before: name of a layer its first argument passes through first, if any.
@@ -108,8 +101,8 @@ class ContainerState:
         self.trace = trace
         self.override: Callable[..., Any] | None = None
         self.variants: dict[tuple[Kind, ...], list[Variant]] = {}
-        self.exact: set[tuple[Kind, ...]] = set()
         self.assumed: set[tuple[Kind, ...]] = set()
+        self.planned: dict[tuple[Kind, ...], Any] = {}
         self.insertions: tuple[Insertion, ...] = ()
         self.blocks = 0
         self.before: str | None = None
@@ -128,9 +121,7 @@ class ContainerState:
 
     def find(self, module: nn.Module, values: tuple[Any, ...]) -> Variant | None:
         """Return the way to run the module on arguments like these, None where none is known."""
-        key = tuple([describe(value, [], False) for value in values])
-        if key in self.exact:
-            key = tuple([describe(value, [], True) for value in values])
+        key = tuple([describe(value, []) for value in values])
         return next((v for v in self.variants.get(key, ()) if v.holds(module)), None)
 
     def seen(self) -> list[Variant]:
@@ -143,7 +134,7 @@ class ContainerState:
     def __getstate__(self) -> dict[str, Any]:
         """Functions do not pickle; the kinds do, and each is traced again on loading."""
         kinds: dict[Any, list[Variant]] = {k: [] for k, found in self.variants.items() if found}
-        return {**self.__dict__, "variants": kinds}
+        return {**self.__dict__, "variants": kinds, "planned": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ContainerState":
         """Copies share the graphs, which name modules by path."""
@@ -151,7 +142,7 @@ class ContainerState:
         state = type(self)(self.fqn, scope, self.layers, self.first_norm, self.trace)
         state.override = copy.deepcopy(self.override, memo)
         state.variants = {key: list(found) for key, found in self.variants.items()}
-        state.exact, state.assumed = set(self.exact), set(self.assumed)
+        state.assumed = set(self.assumed)
         state.insertions, state.blocks = self.insertions, self.blocks
         state.before, state.after = self.before, self.after
         state.schedule = copy.deepcopy(self.schedule, memo)
@@ -165,13 +156,6 @@ RECORD = "_normswap_record"
 def context_argument(module: nn.Module) -> str | None:
     """Return the name of a module's context argument, None where it takes none."""
     return getattr(type(module), "context_argument", None)
-
-
-def walk(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
-    """Return the submodule at a path."""
-    for name in path:
-        module = getattr(module, name)
-    return module
 
 
 def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
@@ -202,12 +186,12 @@ def untraced(module: nn.Module, reason: str) -> ConversionError:
     )
 
 
-def own_forward_of(kinds: tuple[Kind, ...], written: tuple[int, ...]) -> Callable[..., Any]:
+def own_forward_of(kinds: tuple[Kind, ...], writes: Writes) -> Callable[..., Any]:
     """Return a function of the symbolic parts of such arguments that calls `run_scoped`.
 
     Args:
         kinds: of the arguments.
-        written: positions of those whose contents are returned beside the output.
+        writes: which of them it changes; their contents are returned beside the output.
     """
 
     def run(module: nn.Module, *leaves: Any) -> Any:
@@ -217,6 +201,6 @@ def own_forward_of(kinds: tuple[Kind, ...], written: tuple[int, ...]) -> Callabl
         output = run_scoped(module, values, context)
         if vars(module)["_normswap"].insertions:
             raise untraced(module, "takes a branch that no graph stands for")
-        return (output, [values[i] for i in written]) if written else output
+        return (output, [values[i] for i, _ in writes]) if writes else output
 
     return run

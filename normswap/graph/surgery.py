@@ -9,10 +9,9 @@ from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.errors import ConversionError
 from normswap.graph.install import install, uninstall
-from normswap.graph.prepare import prepare_default
+from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
-from normswap.graph.tracing.trace import TraceSession
 
 _SIMPLE = {bool, int, float, str, type(None), set, OrderedDict}
 _HELD = (
@@ -94,7 +93,7 @@ class Surgery:
             self._installed.append(module)
         if not self.trace:
             return
-        with TraceSession(layers) as session:
+        with open_session(layers) as session:
             # Children first: what a child returns tells what its parent may ask of it.
             for module, _ in reversed(containers):
                 prepare_default(module, session)
@@ -126,7 +125,7 @@ class Surgery:
         for module, state in states.items():
             install(module, state, contextual=False)
             self._installed.append(module)
-        with TraceSession() as session:
+        with open_session() as session:
             for module, state in states.items():
                 if not state.insertions:
                     continue
