@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from normswap.graph.tracing.failure import TraceFailure, is_torch
+from normswap.graph.tracing.failure import TraceFailure, is_library
 from normswap.graph.tracing.whitelist import CONSTANTS, FUNCTIONS, is_constant
 
 _MOST_PARTS = 256
@@ -191,7 +191,7 @@ def _is_comparable(value: Any) -> bool:
     if isinstance(value, types.MethodType):
         return isinstance(value.__self__, nn.Module)
     if isinstance(value, type):
-        return is_torch(value.__module__) or value.__module__ == "builtins"
+        return is_library(value.__module__)
     return is_constant(value) or isinstance(value, (*FUNCTIONS, *CONSTANTS, Tensor, nn.Module))
 
 

@@ -39,17 +39,19 @@ class Watch:
         self._methods: dict[str, tuple[str, ...]] = {}
         self._refused: dict[types.CodeType, dict[int, str]] = {}
         self._outer: Any = None
+        self._start: types.FrameType | None = None
 
     def methods_naming(self, name: str) -> list[str]:
         """Return the methods of the container that ran and look up a name."""
         return [method for method, used in self._methods.items() if name in used]
 
     def __enter__(self) -> None:
-        self._outer = sys.gettrace()
+        self._outer, self._start = sys.gettrace(), sys._getframe(1)
         sys.settrace(self._enter_frame)
 
     def __exit__(self, *exc: object) -> None:
         sys.settrace(self._outer)
+        self._start = None
 
     def _enter_frame(
         self, frame: types.FrameType, event: str, arg: Any
@@ -127,7 +129,7 @@ class Watch:
         if load.name == "__class__" or value is _MISSING:
             return ""
         outer = frame.f_back
-        while outer is not None:
+        while outer is not None and outer is not self._start:
             if load.name in outer.f_code.co_cellvars and outer.f_locals.get(load.name) is value:
                 return ""  # a variable of this forward
             outer = outer.f_back

@@ -5,7 +5,6 @@ or compares them with what they were. Anything else that a name leads to, and ev
 result or effect may differ from run to run, ends the trace.
 """
 
-import builtins
 import enum
 import functools
 import sys
@@ -77,10 +76,8 @@ def why_unfit(value: Any, name: str) -> str:
     if isinstance(value, Tensor | nn.Module):
         return f"reads {name}, a {type(value).__name__} that is no attribute of it"
     owner = getattr(value, "__self__", None)
-    if isinstance(value, types.MethodType) and not isinstance(owner, type | nn.Module):
-        return f"calls a method of {name}, a {type(owner).__name__} outside of it"
-    if isinstance(value, types.BuiltinFunctionType) and isinstance(owner, list | dict | set):
-        return f"changes or reads a {type(owner).__name__} outside of it ({name})"
+    if not isinstance(owner, type | nn.Module | types.ModuleType | None):
+        return f"calls {name}(), a method of a {type(owner).__name__} outside of it"
     if callable(value) and not _is_object(value):
         return _unfit_function(value, name)
     return f"reads {name}, a {type(value).__name__} outside of it that may change"
@@ -123,7 +120,8 @@ def _unfit_function(value: Any, name: str) -> str:
     module, name = _module(value), getattr(value, "__name__", name)
     root = module.partition(".")[0]
     if module == "builtins":
-        return "" if name in _BUILTINS or not hasattr(builtins, name) else f"calls {name}()"
+        fit = name in _BUILTINS or isinstance(value, types.MethodDescriptorType)
+        return "" if fit else f"calls {name}()"
     if is_torch(module) and not module.startswith("normswap."):
         fit = name in _TORCH or module.startswith(_TORCH_MODULES) or id(value) in _overridable()
         return "" if fit or _is_apply(value) else f"calls {module}.{name}()"
