@@ -166,7 +166,7 @@ class Settings:
         return reads.attribute(path, name, found)
 
     def __bool__(self) -> bool:
-        value, path, _ = object.__getattribute__(self, "_normswap")
+        value = object.__getattribute__(self, "_normswap")[0]
         if hasattr(type(value), "__bool__") or hasattr(type(value), "__len__"):
             self._refuse()
         return True

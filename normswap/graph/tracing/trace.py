@@ -8,6 +8,7 @@ nothing outside of the trace changed.
 """
 
 import functools
+import gc
 import math
 import sys
 import threading
@@ -253,6 +254,9 @@ class TraceSession:
         self._tracer, self._local, self._entered = tracer, p.Patches(), set()
         watch = Watch(self._enter_globals, tracer.reads, root)
         failure: Exception | None = None
+        # The collector runs code of others in the middle of a forward, which is not judged.
+        collecting = gc.isenabled()
+        gc.disable()
         try:
             for table in self._globals_of(forward, type(root)):
                 self._enter_globals(table)
@@ -265,6 +269,8 @@ class TraceSession:
         except Exception as error:
             failure = error
         finally:
+            if collecting:
+                gc.enable()
             self._local.undo()
             self._tracer, self._local, self._entered = outer
             changed = tracer.reads.put_back()

@@ -23,7 +23,7 @@ from normswap.graph.tracing.symbol import MOST_QUESTIONS, Value, question_key, u
 
 _BASE = set(vars(nn.Module())) - {"training"}
 _LOOPS = "loops over, or takes apart, a value whose length is known only when it runs"
-# What a callee does to its arguments: (the arguments, one a parameter; its writes), None if unknown.
+# From a call to (its arguments, one a parameter; which it changes), None if that is unknown.
 WritesOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Writes] | None]
 
 

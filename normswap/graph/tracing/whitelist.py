@@ -84,7 +84,7 @@ def why_unfit(value: Any, name: str) -> str:
 
 
 def needs_guard(value: Any, holders: list[Any]) -> bool:
-    """Return whether a name that leads to a value, by way of `holders`, may come to mean another."""
+    """Return whether a name that leads to a value, by way of holders, may mean another later."""
     modules = [h.__name__ for h in holders if isinstance(h, types.ModuleType)]
     if any(is_torch(name) or name == "math" for name in modules):
         return False
