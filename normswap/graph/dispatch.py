@@ -17,6 +17,7 @@ from normswap.graph.state import (
     ContainerState,
     Variant,
     context_argument,
+    in_scope,
     own_forward,
     run_scoped,
     untraced,
@@ -85,7 +86,11 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
     if writes and aliased(values):
         variant = Variant(None, "is given one list or dict twice, and changes it")
     if variant.run is not None:
-        output = variant.run(module, *leaves, context)
+        given = (module, *leaves, context)
+        if variant.scoped or (context is None and state.layers and not state.scope.entered):
+            output = in_scope(state.scope, context, variant.run, *given)
+        else:
+            output = variant.run(*given)
         if writes:
             output, contents = output
             for (index, _), new in zip(writes, contents):  # noqa: B905 - for dynamo
@@ -132,7 +137,7 @@ def _resolve(
     if type(context) is Context:
         return context
     if context is None:
-        resolved = state.scope.lookup()
+        resolved = state.scope.lookup(whole=state.fqn == "")
     else:
         device = next((leaf.device for leaf in leaves if hasattr(leaf, "device")), None)
         resolved = state.scope.resolve(context, device)

@@ -2,6 +2,7 @@
 
 import itertools
 import linecache
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,14 @@ from normswap.graph.blocks.insert import insert_layers
 from normswap.graph.state import (
     ContainerState,
     Variant,
-    context_argument,
     own_forward_of,
+    takes_context,
     walk,
 )
 from normswap.graph.tracing.branches import explore, join
 from normswap.graph.tracing.hazards import is_something
+from normswap.graph.tracing.origin import is_library
+from normswap.graph.tracing.outline import Outlined
 from normswap.graph.tracing.patches import TraceFailure
 from normswap.graph.tracing.probe import learn
 from normswap.graph.tracing.trace import TraceSession
@@ -121,25 +124,17 @@ def _thread(module: nn.Module, paths: list[Traced], kinds: Any) -> Variant:
         for node, region in path.regions:
             inner = _add_context(region.graph)
             _pass_context(module, region.graph, inner, calls, direct)
-            for call in region.outlined:
-                call.args = (call.args[0], inner, *call.args[1:])
             region.run = _compile(region.graph, name)
             node.args = (*node.args, context)
-        for node in path.outlined:
-            node.args = (node.args[0], context, *node.args[1:])
         reads.update(path.reads)
         structure.update(path.structure)
-    outlined: list[Any] = [node.target for path in paths for node in path.outlined]
-    outlined += [n.target for path in paths for _, region in path.regions for n in region.outlined]
-    outside = bool(outlined) and _norms_outside(module, calls)
-    for method in outlined:
-        method.scoped = outside
     effects = {path.effects for path in paths if not path.failure}
     if len(effects) > 1:
         raise TraceFailure("changes or returns a list or dict it is given in one branch only")
     own = own_forward_of(kinds, tuple(index for index, _ in next(iter(effects)).writes))
     run = join(paths, lambda graph: _compile(graph, name), own)
-    threaded = [c for c in calls if context_argument(module.get_submodule(c)) is not None]
+    graphs = [g for path in paths for g in (path.graph, *(r.graph for _, r in path.regions))]
+    rest = any(map(_calls_code, graphs))
     return Variant(
         run=run,
         reads=tuple(
@@ -147,23 +142,32 @@ def _thread(module: nn.Module, paths: list[Traced], kinds: Any) -> Variant:
             for (path, name), value in reads.items()
         ),
         structure=tuple((tuple(p.split(".")), c) for p, c in structure.items()),
-        calls=tuple(dict.fromkeys(calls)),
-        threaded=tuple(tuple(c.split(".")) for c in dict.fromkeys(threaded)),
+        calls=tuple((tuple(c.split(".")), type(module.get_submodule(c))) for c in set(calls)),
         direct=tuple(direct),
         something=all(path.failure or _returns_something(path) for path in paths),
         effects=next(iter(effects)),
-        rest=outside,
+        rest=rest,
+        scoped=rest or _misses_norms(module, calls),
     )
 
 
-def _norms_outside(module: nn.Module, calls: list[str]) -> bool:
-    """Return whether some norm is below no submodule that the graph calls."""
-    called = {id(m) for call in calls for m in module.get_submodule(call).modules()}
+def _calls_code(graph: fx.Graph) -> bool:
+    """Return whether a graph calls code of the user's, which may reach any norm."""
+    functions = {node.target for node in graph.nodes if node.op == "call_function"}
     return any(
-        context_argument(m) is not None and id(m) not in called
-        for m in module.modules()
-        if m is not module
+        isinstance(f, Outlined)
+        or (isinstance(f, types.FunctionType) and not is_library(f.__module__))
+        for f in functions
     )
+
+
+def _misses_norms(module: nn.Module, calls: list[str]) -> bool:
+    """Return whether norms are below no call that passes the context on."""
+    scope = vars(module)["_normswap"].scope
+    children = map(module.get_submodule, calls)
+    covered = {m for c in children if takes_context(c, scope) for m in c.modules()}
+    norms = (m for m in module.modules() if "_normswap" not in vars(m) and m not in covered)
+    return any(takes_context(norm, scope) for norm in norms)
 
 
 def _returns_something(path: Traced) -> bool:
@@ -190,7 +194,8 @@ def _pass_context(
             direct.append(str(node.target))
         elif node.op == "call_module":
             calls.append(str(node.target))
-            argument = context_argument(module.get_submodule(calls[-1]))
+            scope = vars(module)["_normswap"].scope
+            argument = takes_context(module.get_submodule(calls[-1]), scope)
             if argument is not None:
                 node.kwargs = {**node.kwargs, argument: context}
 

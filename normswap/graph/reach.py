@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from normswap.graph.state import ContainerState, context_argument
+from normswap.graph.state import ContainerState, context_argument, walk
 
 
 @dataclass
@@ -57,16 +57,17 @@ def find_reach(model: nn.Module) -> Reach:
         if state is None:
             if context_argument(module) is not None:
                 _deliver(reach, module, threaded)
+            else:
+                queue += [(child, False) for child in module.children()]
             continue
         for variant in state.seen():
             if variant.run is None:
                 queue += [(m, False) for m in module.modules() if m is not module]
             else:
-                queue += [(module.get_submodule(call), threaded) for call in variant.calls]
+                children = [walk(module, path) for path, _ in variant.calls]
+                queue += [(child, threaded) for child in children]
                 if variant.rest:
-                    called = {
-                        m for call in variant.calls for m in module.get_submodule(call).modules()
-                    }
+                    called = {m for child in children for m in child.modules()}
                     rest = [m for m in module.modules() if m is not module and m not in called]
                     queue += [(m, False) for m in rest]
     return reach

@@ -1,7 +1,7 @@
 """What a converted container carries: the ways to run it, and when each applies."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import Insertion
-from normswap.graph.scope import Scope
+from normswap.graph.scope import Scope, scope_of
 from normswap.graph.tracing.handed import NOTHING, Effects
 from normswap.graph.tracing.values import Kind, describe, rebuild
 
@@ -24,24 +24,25 @@ class Variant:
         reason: why there is no graph; "" where there is one.
         reads: (path, attribute, value) the module must still have.
         structure: (path, names of its children) that must still be so.
-        calls: paths of the submodules the graph calls.
-        threaded: those of them that are passed the context.
+        calls: (path, class) of the submodules the graph calls.
         direct: paths of tensors the graph reads itself.
         something: whether it certainly returns a tensor, not None.
         effects: on the lists and dicts it is given; where the forward changes some, `run` returns
             its output and their new contents.
-        rest: whether norms that none of the calls reaches may find the context in scope.
+        rest: whether it calls code of the user's, which may reach any norm.
+        scoped: whether it runs with the context in scope, since it may reach norms other than by
+            passing the context on.
     """
 
     run: Callable[..., Any] | None
     reason: str = ""
     reads: tuple[tuple[tuple[str, ...], str, Any], ...] = ()
     structure: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
-    calls: tuple[str, ...] = ()
-    threaded: tuple[tuple[str, ...], ...] = ()
+    calls: tuple[tuple[tuple[str, ...], type], ...] = ()
     direct: tuple[str, ...] = ()
     something: bool = False
     rest: bool = False
+    scoped: bool = False
     effects: Effects = NOTHING
 
     def holds(self, module: nn.Module) -> bool:
@@ -53,8 +54,11 @@ class Variant:
         for path, children in self.structure:
             if tuple(walk(module, path)._modules) != children:
                 return False
-        for path in self.threaded:
-            if context_argument(walk(module, path)) is None:
+        for path, cls in self.calls:
+            child: Any = module
+            for name in path:
+                child = child._modules.get(name)
+            if type(child) is not cls:
                 return False
         return True
 
@@ -133,6 +137,8 @@ class ContainerState:
     def __deepcopy__(self, memo: dict[int, Any]) -> "ContainerState":
         """Copies share the graphs, which name modules by path."""
         state = type(self)(self.fqn, copy.deepcopy(self.scope, memo), self.layers, self.first_norm)
+        if not self.fqn:
+            state.scope.origin = None  # the whole model is copied
         state.override = copy.deepcopy(self.override, memo)
         state.variants = {key: list(found) for key, found in self.variants.items()}
         state.exact, state.assumed = set(self.exact), set(self.assumed)
@@ -149,6 +155,16 @@ RECORD = "_normswap_record"
 def context_argument(module: nn.Module) -> str | None:
     """Return the name of a module's context argument, None where it takes none."""
     return getattr(type(module), "context_argument", None)
+
+
+def takes_context(module: nn.Module, scope: Scope) -> str | None:
+    """Return the name of a module's context argument, where it takes the labels of a scope.
+
+    A model that was converted by itself has labels of its own.
+    """
+    own = scope_of(module)
+    foreign = own is not None and own.model is not scope.model
+    return None if foreign else context_argument(module)
 
 
 def walk(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
@@ -170,12 +186,23 @@ def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
 
 def run_scoped(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     """Run the forward the module had before conversion, with the context in scope."""
-    scope = vars(module)["_normswap"].scope
-    outer = scope.enter(context)
+    return in_scope(vars(module)["_normswap"].scope, context, own_forward, module, values)
+
+
+def in_scope(scope: Scope, context: Any, run: Callable[..., Any], *args: Any) -> Any:
+    """Call a function with a context in scope; what it yields is computed in scope, too."""
+    left = scope.enter(context)
     try:
-        return own_forward(module, values)
+        output = run(*args)
     finally:
-        scope.leave(outer)
+        scope.leave(left)
+    return _each_in_scope(scope, context, output) if isinstance(output, Iterator) else output
+
+
+def _each_in_scope(scope: Scope, context: Any, items: Iterator[Any]) -> Iterator[Any]:
+    end = object()
+    while (item := in_scope(scope, context, next, items, end)) is not end:
+        yield item
 
 
 def untraced(module: nn.Module, reason: str) -> ConversionError:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from normswap.graph.state import in_scope
 from normswap.graph.tracing.handed import NOTHING, find_effects, snapshot_lists
 from normswap.graph.tracing.patches import TraceFailure
 from normswap.graph.tracing.values import describe, find_other, rebuild
@@ -67,7 +68,10 @@ class Region:
         assert run is not None
 
         def function(*given: Any) -> Any:
-            return run(module, *given, context)
+            if torch.compiler.is_compiling():
+                return run(module, *given, context)
+            # In backward this runs without the container around it.
+            return in_scope(module._normswap.scope, context, run, module, *given, context)
 
         return _CHECKPOINT(function, *tensors, **self.options)
 
