@@ -9,6 +9,7 @@ from normswap.conversion import Record
 from normswap.functional.moments import gaussian_divergence
 from normswap.graph.reach import find_reach
 from normswap.methods.base import Method, get_method
+from normswap.methods.layer import NormLayer
 from normswap.report import Report
 
 
@@ -17,9 +18,14 @@ def summarise(root: nn.Module, record: Record) -> Report:
     reach = find_reach(root)
     method = get_method(record.method)
     rows = [copy.copy(row) for row in record.rows]
+    # By the names they had at conversion: what holds them may have been wrapped since.
+    layers = {m.site: m for m in root.modules() if isinstance(m, NormLayer)}
     for row in rows:
         if row.action in ("replaced", "inserted") and isinstance(method, Method):
-            layer = root.get_submodule(row.layer or row.fqn)
+            layer = layers.get(row.layer or row.fqn)
+            if layer is None:
+                row.delivery = "unreached"
+                continue
             if method.needs_context and not row.layer:
                 row.delivery = reach.delivery.get(id(layer), "unreached")
             statistics = method.statistics(layer)

@@ -17,6 +17,7 @@ from normswap.graph.state import (
     ContainerState,
     Variant,
     context_argument,
+    in_scope,
     own_forward,
     run_scoped,
     untraced,
@@ -82,14 +83,11 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
         if state.insertions:
             raise untraced(module, variant.reason or "changes a list or dict it is given twice")
         return run_scoped(module, values, context)
-    if variant.scoped:
-        outer = state.scope.enter(context)
-        try:
-            output = variant.run(module, *leaves, context)
-        finally:
-            state.scope.leave(outer)
+    given = (module, *leaves, context)
+    if variant.scoped or (context is None and state.layers and not state.scope.entered):
+        output = in_scope(state.scope, context, variant.run, *given)
     else:
-        output = variant.run(module, *leaves, context)
+        output = variant.run(*given)
     if variant.writes:
         output, contents = output
         for (index, _), new in zip(variant.writes, contents):  # noqa: B905 - for dynamo
@@ -133,7 +131,7 @@ def _resolve(
     if type(context) is Context:
         return context
     if context is None:
-        resolved = state.scope.lookup()
+        resolved = state.scope.lookup(whole=state.fqn == "")
     else:
         device = next((leaf.device for leaf in leaves if hasattr(leaf, "device")), None)
         resolved = state.scope.resolve(context, device)

@@ -2,6 +2,7 @@
 
 import itertools
 import linecache
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +13,11 @@ from normswap.graph.blocks.insert import insert_layers
 from normswap.graph.state import (
     ContainerState,
     Variant,
-    context_argument,
     own_forward_of,
+    takes_context,
 )
 from normswap.graph.tracing import (
+    Outlined,
     Paths,
     Traced,
     TraceFailure,
@@ -24,6 +26,7 @@ from normswap.graph.tracing import (
     describe,
     example_of,
     find_other,
+    is_library,
     is_something,
     join,
     walk,
@@ -117,23 +120,37 @@ def _thread(module: nn.Module, traced: list[Traced], paths: Paths, kinds: Any) -
         raise TraceFailure("changes a list or dict it is given in one branch only")
     own = own_forward_of(kinds, next(iter(writes)))
     run = join(traced, lambda graph: _compile(graph, name), own)
-    threaded = [c for c in calls if context_argument(module.get_submodule(c)) is not None]
+    graphs = [g for path in traced for g in (path.graph, *(r.graph for _, r in path.regions))]
+    rest = any(map(_calls_code, graphs))
     return Variant(
         run=run,
         guards=paths.guards,
-        calls=tuple(dict.fromkeys(calls)),
-        threaded=tuple(tuple(c.split(".")) for c in dict.fromkeys(threaded)),
+        calls=tuple((tuple(c.split(".")), type(module.get_submodule(c))) for c in set(calls)),
         direct=tuple(direct),
         something=all(path.failure or _returns_something(path) for path in traced),
         writes=next(iter(writes)),
-        scoped=any(path.outside for path in traced)
-        or any(_holds_norms(module.get_submodule(c)) for c in set(calls) - set(threaded)),
+        rest=rest,
+        scoped=rest or _misses_norms(module, calls),
     )
 
 
-def _holds_norms(module: nn.Module) -> bool:
-    """Return whether something below a module takes a context."""
-    return any(context_argument(m) is not None for m in module.modules())
+def _calls_code(graph: fx.Graph) -> bool:
+    """Return whether a graph calls code of the user's, which may reach any norm."""
+    functions = {node.target for node in graph.nodes if node.op == "call_function"}
+    return any(
+        isinstance(f, Outlined)
+        or (isinstance(f, types.FunctionType) and not is_library(f.__module__))
+        for f in functions
+    )
+
+
+def _misses_norms(module: nn.Module, calls: list[str]) -> bool:
+    """Return whether norms are below no call that passes the context on."""
+    scope = vars(module)["_normswap"].scope
+    children = map(module.get_submodule, calls)
+    covered = {m for c in children if takes_context(c, scope) for m in c.modules()}
+    norms = (m for m in module.modules() if "_normswap" not in vars(m) and m not in covered)
+    return any(takes_context(norm, scope) for norm in norms)
 
 
 def _returns_something(path: Traced) -> bool:
@@ -160,7 +177,8 @@ def _pass_context(
             direct.append(str(node.target))
         elif node.op == "call_module":
             calls.append(str(node.target))
-            argument = context_argument(module.get_submodule(calls[-1]))
+            scope = vars(module)["_normswap"].scope
+            argument = takes_context(module.get_submodule(calls[-1]), scope)
             if argument is not None:
                 node.kwargs = {**node.kwargs, argument: context}
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from normswap.graph.state import ContainerState, context_argument
+from normswap.graph.tracing import walk
 
 
 @dataclass
@@ -57,20 +58,19 @@ def find_reach(model: nn.Module) -> Reach:
         if state is None:
             if context_argument(module) is not None:
                 _deliver(reach, module, threaded)
+            else:
+                queue += [(child, False) for child in module.children()]
             continue
         for variant in state.seen():
             if variant.run is None:
                 queue += [(m, False) for m in module.modules() if m is not module]
             else:
                 called: set[nn.Module] = {module}
-                for call in variant.calls:
-                    child = module.get_submodule(call)
+                for path, _ in variant.calls:
+                    child = walk(module, path)
                     called.update(child.modules())
-                    if context_argument(child) is not None:
-                        queue.append((child, threaded))
-                    else:
-                        queue += [(m, False) for m in child.modules()]
-                if variant.scoped:
+                    queue.append((child, threaded))
+                if variant.rest:
                     queue += [(m, False) for m in module.modules() if m not in called]
     return reach
 

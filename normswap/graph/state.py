@@ -1,7 +1,7 @@
 """What a converted container carries: the ways to run it, and when each applies."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,8 +10,8 @@ from torch import nn
 
 from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import Insertion
-from normswap.graph.scope import Scope
-from normswap.graph.tracing import NO_GUARDS, Guards, Kind, Writes, describe, rebuild, walk
+from normswap.graph.scope import Scope, scope_of
+from normswap.graph.tracing import NO_GUARDS, Guards, Kind, Writes, describe, rebuild
 
 
 @dataclass
@@ -22,32 +22,35 @@ class Variant:
         run: ``run(module, *leaves, context)``; None runs the module's own forward in scope.
         reason: why there is no graph; "" where there is one.
         guards: what of the module, and outside of it, must be as it was.
-        calls: paths of the submodules the graph calls.
-        threaded: those of them that are passed the context.
+        calls: (path, class) of the submodules the graph calls.
         direct: paths of tensors the graph reads itself.
         something: whether it certainly returns a tensor, not None.
         writes: what it changes of the lists and dicts it is given; where there is any, `run`
             returns its output and their new contents.
-        scoped: whether the context is in scope too while the graph runs, for norms that something
-            it calls may reach.
+        rest: whether it calls code of the user's, which may reach any norm.
+        scoped: whether it runs with the context in scope, since it may reach norms other than by
+            passing the context on.
     """
 
     run: Callable[..., Any] | None
     reason: str = ""
     guards: Guards = NO_GUARDS
-    calls: tuple[str, ...] = ()
-    threaded: tuple[tuple[str, ...], ...] = ()
+    calls: tuple[tuple[tuple[str, ...], type], ...] = ()
     direct: tuple[str, ...] = ()
     something: bool = False
     writes: Writes = ()
+    rest: bool = False
     scoped: bool = False
 
     def holds(self, module: nn.Module) -> bool:
         """Return whether everything the trace depended on is as it was."""
         if not self.guards.hold(module):
             return False
-        for path in self.threaded:
-            if context_argument(walk(module, path)) is None:
+        for path, cls in self.calls:
+            child: Any = module
+            for name in path:
+                child = child._modules.get(name)
+            if type(child) is not cls:
                 return False
         return True
 
@@ -140,6 +143,8 @@ class ContainerState:
         """Copies share the graphs, which name modules by path."""
         scope = copy.deepcopy(self.scope, memo)
         state = type(self)(self.fqn, scope, self.layers, self.first_norm, self.trace)
+        if not self.fqn:
+            state.scope.origin = None  # the whole model is copied
         state.override = copy.deepcopy(self.override, memo)
         state.variants = {key: list(found) for key, found in self.variants.items()}
         state.assumed = set(self.assumed)
@@ -158,6 +163,16 @@ def context_argument(module: nn.Module) -> str | None:
     return getattr(type(module), "context_argument", None)
 
 
+def takes_context(module: nn.Module, scope: Scope) -> str | None:
+    """Return the name of a module's context argument, where it takes the labels of a scope.
+
+    A model that was converted by itself has labels of its own.
+    """
+    own = scope_of(module)
+    foreign = own is not None and own.model is not scope.model
+    return None if foreign else context_argument(module)
+
+
 def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
     """Run the forward the module had before conversion."""
     state: ContainerState | None = vars(module).get("_normswap")
@@ -170,12 +185,23 @@ def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
 
 def run_scoped(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     """Run the forward the module had before conversion, with the context in scope."""
-    scope = vars(module)["_normswap"].scope
-    outer = scope.enter(context)
+    return in_scope(vars(module)["_normswap"].scope, context, own_forward, module, values)
+
+
+def in_scope(scope: Scope, context: Any, run: Callable[..., Any], *args: Any) -> Any:
+    """Call a function with a context in scope; what it yields is computed in scope, too."""
+    left = scope.enter(context)
     try:
-        return own_forward(module, values)
+        output = run(*args)
     finally:
-        scope.leave(outer)
+        scope.leave(left)
+    return _each_in_scope(scope, context, output) if isinstance(output, Iterator) else output
+
+
+def _each_in_scope(scope: Scope, context: Any, items: Iterator[Any]) -> Iterator[Any]:
+    end = object()
+    while (item := in_scope(scope, context, next, items, end)) is not end:
+        yield item
 
 
 def untraced(module: nn.Module, reason: str) -> ConversionError:

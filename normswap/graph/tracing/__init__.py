@@ -2,10 +2,12 @@
 
 from normswap.graph.tracing.branches import join as join
 from normswap.graph.tracing.failure import TraceFailure as TraceFailure
+from normswap.graph.tracing.failure import is_library as is_library
 from normswap.graph.tracing.graph_cache import Paths as Paths
 from normswap.graph.tracing.list_effects import Writes as Writes
 from normswap.graph.tracing.list_effects import aliased as aliased
 from normswap.graph.tracing.list_effects import write_back as write_back
+from normswap.graph.tracing.method_calls import Outlined as Outlined
 from normswap.graph.tracing.reads import NO_GUARDS as NO_GUARDS
 from normswap.graph.tracing.reads import Guards as Guards
 from normswap.graph.tracing.reads import walk as walk

@@ -6,18 +6,13 @@ blocks keep a graph for layers to be inserted into.
 
 import dis
 import types
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 
 class Outlined:
-    """Calls a method of the container by name.
-
-    Attributes:
-        name: of the method.
-    """
+    """Calls a method of the container by name; norms it reaches find the context in scope."""
 
     __module__ = "normswap.graph.tracing.method_calls"
 
@@ -26,9 +21,7 @@ class Outlined:
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Call it."""
-        output = getattr(module, self.name)(*args, **kwargs)
-        # What a generator yields later would be computed out of scope.
-        return iter(list(output)) if isinstance(output, Iterator) else output
+        return getattr(module, self.name)(*args, **kwargs)
 
 
 def methods_running(root: nn.Module, frame: types.FrameType | None) -> list[str]:

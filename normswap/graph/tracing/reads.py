@@ -31,11 +31,11 @@ class Guards(NamedTuple):
 
     def hold(self, module: nn.Module) -> bool:
         """Return whether everything is as it was."""
+        for path, children in self.children:  # from the root down: further paths go by these
+            if tuple(walk(module, path)._modules) != children:
+                return False
         for path, name, value in self.attributes:
             if not alike(getattr(walk(module, path), name, _MISSING), value):
-                return False
-        for path, children in self.children:
-            if tuple(walk(module, path)._modules) != children:
                 return False
         for path, name, value in self.methods:
             owner = walk(module, path)
@@ -139,7 +139,7 @@ def merge(reads: Iterable[Reads]) -> Guards:
         names.update(read.names)
     return Guards(
         tuple((_split(path), name, value) for (path, name), value in attributes.items()),
-        tuple((_split(path), found) for path, found in children.items()),
+        tuple((_split(path), children[path]) for path in sorted(children)),
         tuple((_split(path), name, f) for (path, name), f in methods.items()),
         tuple(names.values()),
     )

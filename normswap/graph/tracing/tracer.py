@@ -36,7 +36,6 @@ class Traced:
         reads: what must still hold for it to stand for the forward.
         regions: checkpointed parts, each with the node of the graph that calls it.
         children: path of a submodule that is called -> whether it certainly returns a tensor.
-        outside: whether it calls functions or methods from which norms may be reached.
         alike: whether it stands for containers of the same structure, too.
         outlined: nodes that call a method of the container.
         questions: nodes whose truth the forward branched on.
@@ -51,7 +50,6 @@ class Traced:
     reads: Reads = field(default_factory=Reads)
     regions: list[tuple[fx.Node, Region]] = field(default_factory=list)
     children: dict[str, bool] = field(default_factory=dict)
-    outside: bool = False
     alike: bool = True
     outlined: list[fx.Node] = field(default_factory=list)
     questions: list[fx.Node] = field(default_factory=list)
@@ -209,9 +207,6 @@ class ContainerTracer(fx.Tracer):
 
     def record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record the call of a free function."""
-        self.result.outside |= not is_torch(getattr(function, "__module__", None)) and isinstance(
-            function, types.FunctionType
-        )
         return self.create_proxy("call_function", function, args, kwargs)
 
     def _call_method(self, method: Outlined, *args: Any, **kwargs: Any) -> Any:
@@ -220,7 +215,6 @@ class ContainerTracer(fx.Tracer):
         itself = self.create_proxy("get_attr", "converted_container", (), {})
         value = self.create_proxy("call_function", method, (itself, *args), kwargs)
         self.result.outlined.append(value.node)
-        self.result.outside = True
         return value
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
