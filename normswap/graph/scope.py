@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 _UNKNOWN = Entry(None, -2)
 
 
-class _Local(threading.local):
+class _Here:
     """What compiled code can read and write of a thread.
 
     Attributes:
@@ -50,6 +50,13 @@ class _Local(threading.local):
         self.compiled: Entry | None = None
         self.mirror: Entry | None = None
         self.blocks = 0
+
+
+class _Local(threading.local):
+    """Gives each thread its own; compiled code would lose what is written to this one itself."""
+
+    def __init__(self) -> None:
+        self.here = _Here()
 
 
 _Token: TypeAlias = Token[Entry | None]
@@ -95,7 +102,7 @@ class Scope:
     @property
     def entered(self) -> bool:
         """Whether a forward of this thread has entered the scope."""
-        return self._local.entry is not None
+        return self._local.here.entry is not None
 
     def lookup(self, whole: bool = False) -> Context | None:
         """Return the context in scope.
@@ -119,7 +126,7 @@ class Scope:
         return None if entry is None else entry.context
 
     def _find(self) -> Entry | None:
-        local, compiling = self._local, torch.compiler.is_compiling()
+        local, compiling = self._local.here, torch.compiler.is_compiling()
         if local.entry is not None:
             return local.entry
         if local.compiled is not None:
@@ -137,7 +144,7 @@ class Scope:
             found = local.mirror
         origin = self.origin
         while found is None and origin is not None:
-            found, origin = origin._local.entry, origin.origin
+            found, origin = origin._local.here.entry, origin.origin
         return found
 
     def _check_threads(self, whole: bool) -> None:
@@ -184,21 +191,21 @@ class Scope:
 
     def enter(self, context: Context | None) -> Left:
         """Put a context in scope for a forward; return what `leave` needs."""
-        outer = self._local.entry
+        outer = self._local.here.entry
         if torch.compiler.is_compiling():
-            self._local.entry = Entry(context)
+            self._local.here.entry = Entry(context)
             return outer, None
         entry = Entry(context, torch._C._current_graph_task_id())
         if context is not None and (outer is None or outer.context is None):
             self._forwards.append(threading.get_ident())
             self._labelled = True
-        self._local.entry = entry
+        self._local.here.entry = entry
         return outer, self._entry.set(entry)
 
     def leave(self, left: Left) -> None:
         """Undo `enter`."""
         outer, token = left
-        entry, self._local.entry = self._local.entry, outer
+        entry, self._local.here.entry = self._local.here.entry, outer
         if token is None:
             return
         self._entry.reset(token)
@@ -208,7 +215,7 @@ class Scope:
 
     def open(self, context: Context | None) -> Opened:
         """Put a context in scope for any code of this thread and task, for `use_context`."""
-        local = self._local
+        local = self._local.here
         hidden = (local.entry, local.compiled)
         local.entry = None
         if torch.compiler.is_compiling():
@@ -225,7 +232,7 @@ class Scope:
 
     def close(self, opened: Opened) -> None:
         """Undo `open`."""
-        local = self._local
+        local = self._local.here
         (local.entry, local.compiled), tokens = opened
         if tokens is None:
             return
