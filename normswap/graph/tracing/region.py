@@ -65,7 +65,15 @@ class Region:
         assert run is not None
 
         def function(*given: Any) -> Any:
-            return run(module, *given, context)
+            if torch.compiler.is_compiling():
+                return run(module, *given, context)
+            # In backward this runs without the container around it.
+            scope = module._normswap.scope
+            left = scope.enter(context)
+            try:
+                return run(module, *given, context)
+            finally:
+                scope.leave(left)
 
         return _CHECKPOINT(function, *tensors, **self.options)
 
