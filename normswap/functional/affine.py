@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.functional.moments import Moments, pick_rows, wide_dtype
+from normswap.functional.moments import Moments, pick_rows, pool_moments, wide_dtype
 
 
 class Centred(NamedTuple):
@@ -31,6 +31,14 @@ class Centred(NamedTuple):
         """Keep the rows where `condition` (N,) holds, take the others from `other`."""
         mask = condition.unsqueeze(1)
         return Centred(*(torch.where(mask, a, b) for a, b in zip(self, other, strict=True)))
+
+    def mix(self, weights: Tensor) -> "Centred":
+        """Return the rows mixed by weights (N, K), each row of which sums to one."""
+        # About one of the centres: where all are far from zero, they are near each other.
+        centre, wide = self.centre[:1].detach(), wide_dtype(weights)
+        tables = (self.scale, self.at(centre).shift)
+        scale, shift = ((weights.to(wide) @ t.to(wide)).to(t.dtype) for t in tables)
+        return Centred(centre.expand_as(scale), scale, shift)
 
 
 class Affine(NamedTuple):
@@ -68,3 +76,18 @@ def fold_norm(moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Aff
 def centre_norm(moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Centred:
     """Return ``weight * (x - mean) / sqrt(var + eps) + bias`` as a map."""
     return Centred(moments.mean, weight * torch.rsqrt(moments.var + eps), bias)
+
+
+def pool_norm(
+    moments: Moments, priors: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Moments, Tensor]:
+    """Pool contexts for an affine norm: `pool_moments`, and the bias to go with them, (1, C).
+
+    What rounding the pooled mean leaves of it, which is much where the mean is large against the
+    spread, is the bias's to make up.
+    """
+    origin = moments.mean[:1].detach()
+    offset, var = pool_moments(Moments(moments.mean - origin, moments.var), priors)
+    mean = origin + offset
+    left = (origin - mean + offset).detach()
+    return Moments(mean, var), torch.addcmul(bias, left, weight * torch.rsqrt(var + eps), value=-1)
