@@ -34,11 +34,12 @@ class Centred(NamedTuple):
 
     def mix(self, weights: Tensor) -> "Centred":
         """Return the rows mixed by weights (N, K), each row of which sums to one."""
-        # About one of the centres: where all are far from zero, they are near each other.
-        centre, wide = self.centre[:1].detach(), wide_dtype(weights)
-        tables = (self.scale, self.at(centre).shift)
-        scale, shift = ((weights.to(wide) @ t.to(wide)).to(t.dtype) for t in tables)
-        return Centred(centre.expand_as(scale), scale, shift)
+        wide, dtype = wide_dtype(weights), self.scale.dtype
+        weights, (centre, scale, shift) = weights.to(wide), (t.to(wide) for t in self)
+        mixed = Affine(scale, shift - centre * scale).mix(weights)
+        near = (weights @ centre).detach().to(dtype)
+        shift = torch.addcmul(mixed.shift, near.to(wide), mixed.scale)
+        return Centred(near, mixed.scale.to(dtype), shift.to(dtype))
 
 
 class Affine(NamedTuple):
@@ -81,13 +82,13 @@ def centre_norm(moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> C
 def pool_norm(
     moments: Moments, priors: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Moments, Tensor]:
-    """Pool contexts for an affine norm: `pool_moments`, and the bias to go with them, (1, C).
+    """Return the moments and bias, (1, C), with which `centre_norm` is that of the pooled contexts.
 
-    What rounding the pooled mean leaves of it, which is much where the mean is large against the
-    spread, is the bias's to make up.
+    The bias makes up for what rounding leaves of the pooled mean: digits that count where it is
+    large against the spread.
     """
     origin = moments.mean[:1].detach()
     offset, var = pool_moments(Moments(moments.mean - origin, moments.var), priors)
-    mean = origin + offset
-    left = (origin - mean + offset).detach()
+    mean = (origin + offset).detach()
+    left = offset - (mean - origin)
     return Moments(mean, var), torch.addcmul(bias, left, weight * torch.rsqrt(var + eps), value=-1)

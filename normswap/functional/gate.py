@@ -52,28 +52,29 @@ class GateGlue:
         else:
             std = torch.zeros_like(var)
         weight, gain, bias = (t.to(wide) for t in tensors)
-        by_mean, by_std = weight.unbind(1)
-        z = torch.addcmul(by_mean * mean, by_std, std)
+        by_mean, by_std = weight.T.contiguous()
+        styles = mean.to(wide), std.to(wide)
+        z = (by_mean * styles[0]).addcmul_(by_std, styles[1])
         out, *saved = _batch_norm(z, gain, bias, *self.running, self.batch, self.momentum, 1e-5)
         for buffer, new in zip(self.kept, self.running, strict=False):
             buffer.copy_(new)
         sigmoid = out.to(mean.dtype).sigmoid_()
         g = sigmoid * self.scale
-        return Map(g, None, mean), (mean, std, weight, gain, z, sigmoid, saved, tensors)
+        return Map(g, None, mean), (mean, std, styles, weight, gain, z, sigmoid, saved, tensors)
 
     def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
         """Return the gradients, given ``sum dy * (x - mean)`` and ``sum dy``."""
-        mean, std, weight, gain, z, sigmoid, statistics, tensors = saved
+        mean, std, styles, weight, gain, z, sigmoid, statistics, tensors = saved
         dg = torch.addcmul(dscale, dshift, mean).mul_(self.scale)
         dout = _sigmoid_backward(dg, sigmoid).to(z.dtype)
         running = (None, None) if self.batch else self.running
         dz, dgain, dbias = _batch_norm_backward(
             dout, z, gain, *running, *statistics, self.batch, 1e-5, [True, True, True]
         )
-        dweight = torch.stack(((dz * mean).sum(0), (dz * std).sum(0)), 1)
+        dweight = torch.stack([(dz * t).sum(0) for t in styles], 1)
         found = (t.to(p.dtype) for t, p in zip((dweight, dgain, dbias), tensors, strict=True))
         dz = dz.to(mean.dtype)
-        by_mean, by_std = weight.to(mean.dtype).unbind(1)
+        by_mean, by_std = weight.T.to(mean.dtype).contiguous()
         constant = dz * (by_mean / self.positions)
         if self.positions > 1:
             spread = dz.mul_(by_std / (self.positions - 1)).div_(std)

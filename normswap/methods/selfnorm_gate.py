@@ -133,10 +133,10 @@ class Gate(nn.Module):
         z, batch, count = shared_batch_norm(z, running, 1e-5, reduce)
         if not (replay or in_backward()):
             with torch.no_grad():
-                rate = self.momentum * (count > 1).to(z.dtype)
                 unbiased = batch.var * (count / (count - 1).clamp(min=1))
-                self.running_mean.lerp_(batch.mean[0].to(z.dtype), rate)
-                self.running_var.lerp_(unbiased[0].to(z.dtype), rate)
+                rate = self.momentum * (count > 1).to(self.running_mean.dtype)
+                self.running_mean.lerp_(batch.mean[0].to(rate.dtype), rate)
+                self.running_var.lerp_(unbiased[0].to(rate.dtype), rate)
         return z
 
     def _load_from_state_dict(
