@@ -3,6 +3,7 @@
 from normswap import contexts as contexts
 from normswap import functional as functional
 from normswap import plot as plot
+from normswap.absent_rows import keep_absent_rows as keep_absent_rows
 from normswap.adaptation import adapt as adapt
 from normswap.api import convert as convert
 from normswap.api import plan as plan

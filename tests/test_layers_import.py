@@ -19,7 +19,7 @@ ORDER = [
     {"methods", "contexts", "presets", "select"},
     {"graph"},
     {"report", "plot", "verification", "checks", "calibration", "original"},
-    {"training", "statistics", "synchronise"},
+    {"training", "statistics", "synchronise", "absent_rows"},
     {"conversion", "insertion", "summarise", "converted", "optimizers", "fingerprint"},
     {"api", "reversion", "growth", "adaptation", "checkpoint", "unknown"},
     {"cli", "cli_plot"},
