@@ -183,7 +183,7 @@ def test_parametrized_norm_is_refused():
 def test_failing_example_inputs_leave_the_model_unchanged():
     model = Net()
     before = describe(model)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ConversionError, match="the original model itself fails on example_inputs"):
         normswap.convert(model, inplace=True, example_inputs=torch.zeros(1, 5, 8, 8))
     assert describe(model) == before
 
