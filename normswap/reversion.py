@@ -19,7 +19,7 @@ from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery, restore_forwards
 from normswap.methods.base import InsertedMethod, Method, get_method
 from normswap.methods.plain import Plain
-from normswap.original import is_untouched, original_of, rebuild, write
+from normswap.original import is_untouched, lacks_values, original_of, rebuild, write
 from normswap.training import release
 
 _SHOWN = 5
@@ -190,6 +190,11 @@ def _norm(
     norm = rebuild(layer)
     method = get_method(record.method)
     assert isinstance(method, Method)
+    if discard and lacks_values(layer):
+        raise ConversionError(
+            f"expected {name or 'the layer'} to have had values at conversion for discard=True; it "
+            "was on the meta device: leave discard= out to take what the layers compute now"
+        )
     if discard or is_untouched(layer, method, record.contexts, record.options):
         return norm
     try:

@@ -132,6 +132,11 @@ def read_site(
         "instance" if isinstance(module, _InstanceNorm) else "batch"
     )
     tracked = isinstance(module.running_mean, Tensor)
+    momentum = module.momentum
+    if tracked and not module.track_running_stats:  # set after construction
+        # A batch norm still uses the statistics in eval, but never moves them; an instance norm
+        # never uses them.
+        tracked, momentum = kind == "batch", 0.0
     if kind == "batch" and not tracked:
         return "track_running_stats=False: there are no running statistics to start from"
     own = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
@@ -144,7 +149,7 @@ def read_site(
         kind=kind,
         num_features=module.num_features,
         eps=module.eps,
-        momentum=module.momentum,
+        momentum=momentum,
         affine=module.weight is not None or module.bias is not None,
         tracked=tracked,
         device=like.device,
