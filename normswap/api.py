@@ -1,13 +1,14 @@
 """The steps of the public functions, in order."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normswap.arguments import check_flag
 from normswap.checks import check_copyable, check_model
 from normswap.contexts.assigner import Assigner
 from normswap.conversion import (
@@ -15,23 +16,19 @@ from normswap.conversion import (
     convert_bare,
     find_targets,
     is_bare,
-    make_contexts,
     operate,
 )
 from normswap.converted import find_root
-from normswap.distributed import shared_groups
+from normswap.copies import copy_model, copy_structure
 from normswap.errors import ConversionError, expect_module
 from normswap.examples import read_inputs
 from normswap.fingerprint import checksums, other_tensors
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
-from normswap.methods.base import (
-    get_method,
-    parse_options,
-)
-from normswap.presets import fill_from_preset
+from normswap.methods.base import get_method
 from normswap.report import Report, Verification
 from normswap.select import Selector
+from normswap.settings import read_settings
 from normswap.summarise import summarise
 from normswap.training import exempt_norms
 from normswap.verification import Reference, compare, run_original
@@ -95,22 +92,35 @@ def convert(
         VerificationError: the converted model computes something else. Whatever is raised, `model`
             is as it was.
     """
-    chosen = get_method(method)
-    placement, select, options = fill_from_preset(preset, method, placement, select, options)
-    parsed = parse_options(chosen, options)
-    given = make_contexts(chosen, contexts, priors, unknown)
+    asked = read_settings(
+        method,
+        contexts=contexts,
+        select=select,
+        exclude=exclude,
+        placement=placement,
+        preset=preset,
+        unknown=unknown,
+        priors=priors,
+        options=options,
+        arguments=signature(convert).parameters,
+    )
+    check_flag("inplace", inplace)
+    check_flag("verify", verify)
     inputs = None if example_inputs is None else read_inputs(example_inputs)
     check_model(model)
     if not inplace:
         check_copyable(model)
-    rows, found = find_targets(model, chosen, parsed, placement, select, exclude)
+    chosen = asked.method
+    rows, found = find_targets(
+        model, chosen, asked.options, asked.placement, asked.select, asked.exclude
+    )
+    reference: Reference | Verification = Verification(reason="verify=False")
     if verify:
-        labels = given.count if chosen.needs_context else 0
+        labels = asked.contexts.count if chosen.needs_context else 0
         reference = run_original(model, inputs, labels)
-    else:
-        reference = Verification(reason="verify=False")
-    target = model if inplace else copy.deepcopy(model, shared_groups(model))
-    record = Record(method, parsed, given, rows, type(model).__name__, placement=placement)
+    target = model if inplace else copy_model(model)
+    record = Record(method, asked.options, asked.contexts, rows, type(model).__name__)
+    record.placement = asked.placement
     if is_bare(found):
         layer = convert_bare(target, chosen, record, found[0])
         exempt_norms(layer)
@@ -147,30 +157,30 @@ def plan(
         ConversionError: what `convert` would raise.
         UnknownNameError: an unknown method or context.
     """
-    chosen = get_method(method)
-    placement, select, options = fill_from_preset(preset, method, placement, select, options)
-    parsed = parse_options(chosen, options)
-    given = make_contexts(chosen, contexts, priors, unknown)
+    asked = read_settings(
+        method,
+        contexts=contexts,
+        select=select,
+        exclude=exclude,
+        placement=placement,
+        preset=preset,
+        unknown=unknown,
+        priors=priors,
+        options=options,
+        arguments=signature(plan).parameters,
+    )
     check_model(model)
-    rows, found = find_targets(model, chosen, parsed, placement, select, exclude)
+    chosen = asked.method
+    rows, found = find_targets(
+        model, chosen, asked.options, asked.placement, asked.select, asked.exclude
+    )
     found = [replace(place, device=torch.device("meta")) for place in found]
-    shell = structure_copy(model)
-    record = Record(method, parsed, given, rows, type(model).__name__)
+    shell = copy_structure(model)
+    record = Record(method, asked.options, asked.contexts, rows, type(model).__name__)
     if is_bare(found):
         return summarise(convert_bare(shell, chosen, record, found[0]), record)
     operate(Surgery(shell), chosen, record, found)
     return summarise(shell, record)
-
-
-def structure_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose parameters and buffers hold no values (meta device)."""
-    memo = shared_groups(model)
-    for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
 
 
 def summary(model: nn.Module) -> Report:

@@ -1,10 +1,8 @@
 """The errors and warnings of the package; an error also inherits the builtin one would expect."""
 
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class NormswapError(Exception):
@@ -47,36 +45,6 @@ class ContextWarning(UserWarning):
     """The contexts can be used as they are, but something about them may mislead."""
 
 
-def describe(value: Any) -> str:
-    """Return what a value is, for a message of one line."""
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {str(value.dtype)[6:]}"
-    if isinstance(value, nn.Module):
-        return f"the module {type(value).__name__}"
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # the repr of what a user gave may itself fail
-        text = "(no repr)"
-    shown = text if len(text) <= 60 else f"{text[:57]}..."
-    return f"{type(value).__name__} {shown}"
-
-
-def unknown_name(what: str, given: Any, choices: Iterable[str], of: str = "") -> str:
-    """Return the message for a name that is none of the choices: the closest one, and all.
-
-    Args:
-        what: what kind of name it is, "method".
-        given: the name.
-        choices: all names.
-        of: what the choices belong to.
-    """
-    names = list(choices)
-    close = difflib.get_close_matches(given, names, 1, 0.5) if isinstance(given, str) else []
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    shown = repr(given) if isinstance(given, str) else describe(given)
-    return f"unknown {what} {shown}{of}{hint} the choices are {', '.join(names) or 'none'}"
-
-
 def expect_module(model: Any) -> None:
     """Raise if what was given as a model is none.
 
@@ -84,5 +52,5 @@ def expect_module(model: Any) -> None:
         ConversionError: it is not a module.
     """
     if not isinstance(model, nn.Module):
-        what = f"the class {model.__name__}" if isinstance(model, type) else describe(model)
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise ConversionError(f"expected a torch.nn.Module, got {what}")

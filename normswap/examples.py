@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from normswap.errors import ConversionError, describe
+from normswap.arguments import describe
+from normswap.errors import ConversionError
 
 _MOST_CONTEXTS_A_BATCH = 8
 

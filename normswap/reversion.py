@@ -1,6 +1,5 @@
 """Back to a model of the original class and norms: `revert` and `specialize`."""
 
-import copy
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from normswap.converted import (
     inserted_layers,
     replaced_layers,
 )
-from normswap.distributed import shared_groups
+from normswap.copies import copy_model
 from normswap.errors import ConversionError
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery, restore_forwards
@@ -131,7 +130,7 @@ def _restore(
         discard: whether to take the values at conversion.
         inplace: whether to change `root`.
     """
-    target = root if inplace else copy.deepcopy(root, shared_groups(root))
+    target = root if inplace else copy_model(root)
     if not discard:
         _check_inserted(target, record)
     layers = replaced_layers(target)

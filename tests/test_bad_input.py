@@ -1,6 +1,5 @@
 """What cannot be converted is refused with a clear error, and the model stays as it was."""
 
-import re
 import warnings
 
 import pytest
@@ -113,7 +112,7 @@ def test_float_stubs_for_later_quantisation_are_no_obstacle():
 
 
 def test_unknown_method_lists_the_methods():
-    with pytest.raises(UnknownNameError, match=re.escape("the methods are")) as error:
+    with pytest.raises(UnknownNameError, match="the choices are") as error:
         normswap.convert(Net(), "batchnorm")
     assert all(name in str(error.value) for name in normswap.methods())
 
