@@ -22,13 +22,11 @@ def describe(value: Any) -> str:
         return f"the module {type(value).__name__}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if value is None:
-        return "None"
     try:
         text = " ".join(repr(value).split())
     except Exception as error:  # of what a user gave
         text = f"(its repr raises {type(error).__name__})"
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def listed(names: Iterable[str]) -> str:
@@ -81,9 +79,9 @@ def check_count(
 ) -> None:
     """Raise if a value is no integer in [least, most]."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise error(f"expected {name}= as a whole number, got {describe(value)}")
+        raise error(f"expected {name}= as a count, got {describe(value)}")
     if value < least or (most is not None and value > most):
-        bounds = f"of at least {least}" if most is None else f"in [{least}, {most}]"
+        bounds = f"of at least {least}" if value < least else f"in [{least}, {most}]"
         raise error(f"expected {name}= {bounds}, got {value}")
 
 

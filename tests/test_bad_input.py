@@ -54,7 +54,7 @@ def test_excluded_norms_are_named():
 
 
 def test_selector_of_an_unknown_kind():
-    refuses(Net(), "expected select/exclude as a glob", select=3)
+    refuses(Net(), "expected select= as a glob", select=3)
 
 
 def test_scripted_model():

@@ -94,7 +94,7 @@ def _to_indices(labels: Any, names: Sequence[str]) -> list[int]:
     except TypeError:
         raise ContextError(
             "expected `context` as an integer tensor (N,), a name, an index, or a sequence of "
-            f"them, got {describe(labels)}"
+            f"them, got {type(labels).__name__}"
         ) from None
     return [_to_index(item, names) for item in items]
 
@@ -110,7 +110,8 @@ def _to_index(item: Any, names: Sequence[str]) -> int:
         return operator.index(item)
     except TypeError:
         raise ContextError(
-            f"expected `context` to hold names, indices or None, got {describe(item)}"
+            "expected `context` to hold names, indices or None, "
+            f"got {describe(item)} ({type(item).__name__})"
         ) from None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normswap.arguments import check_count, check_number
-from normswap.errors import NormswapError
+from normswap.errors import ConversionError, NormswapError
 from normswap.functional.backward import in_backward
 
 REMEMBERED = 4096
@@ -48,7 +48,11 @@ class Schedule:
     def __init__(self, p: float, active: int, num_sites: int) -> None:
         check_number("p", p, 0, 1)
         check_count("num_sites", num_sites)
-        check_count("active", active, 1, num_sites)
+        check_count("active", active)
+        if active > num_sites:
+            raise ConversionError(
+                f"expected active= in [1, {num_sites}], the number of sites, got {active}"
+            )
         self.p = p
         self.active = active
         self.num_sites = num_sites
