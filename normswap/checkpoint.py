@@ -1,6 +1,5 @@
 """Save what a conversion and the training after it changed, and load it onto the base."""
 
-import copy
 from dataclasses import asdict
 from importlib import metadata
 from os import PathLike
@@ -9,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.arguments import check_choice
 from normswap.checks import check_copyable, check_model
-from normswap.conversion import Record, convert_bare, find_targets, is_bare, make_contexts, operate
+from normswap.conversion import Record, convert_bare, find_targets, is_bare, operate
 from normswap.converted import find_root
-from normswap.distributed import shared_groups
+from normswap.copies import copy_model
 from normswap.errors import CheckpointError, UnknownNameError
 from normswap.files import as_folder, read_folder, write_folder
 from normswap.fingerprint import (
@@ -29,6 +29,7 @@ from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
 from normswap.methods.base import Contexts, get_method, methods, parse_options
 from normswap.report import Verification
+from normswap.settings import make_contexts
 from normswap.training import exempt_norms
 
 _STATES = ("changed", "norms", "all")
@@ -59,8 +60,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
             JSON cannot hold; a folder that cannot be written to.
         UnknownNameError: another `state`.
     """
-    if state not in _STATES:
-        raise UnknownNameError(f"unknown state {state!r}; the choices are {', '.join(_STATES)}")
+    check_choice("state", state, _STATES)
     root, record = find_root(model)
     path = as_folder(folder)
     layers, others = layer_tensors(root), other_tensors(root)
@@ -153,7 +153,7 @@ def load(
     apart = differences(content["base"], describe_base(base, replaced))
     if apart:
         raise CheckpointError(f"expected the model that {folder} was made from; {shorten(apart)}")
-    target = base if inplace else copy.deepcopy(base, shared_groups(base))
+    target = base if inplace else copy_model(base)
     model, undo = _convert(target, content, sites, trace)
     try:
         others = other_tensors(model)

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.module import _forward_unimplemented
 
+from normswap.arguments import meant
 from normswap.errors import ConversionError
 from normswap.graph.blocks.features import LAST, Features, Reader
 from normswap.graph.blocks.insert import PLACEMENTS, Insertion
@@ -65,7 +66,8 @@ def find_places(
         asked = f"placement {wanted!r}" + ("" if wanted == own else f", an option of {method.name}")
         if wanted not in ALL_PLACEMENTS:
             raise ConversionError(
-                f"unknown {asked}; the placements are {', '.join(ALL_PLACEMENTS)}"
+                f"unknown {asked}; the choices are {', '.join(ALL_PLACEMENTS)}"
+                + meant(wanted, ALL_PLACEMENTS)
             )
         found = find(wanted)
         if not found[1]:

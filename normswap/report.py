@@ -1,5 +1,6 @@
 """What a conversion did or would do, as rows that print as text or markdown, or go to a table."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -52,7 +53,7 @@ class Verification:
     Attributes:
         differences: what was given as context -> largest absolute difference.
         scale: largest absolute output.
-        reason: why nothing was compared; "" where it was.
+        reason: why nothing, or not everything asked for, was compared; "" where it was.
     """
 
     differences: dict[str, float] = field(default_factory=dict)
@@ -61,8 +62,8 @@ class Verification:
 
     @property
     def largest(self) -> float:
-        """The largest difference over everything compared."""
-        return max(self.differences.values(), default=0.0)
+        """The largest difference over everything compared; NaN, which is below nothing, if none."""
+        return math.nan if self.reason else max(self.differences.values(), default=math.nan)
 
     def __str__(self) -> str:
         """One line."""

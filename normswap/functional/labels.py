@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from normswap.errors import ContextError, UnknownNameError
+from normswap.arguments import describe, unknown_name
+from normswap.errors import ContextError
 
 
 class Context(NamedTuple):
@@ -82,7 +83,7 @@ def _index(name: str, names: Sequence[str]) -> int:
     for index, known in enumerate(names):
         if known == name:
             return index
-    raise UnknownNameError(f"unknown context {name!r}; the contexts are {', '.join(names)}")
+    raise unknown_name("context", name, names)
 
 
 def _to_indices(labels: Any, names: Sequence[str]) -> list[int]:
@@ -110,7 +111,7 @@ def _to_index(item: Any, names: Sequence[str]) -> int:
     except TypeError:
         raise ContextError(
             "expected `context` to hold names, indices or None, "
-            f"got {item!r} ({type(item).__name__})"
+            f"got {describe(item)} ({type(item).__name__})"
         ) from None
 
 

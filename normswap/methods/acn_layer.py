@@ -21,6 +21,7 @@ from normswap.functional.mixture_synced import shared_moments
 from normswap.functional.moments import Moments, compute_dtype, log_spread
 from normswap.methods.acn_options import AdaptiveOptions
 from normswap.methods.layer import NormLayer
+from normswap.methods.values import counted_nothing, fitting
 
 _NORMALIZE: dict[str, Callable[..., Normalized]] = {
     "channel": norm_elements,
@@ -255,15 +256,18 @@ class AdaptiveContextNorm(NormLayer):
             ones = torch.ones_like(mean)
             weight = state_dict.get(prefix + "weight", ones)
             bias = state_dict.get(prefix + "bias", torch.zeros_like(mean))
-            place = self.mu.device
+            place = mean.device if self.mu.is_meta else self.mu.device
             tensors = (t.to(place) for t in (mean, var, weight, bias))
             if self.running_mean is None:
                 for name in _TRACKED:
                     state_dict.pop(prefix + name, None)
             else:
-                state_dict.setdefault(prefix + _TRACKED[2], self.num_batches_tracked)
+                assert self.num_batches_tracked is not None
+                count = counted_nothing(self.num_batches_tracked)
+                state_dict.setdefault(prefix + _TRACKED[2], count)
+            metadata = args[0] if args else None
             for name, value in self.start_from(*tensors).items():
-                state_dict[prefix + name] = value
+                state_dict[prefix + name] = fitting(value, mean, metadata).clone()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -25,8 +25,9 @@ from normswap.methods.base import (
     register_method,
 )
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt, fill_affine, make_priors
+from normswap.methods.layer import ContextLayer, adopt, fill_affine
 from normswap.methods.plain import Plain, added_prior, pick_moments
+from normswap.methods.values import fitting
 from normswap.sites import Site
 
 
@@ -91,7 +92,7 @@ class ContextNormX(ContextLayer):
             self.register_parameter(name, value)
         self.mu = nn.Parameter(torch.empty(num_contexts, num_features, **options))
         self.log_sigma = nn.Parameter(torch.empty(num_contexts, num_features, **options))
-        self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
+        self.add_priors(priors, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -174,10 +175,10 @@ class ContextNormX(ContextLayer):
         var = state_dict.pop(prefix + "running_var", None)
         state_dict.pop(prefix + "num_batches_tracked", None)
         if isinstance(mean, Tensor) and isinstance(var, Tensor):
-            log_sigma = log_spread(var, self.eps)
+            log_sigma = fitting(log_spread(var, self.eps), var, args[0] if args else None)
             state_dict[prefix + "mu"] = mean.expand(self.mu.shape).clone()
             state_dict[prefix + "log_sigma"] = log_sigma.expand(self.mu.shape).clone()
-        state_dict.setdefault(prefix + "priors", self.priors)
+        self.load_priors(state_dict, prefix, state_dict.get(prefix + "mu"))
         self.fresh = self.fresh and not _is_started(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

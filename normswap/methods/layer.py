@@ -1,6 +1,7 @@
 """What every context-aware layer shares: its labels, its policy for unknown ones, its tail."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from normswap.errors import ContextError, MissingContextError
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
+from normswap.methods.values import Resettable
 from normswap.sites import Site
 
 POLICIES = ("error", "pooled", "posterior")
@@ -22,7 +24,7 @@ class Scope(Protocol):
         """Return the context in scope, if any."""
 
 
-class NormLayer(nn.Module):
+class NormLayer(Resettable):
     """Base of layers that replace a norm: where it stood, and what it applies after normalising.
 
     Args:
@@ -84,6 +86,7 @@ class ContextLayer(NormLayer):
 
     context_argument = "context"
     priors: Tensor
+    kept_priors: Tensor | None = None  # their values, while they are on the meta device
 
     def __init__(self, num_features: int, num_contexts: int, unknown: str | int = "pooled") -> None:
         super().__init__(num_features)
@@ -98,6 +101,49 @@ class ContextLayer(NormLayer):
         self.unknown = unknown
         self.names = tuple(str(k) for k in range(num_contexts))
         self.scope: Scope | None = None
+
+    def add_priors(
+        self, priors: Tensor | None, device: torch.device | None, dtype: torch.dtype | None
+    ) -> None:
+        """Register lambda, (K,): uniform by default; float64 only in a float64 layer.
+
+        Raises:
+            ContextError: not K positive values that sum to one.
+        """
+        values = make_priors(priors, self.num_contexts, torch.device("cpu"), dtype)
+        self.register_buffer("priors", values.to(device or torch.get_default_device()))
+        self.kept_priors = values if self.priors.is_meta else None
+
+    def known_priors(self) -> Tensor:
+        """Return lambda, which is a setting: its values are known on the meta device too."""
+        kept = self.kept_priors if self.priors.is_meta else None
+        return self.priors if kept is None else kept
+
+    def load_priors(self, state: dict[str, Any], prefix: str, like: Tensor | None) -> None:
+        """Complete the state dict of a base, which has no lambda, in place.
+
+        Args:
+            state: the state dict being loaded.
+            prefix: of this layer's keys.
+            like: an entry of it, on whose device lambda has to be where entries are assigned.
+        """
+        if not isinstance(state.get(prefix + "priors"), Tensor):
+            known = self.known_priors()
+            state[prefix + "priors"] = known if like is None else known.to(like.device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        before = self.priors
+        if not before.is_meta:
+            self.kept_priors = None
+        super()._apply(fn, recurse)
+        if self.priors.is_meta and not before.is_meta:
+            self.kept_priors = before.detach().cpu()
+        return self
+
+    def _fill(self) -> None:
+        if self.kept_priors is not None:
+            self.priors.copy_(self.kept_priors)
+        super()._fill()
 
     def forward(self, x: Tensor, context: Labels | None = None) -> Tensor:
         """Normalise x with the statistics of each sample's context.
@@ -240,7 +286,7 @@ def make_priors(
     """
     wide = (dtype or torch.get_default_dtype()) == torch.float64
     if priors is None:
-        priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
+        priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64, device="cpu")
     elif (
         priors.shape != (num_contexts,)
         or not bool((priors > 0).all())

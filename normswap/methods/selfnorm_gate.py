@@ -14,12 +14,13 @@ from normswap.functional.gate import GateGlue
 from normswap.functional.mixture_synced import shared_batch_norm
 from normswap.functional.moments import Moments, wide_dtype
 from normswap.functional.style import Style
+from normswap.methods.values import Resettable
 
 # Under the root of an instance's standard deviation.
 STD_EPS = 1e-12
 
 
-class Gate(nn.Module):
+class Gate(Resettable):
     """One gate: ``scale * sigmoid(BN(w1 * mean + w2 * std))``, for each instance and channel.
 
     BN is batch normalization over the instances, biased variance plus 1e-5 under the root, running
