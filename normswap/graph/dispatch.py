@@ -5,10 +5,12 @@ has now, and runs it; where no graph stands for the module's own forward, that f
 the context in scope.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from normswap.functional.labels import Context, wrong_length
 from normswap.graph.prepare import prepare
@@ -22,6 +24,7 @@ from normswap.graph.state import (
     untraced,
 )
 from normswap.graph.tracing.handed import aliased, give_back, write_back
+from normswap.graph.tracing.patches import TraceFailure
 from normswap.graph.tracing.trace import TraceSession, tracing
 from normswap.graph.tracing.values import describe
 
@@ -42,6 +45,29 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     if state.before is None and state.after is None:
         return _run(module, state, values, context)
     return _run_around(module, state, values, context)
+
+
+def calling(call: Callable[..., Any], argument: str | None) -> Callable[..., Any]:
+    """Return a ``__call__`` that runs a class's own once, its context in scope.
+
+    What the class's own ``__call__`` makes of its arguments need not hand on the context.
+    """
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if tracing():
+            raise TraceFailure(f"calls a {type(self).__name__}, whose class has its own __call__")
+        state: ContainerState | None = vars(self).get("_normswap") or _adopt(self)
+        context = kwargs.pop(argument, None) if argument is not None else None
+        if state is None or context is None:
+            return call(self, *args, **kwargs)
+        context = _resolve(state, (), tree_leaves((args, kwargs)), context)
+        outer = state.scope.enter(context)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            state.scope.leave(outer)
+
+    return __call__
 
 
 def _run_around(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:

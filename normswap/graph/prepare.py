@@ -2,6 +2,7 @@
 
 import itertools
 import linecache
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -202,6 +203,8 @@ def _compile(graph: fx.Graph, name: str) -> Callable[..., Any]:
     scope: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, filename, "exec"), scope)
     run: Callable[..., Any] = scope["forward"]
+    # Its source serves tracebacks as long as it can run.
+    weakref.finalize(run, linecache.cache.pop, filename, None).atexit = False
     return run
 
 

@@ -12,7 +12,6 @@ _MUTATORS = frozenset(
 )
 
 
-@functools.cache
 def may_change(cls: type) -> bool:
     """Return whether some method of a class contains code that changes a list or dict."""
     functions = [f for base in cls.__mro__ if not is_torch(base.__module__) for f in _codes(base)]

@@ -64,7 +64,6 @@ class Patches:
                 setattr(owner, name, value)
 
 
-@functools.lru_cache(maxsize=1024)
 def globals_of(forward: Callable[..., Any], cls: Any) -> list[dict[str, Any]]:
     """Return the globals that the methods of a module class see, torch's own left out."""
     tables: dict[int, dict[str, Any]] = {}

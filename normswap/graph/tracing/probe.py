@@ -55,7 +55,7 @@ def _probe(
 ) -> Effects | None:
     """Return the effects of a module that is no container; None where they cannot be told."""
     forward = type(module).forward
-    written = write_forward(parameters_of(forward), lambda *_: None, contextual=False)
+    written = write_forward(parameters_of(forward), lambda *_: None)
     args, kwargs = values
     kinds = tuple([describe(v, [], True) for v in written.bind(module, *args, **kwargs)])
     if "forward" in vars(module) or any(find_other(kind) for kind in kinds):
