@@ -9,6 +9,7 @@ from torch import nn
 from normswap.contexts.assigner import Assigner
 from normswap.contexts.priors import check_priors
 from normswap.errors import ConversionError, UnknownNameError
+from normswap.graph.class_questions import check_questions
 from normswap.graph.scope import Scope
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
@@ -219,3 +220,4 @@ def operate(surgery: Surgery, method: BaseMethod, record: Record, found: list[An
         insert_at_input(surgery, method, *arguments)
     else:
         _replace(surgery, method, record, found)
+    check_questions(surgery.model)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from normswap.functional.labels import Context, wrong_length
+from normswap.graph.class_questions import check_question
 from normswap.graph.prepare import prepare
 from normswap.graph.scope import Scope
 from normswap.graph.state import (
@@ -89,6 +90,7 @@ def _device_of(values: tuple[Any, ...]) -> torch.device | None:
 
 def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
     if state.plain:
+        check_question(state.fqn, state.question)
         return own_forward(module, values)
     leaves: list[Any] = []
     key = tuple([describe(value, leaves, False) for value in values])

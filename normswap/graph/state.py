@@ -10,6 +10,7 @@ from torch import nn
 
 from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import Insertion
+from normswap.graph.class_questions import check_question
 from normswap.graph.scope import Scope
 from normswap.graph.tracing.handed import NOTHING, Effects
 from normswap.graph.tracing.values import Kind, describe, rebuild
@@ -86,6 +87,7 @@ class ContainerState:
         before: name of a layer its first argument passes through first, if any.
         after: name of a layer its output passes through, if any.
         schedule: begun anew by each forward, if any; it tells inserted layers what to do.
+        question: what its forward asks about classes that only a trace can answer, "" for nothing.
     """
 
     def __init__(self, fqn: str, scope: Scope, layers: tuple[type, ...], first_norm: str) -> None:
@@ -102,6 +104,7 @@ class ContainerState:
         self.before: str | None = None
         self.after: str | None = None
         self.schedule: Schedule | None = None
+        self.question = ""
 
     @property
     def plain(self) -> bool:
@@ -139,6 +142,7 @@ class ContainerState:
         state.insertions, state.blocks = self.insertions, self.blocks
         state.before, state.after = self.before, self.after
         state.schedule = copy.deepcopy(self.schedule, memo)
+        state.question = self.question
         return state
 
 
@@ -170,12 +174,13 @@ def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
 
 def run_scoped(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     """Run the forward the module had before conversion, with the context in scope."""
-    scope = vars(module)["_normswap"].scope
-    outer = scope.enter(context)
+    state: ContainerState = vars(module)["_normswap"]
+    check_question(state.fqn, state.question)
+    outer = state.scope.enter(context)
     try:
         return own_forward(module, values)
     finally:
-        scope.leave(outer)
+        state.scope.leave(outer)
 
 
 def untraced(module: nn.Module, reason: str) -> ConversionError:

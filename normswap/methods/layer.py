@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from normswap.errors import ContextError, MissingContextError
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
 from normswap.sites import Site
+from normswap.util.looks import AsBefore
 
 POLICIES = ("error", "pooled", "posterior")
 
@@ -22,7 +23,7 @@ class Scope(Protocol):
         """Return the context in scope, if any."""
 
 
-class NormLayer(nn.Module):
+class NormLayer(AsBefore, nn.Module):
     """Base of layers that replace a norm: where it stood, and what it applies after normalising.
 
     Args:

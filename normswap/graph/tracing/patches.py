@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from normswap.graph.tracing.mutates import changes, gives_back
 from normswap.graph.tracing.origin import is_library, is_torch
 from normswap.graph.tracing.values import any_leaf, find_lists
+from normswap.util.looks import class_of
 
 _MISSING = object()
 # Builtins that turn into calls in the graph when given symbolic values.
@@ -160,7 +161,8 @@ def ask_user_only(function: Callable[..., Any], name: str) -> Callable[..., Any]
 def symbolic_isinstance(value: Any, kinds: Any) -> bool:
     """Stand in for isinstance: a tensor argument is a Tensor; other symbolic types are unknown."""
     if not isinstance(value, fx.Proxy):
-        return isinstance(value, tuple(_flatten(kinds)))
+        kinds = tuple(_flatten(kinds))
+        return isinstance(value, kinds) or issubclass(class_of(value), kinds)
     if value.node.op == "placeholder" and value.node.meta.get("tensor"):
         return any(issubclass(Tensor, k) for k in _flatten(kinds) if isinstance(k, type))
     return _ask(value, IsInstance(_flatten(kinds)))
@@ -212,7 +214,7 @@ def _flatten(kinds: Any) -> list[Any]:
 def symbolic_type(value: Any, *rest: Any) -> Any:
     """Stand in for type: a tensor argument is a Tensor; other symbolic types are unknown."""
     if not isinstance(value, fx.Proxy):
-        found = type(value, *rest)
+        found = type(value, *rest) if rest else class_of(value)
         # What the forward compares it with is what stands in for int or float there.
         known = sys._getframe(1).f_globals if found in (int, float, bool) else {}
         return known.get(found.__name__, found)

@@ -30,6 +30,7 @@ from normswap.graph.tracing.region import trace_checkpointed
 from normswap.graph.tracing.tracer import ContainerTracer, Traced
 from normswap.graph.tracing.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
 from normswap.graph.tracing.watched import record_function
+from normswap.util.looks import class_of
 
 _LOCK = threading.RLock()
 _OPEN: list["TraceSession"] = []
@@ -83,6 +84,8 @@ class TraceSession:
             value = object.__getattribute__(module, name)
             if self.tracer is None or is_torch(sys._getframe(1).f_globals.get("__name__")):
                 return value
+            if name == "__class__":
+                return class_of(module)
             return self.tracer.read(module, name, value)
 
         def fallback(module: nn.Module, name: str) -> Any:
