@@ -137,6 +137,8 @@ def read_site(
     own = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     like = own if like is None or own.numel() else like
     base = next((c.__name__ for c in type(module).__mro__ if c.__name__[-2:] in _DIMS), "")
+    # A check of its own may take other inputs than the base class does.
+    own_check = not type(module)._check_input_dim.__module__.startswith("torch.nn.")
     return Site(
         fqn=fqn,
         aliases=aliases,
@@ -150,7 +152,7 @@ def read_site(
         device=like.device,
         dtype=like.dtype,
         synced=isinstance(module, nn.SyncBatchNorm),
-        dims=() if isinstance(module, nn.SyncBatchNorm) else _DIMS.get(base[-2:], ()),
+        dims=() if own_check or isinstance(module, nn.SyncBatchNorm) else _DIMS.get(base[-2:], ()),
         fused=("drop", "act") if fused else (),
     )
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from normswap.functional.labels import Context, wrong_length
 from normswap.graph.class_questions import check_question
+from normswap.graph.foreign import is_symbolic, run_symbolic
 from normswap.graph.prepare import prepare
 from normswap.graph.scope import Scope
 from normswap.graph.state import (
@@ -37,6 +38,8 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     state: ContainerState | None = vars(module).get("_normswap") or _adopt(module)
     if state is None:
         return own_forward(module, values)
+    if type(context) is not Context and is_symbolic(values):
+        return run_symbolic(module, state, values, context)
     if state.schedule is not None and module.training:
         state.schedule.begin(_device_of(values))
         try:

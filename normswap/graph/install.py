@@ -8,6 +8,7 @@ from torch import nn
 
 from normswap.graph.blocks.hidden import hiding
 from normswap.graph.dispatch import calling, dispatch
+from normswap.graph.foreign import refusals
 from normswap.graph.prepare import prepare_default
 from normswap.graph.state import ContainerState
 from normswap.graph.tracing.signature import (
@@ -118,6 +119,7 @@ def _make_class(base: Any, generic: bool, argument: str | None) -> Any:
 
     body = {
         **hiding(base),
+        **refusals(base),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normswap.distributed import sum_over
 from normswap.functional.backward import in_backward
@@ -178,6 +178,8 @@ class AdaptiveContextNorm(NormLayer):
         Raises:
             ContextError: another number of channels or of dimensions.
         """
+        if isinstance(x, fx.Proxy):
+            return self._record(x)
         self._check_input(x)
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):

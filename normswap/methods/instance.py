@@ -81,6 +81,12 @@ class ContextInstanceNorm(ContextLayer):
         )
         self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
 
+    def reset_parameters(self) -> None:
+        """Set the identity affine; running statistics, where there are some, to their start."""
+        self.reset_running_stats()
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
     @classmethod
     def from_site(cls, site: Site, source: nn.Module, contexts: Contexts) -> "ContextInstanceNorm":
         """Build one that computes what an instance norm computes, for every context."""
@@ -109,7 +115,8 @@ class ContextInstanceNorm(ContextLayer):
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """Normalise x; an input without a batch dimension counts as one sample."""
-        if self.dims and x.dim() == self.dims[0] - 1:
+        known = isinstance(x, Tensor)
+        if known and self.dims and x.dim() == self.dims[0] - 1:
             return super().forward(x.unsqueeze(0), context).squeeze(0)
         return super().forward(x, context)
 
