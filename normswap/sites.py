@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,10 @@ def _forward_owner(module: nn.Module) -> type:
     return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
 
 
+def _is_torchs(function: Any) -> bool:
+    return str(function.__module__).startswith("torch.nn.")
+
+
 def looks_like_norm(module: nn.Module) -> bool:
     """Return whether a module is some normalisation layer, by base class or by name."""
     if isinstance(module, _NormBase):
@@ -138,7 +142,7 @@ def read_site(
     like = own if like is None or own.numel() else like
     base = next((c.__name__ for c in type(module).__mro__ if c.__name__[-2:] in _DIMS), "")
     # A check of its own may take other inputs than the base class does.
-    own_check = not type(module)._check_input_dim.__module__.startswith("torch.nn.")
+    own_check = kind == "batch" and not _is_torchs(type(module)._check_input_dim)
     return Site(
         fqn=fqn,
         aliases=aliases,

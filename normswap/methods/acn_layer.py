@@ -107,7 +107,7 @@ class AdaptiveContextNorm(NormLayer):
         self.prior_logits = nn.Parameter(torch.empty(logits, **placed))
         self.mu = nn.Parameter(torch.empty(shape, **placed))
         self.log_sigma = nn.Parameter(torch.empty(shape, **placed))
-        tracked = statistics == "batch"
+        self.track_running_stats = tracked = statistics == "batch"
         for name in ("running_mean", "running_var"):
             self.register_buffer(name, torch.empty(shape, **placed) if tracked else None)
         self.register_buffer(
