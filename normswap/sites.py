@@ -94,6 +94,10 @@ def _forward_owner(module: nn.Module) -> type:
     return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
 
 
+def _is_torchs(function: Any) -> bool:
+    return str(function.__module__).startswith("torch.nn.")
+
+
 def looks_like_norm(module: nn.Module) -> bool:
     """Return whether a module is some normalisation layer, by base class or by name."""
     if isinstance(module, _NormBase):
@@ -145,6 +149,8 @@ def read_site(
     own = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     like = own if like is None or own.numel() else like
     base = next((c.__name__ for c in type(module).__mro__ if c.__name__[-2:] in _DIMS), "")
+    # A check of its own may take other inputs than the base class does.
+    own_check = kind == "batch" and not _is_torchs(type(module)._check_input_dim)
     return Site(
         fqn=fqn,
         aliases=aliases,
@@ -158,7 +164,7 @@ def read_site(
         device=like.device,
         dtype=like.dtype,
         synced=isinstance(module, nn.SyncBatchNorm),
-        dims=() if isinstance(module, nn.SyncBatchNorm) else _DIMS.get(base[-2:], ()),
+        dims=() if own_check or isinstance(module, nn.SyncBatchNorm) else _DIMS.get(base[-2:], ()),
         fused=("drop", "act") if fused else (),
     )
 

@@ -125,7 +125,8 @@ def _require_range(low: int, high: int, num_contexts: int, names: Sequence[str])
 
 def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> bool | None:
     """Return whether a label is -1, None if the host cannot know; raise if one is out of range."""
-    if torch.compiler.is_compiling() or labels.is_meta or type(labels) is not Tensor:
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if traced or labels.is_meta or type(labels) is not Tensor:
         return None
     if labels.numel() == 0:
         return False

@@ -5,12 +5,16 @@ has now, and runs it; where no graph stands for the module's own forward, that f
 the context in scope.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from normswap.functional.labels import Context, wrong_length
+from normswap.graph.class_questions import check_question
+from normswap.graph.foreign import is_symbolic, run_symbolic
 from normswap.graph.prepare import open_session, prepare
 from normswap.graph.scope import Scope
 from normswap.graph.state import (
@@ -22,7 +26,7 @@ from normswap.graph.state import (
     run_scoped,
     untraced,
 )
-from normswap.graph.tracing import aliased, describe, tracing, write_back
+from normswap.graph.tracing import TraceFailure, aliased, describe, tracing, write_back
 
 
 def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
@@ -32,6 +36,8 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     state: ContainerState | None = vars(module).get("_normswap") or _adopt(module)
     if state is None:
         return own_forward(module, values)
+    if type(context) is not Context and is_symbolic(values):
+        return run_symbolic(module, state, values, context)
     if state.schedule is not None and module.training:
         state.schedule.begin(_device_of(values))
         try:
@@ -41,6 +47,29 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     if state.before is None and state.after is None:
         return _run(module, state, values, context)
     return _run_around(module, state, values, context)
+
+
+def calling(call: Callable[..., Any], argument: str | None) -> Callable[..., Any]:
+    """Return a ``__call__`` that runs a class's own once, its context in scope.
+
+    What the class's own ``__call__`` makes of its arguments need not hand on the context.
+    """
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if tracing():
+            raise TraceFailure(f"calls a {type(self).__name__}, whose class has its own __call__")
+        state: ContainerState | None = vars(self).get("_normswap") or _adopt(self)
+        context = kwargs.pop(argument, None) if argument is not None else None
+        if state is None or context is None:
+            return call(self, *args, **kwargs)
+        context = _resolve(state, (), tree_leaves((args, kwargs)), context)
+        outer = state.scope.enter(context)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            state.scope.leave(outer)
+
+    return __call__
 
 
 def _run_around(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
@@ -62,6 +91,7 @@ def _device_of(values: tuple[Any, ...]) -> torch.device | None:
 
 def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
     if state.plain:
+        check_question(state.fqn, state.question)
         return own_forward(module, values)
     leaves: list[Any] = []
     key = tuple([describe(value, leaves) for value in values])

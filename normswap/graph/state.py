@@ -10,6 +10,7 @@ from torch import nn
 
 from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import Insertion
+from normswap.graph.class_questions import check_question
 from normswap.graph.scope import Scope, scope_of
 from normswap.graph.tracing import NO_GUARDS, Guards, Kind, Writes, describe, rebuild
 
@@ -87,6 +88,7 @@ class ContainerState:
         before: name of a layer its first argument passes through first, if any.
         after: name of a layer its output passes through, if any.
         schedule: begun anew by each forward, if any; it tells inserted layers what to do.
+        question: what its forward asks about classes that only a trace can answer, "" for nothing.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class ContainerState:
         self.before: str | None = None
         self.after: str | None = None
         self.schedule: Schedule | None = None
+        self.question = ""
 
     @property
     def plain(self) -> bool:
@@ -151,6 +154,7 @@ class ContainerState:
         state.insertions, state.blocks = self.insertions, self.blocks
         state.before, state.after = self.before, self.after
         state.schedule = copy.deepcopy(self.schedule, memo)
+        state.question = self.question
         return state
 
 
@@ -185,7 +189,9 @@ def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
 
 def run_scoped(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     """Run the forward the module had before conversion, with the context in scope."""
-    return in_scope(vars(module)["_normswap"].scope, context, own_forward, module, values)
+    state: ContainerState = vars(module)["_normswap"]
+    check_question(state.fqn, state.question)
+    return in_scope(state.scope, context, own_forward, module, values)
 
 
 def in_scope(scope: Scope, context: Any, run: Callable[..., Any], *args: Any) -> Any:

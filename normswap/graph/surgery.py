@@ -12,6 +12,7 @@ from normswap.graph.install import install, uninstall
 from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
+from normswap.util.pinned import find_pinned
 
 _SIMPLE = {bool, int, float, str, type(None), set, OrderedDict}
 _HELD = (
@@ -56,6 +57,8 @@ class Surgery:
         """
         for name, module in self.model.named_modules():
             for key, value in list(vars(module).items()):
+                if any(id(held) in layers for held in find_pinned(value)):
+                    raise ConversionError(_HELD.format(f"{name}.{key}".lstrip("."), "a function"))
                 if type(value) in _SIMPLE or (key.startswith("_") and type(value) is dict):
                     continue
                 items: list[tuple[Any, Any]] = []

@@ -65,7 +65,8 @@ class ContextNorm(ContextTables):
         """Compute the layer; see the class."""
         dtype = compute_dtype(x)
         running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
-        if self.training or torch.is_grad_enabled():
+        scripted = not torch.compiler.is_compiling() and torch._C._is_tracing()
+        if self.training or torch.is_grad_enabled() or scripted:
             # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
             running = self._at_first_run(running)

@@ -63,6 +63,7 @@ class ContextNormX(ContextLayer):
     """
 
     context_parameters = ("mu", "log_sigma")
+    track_running_stats = False
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     mu: nn.Parameter

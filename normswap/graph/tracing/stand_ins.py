@@ -12,6 +12,7 @@ from normswap.graph.tracing.bytecode import is_compared
 from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.patches import stand_for
 from normswap.graph.tracing.symbol import is_input
+from normswap.util.looks import class_of
 
 
 class IsInstance:
@@ -34,7 +35,8 @@ class IsInstance:
 def symbolic_isinstance(value: Any, kinds: Any) -> bool:
     """Answer for a tensor argument, and for other symbolic values when they run."""
     if not isinstance(value, fx.Proxy):
-        return isinstance(value, tuple(_flatten(kinds)))
+        kinds = tuple(_flatten(kinds))
+        return isinstance(value, kinds) or issubclass(class_of(value), kinds)
     if is_input(value):
         return any(issubclass(Tensor, k) for k in _flatten(kinds) if isinstance(k, type))
     if value.node.op == "placeholder":
@@ -80,7 +82,7 @@ def symbolic_type(value: Any, *rest: Any) -> Any:
     if not is_compared(frame):
         # Attributes of the class could be read, and changed, by way of it.
         raise TraceFailure(f"looks into the type of a {type(value).__name__}")
-    found = getattr(type(value), "converted_from", type(value))
+    found = class_of(value)
     # What the forward compares it with is what stands in for int or float there.
     known = frame.f_globals if found in (int, float, bool) else {}
     return known.get(found.__name__, found)

@@ -29,6 +29,7 @@ from normswap.graph.tracing.stand_ins import STAND_INS, symbolic_isinstance
 from normswap.graph.tracing.tracer import ContainerTracer, Traced
 from normswap.graph.tracing.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
 from normswap.graph.tracing.watch import Watch
+from normswap.util.looks import class_of
 
 _MOST_OUTLINED = 4
 _LOCK = threading.RLock()
@@ -88,6 +89,8 @@ class TraceSession:
             value = object.__getattribute__(module, name)
             if self.tracer is None or is_torch(sys._getframe(1).f_globals.get("__name__")):
                 return value
+            if name == "__class__":
+                return class_of(module)
             return self.tracer.read(module, name, value)
 
         def fallback(module: nn.Module, name: str) -> Any:
