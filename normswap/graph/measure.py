@@ -1,0 +1,353 @@
+"""Measure which sample each row at each norm is from, by exchanging samples.
+
+The model runs on its own inputs and on some in which samples are exchanged, each sample in the
+runs of its word of a code. All words have the same weight, so a row that changes in the runs of
+one word is from that sample; one that changes in more is from several, as a union of words is
+heavier than any; one that never changes is from none.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normswap.graph.samples import HOWS, copied, exchange, is_content, rebuild, rolled
+from normswap.util.restore_state import reseed
+
+ONE, FOLDED, REPEATED, PERMUTED = "one per sample", "folded", "repeated", "permuted"
+# All labels are the same one: any order will do.
+ANY = "any"
+_NONE, _SEVERAL, _UNSURE = -1, -2, -3
+_KINDS = {
+    _NONE: "rows from no sample",
+    _SEVERAL: "rows made of several samples",
+    _UNSURE: "rows that do not tell their sample",
+}
+_OTHER_SEEDS = 8
+# A row is taken for one sample's, though others move it too, where its own moves it this much more.
+_DOMINANT = 10.0
+
+
+@dataclass
+class Step:
+    """A call of a norm in a run of a model.
+
+    Attributes:
+        site: name of the norm.
+        training: whether it was in training mode.
+        rows: how many it was given.
+        how: how rows follow from samples: one of the constants; "" where `cause` says why not.
+        times: rows a sample, where regular; None for any number.
+        index: the sample of each row, (rows,), where permuted.
+        cause: what keeps rows from following samples.
+    """
+
+    site: str
+    training: bool
+    rows: int
+    how: str = ""
+    times: int | None = None
+    index: Tensor | None = None
+    cause: str = ""
+
+    @property
+    def regular(self) -> bool:
+        """Whether it holds for any number of samples."""
+        return self.how in (ONE, FOLDED, REPEATED)
+
+    def fits(self, site: str, rows: int, samples: int) -> bool:
+        """Return whether it stands for a norm that is given so many rows."""
+        if site != self.site:
+            return False
+        if not self.regular:
+            return rows == self.rows
+        if self.times is None:
+            return rows == samples if self.how == ONE else rows > 0 and rows % samples == 0
+        return rows == self.times * samples
+
+    def __str__(self) -> str:
+        """Return the words of a summary."""
+        return f"{self.how} x{self.times}" if self.how in (FOLDED, REPEATED) else self.how
+
+
+def code(samples: int) -> tuple[int, list[frozenset[int]]]:
+    """Return the length of the words and a word for each sample; all of one weight."""
+    length = next(k for k in itertools.count(2) if math.comb(k, k // 2) >= samples)
+    words = itertools.combinations(range(length), length // 2)
+    return length, [frozenset(word) for word in itertools.islice(words, samples)]
+
+
+class Measurement:
+    """Runs of a model on variations of one batch, and what its norms were given in them.
+
+    Args:
+        call: runs the model on arguments; its norms call `listen`.
+        undo: puts the model's state and the random generators back.
+        values: arguments.
+        samples: N.
+        modes: id of a norm -> its mode outside of the measurement.
+        seed: of the random generators in each run; by default they start as they are.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[Any], Any],
+        undo: Callable[[], None],
+        values: Any,
+        samples: int,
+        modes: dict[int, bool],
+        seed: int | None = None,
+    ) -> None:
+        self.call, self.undo, self.values, self.samples = call, undo, values, samples
+        self.modes, self.seed = modes, seed
+        self.base: list[tuple[Step, Tensor]] = []
+        self.judge: Callable[[int, Tensor], Any] | None = None
+        self.judged: list[Any] = []
+        self.astray = False
+        batches: list[Any] = []
+
+        def note(batch: Any) -> Any:
+            batches.append(batch)
+            return batch
+
+        rebuild(values, samples, note)
+        # Vectors are lengths or labels, unless there is nothing else.
+        self.least = 2 if any(is_content(batch, 2) for batch in batches) else 1
+        self.possible = any(is_content(batch, self.least) for batch in batches)
+
+    def listen(self, layer: Any, site: str, x: Tensor) -> None:
+        """Note what a norm is given, or compare it with the first run."""
+        x = x.detach().reshape(x.shape[0], -1)
+        if self.judge is None:
+            step = Step(site, self.modes.get(id(layer), False), x.shape[0])
+            self.base.append((step, x.clone()))
+            return
+        at = len(self.judged)
+        if self.astray or at == len(self.base):
+            return
+        step, before = self.base[at]
+        if site == step.site and x.shape == before.shape:
+            self.judged.append(self.judge(at, x))
+        else:
+            self.astray = True
+
+    def run(
+        self,
+        change: Callable[[Any], Any] = copied,
+        seed: int | None = None,
+        judge: Callable[[int, Tensor], Any] | None = None,
+    ) -> list[Any]:
+        """Run the model once; return what is judged of each norm as far as the path is the same."""
+        self.undo()
+        seed = self.seed if seed is None else seed
+        if seed is not None:
+            reseed(seed)
+        self.judge = judge or self._moved
+        self.judged, self.astray = [], False
+        self.call(rebuild(self.values, self.samples, change))
+        return self.judged
+
+    def start(self) -> None:
+        """Run the model on the arguments as they are."""
+        self.undo()
+        if self.seed is not None:
+            reseed(self.seed)
+        self.judge = None
+        self.call(rebuild(self.values, self.samples, copied))
+
+    def exchanged(self, picked: list[int], how: str) -> list[Tensor]:
+        """Return how much each row moves when these samples are exchanged."""
+        generator = torch.Generator().manual_seed(len(how) + 31 * sum(picked))
+
+        def change(batch: Any) -> Any:
+            if not is_content(batch, self.least):
+                return copied(batch)
+            return copied(exchange(batch, picked, how, generator))
+
+        return self.run(change)
+
+    def _moved(self, at: int, x: Tensor) -> Tensor:
+        return change_of(self.base[at][1], x).cpu()
+
+    def steps(self) -> list[Step]:
+        """Return every call of a norm, with what was found of its rows.
+
+        Raises:
+            Exception: whatever the model raises on its own inputs, or on all variations.
+        """
+        self.start()
+        if not self.base:
+            return []
+        other = self.run(seed=0 if self.seed is None else self.seed + 1)
+        steady = len(other) == len(self.base) and not any(bool(m.any()) for m in other)
+        again = other if steady else self.run()
+        noise = [8 * float(m.max()) if m.numel() else 0.0 for m in again]
+        noise += [math.inf] * (len(self.base) - len(noise))
+        found = self._decode(noise)
+        for at, (step, x) in enumerate(self.base):
+            self._settle(step, x, found[at], noise[at])
+        if steady:
+            self._check_order()
+        else:
+            self._check_seeds(noise)
+        return [step for step, _ in self.base]
+
+    def _decode(self, noise: list[float]) -> list[Tensor | None]:
+        """Return how much each word's runs move each row; None where the path depends on values."""
+        length, words = code(self.samples)
+        moves = [torch.zeros(length, step.rows) for step, _ in self.base]
+        reach, failure = len(self.base), None
+        for how in HOWS:
+            for bit in range(length):
+                picked = [i for i, word in enumerate(words) if bit in word]
+                try:
+                    moved = self.exchanged(picked, how)
+                except Exception as error:
+                    # Some models take no such values; what another way tells may do.
+                    failure = error
+                    break
+                reach = min(reach, len(moved))
+                for total, one in zip(moves, moved, strict=False):
+                    total[bit] = torch.maximum(total[bit], one)
+            rows = [_rows(m, words, n) for m, n in zip(moves[:reach], noise, strict=False)]
+            if not any(row in (_NONE, _UNSURE) for found in rows for row in found):
+                break
+        if failure is not None and not any(bool(m.any()) for m in moves):
+            raise failure
+        return [m if at < reach else None for at, m in enumerate(moves)]
+
+    def _settle(self, step: Step, x: Tensor, moves: Tensor | None, noise: float) -> None:
+        """Say how the rows of a norm follow from the samples."""
+        if moves is None:
+            step.cause = "rows whose number or order depends on their values"
+            return
+        if noise > 1:
+            step.cause = "rows that are not the same when the same batch runs again"
+            return
+        _, words = code(self.samples)
+        rows = _rows(moves, words, noise)
+        how = _regular(rows, self.samples, x)
+        if how is None and _SEVERAL in rows:
+            strong = moves > moves.amax(0) / _DOMINANT
+            how = _regular(_rows(strong.float(), words, 0.0), self.samples, x)
+        if how is not None:
+            step.how, step.times = how, step.rows // self.samples
+        elif min(rows) >= 0:
+            step.how, step.index = PERMUTED, torch.tensor(rows, device=x.device)
+        else:
+            parts = [f"{rows.count(k)} {what}" for k, what in _KINDS.items() if k in rows]
+            step.cause = f"{' and '.join(parts)} of {step.rows}"
+
+    def _check_order(self) -> None:
+        """Take no order for regular that values decide: run the samples in another order.
+
+        What was measured then holds for this batch only.
+        """
+
+        def misplaced(at: int, x: Tensor) -> Tensor | None:
+            step, before = self.base[at]
+            if not step.regular:
+                return None
+            index = _samples_of(step, self.samples).to(x.device)
+            shape = (self.samples, -1) if step.how != REPEATED else (-1, self.samples)
+            order = torch.arange(step.rows, device=x.device).view(shape)
+            slots = order if step.how != REPEATED else order.T
+            old, new = before[slots], x[slots]
+            away = [change_of(old.roll(k, 0).flatten(0, 1), new.flatten(0, 1)) for k in range(4)]
+            others = torch.stack([a for k, a in enumerate(away) if k % self.samples != 1])
+            return index if bool(((away[1] > 1e-2) & (others.amin(0) < 1e-4)).any()) else None
+
+        if not any(step.regular for step, _ in self.base):
+            return
+        try:
+            found = self.run(rolled, judge=misplaced)
+        except Exception:
+            # Samples that have to be sorted by length, for one, keep their order.
+            return
+        for (step, _), index in zip(self.base, found, strict=False):
+            if index is not None:
+                step.how, step.times, step.index = PERMUTED, None, index
+
+    def _check_seeds(self, noise: list[float]) -> None:
+        """Exchange one sample under other seeds: only the rows that are its own may change."""
+        found = self.base
+        for self.seed in range(1, _OTHER_SEEDS + 1):
+            self.base = []
+            self.start()
+            sample = self.seed % self.samples
+            moves = self.exchanged([sample], "others")
+            for (step, _), (new, _), moved, least in zip(
+                found, self.base, moves, noise, strict=False
+            ):
+                if (step.site, step.rows) != (new.site, new.rows):
+                    break
+                others = _samples_of(step, self.samples) != sample if step.how else None
+                if others is not None and bool((moved > least)[others].any()):
+                    step.how, step.times, step.index = "", None, None
+                    step.cause = "rows in an order that changes from call to call"
+        self.base = found
+
+
+def change_of(x: Tensor, y: Tensor) -> Tensor:
+    """Return how much each row differs, by its own largest value."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.is_complex():
+        x, y = torch.view_as_real(x).flatten(1), torch.view_as_real(y).flatten(1)
+    x, y = x.to(wide).nan_to_num(), y.to(wide).nan_to_num()
+    if not x.shape[1]:
+        return x.new_zeros(len(x))
+    return (x - y).abs().amax(1) / x.abs().amax(1).clamp_min(1e-30)
+
+
+def _rows(moves: Tensor, words: list[frozenset[int]], noise: float) -> list[int]:
+    """Return the sample of each row, or why there is none."""
+    table = {word: i for i, word in enumerate(words)}
+    found = []
+    for hits in (moves > noise).T.tolist():
+        word = frozenset(i for i, hit in enumerate(hits) if hit)
+        less = _SEVERAL if len(word) >= len(words[0]) else _UNSURE
+        found.append(table.get(word, less) if word else _NONE)
+    return found
+
+
+def _samples_of(step: Step, samples: int) -> Tensor:
+    if step.index is not None:
+        return step.index.cpu()
+    one = torch.arange(samples)
+    times = step.rows // samples
+    return one.repeat(times) if step.how == REPEATED else one.repeat_interleave(times)
+
+
+def _regular(rows: list[int], samples: int, x: Tensor) -> str | None:
+    """Return the one regular order that explains the rows.
+
+    Rows from no sample, as padding, follow it where they are equal in every sample.
+    """
+    times, rest = divmod(len(rows), samples)
+    if rest or not times:
+        return None
+    fits = []
+    for how in (FOLDED, REPEATED):
+        slots = _slots(how, times, samples)
+        if all(rows[row] in (i, _NONE) for slot in slots for i, row in enumerate(slot)) and all(
+            _alike(x, [row for row in slot if rows[row] == _NONE]) for slot in slots
+        ):
+            fits.append(how)
+    if times == 1:
+        return ONE if fits else None
+    return fits[0] if len(fits) == 1 else None
+
+
+def _slots(how: str, times: int, samples: int) -> list[list[int]]:
+    """Return, for each row that every sample has, where it is in each of them."""
+    if how == FOLDED:
+        return [[i * times + slot for i in range(samples)] for slot in range(times)]
+    return [[slot * samples + i for i in range(samples)] for slot in range(times)]
+
+
+def _alike(x: Tensor, rows: list[int]) -> bool:
+    return all(bool((change_of(x[rows[:1]], x[[row]]) == 0).all()) for row in rows[1:])
