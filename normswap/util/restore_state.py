@@ -1,7 +1,9 @@
 """Put a model's state back after runs that must leave no trace."""
 
+import copy
 import random
 import sys
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +17,9 @@ _LEFT_ALONE = ("_modules", "_parameters", "_normswap", "_normswap_record", "scop
 def remember(module: nn.Module) -> Callable[[], None]:
     """Return what puts buffers, plain attributes and the random states back as they are now.
 
-    Attributes are put back by reference, lists, dicts and sets with their contents, tensors with
-    their values, generators with their states. Python's, NumPy's and torch's generators are those
-    every program has.
+    Attributes are put back by reference, collections and plain objects with what they hold,
+    tensors with their values, generators with their states; so are the generators of Python,
+    NumPy and torch that the whole program shares.
     """
     tensors: dict[int, tuple[Tensor, Tensor]] = {}
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -33,12 +35,14 @@ def remember(module: nn.Module) -> Callable[[], None]:
         for value in (*kept.values(), *part._buffers.values()):
             if isinstance(value, Tensor):
                 tensors[id(value)] = (value, value.detach().clone())
-            elif type(value) in (list, dict, set):
-                contents.append((value, value.copy()))
+            elif isinstance(value, list | dict | set | deque):
+                contents.append((value, copy.copy(value)))
             elif isinstance(value, torch.Generator):
                 dice.append((value.set_state, value.get_state()))
             elif isinstance(value, random.Random):
                 dice.append((value.setstate, value.getstate()))
+            elif hasattr(value, "__dict__") and not callable(value):
+                contents.append((vars(value), dict(vars(value))))
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
     device = torch.cuda.current_device() if on_cuda else None
     dice.append((torch.set_rng_state, torch.get_rng_state()))
@@ -51,18 +55,25 @@ def remember(module: nn.Module) -> Callable[[], None]:
             for key in [k for k in table if k not in kept and k not in _LEFT_ALONE]:
                 del table[key]
             table.update(kept)
-        for value, copy in contents:
-            value.clear()
-            value.extend(copy) if isinstance(value, list) else value.update(copy)
+        for value, before in contents:
+            if not _same(value, before):
+                value.clear()
+                value.update(before) if hasattr(value, "update") else value.extend(before)
         with torch.no_grad():
-            for tensor, copy in tensors.values():
+            for tensor, values in tensors.values():
                 # Writing counts as a change to what backward saved, so only where there is one.
-                if not torch.equal(tensor, copy):
-                    tensor.copy_(copy)
+                if not torch.equal(tensor, values):
+                    tensor.copy_(values)
         for put_back, state in dice:
             put_back(state)
 
     return undo
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two collections hold the same objects in the same order."""
+    left, right = ([*v, *v.values()] if isinstance(v, dict) else [*v] for v in (one, other))
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
 def reseed(seed: int) -> None:
