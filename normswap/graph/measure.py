@@ -31,6 +31,9 @@ _KINDS = {
 _SEED, _OTHER_SEEDS = 0x5EED0000, 8
 # A row is taken for one sample's, though others move it too, where its own moves it this much more.
 _DOMINANT = 10.0
+# What counts as another row and as the same row, by its largest value; how many are compared.
+_AWAY, _NEAR = 1e-2, 1e-4
+_MOST_ROWS, _MOST_VALUES = 64, 4096
 
 
 @dataclass
@@ -70,6 +73,10 @@ class Step:
             return rows == samples if self.how == ONE else rows > 0 and rows % samples == 0
         return rows == self.times * samples
 
+    def refuse(self, cause: str) -> None:
+        """Say that labels cannot follow after all."""
+        self.how, self.times, self.index, self.cause = "", None, None, cause
+
     def __str__(self) -> str:
         """Return the words of a summary."""
         return f"{self.how} x{self.times}" if self.how in (FOLDED, REPEATED) else self.how
@@ -87,7 +94,7 @@ class Measurement:
 
     Args:
         call: runs the model on arguments; its norms call `listen`.
-        undo: puts the model's state and the random generators back.
+        undo: puts the model's state and the random generators back; returns whether those moved.
         values: arguments.
         samples: N.
         modes: id of a norm -> its mode outside of the measurement.
@@ -96,7 +103,7 @@ class Measurement:
     def __init__(
         self,
         call: Callable[[Any], Any],
-        undo: Callable[[], None],
+        undo: Callable[[], bool],
         values: Any,
         samples: int,
         modes: dict[int, bool],
@@ -139,14 +146,10 @@ class Measurement:
     def run(
         self,
         change: Callable[[Any], Any] = copied,
-        seed: int | None = None,
         judge: Callable[[int, Tensor], Any] | None = None,
     ) -> list[Any]:
         """Run the model once; return what is judged of each norm as far as the path is the same."""
-        self.undo()
-        seed = self.seed if seed is None else seed
-        if seed is not None:
-            reseed(seed)
+        self._restart()
         self.judge = judge or self._moved
         self.judged, self.astray = [], False
         self.call(rebuild(self.values, self.samples, change))
@@ -154,11 +157,14 @@ class Measurement:
 
     def start(self) -> None:
         """Run the model on the arguments as they are."""
+        self._restart()
+        self.judge = None
+        self.call(rebuild(self.values, self.samples, copied))
+
+    def _restart(self) -> None:
         self.undo()
         if self.seed is not None:
             reseed(self.seed)
-        self.judge = None
-        self.call(rebuild(self.values, self.samples, copied))
 
     def exchanged(self, picked: list[int], how: str) -> list[Tensor]:
         """Return how much each row moves when these samples are exchanged."""
@@ -183,9 +189,9 @@ class Measurement:
         self.start()
         if not self.base:
             return []
-        other = self.run(seed=_SEED)
-        steady = len(other) == len(self.base) and not any(bool(m.any()) for m in other)
-        again = other if steady else self.run()
+        drawn = self.undo()
+        again = self.run()
+        steady = not drawn and len(again) == len(self.base) and not any(m.any() for m in again)
         noise = [8 * float(m.max()) if m.numel() else 0.0 for m in again]
         noise += [math.inf] * (len(self.base) - len(noise))
         found = self._decode(noise)
@@ -244,35 +250,37 @@ class Measurement:
             step.cause = f"{' and '.join(parts)} of {step.rows}"
 
     def _check_order(self) -> None:
-        """Take no order for regular that values decide: run the samples in another order.
-
-        What was measured then holds for this batch only.
-        """
-
-        def misplaced(at: int, x: Tensor) -> Tensor | None:
-            step, before = self.base[at]
-            if not step.regular:
-                return None
-            index = _samples_of(step, self.samples).to(x.device)
-            shape = (self.samples, -1) if step.how != REPEATED else (-1, self.samples)
-            order = torch.arange(step.rows, device=x.device).view(shape)
-            slots = order if step.how != REPEATED else order.T
-            old, new = before[slots], x[slots].flatten(0, 1)
-            away = change_of(old.roll(1, 0).flatten(0, 1), new) > 1e-2
-            turns = [k for k in range(4) if k % self.samples != 1] if bool(away.any()) else []
-            near = [change_of(old.roll(k, 0).flatten(0, 1), new) < 1e-4 for k in turns]
-            return index if any(bool((away & other).any()) for other in near) else None
-
-        if not any(step.regular for step, _ in self.base):
-            return
+        """Run the samples in another order: rows have to move along, whatever their values."""
         try:
-            found = self.run(rolled, judge=misplaced)
+            found = self.run(rolled, judge=self._stays)
         except Exception:
-            # Samples that have to be sorted by length, for one, keep their order.
+            # Some orders are not the model's to take, as that of samples sorted by length.
             return
-        for (step, _), index in zip(self.base, found, strict=False):
-            if index is not None:
-                step.how, step.times, step.index = PERMUTED, None, index
+        for (step, _), stays in zip(self.base, found, strict=False):
+            if stays:
+                step.refuse("rows whose order depends on their values")
+
+    def _stays(self, at: int, x: Tensor) -> bool:
+        """Return whether a row is not one of the sample that has come there, but another's."""
+        step, before = self.base[at]
+        if not step.how:
+            return False
+        owners = _samples_of(step, self.samples).to(x.device)
+        picked = torch.arange(len(x), device=x.device)
+        if step.regular:
+            shape = (self.samples, -1) if step.how != REPEATED else (-1, self.samples)
+            expected = before.unflatten(0, shape).roll(1, shape.index(self.samples)).flatten(0, 1)
+            picked = picked[change_of(expected, x) > _AWAY]
+        # Enough of the rows and of their values.
+        picked = picked[:: len(picked) // _MOST_ROWS + 1]
+        stride = x.shape[1] // _MOST_VALUES + 1
+        x, before = (wide(t[:, ::stride].contiguous()) for t in (x[picked], before))
+        apart = torch.cdist(x, before, p=math.inf) / _largest(x).clamp_min(1e-30).unsqueeze(1)
+        apart = apart.nan_to_num(math.inf)
+        own = owners == (owners[picked].unsqueeze(1) - 1) % self.samples
+        from_own = apart.masked_fill(~own, math.inf).amin(1)
+        from_other = apart.masked_fill(own, math.inf).amin(1)
+        return bool(((from_own > _AWAY) & (from_other < _NEAR)).any())
 
     def _check_seeds(self, noise: list[float]) -> None:
         """Exchange one sample under other seeds: only the rows that are its own may change."""
@@ -289,17 +297,13 @@ class Measurement:
                     break
                 others = _samples_of(step, self.samples) != sample if step.how else None
                 if others is not None and bool((moved > least)[others].any()):
-                    step.how, step.times, step.index = "", None, None
-                    step.cause = "rows in an order that changes from call to call"
+                    step.refuse("rows in an order that changes from call to call")
         self.base = found
 
 
 def change_of(x: Tensor, y: Tensor) -> Tensor:
     """Return how much each row differs, by its own largest value."""
-    if x.is_complex():
-        x, y = torch.view_as_real(x).flatten(1), torch.view_as_real(y).flatten(1)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x, y = x.to(wide), y.to(wide)
+    x, y = wide(x), wide(y)
     if not x.shape[1]:
         return x.new_zeros(len(x))
     change, scale = _largest(x - y), _largest(x)
@@ -307,6 +311,13 @@ def change_of(x: Tensor, y: Tensor) -> Tensor:
         x, y = x.nan_to_num(), y.nan_to_num()
         change, scale = _largest(x - y), _largest(x)
     return change / scale.clamp_min(1e-30)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return rows as floating-point numbers in which they can be compared."""
+    if x.is_complex():
+        x = torch.view_as_real(x).flatten(1)
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _largest(x: Tensor) -> Tensor:

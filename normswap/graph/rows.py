@@ -322,7 +322,7 @@ def _obstacle(module: nn.Module) -> str:
 
 
 @contextmanager
-def _quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Callable[[], None], dict[int, bool]]]:
+def _quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Callable[[], bool], dict[int, bool]]]:
     """Have norms and other leaves in eval mode, where they treat samples apart, and leave no trace.
 
     Containers keep their mode, on which what they fold may depend. Hooks are left out, but for

@@ -14,20 +14,25 @@ from torch import Tensor, nn
 _LEFT_ALONE = ("_modules", "_parameters", "_normswap", "_normswap_record", "scope", "training")
 
 
-def remember(module: nn.Module) -> Callable[[], None]:
+def remember(module: nn.Module) -> Callable[[], bool]:
     """Return what puts buffers, plain attributes and the random states back as they are now.
 
     Attributes are put back by reference, collections and plain objects with what they hold,
     tensors with their values, generators with their states; so are the generators of Python,
-    NumPy and torch that the whole program shares.
+    NumPy and torch that the whole program shares. What is returned says, each time it is called,
+    whether any of them had moved.
     """
     tensors: dict[int, tuple[Tensor, Tensor]] = {}
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
     contents: list[tuple[Any, Any]] = []
-    dice: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
+    # What reads the state of a generator, and what sets it.
+    dice: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+        (random.getstate, random.setstate),
+        (torch.get_rng_state, torch.set_rng_state),
+    ]
     # NumPy is no dependency: only where the program has imported it.
     if numpy := sys.modules.get("numpy.random"):
-        dice.append((numpy.set_state, numpy.get_state()))
+        dice.append((numpy.get_state, numpy.set_state))
     for part in module.modules():
         table = vars(part)
         kept = {key: value for key, value in table.items() if key not in _LEFT_ALONE}
@@ -38,19 +43,22 @@ def remember(module: nn.Module) -> Callable[[], None]:
             elif isinstance(value, list | dict | set | deque):
                 contents.append((value, copy.copy(value)))
             elif isinstance(value, torch.Generator):
-                dice.append((value.set_state, value.get_state()))
+                dice.append((value.get_state, value.set_state))
             elif isinstance(value, random.Random):
-                dice.append((value.setstate, value.getstate()))
+                dice.append((value.getstate, value.setstate))
             elif hasattr(value, "__dict__") and not callable(value):
                 contents.append((vars(value), dict(vars(value))))
-    on_cuda = any(parameter.is_cuda for parameter in module.parameters())
-    device = torch.cuda.current_device() if on_cuda else None
-    dice.append((torch.set_rng_state, torch.get_rng_state()))
-    if device is not None:
-        cuda = torch.cuda.get_rng_state(device)
-        dice.append((lambda state: torch.cuda.set_rng_state(state, device), cuda))
+    if any(parameter.is_cuda for parameter in module.parameters()):
+        device = torch.cuda.current_device()
+        dice.append(
+            (
+                lambda: torch.cuda.get_rng_state(device),
+                lambda state: torch.cuda.set_rng_state(state, device),
+            )
+        )
+    states = [read() for read, _ in dice]
 
-    def undo() -> None:
+    def undo() -> bool:
         for table, kept in tables:
             for key in [k for k in table if k not in kept and k not in _LEFT_ALONE]:
                 del table[key]
@@ -64,8 +72,12 @@ def remember(module: nn.Module) -> Callable[[], None]:
                 # Writing counts as a change to what backward saved, so only where there is one.
                 if not torch.equal(tensor, values):
                     tensor.copy_(values)
-        for put_back, state in dice:
-            put_back(state)
+        moved = False
+        for (read, put_back), state in zip(dice, states, strict=True):
+            if not _equal(read(), state):
+                moved = True
+                put_back(state)
+        return moved
 
     return undo
 
@@ -74,6 +86,14 @@ def _same(one: Any, other: Any) -> bool:
     """Return whether two collections hold the same objects in the same order."""
     left, right = ([*v, *v.values()] if isinstance(v, dict) else [*v] for v in (one, other))
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Return whether two states of a generator are equal: tensors, or tuples with arrays."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    parts = zip(one, other, strict=True)
+    return all(bool((a == b).all()) if hasattr(a, "all") else a == b for a, b in parts)
 
 
 def reseed(seed: int) -> None:
