@@ -268,8 +268,9 @@ class Measurement:
         owners = _samples_of(step, self.samples).to(x.device)
         picked = torch.arange(len(x), device=x.device)
         if step.regular:
-            shape = (self.samples, -1) if step.how != REPEATED else (-1, self.samples)
-            expected = before.unflatten(0, shape).roll(1, shape.index(self.samples)).flatten(0, 1)
+            slots = _slots(step.how, step.rows, self.samples).to(x.device)
+            expected = torch.empty_like(x)
+            expected[slots] = before[slots.roll(1, 0)]
             picked = picked[change_of(expected, x) > _AWAY]
         # Enough of the rows and of their values.
         picked = picked[:: len(picked) // _MOST_ROWS + 1]
@@ -336,12 +337,18 @@ def _rows(moves: Tensor, words: list[frozenset[int]], noise: float) -> list[int]
     return found
 
 
+def _slots(how: str, rows: int, samples: int) -> Tensor:
+    """Return where the rows of each sample are, (N, rows a sample)."""
+    order = torch.arange(rows)
+    return order.view(-1, samples).T if how == REPEATED else order.view(samples, -1)
+
+
 def _samples_of(step: Step, samples: int) -> Tensor:
     if step.index is not None:
         return step.index.cpu()
-    one = torch.arange(samples)
-    times = step.rows // samples
-    return one.repeat(times) if step.how == REPEATED else one.repeat_interleave(times)
+    owners = torch.empty(step.rows, dtype=torch.int64)
+    owners[_slots(step.how, step.rows, samples)] = torch.arange(samples).unsqueeze(1)
+    return owners
 
 
 def _regular(rows: list[int], samples: int, x: Tensor) -> str | None:
@@ -354,7 +361,7 @@ def _regular(rows: list[int], samples: int, x: Tensor) -> str | None:
         return None
     fits = []
     for how in (FOLDED, REPEATED):
-        slots = _slots(how, times, samples)
+        slots = _slots(how, len(rows), samples).T.tolist()
         if all(rows[row] in (i, _NONE) for slot in slots for i, row in enumerate(slot)) and all(
             _alike(x, [row for row in slot if rows[row] == _NONE]) for slot in slots
         ):
@@ -362,13 +369,6 @@ def _regular(rows: list[int], samples: int, x: Tensor) -> str | None:
     if times == 1:
         return ONE if fits else None
     return fits[0] if len(fits) == 1 else None
-
-
-def _slots(how: str, times: int, samples: int) -> list[list[int]]:
-    """Return, for each row that every sample has, where it is in each of them."""
-    if how == FOLDED:
-        return [[i * times + slot for i in range(samples)] for slot in range(times)]
-    return [[slot * samples + i for i in range(samples)] for slot in range(times)]
 
 
 def _alike(x: Tensor, rows: list[int]) -> bool:

@@ -73,12 +73,14 @@ class Family:
         plans: regular ones, by sizes and numbers.
         general: for those not met yet, once enough others were found alike.
         fixed: irregular ones that are taken to hold for more than one call.
+        steps: regular ones of all plans, by sizes and numbers, norm and rows a sample.
         detours: how many runs met norms in a sequence that no measurement followed.
     """
 
     plans: dict[Any, list[Plan]] = field(default_factory=dict)
     general: Plan | None = None
     fixed: list[Plan] = field(default_factory=list)
+    steps: dict[Any, Step] = field(default_factory=dict)
     detours: int = 0
 
     def find(self, numbers: Any, samples: int) -> list[Plan]:
@@ -113,6 +115,7 @@ class Run:
         self.numbers: Any = None
         self.plan = Plan([])
         self.path: list[tuple[str, int]] = []
+        self.astray = False
         self.measurement: Measurement | None = None
 
     def measure(self, count: int, hooks: bool = False) -> Plan:
@@ -183,7 +186,7 @@ class Rows:
                 if few < run.samples and not plan.regular:
                     run.plan = plan = run.measure(run.samples)
                     plan.samples = run.samples
-                self._keep(run)
+                self._keep(run, plan)
             return call(values, context)
         finally:
             _RUN.reset(token)
@@ -213,17 +216,7 @@ class Rows:
         """Return what the plan of a run says; measure anew where it takes another path."""
         step = run.plan.step(len(run.path) - 1, site, rows, run.samples)
         if step is None and not run.plan.reason:
-            plans = run.family.find(run.numbers, run.samples)
-            plan = next((p for p in plans if run.follow(p)), None)
-            if plan is None and run.family.detours < _MOST_DETOURS:
-                plan = run.measure(run.samples, hooks=True)
-            step = None if plan is None else run.follow(plan)
-            if plan is None or step is None:
-                run.family.detours += 1
-                run.plan = Plan([], reason="the norms that a call meets change from call to call")
-            else:
-                run.plan = plan
-                self._keep(run)
+            step = self._detour(run, site, rows)
         if step is None:
             return self._recall(layer, site, rows, run.context, run)
         if step.cause:
@@ -234,13 +227,36 @@ class Rows:
             )
         return step
 
-    def _keep(self, run: Run) -> None:
+    def _detour(self, run: Run, site: str, rows: int) -> Step | None:
+        """Return what is known of a norm met on another path than planned; measure that path."""
+        family = run.family
+        for plan in family.find(run.numbers, run.samples):
+            if (step := run.follow(plan)) is not None:
+                run.plan = plan
+                return step
+        key = (run.numbers, site, rows / run.samples)
+        if key in family.steps and (run.astray or family.detours >= _MOST_DETOURS):
+            return family.steps[key]
+        plan = run.measure(run.samples, hooks=True)
+        self._keep(run, plan)
+        step = run.follow(plan)
+        if step is not None or plan.reason:
+            run.plan = plan
+            return step
+        # Layers skipped at random: what each was given so far tells.
+        run.astray = True
+        family.detours += 1
+        unmet = Step(site, False, rows, cause="rows that the same call has at some times only")
+        return family.steps.get(key, unmet)
+
+    def _keep(self, run: Run, plan: Plan) -> None:
         """Keep what holds for other calls."""
-        plan = run.plan
         if plan.reason:
             self.reason = plan.reason
         for step in plan.steps:
             times = step.times if step.regular else step.rows / run.samples
+            if step.regular:
+                run.family.steps[run.numbers, step.site, times] = step
             keys: list[tuple[Any, ...]] = [(step.site, step.training, times)]
             if self.fixed and not step.regular:
                 keys.append((step.site, step.training, step.rows, run.samples))
