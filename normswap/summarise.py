@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import asdict
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +29,9 @@ def summarise(root: nn.Module, record: Record) -> Report:
                 continue
             if method.needs_context and not row.layer:
                 row.delivery = reach.delivery.get(id(layer), "unreached")
+                if record.contexts.count > 1 and record.verification is not None:
+                    scope: Any = layer.scope
+                    row.rows = scope.rows.describe(row.fqn)
             statistics = method.statistics(layer)
             if statistics is not None and not method.needs_context:
                 row.components = statistics.mean.shape[0]

@@ -97,8 +97,12 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
     key = tuple([describe(value, leaves) for value in values])
     entered = type(context) is not Context
     context = _resolve(state, values, leaves, context)
-    if entered and _may_mix(context):
-        return state.scope.rows.run(module, lambda v: _run(module, state, v, context), values)
+    if entered and context is not None:
+        if _is_single(context, values):
+            context = Context(context.labels[:1], context.unknown, True)
+        elif _may_mix(context):
+            rows = state.scope.rows
+            return rows.run(module, state, lambda v, c: _run(module, state, v, c), values, context)
     if not state.trace:
         return run_scoped(module, values, context)
     for variant in state.variants.get(key, ()):
@@ -125,11 +129,26 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
     return output
 
 
-def _may_mix(context: Context | None) -> bool:
-    """Return whether the rows of folded samples have to be told apart."""
-    if context is None or context.whole or torch.compiler.is_compiling():
+def _is_single(context: Context, values: tuple[Any, ...]) -> bool:
+    """Return whether the host can see that all samples have one label."""
+    labels = context.labels
+    if context.unknown is None or context.whole or labels.device.type != "cpu" or len(labels) < 2:
         return False
-    return type(context.labels) is torch.Tensor and context.labels.shape[0] > 1
+    if torch._C._is_tracing():
+        return False
+    if not any(len(labels) in _batch_sizes(value) for value in values):
+        return False
+    return bool((labels == labels[0]).all())
+
+
+def _may_mix(context: Context) -> bool:
+    """Return whether rows have to be told apart, and can be: values are there."""
+    labels = context.labels
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or context.whole:
+        return False
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return type(labels) is torch.Tensor and not labels.is_meta and len(labels) > 1
 
 
 def _adopt(module: nn.Module) -> ContainerState | None:

@@ -199,18 +199,20 @@ class ContextLayer(NormLayer):
             context = self.scope.lookup()
         if context is None:
             return self._default_labels(x), self.num_contexts > 1
+        order: tuple[Any, ...] = ()
         if not isinstance(context, Context):
             # Called directly, not through a model that checked the labels: no folded batch here.
             context = resolve_labels(context, self.num_contexts, self.names, x.device)
             if not context.whole and context.labels.shape[0] != x.shape[0]:
                 raise wrong_length(x.shape[0], context.labels.shape[0], self._where())
+        elif self.scope is not None:
+            step = self.scope.rows.find(self, self._where(), x, context)
+            order = () if step is None else (step.how, step.index)
         if self.unknown == "error" and context.unknown is not False:
             self._refuse_unknown(context)
-        where, given = self._where(), context.labels.shape[0]
-        innermost = False
-        if self.scope is not None and not context.whole and 1 < given < x.shape[0]:
-            innermost = self.scope.rows.innermost(where, x, given)
-        return labels_per_row(context, x, where, innermost), context.unknown is not False
+        where = self._where()
+        labels = labels_per_row(context, x, where, *order)
+        return labels, context.unknown is not False
 
     def _default_labels(self, x: Tensor) -> Tensor | None:
         if self.num_contexts == 1:
