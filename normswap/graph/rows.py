@@ -127,7 +127,7 @@ class Run:
         whole = Context(self.context.labels[:1].clamp(min=0), False, True)
         try:
             values = rebuild(self.values, self.samples, first(count))
-            with _LOCK, self.scope.aside(), _quiet(self.module, hooks) as (undo, modes):
+            with _LOCK, _quiet(self.module, hooks) as (undo, modes):
                 found = Measurement(lambda v: self.call(v, whole), undo, values, count, modes)
                 if not found.possible:
                     return Plan([], reason=f"no argument has {self.samples} samples")

@@ -247,15 +247,6 @@ class Scope:
         elif local.mirror is entry:
             local.mirror = self._block.get()
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Leave no trace of what runs inside the block."""
-        before = self.current, self.earlier, self.recomputed
-        try:
-            yield
-        finally:
-            self.current, self.earlier, self.recomputed = before
-
     def resolve(self, labels: Labels, device: torch.device | None = None) -> Context:
         """Check labels against this model's contexts."""
         return resolve_labels(labels, self.num_contexts, self.names, device)
