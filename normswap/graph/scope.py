@@ -114,8 +114,9 @@ class Scope:
             ContextError: nothing tells which it is: in a thread that a labelled forward or block
                 may have started, or in a recomputation in backward.
         """
-        entry = self._find()
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        entry = self._local.here.entry or self._find(compiling)
+        if not compiling:
             task = torch._C._current_graph_task_id()
             if task != -1 and (entry is None or entry.task != task):
                 entry = self._recall(entry)
@@ -125,23 +126,22 @@ class Scope:
                 self._remember(entry or Entry(None))
         return None if entry is None else entry.context
 
-    def _find(self) -> Entry | None:
-        local, compiling = self._local.here, torch.compiler.is_compiling()
-        if local.entry is not None:
-            return local.entry
-        if local.compiled is not None:
-            return local.compiled
+    def _find(self, compiling: bool) -> Entry | None:
+        """Return the innermost entry or block where no forward of this thread is running."""
+        here = self._local.here
+        if here.compiled is not None:
+            return here.compiled
         if not compiling:
             found = self._entry.get() or self._block.get()
         elif _COMPILES_CONTEXTVARS:
             found = self._block.get()
-        elif local.mirror is _UNKNOWN:
+        elif here.mirror is _UNKNOWN:
             raise ContextError(
                 "expected one asyncio task at a time to use normswap.use_context around compiled "
                 "code, which before torch 2.14 cannot tell them apart; pass context="
             )
         else:
-            found = local.mirror
+            found = here.mirror
         origin = self.origin
         while found is None and origin is not None:
             found, origin = origin._local.here.entry, origin.origin
@@ -191,21 +191,22 @@ class Scope:
 
     def enter(self, context: Context | None) -> Left:
         """Put a context in scope for a forward; return what `leave` needs."""
-        outer = self._local.here.entry
+        here = self._local.here
+        outer = here.entry
         if torch.compiler.is_compiling():
-            self._local.here.entry = Entry(context)
+            here.entry = Entry(context)
             return outer, None
         entry = Entry(context, torch._C._current_graph_task_id())
         if context is not None and (outer is None or outer.context is None):
             self._forwards.append(threading.get_ident())
             self._labelled = True
-        self._local.here.entry = entry
+        here.entry = entry
         return outer, self._entry.set(entry)
 
     def leave(self, left: Left) -> None:
         """Undo `enter`."""
-        outer, token = left
-        entry, self._local.here.entry = self._local.here.entry, outer
+        here, (outer, token) = self._local.here, left
+        entry, here.entry = here.entry, outer
         if token is None:
             return
         self._entry.reset(token)
@@ -215,16 +216,16 @@ class Scope:
 
     def open(self, context: Context | None) -> Opened:
         """Put a context in scope for any code of this thread and task, for `use_context`."""
-        local = self._local.here
-        hidden = (local.entry, local.compiled)
-        local.entry = None
+        here = self._local.here
+        hidden = (here.entry, here.compiled)
+        here.entry = None
         if torch.compiler.is_compiling():
-            local.compiled = Entry(context)
+            here.compiled = Entry(context)
             return hidden, None
         entry = Entry(context, torch._C._current_graph_task_id())
-        local.compiled = None
-        local.mirror = entry if local.mirror is self._block.get() else _UNKNOWN
-        local.blocks += 1
+        here.compiled = None
+        here.mirror = entry if here.mirror is self._block.get() else _UNKNOWN
+        here.blocks += 1
         if context is not None:
             self._blocks.append(threading.get_ident())
             self._labelled = True
@@ -232,8 +233,8 @@ class Scope:
 
     def close(self, opened: Opened) -> None:
         """Undo `open`."""
-        local = self._local.here
-        (local.entry, local.compiled), tokens = opened
+        here = self._local.here
+        (here.entry, here.compiled), tokens = opened
         if tokens is None:
             return
         entry = self._block.get()
@@ -241,11 +242,11 @@ class Scope:
             self._blocks.remove(threading.get_ident())
         self._block.reset(tokens[0])
         self._entry.reset(tokens[1])
-        local.blocks -= 1
-        if not local.blocks:
-            local.mirror = None
-        elif local.mirror is entry:
-            local.mirror = self._block.get()
+        here.blocks -= 1
+        if not here.blocks:
+            here.mirror = None
+        elif here.mirror is entry:
+            here.mirror = self._block.get()
 
     def resolve(self, labels: Labels, device: torch.device | None = None) -> Context:
         """Check labels against this model's contexts."""
