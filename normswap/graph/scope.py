@@ -43,13 +43,15 @@ class _Here:
         compiled: of the innermost block, where compiled code opened it.
         mirror: of the innermost block, where compiled code cannot read it; see above.
         blocks: how many are open, of all tasks.
+        labelled: how many of those have labels.
+        forwards: how many entries have labels.
     """
 
     def __init__(self) -> None:
         self.entry: Entry | None = None
         self.compiled: Entry | None = None
         self.mirror: Entry | None = None
-        self.blocks = 0
+        self.blocks = self.labelled = self.forwards = 0
 
 
 class _Local(threading.local):
@@ -88,9 +90,9 @@ class Scope:
         self._block: ContextVar[Entry | None] = ContextVar("normswap block", default=None)
         # What a thread that a forward starts finds, if it is given `contextvars.copy_context`.
         self._entry: ContextVar[Entry | None] = ContextVar("normswap entry", default=None)
-        # Threads with labels: one item for the outermost entry, one for each block.
-        self._forwards: list[int] = []
-        self._blocks: list[int] = []
+        # With labels, in all threads; lists, since threads can change these without a lock.
+        self._forwards: list[None] = []
+        self._blocks: list[None] = []
         self._labelled = False
         self._checkpoints: WeakKeyDictionary[Any, Entry] = WeakKeyDictionary()
 
@@ -120,10 +122,10 @@ class Scope:
             task = torch._C._current_graph_task_id()
             if task != -1 and (entry is None or entry.task != task):
                 entry = self._recall(entry)
-            if entry is None:
-                self._check_threads(whole)
             if may_run_again():
                 self._remember(entry or Entry(None))
+        if entry is None:
+            self._check_threads(whole)
         return None if entry is None else entry.context
 
     def _find(self, compiling: bool) -> Entry | None:
@@ -149,8 +151,8 @@ class Scope:
 
     def _check_threads(self, whole: bool) -> None:
         """Raise where the labels of another thread may be meant."""
-        here = threading.get_ident()
-        if not whole and any(thread != here for thread in self.model._forwards):
+        model = self.model
+        if not whole and len(model._forwards) > model._local.here.forwards:
             raise ContextError(
                 "expected the context of a forward that runs in another thread to reach the norms "
                 "it runs in this one, got none here; start the work with "
@@ -158,7 +160,7 @@ class Scope:
                 "call has nothing to do with that one, pass context= or use "
                 "normswap.use_context(model, None) in this thread"
             )
-        if any(thread != here for thread in self._blocks):
+        if len(self._blocks) > self._local.here.labelled:
             raise ContextError(
                 "expected context= or normswap.use_context in the thread of the call, got labels "
                 "from normswap.use_context in another thread only; pass context=, start the work "
@@ -193,13 +195,15 @@ class Scope:
         """Put a context in scope for a forward; return what `leave` needs."""
         here = self._local.here
         outer = here.entry
+        if context is not None:
+            self._labelled = True
         if torch.compiler.is_compiling():
             here.entry = Entry(context)
             return outer, None
         entry = Entry(context, torch._C._current_graph_task_id())
-        if context is not None and (outer is None or outer.context is None):
-            self._forwards.append(threading.get_ident())
-            self._labelled = True
+        if context is not None:
+            here.forwards += 1
+            self._forwards.append(None)
         here.entry = entry
         return outer, self._entry.set(entry)
 
@@ -210,15 +214,17 @@ class Scope:
         if token is None:
             return
         self._entry.reset(token)
-        labelled = entry is not None and entry.context is not None
-        if labelled and (outer is None or outer.context is None):
-            self._forwards.remove(threading.get_ident())
+        if entry is not None and entry.context is not None:
+            here.forwards -= 1
+            self._forwards.pop()
 
     def open(self, context: Context | None) -> Opened:
         """Put a context in scope for any code of this thread and task, for `use_context`."""
         here = self._local.here
         hidden = (here.entry, here.compiled)
         here.entry = None
+        if context is not None:
+            self._labelled = True
         if torch.compiler.is_compiling():
             here.compiled = Entry(context)
             return hidden, None
@@ -227,8 +233,8 @@ class Scope:
         here.mirror = entry if here.mirror is self._block.get() else _UNKNOWN
         here.blocks += 1
         if context is not None:
-            self._blocks.append(threading.get_ident())
-            self._labelled = True
+            here.labelled += 1
+            self._blocks.append(None)
         return hidden, (self._block.set(entry), self._entry.set(None))
 
     def close(self, opened: Opened) -> None:
@@ -239,7 +245,8 @@ class Scope:
             return
         entry = self._block.get()
         if entry is not None and entry.context is not None:
-            self._blocks.remove(threading.get_ident())
+            here.labelled -= 1
+            self._blocks.pop()
         self._block.reset(tokens[0])
         self._entry.reset(tokens[1])
         here.blocks -= 1
