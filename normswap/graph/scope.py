@@ -311,7 +311,11 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
     For loops that cannot pass ``context=`` themselves. The model may be wrapped (compiled,
     distributed). Blocks nest; None hides the labels of an outer block. A block belongs to its
     thread and its asyncio task: work handed to another thread takes it along by
-    ``contextvars.copy_context().run``. Where the model checkpoints, backward may run after it.
+    ``contextvars.copy_context().run``. Backward may run after the block.
+
+    Sliding windows are samples to the model: where windows of several volumes share a batch, as in
+    MONAI's ``sliding_window_inference``, take each one's label by its place, which MONAI gives
+    with ``with_coord=True``: ``lambda w, at: model(w, context=labels[[i.start for i, *_ in at]])``.
 
     Args:
         model: a converted model, or a module that holds one.
