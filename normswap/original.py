@@ -116,6 +116,8 @@ def _placement(layer: nn.Module, site: Site, device: torch.device | None) -> Any
 
     def place(value: Tensor) -> Tensor:
         to = dtype if value.is_floating_point() else None
+        if value.is_meta:  # converted without values; what it learned since is written later
+            return torch.empty_like(value, device=device or like.device, dtype=to)
         return value.to(device=device or like.device, dtype=to, copy=True)
 
     return place
@@ -135,6 +137,9 @@ def is_untouched(layer: nn.Module, method: Method, contexts: Contexts, options: 
         return True
     original = original_of(layer)
     assert original is not None
+    kept = (*original.parameters.values(), *original.buffers.values())
+    if any(t is not None and t.is_meta for t in kept):
+        return False  # converted without values, which came since
     dtype = next((t.dtype for t in own.values() if t.is_floating_point()), original.site.dtype)
     # Where conversion computed: logarithms of another device may differ in the last bit.
     there = original.site.device

@@ -257,15 +257,15 @@ class AdaptiveContextNorm(NormLayer):
             ones = torch.ones_like(mean)
             weight = state_dict.get(prefix + "weight", ones)
             bias = state_dict.get(prefix + "bias", torch.zeros_like(mean))
-            place = self.mu.device
+            place = mean.device if self.mu.is_meta else self.mu.device
             tensors = (t.to(place) for t in (mean, var, weight, bias))
             if self.running_mean is None:
                 for name in _TRACKED:
                     state_dict.pop(prefix + name, None)
             else:
-                state_dict.setdefault(prefix + _TRACKED[2], self.num_batches_tracked)
+                state_dict.setdefault(prefix + _TRACKED[2], torch.zeros((), dtype=torch.int64))
             for name, value in self.start_from(*tensors).items():
-                state_dict[prefix + name] = value
+                state_dict[prefix + name] = value.to(self.mu.dtype, copy=True).contiguous()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

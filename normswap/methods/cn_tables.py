@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.moments import Moments
-from normswap.methods.layer import ContextLayer, fill_affine, load_shared, make_priors
+from normswap.methods.layer import ContextLayer, fill_affine, load_shared
 from normswap.methods.plain import Plain, added_prior, pick, pick_moments
 
 
@@ -53,14 +53,14 @@ class ContextTables(ContextLayer):
         self.register_buffer(
             "num_batches_tracked", torch.zeros(num_contexts, dtype=torch.int64, device=device)
         )
-        self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
+        self._register_priors(priors, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set zero mean, unit variance, and the affine that makes every context's output equal."""
         self.reset_running_stats()
         with torch.no_grad():
-            self.weight.copy_(self.priors.sqrt().unsqueeze(1).expand_as(self.weight))
+            self.weight.copy_(self._own_priors().sqrt().unsqueeze(1).expand_as(self.weight))
             self.bias.zero_()
 
     def extra_repr(self) -> str:
@@ -73,8 +73,11 @@ class ContextTables(ContextLayer):
         """Accept a BatchNorm's entries too: each context starts from them."""
         names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         if not isinstance(state_dict.get(prefix + "priors"), Tensor):
-            state_dict[prefix + "priors"] = self.priors
-        state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+            state_dict[prefix + "priors"] = self._own_priors()
+        count = self.num_batches_tracked
+        if prefix + "running_mean" in state_dict:
+            count = torch.zeros(count.shape, dtype=count.dtype)
+        state_dict.setdefault(prefix + "num_batches_tracked", count)
         root = state_dict[prefix + "priors"].sqrt().unsqueeze(1)
         targets: dict[str, Tensor] = {name: getattr(self, name) for name in names}
         fill_affine(state_dict, prefix, self.num_features)

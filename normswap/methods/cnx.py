@@ -26,7 +26,7 @@ from normswap.methods.base import (
     register_method,
 )
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt, fill_affine, make_priors
+from normswap.methods.layer import ContextLayer, adopt, fill_affine
 from normswap.methods.plain import Plain, added_prior, pick_moments
 from normswap.sites import Site
 
@@ -93,12 +93,13 @@ class ContextNormX(ContextLayer):
             self.register_parameter(name, value)
         self.mu = nn.Parameter(torch.empty(num_contexts, num_features, **options))
         self.log_sigma = nn.Parameter(torch.empty(num_contexts, num_features, **options))
-        self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
+        self._register_priors(priors, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Make the layer an identity that takes its statistics from the next training batch."""
         self.fresh = True
+        self._own_priors()
         with torch.no_grad():
             self.mu.zero_()
             self.log_sigma.zero_()
@@ -172,10 +173,10 @@ class ContextNormX(ContextLayer):
         var = state_dict.pop(prefix + "running_var", None)
         state_dict.pop(prefix + "num_batches_tracked", None)
         if isinstance(mean, Tensor) and isinstance(var, Tensor):
-            log_sigma = log_spread(var, self.eps)
+            log_sigma = log_spread(var, self.eps).to(self.log_sigma.dtype)
             state_dict[prefix + "mu"] = mean.expand(self.mu.shape).clone()
             state_dict[prefix + "log_sigma"] = log_sigma.expand(self.mu.shape).clone()
-        state_dict.setdefault(prefix + "priors", self.priors)
+        state_dict.setdefault(prefix + "priors", self._own_priors())
         self.fresh = self.fresh and not _is_started(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

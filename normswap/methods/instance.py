@@ -12,7 +12,7 @@ from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
-from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
+from normswap.methods.layer import ContextLayer, adopt, load_shared
 from normswap.methods.plain import Plain, added_prior, pick
 from normswap.sites import Site
 
@@ -79,11 +79,12 @@ class ContextInstanceNorm(ContextLayer):
             "num_batches_tracked",
             torch.zeros((), dtype=torch.int64, device=device) if tracked else None,
         )
-        self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
+        self._register_priors(priors, device, dtype)
 
     def reset_parameters(self) -> None:
         """Set the identity affine; running statistics, where there are some, to their start."""
         self.reset_running_stats()
+        self._own_priors()
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -191,10 +192,14 @@ class ContextInstanceNorm(ContextLayer):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accept an InstanceNorm's entries too: each context starts from its affine."""
-        targets: dict[str, Tensor] = {"weight": self.weight, "bias": self.bias}
-        load_shared(state_dict, prefix, targets, {})
-        for name, value in (("priors", self.priors), ("weight", self.weight), ("bias", self.bias)):
-            state_dict.setdefault(prefix + name, value.detach())
+        weight, bias = self.weight.detach(), self.bias.detach()
+        load_shared(state_dict, prefix, {"weight": weight, "bias": bias}, {})
+        if "_unset_priors" in vars(self):  # made without storage: no values to keep
+            weight = torch.ones(weight.shape, dtype=weight.dtype)
+            bias = torch.zeros(bias.shape, dtype=bias.dtype)
+        own = {"priors": self._own_priors(), "weight": weight, "bias": bias}
+        for name, value in own.items():
+            state_dict.setdefault(prefix + name, value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def plain(self, context: int | None) -> Plain:

@@ -139,6 +139,25 @@ class ContextLayer(NormLayer):
         labels, unlabelled = self._labels(x, context)
         return self._finish(self.normalize(x, labels, unlabelled))
 
+    def _register_priors(
+        self, priors: Tensor | None, device: torch.device | None, dtype: torch.dtype | None
+    ) -> None:
+        """Add the buffer of lambda; without storage (meta device), keep the values besides."""
+        self.register_buffer("priors", make_priors(priors, self.num_contexts, device, dtype))
+        if self.priors.is_meta:
+            kept = make_priors(priors, self.num_contexts, torch.device("cpu"), dtype)
+            self.__dict__["_unset_priors"] = kept
+
+    def _own_priors(self) -> Tensor:
+        """Return lambda; a layer that was made without storage and has it now gets its values."""
+        if "_unset_priors" in vars(self):
+            kept: Tensor = vars(self)["_unset_priors"]
+            if self.priors.is_meta:
+                return kept
+            self.priors.copy_(kept)
+            del self.__dict__["_unset_priors"]
+        return self.priors
+
     @abstractmethod
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
@@ -192,6 +211,8 @@ class ContextLayer(NormLayer):
         errors = args[-1]
         before = len(errors)
         super()._load_from_state_dict(*args, **kwargs)
+        if not self.priors.is_meta:
+            self.__dict__.pop("_unset_priors", None)
         if len(errors) > before:
             errors.append(
                 f"{self._where()} is a layer of {self.num_contexts} contexts: normswap.load makes "
@@ -273,7 +294,8 @@ def make_priors(
     """
     wide = (dtype or torch.get_default_dtype()) == torch.float64
     if priors is None:
-        priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
+        equal = 1 / num_contexts
+        priors = torch.full((num_contexts,), equal, dtype=torch.float64, device=device)
     elif (
         priors.shape != (num_contexts,)
         or not bool((priors > 0).all())
