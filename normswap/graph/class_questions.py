@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from normswap.errors import ConversionError
-from normswap.graph.tracing.origin import is_library
+from normswap.graph.tracing.failure import is_library
 from normswap.util.looks import class_of
 
 _ENDS = ("STORE_", "POP_TOP", "POP_JUMP", "JUMP", "RETURN", "RAISE", "FOR_ITER")

@@ -9,16 +9,15 @@ from torch import nn
 from normswap.graph.blocks.hidden import hiding
 from normswap.graph.dispatch import calling, dispatch
 from normswap.graph.foreign import refusals
-from normswap.graph.prepare import prepare_default
+from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.state import ContainerState
-from normswap.graph.tracing.signature import (
+from normswap.graph.tracing import (
     any_parameters,
     declared_parameters,
     free_argument,
     parameters_of,
     write_forward,
 )
-from normswap.graph.tracing.trace import TraceSession
 
 
 def install(module: nn.Module, state: ContainerState, contextual: bool = True) -> None:
@@ -105,7 +104,7 @@ def _make_class(base: Any, generic: bool, argument: str | None) -> Any:
         base.__setstate__(self, values)
         state: ContainerState = self._normswap  # type: ignore[assignment]
         if any(not found for found in state.variants.values()):
-            with TraceSession(state.layers) as session:
+            with open_session(state.layers) as session:
                 prepare_default(self, session)
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:

@@ -21,6 +21,7 @@ from normswap.functional.mixture_synced import shared_moments
 from normswap.functional.moments import Moments, compute_dtype, log_spread
 from normswap.methods.acn_options import AdaptiveOptions
 from normswap.methods.layer import NormLayer
+from normswap.methods.values import counted_nothing, fitting
 
 _NORMALIZE: dict[str, Callable[..., Normalized]] = {
     "channel": norm_elements,
@@ -263,9 +264,12 @@ class AdaptiveContextNorm(NormLayer):
                 for name in _TRACKED:
                     state_dict.pop(prefix + name, None)
             else:
-                state_dict.setdefault(prefix + _TRACKED[2], torch.zeros((), dtype=torch.int64))
+                assert self.num_batches_tracked is not None
+                count = counted_nothing(self.num_batches_tracked)
+                state_dict.setdefault(prefix + _TRACKED[2], count)
+            metadata = args[0] if args else None
             for name, value in self.start_from(*tensors).items():
-                state_dict[prefix + name] = value.to(self.mu.dtype, copy=True).contiguous()
+                state_dict[prefix + name] = fitting(value, mean, metadata).clone()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

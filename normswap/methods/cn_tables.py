@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from normswap.functional.moments import Moments
 from normswap.methods.layer import ContextLayer, fill_affine, load_shared
 from normswap.methods.plain import Plain, added_prior, pick, pick_moments
+from normswap.methods.values import counted_nothing
 
 
 class ContextTables(ContextLayer):
@@ -53,14 +54,14 @@ class ContextTables(ContextLayer):
         self.register_buffer(
             "num_batches_tracked", torch.zeros(num_contexts, dtype=torch.int64, device=device)
         )
-        self._register_priors(priors, device, dtype)
+        self.add_priors(priors, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set zero mean, unit variance, and the affine that makes every context's output equal."""
         self.reset_running_stats()
         with torch.no_grad():
-            self.weight.copy_(self._own_priors().sqrt().unsqueeze(1).expand_as(self.weight))
+            self.weight.copy_(self.priors.sqrt().unsqueeze(1).expand_as(self.weight))
             self.bias.zero_()
 
     def extra_repr(self) -> str:
@@ -72,11 +73,8 @@ class ContextTables(ContextLayer):
     ) -> None:
         """Accept a BatchNorm's entries too: each context starts from them."""
         names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        if not isinstance(state_dict.get(prefix + "priors"), Tensor):
-            state_dict[prefix + "priors"] = self._own_priors()
-        count = self.num_batches_tracked
-        if prefix + "running_mean" in state_dict:
-            count = torch.zeros(count.shape, dtype=count.dtype)
+        self.load_priors(state_dict, prefix, state_dict.get(prefix + "running_mean"))
+        count = counted_nothing(self.num_batches_tracked)
         state_dict.setdefault(prefix + "num_batches_tracked", count)
         root = state_dict[prefix + "priors"].sqrt().unsqueeze(1)
         targets: dict[str, Tensor] = {name: getattr(self, name) for name in names}

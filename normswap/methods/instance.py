@@ -16,6 +16,8 @@ from normswap.methods.layer import ContextLayer, adopt, load_shared
 from normswap.methods.plain import Plain, added_prior, pick
 from normswap.sites import Site
 
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
 
 class ContextInstanceNorm(ContextLayer):
     """Conditional instance normalization.
@@ -66,25 +68,25 @@ class ContextInstanceNorm(ContextLayer):
         self.momentum = momentum
         self.track_running_stats = track_running_stats
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.ones(num_contexts, num_features, **options))
-        self.bias = nn.Parameter(torch.zeros(num_contexts, num_features, **options))
+        self.weight = nn.Parameter(torch.empty(num_contexts, num_features, **options))
+        self.bias = nn.Parameter(torch.empty(num_contexts, num_features, **options))
         tracked = track_running_stats
         self.register_buffer(
-            "running_mean", torch.zeros(num_features, **options) if tracked else None
+            "running_mean", torch.empty(num_features, **options) if tracked else None
         )
         self.register_buffer(
-            "running_var", torch.ones(num_features, **options) if tracked else None
+            "running_var", torch.empty(num_features, **options) if tracked else None
         )
         self.register_buffer(
             "num_batches_tracked",
             torch.zeros((), dtype=torch.int64, device=device) if tracked else None,
         )
-        self._register_priors(priors, device, dtype)
+        self.add_priors(priors, device, dtype)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set the identity affine; running statistics, where there are some, to their start."""
         self.reset_running_stats()
-        self._own_priors()
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -106,7 +108,7 @@ class ContextInstanceNorm(ContextLayer):
         with torch.no_grad():
             layer.weight.copy_(weight.expand_as(layer.weight))
             layer.bias.copy_(bias.expand_as(layer.bias))
-            for name, buffer in source.named_buffers(recurse=False):
+            for name, buffer in source.named_buffers(recurse=False) if site.tracked else ():
                 layer.get_buffer(name).copy_(buffer)
         layer.names = contexts.names
         adopt(layer, source, site)
@@ -192,14 +194,16 @@ class ContextInstanceNorm(ContextLayer):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accept an InstanceNorm's entries too: each context starts from its affine."""
-        weight, bias = self.weight.detach(), self.bias.detach()
-        load_shared(state_dict, prefix, {"weight": weight, "bias": bias}, {})
-        if "_unset_priors" in vars(self):  # made without storage: no values to keep
-            weight = torch.ones(weight.shape, dtype=weight.dtype)
-            bias = torch.zeros(bias.shape, dtype=bias.dtype)
-        own = {"priors": self._own_priors(), "weight": weight, "bias": bias}
-        for name, value in own.items():
-            state_dict.setdefault(prefix + name, value)
+        targets: dict[str, Tensor] = {"weight": self.weight, "bias": self.bias}
+        load_shared(state_dict, prefix, targets, {})
+        for name in () if self.track_running_stats else _RUNNING:
+            state_dict.pop(prefix + name, None)
+        self.load_priors(state_dict, prefix, state_dict.get(prefix + "weight"))
+        # An instance norm without an affine has no entry.
+        for name, fresh in (("weight", 1.0), ("bias", 0.0)):
+            own = targets[name].detach()
+            own = torch.full_like(own, fresh, device="cpu") if own.is_meta else own
+            state_dict.setdefault(prefix + name, own)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def plain(self, context: int | None) -> Plain:

@@ -1,6 +1,7 @@
 """What every context-aware layer shares: its labels, its policy for unknown ones, its tail."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from normswap.errors import ContextError, MissingContextError, refuse_scripting
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
+from normswap.methods.values import Resettable
 from normswap.sites import Site
 from normswap.util.looks import AsBefore
 
@@ -25,7 +27,7 @@ class Scope(Protocol):
         """Return the context in scope, if any."""
 
 
-class NormLayer(AsBefore, nn.Module):
+class NormLayer(AsBefore, Resettable):
     """Base of layers that replace a norm: where it stood, and what it applies after normalising.
 
     Args:
@@ -104,6 +106,7 @@ class ContextLayer(NormLayer):
 
     context_argument = "context"
     priors: Tensor
+    kept_priors: Tensor | None = None  # their values, while they are on the meta device
 
     def __init__(self, num_features: int, num_contexts: int, unknown: str | int = "pooled") -> None:
         super().__init__(num_features)
@@ -118,6 +121,49 @@ class ContextLayer(NormLayer):
         self.unknown = unknown
         self.names = tuple(str(k) for k in range(num_contexts))
         self.scope: Scope | None = None
+
+    def add_priors(
+        self, priors: Tensor | None, device: torch.device | None, dtype: torch.dtype | None
+    ) -> None:
+        """Register lambda, (K,): uniform by default; float64 only in a float64 layer.
+
+        Raises:
+            ContextError: not K positive values that sum to one.
+        """
+        values = make_priors(priors, self.num_contexts, torch.device("cpu"), dtype)
+        self.register_buffer("priors", values.to(device or torch.get_default_device()))
+        self.kept_priors = values if self.priors.is_meta else None
+
+    def known_priors(self) -> Tensor:
+        """Return lambda, which is a setting: its values are known on the meta device too."""
+        kept = self.kept_priors if self.priors.is_meta else None
+        return self.priors if kept is None else kept
+
+    def load_priors(self, state: dict[str, Any], prefix: str, like: Tensor | None) -> None:
+        """Complete the state dict of a base, which has no lambda, in place.
+
+        Args:
+            state: the state dict being loaded.
+            prefix: of this layer's keys.
+            like: an entry of it, on whose device lambda has to be where entries are assigned.
+        """
+        if not isinstance(state.get(prefix + "priors"), Tensor):
+            known = self.known_priors()
+            state[prefix + "priors"] = known if like is None else known.to(like.device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        before = self.priors
+        if not before.is_meta:
+            self.kept_priors = None
+        super()._apply(fn, recurse)
+        if self.priors.is_meta and not before.is_meta:
+            self.kept_priors = before.detach().cpu()
+        return self
+
+    def _fill(self) -> None:
+        if self.kept_priors is not None:
+            self.priors.copy_(self.kept_priors)
+        super()._fill()
 
     def forward(self, x: Tensor, context: Labels | None = None) -> Tensor:
         """Normalise x with the statistics of each sample's context.
@@ -139,25 +185,6 @@ class ContextLayer(NormLayer):
         labels, unlabelled = self._labels(x, context)
         return self._finish(self.normalize(x, labels, unlabelled))
 
-    def _register_priors(
-        self, priors: Tensor | None, device: torch.device | None, dtype: torch.dtype | None
-    ) -> None:
-        """Add the buffer of lambda; without storage (meta device), keep the values besides."""
-        self.register_buffer("priors", make_priors(priors, self.num_contexts, device, dtype))
-        if self.priors.is_meta:
-            kept = make_priors(priors, self.num_contexts, torch.device("cpu"), dtype)
-            self.__dict__["_unset_priors"] = kept
-
-    def _own_priors(self) -> Tensor:
-        """Return lambda; a layer that was made without storage and has it now gets its values."""
-        if "_unset_priors" in vars(self):
-            kept: Tensor = vars(self)["_unset_priors"]
-            if self.priors.is_meta:
-                return kept
-            self.priors.copy_(kept)
-            del self.__dict__["_unset_priors"]
-        return self.priors
-
     @abstractmethod
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
@@ -172,18 +199,20 @@ class ContextLayer(NormLayer):
             context = self.scope.lookup()
         if context is None:
             return self._default_labels(x), self.num_contexts > 1
+        order: tuple[Any, ...] = ()
         if not isinstance(context, Context):
             # Called directly, not through a model that checked the labels: no folded batch here.
             context = resolve_labels(context, self.num_contexts, self.names, x.device)
             if not context.whole and context.labels.shape[0] != x.shape[0]:
                 raise wrong_length(x.shape[0], context.labels.shape[0], self._where())
+        elif self.scope is not None:
+            step = self.scope.rows.find(self, self._where(), x, context)
+            order = () if step is None else (step.how, step.index)
         if self.unknown == "error" and context.unknown is not False:
             self._refuse_unknown(context)
-        where, given = self._where(), context.labels.shape[0]
-        innermost = False
-        if self.scope is not None and not context.whole and 1 < given < x.shape[0]:
-            innermost = self.scope.rows.innermost(where, x, given)
-        return labels_per_row(context, x, where, innermost), context.unknown is not False
+        where = self._where()
+        labels = labels_per_row(context, x, where, *order)
+        return labels, context.unknown is not False
 
     def _default_labels(self, x: Tensor) -> Tensor | None:
         if self.num_contexts == 1:
@@ -211,8 +240,6 @@ class ContextLayer(NormLayer):
         errors = args[-1]
         before = len(errors)
         super()._load_from_state_dict(*args, **kwargs)
-        if not self.priors.is_meta:
-            self.__dict__.pop("_unset_priors", None)
         if len(errors) > before:
             errors.append(
                 f"{self._where()} is a layer of {self.num_contexts} contexts: normswap.load makes "
@@ -294,8 +321,7 @@ def make_priors(
     """
     wide = (dtype or torch.get_default_dtype()) == torch.float64
     if priors is None:
-        equal = 1 / num_contexts
-        priors = torch.full((num_contexts,), equal, dtype=torch.float64, device=device)
+        priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64, device="cpu")
     elif (
         priors.shape != (num_contexts,)
         or not bool((priors > 0).all())

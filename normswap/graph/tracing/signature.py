@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from normswap.graph.tracing.origin import is_torch
+from normswap.graph.tracing.failure import is_torch
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 # Stands for a required argument until a real one is seen: most are tensors.
