@@ -16,16 +16,16 @@ _SHOWN = 20
 
 def describe(value: Any) -> str:
     """Return what a value is, for a message of one line."""
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {str(value.dtype)[6:]}"
     if isinstance(value, nn.Module):
         return f"the module {type(value).__name__}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
     try:
+        if isinstance(value, Tensor):
+            return f"a tensor {tuple(value.shape)} of {str(value.dtype)[6:]}"
         text = " ".join(repr(value).split())
-    except Exception as error:  # of what a user gave
-        text = f"(its repr raises {type(error).__name__})"
+    except Exception:  # a nested tensor has no shape, and a repr of a user's may fail
+        return f"an object of class {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
