@@ -1,5 +1,6 @@
 """Measure running statistics anew over a loader, for each context."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normswap.arguments import check_count
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.scope import use_context
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import ContextLayer
 from normswap.methods.selfnorm import SelfNorm
-from normswap.streams import forward_batch, show_progress, undisturbed
+from normswap.streams import check_stream, forward_batch, show_progress, undisturbed
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -63,6 +65,9 @@ def update_stats(
             f"found no layer in {type(model).__name__} whose running statistics may move; CN-X and "
             "CrossNorm have none, and normswap.freeze(stats='update') lets frozen ones move again"
         )
+    check_stream(loader, forward, batches, progress)
+    if labels is not None:
+        check_count("labels", labels, -sys.maxsize, sys.maxsize)
     before = [{n: b.clone() for n, b in _buffers(m).items()} for m in layers]
     run = forward or forward_batch
     with torch.no_grad(), undisturbed(model):

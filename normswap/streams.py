@@ -1,5 +1,6 @@
 """Batches that stream through a model: eval mode meanwhile, a progress bar, a uniform sample."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from importlib import import_module
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.arguments import check_callable, check_count, check_flag, describe
 from normswap.errors import ConversionError
 from normswap.functional.moments import compute_dtype
 
@@ -94,20 +96,28 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
     return model(x.to(device))
 
 
+def check_stream(loader: Any, forward: Any, batches: Any, progress: Any) -> None:
+    """Check what every function that streams batches through a model takes.
+
+    Raises:
+        ConversionError: `batches` is no count of at least 1, `loader` nothing that yields batches,
+            `forward` no function of a model and a batch, or `progress` no bool.
+    """
+    if batches is not None:
+        check_count("batches", batches, 1, sys.maxsize)
+    streams = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    if not streams or isinstance(loader, str | bytes | dict | type | Tensor):
+        raise ConversionError(
+            f"expected a loader, something that yields batches, got {describe(loader)}"
+        )
+    check_callable("forward", forward, "forward(model, batch)", 2)
+    check_flag("progress", progress)
+
+
 def show_progress(
     loader: Iterable[Any], title: str, batches: int | None = None, progress: bool = True
 ) -> Iterable[Any]:
-    """Return the first `batches` of a loader, with a bar on a terminal if tqdm is installed.
-
-    Raises:
-        ConversionError: `batches` is no count of at least 1, or `loader` nothing to iterate over.
-    """
-    if batches is not None and (type(batches) is not int or batches < 1):
-        raise ConversionError(f"expected batches= as a count of at least 1, got {batches!r}")
-    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
-        raise ConversionError(
-            f"expected a loader, something that yields batches, got {type(loader).__name__}"
-        )
+    """Return the first `batches` of a loader, with a bar on a terminal if tqdm is installed."""
     stream = loader if batches is None else islice(loader, batches)
     try:
         tqdm = import_module("tqdm").tqdm

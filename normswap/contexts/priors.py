@@ -27,7 +27,7 @@ def check_priors(priors: Tensor | Sequence[float] | None, num_contexts: int) -> 
         return uniform_priors(num_contexts)
     try:
         values = torch.as_tensor(priors, device="cpu").detach()
-        if values.is_complex() or values.layout != torch.strided:
+        if values.is_complex() or values.is_nested or values.layout != torch.strided:
             raise TypeError
         values = values.double()
     except (TypeError, ValueError, RuntimeError, OverflowError):
