@@ -1,6 +1,5 @@
 """Measure running statistics anew over a loader, for each context."""
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normswap.arguments import check_count
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.scope import use_context
 from normswap.methods.instance import ContextInstanceNorm
@@ -66,8 +64,6 @@ def update_stats(
             "CrossNorm have none, and normswap.freeze(stats='update') lets frozen ones move again"
         )
     check_stream(loader, forward, batches, progress)
-    if labels is not None:
-        check_count("labels", labels, -sys.maxsize, sys.maxsize)
     before = [{n: b.clone() for n, b in _buffers(m).items()} for m in layers]
     run = forward or forward_batch
     with torch.no_grad(), undisturbed(model):

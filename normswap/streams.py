@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.arguments import check_callable, check_count, check_flag, describe
-from normswap.errors import ConversionError
+from normswap.arguments import check_callable, check_count, check_flag, describe, listed
+from normswap.errors import ConversionError, NormswapError
 from normswap.functional.moments import compute_dtype
 
 # Where a norm that `freeze` keeps in eval mode has the mode it was set to.
@@ -81,19 +81,31 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch, moved to its device: a tensor, a tuple that begins with one, a dict.
 
     Raises:
-        ConversionError: a batch of another form.
+        ConversionError: a batch of another form, or one that the model fails on.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
     if isinstance(batch, dict):
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return model(**moved)
-    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(x, Tensor):
+        kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    else:
+        x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(x, Tensor):
+            raise ConversionError(
+                "expected batches that are a tensor, a tuple whose first item is one, or a dict, "
+                f"got {type(batch).__name__}; pass forward=lambda model, batch: ..."
+            )
+        args = [x.to(device)]
+    try:
+        return model(*args, **kwargs)
+    except NormswapError:
+        raise
+    except Exception as error:
+        given = describe(args[0]) if args else f"a dict of {listed(map(str, kwargs))}"
         raise ConversionError(
-            "expected batches that are a tensor, a tuple whose first item is one, or a dict, got "
-            f"{type(batch).__name__}; pass forward=lambda model, batch: ..."
-        )
-    return model(x.to(device))
+            f"the model fails on a batch ({given}) with {type(error).__name__}: {error}; expected "
+            "what its forward takes, or forward=lambda model, batch: ... for other batches"
+        ) from error
 
 
 def check_stream(loader: Any, forward: Any, batches: Any, progress: Any) -> None:
@@ -104,7 +116,7 @@ def check_stream(loader: Any, forward: Any, batches: Any, progress: Any) -> None
             `forward` no function of a model and a batch, or `progress` no bool.
     """
     if batches is not None:
-        check_count("batches", batches, 1, sys.maxsize)
+        check_count("batches", batches, most=sys.maxsize)
     streams = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
     if not streams or isinstance(loader, str | bytes | dict | type | Tensor):
         raise ConversionError(

@@ -18,6 +18,7 @@ from normswap.streams import HELD
 
 _TRAIN = ("norms", "contexts", "all")
 _STATS = ("update", "frozen")
+_HUGE = 1e300
 
 
 def param_groups(
@@ -165,7 +166,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
     """Return whether a value can be a learning rate; some optimizers take it as a tensor."""
     if isinstance(value, Tensor):
         return value.dim() == 0 and not value.is_meta and value.is_floating_point()
-    return isinstance(value, int | float) and not isinstance(value, bool) and value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and value < _HUGE
 
 
 def _no_weight_decay(model: nn.Module) -> set[str]:

@@ -26,7 +26,8 @@ def check_priors(priors: Tensor | Sequence[float] | None, num_contexts: int) -> 
     if priors is None:
         return uniform_priors(num_contexts)
     try:
-        values = torch.as_tensor(priors, device="cpu").detach()
+        dtype = None if isinstance(priors, Tensor) else torch.float64
+        values = torch.as_tensor(priors, dtype=dtype, device="cpu").detach()
         if values.is_complex() or values.is_nested or values.layout != torch.strided:
             raise TypeError
         values = values.double()
