@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normswap.arguments import describe
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.scope import use_context
 from normswap.methods.instance import ContextInstanceNorm
@@ -95,12 +96,12 @@ def update_stats(
 def _labels_in(batch: Any, position: int) -> Any:
     if not isinstance(batch, tuple | list):
         raise ConversionError(
-            f"expected batches as tuples with context labels at position {position!r} (labels=), "
-            f"got {type(batch).__name__}"
+            f"expected batches as tuples with context labels at position {describe(position)} "
+            f"(labels=), got {type(batch).__name__}"
         )
     if type(position) is not int or not -len(batch) <= position < len(batch):
         raise ConversionError(
-            f"expected labels= as a position in batches of {len(batch)} items, got {position!r}"
+            f"expected labels= as a position in batches of {len(batch)} items, got {describe(position)}"
         )
     return batch[position]
 
