@@ -101,7 +101,8 @@ def _labels_in(batch: Any, position: int) -> Any:
         )
     if type(position) is not int or not -len(batch) <= position < len(batch):
         raise ConversionError(
-            f"expected labels= as a position in batches of {len(batch)} items, got {describe(position)}"
+            f"expected labels= as a position in batches of {len(batch)} items, "
+            f"got {describe(position)}"
         )
     return batch[position]
 

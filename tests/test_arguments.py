@@ -197,7 +197,7 @@ FUNCTIONS = {
         normswap.load,
         {
             "base": ("base", ""),
-            "folder": ("saved", ""),
+            "folder": ("saved", "''"),  # where the test runs
             "inplace": (False, "True"),
             "check_values": (True, "True"),
         },
