@@ -1,0 +1,137 @@
+"""Many programs: generated from a seed, judged one after another, failures grouped by kind."""
+
+import collections
+import gc
+import re
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from tests.graph.fuzz.constructs import CONSTRUCTS
+from tests.graph.fuzz.generate import programs
+from tests.graph.fuzz.judge import Failure, Verdict, judge
+from tests.graph.fuzz.known import covering
+from tests.graph.fuzz.program import Program
+
+_KEPT = 4
+
+
+@dataclass
+class Tally:
+    """What became of many programs.
+
+    Attributes:
+        status: how many were right, refused, invalid (the original itself fails), wrong, known.
+        containers: how many were traced, and scoped, by reason.
+        refusals: how often each was met.
+        failed, failures: how many failed, and the smallest few of them, by kind.
+        known: how many failures each known kind covers.
+    """
+
+    status: collections.Counter = field(default_factory=collections.Counter)
+    containers: collections.Counter = field(default_factory=collections.Counter)
+    refusals: collections.Counter = field(default_factory=collections.Counter)
+    failed: collections.Counter = field(default_factory=collections.Counter)
+    failures: dict[str, list[Program]] = field(default_factory=dict)
+    known: collections.Counter = field(default_factory=collections.Counter)
+
+    def add(self, program: Program, verdict: Verdict) -> None:
+        """Count a program."""
+        text = str(program)
+        self.containers["traced"] += verdict.traced
+        self.containers.update(f"scoped: {reason}" for reason in verdict.scoped.values())
+        self.refusals.update({_short(refusal) for refusal in verdict.refusals})
+        status = verdict.status
+        if verdict.failures:
+            causes = [covering(text, failure.kind) for failure in verdict.failures]
+            self.known.update(cause for cause in causes if cause)
+            status = "known" if all(causes) else "wrong"
+            for failure, cause in zip(verdict.failures, causes, strict=True):
+                if not cause:
+                    self.failed[failure.kind] += 1
+                    self._keep(failure.kind, program)
+        self.status[status] += 1
+
+    def _keep(self, kind: str, program: Program) -> None:
+        found = [*self.failures.get(kind, []), program]
+        self.failures[kind] = sorted(found, key=lambda p: len(str(p)))[:_KEPT]
+
+    def merge(self, other: "Tally") -> None:
+        """Add another tally."""
+        for name in ("status", "containers", "refusals", "failed", "known"):
+            getattr(self, name).update(getattr(other, name))
+        for kind, found in other.failures.items():
+            for program in found:
+                self._keep(kind, program)
+
+    def __str__(self) -> str:
+        """The counts, as lines."""
+        lines = ["programs: " + ", ".join(f"{n} {k}" for k, n in self.status.most_common())]
+        for title, counter in (
+            ("containers", self.containers),
+            ("refusals", self.refusals),
+            ("known failures", self.known),
+            ("failures", self.failed),
+        ):
+            lines += [f"{title}:", *(f"  {n:6d}  {k}" for k, n in counter.most_common())]
+        return "\n".join(lines)
+
+
+def _short(refusal: str) -> str:
+    return re.sub(r"\b[a-z]+\d+(\.\w+)*|\d+", "#", refusal)[:150]
+
+
+def generate(number: int, count: int) -> list[Program]:
+    """Return programs drawn with a seed, always the same."""
+    drawn: list[Program] = []
+
+    @seed(number)
+    @settings(
+        max_examples=count,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(programs(tuple(CONSTRUCTS)))
+    def draw(program: Program) -> None:
+        drawn.append(program)
+
+    draw()
+    return drawn
+
+
+def safely(program: Program) -> Verdict:
+    """Judge a program; an error of the fuzzer itself is a failure, too.
+
+    Callbacks of the garbage collector, which hypothesis installs, would be traced.
+    """
+    callbacks, gc.callbacks[:] = gc.callbacks[:], []
+    try:
+        return judge(program)
+    except Exception as error:
+        text = traceback.format_exc()
+        kind = f"fuzzer: {type(error).__name__}: {error}"[:100]
+        return Verdict([Failure(kind, text)])
+    finally:
+        gc.callbacks[:] = callbacks
+
+
+def fails_alike(kind: str) -> Callable[[Program], bool]:
+    """Return a function that tells whether a program fails in this way, and not in a known one."""
+
+    def fails(program: Program) -> bool:
+        found = any(failure.kind == kind for failure in safely(program).failures)
+        return found and covering(str(program), kind) is None
+
+    return fails
+
+
+def campaign(number: int, count: int) -> Tally:
+    """Judge programs drawn with a seed."""
+    tally = Tally()
+    for program in generate(number, count):
+        tally.add(program, safely(program))
+    return tally
