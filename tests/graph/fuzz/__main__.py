@@ -1,7 +1,8 @@
 """Fuzz the conversion: `python -m tests.graph.fuzz --programs 10000 --seed 7 --jobs 2`.
 
 Prints counts, and for each kind of failure a small program and its actions, which
-`--replay FILE` runs again. Each chunk of programs runs in a process of its own.
+`--replay FILE` runs again. Each chunk of programs runs in a process of its own. `--alone` runs each
+construct by itself instead, `--alone NAME ...` some of them.
 """
 
 import argparse
@@ -17,11 +18,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from tests.graph.fuzz.alone import alone
 from tests.graph.fuzz.campaign import Tally, campaign, fails_alike, safely
+from tests.graph.fuzz.constructs import CONSTRUCTS
 from tests.graph.fuzz.program import Program, parse
 from tests.graph.fuzz.shrink import shrink
 
 _CHUNK = 200
+_LINES = 12
+_SEEDS = 1_000_000
 
 
 def main() -> int:
@@ -32,6 +37,10 @@ def main() -> int:
     parser.add_argument("--shrink", type=float, default=60, help="seconds for each kind of failure")
     parser.add_argument("--each", type=int, default=1, help="programs to shrink for each kind")
     parser.add_argument("--replay", type=Path, help="file with one program, as printed")
+    parser.add_argument("--alone", nargs="*", metavar="NAME", help="constructs by themselves")
+    parser.add_argument(
+        "--known", action="store_true", help="also constructs that are known to fail alone"
+    )
     parser.add_argument("--chunk", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -40,22 +49,40 @@ def main() -> int:
         verdict = safely(parse(given.replay.read_text()))
         print(verdict.status, verdict.detail, *verdict.refusals, verdict.invalid, sep="\n")
         return verdict.status == "wrong"
+    if given.alone is not None:
+        return _alone(given.alone or list(CONSTRUCTS))
     if given.out:
-        given.out.write_bytes(pickle.dumps(campaign(given.chunk, given.programs)))
+        numbers = range(given.chunk, given.chunk + given.programs)
+        given.out.write_bytes(pickle.dumps(campaign(numbers, given.known)))
         return 0
     tally = _spread(given)
     print(tally, flush=True)
     for kind, found in tally.failures.items():
         print(f"\n# {tally.failed[kind]} times: {kind}", flush=True)
-        for program in found[: given.each]:
-            small = shrink(program, fails_alike(kind), given.shrink)
-            print(f"\n{small}\n# {_detail(small, kind)}", flush=True)
+        smallest = [shrink(p, fails_alike(kind), given.shrink) for p in found[: given.each]]
+        for small in dict.fromkeys(smallest):
+            print(f"\n{str(small).strip()}\n{_detail(small, kind)}", flush=True)
     return bool(tally.failed)
+
+
+def _alone(names: list[str]) -> int:
+    wrong = 0
+    for name in names:
+        program = alone(CONSTRUCTS[name])
+        verdict = safely(program)
+        wrong += bool(verdict.failures)
+        lines = [f"{f.kind} | {f.detail.splitlines()[0]}" for f in verdict.failures]
+        print(name, verdict.status, *lines, *verdict.refusals, verdict.invalid, sep="\n    ")
+        if len(names) == 1:
+            print(program, verdict.detail, sep="\n")
+    print(f"{wrong} of {len(names)} wrong")
+    return bool(wrong)
 
 
 def _detail(program: Program, kind: str) -> str:
     details = [f.detail for f in safely(program).failures if f.kind == kind]
-    return "\n# ".join("\n".join(details).splitlines())
+    lines = "\n".join(details).splitlines()
+    return "\n".join(f"# {line}" for line in [*lines[:1], *lines[1:][-_LINES:]])
 
 
 def _spread(given: argparse.Namespace) -> Tally:
@@ -67,7 +94,8 @@ def _spread(given: argparse.Namespace) -> Tally:
         def run(start: int) -> Tally:
             out = Path(folder, str(start))
             count = min(_CHUNK, given.programs - start)
-            words = ["--programs", count, "--chunk", given.seed * 1_000_003 + start, "--out", out]
+            words = ["--programs", count, "--chunk", given.seed * _SEEDS + start, "--out", out]
+            words += ["--known"] if given.known else []
             command = [sys.executable, "-m", "tests.graph.fuzz", *map(str, words)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:

@@ -231,7 +231,7 @@ def programs(draw, allowed: tuple[str, ...]) -> Program:
 def _action(draw, builder, calls, one, effects) -> Action | None:
     kind = draw(st.sampled_from(["eval"] * 5 + ["train"] * 3 + ["change"] * 4 + ["other"] * 2))
     if kind == "change":
-        wrapped = draw(st.integers(0, 9))
+        wrapped = draw(st.integers(0, 19))
         if wrapped == 0:
             return Change(builder.pick(WRAPPED))
         if wrapped == 1:

@@ -27,6 +27,9 @@ _WAYS_OUT = re.compile(
     r"unknown=|verify=|call the|leave it out|turn "
 )
 
+# What programs raise on purpose.
+_OWN = ("too large", "channels")
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -117,13 +120,14 @@ class Trial:
                 norm.weight.copy_(sum(p * n.weight for p, n in zip(PRIORS, each, strict=True)))
                 norm.bias.copy_(sum(p * n.bias for p, n in zip(PRIORS, each, strict=True)))
 
-    def start(self) -> None:
-        """Convert, in both ways."""
+    def start(self, modes: tuple[str, ...]) -> None:
+        """Convert, in these ways."""
         idle = self.references[0].run(lambda: None).random
-        for mode, traced in (("untraced", False), ("traced", True)):
+        for mode in modes:
             with self.judging(mode):
-                world = self._add(Converted(self.program, traced, self.references))
+                world = self._add(Converted(self.program, mode == "traced", self.references))
                 if world.outcome.error is not None:
+                    self.fails_itself(world.outcome.error)
                     self.refused(mode, world.outcome.error)
                 else:
                     self.converted[mode] = world
@@ -133,6 +137,14 @@ class Trial:
                     raise _Wrong(f"printed {world.outcome.lines!r}")
                 if world.outcome.random != idle:
                     raise _Wrong("random generators elsewhere")
+
+    def fails_itself(self, error: Exception) -> None:
+        """Look whether the original fails just so on the inputs it is verified with."""
+        other = Reference(self.program, 0)
+        got = other.run(lambda: other.model.eval()(images(2, 6))).error
+        other.close()
+        if self.program.verify and (type(got), str(got)) == (type(error), str(error)):
+            raise _Invalid(str(got))
 
     @contextlib.contextmanager
     def judging(self, mode: str):
@@ -217,12 +229,14 @@ class Trial:
         self.last |= known if len(known) == 1 and None not in sources else {"mixed", "many"}
         exact = len(self.last) == 1
         main = expected[next(iter(known), 0)]
+        own = str(main.error) in _OWN
         for mode, world in self.each():
             with self.judging(mode):
                 before = {k: v.clone() for k, v in world.model.state_dict().items()}
                 got = world.run(lambda world=world: world.call(action))
+                if own:
+                    self.same_error(main.error, got)
                 if main.error is not None:
-                    self.same_error(main.error, got.error)
                     continue
                 if got.error is not None:
                     self.refused(mode, got.error)
@@ -237,7 +251,7 @@ class Trial:
                 difference = difference or compare_statistics(world, self.references)
                 if difference:
                     raise _Wrong(difference)
-        if main.error is not None:
+        if main.error is not None and not own:
             raise _Invalid(str(main.error))
 
     def expect(self, action: Call, sources: list[Any]) -> dict[Any, Outcome]:
@@ -262,11 +276,10 @@ class Trial:
         if not all(torch.equal(after[name], before[name]) for name in names):
             raise _Wrong("a refusal that changed statistics")
 
-    def same_error(self, expected: Exception, got: Exception | None) -> None:
+    def same_error(self, expected: Exception, got: Outcome) -> None:
         """Compare errors of the program's own making."""
-        own = str(expected) in ("too large", "channels")
-        if own and (type(got), str(got)) != (type(expected), str(expected)):
-            raise _Wrong(f"expected {expected!r}, got {got!r}")
+        if (type(got.error), str(got.error)) != (type(expected), str(expected)):
+            raise _Wrong(f"expected {expected!r}, got {got.error!r}")
 
     def threads(self, action: Threads) -> None:
         """Call from two threads at once; each finds its own labels."""
@@ -325,11 +338,14 @@ def _both(world: Converted, call: Call, results: dict[int, Any]) -> None:
         worker.join()
 
 
-def judge(program: Program) -> Verdict:
-    """Return what became of a program."""
+MODES = ("untraced", "traced")
+
+
+def judge(program: Program, modes: tuple[str, ...] = MODES) -> Verdict:
+    """Return what became of a program, converted in these ways."""
     trial = Trial(program)
     try:
-        trial.start()
+        trial.start(modes)
         for action in program.actions:
             trial.act(action)
         trial.count()

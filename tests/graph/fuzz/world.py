@@ -75,10 +75,9 @@ class World:
     @contextlib.contextmanager
     def inside(self):
         """Make what is global to a process this world's."""
-        outer = {k: v for k, v in os.environ.items() if not k.startswith("FUZZ_")}
         os.environ.update(self.environ)
         torch.set_default_dtype(self.dtype)
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
         logger, handler = logging.getLogger("fuzz"), _Printing()
@@ -88,11 +87,10 @@ class World:
             yield
         finally:
             logger.removeHandler(handler)
-            self.environ = {k: v for k, v in os.environ.items() if k.startswith("FUZZ_")}
+            own = [k for k in os.environ if k.startswith("FUZZ_")]
+            self.environ = {k: os.environ.pop(k) for k in own}
             self.dtype = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)
-            for key in set(os.environ) - set(outer):
-                del os.environ[key]
 
     def run(self, action) -> Outcome:
         """Do something, and look at everything it may have changed."""
@@ -196,9 +194,10 @@ class Converted(World):
     """The converted model."""
 
     def __init__(self, program: Program, traced: bool, references: list[Reference]) -> None:
+        self.traced = traced
         super().__init__(program)
         self.before = self.see_original()
-        self.outcome = self.run(lambda: self.convert(traced))
+        self.outcome = self.run(self.convert)
         self.rows = list(range(len(NAMES)))
         if self.outcome.error is None:
             self.take(references)
@@ -209,18 +208,22 @@ class Converted(World):
         values = [*view.tensors, *self.original.state_dict().values()]
         return (seen, type(self.original)), [t.detach().clone() for t in values]
 
-    def convert(self, traced: bool) -> None:
+    def convert(self) -> None:
         inputs = (images(2, 6),) if self.program.verify else None
-        with tracing_off(traced) as settings:
-            self.model = normswap.convert(
-                self.original,
-                "cn",
-                contexts=list(NAMES),
-                priors=list(PRIORS),
-                unknown=self.program.unknown,
-                example_inputs=inputs,
-                **settings,
-            )
+        self.model = normswap.convert(
+            self.original,
+            "cn",
+            contexts=list(NAMES),
+            priors=list(PRIORS),
+            unknown=self.program.unknown,
+            example_inputs=inputs,
+            **({} if self.traced or not _TRACE else {"trace": False}),
+        )
+
+    @contextlib.contextmanager
+    def inside(self):
+        with super().inside(), contextlib.nullcontext() if self.traced else tracing_off():
+            yield
 
     def norms(self) -> list[ContextLayer]:
         return [m for m in self.model.modules() if isinstance(m, ContextLayer)]
@@ -250,21 +253,21 @@ class Converted(World):
         return {name: labels}, contextlib.nullcontext()
 
 
+_TRACE = "trace" in normswap.convert.__kwdefaults__
+
+
 @contextlib.contextmanager
-def tracing_off(traced: bool):
-    """Yield settings of `convert`: with these, it traces or not."""
-    if traced:
-        yield {}
-        return
-    if "trace" in normswap.convert.__kwdefaults__:
-        yield {"trace": False}
+def tracing_off():
+    """Trace nothing inside the block."""
+    if _TRACE:
+        yield
         return
     from normswap.graph import prepare
 
     kept = prepare._trace
     prepare._trace = lambda *_: (prepare.Variant(None, "untraced"), False)
     try:
-        yield {}
+        yield
     finally:
         prepare._trace = kept
 
