@@ -8,6 +8,7 @@ from tests.graph.fuzz.constructs import CONSTRUCTS
 from tests.graph.fuzz.known import CONSTRUCTS_KNOWN, KNOWN, PROGRAMS, covering
 from tests.graph.fuzz.program import parse
 from tests.graph.fuzz.shrink import shrink
+from tests.graph.fuzz.world import Converted
 
 NAMES = sorted(path.stem for path in PROGRAMS.glob("*.txt"))
 
@@ -30,6 +31,14 @@ def test_a_construct_alone(name):
 @pytest.mark.parametrize("name", [_marked(n, n in KNOWN and KNOWN[n].reason) for n in NAMES])
 def test_constructs_together(name):
     _expect_none(safely(parse((PROGRAMS / f"{name}.txt").read_text())))
+
+
+def test_the_judge_sees_contexts_that_are_swapped(monkeypatch):
+    take = Converted.take
+    monkeypatch.setattr(Converted, "take", lambda self, rows: take(self, rows[::-1]))
+    kinds = [failure.kind for failure in safely(alone(CONSTRUCTS["call"])).failures]
+    assert len(kinds) == 2
+    assert all("eval: another value" in kind for kind in kinds)
 
 
 @pytest.mark.parametrize("name", KNOWN)

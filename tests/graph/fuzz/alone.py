@@ -31,5 +31,6 @@ def alone(construct: Construct) -> Program:
         code = change.replace("$i", "0").replace("$c", "model.c")
         actions += [Change(code), mixed, Call(train=True)]
     other = Call(labels=(1, 0, 1, 0) if one is None else (0,), batch=4, size=8)
-    actions += [Copy("deepcopy"), other, Call(labels=(0,) * 3, train=True, size=4), mixed]
+    last = Call(labels=(1 if one is None else 0,), batch=1)
+    actions += [Copy("deepcopy"), other, Call(labels=(0,) * 3, train=True, size=4), mixed, last]
     return Program(source, tuple(actions), one=one, names=(construct.name,))

@@ -48,8 +48,9 @@ class Tally:
             causes = [covering(text, failure.kind) for failure in verdict.failures]
             self.known.update(cause for cause in causes if cause)
             status = "known" if all(causes) else "wrong"
+            untraced = {f.kind.removeprefix("un") for f in verdict.failures if f.kind[:2] == "un"}
             for failure, cause in zip(verdict.failures, causes, strict=True):
-                if not cause:
+                if not cause and failure.kind not in untraced:
                     self.failed[failure.kind] += 1
                     self._keep(failure.kind, program)
         self.status[status] += 1

@@ -233,7 +233,8 @@ def _action(draw, builder, calls, one, effects) -> Action | None:
     if kind == "change":
         wrapped = draw(st.integers(0, 19))
         if wrapped == 0:
-            return Change(builder.pick(WRAPPED))
+            compiled = draw(st.integers(0, 29)) == 0
+            return Change(COMPILED if compiled else builder.pick(WRAPPED))
         if wrapped == 1:
             return Change(builder.pick(CHANGED))
         return Change(builder.pick(builder.possible)) if builder.possible else None
