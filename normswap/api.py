@@ -1,13 +1,14 @@
 """The steps of the public functions, in order."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normswap.arguments import check_flag
 from normswap.checks import check_copyable, check_model
 from normswap.contexts.assigner import Assigner
 from normswap.conversion import (
@@ -15,25 +16,22 @@ from normswap.conversion import (
     convert_bare,
     find_targets,
     is_bare,
-    make_contexts,
     operate,
 )
 from normswap.converted import find_root
-from normswap.distributed import shared_groups
+from normswap.copies import copy_model, copy_structure
 from normswap.errors import ConversionError, expect_module
+from normswap.examples import read_inputs
 from normswap.fingerprint import checksums, other_tensors
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
-from normswap.methods.base import (
-    get_method,
-    parse_options,
-)
-from normswap.presets import fill_from_preset
+from normswap.methods.base import get_method
 from normswap.report import Report, Verification
 from normswap.select import Selector
+from normswap.settings import read_settings
 from normswap.summarise import summarise
 from normswap.training import exempt_norms
-from normswap.verification import compare, eval_outputs, make_inputs, widen
+from normswap.verification import Reference, compare, run_original
 
 
 def convert(
@@ -50,6 +48,7 @@ def convert(
     inplace: bool = False,
     example_inputs: Any = None,
     verify: bool = True,
+    trace: bool = True,
     **options: Any,
 ) -> nn.Module:
     """Return the model with its norms replaced, computing the same function, taking ``context=``.
@@ -80,8 +79,11 @@ def convert(
         priors: probability of each context, or counts; uniform by default.
         inplace: change `model` itself instead of a copy.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, batch first.
-            Made by itself for models that state their input size.
-        verify: compare outputs before and after on the example inputs, in eval mode.
+            Guessed for models that state their input size.
+        verify: compare outputs before and after on the example inputs, in eval mode; the summary
+            says how far they differ, or why nothing was compared.
+        trace: run graphs in place of forwards that they stand for. Without, every module runs its
+            own forward, to the same results; layers cannot be inserted inside a forward then.
         **options: of the method.
 
     Returns:
@@ -93,41 +95,43 @@ def convert(
         VerificationError: the converted model computes something else. Whatever is raised, `model`
             is as it was.
     """
-    chosen = get_method(method)
-    placement, select, options = fill_from_preset(preset, method, placement, select, options)
-    parsed = parse_options(chosen, options)
-    given = make_contexts(chosen, contexts, priors, unknown)
+    asked = read_settings(
+        method,
+        contexts=contexts,
+        select=select,
+        exclude=exclude,
+        placement=placement,
+        preset=preset,
+        unknown=unknown,
+        priors=priors,
+        options=options,
+        arguments=signature(convert).parameters,
+    )
+    check_flag("inplace", inplace)
+    check_flag("verify", verify)
+    inputs = None if example_inputs is None else read_inputs(example_inputs)
     check_model(model)
     if not inplace:
         check_copyable(model)
-    rows, found = find_targets(model, chosen, parsed, placement, select, exclude)
-    inputs: Any = "verify=False" if not verify else example_inputs
-    if verify and inputs is None:
-        inputs = make_inputs(model)
-    expected = None
-    if not isinstance(inputs, str):
-        inputs = widen(inputs, given.count)
-        expected = eval_outputs(model, inputs)
-    target = model if inplace else copy.deepcopy(model, shared_groups(model))
-    record = Record(method, parsed, given, rows, type(model).__name__, placement=placement)
+    chosen = asked.method
+    rows, found = find_targets(
+        model, chosen, asked.options, asked.placement, asked.select, asked.exclude
+    )
+    reference: Reference | Verification = Verification(reason="verify=False")
+    if verify:
+        labels = asked.contexts.count if chosen.needs_context else 0
+        reference = run_original(model, inputs, labels)
+    target = model if inplace else copy_model(model)
+    record = Record(method, asked.options, asked.contexts, rows, type(model).__name__)
+    record.placement = asked.placement
     if is_bare(found):
         layer = convert_bare(target, chosen, record, found[0])
         exempt_norms(layer)
         return layer
-    surgery = Surgery(target)
+    surgery = Surgery(target, trace)
     try:
         operate(surgery, chosen, record, found)
-        if expected is None:
-            record.verification = Verification(reason=inputs)
-        else:
-            record.verification = compare(
-                target,
-                lambda _: expected,
-                inputs,
-                given.names,
-                context_argument(target) if chosen.needs_context else None,
-                unknown != "error" or given.count == 1,
-            )
+        record.verification = _compare(target, reference, record)
     except BaseException:
         surgery.undo()
         raise
@@ -148,6 +152,7 @@ def plan(
     preset: str | None = None,
     unknown: str = "pooled",
     priors: Tensor | Sequence[float] | None = None,
+    trace: bool = True,
     **options: Any,
 ) -> Report:
     """Return what `convert` with these arguments would do, without tensors and without running.
@@ -156,30 +161,30 @@ def plan(
         ConversionError: what `convert` would raise.
         UnknownNameError: an unknown method or context.
     """
-    chosen = get_method(method)
-    placement, select, options = fill_from_preset(preset, method, placement, select, options)
-    parsed = parse_options(chosen, options)
-    given = make_contexts(chosen, contexts, priors, unknown)
+    asked = read_settings(
+        method,
+        contexts=contexts,
+        select=select,
+        exclude=exclude,
+        placement=placement,
+        preset=preset,
+        unknown=unknown,
+        priors=priors,
+        options=options,
+        arguments=signature(plan).parameters,
+    )
     check_model(model)
-    rows, found = find_targets(model, chosen, parsed, placement, select, exclude)
+    chosen = asked.method
+    rows, found = find_targets(
+        model, chosen, asked.options, asked.placement, asked.select, asked.exclude
+    )
     found = [replace(place, device=torch.device("meta")) for place in found]
-    shell = structure_copy(model)
-    record = Record(method, parsed, given, rows, type(model).__name__)
+    shell = copy_structure(model)
+    record = Record(method, asked.options, asked.contexts, rows, type(model).__name__)
     if is_bare(found):
         return summarise(convert_bare(shell, chosen, record, found[0]), record)
-    operate(Surgery(shell), chosen, record, found)
+    operate(Surgery(shell, trace), chosen, record, found)
     return summarise(shell, record)
-
-
-def structure_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose parameters and buffers hold no values (meta device)."""
-    memo = shared_groups(model)
-    for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
 
 
 def summary(model: nn.Module) -> Report:
@@ -214,19 +219,32 @@ def verify(model: nn.Module, original: nn.Module, example_inputs: Any = None) ->
         The largest output difference for each context, mixed in batches, and for unknown labels.
 
     Raises:
-        ConversionError: no inputs could be made, or `model` is not converted.
+        ConversionError: `model` is not converted, or `original` is; no inputs that the original
+            runs on, or none of its outputs finite, so that nothing was compared.
         VerificationError: they differ beyond rounding.
     """
     root, record = find_root(model)
     expect_module(original)
-    inputs = make_inputs(original) if example_inputs is None else example_inputs
-    if isinstance(inputs, str):
-        raise ConversionError(f"nothing to verify on: {inputs}")
-    return compare(
-        root,
-        lambda given: eval_outputs(original, given),
-        widen(inputs, record.contexts.count),
-        record.contexts.names,
-        context_argument(root),
-        record.contexts.unknown != "error" or record.contexts.count == 1,
-    )
+    if any(RECORD in vars(module) for module in original.modules()):
+        raise ConversionError(
+            "expected the model before conversion as `original`, got a converted one, which would "
+            "be compared with itself; with inplace=True keep a copy to verify against"
+        )
+    if any(t.is_meta for t in (*root.parameters(), *root.buffers())):
+        raise ConversionError("nothing to verify: the converted model has no values (meta device)")
+    inputs = None if example_inputs is None else read_inputs(example_inputs)
+    labels = record.contexts.count if get_method(record.method).needs_context else 0
+    result = _compare(root, run_original(original, inputs, labels), record)
+    if result.reason:
+        raise ConversionError(f"nothing to verify on: {result.reason}")
+    return result
+
+
+def _compare(model: nn.Module, reference: Reference | Verification, record: Record) -> Verification:
+    """Compare a converted model with the original's outputs, where there are any."""
+    if isinstance(reference, Verification):
+        return reference
+    contexts = record.contexts
+    argument = context_argument(model) if get_method(record.method).needs_context else None
+    may_omit = contexts.unknown != "error" or contexts.count == 1
+    return compare(model, reference, contexts.names, argument, may_omit)

@@ -1,6 +1,5 @@
 """Save what a conversion and the training after it changed, and load it onto the base."""
 
-import copy
 from dataclasses import asdict
 from importlib import metadata
 from os import PathLike
@@ -9,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.arguments import check_choice
 from normswap.checks import check_copyable, check_model
-from normswap.conversion import Record, convert_bare, find_targets, is_bare, make_contexts, operate
+from normswap.conversion import Record, convert_bare, find_targets, is_bare, operate
 from normswap.converted import find_root
-from normswap.distributed import shared_groups
+from normswap.copies import copy_model
 from normswap.errors import CheckpointError, UnknownNameError
 from normswap.files import as_folder, read_folder, write_folder
 from normswap.fingerprint import (
@@ -29,6 +29,7 @@ from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
 from normswap.methods.base import Contexts, get_method, methods, parse_options
 from normswap.report import Verification
+from normswap.settings import make_contexts
 from normswap.training import exempt_norms
 
 _STATES = ("changed", "norms", "all")
@@ -59,8 +60,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
             JSON cannot hold; a folder that cannot be written to.
         UnknownNameError: another `state`.
     """
-    if state not in _STATES:
-        raise UnknownNameError(f"unknown state {state!r}; the choices are {', '.join(_STATES)}")
+    check_choice("state", state, _STATES)
     root, record = find_root(model)
     path = as_folder(folder)
     layers, others = layer_tensors(root), other_tensors(root)
@@ -111,6 +111,7 @@ def load(
     *,
     inplace: bool = False,
     check_values: bool = True,
+    trace: bool = True,
 ) -> nn.Module:
     """Convert a base model as a saved one was, and give it what was saved.
 
@@ -124,6 +125,7 @@ def load(
         inplace: change `base` itself instead of a copy.
         check_values: whether the base's tensors that were not saved must have the values they had
             when the saved model was converted. False takes them as they are.
+        trace: as for `convert`.
 
     Returns:
         The converted model.
@@ -151,8 +153,8 @@ def load(
     apart = differences(content["base"], describe_base(base, replaced))
     if apart:
         raise CheckpointError(f"expected the model that {folder} was made from; {shorten(apart)}")
-    target = base if inplace else copy.deepcopy(base, shared_groups(base))
-    model, undo = _convert(target, content, sites)
+    target = base if inplace else copy_model(base)
+    model, undo = _convert(target, content, sites, trace)
     try:
         others = other_tensors(model)
         sums = checksums(others)
@@ -172,7 +174,9 @@ def load(
     return model
 
 
-def _convert(target: nn.Module, content: dict[str, Any], sites: set[str]) -> tuple[nn.Module, Any]:
+def _convert(
+    target: nn.Module, content: dict[str, Any], sites: set[str], trace: bool
+) -> tuple[nn.Module, Any]:
     """Convert a model as the description says; return it, and what takes that back."""
     chosen = get_method(content["method"])
     options = parse_options(chosen, content["options"])
@@ -192,7 +196,7 @@ def _convert(target: nn.Module, content: dict[str, Any], sites: set[str]) -> tup
     record.verification = Verification(reason="loaded")
     if is_bare(found):
         return convert_bare(target, chosen, record, found[0]), lambda: None
-    surgery = Surgery(target)
+    surgery = Surgery(target, trace)
     try:
         operate(surgery, chosen, record, found)
     except BaseException:

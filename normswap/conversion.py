@@ -1,20 +1,17 @@
 """What `convert` does to a model, step by step; `api` puts the steps in order."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from normswap.contexts.assigner import Assigner
-from normswap.contexts.priors import check_priors
-from normswap.errors import ConversionError, UnknownNameError
+from normswap.errors import ConversionError
+from normswap.graph.class_questions import check_questions
 from normswap.graph.scope import Scope
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
 from normswap.insertion import find_places, insert, insert_at_input, place_at_input
 from normswap.methods.base import BaseMethod, Contexts, InsertedMethod, Method
-from normswap.methods.layer import POLICIES
 from normswap.original import remember_original
 from normswap.report import Row, Verification
 from normswap.select import Selector, matches
@@ -42,56 +39,6 @@ class Record:
     verification: Verification | None = None
     placement: str | None = None
     sums: dict[str, int] | None = None
-
-
-def make_contexts(
-    method: BaseMethod, contexts: int | Sequence[str] | Assigner | None, priors: Any, unknown: str
-) -> Contexts:
-    """Check what the caller says of the contexts.
-
-    Raises:
-        ConversionError: any of these for a method that takes none; no, or repeated, names; priors
-            that do not fit.
-        UnknownNameError: `unknown` is neither a policy nor a context.
-    """
-    if not method.needs_context:
-        policy_given = None if unknown == "pooled" else unknown
-        given = {"contexts": contexts, "priors": priors, "unknown": policy_given}
-        for name, value in given.items():
-            if value is not None:
-                raise ConversionError(
-                    f"method {method.name!r} takes no contexts, got {name}={value!r}; leave it "
-                    "out, or choose a method that needs labels"
-                )
-    if isinstance(contexts, Assigner):
-        priors = contexts.priors if priors is None else priors
-        contexts = contexts.names
-    if contexts is None:
-        contexts = 1
-    if isinstance(contexts, bool) or not isinstance(contexts, int | Sequence):
-        raise ConversionError(
-            f"expected contexts= as a count or a sequence of names, got {contexts!r}"
-        )
-    if isinstance(contexts, str):
-        raise ConversionError(f"expected several names, got one string; write [{contexts!r}]")
-    names = tuple(map(str, range(contexts))) if isinstance(contexts, int) else tuple(contexts)
-    if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
-        raise ConversionError(f"expected at least one context, names distinct, got {contexts!r}")
-    return Contexts(names, check_priors(priors, len(names)), policy_of(unknown, names))
-
-
-def policy_of(unknown: str, names: Sequence[str]) -> str | int:
-    """Return the policy for unknown labels as the layers take it: a context's name as its index.
-
-    Raises:
-        UnknownNameError: neither a policy nor a context.
-    """
-    if unknown in POLICIES:
-        return unknown
-    if unknown not in names:
-        choices = ", ".join((*POLICIES, *names))
-        raise UnknownNameError(f"unknown= is {unknown!r}; the choices are {choices}")
-    return names.index(unknown)
 
 
 def _decide(
@@ -219,3 +166,4 @@ def operate(surgery: Surgery, method: BaseMethod, record: Record, found: list[An
         insert_at_input(surgery, method, *arguments)
     else:
         _replace(surgery, method, record, found)
+    check_questions(surgery.model)

@@ -5,8 +5,9 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from normswap.arguments import describe, unknown_name
 from normswap.conversion import Record
-from normswap.errors import ContextError, ConversionError, UnknownNameError
+from normswap.errors import ContextError, ConversionError
 from normswap.graph.reach import state_of
 from normswap.graph.state import RECORD
 from normswap.original import original_of
@@ -72,9 +73,9 @@ def context_index(record: Record, context: str | int) -> int:
     if isinstance(context, str):
         if context in names:
             return names.index(context)
-        raise UnknownNameError(f"unknown context {context!r}; the contexts are {', '.join(names)}")
+        raise unknown_name("context", context, names)
     if isinstance(context, bool) or not isinstance(context, int):
-        raise ContextError(f"expected a context by name or index, got {context!r}")
+        raise ContextError(f"expected a context by name or index, got {describe(context)}")
     if context not in range(len(names)):
         raise ContextError(
             f"expected a context in [0, {len(names)}), got {context}; the contexts are "

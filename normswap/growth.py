@@ -14,6 +14,7 @@ from normswap.graph.scope import scopes_of
 from normswap.methods.base import Contexts, Method, get_method
 from normswap.methods.layer import POLICIES
 from normswap.methods.plain import pick
+from normswap.methods.values import has_no_values
 from normswap.optimizers import hand_over, plan_growth
 
 # A share far smaller rounds to zero in the layers, which divide by its root.
@@ -85,7 +86,7 @@ def add_context(
                 parameters[old] = f"{where}.{key}"
                 grown[old] = _grown_parameter(old, table)
     plans = [] if optimizer is None else plan_growth(optimizer, parameters, mix)
-    priors = torch.cat([weights * (1 - share), torch.tensor([share], dtype=weights.dtype)])
+    priors = torch.cat([weights * (1 - share), weights.new_tensor([share])])
     after = replace(contexts, names=(*contexts.names, name), priors=priors)
     # Nothing below can fail.
     for where, layer in layers.items():
@@ -101,6 +102,10 @@ def _check(model: nn.Module, root: nn.Module, record: Record) -> tuple[Method, C
     method = get_method(record.method)
     if not isinstance(method, Method) or not method.needs_context:
         raise ConversionError(f"method {record.method!r} has no contexts to add to")
+    if has_no_values(root):
+        raise ConversionError(
+            "cannot add a context to a model without values (meta device); load them first"
+        )
     if any(isinstance(m, DataParallel | DistributedDataParallel) for m in model.modules()):
         raise ConversionError(
             "cannot add a context to a model wrapped for parallel training, which holds on to the "

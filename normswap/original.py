@@ -11,9 +11,8 @@ from normswap.distributed import group_name
 from normswap.methods.base import Contexts, Method
 from normswap.methods.plain import Plain
 from normswap.sites import Site
+from normswap.util.looks import ORIGINAL
 
-# Where a layer keeps what it replaced.
-ORIGINAL = "_normswap_original"
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -116,6 +115,8 @@ def _placement(layer: nn.Module, site: Site, device: torch.device | None) -> Any
     dtype = None if like.dtype == site.dtype else like.dtype
 
     def place(value: Tensor) -> Tensor:
+        if value.is_meta:  # it had no values at conversion
+            return torch.empty_like(value, device=device or like.device, dtype=dtype or value.dtype)
         to = dtype if value.is_floating_point() else None
         return value.to(device=device or like.device, dtype=to, copy=True)
 
@@ -129,6 +130,14 @@ def _requires_grad(layer: nn.Module, name: str) -> bool:
     return any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
+def lacks_values(layer: nn.Module) -> bool:
+    """Return whether the norm that a layer replaced was on the meta device, without values."""
+    original = original_of(layer)
+    assert original is not None
+    kept = (*original.parameters.values(), *original.buffers.values())
+    return any(value is not None and value.is_meta for value in kept)
+
+
 def is_untouched(layer: nn.Module, method: Method, contexts: Contexts, options: Any) -> bool:
     """Return whether a layer is, bit for bit, what conversion makes of the norm it replaced."""
     own = _tensors(layer)
@@ -138,8 +147,11 @@ def is_untouched(layer: nn.Module, method: Method, contexts: Contexts, options: 
     assert original is not None
     dtype = next((t.dtype for t in own.values() if t.is_floating_point()), original.site.dtype)
     # Where conversion computed: logarithms of another device may differ in the last bit.
+    if lacks_values(layer):
+        return False
     there = original.site.device
-    device = there if there.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
+    gone = there.type == "meta" or (there.type == "cuda" and not torch.cuda.is_available())
+    device = torch.device("cpu") if gone else there
     site = replace(original.site, device=device, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
         fresh = _tensors(method.build(site, rebuild(layer, device), contexts, options))

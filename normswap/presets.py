@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from normswap.errors import ConversionError, UnknownNameError
+from normswap.arguments import check_choice
+from normswap.errors import ConversionError
 
 _CIFAR = {"optimizer": "SGD, Nesterov 0.9", "lr": 0.1, "schedule": "cosine", "batch_size": 128}
 
@@ -141,12 +142,12 @@ def preset_arguments(name: str, method: str) -> dict[str, Any]:
         UnknownNameError: no such preset; the message lists the names.
         ConversionError: the preset has nothing for the method.
     """
-    if name not in PRESETS:
-        raise UnknownNameError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+    check_choice("preset", name, PRESETS)
     methods = PRESETS[name].methods
     if method not in methods:
         raise ConversionError(
-            f"preset {name!r} has no settings for method {method!r}, only for {', '.join(methods)}"
+            f"preset {name!r} has no settings for method {method!r}, only for "
+            f"{', '.join(methods)}; expected one of these methods, or no preset"
         )
     return dict(methods[method])
 

@@ -1,5 +1,6 @@
 """What a conversion did or would do, as rows that print as text or markdown, or go to a table."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +23,9 @@ class Row:
         contexts: K; 0 where it was left alone, and for a method without contexts.
         components: how many its layer has, where that is no number of contexts.
         delivery: "threaded", "scoped" or "unreached"; how the context gets there.
+        rows: how the rows it is given follow from the samples, as was measured: "one per sample",
+            "folded x49" (each sample's rows together), "repeated x2" (all samples, then again),
+            "permuted", or why labels cannot follow; "not measured" and why.
         parameters_before, parameters_after: number of trainable and frozen parameters.
         statistics: what became of the running statistics.
         divergence: how far apart the statistics of contexts or components are, in nats; None where
@@ -37,6 +41,7 @@ class Row:
     channels: int = 0
     contexts: int = 0
     delivery: str = ""
+    rows: str = ""
     parameters_before: int = 0
     parameters_after: int = 0
     statistics: str = ""
@@ -52,7 +57,7 @@ class Verification:
     Attributes:
         differences: what was given as context -> largest absolute difference.
         scale: largest absolute output.
-        reason: why nothing was compared; "" where it was.
+        reason: why nothing, or not everything asked for, was compared; "" where it was.
     """
 
     differences: dict[str, float] = field(default_factory=dict)
@@ -61,8 +66,8 @@ class Verification:
 
     @property
     def largest(self) -> float:
-        """The largest difference over everything compared."""
-        return max(self.differences.values(), default=0.0)
+        """The largest difference over everything compared; NaN, which is below nothing, if none."""
+        return math.nan if self.reason else max(self.differences.values(), default=math.nan)
 
     def __str__(self) -> str:
         """One line."""
@@ -169,6 +174,7 @@ class Report:
             ("is", lambda r: r.target or r.action),
             ("channels", lambda r: r.channels or ""),
             ("context", lambda r: r.delivery),
+            ("rows", lambda r: r.rows),
             ("components", lambda r: r.components or ""),
             ("parameters", lambda r: f"{r.parameters_before} -> {r.parameters_after}"),
             ("statistics", lambda r: r.statistics),

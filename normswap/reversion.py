@@ -1,6 +1,5 @@
 """Back to a model of the original class and norms: `revert` and `specialize`."""
 
-import copy
 from typing import Any
 
 import torch
@@ -13,13 +12,13 @@ from normswap.converted import (
     inserted_layers,
     replaced_layers,
 )
-from normswap.distributed import shared_groups
+from normswap.copies import copy_model
 from normswap.errors import ConversionError
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery, restore_forwards
 from normswap.methods.base import InsertedMethod, Method, get_method
 from normswap.methods.plain import Plain
-from normswap.original import is_untouched, original_of, rebuild, write
+from normswap.original import is_untouched, lacks_values, original_of, rebuild, write
 from normswap.training import release
 
 _SHOWN = 5
@@ -131,7 +130,7 @@ def _restore(
         discard: whether to take the values at conversion.
         inplace: whether to change `root`.
     """
-    target = root if inplace else copy.deepcopy(root, shared_groups(root))
+    target = root if inplace else copy_model(root)
     if not discard:
         _check_inserted(target, record)
     layers = replaced_layers(target)
@@ -190,6 +189,11 @@ def _norm(
     norm = rebuild(layer)
     method = get_method(record.method)
     assert isinstance(method, Method)
+    if discard and lacks_values(layer):
+        raise ConversionError(
+            f"expected {name or 'the layer'} to have had values at conversion for discard=True; it "
+            "was on the meta device: leave discard= out to take what the layers compute now"
+        )
     if discard or is_untouched(layer, method, record.contexts, record.options):
         return norm
     try:

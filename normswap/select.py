@@ -1,17 +1,58 @@
 """Which norms a user means: globs, regular expressions, types, predicates."""
 
 import fnmatch
+import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
+from normswap.arguments import describe
 from normswap.errors import ConversionError
 
 Selector: TypeAlias = (
     str | re.Pattern[str] | type | Callable[[str, nn.Module], bool] | Iterable[Any] | None
 )
+
+
+_FORMS = (
+    "a glob, a compiled regular expression, a module type, fn(name, module) or a sequence of these"
+)
+
+
+def read_selector(name: str, selector: Any) -> Selector:
+    """Check a selector, and keep what an iterator would yield only once.
+
+    Args:
+        name: of the argument.
+        selector: what a user gave; see `matches`.
+
+    Raises:
+        ConversionError: of another kind, or a function that does not take a name and a module.
+    """
+    try:
+        return None if selector is None else _read(name, selector)
+    except RecursionError:
+        raise ConversionError(f"expected {name}= as {_FORMS}, got one that holds itself") from None
+
+
+def _read(name: str, selector: Any) -> Selector:
+    if isinstance(selector, str | re.Pattern | type):
+        return selector
+    if isinstance(selector, Iterable) and not isinstance(selector, nn.Module | Tensor | Mapping):
+        return tuple(_read(name, part) for part in selector)
+    if not callable(selector) or isinstance(selector, nn.Module):
+        raise ConversionError(f"expected {name}= as {_FORMS}, got {describe(selector)}")
+    try:
+        inspect.signature(selector).bind("", None)
+    except TypeError as error:
+        raise ConversionError(
+            f"expected the function given as {name}= to take a name and a module: {error}"
+        ) from None
+    except ValueError:  # a builtin without a signature
+        pass
+    return selector  # type: ignore[no-any-return]
 
 
 def matches(selector: Selector, names: tuple[str, ...], module: nn.Module) -> bool:
@@ -24,7 +65,7 @@ def matches(selector: Selector, names: tuple[str, ...], module: nn.Module) -> bo
         module: the module.
 
     Raises:
-        ConversionError: a selector of another kind.
+        ConversionError: a function that returns something else than whether.
     """
     if isinstance(selector, str):
         return any(fnmatch.fnmatchcase(name, selector) for name in names)
@@ -32,11 +73,18 @@ def matches(selector: Selector, names: tuple[str, ...], module: nn.Module) -> bo
         return any(selector.search(name) for name in names)
     if isinstance(selector, type):
         return isinstance(module, selector)
-    if callable(selector):
-        return any(bool(selector(name, module)) for name in names)
     if isinstance(selector, Iterable):
         return any(matches(part, names, module) for part in selector)
-    raise ConversionError(
-        "expected select/exclude as a glob, a compiled regular expression, a module type, "
-        f"fn(name, module) or a sequence of these, got {type(selector).__name__}"
-    )
+    assert selector is not None
+    return any(_ask(selector, name, module) for name in names)
+
+
+def _ask(selector: Callable[[str, nn.Module], Any], name: str, module: nn.Module) -> bool:
+    answer = selector(name, module)
+    # What a pattern's match or a count returns is meant as yes or no; a tensor is a mistake.
+    if not isinstance(answer, bool | int | str | re.Match | None):
+        raise ConversionError(
+            "expected the function given as select= or exclude= to return True or False, got "
+            f"{describe(answer)} for {name}"
+        )
+    return bool(answer)

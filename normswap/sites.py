@@ -1,8 +1,9 @@
 """Read normalisation layers into `Site`s. The only file that knows norm classes."""
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,7 @@ class Place:
         before: whether the layer comes before the norm (after an instance norm every channel's
             statistics are constant).
         reason: how the place was recognised.
+        planned: what tracing the container gave, to be used again.
     """
 
     fqn: str
@@ -80,6 +82,7 @@ class Place:
     blocks: int = 0
     before: bool = False
     reason: str = ""
+    planned: Any = field(default=None, compare=False, repr=False)
 
 
 def _qualified(cls: type) -> str:
@@ -89,6 +92,10 @@ def _qualified(cls: type) -> str:
 def _forward_owner(module: nn.Module) -> type:
     """Return the class whose forward runs; an override below a known norm is unknown code."""
     return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+
+
+def _is_torchs(function: Any) -> bool:
+    return str(function.__module__).startswith("torch.nn.")
 
 
 def looks_like_norm(module: nn.Module) -> bool:
@@ -132,11 +139,18 @@ def read_site(
         "instance" if isinstance(module, _InstanceNorm) else "batch"
     )
     tracked = isinstance(module.running_mean, Tensor)
+    momentum = module.momentum
+    if tracked and not module.track_running_stats:  # set after construction
+        # A batch norm still uses the statistics in eval, but never moves them; an instance norm
+        # never uses them.
+        tracked, momentum = kind == "batch", 0.0
     if kind == "batch" and not tracked:
         return "track_running_stats=False: there are no running statistics to start from"
     own = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     like = own if like is None or own.numel() else like
     base = next((c.__name__ for c in type(module).__mro__ if c.__name__[-2:] in _DIMS), "")
+    # A check of its own may take other inputs than the base class does.
+    own_check = kind == "batch" and not _is_torchs(type(module)._check_input_dim)
     return Site(
         fqn=fqn,
         aliases=aliases,
@@ -144,21 +158,25 @@ def read_site(
         kind=kind,
         num_features=module.num_features,
         eps=module.eps,
-        momentum=module.momentum,
+        momentum=momentum,
         affine=module.weight is not None or module.bias is not None,
         tracked=tracked,
         device=like.device,
         dtype=like.dtype,
         synced=isinstance(module, nn.SyncBatchNorm),
-        dims=() if isinstance(module, nn.SyncBatchNorm) else _DIMS.get(base[-2:], ()),
+        dims=() if own_check or isinstance(module, nn.SyncBatchNorm) else _DIMS.get(base[-2:], ()),
         fused=("drop", "act") if fused else (),
     )
 
 
 def _read_frozen(fqn: str, module: nn.Module, aliases: tuple[str, ...]) -> Site | str:
     tensors = [getattr(module, n, None) for n in ("weight", "bias", "running_mean", "running_var")]
-    if not all(isinstance(t, Tensor) for t in tensors) or not hasattr(module, "eps"):
-        return "a frozen batch norm without the usual weight, bias, running_mean, running_var, eps"
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return "a frozen batch norm without the usual weight, bias, running_mean, running_var"
+    fused = tuple(n for n in ("drop", "act") if isinstance(getattr(module, n, None), nn.Module))
+    eps = _measure_eps(module, fused)
+    if isinstance(eps, str):
+        return eps
     mean = tensors[2]
     assert isinstance(mean, Tensor)
     return Site(
@@ -167,7 +185,7 @@ def _read_frozen(fqn: str, module: nn.Module, aliases: tuple[str, ...]) -> Site 
         source=type(module).__name__,
         kind="batch",
         num_features=mean.shape[0],
-        eps=float(module.eps),  # type: ignore[arg-type]
+        eps=eps,
         momentum=0.1,
         affine=True,
         tracked=True,
@@ -175,7 +193,47 @@ def _read_frozen(fqn: str, module: nn.Module, aliases: tuple[str, ...]) -> Site 
         dtype=mean.dtype,
         frozen=True,
         dims=(4,),
-        fused=tuple(n for n in ("drop", "act") if isinstance(getattr(module, n, None), nn.Module)),
+        fused=fused,
+    )
+
+
+@torch.no_grad()
+def _measure_eps(module: nn.Module, fused: tuple[str, ...]) -> float | str:
+    """Return the eps of a frozen batch norm, or why it is none.
+
+    A name alone does not tell what a forward computes, and DETR's has its eps written in there: so
+    a copy with values of our own is run.
+    """
+    probe: Any = copy.deepcopy(module).to_empty(device="cpu").double().eval()
+    probe._modules.update({name: nn.Identity() for name in fused})
+    channels = probe.running_mean.shape[0]
+    spread = torch.linspace(0, 1, channels, dtype=torch.float64, device="cpu")
+    x = torch.stack([3 * spread - 1, 2 - spread]).view(2, channels, 1, 1)
+
+    def run(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        values = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
+        for name, value in values.items():
+            getattr(probe, name).copy_(value)
+        y: Tensor = type(probe).forward(probe, x)
+        return y
+
+    zeros, ones = torch.zeros_like(spread), torch.ones_like(spread)
+    # Variances down to where eps counts.
+    weight, bias, mean, var = spread + 0.5, 2 * spread, 1 - spread, 10 ** (6 * spread - 6)
+    try:
+        at_zero = float(run(ones, ones, zeros, zeros).flatten()[0])
+        y = run(weight, bias, mean, var)
+    except Exception as error:
+        return f"its forward cannot be run alone ({type(error).__name__}: {error})"
+    # There x is -1 and bias 1: y = 1 - 1 / sqrt(eps).
+    measured = float(f"{(1 - at_zero) ** -2:.9g}") if at_zero < 1 else torch.nan
+    eps = float(getattr(module, "eps", measured))
+    centred = x - mean.view(-1, 1, 1)
+    expected = centred * (weight / (var + eps).sqrt()).view(-1, 1, 1) + bias.view(-1, 1, 1)
+    if y.shape == expected.shape and torch.allclose(y.double(), expected, rtol=1e-4, atol=1e-4):
+        return eps
+    return "its forward is not weight * (x - running_mean) / sqrt(running_var + eps) + bias" + (
+        "" if hasattr(module, "eps") else ", and no attribute eps says with which eps"
     )
 
 

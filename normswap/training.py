@@ -8,7 +8,8 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from normswap.errors import ConversionError, UnknownNameError, expect_module
+from normswap.arguments import check_choice
+from normswap.errors import ConversionError, expect_module
 from normswap.extras import need
 from normswap.graph.state import RECORD
 from normswap.methods.layer import NormLayer
@@ -104,8 +105,7 @@ def freeze(model: nn.Module, train: str = "norms", stats: str = "update") -> Non
             which would go on waiting for the gradients it knew; or nothing left to train.
     """
     for name, value, choices in (("train", train, _TRAIN), ("stats", stats, _STATS)):
-        if value not in choices:
-            raise UnknownNameError(f"{name}= is {value!r}; the choices are {', '.join(choices)}")
+        check_choice(f"{name}=", value, choices)
     expect_module(model)
     layers = [m for m in model.modules() if isinstance(m, NormLayer)]
     if not layers and not any(RECORD in vars(m) for m in model.modules()):

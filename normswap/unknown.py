@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from normswap.conversion import policy_of
 from normswap.converted import find_root, method_layers
 from normswap.errors import ConversionError
 from normswap.methods.base import get_method
 from normswap.methods.layer import ContextLayer
+from normswap.settings import policy_of
 
 
 def set_unknown(model: nn.Module, unknown: str) -> None:

@@ -1,14 +1,16 @@
 """Compare a converted model with the original: same function, for every context."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from normswap.errors import ConversionError, VerificationError
+from normswap.errors import ConversionError, NormswapError, VerificationError
+from normswap.examples import Inputs, guess_inputs
 from normswap.report import Verification
 from normswap.streams import modes_kept
 from normswap.util.restore_state import remember
@@ -16,30 +18,59 @@ from normswap.util.restore_state import remember
 # Output differences allowed, as a share of the largest output; rounding is far below, a wrong
 # statistic or affine far above.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-_MOST_CONTEXTS_A_BATCH = 8
 
 
-def make_inputs(model: nn.Module) -> tuple[Any, ...] | str:
-    """Return example inputs for a model that states its input size (timm), else why not."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if parameter is None or parameter.is_meta:
-        return "the model has no values" if parameter is not None else "it has no parameters"
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, dict) else None
-    if size is None:
-        return "pass example_inputs= to compare outputs"
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, *size, generator=generator)
-    return (images.to(device=parameter.device, dtype=parameter.dtype),)
+@dataclass(frozen=True)
+class Reference:
+    """What the original outputs, in eval mode, for inputs that it runs on."""
+
+    inputs: Inputs
+    outputs: list[Tensor]
 
 
-def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional and keyword arguments of a forward from a tensor, tuple or dict."""
-    if isinstance(inputs, dict):
-        return (), inputs
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    return (inputs,), {}
+def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Reference | Verification:
+    """Run the original on what the user gave, else on a guess; else say why nothing is compared.
+
+    Args:
+        model: the original.
+        given: the user's inputs, if any.
+        labels: how many contexts are to be compared; 0 for a method without.
+
+    Raises:
+        ConversionError: the original fails on the user's inputs, or they have no batch to label.
+    """
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return Verification(reason="the model has no values (meta device)")
+    if given is not None:
+        try:
+            reference = _refer(model, given.widen(labels))
+        except Exception as error:
+            raise ConversionError(
+                f"the original model itself fails on example_inputs ({_brief(error)}); expected "
+                "what its forward takes in eval mode, batch first"
+            ) from error
+        if labels and given.batch == 0:
+            raise ConversionError("expected example_inputs with a batch dimension, got none")
+        return reference
+    reason = "pass example_inputs= to compare outputs"
+    for guess in guess_inputs(model):
+        try:
+            return _refer(model, guess.widen(labels))
+        except Exception as error:
+            reason = (
+                f"the model did not run on a guessed input {tuple(guess.args[0].shape)} "
+                f"({_brief(error)}); pass example_inputs="
+            )
+    return Verification(reason=reason)
+
+
+def _refer(model: nn.Module, inputs: Inputs) -> Reference:
+    return Reference(inputs, eval_outputs(model, inputs))
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
 @contextmanager
@@ -55,21 +86,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             undo()
 
 
-def eval_outputs(model: nn.Module, inputs: Any, **extra: Any) -> list[Tensor]:
+def eval_outputs(model: nn.Module, inputs: Inputs, **extra: Any) -> list[Tensor]:
     """Return the tensors a model outputs in eval mode, its modes and torch's generator kept."""
-    args, kwargs = split_inputs(inputs)
+    inputs = inputs.copy()
     with _evaluating(model):
-        return [
-            leaf
-            for leaf in tree_leaves(model(*args, **kwargs, **extra))
-            if isinstance(leaf, Tensor)
-        ]
+        output = model(*inputs.args, **inputs.kwargs, **extra)
+        # Copies: what a model returns may be a buffer, which is put back.
+        return [leaf.detach().clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def compare(
     model: nn.Module,
-    reference: Callable[[Any], list[Tensor]],
-    inputs: Any,
+    reference: Reference,
     names: tuple[str, ...],
     argument: str | None,
     allow_unknown: bool,
@@ -78,47 +106,44 @@ def compare(
 
     Args:
         model: the converted model.
-        reference: returns the original's outputs for inputs.
-        inputs: example inputs, batch first.
+        reference: what the original outputs.
         names: of the contexts.
         argument: name of the model's context argument; None where it takes none.
         allow_unknown: whether to compare without labels.
 
+    Returns:
+        The differences; with a reason where no finite output tells one.
+
     Raises:
-        ConversionError: inputs without a batch.
-        VerificationError: a difference beyond rounding.
+        VerificationError: a difference beyond rounding, or a forward that fails.
     """
+    inputs, expected = reference.inputs, reference.outputs
     result = Verification()
-    if argument is None:
-        _record(result, "eval", eval_outputs(model, inputs), reference(inputs))
-        return result
-    if allow_unknown:
-        _record(result, "unknown", eval_outputs(model, inputs), reference(inputs))
-    batch = next((t.shape[0] for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()), 0)
-    if batch == 0:
-        raise ConversionError("expected example_inputs with a batch dimension, got none")
-    for start in range(0, len(names), batch):
+    if argument is None or allow_unknown:
+        name = "eval" if argument is None else "unknown"
+        _record(result, name, _run(model, inputs), expected)
+    batch = inputs.batch
+    for start in range(0, 0 if argument is None else len(names), batch or 1):
         chosen = list(range(start, min(start + batch, len(names))))
-        labels = torch.tensor([chosen[i % len(chosen)] for i in range(batch)])
-        device = next(t.device for t in tree_leaves(inputs) if isinstance(t, Tensor))
-        outputs = eval_outputs(model, inputs, **{argument: labels.to(device)})
-        expected = reference(inputs)
+        labels = torch.tensor([chosen[i % len(chosen)] for i in range(batch)], device=inputs.device)
+        outputs = _run(model, inputs, **{str(argument): labels})
         for label in chosen:
-            rows = labels == label
-            _record(result, names[label], outputs, expected, rows)
+            _record(result, names[label], outputs, expected, labels == label)
+    if not result.reason and result.scale == 0:
+        result.reason = "every output is zero"
     return result
 
 
-def widen(inputs: Any, num_contexts: int) -> Any:
-    """Repeat a batch so that more contexts fit in one forward."""
-    sizes = {t.shape[0] for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()}
-    if len(sizes) != 1:
-        return inputs
-    wanted = min(max(num_contexts, 1), _MOST_CONTEXTS_A_BATCH)
-    times = -(-wanted // max(sizes.pop(), 1))
-    return tree_map(
-        lambda t: torch.cat([t] * times) if isinstance(t, Tensor) and t.dim() else t, inputs
-    )
+def _run(model: nn.Module, inputs: Inputs, **extra: Any) -> list[Tensor]:
+    try:
+        return eval_outputs(model, inputs, **extra)
+    except NormswapError:
+        raise
+    except Exception as error:
+        raise VerificationError(
+            f"the converted model fails where the original runs ({_brief(error)}); the model is "
+            "unchanged"
+        ) from error
 
 
 def _record(
@@ -129,25 +154,44 @@ def _record(
     rows: Tensor | None = None,
 ) -> None:
     """Note the largest difference; of these rows only, where an output has one a sample."""
-    if [t.shape for t in after] != [t.shape for t in before]:
+    if [(t.shape, t.dtype) for t in after] != [(t.shape, t.dtype) for t in before]:
         raise VerificationError(
-            f"the converted model's outputs have other shapes ({name}): expected "
-            f"{[tuple(t.shape) for t in before]}, got {[tuple(t.shape) for t in after]}"
+            f"the converted model's outputs have other shapes or dtypes ({name}): expected "
+            f"{_shapes(before)}, got {_shapes(after)}"
         )
+    compared = False
     for new, old in zip(after, before, strict=True):
-        if not old.numel() or not old.is_floating_point():
+        if not (old.is_floating_point() or old.is_complex()):
             continue
-        scale = float(old.double().abs().nan_to_num(posinf=0.0).max())
-        apart = (new.double() - old.double()).abs().nan_to_num()
+        tolerance = TOLERANCE.get(old.dtype, 5e-2)
+        new, old = _as_doubles(new), _as_doubles(old)
+        scale = float(old[old.isfinite()].abs().max()) if old.isfinite().any() else 0.0
         if rows is not None and old.dim() and old.shape[0] == rows.shape[0]:
-            apart = apart[rows.to(apart.device)]
-        difference = float(apart.max())
-        result.scale = max(result.scale, scale)
-        result.differences[name] = max(result.differences.get(name, 0.0), difference)
-        if not torch.equal(new.isfinite(), old.isfinite()) or difference > scale * TOLERANCE.get(
-            old.dtype, 5e-2
-        ):
+            new, old = new[rows.to(new.device)], old[rows.to(old.device)]
+        finite = old.isfinite()
+        # Infinities of one sign are equal, which their difference would not show.
+        same = torch.where(finite, new.isfinite(), (new == old) | (new.isnan() & old.isnan()))
+        difference = float((new - old)[finite].abs().nan_to_num().max()) if finite.any() else 0.0
+        if not same.all() or difference > scale * tolerance:
             raise VerificationError(
                 f"the converted model computes another function for context {name}: outputs up to "
-                f"{scale:.3g} differ by {difference:.3g}; the model is unchanged"
+                f"{scale:.3g} differ by {difference:.3g}"
+                + ("" if same.all() else f", {int((~same).sum())} where either is not finite")
+                + "; the model is unchanged"
             )
+        if finite.any():
+            compared = True
+            result.scale = max(result.scale, scale)
+            result.differences[name] = max(result.differences.get(name, 0.0), difference)
+    if not compared and not result.reason:
+        result.reason = f"nothing finite was compared (context {name})"
+
+
+def _as_doubles(t: Tensor) -> Tensor:
+    """Return real numbers, strided, so wide that comparing adds no rounding."""
+    t = t.to_dense() if t.layout != torch.strided else t
+    return (torch.view_as_real(t) if t.is_complex() else t).double()
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    return ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors) or "no tensor"

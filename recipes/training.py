@@ -72,10 +72,12 @@ def takes_context(model: nn.Module) -> bool:
 
 def train_step(
     arm: Arm, batch: Batch, config: Config, update: int, share: float = 1.0
-) -> tuple[Tensor, float]:
-    """Take one step; give the loss, still on the device, and the step's seconds.
+) -> tuple[Tensor, float, Tensor]:
+    """Take one step; give the loss, the step's seconds, and the size of each gradient.
 
-    `share` is the share of the whole batch that this process has; losses of all processes add up.
+    Loss and sizes are still on the device; a size is the largest absolute value, 0 for a parameter
+    without gradient. `share` is the share of the whole batch that this process has; losses of all
+    processes add up.
     """
     device = batch.images.device
     torch.manual_seed(config.seed * 1_000_003 + update)
@@ -91,7 +93,10 @@ def train_step(
     loss.backward()
     arm.optimizer.step()
     _wait_for(device)
-    return loss.detach() / parallel.size(), time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in arm.model.parameters()]
+    norms = torch.stack(torch._foreach_norm(gradients, torch.inf))
+    return loss.detach() / parallel.size(), seconds, norms
 
 
 def train_epoch(
@@ -108,9 +113,10 @@ def train_epoch(
         the step to that of the first arm on the same batch (median and 10 % and 90 % points).
 
     Raises:
-        RecipeError: if a loss is not finite.
+        RecipeError: if a loss is not finite; it names the gradients that were so first.
     """
     losses: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}
+    norms: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for arm in arms:
         arm.model.train()
@@ -127,16 +133,18 @@ def train_epoch(
         for arm in arms if index % 2 == 0 else reversed(arms):
             update = epoch * loader.batches_per_epoch + index
             share = len(batch.images) / loader.step_size
-            loss, duration = train_step(arm, batch, config, update, share)
+            loss, duration, norm = train_step(arm, batch, config, update, share)
             losses[arm.name].append(loss)
+            norms[arm.name].append(norm)
             seconds[arm.name].append(duration)
     report = {}
     for arm in arms:
         loss = parallel.total(torch.stack(losses[arm.name])).mean().item()
         if not torch.isfinite(torch.tensor(loss)):
             raise RecipeError(
-                f"the loss of {arm.name} is {loss} in epoch {epoch + 1}; try a smaller --lr than "
-                f"{config.lr:g}"
+                f"the loss of {arm.name} is {loss} in epoch {epoch + 1}, "
+                f"{_describe_gradients(arm.model, torch.stack(norms[arm.name]))}; try a smaller "
+                f"--lr than {config.lr:g}" + (", or leave out --amp" if config.amp else "")
             )
         pairs = zip(seconds[arm.name], seconds[arms[0].name], strict=True)
         report[arm.name] = {
@@ -199,6 +207,17 @@ def fill_statistics(model: nn.Module, loader: Loader, config: Config, batches: i
 
 def _forward(model: nn.Module, contextual: bool, images: Tensor, context: Tensor | None) -> Tensor:
     return model(images, context=context) if contextual else model(images)
+
+
+def _describe_gradients(model: nn.Module, norms: Tensor) -> str:
+    """Say which gradients, of norms (steps, parameters), were not finite in the first such step."""
+    spoilt = ~norms.isfinite()
+    if not spoilt.any():
+        return "with finite gradients in every step"
+    step = spoilt.any(1).int().argmax().item()
+    names = [n for (n, _), bad in zip(model.named_parameters(), spoilt[step], strict=True) if bad]
+    more = f" and of {len(names) - 1} more parameters" if len(names) > 1 else ""
+    return f"after step {step + 1}, where the gradient of {names[0]}{more} was not finite"
 
 
 def _points(values: list[float]) -> list[float]:

@@ -71,7 +71,7 @@ def test_other_contexts_parameters_modes_and_generators_stay(method):
         else:
             assert torch.equal(tensor, before[name])
     assert not any(m._forward_pre_hooks for m in model.modules())
-    assert all(scope.ambient == () for scope in normswap.graph.scope.scopes_of(model))
+    assert all(scope.lookup() is None for scope in normswap.graph.scope.scopes_of(model))
     model.eval()(x)
 
 
@@ -129,7 +129,7 @@ FAILURES = [
         ConversionError,
         "passes no labels, got other labels at stem.1",
     ),
-    (batches_for, {"context": "d"}, normswap.UnknownNameError, "the contexts are a, b, c"),
+    (batches_for, {"context": "d"}, normswap.UnknownNameError, "the choices are a, b, c"),
     (batches_for, {"batches": 0}, ConversionError, "a count of at least 1, got 0"),
     (batches_for, {"context": None}, normswap.MissingContextError, "context= one of a, b, c"),
 ]

@@ -1,6 +1,5 @@
 """What cannot be converted is refused with a clear error, and the model stays as it was."""
 
-import re
 import warnings
 
 import pytest
@@ -55,7 +54,7 @@ def test_excluded_norms_are_named():
 
 
 def test_selector_of_an_unknown_kind():
-    refuses(Net(), "expected select/exclude as a glob", select=3)
+    refuses(Net(), "expected select= as a glob", select=3)
 
 
 def test_scripted_model():
@@ -113,7 +112,7 @@ def test_float_stubs_for_later_quantisation_are_no_obstacle():
 
 
 def test_unknown_method_lists_the_methods():
-    with pytest.raises(UnknownNameError, match=re.escape("the methods are")) as error:
+    with pytest.raises(UnknownNameError, match="the choices are") as error:
         normswap.convert(Net(), "batchnorm")
     assert all(name in str(error.value) for name in normswap.methods())
 
@@ -183,7 +182,7 @@ def test_parametrized_norm_is_refused():
 def test_failing_example_inputs_leave_the_model_unchanged():
     model = Net()
     before = describe(model)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ConversionError, match="the original model itself fails on example_inputs"):
         normswap.convert(model, inplace=True, example_inputs=torch.zeros(1, 5, 8, 8))
     assert describe(model) == before
 

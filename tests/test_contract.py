@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.functional import Affine, Moments, apply_affine, fold_norm
 from normswap.methods.base import _REGISTRY, Contexts, Method, affine_tensors, get_method
-from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
+from normswap.methods.layer import ContextLayer, adopt, load_shared
 from normswap.methods.plain import Plain, added_prior, pick
 from normswap.sites import Site
 from tests.contract import Contract
@@ -33,8 +33,7 @@ class ShiftNorm(ContextLayer):
             self.register_buffer("running_mean", norm.running_mean.clone())
             self.register_buffer("running_var", norm.running_var.clone())
             self.register_buffer("num_batches_tracked", norm.num_batches_tracked.clone())
-        priors = make_priors(contexts.priors, contexts.count, site.device, site.dtype)
-        self.register_buffer("priors", priors)
+        self.add_priors(contexts.priors, site.device, site.dtype)
         adopt(self, norm, site)
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
@@ -68,7 +67,7 @@ class ShiftNorm(ContextLayer):
 
     def _load_from_state_dict(self, state: dict, prefix: str, *args: Any) -> None:
         load_shared(state, prefix, {"weight": self.weight, "bias": self.bias}, {})
-        state.setdefault(prefix + "priors", self.priors)
+        self.load_priors(state, prefix, state.get(prefix + "weight"))
         super()._load_from_state_dict(state, prefix, *args)
 
 

@@ -147,11 +147,11 @@ def test_no_state_and_copies_behave():
 def test_bad_arguments_are_named():
     with pytest.raises(UnknownNameError, match="neither, style, content, both"):
         CrossNorm("center")
-    with pytest.raises(ConversionError, match="instances of 1 or 2, got 3"):
+    with pytest.raises(ConversionError, match=r"instances= in \[1, 2\], got 3"):
         CrossNorm(instances=3)
-    with pytest.raises(ConversionError, match="positive beta, got 0"):
+    with pytest.raises(ConversionError, match=r"beta= in \(0, inf\), got 0"):
         CrossNorm(beta=0)
-    with pytest.raises(ConversionError, match=r"p in \[0, 1\], got 1.5"):
+    with pytest.raises(ConversionError, match=r"p= in \[0, 1\], got 1.5"):
         CrossNorm(p=1.5)
     with pytest.raises(InputError, match=r"\(N, C, \*\).*got \(3,\)"):
         CrossNorm()(torch.randn(3))

@@ -105,7 +105,7 @@ def test_selfnorm_starts_as_the_identity_at_every_place_of_a_real_model():
 
 
 def test_active_above_the_number_of_places_is_refused():
-    with pytest.raises(ConversionError, match=r"active in \[1, 16\]"):
+    with pytest.raises(ConversionError, match=r"active= in \[1, 16\]"):
         normswap.plan(resnet50(), "crossnorm", active=17)
 
 

@@ -237,7 +237,7 @@ def test_the_policy_posterior_is_refused_and_pooled_is_not_ambiguous(method):
 @pytest.mark.parametrize(
     ("context", "error", "match"),
     [
-        ("d", normswap.UnknownNameError, "unknown context 'd'; the contexts are a, b, c"),
+        ("d", normswap.UnknownNameError, "unknown context 'd'; the choices are a, b, c"),
         (3, normswap.ContextError, r"in \[0, 3\), got 3"),
         (True, normswap.ContextError, "by name or index, got True"),
         (None, ConversionError, "context= one of 'a', 'b', 'c', 'pooled', got none"),

@@ -208,9 +208,9 @@ def test_the_memory_of_answers_is_bounded():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ConversionError, match=r"p in \[0, 1\], got -1"):
+    with pytest.raises(ConversionError, match=r"p= in \[0, 1\], got -1"):
         Schedule(-1, 1, 2)
-    with pytest.raises(ConversionError, match="num_sites of at least 1, got 0"):
+    with pytest.raises(ConversionError, match="num_sites= of at least 1, got 0"):
         Schedule(0.5, 1, 0)
-    with pytest.raises(ConversionError, match=r"active in \[1, 2\], the number of sites, got 3"):
+    with pytest.raises(ConversionError, match=r"active= in \[1, 2\], the number of sites, got 3"):
         Schedule(0.5, 3, 2)

@@ -11,7 +11,7 @@ from normswap.functional.labels import Labels, resolve_labels
 
 def uniform_priors(num_contexts: int) -> Tensor:
     """Return lambda_k = 1 / K, (K,) float64."""
-    return torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
+    return torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64, device="cpu")
 
 
 def check_priors(priors: Tensor | Sequence[float] | None, num_contexts: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normswap.arguments import check_count, check_number
 from normswap.errors import ConversionError, NormswapError
 from normswap.functional.backward import in_backward
 
@@ -45,13 +46,12 @@ class Schedule:
     """
 
     def __init__(self, p: float, active: int, num_sites: int) -> None:
-        if not 0 <= p <= 1:
-            raise ConversionError(f"expected p in [0, 1], got {p!r}")
-        if num_sites < 1:
-            raise ConversionError(f"expected num_sites of at least 1, got {num_sites}")
-        if not 1 <= active <= num_sites:
+        check_number("p", p, 0, 1)
+        check_count("num_sites", num_sites)
+        check_count("active", active)
+        if active > num_sites:
             raise ConversionError(
-                f"expected active in [1, {num_sites}], the number of sites, got {active!r}"
+                f"expected active= in [1, {num_sites}], the number of sites, got {active}"
             )
         self.p = p
         self.active = active

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from normswap.graph.state import ContainerState, context_argument
+from normswap.graph.tracing import walk
 
 
 @dataclass
@@ -57,18 +58,20 @@ def find_reach(model: nn.Module) -> Reach:
         if state is None:
             if context_argument(module) is not None:
                 _deliver(reach, module, threaded)
+            else:
+                queue += [(child, False) for child in module.children()]
             continue
         for variant in state.seen():
             if variant.run is None:
                 queue += [(m, False) for m in module.modules() if m is not module]
             else:
-                queue += [(module.get_submodule(call), threaded) for call in variant.calls]
+                called: set[nn.Module] = {module}
+                for path, _ in variant.calls:
+                    child = walk(module, path)
+                    called.update(child.modules())
+                    queue.append((child, threaded))
                 if variant.rest:
-                    called = {
-                        m for call in variant.calls for m in module.get_submodule(call).modules()
-                    }
-                    rest = [m for m in module.modules() if m is not module and m not in called]
-                    queue += [(m, False) for m in rest]
+                    queue += [(m, False) for m in module.modules() if m not in called]
     return reach
 
 

@@ -9,10 +9,10 @@ from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.errors import ConversionError
 from normswap.graph.install import install, uninstall
-from normswap.graph.prepare import prepare_default
+from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
-from normswap.graph.tracing.trace import TraceSession
+from normswap.util.pinned import find_pinned
 
 _SIMPLE = {bool, int, float, str, type(None), set, OrderedDict}
 _HELD = (
@@ -22,10 +22,16 @@ _HELD = (
 
 
 class Surgery:
-    """Swaps layers and installs forwards; `undo` restores the model exactly."""
+    """Swaps layers and installs forwards; `undo` restores the model exactly.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: changed in place.
+        trace: whether containers may run a graph in place of their own forward.
+    """
+
+    def __init__(self, model: nn.Module, trace: bool = True) -> None:
         self.model = model
+        self.trace = trace
         self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
         self._installed: list[nn.Module] = []
         self._added: list[tuple[nn.Module, str]] = []
@@ -51,6 +57,8 @@ class Surgery:
         """
         for name, module in self.model.named_modules():
             for key, value in list(vars(module).items()):
+                if any(id(held) in layers for held in find_pinned(value)):
+                    raise ConversionError(_HELD.format(f"{name}.{key}".lstrip("."), "a function"))
                 if type(value) in _SIMPLE or (key.startswith("_") and type(value) is dict):
                     continue
                 items: list[tuple[Any, Any]] = []
@@ -84,9 +92,11 @@ class Surgery:
         """
         containers = list(find_containers(self.model, sites).items())
         for module, name in containers:
-            install(module, ContainerState(name, scope, layers, sites[0]))
+            install(module, ContainerState(name, scope, layers, sites[0], self.trace))
             self._installed.append(module)
-        with TraceSession(layers) as session:
+        if not self.trace:
+            return
+        with open_session(layers) as session:
             # Children first: what a child returns tells what its parent may ask of it.
             for module, _ in reversed(containers):
                 prepare_default(module, session)
@@ -108,10 +118,17 @@ class Surgery:
         Raises:
             ConversionError: a container whose graph cannot take its insertions.
         """
+        blocks = [state.fqn for state in states.values() if state.insertions]
+        if blocks and not self.trace:
+            raise ConversionError(
+                f"cannot insert a layer inside the forward of {blocks[0] or 'the model'} with "
+                "trace=False, since a forward is only changed by way of its graph; leave trace= "
+                "out, or use placement='norm' or 'input'"
+            )
         for module, state in states.items():
             install(module, state, contextual=False)
             self._installed.append(module)
-        with TraceSession() as session:
+        with open_session() as session:
             for module, state in states.items():
                 if not state.insertions:
                     continue

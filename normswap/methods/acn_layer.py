@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normswap.distributed import sum_over
 from normswap.functional.backward import in_backward
@@ -21,6 +21,7 @@ from normswap.functional.mixture_synced import shared_moments
 from normswap.functional.moments import Moments, compute_dtype, log_spread
 from normswap.methods.acn_options import AdaptiveOptions
 from normswap.methods.layer import NormLayer
+from normswap.methods.values import counted_nothing, fitting
 
 _NORMALIZE: dict[str, Callable[..., Normalized]] = {
     "channel": norm_elements,
@@ -107,7 +108,7 @@ class AdaptiveContextNorm(NormLayer):
         self.prior_logits = nn.Parameter(torch.empty(logits, **placed))
         self.mu = nn.Parameter(torch.empty(shape, **placed))
         self.log_sigma = nn.Parameter(torch.empty(shape, **placed))
-        tracked = statistics == "batch"
+        self.track_running_stats = tracked = statistics == "batch"
         for name in ("running_mean", "running_var"):
             self.register_buffer(name, torch.empty(shape, **placed) if tracked else None)
         self.register_buffer(
@@ -178,6 +179,8 @@ class AdaptiveContextNorm(NormLayer):
         Raises:
             ContextError: another number of channels or of dimensions.
         """
+        if isinstance(x, fx.Proxy):
+            return self._record(x)
         self._check_input(x)
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
@@ -255,15 +258,18 @@ class AdaptiveContextNorm(NormLayer):
             ones = torch.ones_like(mean)
             weight = state_dict.get(prefix + "weight", ones)
             bias = state_dict.get(prefix + "bias", torch.zeros_like(mean))
-            place = self.mu.device
+            place = mean.device if self.mu.is_meta else self.mu.device
             tensors = (t.to(place) for t in (mean, var, weight, bias))
             if self.running_mean is None:
                 for name in _TRACKED:
                     state_dict.pop(prefix + name, None)
             else:
-                state_dict.setdefault(prefix + _TRACKED[2], self.num_batches_tracked)
+                assert self.num_batches_tracked is not None
+                count = counted_nothing(self.num_batches_tracked)
+                state_dict.setdefault(prefix + _TRACKED[2], count)
+            metadata = args[0] if args else None
             for name, value in self.start_from(*tensors).items():
-                state_dict[prefix + name] = value
+                state_dict[prefix + name] = fitting(value, mean, metadata).clone()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

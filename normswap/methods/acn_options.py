@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from normswap.errors import ConversionError, UnknownNameError
+from normswap.arguments import MOST_CONTEXTS, check_choice, check_count, describe
+from normswap.errors import ConversionError
 
 _CHOICES = {
     "statistics": ("batch", "learned"),
@@ -44,15 +45,9 @@ class AdaptiveOptions:
     strength: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.components, int) or isinstance(self.components, bool):
-            raise ConversionError(f"expected components= as a count, got {self.components!r}")
-        if self.components < 1:
-            raise ConversionError(f"expected components= of at least 1, got {self.components}")
+        check_count("components", self.components, 1, MOST_CONTEXTS)
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UnknownNameError(
-                    f"{name}= is {getattr(self, name)!r}; the choices are {', '.join(choices)}"
-                )
+            check_choice(f"{name}=", getattr(self, name), choices)
         if self.start == "jitter" and self.assignment != "channel":
             raise ConversionError(
                 "start='jitter' compensates values that are assigned on their own, got "
@@ -62,8 +57,8 @@ class AdaptiveOptions:
             object.__setattr__(self, "strength", _STRENGTH[self.start])
         elif not (
             isinstance(self.strength, int | float) and 0 < self.strength <= _STRONGEST[self.start]
-        ):
+        ) or isinstance(self.strength, bool):
             raise ConversionError(
                 f"expected strength= in (0, {_STRONGEST[self.start]:g}] for start={self.start!r}, "
-                f"got {self.strength!r}; components that are equal never separate"
+                f"got {describe(self.strength)}; components that are equal never separate"
             )

@@ -1,13 +1,15 @@
 """The protocol of a method, and the registry of methods by name."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import ConversionError, UnknownNameError
+from normswap.arguments import check_choice, meant
+from normswap.errors import ConversionError
 from normswap.functional.moments import Moments
 from normswap.methods.plain import Plain
 from normswap.sites import Place, Site
@@ -200,23 +202,26 @@ def get_method(name: str) -> BaseMethod:
     Raises:
         UnknownNameError: no such method; the message lists the names.
     """
-    if name not in _REGISTRY:
-        raise UnknownNameError(f"unknown method {name!r}; the methods are {', '.join(methods())}")
+    check_choice("method", name, methods())
     return _REGISTRY[name]
 
 
-def parse_options(method: BaseMethod, given: dict[str, Any]) -> Any:
+def parse_options(method: BaseMethod, given: dict[str, Any], arguments: Iterable[str] = ()) -> Any:
     """Build a method's options from keyword arguments.
+
+    Args:
+        method: whose options.
+        given: by name.
+        arguments: further names that the caller could have used; one may be what was meant.
 
     Raises:
         ConversionError: an option the method does not have; the message lists those it has.
     """
     known = [f.name for f in fields(method.options)]
-    extra = sorted(set(given) - set(known))
-    if extra:
-        choices = ", ".join(known) if known else "none"
+    for name in sorted(set(given) - set(known)):
         raise ConversionError(
-            f"unknown option {', '.join(extra)} for method {method.name!r}; its options: {choices}"
+            f"unknown option {name} for method {method.name!r}; its options: "
+            f"{', '.join(known) or 'none'}{meant(name, [*known, *arguments], '{}=')}"
         )
     return method.options(**given)
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.moments import Moments
-from normswap.methods.layer import ContextLayer, fill_affine, load_shared, make_priors
+from normswap.methods.layer import ContextLayer, fill_affine, load_shared
 from normswap.methods.plain import Plain, added_prior, pick, pick_moments
+from normswap.methods.values import counted_nothing
 
 
 class ContextTables(ContextLayer):
@@ -53,15 +54,13 @@ class ContextTables(ContextLayer):
         self.register_buffer(
             "num_batches_tracked", torch.zeros(num_contexts, dtype=torch.int64, device=device)
         )
-        self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
+        self.add_priors(priors, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set zero mean, unit variance, and the affine that makes every context's output equal."""
+        self.reset_running_stats()
         with torch.no_grad():
-            self.running_mean.zero_()
-            self.running_var.fill_(1)
-            self.num_batches_tracked.zero_()
             self.weight.copy_(self.priors.sqrt().unsqueeze(1).expand_as(self.weight))
             self.bias.zero_()
 
@@ -74,9 +73,9 @@ class ContextTables(ContextLayer):
     ) -> None:
         """Accept a BatchNorm's entries too: each context starts from them."""
         names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        if not isinstance(state_dict.get(prefix + "priors"), Tensor):
-            state_dict[prefix + "priors"] = self.priors
-        state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+        self.load_priors(state_dict, prefix, state_dict.get(prefix + "running_mean"))
+        count = counted_nothing(self.num_batches_tracked)
+        state_dict.setdefault(prefix + "num_batches_tracked", count)
         root = state_dict[prefix + "priors"].sqrt().unsqueeze(1)
         targets: dict[str, Tensor] = {name: getattr(self, name) for name in names}
         fill_affine(state_dict, prefix, self.num_features)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from normswap.arguments import describe
 from normswap.errors import ConversionError
 from normswap.functional.schedule import Schedule
 from normswap.methods.base import InsertedMethod, register_method
@@ -66,6 +67,20 @@ class CNSNOptions:
     gates: int = 1
     init: str = "identity"
     crossnorm_at: str = ""
+
+    def __post_init__(self) -> None:
+        """Check them, as CrossNorm's and SelfNorm's are.
+
+        Raises:
+            ConversionError: a number out of range, or `crossnorm_at` is no name.
+            UnknownNameError: a name that is none of the choices.
+        """
+        CrossNormOptions(self.crop, self.instances, self.beta, self.p, self.active)
+        SelfNormOptions(self.gates, self.init)
+        if not isinstance(self.crossnorm_at, str):
+            raise ConversionError(
+                f"expected crossnorm_at= as a placement, got {describe(self.crossnorm_at)}"
+            )
 
     @property
     def crossnorm(self) -> CrossNormOptions:

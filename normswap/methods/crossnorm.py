@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import ConversionError, InputError, UnknownNameError
+from normswap.arguments import check_choice, check_count, check_number
+from normswap.errors import InputError
 from normswap.functional.schedule import Schedule
 from normswap.functional.style import cross_norm, draw_box
 from normswap.methods.base import InsertedMethod, register_method
@@ -47,14 +48,7 @@ class CrossNorm(nn.Module):
         self, crop: str = "neither", instances: int = 2, beta: float = 1.0, p: float = 0.5
     ) -> None:
         super().__init__()
-        if crop not in CROPS:
-            raise UnknownNameError(f"unknown crop {crop!r}; the crops are {', '.join(CROPS)}")
-        if instances not in (1, 2):
-            raise ConversionError(f"expected instances of 1 or 2, got {instances!r}")
-        if not beta > 0:
-            raise ConversionError(f"expected a positive beta, got {beta!r}")
-        if not 0 <= p <= 1:
-            raise ConversionError(f"expected p in [0, 1], got {p!r}")
+        CrossNormOptions(crop, instances, beta, p)
         self.crop = crop
         self.instances = instances
         self.beta = beta
@@ -132,6 +126,19 @@ class CrossNormOptions:
     beta: float = 1.0
     p: float = 0.5
     active: int = 1
+
+    def __post_init__(self) -> None:
+        """Check them.
+
+        Raises:
+            UnknownNameError: `crop` is none of the four.
+            ConversionError: a number out of range.
+        """
+        check_choice("crop", self.crop, CROPS)
+        check_count("instances", self.instances, 1, 2)
+        check_number("beta", self.beta, 0, open_low=True)
+        check_number("p", self.p, 0, 1)
+        check_count("active", self.active)
 
     def build(self) -> "ScheduledCrossNorm":
         """Return a layer with these settings."""

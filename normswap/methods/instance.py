@@ -12,9 +12,11 @@ from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
-from normswap.methods.layer import ContextLayer, adopt, load_shared, make_priors
+from normswap.methods.layer import ContextLayer, adopt, load_shared
 from normswap.methods.plain import Plain, added_prior, pick
 from normswap.sites import Site
+
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class ContextInstanceNorm(ContextLayer):
@@ -66,20 +68,27 @@ class ContextInstanceNorm(ContextLayer):
         self.momentum = momentum
         self.track_running_stats = track_running_stats
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.ones(num_contexts, num_features, **options))
-        self.bias = nn.Parameter(torch.zeros(num_contexts, num_features, **options))
+        self.weight = nn.Parameter(torch.empty(num_contexts, num_features, **options))
+        self.bias = nn.Parameter(torch.empty(num_contexts, num_features, **options))
         tracked = track_running_stats
         self.register_buffer(
-            "running_mean", torch.zeros(num_features, **options) if tracked else None
+            "running_mean", torch.empty(num_features, **options) if tracked else None
         )
         self.register_buffer(
-            "running_var", torch.ones(num_features, **options) if tracked else None
+            "running_var", torch.empty(num_features, **options) if tracked else None
         )
         self.register_buffer(
             "num_batches_tracked",
             torch.zeros((), dtype=torch.int64, device=device) if tracked else None,
         )
-        self.register_buffer("priors", make_priors(priors, num_contexts, device, dtype))
+        self.add_priors(priors, device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the identity affine; running statistics, where there are some, to their start."""
+        self.reset_running_stats()
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
     @classmethod
     def from_site(cls, site: Site, source: nn.Module, contexts: Contexts) -> "ContextInstanceNorm":
@@ -99,7 +108,7 @@ class ContextInstanceNorm(ContextLayer):
         with torch.no_grad():
             layer.weight.copy_(weight.expand_as(layer.weight))
             layer.bias.copy_(bias.expand_as(layer.bias))
-            for name, buffer in source.named_buffers(recurse=False):
+            for name, buffer in source.named_buffers(recurse=False) if site.tracked else ():
                 layer.get_buffer(name).copy_(buffer)
         layer.names = contexts.names
         adopt(layer, source, site)
@@ -109,7 +118,8 @@ class ContextInstanceNorm(ContextLayer):
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """Normalise x; an input without a batch dimension counts as one sample."""
-        if self.dims and x.dim() == self.dims[0] - 1:
+        known = isinstance(x, Tensor)
+        if known and self.dims and x.dim() == self.dims[0] - 1:
             return super().forward(x.unsqueeze(0), context).squeeze(0)
         return super().forward(x, context)
 
@@ -186,8 +196,14 @@ class ContextInstanceNorm(ContextLayer):
         """Accept an InstanceNorm's entries too: each context starts from its affine."""
         targets: dict[str, Tensor] = {"weight": self.weight, "bias": self.bias}
         load_shared(state_dict, prefix, targets, {})
-        for name, value in (("priors", self.priors), ("weight", self.weight), ("bias", self.bias)):
-            state_dict.setdefault(prefix + name, value.detach())
+        for name in () if self.track_running_stats else _RUNNING:
+            state_dict.pop(prefix + name, None)
+        self.load_priors(state_dict, prefix, state_dict.get(prefix + "weight"))
+        # An instance norm without an affine has no entry.
+        for name, fresh in (("weight", 1.0), ("bias", 0.0)):
+            own = targets[name].detach()
+            own = torch.full_like(own, fresh, device="cpu") if own.is_meta else own
+            state_dict.setdefault(prefix + name, own)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def plain(self, context: int | None) -> Plain:

@@ -1,15 +1,20 @@
 """What every context-aware layer shares: its labels, its policy for unknown ones, its tail."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from normswap.errors import ContextError, MissingContextError
+from normswap.errors import ContextError, MissingContextError, refuse_scripting
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
+from normswap.methods.values import Resettable
 from normswap.sites import Site
+from normswap.util.looks import AsBefore
 
+# What code that reads a norm may ask of it; the answer is that of the norm replaced.
+_SETTINGS = ("affine", "track_running_stats")
 POLICIES = ("error", "pooled", "posterior")
 
 
@@ -22,7 +27,7 @@ class Scope(Protocol):
         """Return the context in scope, if any."""
 
 
-class NormLayer(nn.Module):
+class NormLayer(AsBefore, Resettable):
     """Base of layers that replace a norm: where it stood, and what it applies after normalising.
 
     Args:
@@ -36,6 +41,9 @@ class NormLayer(nn.Module):
 
     context_parameters: ClassVar[tuple[str, ...]] = ()
     stats_frozen = False
+    affine = True
+    track_running_stats = True
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -45,6 +53,20 @@ class NormLayer(nn.Module):
         self.site = ""
         self.dims: tuple[int, ...] = ()
         self.tail: tuple[str, ...] = ()
+
+    def reset_running_stats(self) -> None:
+        """Set zero mean, unit variance and no batches, where there are running statistics."""
+        start = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+        for name, value in start.items():
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                buffer.fill_(value)
+
+    def _record(self, x: fx.Proxy, **given: Any) -> Any:
+        """Become one call in a graph of `torch.fx`: no trace goes through the layer."""
+        tracer: Any = x.tracer
+        given = {name: value for name, value in given.items() if value is not None}
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), given)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[1] != self.num_features:
@@ -84,6 +106,7 @@ class ContextLayer(NormLayer):
 
     context_argument = "context"
     priors: Tensor
+    kept_priors: Tensor | None = None  # their values, while they are on the meta device
 
     def __init__(self, num_features: int, num_contexts: int, unknown: str | int = "pooled") -> None:
         super().__init__(num_features)
@@ -99,6 +122,49 @@ class ContextLayer(NormLayer):
         self.names = tuple(str(k) for k in range(num_contexts))
         self.scope: Scope | None = None
 
+    def add_priors(
+        self, priors: Tensor | None, device: torch.device | None, dtype: torch.dtype | None
+    ) -> None:
+        """Register lambda, (K,): uniform by default; float64 only in a float64 layer.
+
+        Raises:
+            ContextError: not K positive values that sum to one.
+        """
+        values = make_priors(priors, self.num_contexts, torch.device("cpu"), dtype)
+        self.register_buffer("priors", values.to(device or torch.get_default_device()))
+        self.kept_priors = values if self.priors.is_meta else None
+
+    def known_priors(self) -> Tensor:
+        """Return lambda, which is a setting: its values are known on the meta device too."""
+        kept = self.kept_priors if self.priors.is_meta else None
+        return self.priors if kept is None else kept
+
+    def load_priors(self, state: dict[str, Any], prefix: str, like: Tensor | None) -> None:
+        """Complete the state dict of a base, which has no lambda, in place.
+
+        Args:
+            state: the state dict being loaded.
+            prefix: of this layer's keys.
+            like: an entry of it, on whose device lambda has to be where entries are assigned.
+        """
+        if not isinstance(state.get(prefix + "priors"), Tensor):
+            known = self.known_priors()
+            state[prefix + "priors"] = known if like is None else known.to(like.device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        before = self.priors
+        if not before.is_meta:
+            self.kept_priors = None
+        super()._apply(fn, recurse)
+        if self.priors.is_meta and not before.is_meta:
+            self.kept_priors = before.detach().cpu()
+        return self
+
+    def _fill(self) -> None:
+        if self.kept_priors is not None:
+            self.priors.copy_(self.kept_priors)
+        super()._fill()
+
     def forward(self, x: Tensor, context: Labels | None = None) -> Tensor:
         """Normalise x with the statistics of each sample's context.
 
@@ -113,6 +179,8 @@ class ContextLayer(NormLayer):
             ContextError: a shape, length, dtype, device or value that does not fit.
             MissingContextError: no label where the mode or the policy needs one.
         """
+        if isinstance(x, fx.Proxy):
+            return self._record(x, context=context)
         self._check_input(x)
         labels, unlabelled = self._labels(x, context)
         return self._finish(self.normalize(x, labels, unlabelled))
@@ -131,18 +199,20 @@ class ContextLayer(NormLayer):
             context = self.scope.lookup()
         if context is None:
             return self._default_labels(x), self.num_contexts > 1
+        order: tuple[Any, ...] = ()
         if not isinstance(context, Context):
             # Called directly, not through a model that checked the labels: no folded batch here.
             context = resolve_labels(context, self.num_contexts, self.names, x.device)
             if not context.whole and context.labels.shape[0] != x.shape[0]:
                 raise wrong_length(x.shape[0], context.labels.shape[0], self._where())
+        elif self.scope is not None:
+            step = self.scope.rows.find(self, self._where(), x, context)
+            order = () if step is None else (step.how, step.index)
         if self.unknown == "error" and context.unknown is not False:
             self._refuse_unknown(context)
-        where, given = self._where(), context.labels.shape[0]
-        innermost = False
-        if self.scope is not None and not context.whole and 1 < given < x.shape[0]:
-            innermost = self.scope.rows.innermost(where, x, given)
-        return labels_per_row(context, x, where, innermost), context.unknown is not False
+        where = self._where()
+        labels = labels_per_row(context, x, where, *order)
+        return labels, context.unknown is not False
 
     def _default_labels(self, x: Tensor) -> Tensor | None:
         if self.num_contexts == 1:
@@ -164,6 +234,17 @@ class ContextLayer(NormLayer):
             )
         if not torch.compiler.is_compiling() and type(context.labels) is Tensor:
             torch._assert_async((context.labels >= 0).all(), "unknown='error', got a label -1")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Say what to do about tensors of other sizes."""
+        errors = args[-1]
+        before = len(errors)
+        super()._load_from_state_dict(*args, **kwargs)
+        if len(errors) > before:
+            errors.append(
+                f"{self._where()} is a layer of {self.num_contexts} contexts: normswap.load makes "
+                "the model that normswap.save wrote, normswap.add_context adds contexts"
+            )
 
     def extra_repr(self) -> str:
         """List the settings, non-default ones last."""
@@ -193,9 +274,9 @@ def adopt(layer: NormLayer, source: nn.Module, site: Site) -> None:
     hooks = [n for n in vars(nn.Module()) if "hook" in n and "state_dict" not in n]
     for name in (*hooks, "_state_dict_hooks", "_state_dict_pre_hooks"):
         layer.__dict__[name] = source.__dict__[name]
-    known = set(vars(layer)) | set(vars(nn.BatchNorm2d(1, device="meta")))
+    known = set(vars(layer)) | set(vars(nn.Module()))
     for name, value in vars(source).items():
-        if name not in known and not hasattr(type(layer), name):
+        if name in _SETTINGS or (name not in known and not hasattr(type(layer), name)):
             layer.__dict__[name] = value
 
 
@@ -240,7 +321,7 @@ def make_priors(
     """
     wide = (dtype or torch.get_default_dtype()) == torch.float64
     if priors is None:
-        priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64)
+        priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64, device="cpu")
     elif (
         priors.shape != (num_contexts,)
         or not bool((priors > 0).all())

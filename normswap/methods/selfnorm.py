@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import ConversionError, InputError, UnknownNameError
+from normswap.arguments import check_choice, check_count
+from normswap.errors import ConversionError, InputError
 from normswap.functional.affine import Affine
 from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments
@@ -56,12 +57,8 @@ class SelfNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ConversionError(f"expected num_features of at least 1, got {num_features}")
-        if gates not in (1, 2):
-            raise ConversionError(f"expected gates of 1 or 2, got {gates!r}")
-        if init not in INITS:
-            raise UnknownNameError(f"unknown init {init!r}; the inits are {', '.join(INITS)}")
+        check_count("num_features", num_features)
+        SelfNormOptions(gates, init)
         self.num_features = num_features
         self.gates = gates
         self.init = init
@@ -128,6 +125,16 @@ class SelfNormOptions:
 
     gates: int = 1
     init: str = "identity"
+
+    def __post_init__(self) -> None:
+        """Check them.
+
+        Raises:
+            ConversionError: another number of gates.
+            UnknownNameError: another init.
+        """
+        check_count("gates", self.gates, 1, 2)
+        check_choice("init", self.init, INITS)
 
     def build(self, place: Place) -> SelfNorm:
         """Return a layer for a place.

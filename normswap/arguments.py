@@ -1,0 +1,117 @@
+"""Arguments of a caller, checked: what was expected, what came, and what was probably meant."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from normswap.errors import ConversionError, NormswapError, UnknownNameError
+
+# Contexts or components a model may have: each norm keeps a row for each.
+MOST_CONTEXTS = 100_000
+_SHOWN = 20
+
+
+def describe(value: Any) -> str:
+    """Return what a value is, for a message of one line."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {str(value.dtype)[6:]}"
+    if isinstance(value, nn.Module):
+        return f"the module {type(value).__name__}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception as error:  # of what a user gave
+        text = f"(its repr raises {type(error).__name__})"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names for a message, the first few."""
+    names = list(names)
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def meant(given: Any, choices: Iterable[str], form: str = "{!r}") -> str:
+    """Return the question whether the closest of some names was meant, "" where none is close."""
+    names = difflib.get_close_matches(given, list(choices), 1) if isinstance(given, str) else []
+    return f"; did you mean {form.format(names[0])}?" if names else ""
+
+
+def unknown_name(what: str, given: Any, choices: Iterable[str]) -> UnknownNameError:
+    """Return the error for a name that is none of the choices: it lists them, and the closest.
+
+    Args:
+        what: of what kind the names are, such as "method".
+        given: the name.
+        choices: all names.
+    """
+    names = list(choices)
+    shown = repr(given) if isinstance(given, str) else describe(given)
+    return UnknownNameError(
+        f"unknown {what} {shown}; the choices are {listed(names)}{meant(given, names)}"
+    )
+
+
+def check_choice(what: str, given: Any, choices: Iterable[str]) -> None:
+    """Raise if a value is none of some names; see `unknown_name`."""
+    names = list(choices)
+    if not isinstance(given, str) or given not in names:
+        raise unknown_name(what, given, names)
+
+
+def check_flag(name: str, value: Any, error: type[NormswapError] = ConversionError) -> None:
+    """Raise if a value is neither True nor False."""
+    if not isinstance(value, bool):
+        raise error(f"expected {name}= as True or False, got {describe(value)}")
+
+
+def check_count(
+    name: str,
+    value: Any,
+    least: int = 1,
+    most: int | None = None,
+    error: type[NormswapError] = ConversionError,
+) -> None:
+    """Raise if a value is no integer in [least, most]."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise error(f"expected {name}= as a count, got {describe(value)}")
+    if value < least or (most is not None and value > most):
+        bounds = f"of at least {least}" if value < least else f"in [{least}, {most}]"
+        raise error(f"expected {name}= {bounds}, got {value}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    error: type[NormswapError] = ConversionError,
+) -> None:
+    """Raise if a value is no finite number in [low, high], or (low, high] with `open_low`."""
+    above = f"{'(' if open_low else '['}{low:g}, "
+    bounds = f"{above}inf)" if high == math.inf else f"{above}{high:g}]"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise error(f"expected {name}= as a number in {bounds}, got {describe(value)}")
+    if not low <= value <= high or value == math.inf or (open_low and value == low):
+        raise error(f"expected {name}= in {bounds}, got {value!r}")
+
+
+def check_callable(name: str, value: Any, form: str) -> None:
+    """Raise if a value is neither None nor a function.
+
+    Args:
+        name: of the argument.
+        value: its value.
+        form: how it is called, such as ``forward(model, batch)``.
+    """
+    if value is not None and not callable(value):
+        raise ConversionError(
+            f"expected {name}= as a function called as {form}, got {describe(value)}"
+        )

@@ -1,0 +1,130 @@
+"""What a caller asks of a conversion, checked before anything is copied or changed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from normswap.arguments import MOST_CONTEXTS, check_choice, describe
+from normswap.contexts.assigner import Assigner
+from normswap.contexts.priors import check_priors
+from normswap.errors import ConversionError
+from normswap.methods.base import BaseMethod, Contexts, get_method, parse_options
+from normswap.methods.layer import POLICIES
+from normswap.presets import fill_from_preset
+from normswap.select import Selector, read_selector
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A method, its options, contexts, and where it goes."""
+
+    method: BaseMethod
+    options: Any
+    contexts: Contexts
+    placement: str | None
+    select: Selector
+    exclude: Selector
+
+
+def read_settings(
+    method: str,
+    *,
+    contexts: int | Sequence[str] | Assigner | None,
+    select: Selector,
+    exclude: Selector,
+    placement: str | None,
+    preset: str | None,
+    unknown: str,
+    priors: Any,
+    options: Mapping[str, Any],
+    arguments: Iterable[str],
+) -> Settings:
+    """Check the arguments of `convert`, and fill in what a preset says.
+
+    Args:
+        method: as of `convert`, and so are the next seven.
+        contexts: see there.
+        select: see there.
+        exclude: see there.
+        placement: see there.
+        preset: see there.
+        unknown: see there.
+        priors: see there.
+        options: of the method.
+        arguments: names of all arguments, one of which an unknown option may have meant.
+
+    Raises:
+        ConversionError: an argument of another kind, an unknown option, or contexts that do not
+            fit.
+        UnknownNameError: a name that is none of the choices.
+    """
+    chosen = get_method(method)
+    if placement is not None and not isinstance(placement, str):
+        raise ConversionError(f"expected placement= as a name, got {describe(placement)}")
+    select, exclude = read_selector("select", select), read_selector("exclude", exclude)
+    placement, select, given = fill_from_preset(preset, method, placement, select, dict(options))
+    return Settings(
+        chosen,
+        parse_options(chosen, given, arguments),
+        make_contexts(chosen, contexts, priors, unknown),
+        placement,
+        select,
+        exclude,
+    )
+
+
+def make_contexts(
+    method: BaseMethod, contexts: int | Sequence[str] | Assigner | None, priors: Any, unknown: str
+) -> Contexts:
+    """Check what the caller says of the contexts.
+
+    Raises:
+        ConversionError: any of these for a method that takes none; no, repeated, or too many
+            names; priors that do not fit.
+        UnknownNameError: `unknown` is neither a policy nor a context.
+    """
+    if not method.needs_context:
+        policy = None if isinstance(unknown, str) and unknown == "pooled" else unknown
+        for name, value in {"contexts": contexts, "priors": priors, "unknown": policy}.items():
+            if value is not None:
+                raise ConversionError(
+                    f"method {method.name!r} takes no contexts, got {name}={describe(value)}; "
+                    "leave it out, or choose a method that needs labels"
+                )
+    if isinstance(contexts, Assigner):
+        priors = contexts.priors if priors is None else priors
+        contexts = contexts.names
+    names = _names(1 if contexts is None else contexts)
+    return Contexts(names, check_priors(priors, len(names)), policy_of(unknown, names))
+
+
+def _names(contexts: Any) -> tuple[str, ...]:
+    """Return the names of the contexts, numbers where there are none."""
+    if isinstance(contexts, str):
+        raise ConversionError(f"expected several names, got one string; write [{contexts!r}]")
+    if isinstance(contexts, bool) or not isinstance(contexts, int | Sequence):
+        raise ConversionError(
+            f"expected contexts= as a count or a sequence of names, got {describe(contexts)}"
+        )
+    count = contexts if isinstance(contexts, int) else len(contexts)
+    if count > MOST_CONTEXTS:
+        raise ConversionError(
+            f"expected contexts= of at most {MOST_CONTEXTS:,}, for each of which every norm has a "
+            f"row, got {count:,}"
+        )
+    names = tuple(map(str, range(count))) if isinstance(contexts, int) else tuple(contexts)
+    if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+        raise ConversionError(
+            f"expected at least one context, names distinct, got {describe(contexts)}"
+        )
+    return names
+
+
+def policy_of(unknown: str, names: Sequence[str]) -> str | int:
+    """Return the policy for unknown labels as the layers take it: a context's name as its index.
+
+    Raises:
+        UnknownNameError: neither a policy nor a context.
+    """
+    check_choice("policy for unknown labels", unknown, (*POLICIES, *names))
+    return unknown if unknown in POLICIES else names.index(unknown)

@@ -1,0 +1,142 @@
+"""Reading norms: what their forward does counts, not what their class or constructor says."""
+
+import copy
+
+import pytest
+import timm.layers
+import torch
+import torchvision
+from torch import nn
+
+import normswap
+from normswap.sites import read_site
+
+IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class DetrFrozenBatchNorm2d(nn.Module):
+    """As DETR has it: eps stands in the forward."""
+
+    def __init__(self, n, eps=1e-5):
+        super().__init__()
+        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            self.register_buffer(name, torch.full((n,), float(value)))
+        self.written = eps
+
+    def forward(self, x):
+        weight, bias = self.weight.reshape(1, -1, 1, 1), self.bias.reshape(1, -1, 1, 1)
+        running_var = self.running_var.reshape(1, -1, 1, 1)
+        running_mean = self.running_mean.reshape(1, -1, 1, 1)
+        scale = weight * (running_var + self.written).rsqrt()
+        return x * scale + (bias - running_mean * scale)
+
+
+class Uneven(DetrFrozenBatchNorm2d):
+    """Not a batch norm: no variance."""
+
+    def forward(self, x):
+        return x * self.weight.view(1, -1, 1, 1)
+
+
+def filled(norm):
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        tensor.data.uniform_(0.01, 2)
+    return norm
+
+
+FROZEN = {
+    "detr": lambda: DetrFrozenBatchNorm2d(3),
+    "detr, another eps": lambda: DetrFrozenBatchNorm2d(3, 0.3),
+    "torchvision": lambda: torchvision.ops.FrozenBatchNorm2d(3, 1e-3),
+    "timm, act": lambda: timm.layers.FrozenBatchNormAct2d(3),
+}
+
+
+@pytest.mark.parametrize("method", ["cn", "cn-x", "acn"])
+@pytest.mark.parametrize("make", FROZEN.values(), ids=FROZEN)
+def test_frozen_batch_norms_of_every_library_are_converted(make, method):
+    base = nn.Sequential(nn.Conv2d(3, 3, 1), filled(make()))
+    given = {} if method == "acn" else {"contexts": 2}
+    model = normswap.convert(base, method, example_inputs=IMAGES, **given)
+    assert normswap.summary(model).verification.largest < 1e-5
+    torch.testing.assert_close(normswap.revert(model)(IMAGES), base(IMAGES))
+    assert type(normswap.revert(model)[1]) is type(base[1])
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 1e-3, 0.5])
+def test_eps_that_stands_in_a_forward_is_measured(eps):
+    norm = filled(DetrFrozenBatchNorm2d(5, eps))
+    before = copy.deepcopy(norm.state_dict())
+    assert read_site("", norm).eps == eps
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+
+
+def test_eps_is_measured_without_values():
+    with torch.device("meta"):
+        norm = DetrFrozenBatchNorm2d(5)
+    assert read_site("", norm).eps == 1e-5
+
+
+def test_measuring_runs_no_hook():
+    norm, calls = DetrFrozenBatchNorm2d(3), []
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    read_site("", norm)
+    assert calls == []
+
+
+def test_a_frozen_norm_of_another_function_is_refused_and_says_that_eps_is_missing():
+    class OddFrozenBatchNorm2d(Uneven):
+        pass
+
+    reason = read_site("", OddFrozenBatchNorm2d(3))
+    assert "its forward is not weight * (x - running_mean)" in reason
+    assert "no attribute eps" in reason
+
+
+def test_a_frozen_norm_whose_attribute_is_not_its_eps_is_refused():
+    class OddFrozenBatchNorm2d(DetrFrozenBatchNorm2d):
+        eps = 1e-2
+
+    assert "its forward is not" in read_site("", OddFrozenBatchNorm2d(3))
+
+
+def test_a_frozen_norm_whose_forward_needs_more_is_refused():
+    class OddFrozenBatchNorm2d(DetrFrozenBatchNorm2d):
+        def forward(self, x, scale):
+            return x * scale
+
+    assert "cannot be run alone (TypeError" in read_site("", OddFrozenBatchNorm2d(3))
+
+
+def untracked(kind):
+    """A norm whose statistics were measured, then no longer tracked."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), kind(4, affine=True, track_running_stats=True))
+    model.train()(3 * torch.randn(8, 3, 6, 6) + 1)
+    model[1].track_running_stats = False
+    return model
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_track_running_stats_set_after_construction_is_read(kind, mode):
+    base = untracked(kind)
+    model = normswap.convert(base, "cn", example_inputs=IMAGES)
+    assert normswap.summary(model).verification.largest < 1e-5
+    for each in (base, model):
+        each.train(mode == "train")
+    for _ in range(3):
+        torch.testing.assert_close(model(IMAGES), base(IMAGES))
+    base.eval(), model.eval()
+    torch.testing.assert_close(model(2 * IMAGES), base(2 * IMAGES))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_a_norm_that_no_longer_tracks_comes_back_and_loads(kind):
+    base = untracked(kind)
+    model = normswap.convert(base, "cn", contexts=2)
+    back = normswap.revert(model)[1]
+    assert (back.track_running_stats, back.momentum) == (False, 0.1)
+    assert torch.equal(back.running_mean, base[1].running_mean)
+    model.load_state_dict(base.state_dict())
+    torch.testing.assert_close(model.eval()(IMAGES), base.eval()(IMAGES))
