@@ -11,32 +11,19 @@ from pathlib import Path
 PROGRAMS = Path(__file__).parent / "programs"
 
 _FROZEN = "a graph holds a value that the forward would read anew in each run"
-_EFFECTS = "conversion or a graph repeats or leaves out what a forward does beside its output"
-_TYPES = "a norm or a block answers another type, class or attribute than it had"
-_ROWS = "rows are taken to be in the batch's order"
+_MEASURED = "measuring rows runs the forward, and what it does beside its output, several times"
 
 _BY_REASON = {
-    _FROZEN: """
-        global_constant global_flag global_dict global_nested global_list global_loop global_object
-        global_class global_function global_lambda global_counter_read closure_class
-        class_attribute_typed static_method class_method method method_patched_forward partial
-        environ environ_set counter_iterator if_hasattr string
+    _FROZEN: "callable_attribute method_patched_forward if_hasattr string",
+    _MEASURED: """
+        print warn log logging feature_list feature_dict feature_deque counter_global counter_class
+        counter_dict counter_function counter_closure counter_iterator environ_set checkpoint_old
     """,
-    _EFFECTS: """
-        print_if warn logging log feature_list feature_dict feature_deque item_list counter_dict
-        counter_function counter_closure lru_cache_constant noise_seeded noise_numpy
-        child_dataclass_changed
-    """,
-    _TYPES: """
-        if_child_type if_norm_type if_norm_class if_any_norm if_norm_affine counter_class
-        child_none_out child_generator
-    """,
-    _ROWS: "fold_flip fold_roll fold_order fold_random_order fold_sort",
-    "a subclass hook of the user's runs": "subclass_registry",
+    "a graph takes a child's output to be something": "child_none_out",
+    "a graph does not see what a child does to an object": "child_dataclass_changed",
     "a hook of the user's sees the context": "hook_kwargs",
     "a forward set on the instance after conversion is passed the context": "instance_forward",
-    "an own `__call__` runs twice": "own_call",
-    "the summary looks for a norm that is no longer there": "if_none_child",
+    "a graph asks for as many chunks as it was traced with": "chunks",
 }
 CONSTRUCTS_KNOWN = {name: why for why, names in _BY_REASON.items() for name in names.split()}
 
@@ -56,20 +43,11 @@ class Known:
     source: str
 
 
-_FOLDED = r"cat\(|stack\(|repeat|expand|permute|flatten|unflatten|reshape|chunk|split|interpolate"
 KNOWN = {
-    "wrapped": Known("a child wrapped after conversion gets no labels", "", r"model\.c0 = "),
-    "wrapped_summary": Known(
-        "the summary looks for a norm that is no longer there", "summary: raw", r"model\.c0 = "
+    "chunk_of_one": Known(
+        "a graph asks for as many chunks as it was traced with", "expected # parts", "chunk"
     ),
-    "probed_effect": Known(
-        "measuring rows runs the forward more often than it was called", "other|stray", _FOLDED
-    ),
-    "verified_random": Known(
-        "verification blames a forward that draws Python or NumPy numbers",
-        "names no way out",
-        r"random\.",
-    ),
+    "probed_effect": Known(_MEASURED, "other (state|lines)", "SEEN|print|append"),
 }
 
 

@@ -217,13 +217,8 @@ class Converted(World):
             priors=list(PRIORS),
             unknown=self.program.unknown,
             example_inputs=inputs,
-            **({} if self.traced or not _TRACE else {"trace": False}),
+            trace=self.traced,
         )
-
-    @contextlib.contextmanager
-    def inside(self):
-        with super().inside(), contextlib.nullcontext() if self.traced else tracing_off():
-            yield
 
     def norms(self) -> list[ContextLayer]:
         return [m for m in self.model.modules() if isinstance(m, ContextLayer)]
@@ -251,25 +246,6 @@ class Converted(World):
             return {}, normswap.use_context(self.model, labels)
         name = type(self.model).context_argument
         return {name: labels}, contextlib.nullcontext()
-
-
-_TRACE = "trace" in normswap.convert.__kwdefaults__
-
-
-@contextlib.contextmanager
-def tracing_off():
-    """Trace nothing inside the block."""
-    if _TRACE:
-        yield
-        return
-    from normswap.graph import prepare
-
-    kept = prepare._trace
-    prepare._trace = lambda *_: (prepare.Variant(None, "untraced"), False)
-    try:
-        yield
-    finally:
-        prepare._trace = kept
 
 
 def images(batch: int, size: int) -> Tensor:
