@@ -25,7 +25,7 @@ class Tally:
     Attributes:
         status: how many were right, refused, invalid (the original itself fails), wrong, known.
         containers: how many were traced, and scoped, by reason.
-        refusals: how often each was met.
+        refusals, invalid: how often each was met; errors of the original.
         failed, failures: how many failed, and the smallest few of them, by kind.
         known: how many failures each known kind covers.
     """
@@ -33,6 +33,7 @@ class Tally:
     status: collections.Counter = field(default_factory=collections.Counter)
     containers: collections.Counter = field(default_factory=collections.Counter)
     refusals: collections.Counter = field(default_factory=collections.Counter)
+    invalid: collections.Counter = field(default_factory=collections.Counter)
     failed: collections.Counter = field(default_factory=collections.Counter)
     failures: dict[str, list[Program]] = field(default_factory=dict)
     known: collections.Counter = field(default_factory=collections.Counter)
@@ -54,6 +55,8 @@ class Tally:
                     self.failed[failure.kind] += 1
                     self._keep(failure.kind, program)
         self.status[status] += 1
+        if status == "invalid":
+            self.invalid[verdict.invalid[:150]] += 1
 
     def _keep(self, kind: str, program: Program) -> None:
         found = [*self.failures.get(kind, []), program]
@@ -61,7 +64,7 @@ class Tally:
 
     def merge(self, other: "Tally") -> None:
         """Add another tally."""
-        for name in ("status", "containers", "refusals", "failed", "known"):
+        for name in ("status", "containers", "refusals", "invalid", "failed", "known"):
             getattr(self, name).update(getattr(other, name))
         for kind, found in other.failures.items():
             for program in found:
@@ -73,6 +76,7 @@ class Tally:
         for title, counter in (
             ("containers", self.containers),
             ("refusals", self.refusals),
+            ("invalid", self.invalid),
             ("known failures", self.known),
             ("failures", self.failed),
         ):

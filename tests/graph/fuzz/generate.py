@@ -246,7 +246,9 @@ def _action(draw, builder, calls, one, effects) -> Action | None:
             return Original(calls[0])
         return None if effects or one is not None else Threads(calls[0])
     train = kind == "train"
-    batch = draw(st.sampled_from([3, 3, 2, 4, 1]))
+    # With one sample, torch's own BatchNorm returns wrong gradients on the CPU where the input is
+    # contiguous and the gradient channels last, or the reverse (torch 2.14).
+    batch = draw(st.sampled_from([3, 3, 2, 4] if train else [3, 3, 2, 4, 1]))
     if one is not None or train:
         labels = (one if one is not None else draw(st.sampled_from([0, 1])),)
         labels = labels * draw(st.sampled_from([1, batch]))

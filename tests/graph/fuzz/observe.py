@@ -55,6 +55,8 @@ class View:
         if isinstance(value, Tensor):
             self.tensors.append(value.detach())
             return ("tensor", tuple(value.shape), value.dtype, value.requires_grad, kind.__name__)
+        if isinstance(value, (ContextLayer, nn.modules.batchnorm._BatchNorm)):
+            return "a norm"
         if depth > 8:
             return kind.__name__
         return (kind.__name__, *self._parts(value, depth + 1))
