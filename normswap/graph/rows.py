@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from normswap.errors import ContextError, ConversionError, expect_module
 from normswap.functional.backward import in_backward
@@ -127,7 +128,9 @@ class Run:
         whole = Context(self.context.labels[:1].clamp(min=0), False, True)
         try:
             values = rebuild(self.values, self.samples, first(count))
-            with _LOCK, _quiet(self.module, hooks) as (undo, modes):
+            # What these runs save for backward is no part of a checkpoint that is being taken.
+            apart = saved_tensors_hooks(lambda t: t, lambda t: t)
+            with _LOCK, apart, _quiet(self.module, hooks) as (undo, modes):
                 found = Measurement(lambda v: self.call(v, whole), undo, values, count, modes)
                 if not found.possible:
                     return Plan([], reason=f"no argument has {self.samples} samples")
