@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from normswap.errors import ContextError, ConversionError, expect_module
 from normswap.functional.backward import in_backward
@@ -59,6 +58,10 @@ class Plan:
     def regular(self) -> bool:
         """Whether it may hold for other calls."""
         return not self.reason and all(step.regular for step in self.steps)
+
+    def is_square(self, count: int) -> bool:
+        """Return whether some norm has a multiple of `count` rows for each of `count` samples."""
+        return any(step.rows % count**2 == 0 for step in self.steps)
 
     def step(self, at: int, site: str, rows: int, samples: int) -> Step | None:
         """Return what it says of the norm met at a place of the sequence; None if another."""
@@ -128,9 +131,9 @@ class Run:
         whole = Context(self.context.labels[:1].clamp(min=0), False, True)
         try:
             values = rebuild(self.values, self.samples, first(count))
-            # What these runs save for backward is no part of a checkpoint that is being taken.
-            apart = saved_tensors_hooks(lambda t: t, lambda t: t)
-            with _LOCK, apart, _quiet(self.module, hooks) as (undo, modes):
+            # Checkpointing around this call would count what is saved for backward.
+            unhooked = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
+            with _LOCK, unhooked, _quiet(self.module, hooks) as (undo, modes):
                 found = Measurement(lambda v: self.call(v, whole), undo, values, count, modes)
                 if not found.possible:
                     return Plan([], reason=f"no argument has {self.samples} samples")
@@ -172,7 +175,7 @@ class Rows:
     def run(self, module: nn.Module, state: Any, call: Call, values: Any, context: Context) -> Any:
         """Run a container that labels entered at, its norms' rows measured before if need be."""
         outer = _RUN.get()
-        if outer is not None and outer.rows is self:
+        if outer is not None and outer.scope.model is state.scope.model:
             return call(values, context)
         run = Run(self, module, state.scope, call, values, context)
         few = min(run.samples, _FEW)
@@ -185,14 +188,26 @@ class Rows:
             if found:
                 run.plan = found[0]
             else:
-                run.plan = plan = run.measure(few)
-                if few < run.samples and not plan.regular:
-                    run.plan = plan = run.measure(run.samples)
-                    plan.samples = run.samples
+                run.plan = plan = self._plan(run, few)
                 self._keep(run, plan)
             return call(values, context)
         finally:
             _RUN.reset(token)
+
+    def _plan(self, run: Run, few: int) -> Plan:
+        """Measure the first samples of a call, or all where their order is irregular."""
+        count = few
+        plan = run.measure(count)
+        # Where each sample has as many rows as there are samples, or twice as many, an order
+        # transposed again looks like none.
+        while (square := plan.is_square(count)) and plan.regular and count < run.samples:
+            count += 1
+            plan = run.measure(count)
+        if not plan.regular and count < run.samples:
+            plan = run.measure(run.samples)
+            square = True
+        plan.samples = run.samples if square else None
+        return plan
 
     def find(self, layer: Any, site: str, x: Tensor, context: Context) -> Step | None:
         """Return how the rows of x, given to a norm, follow from the samples.
@@ -204,13 +219,13 @@ class Rows:
             ContextError: labels cannot follow the rows, or nothing tells how.
         """
         run = None if torch.compiler.is_compiling() else _RUN.get()
-        if run is not None and run.rows is self:
+        if run is not None and run.scope.model is layer.scope.model:
             if run.measurement is not None:
                 run.measurement.listen(layer, site, x)
                 return None
             run.path.append((site, x.shape[0]))
             if run.samples == context.labels.shape[0]:
-                return self._follow(run, layer, site, x.shape[0])
+                return run.rows._follow(run, layer, site, x.shape[0])
         if context.whole or context.labels.shape[0] == 1:
             return None
         return self._recall(layer, site, x.shape[0], context)
