@@ -216,7 +216,8 @@ def programs(draw, allowed: tuple[str, ...]) -> Program:
     touching = any(c.mixes or c.carries for c in used)
     effects = any(c.effects for c in used)
     one = draw(st.sampled_from([0, 1])) if touching else None
-    actions = [_action(draw, builder, calls, one, effects) for _ in range(draw(st.integers(3, 7)))]
+    threads = one is None and not effects and not any(c.random for c in used)
+    actions = [_action(draw, builder, calls, one, threads) for _ in range(draw(st.integers(3, 7)))]
     return Program(
         source,
         tuple(a for a in actions if a is not None),
@@ -228,7 +229,7 @@ def programs(draw, allowed: tuple[str, ...]) -> Program:
     )
 
 
-def _action(draw, builder, calls, one, effects) -> Action | None:
+def _action(draw, builder, calls, one, threads) -> Action | None:
     kind = draw(st.sampled_from(["eval"] * 5 + ["train"] * 3 + ["change"] * 4 + ["other"] * 2))
     if kind == "change":
         wrapped = draw(st.integers(0, 19))
@@ -244,7 +245,7 @@ def _action(draw, builder, calls, one, effects) -> Action | None:
             return Copy(other)
         if other == "original":
             return Original(calls[0])
-        return None if effects or one is not None else Threads(calls[0])
+        return Threads(calls[0]) if threads else None
     train = kind == "train"
     # With one sample, torch's own BatchNorm returns wrong gradients on the CPU where the input is
     # contiguous and the gradient channels last, or the reverse (torch 2.14).

@@ -124,7 +124,7 @@ def see_model(model: nn.Module, view: View):
         attributes = {
             key: len(value) if "_hooks" in key else view.of(value, 1)
             for key, value in sorted(vars(module).items())
-            if key not in _HIDDEN and not key.startswith("_normswap")
+            if key not in _HIDDEN and not key.startswith(("_normswap", "_torchdynamo"))
         }
         tensors = {k: view.of(v, 1) for k, v in module._buffers.items()}
         seen[name] = (attributes, tensors, tuple(module._modules), tuple(module._parameters))

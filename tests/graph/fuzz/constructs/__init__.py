@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent, indent
 
-_FLAGS = ("mixes", "carries", "effects", "alone")
+_FLAGS = ("mixes", "carries", "effects", "random", "alone")
 _SECTIONS = ("module", "init", "forward", "change", "child", "block")
 _CHILD = """\
 class Child$i(nn.Module):
@@ -34,6 +34,7 @@ class Construct:
         mixes: whether a sample's output, or a decision, depends on the values of other samples.
         carries: whether values of one call reach the next, or a caller sees them.
         effects: whether a call leaves something behind, so that calls at once have no fixed order.
+        random: whether it draws random numbers, which threads would draw in no fixed order.
         alone: whether a program has it at most once.
     """
 
@@ -45,6 +46,7 @@ class Construct:
     mixes: bool = False
     carries: bool = False
     effects: bool = False
+    random: bool = False
     alone: bool = False
 
 
