@@ -14,7 +14,7 @@ from torch import nn
 from normswap.errors import ContextError, ConversionError, expect_module
 from normswap.functional.backward import find_checkpoints, may_run_again
 from normswap.functional.labels import Context, Labels, resolve_labels
-from normswap.graph.rows import Rows
+from normswap.graph.rows import Rows, is_measuring
 
 # Before that, compiled code can read what belongs to a thread, but not what belongs to a task.
 _COMPILES_CONTEXTVARS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
@@ -121,7 +121,7 @@ class Scope:
                 entry = self._recall(entry)
             if entry is None:
                 self._check_threads(whole)
-            if may_run_again():
+            if may_run_again() and not is_measuring():
                 self._remember(entry or Entry(None))
         return None if entry is None else entry.context
 
