@@ -14,7 +14,7 @@ from torch import nn
 from normswap.errors import ContextError, ConversionError, expect_module
 from normswap.functional.backward import find_checkpoints, may_run_again
 from normswap.functional.labels import Context, Labels, resolve_labels
-from normswap.graph.rows import Rows
+from normswap.graph.rows import Rows, is_measuring
 
 # Before that, compiled code can read what belongs to a thread, but not what belongs to a task.
 _COMPILES_CONTEXTVARS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
@@ -122,7 +122,7 @@ class Scope:
             task = torch._C._current_graph_task_id()
             if task != -1 and (entry is None or entry.task != task):
                 entry = self._recall(entry)
-            if may_run_again():
+            if may_run_again() and not is_measuring():
                 self._remember(entry or Entry(None))
         if entry is None:
             self._check_threads(whole)

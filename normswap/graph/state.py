@@ -51,7 +51,7 @@ class Variant:
             child: Any = module
             for name in path:
                 child = child._modules.get(name)
-            if type(child) is not cls or is_direct(child) is not direct:
+            if type(child) is not cls or direct != is_direct(child):  # type: ignore[arg-type]
                 return False
         return True
 
