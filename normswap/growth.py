@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from normswap.conversion import Record
 from normswap.converted import context_or_pooled, find_root, method_layers
 from normswap.errors import ConversionError
-from normswap.graph.scope import scopes_of
+from normswap.graph.use_context import scopes_of
 from normswap.methods.base import Contexts, Method, get_method
 from normswap.methods.layer import POLICIES
 from normswap.methods.plain import pick
