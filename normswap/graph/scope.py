@@ -1,9 +1,8 @@
 """The context in scope: how norms that are passed no context find theirs."""
 
 import copy
-import threading
 from contextvars import ContextVar, Token
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -11,51 +10,11 @@ from torch import nn
 from normswap.errors import ContextError
 from normswap.functional.backward import UNKNOWN, Remembered, may_run_again
 from normswap.functional.labels import Context, Labels, resolve_labels
+from normswap.graph.entries import SEVERAL, Entry, Local
 from normswap.graph.rows import Rows
 
 # Before that, compiled code can read what belongs to a thread, but not what belongs to a task.
 _COMPILES_CONTEXTVARS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
-
-
-class Entry(NamedTuple):
-    """A context that was put in scope; None in its place means explicitly none.
-
-    Attributes:
-        context: the labels.
-        task: the backward in which that happened; -1 outside of backward.
-    """
-
-    context: Context | None
-    task: int = -1
-
-
-_SEVERAL = Entry(None, -2)
-
-
-class _Here:
-    """What compiled code can read and write of a thread.
-
-    Attributes:
-        entry: of the innermost forward that runs. A forward never awaits: it is its task's, too.
-        compiled: of the innermost block, where compiled code opened it.
-        mirror: of the innermost block, where compiled code cannot read it; see above.
-        blocks: how many are open, of all tasks.
-        labelled: how many of those have labels.
-        forwards: how many entries have labels.
-    """
-
-    def __init__(self) -> None:
-        self.entry: Entry | None = None
-        self.compiled: Entry | None = None
-        self.mirror: Entry | None = None
-        self.blocks = self.labelled = self.forwards = 0
-
-
-class _Local(threading.local):
-    """Gives each thread its own; compiled code would lose what is written to this one itself."""
-
-    def __init__(self) -> None:
-        self.here = _Here()
 
 
 _Token: TypeAlias = Token[Entry | None]
@@ -83,7 +42,7 @@ class Scope:
         self._restart()
 
     def _restart(self) -> None:
-        self._local = _Local()
+        self._local = Local()
         self._block: ContextVar[Entry | None] = ContextVar("normswap block", default=None)
         # What a thread that a forward starts finds, if it is given `contextvars.copy_context`.
         self._entry: ContextVar[Entry | None] = ContextVar("normswap entry", default=None)
@@ -134,7 +93,7 @@ class Scope:
             found = self._entry.get() or self._block.get()
         elif _COMPILES_CONTEXTVARS:
             found = self._block.get()
-        elif here.mirror is _SEVERAL:
+        elif here.mirror is SEVERAL:
             raise ContextError(
                 "expected one asyncio task at a time to use normswap.use_context around compiled "
                 "code, which before torch 2.14 cannot tell them apart; pass context="
@@ -217,7 +176,7 @@ class Scope:
             return hidden, None
         entry = Entry(context, torch._C._current_graph_task_id())
         here.compiled = None
-        here.mirror = entry if here.mirror is self._block.get() else _SEVERAL
+        here.mirror = entry if here.mirror is self._block.get() else SEVERAL
         here.blocks += 1
         if context is not None:
             here.labelled += 1
