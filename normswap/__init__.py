@@ -3,6 +3,7 @@
 from normswap import contexts as contexts
 from normswap import functional as functional
 from normswap import plot as plot
+from normswap.absent_rows import keep_absent_rows as keep_absent_rows
 from normswap.adaptation import adapt as adapt
 from normswap.api import convert as convert
 from normswap.api import plan as plan
@@ -21,6 +22,7 @@ from normswap.errors import NormswapError as NormswapError
 from normswap.errors import UnknownNameError as UnknownNameError
 from normswap.errors import VerificationError as VerificationError
 from normswap.functional.schedule import Schedule as Schedule
+from normswap.graph.rows import fix_rows as fix_rows
 from normswap.graph.scope import use_context as use_context
 from normswap.growth import add_context as add_context
 from normswap.methods.acn_layer import AdaptiveContextNorm as AdaptiveContextNorm

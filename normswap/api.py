@@ -48,6 +48,7 @@ def convert(
     inplace: bool = False,
     example_inputs: Any = None,
     verify: bool = True,
+    trace: bool = True,
     **options: Any,
 ) -> nn.Module:
     """Return the model with its norms replaced, computing the same function, taking ``context=``.
@@ -81,6 +82,8 @@ def convert(
             Guessed for models that state their input size.
         verify: compare outputs before and after on the example inputs, in eval mode; the summary
             says how far they differ, or why nothing was compared.
+        trace: run graphs in place of forwards that they stand for. Without, every module runs its
+            own forward, to the same results; layers cannot be inserted inside a forward then.
         **options: of the method.
 
     Returns:
@@ -125,7 +128,7 @@ def convert(
         layer = convert_bare(target, chosen, record, found[0])
         exempt_norms(layer)
         return layer
-    surgery = Surgery(target)
+    surgery = Surgery(target, trace)
     try:
         operate(surgery, chosen, record, found)
         record.verification = _compare(target, reference, record)
@@ -149,6 +152,7 @@ def plan(
     preset: str | None = None,
     unknown: str = "pooled",
     priors: Tensor | Sequence[float] | None = None,
+    trace: bool = True,
     **options: Any,
 ) -> Report:
     """Return what `convert` with these arguments would do, without tensors and without running.
@@ -179,7 +183,7 @@ def plan(
     record = Record(method, asked.options, asked.contexts, rows, type(model).__name__)
     if is_bare(found):
         return summarise(convert_bare(shell, chosen, record, found[0]), record)
-    operate(Surgery(shell), chosen, record, found)
+    operate(Surgery(shell, trace), chosen, record, found)
     return summarise(shell, record)
 
 

@@ -111,6 +111,7 @@ def load(
     *,
     inplace: bool = False,
     check_values: bool = True,
+    trace: bool = True,
 ) -> nn.Module:
     """Convert a base model as a saved one was, and give it what was saved.
 
@@ -124,6 +125,7 @@ def load(
         inplace: change `base` itself instead of a copy.
         check_values: whether the base's tensors that were not saved must have the values they had
             when the saved model was converted. False takes them as they are.
+        trace: as for `convert`.
 
     Returns:
         The converted model.
@@ -155,7 +157,7 @@ def load(
     if apart:
         raise CheckpointError(f"expected the model that {folder} was made from; {shorten(apart)}")
     target = base if inplace else copy_model(base)
-    model, undo = _convert(target, content, sites)
+    model, undo = _convert(target, content, sites, trace)
     try:
         others = other_tensors(model)
         sums = checksums(others)
@@ -175,7 +177,9 @@ def load(
     return model
 
 
-def _convert(target: nn.Module, content: dict[str, Any], sites: set[str]) -> tuple[nn.Module, Any]:
+def _convert(
+    target: nn.Module, content: dict[str, Any], sites: set[str], trace: bool
+) -> tuple[nn.Module, Any]:
     """Convert a model as the description says; return it, and what takes that back."""
     chosen = get_method(content["method"])
     options = parse_options(chosen, content["options"])
@@ -195,7 +199,7 @@ def _convert(target: nn.Module, content: dict[str, Any], sites: set[str]) -> tup
     record.verification = Verification(reason="loaded")
     if is_bare(found):
         return convert_bare(target, chosen, record, found[0]), lambda: None
-    surgery = Surgery(target)
+    surgery = Surgery(target, trace)
     try:
         operate(surgery, chosen, record, found)
     except BaseException:

@@ -1,5 +1,8 @@
 """Models that cannot be converted as a whole, found before anything is changed."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -7,14 +10,14 @@ from torch.nn.parameter import is_lazy
 
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.state import RECORD, context_argument
+from normswap.util.pinned import find_pinned
 
 _WRAPPERS = {
     "OptimizedModule": "is compiled; convert the original module (._orig_mod), then compile it",
     "FullyShardedDataParallel": "is sharded; convert first, then shard",
     "FSDPModule": "is sharded; convert first, then shard",
 }
-
-
+_TABLES = ("_parameters", "_buffers", "_modules")
 # What float models carry to be quantised later; they compute in float.
 _STUBS = ("FloatFunctional", "QuantStub", "DeQuantStub")
 
@@ -62,12 +65,22 @@ def check_copyable(model: nn.Module) -> None:
     """Raise if a copy of a model would go on using the original's modules.
 
     Raises:
-        ConversionError: a forward that was replaced on an instance by a function with a closure.
+        ConversionError: a function among the attributes or hooks of a module holds some.
     """
+    names = {id(m): f"the module {name or 'itself'}" for name, m in model.named_modules()}
+    names |= {
+        id(t): f"the tensor {name}"
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+    }
     for name, module in model.named_modules():
-        forward = vars(module).get("forward")
-        if getattr(forward, "__closure__", None) and not hasattr(forward, "__self__"):
-            raise ConversionError(
-                f"cannot convert a copy: the forward of {name or 'the model'} was replaced on the "
-                "instance by a function that may hold modules of the original; pass inplace=True"
-            )
+        for key, value in vars(module).items():
+            held = None if key in _TABLES else next(_known(value, names), None)
+            if held is not None:
+                raise ConversionError(
+                    f"cannot convert a copy: {f'{name}.{key}'.lstrip('.')} holds a function that "
+                    f"uses {held} of the original, and would in the copy; pass inplace=True"
+                )
+
+
+def _known(value: Any, names: dict[int, str]) -> Iterator[str]:
+    return (names[id(held)] for held in find_pinned(value) if id(held) in names)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import ConversionError
+from normswap.graph.class_questions import check_questions
 from normswap.graph.scope import Scope
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
@@ -165,3 +166,4 @@ def operate(surgery: Surgery, method: BaseMethod, record: Record, found: list[An
         insert_at_input(surgery, method, *arguments)
     else:
         _replace(surgery, method, record, found)
+    check_questions(surgery.model)

@@ -1,6 +1,6 @@
 """The errors and warnings of the package; an error also inherits the builtin one would expect."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -54,3 +54,15 @@ def expect_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise ConversionError(f"expected a torch.nn.Module, got {what}")
+
+
+def refuse_scripting(module: nn.Module) -> NoReturn:
+    """Refuse to script a converted module, as its ``__prepare_scriptable__``.
+
+    Raises:
+        ConversionError: always.
+    """
+    raise ConversionError(
+        f"cannot script {type(module).__name__}, which is converted; script "
+        "normswap.specialize(model, context), a plain model, or use torch.jit.trace or torch.export"
+    )

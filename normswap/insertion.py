@@ -1,6 +1,7 @@
 """Where a method inserts its layers, and the surgery that does it."""
 
 import functools
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +18,14 @@ from normswap.graph.dispatch import dispatch
 from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
 from normswap.graph.surgery import Surgery
-from normswap.graph.tracing.branches import explore
-from normswap.graph.tracing.patches import TraceFailure
-from normswap.graph.tracing.signature import parameters_of, write_forward
-from normswap.graph.tracing.trace import TraceSession
-from normswap.graph.tracing.tracer import Traced
-from normswap.graph.tracing.values import describe
+from normswap.graph.tracing import (
+    Paths,
+    TraceFailure,
+    TraceSession,
+    describe,
+    parameters_of,
+    write_forward,
+)
 from normswap.methods.base import BaseMethod, Contexts, InsertedMethod, Method
 from normswap.original import remember_original
 from normswap.report import Row
@@ -125,7 +128,11 @@ def _norm_places(model: nn.Module, placement: str, like: Any) -> Any:
 
 def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
     with TraceSession() as session:
-        graphs_of = functools.cache(functools.partial(_graphs, session))
+        planned_of = functools.cache(functools.partial(_trace, session))
+
+        def graphs_of(module: nn.Module) -> list[fx.Graph]:
+            return [path.graph for path in planned_of(module)[1].traced if not path.failure]
+
         for fqn, module in model.named_modules():
             if not any(module.children()):
                 continue
@@ -154,7 +161,8 @@ def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
                     yield module, row, None
                     continue
                 where = (fqn, placement, channels, like.device, like.dtype)
-                place = Place(*where, block, len(ways[0][0]), reason=residual.reason)
+                ends = (block, len(ways[0][0]))
+                place = Place(*where, *ends, reason=residual.reason, planned=planned_of(module))
                 yield module, row, place
 
 
@@ -170,25 +178,18 @@ def _read(found: set[Features]) -> tuple[int | None, str]:
     return features.channels, ""
 
 
-def _graphs(session: TraceSession, module: nn.Module) -> list[fx.Graph]:
-    """Return the graphs of a module, one for each way through its forward; none if untraceable."""
+def _trace(session: TraceSession, module: nn.Module) -> tuple[Any, Paths]:
+    """Trace a module; return the kinds of its arguments, and its paths, none if untraceable."""
     forward = type(module).forward
-    if type(module).__module__.startswith("torch.nn.") or forward is _forward_unimplemented:
-        return []
-    written = write_forward(parameters_of(forward), dispatch)
-    kinds = tuple(describe(value, [], False) for value in written.examples())
-    try:
-        paths = explore(functools.partial(_trace, session, module, written, kinds))
-    except TraceFailure:
-        return []
-    return [path.graph for path in paths if not path.failure]
-
-
-def _trace(
-    session: TraceSession, module: nn.Module, written: Any, kinds: Any, answers: tuple[bool, ...]
-) -> Traced:
-    forward = type(module).forward
-    return session.trace(module, forward, written.spread, kinds, answers=answers)
+    if (
+        not type(module).__module__.startswith("torch.nn.")
+        and forward is not _forward_unimplemented
+    ):
+        written = write_forward(parameters_of(forward), dispatch)
+        kinds = tuple(describe(value, []) for value in written.examples())
+        with suppress(TraceFailure):
+            return kinds, session.paths(module, written.spread, kinds)
+    return (), Paths([])
 
 
 def insert(
@@ -226,6 +227,9 @@ def insert(
         else:
             state.insertions += (Insertion(place.placement, place.block, child),)
             state.blocks = place.blocks
+            kinds, paths = place.planned
+            if all(path.alike for path in paths.traced):
+                state.planned[kinds] = paths
     schedule = method.connect(layers, options)
     if schedule is not None:
         state_of("")[1].schedule = schedule

@@ -11,9 +11,8 @@ from normswap.distributed import group_name
 from normswap.methods.base import Contexts, Method
 from normswap.methods.plain import Plain
 from normswap.sites import Site
+from normswap.util.looks import ORIGINAL
 
-# Where a layer keeps what it replaced.
-ORIGINAL = "_normswap_original"
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 

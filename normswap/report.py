@@ -23,6 +23,9 @@ class Row:
         contexts: K; 0 where it was left alone, and for a method without contexts.
         components: how many its layer has, where that is no number of contexts.
         delivery: "threaded", "scoped" or "unreached"; how the context gets there.
+        rows: how the rows it is given follow from the samples, as was measured: "one per sample",
+            "folded x49" (each sample's rows together), "repeated x2" (all samples, then again),
+            "permuted", or why labels cannot follow; "not measured" and why.
         parameters_before, parameters_after: number of trainable and frozen parameters.
         statistics: what became of the running statistics.
         divergence: how far apart the statistics of contexts or components are, in nats; None where
@@ -38,6 +41,7 @@ class Row:
     channels: int = 0
     contexts: int = 0
     delivery: str = ""
+    rows: str = ""
     parameters_before: int = 0
     parameters_after: int = 0
     statistics: str = ""
@@ -88,6 +92,7 @@ class Report:
     direct: list[str] = field(default_factory=list)
     verification: Verification | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    argument: str | None = None
 
     def count(self, **where: Any) -> int:
         """Return the number of rows whose attributes have these values."""
@@ -124,6 +129,8 @@ class Report:
                 f"; containers: {self.traced} traced, {len(self.opaque)} with their own forward"
             )
         lines += [f"own forward: {name or '(root)'}: {why}" for name, why in self.opaque.items()]
+        if self.argument not in (None, "context"):
+            lines.append(f"labels: {self.argument}=, since the model takes a context= of its own")
         if self.direct:
             lines.append(
                 f"read past the norm: {', '.join(self.direct[:6])}; "
@@ -170,6 +177,7 @@ class Report:
             ("is", lambda r: r.target or r.action),
             ("channels", lambda r: r.channels or ""),
             ("context", lambda r: r.delivery),
+            ("rows", lambda r: r.rows),
             ("components", lambda r: r.components or ""),
             ("parameters", lambda r: f"{r.parameters_before} -> {r.parameters_after}"),
             ("statistics", lambda r: r.statistics),

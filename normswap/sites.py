@@ -1,8 +1,8 @@
 """Read normalisation layers into `Site`s. The only file that knows norm classes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,7 @@ class Place:
         before: whether the layer comes before the norm (after an instance norm every channel's
             statistics are constant).
         reason: how the place was recognised.
+        planned: what tracing the container gave, to be used again.
     """
 
     fqn: str
@@ -82,6 +83,7 @@ class Place:
     blocks: int = 0
     before: bool = False
     reason: str = ""
+    planned: Any = field(default=None, compare=False, repr=False)
 
 
 def _qualified(cls: type) -> str:
@@ -91,6 +93,10 @@ def _qualified(cls: type) -> str:
 def _forward_owner(module: nn.Module) -> type:
     """Return the class whose forward runs; an override below a known norm is unknown code."""
     return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+
+
+def _is_torchs(function: Any) -> bool:
+    return str(function.__module__).startswith("torch.nn.")
 
 
 def looks_like_norm(module: nn.Module) -> bool:
@@ -144,6 +150,8 @@ def read_site(
     own = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     like = own if like is None or own.numel() else like
     base = next((c.__name__ for c in type(module).__mro__ if c.__name__[-2:] in _DIMS), "")
+    # A check of its own may take other inputs than the base class does.
+    own_check = kind == "batch" and not _is_torchs(type(module)._check_input_dim)
     return Site(
         fqn=fqn,
         aliases=aliases,
@@ -157,7 +165,7 @@ def read_site(
         device=like.device,
         dtype=like.dtype,
         synced=isinstance(module, nn.SyncBatchNorm),
-        dims=() if isinstance(module, nn.SyncBatchNorm) else _DIMS.get(base[-2:], ()),
+        dims=() if own_check or isinstance(module, nn.SyncBatchNorm) else _DIMS.get(base[-2:], ()),
         fused=("drop", "act") if fused else (),
     )
 

@@ -2,13 +2,16 @@
 
 import copy
 from dataclasses import asdict
+from typing import Any
 
 from torch import nn
 
 from normswap.conversion import Record
 from normswap.functional.moments import gaussian_divergence
 from normswap.graph.reach import find_reach
+from normswap.graph.state import context_argument
 from normswap.methods.base import Method, get_method
+from normswap.methods.layer import NormLayer
 from normswap.report import Report
 
 
@@ -17,11 +20,19 @@ def summarise(root: nn.Module, record: Record) -> Report:
     reach = find_reach(root)
     method = get_method(record.method)
     rows = [copy.copy(row) for row in record.rows]
+    # By the names they had at conversion: what holds them may have been wrapped since.
+    layers = {m.site: m for m in root.modules() if isinstance(m, NormLayer)}
     for row in rows:
         if row.action in ("replaced", "inserted") and isinstance(method, Method):
-            layer = root.get_submodule(row.layer or row.fqn)
+            layer = layers.get(row.layer or row.fqn)
+            if layer is None:
+                row.delivery = "unreached"
+                continue
             if method.needs_context and not row.layer:
                 row.delivery = reach.delivery.get(id(layer), "unreached")
+                if record.contexts.count > 1 and record.verification is not None:
+                    scope: Any = layer.scope
+                    row.rows = scope.rows.describe(row.fqn)
             statistics = method.statistics(layer)
             if statistics is not None and not method.needs_context:
                 row.components = statistics.mean.shape[0]
@@ -43,4 +54,5 @@ def summarise(root: nn.Module, record: Record) -> Report:
         traced=reach.traced,
         direct=reach.direct,
         verification=record.verification,
+        argument=context_argument(root),
     )

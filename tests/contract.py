@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import normswap
 from normswap.methods.layer import ContextLayer
@@ -19,6 +20,8 @@ K = 3
 MIXED = torch.tensor([2, 0, 1, 0, -1, 2])
 ORDERS = [[2, 0, 1, 0, -1, 2], [0, 0, 1, 1, 2, 2], [2, 2, 1, 1, 0, -1], [1, 1, 1, 1, 1, 1]]
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
+# What depends on how a context arrives: threaded through graphs, or in scope for own forwards.
+BOTH_WAYS = pytest.mark.parametrize("trace", [True, False], ids=["threaded", "scoped"])
 
 
 def convert(model, method, **settings):
@@ -73,10 +76,11 @@ class Contract:
         (actual,) = torch.autograd.grad(converted(x, context=MIXED).square().sum(), x)
         assert_close(actual, expected, 1e-10)
 
+    @BOTH_WAYS
     @EVERY_MODEL
     @pytest.mark.parametrize("labels", ORDERS)
-    def test_mixed_batch_equals_its_samples_one_by_one(self, method, name, labels):
-        model, labels = separated(method, name), torch.tensor(labels)
+    def test_mixed_batch_equals_its_samples_one_by_one(self, method, name, labels, trace):
+        model, labels = separated(method, name, trace=trace), torch.tensor(labels)
         x = make_inputs(model)
         alone = [model(x[n : n + 1], context=labels[n : n + 1]) for n in range(len(x))]
         assert_close(model(x, context=labels), torch.cat(alone))
@@ -89,13 +93,46 @@ class Contract:
         for k in range(K):
             assert float((outputs[k] - outputs[k - 1]).detach().abs().amax(1).min()) > 1e-4
 
+    @BOTH_WAYS
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("name", ["ConvNet", "Windows"])
-    def test_permutation_equivariance(self, method, name, training):
-        model = separated(method, name).train(training)
+    def test_permutation_equivariance(self, method, name, training, trace):
+        model = separated(method, name, trace=trace).train(training)
         x, order = make_inputs(model), torch.tensor([4, 2, 0, 5, 1, 3])
         expected = copy.deepcopy(model)(x, context=MIXED)[order]
         assert_close(model(x[order], context=MIXED[order]), expected)
+
+    @BOTH_WAYS
+    @EVERY_MODEL
+    def test_labels_in_scope_do_what_labels_given_do(self, method, name, trace):
+        model = separated(method, name, trace=trace)
+        x = make_inputs(model)
+        expected = model(x, context=MIXED)
+        with normswap.use_context(model, MIXED):
+            assert torch.equal(model(x), expected)
+            assert torch.equal(model(x, context=MIXED.flip(0)), model(x, context=MIXED.flip(0)))
+            assert not torch.equal(model(x, context=MIXED.flip(0)), expected)
+        assert torch.equal(model(x), model(x, context=[-1] * len(x)))
+
+    @BOTH_WAYS
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_checkpointing_recomputes_with_the_labels_of_its_forward(
+        self, method, reentrant, trace
+    ):
+        model = separated(method, trace=trace).train()
+        twin, labels = copy.deepcopy(model), MIXED.clamp(min=0)
+        x = make_inputs(model).requires_grad_()
+
+        def run(labels):
+            return checkpoint(lambda v: twin(v, context=labels), x, use_reentrant=reentrant)
+
+        pairs = [(model(x, context=k), run(k)) for k in (labels, labels.flip(0))]
+        for expected, actual in pairs:
+            assert_close(actual, expected)
+        for outputs in zip(*pairs, strict=True):
+            sum(y.square().sum() for y in outputs).backward()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert_close(q.grad, p.grad, 1e-10)
 
     def test_renaming_the_contexts_changes_nothing(self, method):
         model = separated(method)
@@ -115,8 +152,9 @@ class Contract:
         assert_close(converted(x), model(x))
         assert_close(converted(x, context=0), model(x))
 
-    def test_one_training_step_reaches_every_present_context_alone(self, method):
-        model = separated(method).train()
+    @BOTH_WAYS
+    def test_one_training_step_reaches_every_present_context_alone(self, method, trace):
+        model = separated(method, trace=trace).train()
         x, labels = make_inputs(model), torch.tensor([0, 2, 2, 0, 0, 2])
         model(x, context=labels).square().sum().backward()
         for layer in model.modules():
@@ -127,8 +165,9 @@ class Contract:
                         assert grad[[0, 2]].abs().sum(1).min() > 0
                         assert grad[1].abs().max() == 0
 
-    def test_deepcopy_is_equal_and_independent(self, method):
-        model = separated(method)
+    @BOTH_WAYS
+    def test_deepcopy_is_equal_and_independent(self, method, trace):
+        model = separated(method, trace=trace)
         x = make_inputs(model)
         expected = model(x, context=MIXED)
         twin = copy.deepcopy(model)
@@ -137,9 +176,10 @@ class Contract:
         assert torch.equal(model(x, context=MIXED), expected)
         assert not torch.equal(twin(x, context=MIXED), expected)
 
+    @BOTH_WAYS
     @EVERY_MODEL
-    def test_pickle(self, method, name):
-        model = separated(method, name)
+    def test_pickle(self, method, name, trace):
+        model = separated(method, name, trace=trace)
         x = make_inputs(model)
         twin = pickle.loads(pickle.dumps(model))
         assert type(twin) is type(model)
@@ -195,11 +235,13 @@ class Contract:
         moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
         assert {n for n in before if n.startswith(("stem.1", "neck"))} <= moved
 
+    @BOTH_WAYS
     @pytest.mark.parametrize("training", [True, False])
-    def test_compiles_into_one_graph(self, method, training):
+    def test_compiles_into_one_graph(self, method, training, trace):
         torch._dynamo.reset()
-        model = separated(method, "Windows").train(training)
+        model = separated(method, "Windows", trace=trace).train(training)
         x = make_inputs(model)
+        model(x, context=MIXED)  # measures which rows are whose, as a compiled run cannot
         twin = copy.deepcopy(model)
         compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
         assert_close(compiled(x, context=MIXED), model(x, context=MIXED))
@@ -207,10 +249,12 @@ class Contract:
         for actual, expected in zip(twin.buffers(), model.buffers(), strict=True):
             assert_close(actual, expected)
 
+    @BOTH_WAYS
     @pytest.mark.parametrize("unknown", ["pooled", "posterior"])
-    def test_exports_with_the_context_as_an_input(self, method, unknown):
-        model = separated(method, "Windows", unknown=unknown)
+    def test_exports_with_the_context_as_an_input(self, method, unknown, trace):
+        model = separated(method, "Windows", unknown=unknown, trace=trace)
         x = make_inputs(model)
+        model(x, context=MIXED)  # measures which rows are whose
         program = torch.export.export(model, (x,), {"context": MIXED}).module()
         for labels in (MIXED, MIXED.flip(0)):
             assert_close(program(x, context=labels), model(x, context=labels))

@@ -71,7 +71,7 @@ def test_other_contexts_parameters_modes_and_generators_stay(method):
         else:
             assert torch.equal(tensor, before[name])
     assert not any(m._forward_pre_hooks for m in model.modules())
-    assert all(scope.ambient == () for scope in normswap.graph.scope.scopes_of(model))
+    assert all(scope.lookup() is None for scope in normswap.graph.scope.scopes_of(model))
     model.eval()(x)
 
 

@@ -142,7 +142,7 @@ def test_plan_changes_nothing_and_says_what_convert_does():
     assert type(net) is Net
     done = normswap.summary(normswap.convert(net, "cn", contexts=["a", "b"]))
     for row in done.rows:
-        row.divergence = None
+        row.divergence, row.rows = None, ""
     assert planned.rows == done.rows
 
 

@@ -20,7 +20,7 @@ ORDER = [
     {"methods", "contexts", "presets", "select"},
     {"graph"},
     {"report", "plot", "verification", "examples", "checks", "calibration", "original", "copies"},
-    {"training", "statistics", "synchronise"},
+    {"training", "statistics", "synchronise", "absent_rows"},
     {"conversion", "insertion", "summarise", "converted", "optimizers", "fingerprint", "settings"},
     {"api", "reversion", "growth", "adaptation", "checkpoint", "unknown"},
     {"cli", "cli_plot"},

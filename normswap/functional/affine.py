@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.functional.moments import Moments, pick_rows, wide_dtype
+from normswap.functional.moments import Moments, pick_rows, pool_moments, wide_dtype
 
 
 class Centred(NamedTuple):
@@ -31,6 +31,15 @@ class Centred(NamedTuple):
         """Keep the rows where `condition` (N,) holds, take the others from `other`."""
         mask = condition.unsqueeze(1)
         return Centred(*(torch.where(mask, a, b) for a, b in zip(self, other, strict=True)))
+
+    def mix(self, weights: Tensor) -> "Centred":
+        """Return the rows mixed by weights (N, K), each row of which sums to one."""
+        wide, dtype = wide_dtype(weights), self.scale.dtype
+        weights, (centre, scale, shift) = weights.to(wide), (t.to(wide) for t in self)
+        mixed = Affine(scale, shift - centre * scale).mix(weights)
+        near = (weights @ centre).detach().to(dtype)
+        shift = torch.addcmul(mixed.shift, near.to(wide), mixed.scale)
+        return Centred(near, mixed.scale.to(dtype), shift.to(dtype))
 
 
 class Affine(NamedTuple):
@@ -68,3 +77,18 @@ def fold_norm(moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Aff
 def centre_norm(moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Centred:
     """Return ``weight * (x - mean) / sqrt(var + eps) + bias`` as a map."""
     return Centred(moments.mean, weight * torch.rsqrt(moments.var + eps), bias)
+
+
+def pool_norm(
+    moments: Moments, priors: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Moments, Tensor]:
+    """Return the moments and bias, (1, C), with which `centre_norm` is that of the pooled contexts.
+
+    The bias makes up for what rounding leaves of the pooled mean: digits that count where it is
+    large against the spread.
+    """
+    origin = moments.mean[:1].detach()
+    offset, var = pool_moments(Moments(moments.mean - origin, moments.var), priors)
+    mean = (origin + offset).detach()
+    left = offset - (mean - origin)
+    return Moments(mean, var), torch.addcmul(bias, left, weight * torch.rsqrt(var + eps), value=-1)

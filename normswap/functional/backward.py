@@ -1,6 +1,14 @@
-"""Whether a forward runs inside backward: gradient checkpointing computes it a second time."""
+"""Whether a forward runs inside backward, and which checkpointed forwards a forward belongs to."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch.utils import checkpoint
+
+_FILE = checkpoint.__file__
+_Frame: Any = checkpoint._CheckpointFrame
 
 
 def in_backward() -> bool:
@@ -13,3 +21,42 @@ def in_backward() -> bool:
     if torch.compiler.is_compiling():
         return False
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def may_run_again() -> bool:
+    """Return whether backward may compute this forward again; cheap, and never wrongly False.
+
+    Checkpointing keeps tensors through hooks, or runs in the forward of an autograd function,
+    where forward-mode gradients are off.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return True
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
+def find_checkpoints() -> Iterator[Any]:
+    """Yield what stands for each checkpointed forward that this code runs in, innermost first.
+
+    It is the same object in forward and in the recomputation: the frame of
+    `torch.utils.checkpoint`, or the ``ctx`` of an autograd function.
+    """
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    for cell in () if hooks is None else getattr(hooks[0], "__closure__", None) or ():
+        if isinstance(cell.cell_contents, _Frame):
+            yield cell.cell_contents
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == _FILE:
+            names = frame.f_locals
+            found = names.get("frame")
+            generator = getattr(names.get("gen"), "gi_frame", None)
+            if generator is not None:
+                found = generator.f_locals.get("new_frame")
+            if isinstance(found, _Frame):
+                yield found
+        if code.co_name in ("forward", "backward") and code.co_varnames[:1] != ("self",):
+            found = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            if isinstance(found, torch.autograd.function.BackwardCFunction):
+                yield found
+        frame = frame.f_back

@@ -130,15 +130,15 @@ class ContextGlue:
         scale = gain * inverse
         offset = torch.addcmul(bias, mu, scale, value=-1)
         found = Map(pick_rows(scale, index), pick_rows(offset, index), centre)
-        return found, (scale, inverse, mu, usable / values.clamp(min=1))
+        return found, (scale, inverse, usable / values.clamp(min=1))
 
     def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
         """Return the gradients, given ``sum dy * (x - mu_k)`` and ``sum dy``."""
-        scale, inverse, mu, share = saved
+        scale, inverse, share = saved
         index, contexts = self.index, scale.shape[0]
         dbias = segment_sum(dshift, index, contexts)
         dgain = segment_sum(dscale, index, contexts).mul_(inverse)
         minus = scale * share.neg()
         spread = (minus * inverse).mul_(dgain)
-        offset = (minus * dbias).addcmul_(spread, mu, value=-1)
-        return Pull(pick_rows(spread, index), pick_rows(offset, index), (dgain, dbias))
+        constant = minus * dbias
+        return Pull(pick_rows(spread, index), pick_rows(constant, index), (dgain, dbias))

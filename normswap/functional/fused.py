@@ -98,8 +98,7 @@ class _AutogradGlue:
         # Differences first: a map that does not depend on the mean has a constant of exactly zero.
         constant = torch.addcmul(zero if dmean is None else dmean, scale.detach(), dshift, value=-1)
         spread = zero if dvar is None else dvar * (2 * share)
-        offset = constant.mul_(share).addcmul_(spread, leaves[0].detach(), value=-1)
-        return Pull(spread, offset, tuple(dtensors))
+        return Pull(spread, constant.mul_(share), tuple(dtensors))
 
 
 def _compute_plain(x: Tensor, glue: Glue, tensors: Sequence[Tensor], replay: bool) -> Tensor:
@@ -134,7 +133,7 @@ class _StatAffine(Function):
         dshift, dscale = kernels.dot(dy, x, ctx.centre)
         pull = ctx.hand.backward(ctx.kept, dscale, dshift)
         if needed[0]:
-            dx = kernels.combine(dy, x, ctx.scale, pull.spread, pull.offset)
+            dx = kernels.combine(dy, x, ctx.scale, pull.spread, pull.constant, ctx.centre)
         return dx, None, None, *pull.tensors
 
 

@@ -14,31 +14,31 @@ from normswap.functional.moments import Moments
 
 
 class Map(NamedTuple):
-    """``y = x * scale + offset``, and what the gradient of the scale is to be taken about.
+    """``y = x * scale + offset``, and what its gradients are to be taken about.
 
     Attributes:
         scale: (N, C).
         offset: (N, C); None is 0.
         centre: (N, C), near the mean, so that ``sum dy * (x - centre)`` loses no digits to a mean
-            that is large against the spread; None is 0.
+            that is large against the spread.
     """
 
     scale: Tensor
     offset: Tensor | None
-    centre: Tensor | None
+    centre: Tensor
 
 
 class Pull(NamedTuple):
-    """What a loss's gradient by x is, besides ``dy * scale``: ``x * spread + offset``.
+    """A loss's gradient by x, besides ``dy * scale``: ``(x - centre) * spread + constant``.
 
     Attributes:
         spread: (N, C).
-        offset: (N, C).
+        constant: (N, C).
         tensors: gradients of the tensors given to the glue.
     """
 
     spread: Tensor
-    offset: Tensor
+    constant: Tensor
     tensors: tuple[Tensor | None, ...]
 
 
@@ -62,14 +62,14 @@ class ExchangeGlue:
         std = var.mul(self.positions / (self.positions - 1)).add_(self.eps).sqrt_()
         scale = std.index_select(self.axis, self.permutation).div_(std)
         shift = mean.index_select(self.axis, self.permutation)
-        return Map(scale, shift.addcmul_(mean, scale, value=-1), mean), (mean, std, scale)
+        return Map(scale, shift.addcmul_(mean, scale, value=-1), mean), (std, scale)
 
     def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
         """Return the gradients, given ``sum dy * (x - centre)`` and ``sum dy``."""
-        mean, std, scale = saved
+        std, scale = saved
         by_std = dscale / std
         spread = torch.empty_like(std).index_copy_(self.axis, self.permutation, by_std)
         spread.addcmul_(by_std, scale, value=-1).div_(std).div_(self.positions - 1)
         dmean = torch.empty_like(std).index_copy_(self.axis, self.permutation, dshift)
         constant = dmean.addcmul_(scale, dshift, value=-1).div_(self.positions)
-        return Pull(spread, constant.addcmul_(spread, mean, value=-1), ())
+        return Pull(spread, constant, ())

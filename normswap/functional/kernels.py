@@ -109,7 +109,8 @@ def _flat(table: Tensor, x: Tensor) -> Tensor:
 def stats(x: Tensor) -> Moments:
     """Return mean and biased variance of each channel of each instance, (N, C).
 
-    Two sweeps over a block: the spread is of differences to the mean, so nothing cancels.
+    Three sweeps over a block: of differences to a value of the instance, of these to their mean,
+    so that nothing cancels.
     """
     wide = compute_dtype(x)
     if x.device.type != "cpu":
@@ -121,10 +122,12 @@ def stats(x: Tensor) -> Moments:
     var = torch.empty_like(mean)
     rows = _block_rows(view)
     scratch = _scratch(view, rows, wide)
-    for part, m, v in _split(rows, (view, _spread(mean, x), _spread(var, x))):
-        torch.sum(part, 1, keepdim=True, dtype=wide, out=m).div_(positions)
-        squares = _squares(part.to(wide), m, 0, out=scratch[: len(part)])
-        torch.sum(squares, 1, keepdim=True, out=v)
+    first = view[:, :1].to(wide, copy=True)
+    for part, one, m, v in _split(rows, (view, first, _spread(mean, x), _spread(var, x))):
+        off = torch.sub(part.to(wide), one, out=scratch[: len(part)])
+        torch.sum(off, 1, keepdim=True, out=m).div_(positions)
+        torch.sum(_squares(off, m, 0, out=off), 1, keepdim=True, out=v)
+        m.add_(one)
     return Moments(mean, var.div_(positions))
 
 
@@ -181,17 +184,16 @@ def _multiply_add(out: Tensor, offset: Tensor | None, *factors: Tensor) -> None:
             target.copy_(total)
 
 
-def dot(dy: Tensor, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
+def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``sum dy`` and ``sum dy * (x - centre)`` over positions, (N, C).
 
-    Where the centre is (1, C), over instances too, (1, C). No centre is 0.
+    Where the centre is (1, C), over instances too, (1, C).
     """
-    if _fuses(x) or (centre is not None and centre.shape[0] == 1):
+    if _fuses(x) or centre.shape[0] == 1:
         return _dot_fused(dy, x, centre, None)[1:]
     wide = compute_dtype(x)
     if _is_large(x):
-        given = x.new_zeros(x.shape[:2], dtype=wide) if centre is None else centre
-        found = [_dot_fused(g, v, m, None)[1:] for g, v, m in _split(1, (dy, x, given))]
+        found = [_dot_fused(g, v, m, None)[1:] for g, v, m in _split(1, (dy, x, centre))]
         first, second = (torch.cat(sums) for sums in zip(*found, strict=True))
         return first, second
     first = x.new_empty(x.shape[:2], dtype=wide)
@@ -199,17 +201,13 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
     view = _view(x)
     rows = _block_rows(view)
     scratch = _scratch(view, rows, wide)
-    middle = [] if centre is None else [_spread(centre, x)]
-    for part, grad, one, two, *m in _split(rows, (view, _view(dy), first, second, *middle)):
-        product = scratch[: len(part)]
-        grad, part = grad.to(wide), part.to(wide)
-        if m:
-            _products(grad, part, m[0], 0, grad_input=product)
-        else:
-            torch.mul(part, grad, out=product)
+    tensors = (view, _view(dy), first, second, _spread(centre, x))
+    for part, grad, one, two, m in _split(rows, tensors):
+        grad, product = grad.to(wide), scratch[: len(part)]
+        _products(grad, part.to(wide), m, 0, grad_input=product)
         torch.sum(product, 1, out=two)
         torch.sum(grad, 1, out=one)
-    return first, second if centre is None else second.mul_(0.5)
+    return first, second.mul_(0.5)
 
 
 def _is_large(x: Tensor) -> bool:
@@ -217,12 +215,11 @@ def _is_large(x: Tensor) -> bool:
 
 
 def _dot_fused(
-    dy: Tensor, x: Tensor, centre: Tensor | None, scale: Tensor | None
+    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dy * scale``, if there is a scale, and what `dot` returns, by one call."""
-    shape = x.shape[:2] if centre is None else centre.shape
-    mean = x.new_zeros(shape, dtype=compute_dtype(x)) if centre is None else centre
-    whole, mean = shape[0] == 1, mean.reshape(-1)
+    shape = centre.shape
+    whole, mean = shape[0] == 1, centre.reshape(-1)
     ones = torch.ones_like(mean)
     weight = ones if scale is None else scale.reshape(-1)
     given = (dy, x) if whole else (_as_channels(dy), _as_channels(x))
@@ -246,13 +243,15 @@ def scaled(dy: Tensor, scale: Tensor) -> Tensor:
     return affine(dy, scale, None)
 
 
-def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return ``a * dy + b * x + c``, tables (N, C), in the dtype and layout of x."""
+def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tensor) -> Tensor:
+    """Return ``a * dy + b * (x - centre) + c``, tables (N, C), in the dtype and layout of x."""
+    # x first: what is left once the large numbers have cancelled is small, and rounds as such.
+    c = torch.addcmul(c, b, centre, value=-1)
     if _fuses(x) and x.dtype == compute_dtype(x):
-        dx = affine(dy, a, c)
-        _view(dx).addcmul_(_view(x), _spread(b, x))
+        dx = affine(x, b, c)
+        _view(dx).addcmul_(_view(dy), _spread(a, x))
         return dx
     dx = torch.empty_like(x)
     a, b, c = (_spread(t, x) for t in (a, b, c))
-    _multiply_add(_view(dx), c, _view(dy), a, _view(x), b)
+    _multiply_add(_view(dx), c, _view(x), b, _view(dy), a)
     return dx

@@ -130,7 +130,8 @@ def _require_range(low: int, high: int, num_contexts: int, names: Sequence[str])
 
 def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> bool | None:
     """Return whether a label is -1, None if the host cannot know; raise if one is out of range."""
-    if torch.compiler.is_compiling() or labels.is_meta or type(labels) is not Tensor:
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if traced or labels.is_meta or type(labels) is not Tensor:
         return None
     if labels.numel() == 0:
         return False
@@ -155,12 +156,21 @@ def _is_under_vmap(t: Tensor) -> bool:
     return False
 
 
-def labels_per_row(context: Context, x: Tensor, site: str, innermost: bool = False) -> Tensor:
+def labels_per_row(
+    context: Context, x: Tensor, site: str, how: str = "", index: Tensor | None = None
+) -> Tensor:
     """Return one label per row of x, (rows,), given one per sample.
 
-    A model may fold tokens or windows into the batch: rows = r * N. With the samples outermost
-    each label is repeated r times, with the samples innermost all labels are repeated r times.
-    One label for a whole batch is expanded; see `one_label`.
+    A model may fold tokens or windows into the batch: rows = r * N. Where it is "repeated", all
+    labels are repeated r times, else each label r times. One label for a whole batch, or for "any"
+    row, is expanded; see `one_label`.
+
+    Args:
+        context: labels.
+        x: what a norm is given.
+        site: name of the norm.
+        how: "repeated", "any", or anything else.
+        index: the sample of each row, (rows,), where no rule tells.
 
     Raises:
         ContextError: another device than x, or rows not a multiple of N.
@@ -172,14 +182,16 @@ def labels_per_row(context: Context, x: Tensor, site: str, innermost: bool = Fal
             f"{labels.device}; move it with .to({str(x.device)!r})"
         )
     rows, given = x.shape[0], labels.shape[0]
-    if context.whole:
-        return labels.expand(rows)
+    if context.whole or how == "any":
+        return labels[:1].expand(rows)
+    if index is not None:
+        return labels[index]
     if rows == given:
         return labels
     if given == 0 or rows % given:
         raise wrong_length(rows, given, site)
     times = rows // given
-    return labels.repeat(times) if innermost else labels.repeat_interleave(times)
+    return labels.repeat(times) if how == "repeated" else labels.repeat_interleave(times)
 
 
 def one_label(labels: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def norm_instances(
 
     def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
         log_prior, mu, log_sigma, gain, bias, mean, var = tensors
+        origin, instances, mu, mean = _centred(instances, mu, mean)
         tau = responsibilities(instances.mean, Mixture(log_prior, mu, log_sigma))
         used, mass = Moments(mean, var), torch.zeros_like(mean)
         if batch:
@@ -46,7 +47,7 @@ def norm_instances(
             spread = instances.var + (instances.mean - mean.unsqueeze(1)).square()
             used = owned(mass, Moments(mean, (tau * spread).sum(1) / share), used)
         if not replay:
-            found.append((mass.detach(), Moments(used.mean.detach(), used.var.detach())))
+            found.append((mass.detach(), Moments(used.mean.detach() + origin, used.var.detach())))
         weight = tau * (gain * torch.rsqrt(used.var + eps)).unsqueeze(1)
         shift = (weight * (instances.mean - used.mean.unsqueeze(1))).sum(0) + bias
         return Affine(weight.sum(0), shift)
@@ -54,6 +55,17 @@ def norm_instances(
     hand = partial(InstanceMixtureGlue, x.shape[2:].numel(), eps, batch, found)
     y = stat_affine(x, glue, *mixture, gain, bias, *given, hand=hand)
     return Normalized(y, *found[0])
+
+
+def _centred(
+    instances: Moments, mu: Tensor, mean: Tensor
+) -> tuple[Tensor, Moments, Tensor, Tensor]:
+    """Return a point among the instances, (C,), and the rest as seen from there.
+
+    A shift of everything changes nothing but rounding.
+    """
+    origin = instances.mean.detach().sum(0) / max(len(instances.mean), 1)
+    return origin, instances._replace(mean=instances.mean - origin), mu - origin, mean - origin
 
 
 class InstanceMixtureGlue:
@@ -87,6 +99,8 @@ class InstanceMixtureGlue:
     def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map of each instance, and what `backward` needs."""
         log_prior, mu, log_sigma, gain, bias, mean, var = tensors
+        centre = instances.mean
+        origin, instances, mu, mean = _centred(instances, mu, mean)
         inverse = log_sigma.neg().exp_().unsqueeze(1)
         z = (instances.mean - mu.unsqueeze(1)).mul_(inverse)
         constant = (log_prior - log_sigma).unsqueeze(1)
@@ -100,14 +114,13 @@ class InstanceMixtureGlue:
             spread = (instances.mean - mean.unsqueeze(1)).square_().add_(instances.var)
             used = owned(mass, Moments(mean, spread.mul_(tau).sum(1).div_(share)), used)
         used = Moments(used.mean.detach(), used.var.detach())
-        self.found.append((mass, used))
+        self.found.append((mass, used._replace(mean=used.mean + origin)))
         root = used.var.add(self.eps).rsqrt_()
         scale = gain * root
         total = (tau * scale.unsqueeze(1)).sum(0)
-        # About the first mean, times the sum as rounded: far from zero the two have to cancel.
-        first = used.mean[0]
-        offset = (tau * (scale * (first - used.mean)).unsqueeze(1)).sum(0).add_(bias)
-        found = Map(total, offset.addcmul_(first, total, value=-1), instances.mean)
+        # Times the sum as rounded: far from zero the two have to cancel.
+        offset = bias - (tau * (scale * used.mean).unsqueeze(1)).sum(0)
+        found = Map(total, offset.addcmul_(origin, total, value=-1), centre)
         return found, (instances, z, inverse, tau, share, usable, used, root, scale)
 
     def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
@@ -138,8 +151,6 @@ class InstanceMixtureGlue:
         dz.mul_(inverse)
         dmu = dz.sum(1)
         spread = spread * (2 / self.positions)
-        offset = (
-            (constant - dz.sum(0)).div_(self.positions).addcmul_(spread, instances.mean, value=-1)
-        )
+        constant = (constant - dz.sum(0)).div_(self.positions)
         dbias = dshift.sum(0)
-        return Pull(spread, offset, (dprior, dmu, dsigma, droot.mul_(root), dbias, dmean, dvar))
+        return Pull(spread, constant, (dprior, dmu, dsigma, droot.mul_(root), dbias, dmean, dvar))

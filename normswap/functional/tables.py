@@ -44,7 +44,7 @@ def apply_centred_plain(x: Tensor, table: Centred) -> Tensor:
     shape = table.scale.shape + (1,) * (x.dim() - 2)
     dtype = compute_dtype(x)
     centre, scale, shift = (t.to(dtype).reshape(shape) for t in table)
-    return torch.addcmul(shift - centre * scale, x.to(dtype), scale).to(x.dtype)
+    return torch.addcmul(shift, x.to(dtype) - centre, scale).to(x.dtype)
 
 
 def apply_centred(x: Tensor, table: Centred, index: Tensor | None = None) -> Tensor:

@@ -5,25 +5,28 @@ has now, and runs it; where no graph stands for the module's own forward, that f
 the context in scope.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from normswap.functional.labels import Context, wrong_length
-from normswap.graph.prepare import prepare
+from normswap.graph.class_questions import check_question
+from normswap.graph.foreign import is_symbolic, run_symbolic
+from normswap.graph.prepare import open_session, prepare
 from normswap.graph.scope import Scope
 from normswap.graph.state import (
     ContainerState,
     Variant,
     context_argument,
+    in_scope,
     own_forward,
     run_scoped,
     untraced,
 )
-from normswap.graph.tracing.handed import aliased, give_back, write_back
-from normswap.graph.tracing.trace import TraceSession, tracing
-from normswap.graph.tracing.values import describe
+from normswap.graph.tracing import TraceFailure, aliased, describe, tracing, write_back
 
 
 def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
@@ -33,6 +36,8 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     state: ContainerState | None = vars(module).get("_normswap") or _adopt(module)
     if state is None:
         return own_forward(module, values)
+    if type(context) is not Context and is_symbolic(values):
+        return run_symbolic(module, state, values, context)
     if state.schedule is not None and module.training:
         state.schedule.begin(_device_of(values))
         try:
@@ -42,6 +47,29 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     if state.before is None and state.after is None:
         return _run(module, state, values, context)
     return _run_around(module, state, values, context)
+
+
+def calling(call: Callable[..., Any], argument: str | None) -> Callable[..., Any]:
+    """Return a ``__call__`` that runs a class's own once, its context in scope.
+
+    What the class's own ``__call__`` makes of its arguments need not hand on the context.
+    """
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if tracing():
+            raise TraceFailure(f"calls a {type(self).__name__}, whose class has its own __call__")
+        state: ContainerState | None = vars(self).get("_normswap") or _adopt(self)
+        context = kwargs.pop(argument, None) if argument is not None else None
+        if state is None or context is None:
+            return call(self, *args, **kwargs)
+        context = _resolve(state, (), tree_leaves((args, kwargs)), context)
+        outer = state.scope.enter(context)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            state.scope.leave(outer)
+
+    return __call__
 
 
 def _run_around(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
@@ -63,16 +91,20 @@ def _device_of(values: tuple[Any, ...]) -> torch.device | None:
 
 def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
     if state.plain:
+        check_question(state.fqn, state.question)
         return own_forward(module, values)
     leaves: list[Any] = []
-    key = tuple([describe(value, leaves, False) for value in values])
-    if key in state.exact:
-        leaves = []
-        key = tuple([describe(value, leaves, True) for value in values])
+    key = tuple([describe(value, leaves) for value in values])
     entered = type(context) is not Context
     context = _resolve(state, values, leaves, context)
-    if entered and _may_mix(context):
-        return state.scope.rows.run(module, lambda v: _run(module, state, v, context), values)
+    if entered and context is not None:
+        if _is_single(context, values):
+            context = Context(context.labels[:1], context.unknown, True)
+        elif _may_mix(context):
+            rows = state.scope.rows
+            return rows.run(module, state, lambda v, c: _run(module, state, v, c), values, context)
+    if not state.trace:
+        return run_scoped(module, values, context)
     for variant in state.variants.get(key, ()):
         if variant.holds(module):
             break
@@ -81,26 +113,42 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
             variant = Variant(None, "met a new kind of arguments inside torch.compile")
         else:
             return _run_new(module, state, values, context)
-    writes, returned, _ = variant.effects
-    if writes and aliased(values):
-        variant = Variant(None, "is given one list or dict twice, and changes it")
-    if variant.run is not None:
-        output = variant.run(module, *leaves, context)
-        if writes:
-            output, contents = output
-            for (index, _), new in zip(writes, contents):  # noqa: B905 - for dynamo
-                write_back(values[index], new)
-        return give_back(output, returned, values) if returned else output
-    if state.insertions:
-        raise untraced(module, variant.reason)
-    return run_scoped(module, values, context)
+    if variant.run is None or (variant.writes and aliased(values)):
+        if state.insertions:
+            raise untraced(module, variant.reason or "changes a list or dict it is given twice")
+        return run_scoped(module, values, context)
+    given = (module, *leaves, context)
+    if variant.scoped or (context is None and state.layers and not state.scope.entered):
+        output = in_scope(state.scope, context, variant.run, *given)
+    else:
+        output = variant.run(*given)
+    if variant.writes:
+        output, contents = output
+        for (index, _), new in zip(variant.writes, contents):  # noqa: B905 - for dynamo
+            write_back(values[index], new)
+    return output
 
 
-def _may_mix(context: Context | None) -> bool:
-    """Return whether the rows of folded samples have to be told apart."""
-    if context is None or context.whole or torch.compiler.is_compiling():
+def _is_single(context: Context, values: tuple[Any, ...]) -> bool:
+    """Return whether the host can see that all samples have one label."""
+    labels = context.labels
+    if context.unknown is None or context.whole or labels.device.type != "cpu" or len(labels) < 2:
         return False
-    return type(context.labels) is torch.Tensor and context.labels.shape[0] > 1
+    if torch._C._is_tracing():
+        return False
+    if not any(len(labels) in _batch_sizes(value) for value in values):
+        return False
+    return bool((labels == labels[0]).all())
+
+
+def _may_mix(context: Context) -> bool:
+    """Return whether rows have to be told apart, and can be: values are there."""
+    labels = context.labels
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or context.whole:
+        return False
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return type(labels) is torch.Tensor and not labels.is_meta and len(labels) > 1
 
 
 def _adopt(module: nn.Module) -> ContainerState | None:
@@ -120,7 +168,7 @@ def _adopt(module: nn.Module) -> ContainerState | None:
 
 
 def _run_new(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
-    with TraceSession(state.layers) as session:
+    with open_session(state.layers) as session:
         prepare(module, values, session)
     return _run(module, state, values, context)
 
@@ -132,7 +180,7 @@ def _resolve(
     if type(context) is Context:
         return context
     if context is None:
-        resolved = state.scope.lookup()
+        resolved = state.scope.lookup(whole=state.fqn == "")
     else:
         device = next((leaf.device for leaf in leaves if hasattr(leaf, "device")), None)
         resolved = state.scope.resolve(context, device)

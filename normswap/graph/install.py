@@ -1,22 +1,23 @@
 """Give a container a forward that takes the context, through a subclass of its own class."""
 
-import functools
+import abc
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from normswap.graph.blocks.hidden import hiding
-from normswap.graph.dispatch import dispatch
-from normswap.graph.prepare import prepare_default
+from normswap.graph.dispatch import calling, dispatch
+from normswap.graph.foreign import refusals
+from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.state import ContainerState
-from normswap.graph.tracing.signature import (
+from normswap.graph.tracing import (
     any_parameters,
     declared_parameters,
+    free_argument,
     parameters_of,
     write_forward,
 )
-from normswap.graph.tracing.trace import TraceSession
 
 
 def install(module: nn.Module, state: ContainerState, contextual: bool = True) -> None:
@@ -30,8 +31,9 @@ def install(module: nn.Module, state: ContainerState, contextual: bool = True) -
     base = type(module)
     if "forward" in vars(module):
         state.override = vars(module).pop("forward")
+    argument = free_argument(module, state.override) if contextual else None
     module.__dict__["_normswap"] = state
-    module.__class__ = _subclass(base, state.override is not None, contextual)
+    module.__class__ = converted_class(base, state.override is not None, argument)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -44,29 +46,51 @@ def uninstall(module: nn.Module) -> None:
 
 
 def _restore(
-    make: Callable[..., Any], args: tuple[Any, ...], generic: bool, contextual: bool
+    make: Callable[..., Any], args: tuple[Any, ...], generic: bool, argument: str | None
 ) -> nn.Module:
     module: nn.Module = make(*args)
-    module.__class__ = _subclass(type(module), generic, contextual)
+    module.__class__ = converted_class(type(module), generic, argument)
     return module
 
 
-def _subclass(base: Any, generic: bool, contextual: bool) -> Any:
-    return converted_class(base, generic, contextual)
-
-
-@functools.cache
-def converted_class(base: Any, generic: bool = False, contextual: bool = True) -> Any:
+def converted_class(base: Any, generic: bool = False, argument: str | None = "context") -> Any:
     """Return the subclass of a module class whose forward ends in `dispatch`.
+
+    There is one for each kind while something is of it; its base knows it as long, and no longer.
 
     Args:
         base: the class.
         generic: whether the forward takes any arguments, since it was replaced on an instance.
-        contextual: whether it takes a context.
+        argument: name of its context argument; None where it takes no context.
     """
+    kind = (generic, argument)
+    alive = (cls for cls in type.__subclasses__(base) if vars(cls).get("conversion") == kind)
+    return next(alive, None) or _make_class(base, generic, argument)
+
+
+class _Quiet(nn.Module):
+    """Stands before a class while a subclass is made of it, so that its hook does not run."""
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        """Do nothing."""
+
+
+def _subclass(base: Any, body: dict[str, Any]) -> Any:
+    """Make a subclass as the class statement does, without the hooks of the base.
+
+    Neither ``__init_subclass__`` nor the metaclass runs: many of them register what they see.
+    """
+    cls: Any = type.__new__(type(base), base.__name__, (_Quiet, base), body)
+    if isinstance(cls, abc.ABCMeta):
+        abc._abc_init(cls)  # type: ignore[attr-defined]  # else it shares the caches of its base
+    type.__setattr__(cls, "__bases__", (base,))
+    return cls
+
+
+def _make_class(base: Any, generic: bool, argument: str | None) -> Any:
     declared = [] if generic else declared_parameters(base.forward)
     parameters = any_parameters() if generic else parameters_of(base.forward)
-    written = write_forward(parameters, dispatch, contextual, declared)
+    written = write_forward(parameters, dispatch, argument, declared)
     for name in ("__doc__", "__annotations__"):
         if not generic and hasattr(base.forward, name):
             setattr(written.forward, name, getattr(base.forward, name))
@@ -74,13 +98,13 @@ def converted_class(base: Any, generic: bool = False, contextual: bool = True) -
     def reduce(self: nn.Module, protocol: Any) -> Any:
         make, args, *rest = base.__reduce_ex__(self, protocol)
         args = tuple(base if arg is type(self) else arg for arg in args)
-        return (_restore, (make, args, generic, contextual), *rest)
+        return (_restore, (make, args, generic, argument), *rest)
 
     def set_state(self: nn.Module, values: dict[str, Any]) -> None:
         base.__setstate__(self, values)
         state: ContainerState = self._normswap  # type: ignore[assignment]
         if any(not found for found in state.variants.values()):
-            with TraceSession(state.layers) as session:
+            with open_session(state.layers) as session:
                 prepare_default(self, session)
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
@@ -94,6 +118,7 @@ def converted_class(base: Any, generic: bool = False, contextual: bool = True) -
 
     body = {
         **hiding(base),
+        **refusals(base),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -104,8 +129,11 @@ def converted_class(base: Any, generic: bool = False, contextual: bool = True) -
         "bind": staticmethod(written.bind),
         "spread": staticmethod(written.spread),
         "example_values": staticmethod(written.examples),
+        "conversion": (generic, argument),
         "converted_from": base,
-        "context_argument": written.argument,
+        "context_argument": argument,
         "converted_container": property(lambda self: self),
     }
-    return type(base)(base.__name__, (base,), body)
+    if base.__call__ is not nn.Module.__call__:
+        body["__call__"] = calling(base.__call__, argument)
+    return _subclass(base, body)

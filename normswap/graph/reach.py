@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from normswap.graph.state import ContainerState, context_argument
+from normswap.graph.tracing import walk
 
 
 @dataclass
@@ -48,6 +49,7 @@ def find_reach(model: nn.Module) -> Reach:
                     reach.direct.append(f"{state.fqn}.{name}".lstrip("."))
     seen: set[tuple[int, bool]] = set()
     queue: list[tuple[nn.Module, bool]] = [(model, True)]
+    perhaps: list[nn.Module] = []
     while queue:
         module, threaded = queue.pop()
         if (id(module), threaded) in seen:
@@ -57,18 +59,23 @@ def find_reach(model: nn.Module) -> Reach:
         if state is None:
             if context_argument(module) is not None:
                 _deliver(reach, module, threaded)
+            else:
+                queue += [(child, False) for child in module.children()]
             continue
         for variant in state.seen():
             if variant.run is None:
                 queue += [(m, False) for m in module.modules() if m is not module]
             else:
-                queue += [(module.get_submodule(call), threaded) for call in variant.calls]
+                called: set[nn.Module] = {module}
+                for path, _ in variant.calls:
+                    child = walk(module, path)
+                    called.update(child.modules())
+                    queue.append((child, threaded))
                 if variant.rest:
-                    called = {
-                        m for call in variant.calls for m in module.get_submodule(call).modules()
-                    }
-                    rest = [m for m in module.modules() if m is not module and m not in called]
-                    queue += [(m, False) for m in rest]
+                    perhaps += [m for m in module.modules() if m not in called]
+    for module in perhaps:  # code of the user's may reach these; where a graph does, that counts
+        if state_of(module) is None and context_argument(module) is not None:
+            reach.delivery.setdefault(id(module), "scoped")
     return reach
 
 

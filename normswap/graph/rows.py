@@ -1,158 +1,451 @@
-"""How the rows a norm sees follow from the samples, where a model folds more into the batch.
+"""Which row of a norm's input belongs to which sample: measured once for each kind of call.
 
-With r rows a sample, windows and tokens are usually folded with the samples outermost (sample 0
-has the first r rows); concatenated inputs and time-major folds have them innermost (sample 0 has
-every N-th row). Which it is cannot be seen from a shape. So a norm that meets folded rows for the
-first time has the model's call run twice more, without gradients, once with noise in place of
-sample 0: the rows that change are its rows.
+A model may fold windows or tokens into the batch, repeat it, or put it in another order before a
+norm, and no shape tells. So the first call of a kind with mixed labels is preceded by a
+measurement (see `measure`) on its first three samples. An order that is regular holds for any
+number of samples from then on, as long as the norms are met in the same sequence with as many
+rows a sample; any other holds for the one call it was measured for. What this cannot tell: a batch
+in another dimension than the first where the sizes are equal, and an order that a later call of
+the same kind changes.
 """
 
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import ContextError
+from normswap.errors import ContextError, ConversionError, expect_module
+from normswap.functional.backward import in_backward
+from normswap.functional.labels import Context
+from normswap.graph.measure import ANY, ONE, Measurement, Step
+from normswap.graph.samples import describe_arguments, first, rebuild
+from normswap.sites import looks_like_norm
 from normswap.util.restore_state import remember
 
-_OUTER, _INNER, _MIXED = "samples outermost", "samples innermost", "mixed"
-Call = Callable[[Any], Any]
+Call = Callable[[Any, Context], Any]
+# Samples of a measurement: fewer leave more orders that look alike.
+_FEW = 3
+# After so many equal findings for other sizes and numbers, these no longer matter.
+_ENOUGH = 3
+_MOST_DETOURS = 3
+_LOCK = threading.RLock()
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_FLAGS, _NUMBERS = {bool, str, type(None)}, {int, float}
+_PARALLEL = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
+@dataclass
+class Plan:
+    """The norms a run of the model meets, in order, and how their rows follow from the samples.
+
+    Attributes:
+        steps: the calls of norms.
+        samples: the one number of samples it holds for; None for any.
+        reason: why nothing was measured; "" where it was.
+    """
+
+    steps: list[Step]
+    samples: int | None = None
+    reason: str = ""
+
+    @property
+    def regular(self) -> bool:
+        """Whether it may hold for other calls."""
+        return not self.reason and all(step.regular for step in self.steps)
+
+    def is_square(self, count: int) -> bool:
+        """Return whether some norm has a multiple of `count` rows for each of `count` samples."""
+        return any(step.rows % count**2 == 0 for step in self.steps)
+
+    def step(self, at: int, site: str, rows: int, samples: int) -> Step | None:
+        """Return what it says of the norm met at a place of the sequence; None if another."""
+        step = self.steps[at] if at < len(self.steps) else None
+        return step if step is not None and step.fits(site, rows, samples) else None
+
+
+@dataclass
+class Family:
+    """What was measured for calls that differ in sizes and numbers only.
+
+    Attributes:
+        plans: regular ones, by sizes and numbers.
+        general: for those not met yet, once enough others were found alike.
+        fixed: irregular ones that are taken to hold for more than one call.
+        steps: regular ones of all plans, by sizes and numbers, norm and rows a sample.
+        detours: how many runs met norms in a sequence that no measurement followed.
+    """
+
+    plans: dict[Any, list[Plan]] = field(default_factory=dict)
+    general: Plan | None = None
+    fixed: list[Plan] = field(default_factory=list)
+    steps: dict[Any, Step] = field(default_factory=dict)
+    detours: int = 0
+
+    def find(self, numbers: Any, samples: int) -> list[Plan]:
+        """Return the plans that may hold, the likeliest first."""
+        found = [p for p in self.plans.get(numbers, ()) if p.samples in (None, samples)]
+        if not found and self.general is not None:
+            found = [self.general]
+        return [*found, *(p for p in self.fixed if p.samples == samples)]
+
+    def keep(self, numbers: Any, plan: Plan) -> None:
+        """Keep a plan; make the general one where enough of them are alike."""
+        self.plans.setdefault(numbers, []).insert(0, plan)
+        shapes = {
+            None if p.samples or p.reason else tuple((s.site, s.how) for s in p.steps)
+            for found in self.plans.values()
+            for p in found
+        }
+        if len(self.plans) >= _ENOUGH and len(shapes) == 1 and None not in shapes:
+            self.general = Plan([Step(s.site, s.training, 0, s.how) for s in plan.steps])
+
+
+class Run:
+    """One call of a model, from where the labels entered it."""
+
+    def __init__(
+        self, rows: "Rows", module: nn.Module, scope: Any, call: Call, values: Any, context: Context
+    ) -> None:
+        self.rows, self.module, self.scope = rows, module, scope
+        self.call, self.values, self.context = call, values, context
+        self.samples = context.labels.shape[0]
+        self.family = Family()
+        self.numbers: Any = None
+        self.plan = Plan([])
+        self.path: list[tuple[str, int]] = []
+        self.astray = False
+        self.measurement: Measurement | None = None
+
+    def measure(self, count: int, hooks: bool = False) -> Plan:
+        """Measure on the first samples of this call; hooks of the user's run only if asked."""
+        obstacle = _obstacle(self.module)
+        if obstacle:
+            return Plan([], reason=obstacle)
+        # One label for all, whichever: rows that nothing is known of can take it.
+        whole = Context(self.context.labels[:1].clamp(min=0), False, True)
+        try:
+            values = rebuild(self.values, self.samples, first(count))
+            # Checkpointing around this call would count what is saved for backward.
+            unhooked = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
+            with _LOCK, unhooked, _quiet(self.module, hooks) as (undo, modes):
+                found = Measurement(lambda v: self.call(v, whole), undo, values, count, modes)
+                if not found.possible:
+                    return Plan([], reason=f"no argument has {self.samples} samples")
+                self.measurement = found
+                return Plan(found.steps())
+        except Exception as error:
+            # The model's own code, given samples that it may not be made for.
+            what = f"{type(error).__name__}: {error}".split("\n")[0]
+            return Plan([], reason=f"the model raises on other samples, {what:.120}")
+        finally:
+            self.measurement = None
+
+    def follow(self, plan: Plan) -> Step | None:
+        """Return what a plan says of the norm met last; None where it met others before."""
+        steps = [plan.step(at, *met, self.samples) for at, met in enumerate(self.path)]
+        return None if None in steps else steps[-1]
+
+
+_RUN: ContextVar[Run | None] = ContextVar("normswap_run", default=None)
 
 
 class Rows:
-    """What a converted model knows of the layout of its norms' rows, by norm and rows a sample."""
+    """What a converted model knows of the rows of its norms.
+
+    Attributes:
+        families: by what runs, the kinds of its arguments and the modes and flags of its modules.
+        known: by norm, mode and rows a sample: the one finding; for compiled programs, which
+            cannot tell how they got to a norm, and for summaries.
+        reason: why the last measurement that failed did.
+        fixed: whether an irregular order is taken to be the same in every call of a kind.
+    """
 
     def __init__(self) -> None:
-        self.layouts: dict[tuple[str, int], str] = {}
-        self.entry: tuple[nn.Module, Call, Any] | None = None
-        self.seen: dict[str, list[Tensor]] | None = None
+        self.families: dict[Any, Family] = {}
+        self.known: dict[tuple[Any, ...], Step] = {}
+        self.reason = "no batch of several contexts has run"
+        self.fixed = False
 
-    def innermost(self, site: str, x: Tensor, samples: int) -> bool:
-        """Return whether the samples are innermost in the rows of x, given at a norm.
+    def run(self, module: nn.Module, state: Any, call: Call, values: Any, context: Context) -> Any:
+        """Run a container that labels entered at, its norms' rows measured before if need be."""
+        outer = _RUN.get()
+        if outer is not None and outer.scope.model is state.scope.model:
+            return call(values, context)
+        run = Run(self, module, state.scope, call, values, context)
+        few = min(run.samples, _FEW)
+        key, run.numbers = _key(module, values, run.samples)
+        key = (state.fqn, few, torch.is_grad_enabled(), key)
+        run.family = self.families.setdefault(key, Family())
+        token = _RUN.set(run)
+        try:
+            found = run.family.find(run.numbers, run.samples)
+            if found:
+                run.plan = found[0]
+            else:
+                run.plan = plan = self._plan(run, few)
+                self._keep(run, plan)
+            return call(values, context)
+        finally:
+            _RUN.reset(token)
+
+    def _plan(self, run: Run, few: int) -> Plan:
+        """Measure the first samples of a call, or all where their order is irregular."""
+        count = few
+        plan = run.measure(count)
+        # Where each sample has as many rows as there are samples, or twice as many, an order
+        # transposed again looks like none.
+        while (square := plan.is_square(count)) and plan.regular and count < run.samples:
+            count += 1
+            plan = run.measure(count)
+        if not plan.regular and count < run.samples:
+            plan = run.measure(run.samples)
+            square = True
+        plan.samples = run.samples if square else None
+        return plan
+
+    def find(self, layer: Any, site: str, x: Tensor, context: Context) -> Step | None:
+        """Return how the rows of x, given to a norm, follow from the samples.
+
+        Returns:
+            None where one label holds for all rows.
 
         Raises:
-            ContextError: the rows are neither, or nothing tells which; labels cannot follow them.
+            ContextError: labels cannot follow the rows, or nothing tells how.
         """
-        if self.seen is not None:
-            self.seen.setdefault(site, []).append(x.detach().reshape(x.shape[0], -1).clone())
-            return False
+        run = None if torch.compiler.is_compiling() else _RUN.get()
+        if run is not None and run.scope.model is layer.scope.model:
+            if run.measurement is not None:
+                run.measurement.listen(layer, site, x)
+                return None
+            run.path.append((site, x.shape[0]))
+            if run.samples == context.labels.shape[0]:
+                return run.rows._follow(run, layer, site, x.shape[0])
+        if context.whole or context.labels.shape[0] == 1:
+            return None
+        return self._recall(layer, site, x.shape[0], context)
+
+    def _follow(self, run: Run, layer: Any, site: str, rows: int) -> Step | None:
+        """Return what the plan of a run says; measure anew where it takes another path."""
+        step = run.plan.step(len(run.path) - 1, site, rows, run.samples)
+        if step is None and not run.plan.reason:
+            step = self._detour(run, site, rows)
+        if step is None:
+            return self._recall(layer, site, rows, run.context, run)
+        if step.cause:
+            return _refuse(
+                run.context,
+                f"expected each row of the input of {site} to be of one sample, got {step.cause}, "
+                f"so that labels cannot follow; leave the norm out with exclude={site!r}",
+            )
+        return step
+
+    def _detour(self, run: Run, site: str, rows: int) -> Step | None:
+        """Return what is known of a norm met on another path than planned; measure that path."""
+        family = run.family
+        for plan in family.find(run.numbers, run.samples):
+            if (step := run.follow(plan)) is not None:
+                run.plan = plan
+                return step
+        key = (run.numbers, site, rows / run.samples)
+        if key in family.steps and (run.astray or family.detours >= _MOST_DETOURS):
+            return family.steps[key]
+        plan = run.measure(run.samples, hooks=True)
+        self._keep(run, plan)
+        step = run.follow(plan)
+        if step is not None or plan.reason:
+            run.plan = plan
+            return step
+        # Layers skipped at random: what each was given so far tells.
+        run.astray = True
+        family.detours += 1
+        unmet = Step(site, False, rows, cause="rows that the same call has at some times only")
+        return family.steps.get(key, unmet)
+
+    def _keep(self, run: Run, plan: Plan) -> None:
+        """Keep what holds for other calls."""
+        if plan.reason:
+            self.reason = plan.reason
+        for step in plan.steps:
+            times = step.times if step.regular else step.rows / run.samples
+            if step.regular:
+                run.family.steps[run.numbers, step.site, times] = step
+            keys: list[tuple[Any, ...]] = [(step.site, step.training, times)]
+            if self.fixed and not step.regular:
+                keys.append((step.site, step.training, step.rows, run.samples))
+            for key in keys:
+                before = self.known.get(key)
+                if before is None or not before.how:
+                    self.known[key] = step
+                elif step.how and before.how != step.how:
+                    cause = "rows whose order is another in each of several calls"
+                    self.known[key] = Step(step.site, step.training, step.rows, cause=cause)
+        if plan.reason or plan.regular:
+            run.family.keep(run.numbers, plan)
+        elif self.fixed and not any(step.cause for step in plan.steps):
+            plan.samples = run.samples
+            run.family.fixed.append(plan)
+
+    def _recall(
+        self, layer: Any, site: str, rows: int, context: Context, run: Run | None = None
+    ) -> Step | None:
+        """Return what is known of a norm where no plan tells."""
+        samples = context.labels.shape[0]
         # In a program for any batch the sizes are symbols; their ratio is a number all the same.
-        key = (site, int(x.shape[0] // samples))
-        layout = self.layouts.get(key)
-        if layout is None and self.entry is not None and not torch.compiler.is_compiling():
-            self._learn(*self.entry, samples)
-            layout = self.layouts.get(key)
-        if layout is None and torch.compiler.is_compiling():
-            # Nothing can be run here to find out; what models fold is mostly windows and tokens.
-            return False
-        if layout in (_INNER, _OUTER):
-            return layout == _INNER
-        found = "in another order" if layout == _MIXED else "whose order nothing tells yet"
-        raise ContextError(
-            f"expected the rows of the input of {site} to be the samples in order, each r times "
-            f"or all r times over, got {x.shape[0]} rows of {samples} samples {found}, so that "
-            "labels cannot follow; call the whole model on samples that differ, or leave the norm "
-            "out with exclude="
+        times = 0 if rows % samples else int(rows // samples)
+        step = self.known.get((site, layer.training, times))
+        if step is None and times == 1:
+            return Step(site, layer.training, 0, ONE, 1)
+        if step is None or not step.regular:
+            step = self.known.get((site, layer.training, rows, samples))
+        if step is not None and step.how:
+            return step
+        why = self.reason
+        if run is not None:
+            # Another batch may tell.
+            why = run.plan.reason
+            run.family.plans.pop(run.numbers, None)
+        return _refuse(
+            context,
+            f"expected to know which of the {rows} rows of the input of {site} belong to which of "
+            f"{samples} samples, got nothing that tells ({why}); run the whole model in this mode, "
+            "not compiled, on samples that differ, or leave the norm out with "
+            f"exclude={site!r}",
         )
 
-    def run(self, module: nn.Module, call: Call, values: Any) -> Any:
-        """Run the outermost call of a model, within reach of the norms below."""
-        if self.entry is not None or self.seen is not None:
-            return call(values)
-        self.entry = (module, call, values)
-        try:
-            return call(values)
-        finally:
-            self.entry = None
-
-    def _learn(self, module: nn.Module, call: Call, values: Any, samples: int) -> None:
-        # Norms and dropout must treat samples apart, so leaves are in eval; containers keep their
-        # mode, since what they fold may depend on it.
-        modes = [(m, m.training) for m in module.modules() if next(m.children(), None) is None]
-        undo = remember(module)
-        runs = []
-        try:
-            for leaf, _ in modes:
-                leaf.__dict__["training"] = False
-            for noise in (False, True):
-                self.seen = {}
-                inputs = tuple(_prepare(value, samples, noise) for value in values)
-                undo()
-                with torch.no_grad():
-                    call(inputs)
-                runs.append(self.seen)
-        finally:
-            self.seen = None
-            for leaf, mode in modes:
-                leaf.__dict__["training"] = mode
-            undo()
-        for site, calls in runs[0].items():
-            found: dict[int, set[str]] = {}
-            others = runs[1].get(site, [])
-            for one, other in zip(calls, others, strict=False):
-                found.setdefault(one.shape[0] // samples, set()).update(
-                    _decide(one, other, samples)
-                )
-            for repeats, layouts in found.items():
-                if layouts and len(calls) == len(others):
-                    self.layouts[site, repeats] = layouts.pop() if len(layouts) == 1 else _MIXED
+    def describe(self, site: str) -> str:
+        """Say for a summary where the rows of a norm come from."""
+        found = {
+            step.cause or str(step): None for key, step in self.known.items() if key[0] == site
+        }
+        return ", ".join(found) or f"not measured: {self.reason}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies know the layouts; no run is under way in them."""
-        return {"layouts": dict(self.layouts)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore."""
-        self.__init__()  # type: ignore[misc]
-        self.__dict__.update(state)
+        """Return what copies keep: all, in dicts of their own."""
+        return {**self.__dict__, "families": dict(self.families), "known": dict(self.known)}
 
 
-def _decide(one: Tensor, other: Tensor, samples: int) -> set[str]:
-    """Return the layout that explains which rows changed; nothing where several do."""
-    if one.shape != other.shape:
-        return {_MIXED}
-    repeats = one.shape[0] // samples
-    scale = one.nan_to_num().abs().amax(1, keepdim=True)
-    # Rounding may differ between the runs, so small differences count where there are no others.
-    for tolerance in (1e-5, 16 * torch.finfo(one.dtype).eps):
-        close = ((one - other).abs() <= tolerance * scale) | (one == other)
-        close |= one.isnan() & other.isnan()
-        changed = (~close.all(1)).nonzero().flatten().tolist()
-        outer = all(row < repeats for row in changed)
-        inner = all(row % samples == 0 for row in changed)
-        if not (outer and inner):
-            return {_OUTER if outer else _INNER if inner else _MIXED}
-    return set()
+def _refuse(context: Context, message: str) -> Step:
+    """Raise, unless all labels are the same.
+
+    Raises:
+        ContextError: the message.
+    """
+    if not torch.compiler.is_compiling():
+        labels = context.labels
+        if bool((labels == labels[0]).all()):
+            return Step("", False, 0, ANY)
+    raise ContextError(message)
 
 
-def _prepare(value: Any, samples: int, noise: bool) -> Any:
-    """Copy an argument; put noise, or another sample, in place of its first sample."""
-    if isinstance(value, Tensor):
-        value = value.detach().clone()
-        if noise and value.dim() and value.shape[0] == samples:
-            value[0] = _noise(value)
-        return value
-    if isinstance(value, dict):
-        parts = {key: _prepare(part, samples, noise) for key, part in value.items()}
-        return parts if type(value) is dict else type(value)(parts)
-    if isinstance(value, (list, tuple)):
-        items = [_prepare(part, samples, noise) for part in value]
-        images = all(isinstance(part, Tensor) and part.dim() <= 3 for part in items)
-        if noise and len(items) == samples and images:
-            items[0] = _noise(items[0].unsqueeze(0))
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if is_dataclass(value) and not isinstance(value, type):
-        changes = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
-        return replace(value, **{k: _prepare(v, samples, noise) for k, v in changes.items()})
-    return value
+def _obstacle(module: nn.Module) -> str:
+    """Return why a module cannot be run on the side; "" where it can."""
+    if in_backward():
+        return "this runs in backward"
+    for part in module.modules():
+        if {cls.__name__ for cls in type(part).__mro__} & _PARALLEL:
+            return "a part is wrapped for parallel training"
+    if any(type(p).__name__ == "DTensor" for p in module.parameters()):
+        return "its parameters are sharded"
+    return ""
 
 
-def _noise(batch: Tensor) -> Tensor:
-    """Return something like a sample of a batch, and unlike its first."""
-    if not batch.is_floating_point():
-        return batch[-1]
-    finite = batch.nan_to_num(0.0, 0.0, 0.0)
-    spread = finite.std(correction=0)
-    return finite.mean() + torch.randn_like(batch[0]) * torch.where(spread > 0, spread, 1.0)
+@contextmanager
+def _quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Callable[[], bool], dict[int, bool]]]:
+    """Have norms and other leaves in eval mode, where they treat samples apart, and leave no trace.
+
+    Containers keep their mode, on which what they fold may depend. Hooks are left out, but for
+    those of torch itself, which compute weights.
+
+    Yields:
+        What puts the state back, and the modes by id.
+    """
+    parts = list(module.modules())
+    modes = {id(part): part.training for part in parts}
+    tables = [(vars(p), name, p.__dict__[name]) for p in parts for name in _HOOKS if vars(p)[name]]
+    try:
+        for table, name, own in tables if not hooks else ():
+            kept = [(k, h) for k, h in own.items() if _is_of_torch(h)]
+            table[name] = OrderedDict(kept)
+        undo = remember(module)
+        try:
+            for part in parts:
+                if part.training and (not part._modules or _is_norm(part)):
+                    part.__dict__["training"] = False
+            yield undo, modes
+        finally:
+            for part in parts:
+                part.__dict__["training"] = modes[id(part)]
+            undo()
+    finally:
+        for table, name, own in tables:
+            table[name] = own
+
+
+def _is_of_torch(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return looks_like_norm(module) or "running_mean" in module._buffers
+
+
+def _key(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
+    """Return what the order of rows may depend on: kinds and flags, sizes and numbers."""
+    kinds: list[Any] = []
+    numbers: list[Any] = []
+    describe_arguments(values, samples, kinds, numbers)
+    seen: set[int] = set()
+    stack = [module]
+    while stack:
+        part = stack.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        kinds.append(part.training)
+        children = part._modules
+        if children:
+            for value in part.__dict__.values():
+                kind = type(value)
+                if kind in _FLAGS:
+                    kinds.append(value)
+                elif kind in _NUMBERS:
+                    numbers.append(value)
+            stack += [child for child in children.values() if child is not None]
+    return tuple(kinds), tuple(numbers)
+
+
+def fix_rows(model: nn.Module, fixed: bool = True) -> None:
+    """Declare that the order in which samples reach the norms is the same in every call.
+
+    A forward that flips or permutes its samples has the order measured in each call, which costs
+    several forwards, since another call may have another. Declared fixed, it is measured once for
+    each batch size and kind of call, and compiled programs can use it.
+
+    Args:
+        model: a converted model, or a module that holds one.
+        fixed: False takes it back.
+
+    Raises:
+        ConversionError: no converted model in `model`.
+    """
+    expect_module(model)
+    found = {id(rows): rows for m in model.modules() if (rows := _rows_of(m)) is not None}
+    if not found:
+        raise ConversionError(
+            f"expected a converted model, got {type(model).__name__} without any context-aware "
+            "norm; call normswap.convert first"
+        )
+    for rows in found.values():
+        rows.fixed = fixed
+        rows.families.clear()
+
+
+def _rows_of(module: nn.Module) -> Rows | None:
+    rows = getattr(getattr(module, "scope", None), "rows", None)
+    return rows if isinstance(rows, Rows) else None

@@ -1,143 +1,306 @@
 """The context in scope: how norms that are passed no context find theirs."""
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar, Token
+from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from normswap.errors import ContextError, ConversionError, expect_module
-from normswap.functional.backward import in_backward
+from normswap.functional.backward import find_checkpoints, may_run_again
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.graph.rows import Rows
+
+# Before that, compiled code can read what belongs to a thread, but not what belongs to a task.
+_COMPILES_CONTEXTVARS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+
+
+class Entry(NamedTuple):
+    """A context that was put in scope; None in its place means explicitly none.
+
+    Attributes:
+        context: the labels.
+        task: the backward in which that happened; -1 outside of backward.
+    """
+
+    context: Context | None
+    task: int = -1
+
+
+_UNKNOWN = Entry(None, -2)
+
+
+class _Here:
+    """What compiled code can read and write of a thread.
+
+    Attributes:
+        entry: of the innermost forward that runs. A forward never awaits: it is its task's, too.
+        compiled: of the innermost block, where compiled code opened it.
+        mirror: of the innermost block, where compiled code cannot read it; see above.
+        blocks: how many are open, of all tasks.
+        labelled: how many of those have labels.
+        forwards: how many entries have labels.
+    """
+
+    def __init__(self) -> None:
+        self.entry: Entry | None = None
+        self.compiled: Entry | None = None
+        self.mirror: Entry | None = None
+        self.blocks = self.labelled = self.forwards = 0
+
+
+class _Local(threading.local):
+    """Gives each thread its own; compiled code would lose what is written to this one itself."""
+
+    def __init__(self) -> None:
+        self.here = _Here()
+
+
+_Token: TypeAlias = Token[Entry | None]
+Left: TypeAlias = tuple[Entry | None, _Token | None]
+Opened: TypeAlias = tuple[tuple[Entry | None, Entry | None], tuple[_Token, _Token] | None]
 
 
 class Scope:
     """One per converted model, shared by its containers and its norms.
 
-    Containers that could not be traced run their own forward, and `enter` around it makes their
-    context visible to the norms below. After the outermost one has left, its context stays
-    readable in backward only, where checkpointing computes the forward again. Which forward that
-    is cannot be seen there, so two that differ since the last backward are an error. Each thread
-    has its own entries; compiled code, which cannot ask for its thread, shares `running`.
+    A container whose norms cannot all be passed the context enters it here, around its forward;
+    `use_context` opens it around any code. The innermost of both counts. What checkpointing
+    computes again in backward finds the context of its own forward, by `find_checkpoints`.
+
+    Attributes:
+        origin: scope of the model that this one's part was copied from. The copy may take the
+            part's place, as adapters do, and then finds the context of the forward that runs it.
     """
 
     def __init__(self, num_contexts: int, names: tuple[str, ...]) -> None:
         self.num_contexts = num_contexts
         self.names = names
-        self.threads = threading.local()
-        self.running = 0
-        self.current: Context | None = None
-        self.ambient: tuple[Context, ...] = ()
-        self.earlier: Context | None = None
-        self.recomputed = False
-        self.active = 0
         self.rows = Rows()
+        self.origin: Scope | None = None
+        self._restart()
 
-    def lookup(self) -> Context | None:
-        """Return the context of the innermost running entry, else that of `use_context`.
+    def _restart(self) -> None:
+        self._local = _Local()
+        self._block: ContextVar[Entry | None] = ContextVar("normswap block", default=None)
+        # What a thread that a forward starts finds, if it is given `contextvars.copy_context`.
+        self._entry: ContextVar[Entry | None] = ContextVar("normswap entry", default=None)
+        # With labels, in all threads; lists, since threads can change these without a lock.
+        self._forwards: list[None] = []
+        self._blocks: list[None] = []
+        self._labelled = False
+        self._checkpoints: WeakKeyDictionary[Any, Entry] = WeakKeyDictionary()
+
+    @property
+    def model(self) -> "Scope":
+        """The scope of the whole model, for that of a copied part."""
+        return self if self.origin is None else self.origin.model
+
+    @property
+    def entered(self) -> bool:
+        """Whether a forward of this thread has entered the scope."""
+        return self._local.here.entry is not None
+
+    def lookup(self, whole: bool = False) -> Context | None:
+        """Return the context in scope.
+
+        Args:
+            whole: whether the whole model asks, which no forward of its own can have called.
 
         Raises:
-            ContextError: a recomputation in backward that may belong to several forwards.
+            ContextError: nothing tells which it is: in a thread that a labelled forward or block
+                may have started, or in a recomputation in backward.
         """
-        entries = self._entries()
-        if entries and entries[-1] is not None:
-            return entries[-1]
-        if self.current is not None and self.running:
-            return self.current
-        if entries is not None and not entries and self.active and not in_backward():
-            return self._of_other_thread()
-        if self.current is not None and in_backward():
-            self.recomputed = True
-            if self.earlier is not None and not _same(self.earlier, self.current):
-                raise ContextError(
-                    "expected one forward before each backward where gradient checkpointing runs "
-                    "inside a container that keeps its own forward (see normswap.summary), got "
-                    "several with different contexts; call backward after each, use "
-                    "torch.no_grad() for those without one, or turn checkpointing off there"
-                )
-            return self.current
-        return self.ambient[-1] if self.ambient else None
+        compiling = torch.compiler.is_compiling()
+        entry = self._local.here.entry or self._find(compiling)
+        if not compiling:
+            task = torch._C._current_graph_task_id()
+            if task != -1 and (entry is None or entry.task != task):
+                entry = self._recall(entry)
+            if may_run_again():
+                self._remember(entry or Entry(None))
+        if entry is None:
+            self._check_threads(whole)
+        return None if entry is None else entry.context
 
-    def _of_other_thread(self) -> Context | None:
-        """Return the context of the entry that started this thread, if there is only one."""
-        if self.active > 1 and self.current is not None:
+    def _find(self, compiling: bool) -> Entry | None:
+        """Return the innermost entry or block where no forward of this thread is running."""
+        here = self._local.here
+        if here.compiled is not None:
+            return here.compiled
+        if not compiling:
+            found = self._entry.get() or self._block.get()
+        elif _COMPILES_CONTEXTVARS:
+            found = self._block.get()
+        elif here.mirror is _UNKNOWN:
             raise ContextError(
-                "expected norms to run in the thread of the container that calls them where "
-                "several run at once, got one in another thread; pass context= to it"
+                "expected one asyncio task at a time to use normswap.use_context around compiled "
+                "code, which before torch 2.14 cannot tell them apart; pass context="
             )
-        return self.current
-
-    def enter(self, context: Context | None) -> Context | None:
-        """Make a context current; return the one to restore, for `leave`."""
-        entries = self._entries()
-        outer = self.current
-        outermost = not (self.running or entries)
-        if outermost and torch.is_grad_enabled():
-            if self.recomputed:
-                self.earlier = None
-            elif outer is not context:
-                self.earlier = outer
-            self.recomputed = False
-        if entries is None:
-            self.running += 1
         else:
-            entries.append(context)
-            self.active += outermost
-        if entries is None or outermost:
-            self.current = context
-        return outer
+            found = here.mirror
+        origin = self.origin
+        while found is None and origin is not None:
+            found, origin = origin._local.here.entry, origin.origin
+        return found
 
-    def leave(self, outer: Context | None) -> None:
-        """Undo `enter`; the outermost entry's context stays, for recomputation in backward."""
-        entries = self._entries()
-        if entries is None:
-            self.running -= 1
-            nested = bool(self.running)
-        else:
-            entries.pop()
-            self.active -= not entries
-            nested = False
-        if nested or not (entries or torch.is_grad_enabled()):
-            self.current = outer
+    def _check_threads(self, whole: bool) -> None:
+        """Raise where the labels of another thread may be meant."""
+        model = self.model
+        if not whole and len(model._forwards) > model._local.here.forwards:
+            raise ContextError(
+                "expected the context of a forward that runs in another thread to reach the norms "
+                "it runs in this one, got none here; start the work with "
+                "contextvars.copy_context().run, leave those norms out with exclude=, or, if this "
+                "call has nothing to do with that one, pass context= or use "
+                "normswap.use_context(model, None) in this thread"
+            )
+        if len(self._blocks) > self._local.here.labelled:
+            raise ContextError(
+                "expected context= or normswap.use_context in the thread of the call, got labels "
+                "from normswap.use_context in another thread only; pass context=, start the work "
+                "with contextvars.copy_context().run, or use normswap.use_context(model, None) in "
+                "this thread for a call without labels"
+            )
 
-    def _entries(self) -> list[Context | None] | None:
-        """Return the contexts of this thread's running entries; None in compiled code."""
+    def _remember(self, entry: Entry) -> None:
+        """Note the context for every checkpointed forward this code runs in."""
+        for key in find_checkpoints():
+            if self._checkpoints.setdefault(key, entry).context is not entry.context:
+                self._checkpoints[key] = _UNKNOWN
+
+    def _recall(self, entry: Entry | None) -> Entry | None:
+        """Return the context of the forward that backward computes again here."""
+        found = _UNKNOWN if entry is None else entry
+        for key in find_checkpoints():
+            found = self._checkpoints.get(key, _UNKNOWN)
+            if key in self._checkpoints:
+                break
+        if found is not _UNKNOWN:
+            return found
+        if not (self._labelled or self.model._labelled):
+            return entry
+        raise ContextError(
+            "expected to know the one context of a forward that backward runs, got none or several "
+            "to choose from; pass context= inside the checkpointed part, put it alone under "
+            "torch.utils.checkpoint, or open normswap.use_context in what backward runs"
+        )
+
+    def enter(self, context: Context | None) -> Left:
+        """Put a context in scope for a forward; return what `leave` needs."""
+        here = self._local.here
+        outer = here.entry
+        if context is not None:
+            self._labelled = True
         if torch.compiler.is_compiling():
-            return None
-        entries: list[Context | None] | None = getattr(self.threads, "entries", None)
-        if entries is None:
-            entries = self.threads.entries = []
-        return entries
+            here.entry = Entry(context)
+            return outer, None
+        entry = Entry(context, torch._C._current_graph_task_id())
+        if context is not None:
+            here.forwards += 1
+            self._forwards.append(None)
+        here.entry = entry
+        return outer, self._entry.set(entry)
+
+    def leave(self, left: Left) -> None:
+        """Undo `enter`."""
+        here, (outer, token) = self._local.here, left
+        entry, here.entry = here.entry, outer
+        if token is None:
+            return
+        self._entry.reset(token)
+        if entry is not None and entry.context is not None:
+            here.forwards -= 1
+            self._forwards.pop()
+
+    def open(self, context: Context | None) -> Opened:
+        """Put a context in scope for any code of this thread and task, for `use_context`."""
+        here = self._local.here
+        hidden = (here.entry, here.compiled)
+        here.entry = None
+        if context is not None:
+            self._labelled = True
+        if torch.compiler.is_compiling():
+            here.compiled = Entry(context)
+            return hidden, None
+        entry = Entry(context, torch._C._current_graph_task_id())
+        here.compiled = None
+        here.mirror = entry if here.mirror is self._block.get() else _UNKNOWN
+        here.blocks += 1
+        if context is not None:
+            here.labelled += 1
+            self._blocks.append(None)
+        return hidden, (self._block.set(entry), self._entry.set(None))
+
+    def close(self, opened: Opened) -> None:
+        """Undo `open`."""
+        here = self._local.here
+        (here.entry, here.compiled), tokens = opened
+        if tokens is None:
+            return
+        entry = self._block.get()
+        if entry is not None and entry.context is not None:
+            here.labelled -= 1
+            self._blocks.pop()
+        self._block.reset(tokens[0])
+        self._entry.reset(tokens[1])
+        here.blocks -= 1
+        if not here.blocks:
+            here.mirror = None
+        elif here.mirror is entry:
+            here.mirror = self._block.get()
 
     def resolve(self, labels: Labels, device: torch.device | None = None) -> Context:
         """Check labels against this model's contexts."""
         return resolve_labels(labels, self.num_contexts, self.names, device)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
+        """Start with nothing in scope, knowing the layouts; see `origin`."""
+        new = Scope(self.num_contexts, self.names)
+        memo[id(self)] = new
+        new.rows = copy.deepcopy(self.rows, memo)
+        new.origin = self if self.origin is None else copy.deepcopy(self.origin, memo)
+        return new
+
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start with nothing in scope."""
-        return {"num_contexts": self.num_contexts, "names": self.names, "rows": self.rows}
+        """Keep what is no part of a run."""
+        return {name: self.__dict__[name] for name in ("num_contexts", "names", "rows", "origin")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start anew, knowing the layouts."""
-        rows = state.pop("rows")
-        self.__init__(**state)  # type: ignore[misc]
-        self.rows = rows
+        """Start anew."""
+        self.__dict__.update(state)
+        self._restart()
 
 
-def _same(one: Context, other: Context) -> bool:
-    return one.labels is other.labels or torch.equal(one.labels, other.labels)
+def scope_of(module: nn.Module) -> Scope | None:
+    """Return the scope of a norm or a converted container; None of any other module."""
+    state = vars(module).get("_normswap")
+    scope = getattr(module, "scope", None) if state is None else state.scope
+    return scope if isinstance(scope, Scope) else None
 
 
 def scopes_of(model: nn.Module) -> list[Scope]:
-    """Return the scopes of the converted models that are, or are inside, a module."""
+    """Return the scopes of the norms in the converted models that are, or are inside, a module.
+
+    A model that was converted by itself before it became part of another has labels of its own.
+    """
     found: dict[int, Scope] = {}
-    for module in model.modules():
-        scope = getattr(module, "scope", None)
-        if isinstance(scope, Scope):
-            found[id(scope)] = scope
+    queue: list[tuple[nn.Module, Scope | None]] = [(model, None)]
+    while queue:
+        module, within = queue.pop()
+        scope = scope_of(module)
+        if scope is not None:
+            if within is not None and within is not scope.model:
+                continue
+            within = scope.model
+            if "_normswap" not in vars(module):
+                found[id(scope)] = scope
+        queue += [(child, within) for child in module.children()]
     return list(found.values())
 
 
@@ -146,7 +309,13 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
     """Give every forward inside the block these labels, where it is passed none.
 
     For loops that cannot pass ``context=`` themselves. The model may be wrapped (compiled,
-    distributed). Blocks nest; None hides the labels of an outer block.
+    distributed). Blocks nest; None hides the labels of an outer block. A block belongs to its
+    thread and its asyncio task: work handed to another thread takes it along by
+    ``contextvars.copy_context().run``. Backward may run after the block.
+
+    Sliding windows are samples to the model: where windows of several volumes share a batch, as in
+    MONAI's ``sliding_window_inference``, take each one's label by its place, which MONAI gives
+    with ``with_coord=True``: ``lambda w, at: model(w, context=labels[[i.start for i, *_ in at]])``.
 
     Args:
         model: a converted model, or a module that holds one.
@@ -163,16 +332,11 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
             f"expected a converted model, got {type(model).__name__} without any context-aware "
             "norm; call normswap.convert first"
         )
-    before = [scope.ambient for scope in scopes]
-    if context is None:
-        entered: list[tuple[Context, ...]] = [() for _ in scopes]
-    else:
-        device = next((p.device for p in model.parameters()), None)
-        entered = [(scope.resolve(context, device),) for scope in scopes]
+    device = next((p.device for p in model.parameters()), None)
+    resolved = [None if context is None else s.resolve(context, device) for s in scopes]
+    opened = [s.open(given) for s, given in zip(scopes, resolved, strict=True)]
     try:
-        for scope, ambient in zip(scopes, entered, strict=True):
-            scope.ambient = ambient
         yield
     finally:
-        for scope, ambient in zip(scopes, before, strict=True):
-            scope.ambient = ambient
+        for scope, before in zip(reversed(scopes), reversed(opened), strict=True):
+            scope.close(before)

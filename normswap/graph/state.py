@@ -1,7 +1,7 @@
 """What a converted container carries: the ways to run it, and when each applies."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,9 +10,9 @@ from torch import nn
 
 from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import Insertion
-from normswap.graph.scope import Scope
-from normswap.graph.tracing.handed import NOTHING, Effects
-from normswap.graph.tracing.values import Kind, describe, rebuild
+from normswap.graph.class_questions import check_question
+from normswap.graph.scope import Scope, scope_of
+from normswap.graph.tracing import NO_GUARDS, Guards, Kind, Writes, describe, rebuild
 
 
 @dataclass
@@ -22,41 +22,42 @@ class Variant:
     Attributes:
         run: ``run(module, *leaves, context)``; None runs the module's own forward in scope.
         reason: why there is no graph; "" where there is one.
-        reads: (path, attribute, value) the module must still have.
-        structure: (path, names of its children) that must still be so.
-        calls: paths of the submodules the graph calls.
-        threaded: those of them that are passed the context.
+        guards: what of the module, and outside of it, must be as it was.
+        calls: (path, class) of the submodules the graph calls.
         direct: paths of tensors the graph reads itself.
         something: whether it certainly returns a tensor, not None.
-        effects: on the lists and dicts it is given; where the forward changes some, `run` returns
-            its output and their new contents.
-        rest: whether norms that none of the calls reaches may find the context in scope.
+        writes: what it changes of the lists and dicts it is given; where there is any, `run`
+            returns its output and their new contents.
+        rest: whether it calls code of the user's, which may reach any norm.
+        scoped: whether it runs with the context in scope, since it may reach norms other than by
+            passing the context on.
     """
 
     run: Callable[..., Any] | None
     reason: str = ""
-    reads: tuple[tuple[tuple[str, ...], str, Any], ...] = ()
-    structure: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
-    calls: tuple[str, ...] = ()
-    threaded: tuple[tuple[str, ...], ...] = ()
+    guards: Guards = NO_GUARDS
+    calls: tuple[tuple[tuple[str, ...], type], ...] = ()
     direct: tuple[str, ...] = ()
     something: bool = False
+    writes: Writes = ()
     rest: bool = False
-    effects: Effects = NOTHING
+    scoped: bool = False
 
     def holds(self, module: nn.Module) -> bool:
         """Return whether everything the trace depended on is as it was."""
-        for path, name, value in self.reads:
-            now = getattr(walk(module, path), name)
-            if type(now) is not type(value) or now != value:
-                return False
-        for path, children in self.structure:
-            if tuple(walk(module, path)._modules) != children:
-                return False
-        for path in self.threaded:
-            if context_argument(walk(module, path)) is None:
+        if not self.guards.hold(module):
+            return False
+        for path, cls in self.calls:
+            child: Any = module
+            for name in path:
+                child = child._modules.get(name)
+            if type(child) is not cls:
                 return False
         return True
+
+
+# Of a container that was converted with trace=False.
+UNTRACED = Variant(None, "was converted with trace=False")
 
 
 class Schedule(Protocol):
@@ -77,31 +78,42 @@ class ContainerState:
         scope: shared by the whole model.
         layers: classes of the norm layers.
         first_norm: name of the model's first norm, for messages.
+        trace: whether it may run a graph; if not, its own forward runs with the context in scope.
         override: a forward that was set on the instance, if any.
         variants: ways to run it, by kinds of arguments.
-        exact: kinds for which numbers count as constants.
         assumed: kinds that were traced before any call; calls may bring others.
+        planned: paths traced before, by kinds of arguments.
         insertions: layers inserted in its residual blocks.
         blocks: how many of those it had when they were inserted.
         before: name of a layer its first argument passes through first, if any.
         after: name of a layer its output passes through, if any.
         schedule: begun anew by each forward, if any; it tells inserted layers what to do.
+        question: what its forward asks about classes that only a trace can answer, "" for nothing.
     """
 
-    def __init__(self, fqn: str, scope: Scope, layers: tuple[type, ...], first_norm: str) -> None:
+    def __init__(
+        self,
+        fqn: str,
+        scope: Scope,
+        layers: tuple[type, ...],
+        first_norm: str,
+        trace: bool = True,
+    ) -> None:
         self.fqn = fqn
         self.scope = scope
         self.layers = layers
         self.first_norm = first_norm
+        self.trace = trace
         self.override: Callable[..., Any] | None = None
         self.variants: dict[tuple[Kind, ...], list[Variant]] = {}
-        self.exact: set[tuple[Kind, ...]] = set()
         self.assumed: set[tuple[Kind, ...]] = set()
+        self.planned: dict[tuple[Kind, ...], Any] = {}
         self.insertions: tuple[Insertion, ...] = ()
         self.blocks = 0
         self.before: str | None = None
         self.after: str | None = None
         self.schedule: Schedule | None = None
+        self.question = ""
 
     @property
     def plain(self) -> bool:
@@ -115,30 +127,34 @@ class ContainerState:
 
     def find(self, module: nn.Module, values: tuple[Any, ...]) -> Variant | None:
         """Return the way to run the module on arguments like these, None where none is known."""
-        key = tuple([describe(value, [], False) for value in values])
-        if key in self.exact:
-            key = tuple([describe(value, [], True) for value in values])
+        key = tuple([describe(value, []) for value in values])
         return next((v for v in self.variants.get(key, ()) if v.holds(module)), None)
 
     def seen(self) -> list[Variant]:
         """Return the variants calls have met, or the assumed ones where none were met yet."""
+        if not self.trace:
+            return [UNTRACED]
         met = [v for key, found in self.variants.items() if key not in self.assumed for v in found]
         return met or [v for found in self.variants.values() for v in found]
 
     def __getstate__(self) -> dict[str, Any]:
         """Functions do not pickle; the kinds do, and each is traced again on loading."""
         kinds: dict[Any, list[Variant]] = {k: [] for k, found in self.variants.items() if found}
-        return {**self.__dict__, "variants": kinds}
+        return {**self.__dict__, "variants": kinds, "planned": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ContainerState":
         """Copies share the graphs, which name modules by path."""
-        state = type(self)(self.fqn, copy.deepcopy(self.scope, memo), self.layers, self.first_norm)
+        scope = copy.deepcopy(self.scope, memo)
+        state = type(self)(self.fqn, scope, self.layers, self.first_norm, self.trace)
+        if not self.fqn:
+            state.scope.origin = None  # the whole model is copied
         state.override = copy.deepcopy(self.override, memo)
         state.variants = {key: list(found) for key, found in self.variants.items()}
-        state.exact, state.assumed = set(self.exact), set(self.assumed)
+        state.assumed = set(self.assumed)
         state.insertions, state.blocks = self.insertions, self.blocks
         state.before, state.after = self.before, self.after
         state.schedule = copy.deepcopy(self.schedule, memo)
+        state.question = self.question
         return state
 
 
@@ -151,11 +167,14 @@ def context_argument(module: nn.Module) -> str | None:
     return getattr(type(module), "context_argument", None)
 
 
-def walk(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
-    """Return the submodule at a path."""
-    for name in path:
-        module = getattr(module, name)
-    return module
+def takes_context(module: nn.Module, scope: Scope) -> str | None:
+    """Return the name of a module's context argument, where it takes the labels of a scope.
+
+    A model that was converted by itself has labels of its own.
+    """
+    own = scope_of(module)
+    foreign = own is not None and own.model is not scope.model
+    return None if foreign else context_argument(module)
 
 
 def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
@@ -170,12 +189,25 @@ def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
 
 def run_scoped(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     """Run the forward the module had before conversion, with the context in scope."""
-    scope = vars(module)["_normswap"].scope
-    outer = scope.enter(context)
+    state: ContainerState = vars(module)["_normswap"]
+    check_question(state.fqn, state.question)
+    return in_scope(state.scope, context, own_forward, module, values)
+
+
+def in_scope(scope: Scope, context: Any, run: Callable[..., Any], *args: Any) -> Any:
+    """Call a function with a context in scope; what it yields is computed in scope, too."""
+    left = scope.enter(context)
     try:
-        return own_forward(module, values)
+        output = run(*args)
     finally:
-        scope.leave(outer)
+        scope.leave(left)
+    return _each_in_scope(scope, context, output) if isinstance(output, Iterator) else output
+
+
+def _each_in_scope(scope: Scope, context: Any, items: Iterator[Any]) -> Iterator[Any]:
+    end = object()
+    while (item := in_scope(scope, context, next, items, end)) is not end:
+        yield item
 
 
 def untraced(module: nn.Module, reason: str) -> ConversionError:
@@ -186,12 +218,12 @@ def untraced(module: nn.Module, reason: str) -> ConversionError:
     )
 
 
-def own_forward_of(kinds: tuple[Kind, ...], written: tuple[int, ...]) -> Callable[..., Any]:
+def own_forward_of(kinds: tuple[Kind, ...], writes: Writes) -> Callable[..., Any]:
     """Return a function of the symbolic parts of such arguments that calls `run_scoped`.
 
     Args:
         kinds: of the arguments.
-        written: positions of those whose contents are returned beside the output.
+        writes: which of them it changes; their contents are returned beside the output.
     """
 
     def run(module: nn.Module, *leaves: Any) -> Any:
@@ -201,6 +233,6 @@ def own_forward_of(kinds: tuple[Kind, ...], written: tuple[int, ...]) -> Callabl
         output = run_scoped(module, values, context)
         if vars(module)["_normswap"].insertions:
             raise untraced(module, "takes a branch that no graph stands for")
-        return (output, [values[i] for i in written]) if written else output
+        return (output, [values[i] for i, _ in writes]) if writes else output
 
     return run

@@ -1,20 +1,22 @@
 """Change a model's modules in place, with a way back."""
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.errors import ConversionError
 from normswap.graph.install import install, uninstall
-from normswap.graph.prepare import prepare_default
+from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
-from normswap.graph.tracing.trace import TraceSession
+from normswap.util.looks import ORIGINAL
+from normswap.util.pinned import find_pinned
 
-_SIMPLE = {bool, int, float, str, type(None), set, OrderedDict}
+_PLAIN = (bool, int, float, str, type(None), torch.Size)
+_OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "scope", ORIGINAL}
 _HELD = (
     "cannot convert: {} holds a norm to be replaced in {}, which would go on running it; "
     "leave that norm out with exclude="
@@ -22,10 +24,16 @@ _HELD = (
 
 
 class Surgery:
-    """Swaps layers and installs forwards; `undo` restores the model exactly."""
+    """Swaps layers and installs forwards; `undo` restores the model exactly.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: changed in place.
+        trace: whether containers may run a graph in place of their own forward.
+    """
+
+    def __init__(self, model: nn.Module, trace: bool = True) -> None:
         self.model = model
+        self.trace = trace
         self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
         self._installed: list[nn.Module] = []
         self._added: list[tuple[nn.Module, str]] = []
@@ -51,7 +59,13 @@ class Surgery:
         """
         for name, module in self.model.named_modules():
             for key, value in list(vars(module).items()):
-                if type(value) in _SIMPLE or (key.startswith("_") and type(value) is dict):
+                if key in _OWN or isinstance(value, (*_PLAIN, Tensor)):
+                    continue
+                if isinstance(value, dict | list | tuple | set) and not value:
+                    continue
+                if any(id(held) in layers for held in find_pinned(value)):
+                    raise ConversionError(_HELD.format(f"{name}.{key}".lstrip("."), "a function"))
+                if type(value) is set or (key.startswith("_") and isinstance(value, dict)):
                     continue
                 items: list[tuple[Any, Any]] = []
                 if id(value) in layers:
@@ -84,9 +98,11 @@ class Surgery:
         """
         containers = list(find_containers(self.model, sites).items())
         for module, name in containers:
-            install(module, ContainerState(name, scope, layers, sites[0]))
+            install(module, ContainerState(name, scope, layers, sites[0], self.trace))
             self._installed.append(module)
-        with TraceSession(layers) as session:
+        if not self.trace:
+            return
+        with open_session(layers) as session:
             # Children first: what a child returns tells what its parent may ask of it.
             for module, _ in reversed(containers):
                 prepare_default(module, session)
@@ -108,10 +124,17 @@ class Surgery:
         Raises:
             ConversionError: a container whose graph cannot take its insertions.
         """
+        blocks = [state.fqn for state in states.values() if state.insertions]
+        if blocks and not self.trace:
+            raise ConversionError(
+                f"cannot insert a layer inside the forward of {blocks[0] or 'the model'} with "
+                "trace=False, since a forward is only changed by way of its graph; leave trace= "
+                "out, or use placement='norm' or 'input'"
+            )
         for module, state in states.items():
             install(module, state, contextual=False)
             self._installed.append(module)
-        with TraceSession() as session:
+        with open_session() as session:
             for module, state in states.items():
                 if not state.insertions:
                     continue

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normswap.distributed import sum_over
 from normswap.functional.backward import in_backward
@@ -109,7 +109,7 @@ class AdaptiveContextNorm(NormLayer):
         self.prior_logits = nn.Parameter(torch.empty(logits, **placed))
         self.mu = nn.Parameter(torch.empty(shape, **placed))
         self.log_sigma = nn.Parameter(torch.empty(shape, **placed))
-        tracked = statistics == "batch"
+        self.track_running_stats = tracked = statistics == "batch"
         for name in ("running_mean", "running_var"):
             self.register_buffer(name, torch.empty(shape, **placed) if tracked else None)
         self.register_buffer(
@@ -180,6 +180,8 @@ class AdaptiveContextNorm(NormLayer):
         Raises:
             ContextError: another number of channels or of dimensions.
         """
+        if isinstance(x, fx.Proxy):
+            return self._record(x)
         self._check_input(x)
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):

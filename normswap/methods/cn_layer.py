@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normswap.distributed import sum_over, sum_over_ddp
-from normswap.functional.affine import Centred, centre_norm, fold_norm
+from normswap.functional.affine import Centred, centre_norm, pool_norm
 from normswap.functional.backward import in_backward
 from normswap.functional.context import norm_contexts
 from normswap.functional.labels import one_label
@@ -18,7 +18,6 @@ from normswap.functional.moments import (
     compute_dtype,
     context_posterior,
     instance_moments,
-    pool_moments,
 )
 from normswap.functional.tables import apply_centred
 from normswap.methods.cn_tables import ContextTables
@@ -66,7 +65,8 @@ class ContextNorm(ContextTables):
         """Compute the layer; see the class."""
         dtype = compute_dtype(x)
         running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
-        if self.training or torch.is_grad_enabled():
+        scripted = not torch.compiler.is_compiling() and torch._C._is_tracing()
+        if self.training or torch.is_grad_enabled() or scripted:
             # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
             running = self._at_first_run(running)
@@ -200,7 +200,7 @@ class ContextNorm(ContextTables):
                 instances = instance_moments(x)
             priors = self.mixing(weight.dtype)
             weights = context_posterior(instances, running, priors, self.eps)
-            return fold_norm(running, weight, bias, self.eps).mix(weights).centred()
+            return centre_norm(running, weight, bias, self.eps).mix(weights)
         return centre_norm(*self._unknown_row(running, weight, bias), self.eps)
 
     def _unknown_row(
@@ -215,8 +215,6 @@ class ContextNorm(ContextTables):
             nan = torch.full_like(running.mean[:1], torch.nan)
             return Moments(nan, nan), torch.full_like(weight[:1], torch.nan), nan
         mixing = self.mixing(weight.dtype).unsqueeze(1)
-        return (
-            pool_moments(running, mixing),
-            (mixing * weight).sum(0, keepdim=True),
-            (mixing * bias).sum(0, keepdim=True),
-        )
+        weight, bias = ((mixing * t).sum(0, keepdim=True) for t in (weight, bias))
+        pooled, bias = pool_norm(running, mixing, weight, bias, self.eps)
+        return pooled, weight, bias

@@ -60,10 +60,8 @@ class ContextTables(ContextLayer):
 
     def reset_parameters(self) -> None:
         """Set zero mean, unit variance, and the affine that makes every context's output equal."""
+        self.reset_running_stats()
         with torch.no_grad():
-            self.running_mean.zero_()
-            self.running_var.fill_(1)
-            self.num_batches_tracked.zero_()
             self.weight.copy_(self.priors.sqrt().unsqueeze(1).expand_as(self.weight))
             self.bias.zero_()
 

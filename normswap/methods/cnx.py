@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.distributed import sum_over, sum_over_ddp
-from normswap.functional.affine import Affine, Centred
+from normswap.functional.affine import Centred, centre_norm, pool_norm
 from normswap.functional.labels import one_label
 from normswap.functional.moments import (
     Moments,
@@ -16,7 +16,6 @@ from normswap.functional.moments import (
     context_posterior,
     instance_moments,
     log_spread,
-    pool_moments,
 )
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import (
@@ -64,6 +63,7 @@ class ContextNormX(ContextLayer):
     """
 
     context_parameters = ("mu", "log_sigma")
+    track_running_stats = False
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     mu: nn.Parameter
@@ -141,10 +141,14 @@ class ContextNormX(ContextLayer):
         return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
 
     def _table(self, mu: Tensor, inverse_sigma: Tensor) -> Centred:
+        weight, bias = self._affine(mu)
+        return Centred(mu, weight * inverse_sigma, bias.expand_as(mu))
+
+    def _affine(self, mu: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gamma and beta, (C,), in the dtype of mu."""
         if self.weight is None or self.bias is None:
-            return Centred(mu, inverse_sigma, torch.zeros_like(mu))
-        bias = self.bias.to(mu.dtype).expand_as(mu)
-        return Centred(mu, self.weight.to(mu.dtype) * inverse_sigma, bias)
+            return torch.ones_like(mu[0]), torch.zeros_like(mu[0])
+        return self.weight.to(mu.dtype), self.bias.to(mu.dtype)
 
     def _unknown(self, x: Tensor, mu: Tensor, log_sigma: Tensor) -> Centred:
         """Return the map of samples without a label: one row, or one a sample ("posterior")."""
@@ -158,10 +162,10 @@ class ContextNormX(ContextLayer):
         moments = Moments(mu, torch.exp(2 * log_sigma))
         if self.unknown == "posterior" and self.num_contexts > 1:
             weights = context_posterior(instance_moments(x), moments, priors, 0.0)
-            centre, scale, shift = self._table(mu, torch.exp(-log_sigma))
-            return Affine(scale, shift - centre * scale).mix(weights).centred()
-        pooled = pool_moments(moments, priors)
-        return self._table(pooled.mean, torch.rsqrt(pooled.var))
+            return self._table(mu, torch.exp(-log_sigma)).mix(weights)
+        weight, bias = self._affine(mu)
+        pooled, bias = pool_norm(moments, priors, weight, bias, 0.0)
+        return centre_norm(pooled, weight, bias, 0.0)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

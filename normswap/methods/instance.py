@@ -87,13 +87,10 @@ class ContextInstanceNorm(ContextLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Make the affine of every context the identity, and the running statistics those of it."""
-        with torch.no_grad():
-            self.weight.fill_(1)
-            self.bias.zero_()
-            for name, buffer in self.named_buffers(recurse=False):
-                if name in _RUNNING:
-                    buffer.fill_(1 if name == "running_var" else 0)
+        """Set the identity affine; running statistics, where there are some, to their start."""
+        self.reset_running_stats()
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
     @classmethod
     def from_site(cls, site: Site, source: nn.Module, contexts: Contexts) -> "ContextInstanceNorm":
@@ -123,7 +120,8 @@ class ContextInstanceNorm(ContextLayer):
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """Normalise x; an input without a batch dimension counts as one sample."""
-        if self.dims and x.dim() == self.dims[0] - 1:
+        known = isinstance(x, Tensor)
+        if known and self.dims and x.dim() == self.dims[0] - 1:
             return super().forward(x.unsqueeze(0), context).squeeze(0)
         return super().forward(x, context)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normswap.arguments import (
     MOST_CONTEXTS,
@@ -13,11 +13,14 @@ from normswap.arguments import (
     check_count,
     describe,
 )
-from normswap.errors import ContextError, MissingContextError
+from normswap.errors import ContextError, MissingContextError, refuse_scripting
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
 from normswap.methods.values import Resettable, make_priors
 from normswap.sites import Site
+from normswap.util.looks import AsBefore
 
+# What code that reads a norm may ask of it; the answer is that of the norm replaced.
+_SETTINGS = ("affine", "track_running_stats")
 POLICIES = ("error", "pooled", "posterior")
 
 
@@ -30,7 +33,7 @@ class Scope(Protocol):
         """Return the context in scope, if any."""
 
 
-class NormLayer(Resettable):
+class NormLayer(AsBefore, Resettable):
     """Base of layers that replace a norm: where it stood, and what it applies after normalising.
 
     Args:
@@ -44,6 +47,9 @@ class NormLayer(Resettable):
 
     context_parameters: ClassVar[tuple[str, ...]] = ()
     stats_frozen = False
+    affine = True
+    track_running_stats = True
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -52,6 +58,20 @@ class NormLayer(Resettable):
         self.site = ""
         self.dims: tuple[int, ...] = ()
         self.tail: tuple[str, ...] = ()
+
+    def reset_running_stats(self) -> None:
+        """Set zero mean, unit variance and no batches, where there are running statistics."""
+        start = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+        for name, value in start.items():
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                buffer.fill_(value)
+
+    def _record(self, x: fx.Proxy, **given: Any) -> Any:
+        """Become one call in a graph of `torch.fx`: no trace goes through the layer."""
+        tracer: Any = x.tracer
+        given = {name: value for name, value in given.items() if value is not None}
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), given)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[1] != self.num_features:
@@ -165,6 +185,8 @@ class ContextLayer(NormLayer):
             ContextError: a shape, length, dtype, device or value that does not fit.
             MissingContextError: no label where the mode or the policy needs one.
         """
+        if isinstance(x, fx.Proxy):
+            return self._record(x, context=context)
         self._check_input(x)
         labels, unlabelled = self._labels(x, context)
         return self._finish(self.normalize(x, labels, unlabelled))
@@ -183,18 +205,20 @@ class ContextLayer(NormLayer):
             context = self.scope.lookup()
         if context is None:
             return self._default_labels(x), self.num_contexts > 1
+        order: tuple[Any, ...] = ()
         if not isinstance(context, Context):
             # Called directly, not through a model that checked the labels: no folded batch here.
             context = resolve_labels(context, self.num_contexts, self.names, x.device)
             if not context.whole and context.labels.shape[0] != x.shape[0]:
                 raise wrong_length(x.shape[0], context.labels.shape[0], self._where())
+        elif self.scope is not None:
+            step = self.scope.rows.find(self, self._where(), x, context)
+            order = () if step is None else (step.how, step.index)
         if self.unknown == "error" and context.unknown is not False:
             self._refuse_unknown(context)
-        where, given = self._where(), context.labels.shape[0]
-        innermost = False
-        if self.scope is not None and not context.whole and 1 < given < x.shape[0]:
-            innermost = self.scope.rows.innermost(where, x, given)
-        return labels_per_row(context, x, where, innermost), context.unknown is not False
+        where = self._where()
+        labels = labels_per_row(context, x, where, *order)
+        return labels, context.unknown is not False
 
     def _default_labels(self, x: Tensor) -> Tensor | None:
         if self.num_contexts == 1:
@@ -216,6 +240,17 @@ class ContextLayer(NormLayer):
             )
         if not torch.compiler.is_compiling() and type(context.labels) is Tensor:
             torch._assert_async((context.labels >= 0).all(), "unknown='error', got a label -1")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Say what to do about tensors of other sizes."""
+        errors = args[-1]
+        before = len(errors)
+        super()._load_from_state_dict(*args, **kwargs)
+        if len(errors) > before:
+            errors.append(
+                f"{self._where()} is a layer of {self.num_contexts} contexts: normswap.load makes "
+                "the model that normswap.save wrote, normswap.add_context adds contexts"
+            )
 
     def extra_repr(self) -> str:
         """List the settings, non-default ones last."""
@@ -245,9 +280,9 @@ def adopt(layer: NormLayer, source: nn.Module, site: Site) -> None:
     hooks = [n for n in vars(nn.Module()) if "hook" in n and "state_dict" not in n]
     for name in (*hooks, "_state_dict_hooks", "_state_dict_pre_hooks"):
         layer.__dict__[name] = source.__dict__[name]
-    known = set(vars(layer)) | set(vars(nn.BatchNorm2d(1, device="meta")))
+    known = set(vars(layer)) | set(vars(nn.Module()))
     for name, value in vars(source).items():
-        if name not in known and not hasattr(type(layer), name):
+        if name in _SETTINGS or (name not in known and not hasattr(type(layer), name)):
             layer.__dict__[name] = value
 
 

@@ -12,7 +12,7 @@ from normswap.distributed import sum_over
 from normswap.functional.backward import in_backward
 from normswap.functional.gate import GateGlue
 from normswap.functional.mixture_synced import shared_batch_norm
-from normswap.functional.moments import Moments
+from normswap.functional.moments import Moments, wide_dtype
 from normswap.functional.style import Style
 from normswap.methods.values import Resettable
 
@@ -88,22 +88,25 @@ class Gate(Resettable):
             tensors: used in place of `parameters_in_order`.
             replay: a second forward for a derivative, which updates nothing.
         """
-        mean, std = style
-        weight, bn_weight, bn_bias = tensors or self.parameters_in_order()
-        weight = weight.to(mean.dtype)
-        z = (weight[:, 0] * mean + weight[:, 1] * std).to(bn_weight.dtype)
+        # In float64, as these are small: a mean far from zero would cancel.
+        dtype, wide = style.mean.dtype, wide_dtype(style.mean)
+        mean, std = (t.to(wide) for t in style)
+        weight, gain, bias = (t.to(wide) for t in tensors or self.parameters_in_order())
+        z = weight[:, 0] * mean + weight[:, 1] * std
         if (reduce := self.shares()) is not None:
-            z = self._shared(z, reduce, replay) * bn_weight + bn_bias
+            z = self._shared(z, reduce, replay) * gain + bias
         else:
-            running, batch = self._running(z.shape[0], replay)
-            z = F.batch_norm(z, *running, bn_weight, bn_bias, batch, self.momentum, 1e-5)
-        gate = torch.sigmoid(z.to(mean.dtype))
+            running, batch, kept = self._running(z.shape[0], replay)
+            z = F.batch_norm(z, *running, gain, bias, batch, self.momentum, 1e-5)
+            for buffer, new in zip(kept, running, strict=False):
+                buffer.copy_(new)
+        gate = torch.sigmoid(z.to(dtype))
         return gate if self.scale == 1 else self.scale * gate
 
     def by_hand(self, positions: int, instances: int) -> GateGlue:
         """Return what `forward` computes as glue with its derivative written out."""
-        running, batch = self._running(instances, False)
-        return GateGlue(positions, running, batch, self.scale, STD_EPS, self.momentum)
+        running = self._running(instances, False)
+        return GateGlue(positions, *running, self.scale, STD_EPS, self.momentum)
 
     def shares(self) -> Callable[[Tensor], Tensor] | None:
         """Return the sum over processes that the batch statistics take, None where they do not."""
@@ -111,18 +114,19 @@ class Gate(Resettable):
             return None
         return sum_over(self.process_group)
 
-    def _running(self, instances: int, replay: bool) -> tuple[tuple[Tensor, Tensor], bool]:
-        """Return the running statistics to use, and whether the batch's are used instead."""
+    def _running(
+        self, instances: int, replay: bool
+    ) -> tuple[tuple[Tensor, Tensor], bool, tuple[Tensor, ...]]:
+        """Return copies of the running statistics, whether the batch's are used, what to update."""
         batch = False
         # Under torch.compile a comparison is no bool.
         if self.training and not self.stats_frozen and instances > 1:
             batch = True
-        running = (self.running_mean, self.running_var)
-        if replay or (self.training and (not batch or in_backward())):
-            # A recomputation updates nothing; and without batch statistics, backward needs the
-            # values of this forward, which a later one updates in place.
-            running = (running[0].clone(), running[1].clone())
-        return running, batch
+        kept = (self.running_mean, self.running_var)
+        # Copies, too, because backward needs the values of this forward.
+        wide = wide_dtype(self.running_mean)
+        running = (kept[0].to(wide, copy=True), kept[1].to(wide, copy=True))
+        return running, batch, () if replay or not batch or in_backward() else kept
 
     def _shared(self, z: Tensor, reduce: Callable[[Tensor], Tensor], replay: bool) -> Tensor:
         """Normalise z over the instances of all processes, and update the running statistics."""
@@ -130,10 +134,10 @@ class Gate(Resettable):
         z, batch, count = shared_batch_norm(z, running, 1e-5, reduce)
         if not (replay or in_backward()):
             with torch.no_grad():
-                rate = self.momentum * (count > 1).to(z.dtype)
                 unbiased = batch.var * (count / (count - 1).clamp(min=1))
-                self.running_mean.lerp_(batch.mean[0].to(z.dtype), rate)
-                self.running_var.lerp_(unbiased[0].to(z.dtype), rate)
+                rate = self.momentum * (count > 1).to(self.running_mean.dtype)
+                self.running_mean.lerp_(batch.mean[0].to(rate.dtype), rate)
+                self.running_var.lerp_(unbiased[0].to(rate.dtype), rate)
         return z
 
     def _load_from_state_dict(

@@ -106,7 +106,7 @@ def test_a_branch_that_cannot_be_traced_after_a_norm_leaves_the_whole_forward():
             y = self.a(x)
             return self.b(y) if y.shape[2] == 6 else torch.cat([row[None] for row in y])
 
-    check(Model(), opaque="iterated")
+    check(Model(), opaque="whose length is known only when it runs")
 
 
 def test_loops_end_where_the_run_ends_them():

@@ -41,16 +41,16 @@ def test_none_from_a_child():
                     y = self.b(y) * 2 + value
             return y
 
-    check(Model(), opaque="identity of value")
+    check(Model(), opaque="is None, known only")
 
 
-def test_none_from_a_function_is_entered():
+def test_none_from_a_function():
     class Model(Holder):
         def forward(self, x):
             mask = mean_or_none(x, False)
             return self.a(x) if mask is None else self.a(x) * 3
 
-    check(Model())
+    check(Model(), opaque="asks whether mask is None, known only when it runs")
 
 
 def test_none_from_a_dict():
@@ -64,7 +64,7 @@ def test_none_from_a_dict():
             other = found.get("other")
             return found["out"] if other is None else other
 
-    check(Model(), opaque="identity of other")
+    check(Model(), opaque="is None, known only")
 
 
 def test_none_in_a_tuple_from_a_child():
@@ -81,7 +81,7 @@ def test_none_in_a_tuple_from_a_child():
             y, extra = self.two(x)
             return y if extra is None else y * 3
 
-    check(Model(), opaque="identity of extra")
+    check(Model(), opaque="is None, known only")
 
 
 def test_sums_that_start_with_none_are_traced():
@@ -130,7 +130,7 @@ def test_an_exception_the_forward_handles():
             except ValueError:
                 return self.b(self.a(x))
 
-    check(Model(), opaque="catches exceptions")
+    check(Model(), opaque="handles exceptions")
 
 
 def test_loops_over_modules_and_lists():
@@ -196,31 +196,42 @@ def test_setting_an_attribute_of_a_tensor():
     check(Model(), opaque="inside forward")
 
 
-@pytest.mark.parametrize("source", ["module", "object"])
-def test_random_depth(source):
-    class Model(Holder):
-        def __init__(self):
-            super().__init__()
-            self.source = random.Random(0)
+class OfModule(Holder):
+    def forward(self, x):
+        return self.b(self.a(x)) if random.random() < 2 else x
 
-        def forward(self, x):
-            source = random if source_is_module else self.source
-            return self.b(self.a(x)) if source.random() < 2 else x
 
-    source_is_module = source == "module"
-    check(Model(), opaque="random numbers")
+class OfObject(Holder):
+    def __init__(self):
+        super().__init__()
+        self.source = random.Random(0)
+
+    def forward(self, x):
+        return self.b(self.a(x)) if self.source.random() < 2 else x
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (OfModule, "calls random.random(), a method of a Random"),
+        (OfObject, "calls a method of .source, a Random"),
+    ],
+)
+def test_random_depth(model, reason):
+    check(model(), opaque=reason)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 7
 
 
 def test_a_custom_function_is_called():
-    class Square(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * x
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * 7
-
     class Model(Holder):
         def forward(self, x):
             return Square.apply(self.b(self.a(x)))

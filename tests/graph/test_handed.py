@@ -81,7 +81,7 @@ def test_a_list_that_a_leaf_changes_is_never_misread():
             self.leaf(self.a(x), found)
             return self.b(torch.stack(found).sum(0)) * len(found)
 
-    check(Model(), opaque="hands a list or dict to a Leaf that changes it")
+    check(Model(), opaque="hands a list or dict to a Leaf that may change it")
 
 
 def test_a_list_a_child_only_reads():

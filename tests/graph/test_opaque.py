@@ -37,12 +37,12 @@ class Nested(nn.Module):
 
 
 def test_nested_in_threaded_nested_in_opaque():
-    report = normswap.summary(check(Nested(), opaque="catches exceptions"))
+    report = normswap.summary(check(Nested(), opaque="handles exceptions"))
     assert report.count(delivery="scoped") == len(report.rows) == 4
 
 
 def test_nothing_stays_in_scope_after_an_exception():
-    converted = check(Opaque(), opaque="catches exceptions")
+    converted = check(Opaque(), opaque="handles exceptions")
     unknown = call(converted, (images(),))
     with pytest.raises(ValueError, match="in the middle"):
         call(converted, (images(), True), context=LABELS)
@@ -50,14 +50,14 @@ def test_nothing_stays_in_scope_after_an_exception():
 
 
 def test_nothing_stays_in_scope_after_a_call():
-    converted = check(Opaque(), opaque="catches exceptions")
+    converted = check(Opaque(), opaque="handles exceptions")
     unknown = call(converted, (images(),))
     call(converted, (images(),), context=LABELS)
     assert torch.equal(call(converted, (images(),))[0], unknown[0])
 
 
 def test_threads_keep_their_contexts_apart():
-    converted = check(Nested(), opaque="catches exceptions")
+    converted = check(Nested(), opaque="handles exceptions")
     expected = [call(converted, (images(),), context=torch.full((4,), k))[0] for k in range(3)]
     wrong = []
 
@@ -110,14 +110,14 @@ def test_an_opaque_model_compiles():
             except ZeroDivisionError:
                 return x
 
-    converted = check(Model(), opaque="catches exceptions")
+    converted = check(Model(), opaque="handles exceptions")
     compiled = torch.compile(converted, backend="eager", fullgraph=True)
     expected = call(converted, (images(),), context=LABELS)
     torch.testing.assert_close(call(compiled, (images(),), context=LABELS), expected)
 
 
 def test_a_block_of_use_context_reaches_opaque_containers():
-    converted = check(Nested(), opaque="catches exceptions")
+    converted = check(Nested(), opaque="handles exceptions")
     with normswap.use_context(converted, LABELS):
         inside = call(converted, (images(),))
     torch.testing.assert_close(inside, call(converted, (images(),), context=LABELS))

@@ -1,7 +1,9 @@
-"""Labels follow the samples however a model folds more into the batch."""
+"""Labels follow the samples however a model orders, folds or repeats them."""
 
 import copy
 import pickle
+import random
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 import normswap
 from normswap import ContextError
+from normswap.graph import rows
 from tests.graph import behave
 
 K, N = 3, 4
@@ -54,10 +57,6 @@ def from_twice(y, n):
     return y[:n] * y[n:].sin()
 
 
-def neither(x):
-    return x.reshape(-1, x.shape[-1])[[*range(1, x.shape[0] * x.shape[1]), 0]]
-
-
 def apart(model):
     """Give every context its own statistics and affine."""
     with torch.no_grad():
@@ -66,6 +65,14 @@ def apart(model):
                 for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
                     tensor.add_(torch.rand_like(tensor))
     return model
+
+
+def rows_of(model):
+    return {row.fqn: row.rows for row in normswap.summary(model).rows}
+
+
+def singly(model, x, labels=LABELS):
+    return torch.cat([model(x[i : i + 1], context=labels[i : i + 1]) for i in range(len(x))])
 
 
 def converted(fold, unfold):
@@ -93,43 +100,54 @@ def test_a_mixed_batch_equals_its_samples_one_by_one(fold, unfold, train_first):
     assert not torch.allclose(together, model(x, context=LABELS.flip(0)))
 
 
+@pytest.fixture
+def never_again(monkeypatch):
+    """Return what makes any further measurement an error."""
+
+    def refuse():
+        def measure(*args, **kwargs):
+            raise AssertionError("measured again")
+
+        monkeypatch.setattr(rows.Run, "measure", measure)
+
+    return refuse
+
+
 @FOLDS
-def test_what_was_learnt_of_the_layout_is_copied_and_pickled(fold, unfold):
+def test_what_was_measured_is_copied_and_pickled(fold, unfold, never_again):
     model = converted(fold, unfold)
     x = torch.randn(N, 5, 6, dtype=torch.float64)
     expected = model(x, context=LABELS)
+    never_again()
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert clone.norm.scope.rows.layouts == model.norm.scope.rows.layouts != {}
+        assert rows_of(clone) == rows_of(model)
         assert clone(x, context=LABELS).equal(expected)
 
 
-def test_learning_the_layout_updates_statistics_once_and_draws_nothing():
+@FOLDS
+def test_what_was_measured_holds_for_any_number_of_samples(fold, unfold, never_again):
+    model = converted(fold, unfold)
+    x = torch.randn(7, 5, 6, dtype=torch.float64)
+    model(x[:3], context=torch.tensor([0, 1, 2]))
+    never_again()
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, -1])
+    assert torch.allclose(model(x, context=labels), singly(model, x, labels), rtol=1e-12)
+
+
+def test_measuring_updates_statistics_once_and_draws_nothing():
     model = converted(innermost, from_innermost).train()
     reference = copy.deepcopy(model)
-    reference.norm.scope.rows.layouts["norm", 5] = "samples innermost"
     x = torch.randn(N, 5, 6, dtype=torch.float64)
-    state = torch.get_rng_state()
-    assert model(x, context=LABELS).equal(reference(x, context=LABELS))
-    assert torch.get_rng_state().equal(state)
+    states = torch.get_rng_state(), random.getstate()
+    y = model(x, context=LABELS)
+    assert torch.get_rng_state().equal(states[0])
+    assert random.getstate() == states[1]
+    tokens = reference.first(x.transpose(1, 2), context=LABELS).transpose(1, 2)
+    expected = reference.norm(innermost(tokens), context=LABELS.repeat(5))
+    assert y.equal(from_innermost(expected, N))
     for (name, a), (_, b) in zip(model.named_buffers(), reference.named_buffers(), strict=True):
         assert a.equal(b), name
     assert all(m.training for m in model.modules())
-
-
-def test_a_model_that_folds_nothing_runs_once():
-    calls = []
-    model = normswap.convert(nn.Sequential(nn.Conv1d(6, 6, 1), nn.BatchNorm1d(6)), contexts=K)
-    model[0].register_forward_hook(lambda *given: calls.append(1))
-    model.eval()(torch.randn(N, 6, 5), context=LABELS)
-    assert calls == [1]
-
-
-def test_rows_in_another_order_are_an_error_that_names_the_norm():
-    model = converted(neither, from_outermost)
-    x = torch.randn(N, 5, 6, dtype=torch.float64)
-    with pytest.raises(ContextError, match="rows of the input of norm to be the samples in order"):
-        model(x, context=LABELS)
-    assert model(x, context="1").shape == (N, 5, 6)
 
 
 def test_one_backbone_on_two_concatenated_inputs():
@@ -288,3 +306,492 @@ def test_samples_that_hardly_differ_at_a_norm_still_tell_the_layout():
     mixed = converted(x, context=labels)
     alone = [converted(x[i : i + 1], context=labels[i : i + 1]) for i in range(4)]
     torch.testing.assert_close(mixed, torch.cat(alone))
+
+
+class Rows(nn.Module):
+    """Norms what `order` makes of the rows of a linear layer, `order(self, rows)`."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.flag = False
+        self.order = order
+
+    def forward(self, x):
+        return self.order(self, self.linear(x))
+
+
+def ordered(order):
+    return apart(normswap.convert(Rows(order).double().eval(), "cn", contexts=K, verify=False))
+
+
+def check(model, samples=(4, 3, 2, 6)):
+    """Compare mixed batches with their samples one by one."""
+    for count in samples:
+        x = torch.randn(count, 6, dtype=torch.float64)
+        labels = torch.randint(0, K, (count,))
+        labels[0] = (labels[1] + 1) % K
+        y = model(x, context=labels)
+        assert torch.allclose(y, singly(model, x, labels), rtol=1e-10)
+
+
+def taken(s, x, index):
+    """Norm rows in the order of an index, and put them back."""
+    return s.norm(x[index])[index.argsort()]
+
+
+def permutation(x):
+    return torch.tensor([2, 0, 3, 1, 5, 4])[torch.tensor([2, 0, 3, 1, 5, 4]) < len(x)]
+
+
+def pairs(s, x):
+    one, two = s.norm(torch.cat([x, 2 * x])).chunk(2)
+    return one * two
+
+
+def stacked(s, x):
+    one, two = s.norm(torch.stack([x, 2 * x], 1).flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
+    return one * two
+
+
+def by_turns(s, x):
+    halves = [torch.arange(len(x))[i::2] for i in (0, 1)]
+    return taken(s, x, torch.cat(halves))
+
+
+ORDERS = {
+    "as they are": lambda s, x: s.norm(x),
+    "flipped": lambda s, x: s.norm(x.flip(0)).flip(0),
+    "permuted": lambda s, x: taken(s, x, permutation(x)),
+    "pairs": pairs,
+    "stacked": stacked,
+    "even, then odd": by_turns,
+    "pieces of two": lambda s, x: torch.cat([s.norm(part) for part in x.split(2)]),
+    "one by one": lambda s, x: torch.cat([s.norm(row.unsqueeze(0)) for row in x]),
+    "twice": lambda s, x: s.norm(s.norm(x).flip(0)).flip(0) + pairs(s, x),
+    "with a constant row": lambda s, x: s.norm(torch.stack([x, x * 0 + 1], 1).flatten(0, 1))[::2],
+    "views in one mode": lambda s, x: pairs(s, x) if s.training else s.norm(x),
+    "other views by mode": lambda s, x: pairs(s, x) if s.training else stacked(s, x),
+    "by gradients": lambda s, x: pairs(s, x) if torch.is_grad_enabled() else stacked(s, x),
+    "by a flag": lambda s, x: pairs(s, x) if s.flag else stacked(s, x),
+    "half of it by values": lambda s, x: torch.where(x.sum(1, True) > 0, s.norm(x), s.norm(-x)),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_rows_in_any_steady_order_equal_samples_one_by_one(name):
+    model = ordered(ORDERS[name])
+    check(model)
+    with torch.no_grad():
+        check(model)
+    model.train()(torch.randn(4, 6, dtype=torch.float64), context=LABELS)
+    model.flag = True
+    check(model.eval())
+
+
+@pytest.mark.parametrize("name", ["flipped", "pairs", "pieces of two"])
+def test_training_on_rows_in_a_steady_order_equals_a_loop_over_contexts(name):
+    # One call of the norm in each, with labels by hand; pieces are contexts' samples by twos.
+    model = ordered(ORDERS[name]).train()
+    hand = copy.deepcopy(model)
+    x = torch.randn(N, 6, dtype=torch.float64)
+    y = model(x, context=LABELS)
+    h = hand.linear(x)
+    if name == "flipped":
+        expected = hand.norm(h.flip(0), context=LABELS.flip(0)).flip(0)
+    elif name == "pairs":
+        one, two = hand.norm(torch.cat([h, 2 * h]), context=LABELS.repeat(2)).chunk(2)
+        expected = one * two
+    else:
+        parts = zip(h.split(2), LABELS.split(2), strict=True)
+        expected = torch.cat([hand.norm(part, context=labels) for part, labels in parts])
+    assert y.equal(expected)
+    for (key, a), (_, b) in zip(model.named_buffers(), hand.named_buffers(), strict=True):
+        assert a.equal(b), key
+
+
+def by_value(s, x):
+    return taken(s, x, x.sum(1).argsort())
+
+
+def at_random(s, x):
+    return taken(s, x, torch.randperm(len(x)))
+
+
+def at_random_in_python(s, x):
+    return taken(s, x, torch.tensor(random.sample(range(len(x)), len(x))))
+
+
+def random_pairs(s, x):
+    index = torch.randperm(len(x))
+    one, two = s.norm(torch.cat([x, x[index]])).chunk(2)
+    return one * two[index.argsort()]
+
+
+def experts(s, x):
+    chosen = x.sum(1) > 0
+    y = torch.zeros_like(x)
+    for rows_of_one in (chosen, ~chosen):
+        if rows_of_one.any():
+            y[rows_of_one] = s.norm(x[rows_of_one])
+    return y
+
+
+def mixed(s, x):
+    return s.norm(0.7 * x + 0.3 * x.flip(0))
+
+
+def queue(s, x):
+    held = torch.arange(6.0 * len(x), dtype=x.dtype).view(-1, 6)
+    return s.norm(torch.cat([x, held]))[: len(x)]
+
+
+@pytest.mark.parametrize(
+    ("order", "cause"),
+    [
+        (at_random, "changes from call to call"),
+        (at_random_in_python, "changes from call to call"),
+        (random_pairs, "changes from call to call"),
+        (by_value, "of several samples"),
+        (mixed, "of several samples"),
+        (queue, "from no sample"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_labels_that_cannot_follow_are_an_error_that_names_norm_cause_and_way_out(
+    order, cause, seed
+):
+    model = ordered(order)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with pytest.raises(ContextError, match=rf"input of norm .*{cause}.*exclude='norm'"):
+        model(x, context=LABELS)
+    # One context for all is no question of rows.
+    assert torch.isfinite(model(x, context=torch.ones(4, dtype=torch.int64))).all()
+    assert torch.isfinite(model(x, context="1")).all()
+
+
+@contextmanager
+def refusal(part):
+    """Take a ContextError that says this; another error, or none, passes."""
+    try:
+        yield
+    except ContextError as error:
+        if part not in str(error):
+            raise
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_experts_that_values_choose_are_right_or_an_error(seed):
+    model = ordered(experts)
+    torch.manual_seed(seed)
+    for count in (4, 5, 3):
+        x = torch.randn(count, 6, dtype=torch.float64)
+        labels = torch.arange(count) % K
+        y = None
+        with refusal("exclude='norm'"):
+            y = model(x, context=labels)
+        assert y is None or torch.allclose(y, singly(model, x, labels))
+
+
+def test_two_samples_sorted_by_value_are_refused_in_every_call():
+    model = ordered(by_value)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    for batch in (x, x.flip(0), x, -x):
+        with pytest.raises(ContextError, match=r"order depends on their values.*exclude='norm'"):
+            model(batch, context=torch.tensor([0, 1]))
+
+
+def test_a_random_pair_that_first_keeps_its_place_is_no_regular_order():
+    # Of the first batch's permutations a sixth or more begin with 0.
+    for seed in range(24):
+        torch.manual_seed(seed)
+        model = ordered(random_pairs)
+        with pytest.raises(ContextError, match="changes from call to call"):
+            model(torch.randn(3, 6, dtype=torch.float64), context=torch.tensor([0, 1, 2]))
+
+
+def test_dropout_in_a_forward_does_not_hide_the_order():
+    model = ordered(lambda s, x: pairs(s, nn.functional.dropout(x, 0.5, s.training))).train()
+    model(torch.randn(4, 6, dtype=torch.float64), context=LABELS)
+    assert rows_of(model) == {"norm": "repeated x2"}
+
+
+def test_an_irregular_order_is_measured_in_each_call_unless_declared_fixed(never_again):
+    model = ordered(ORDERS["flipped"])
+    normswap.fix_rows(model)
+    check(model, (4, 4, 3))
+    never_again()
+    check(model, (4, 3))
+    assert rows_of(model) == {"norm": "permuted"}
+    normswap.fix_rows(model, False)
+    with pytest.raises(AssertionError, match="measured again"):
+        check(model, (4,))
+
+
+def test_only_a_converted_model_has_rows_to_fix():
+    with pytest.raises(normswap.ConversionError, match=r"call normswap\.convert first"):
+        normswap.fix_rows(nn.Linear(2, 2))
+
+
+def skipping(s, x):
+    if torch.rand(()) < 0.5:
+        x = s.norm(x)
+    return s.norm(s.linear(s.norm(x)))
+
+
+def test_layers_skipped_at_random_are_one_per_sample():
+    model = ordered(skipping)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        y = model(x, context=LABELS)
+        parts = []
+        for i in range(4):
+            torch.manual_seed(seed)
+            parts.append(model(x[i : i + 1], context=LABELS[i : i + 1]))
+        assert torch.allclose(y, torch.cat(parts))
+
+
+def test_sizes_stop_to_matter_after_some_were_alike(never_again):
+    model = converted(outermost, from_outermost)
+    for length in (2, 3, 4):
+        model(torch.randn(N, length, 6, dtype=torch.float64), context=LABELS)
+    never_again()
+    x = torch.randn(N, 9, 6, dtype=torch.float64)
+    assert torch.allclose(model(x, context=LABELS), singly(model, x))
+
+
+def test_hooks_of_the_user_run_once_a_call_and_modes_and_flags_stay():
+    model = ordered(ORDERS["pairs"]).train()
+    calls = []
+    for module in (model, model.linear, model.norm):
+        module.register_forward_pre_hook(lambda m, args: calls.append("before"))
+        module.register_forward_hook(lambda m, args, y: calls.append("after"))
+    model(torch.randn(N, 6, dtype=torch.float64), context=LABELS)
+    assert calls.count("before") == calls.count("after") == 3
+    assert len(model.linear._forward_hooks) == len(model.linear._forward_pre_hooks) == 1
+
+
+def test_a_hook_that_adds_views_is_seen():
+    model = ordered(lambda s, x: s.norm(x).unflatten(0, (2, -1)).prod(0))
+    hook = model.linear.register_forward_pre_hook(lambda m, args: (torch.cat([args[0], -args[0]]),))
+    check(model, (4, 3))
+    hook.remove()
+
+
+def test_weights_that_a_hook_of_torch_computes_are_computed():
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 6)), nn.BatchNorm1d(6)).eval()
+
+    model = apart(normswap.convert(build(), "cn", contexts=K, verify=False))
+    x = torch.randn(N, 6)
+    assert torch.allclose(model(x, context=LABELS), singly(model, x), atol=1e-6)
+    assert rows_of(model) == {"1": "one per sample"}
+
+
+class Packed(nn.Module):
+    """Norms the steps of sequences of several lengths, packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.lstm = nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        packed = packed._replace(data=self.norm(packed.data))
+        return self.lstm(packed)[1][0][0]
+
+
+def test_packed_sequences_equal_samples_one_by_one():
+    model = apart(normswap.convert(Packed().double().eval(), "cn", contexts=K, verify=False))
+    x = torch.randn(N, 7, 6, dtype=torch.float64)
+    for lengths in (torch.tensor([7, 5, 5, 2]), torch.tensor([6, 6, 3, 1])):
+        y = model(x, lengths, context=LABELS)
+        parts = [model(x[i : i + 1], lengths[i : i + 1], LABELS[i : i + 1]) for i in range(N)]
+        assert torch.allclose(y, torch.cat(parts))
+
+
+def test_values_out_of_range_are_never_given_to_a_model():
+    def bounded(s, x):
+        return s.norm(x)
+
+    class Bounded(Rows):
+        def forward(self, x):
+            assert 0 <= x.min() <= x.max() <= 1
+            return super().forward(x)
+
+    model = apart(normswap.convert(Bounded(bounded).eval(), "cn", contexts=K, verify=False))
+    x = torch.rand(N, 6)
+    assert torch.allclose(model(x, context=LABELS), singly(model, x), atol=1e-6)
+    assert rows_of(model) == {"norm": "one per sample"}
+
+
+class Fragile(nn.Module):
+    """Takes one batch only."""
+
+    def __init__(self, fold):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.only = None
+        self.fold = fold
+
+    def forward(self, x):
+        if self.only is not None and not torch.equal(x, self.only):
+            raise ValueError("another batch")
+        return self.norm(torch.cat([x, x]) if self.fold else x)
+
+
+def test_a_model_that_cannot_be_measured_goes_on_where_rows_are_samples():
+    model = normswap.convert(Fragile(False).eval(), "cn", contexts=K, verify=False)
+    model.only = torch.randn(N, 6)
+    model(model.only, context=LABELS)
+    (found,) = rows_of(model).values()
+    assert found.startswith("not measured: ")
+    assert "ValueError: another batch" in found
+
+
+def test_a_model_that_cannot_be_measured_is_an_error_where_rows_are_more():
+    model = normswap.convert(Fragile(True).eval(), "cn", contexts=K, verify=False)
+    model.only = torch.randn(N, 6)
+    with pytest.raises(ContextError, match=r"ValueError: another batch.*exclude='norm'"):
+        model(model.only, context=LABELS)
+    model.only = None
+    assert model(torch.randn(N, 6), context=LABELS).shape == (2 * N, 6)
+
+
+def test_an_argument_that_can_be_read_only_once_is_left_alone():
+    class Reading(Rows):
+        def forward(self, parts):
+            return super().forward(torch.stack(list(parts)))
+
+    model = apart(normswap.convert(Reading(ORDERS["as they are"]), "cn", contexts=K, verify=False))
+    x = torch.randn(N, 6)
+    y = model.eval()(iter(x), context=LABELS)
+    parts = [model(iter(x[i : i + 1]), context=LABELS[i : i + 1]) for i in range(N)]
+    assert torch.allclose(y, torch.cat(parts), atol=1e-6)
+    assert "not measured" in rows_of(model)["norm"]
+
+
+def test_norms_with_children_are_in_eval_while_a_model_is_measured():
+    timm = pytest.importorskip("timm")
+
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = timm.create_model("efficientnet_lite0", num_classes=3)
+
+        def forward(self, x):
+            one, two = self.body(torch.cat([x, 2 * x])).chunk(2)
+            return one * two
+
+    model = normswap.convert(Siamese(), "cn", contexts=K, verify=False).train()
+    model(torch.randn(N, 3, 32, 32), context=LABELS)
+    assert set(rows_of(model).values()) == {"repeated x2"}
+    assert all(module.training for module in model.modules())
+
+
+def test_a_norm_that_was_left_out_is_in_eval_too():
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6))
+    model = normswap.convert(model, "cn", contexts=K, exclude="0", verify=False).train()
+    model(torch.randn(N, 6), context=LABELS)
+    assert rows_of(model) == {"0": "", "2": "one per sample"}
+    assert model[0].num_batches_tracked == 1
+
+
+def test_rows_are_measured_at_conversion_where_there_are_inputs():
+    model = Folding(innermost, from_innermost)
+    x = torch.randn(2, 5, 6)
+    model = normswap.convert(model, "cn", contexts=K, example_inputs=x)
+    assert rows_of(model) == {"first": "one per sample", "norm": "repeated x5"}
+    assert "repeated x5" in str(normswap.summary(model))
+
+
+def test_verification_measures_rows():
+    original = Folding(outermost, from_outermost)
+    model = normswap.convert(original, "cn", contexts=K)
+    assert set(rows_of(model).values()) == {"not measured: no batch of several contexts has run"}
+    normswap.verify(model, original, torch.randn(2, 5, 6))
+    assert rows_of(model) == {"first": "one per sample", "norm": "folded x5"}
+
+
+def test_a_compiled_fold_that_was_not_measured_is_refused():
+    model = converted(innermost, from_innermost)
+    x = torch.randn(N, 5, 6, dtype=torch.float64)
+    with pytest.raises(Exception, match="run the whole model in this mode, not compiled"):
+        torch.export.export(model, (x,), {"context": LABELS})
+
+
+def test_a_compiled_flip_is_refused_unless_fixed():
+    torch._dynamo.reset()
+    model = ordered(ORDERS["flipped"])
+    x = torch.randn(N, 6, dtype=torch.float64)
+    model(x, context=LABELS)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="got nothing that tells"):
+        compiled(x, context=LABELS)
+    torch._dynamo.reset()
+    normswap.fix_rows(model)
+    expected = model(x, context=LABELS)
+    assert torch.allclose(compiled(x, context=LABELS), expected)
+
+
+def test_threads_do_not_mix_what_they_measure():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = ordered(ORDERS["pairs"])
+    batches = [torch.randn(n, 6, dtype=torch.float64) for n in (2, 3, 4, 5) * 6]
+
+    def run(x):
+        labels = torch.arange(len(x)) % K
+        with torch.no_grad():
+            return torch.allclose(model(x, context=labels), singly(model, x, labels))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(run, batches))
+    assert rows_of(model) == {"norm": "repeated x2"}
+
+
+def test_inputs_of_every_form_are_told_apart():
+    class Taking(Rows):
+        def forward(self, batch, *, scale=None):
+            x = batch["images"] if isinstance(batch, dict) else torch.stack(batch)
+            return super().forward(x if scale is None else x * scale)
+
+    model = apart(
+        normswap.convert(Taking(ORDERS["flipped"]).double(), "cn", contexts=K, verify=False)
+    ).eval()
+    x = torch.randn(N, 6, dtype=torch.float64)
+    scale = torch.rand(N, 1, dtype=torch.float64)
+    for given in (lambda t: {"images": t}, list):
+        y = model(given(x), scale=scale, context=LABELS)
+        each = [(given(x[i : i + 1]), scale[i : i + 1], LABELS[i : i + 1]) for i in range(N)]
+        parts = [model(batch, scale=one, context=label) for batch, one, label in each]
+        assert torch.allclose(y, torch.cat(parts))
+    assert rows_of(model) == {"norm": "permuted"}
+
+
+def test_images_of_several_sizes_are_samples():
+    class Ragged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, images, targets):
+            size = [max(i.shape[d] for i in images) for d in (1, 2)]
+            batch = images[0].new_zeros(len(images), 3, *size)
+            for image, place in zip(images, batch, strict=True):
+                place[:, : image.shape[1], : image.shape[2]] = image
+            return self.norm(batch).mean((2, 3)) * torch.stack([t["w"] for t in targets])
+
+    model = apart(normswap.convert(Ragged().double().eval(), "cn", contexts=K, verify=False))
+    images = [torch.rand(3, 5 + i, 9 - i, dtype=torch.float64) for i in range(N)]
+    targets = [{"w": torch.rand(3, dtype=torch.float64)} for _ in range(N)]
+    y = model(images, targets, context=LABELS)
+    assert rows_of(model) == {"norm": "one per sample"}
+    flipped = model(images[::-1], targets[::-1], context=LABELS.flip(0))
+    assert torch.allclose(y, flipped.flip(0))

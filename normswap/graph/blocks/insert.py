@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from normswap.graph.blocks.residual import Residual, before_stochastic, find_residuals
-from normswap.graph.tracing.patches import TraceFailure
+from normswap.graph.tracing import TraceFailure
 
 PLACEMENTS = ("pre", "residual", "identity", "post")
 

@@ -1,1 +1,28 @@
 """Tracing one container: a graph that stands for its forward, or why none does."""
+
+from normswap.graph.tracing.branches import join as join
+from normswap.graph.tracing.failure import TraceFailure as TraceFailure
+from normswap.graph.tracing.failure import is_library as is_library
+from normswap.graph.tracing.graph_cache import Paths as Paths
+from normswap.graph.tracing.list_effects import Writes as Writes
+from normswap.graph.tracing.list_effects import aliased as aliased
+from normswap.graph.tracing.list_effects import write_back as write_back
+from normswap.graph.tracing.method_calls import Outlined as Outlined
+from normswap.graph.tracing.reads import NO_GUARDS as NO_GUARDS
+from normswap.graph.tracing.reads import Guards as Guards
+from normswap.graph.tracing.reads import walk as walk
+from normswap.graph.tracing.signature import Forward as Forward
+from normswap.graph.tracing.signature import any_parameters as any_parameters
+from normswap.graph.tracing.signature import declared_parameters as declared_parameters
+from normswap.graph.tracing.signature import free_argument as free_argument
+from normswap.graph.tracing.signature import parameters_of as parameters_of
+from normswap.graph.tracing.signature import write_forward as write_forward
+from normswap.graph.tracing.symbol import is_something as is_something
+from normswap.graph.tracing.trace import TraceSession as TraceSession
+from normswap.graph.tracing.trace import tracing as tracing
+from normswap.graph.tracing.tracer import Traced as Traced
+from normswap.graph.tracing.values import Kind as Kind
+from normswap.graph.tracing.values import describe as describe
+from normswap.graph.tracing.values import example_of as example_of
+from normswap.graph.tracing.values import find_other as find_other
+from normswap.graph.tracing.values import rebuild as rebuild

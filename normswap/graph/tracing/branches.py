@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import fx
 
-from normswap.graph.tracing.origin import is_library
-from normswap.graph.tracing.outline import is_raised, methods_failed
-from normswap.graph.tracing.patches import TraceFailure
-from normswap.graph.tracing.questions import is_pure
+from normswap.graph.tracing.failure import TraceFailure, is_library
+from normswap.graph.tracing.method_calls import is_raised, methods_failed
+from normswap.graph.tracing.symbol import is_pure
 from normswap.graph.tracing.tracer import ContainerTracer, Traced
 
 MOST_PATHS = 16
@@ -140,6 +139,16 @@ def _compile(
     return make(graph), needed
 
 
+def in_words(error: Exception) -> str:
+    """Return why a trace ended, as the rest of a sentence that begins with the forward."""
+    text = " ".join(str(error).split())
+    if isinstance(error, TraceFailure):
+        return text
+    if isinstance(error, TypeError) and "Value" in text:
+        return f"needs to know, before it runs, a value of its computation ({text[:100]})"
+    return f"cannot be followed without values ({type(error).__name__}: {text[:120]})"
+
+
 def end_at_question(tracer: ContainerTracer, error: Exception) -> None:
     """End a path that failed at its last question.
 
@@ -149,9 +158,7 @@ def end_at_question(tracer: ContainerTracer, error: Exception) -> None:
     Raises:
         TraceFailure: it may do neither.
     """
-    result, reason, methods = tracer.result, str(error), methods_failed(tracer.root, error)
-    if not isinstance(error, TraceFailure):
-        reason = f"{type(error).__name__}: {' '.join(reason.split())[:160]}"
+    result, reason, methods = tracer.result, in_words(error), methods_failed(tracer.root, error)
     nodes = list(result.graph.nodes)
     last = nodes.index(result.questions[-1]) + 1 if result.questions else 0
     if not last or not (is_raised(error, is_library) or all(map(is_pure, nodes[:last]))):

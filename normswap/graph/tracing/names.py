@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.graph.tracing.origin import is_torch
+from normswap.graph.tracing.failure import is_torch
 
 
 class Names:
@@ -14,6 +14,7 @@ class Names:
         paths: id of a module -> its name.
         tensors: id of a parameter, a buffer or another tensor attribute -> its name.
         types: (name, class) of every module.
+        listed: names of the tensors, each once.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -31,6 +32,7 @@ class Names:
             for key, value in table.items():
                 if isinstance(value, Tensor):
                     self.tensors.setdefault(id(value), prefix + key)
+        self.listed = list(self.tensors.values())
 
 
 def returns_tensor(module: nn.Module) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from normswap.graph.tracing.handed import NOTHING, find_effects, snapshot_lists
-from normswap.graph.tracing.patches import TraceFailure
+from normswap.graph.tracing.failure import TraceFailure
+from normswap.graph.tracing.list_effects import find_writes, snapshot_lists
 from normswap.graph.tracing.values import describe, find_other, rebuild
 
 _CHECKPOINT = torch.utils.checkpoint.checkpoint
@@ -34,7 +34,6 @@ class Region:
         graph: its placeholders are the arguments, then the values of the outer graph it uses.
         captured: those values, outer node -> inner placeholder.
         options: keyword arguments of checkpoint.
-        outlined: nodes that call a method of the container.
         run: the compiled graph, ``run(module, *values, context)``; set once it is threaded.
     """
 
@@ -45,7 +44,6 @@ class Region:
         self.graph = graph
         self.captured: dict[fx.Node, fx.Node] = {}
         self.options = options
-        self.outlined: list[fx.Node] = []
         self.run: Callable[..., Any] | None = None
 
     def capture(self, node: fx.Node) -> fx.Node:
@@ -67,7 +65,15 @@ class Region:
         assert run is not None
 
         def function(*given: Any) -> Any:
-            return run(module, *given, context)
+            if torch.compiler.is_compiling():
+                return run(module, *given, context)
+            # In backward this runs without the container around it.
+            scope = module._normswap.scope
+            left = scope.enter(context)
+            try:
+                return run(module, *given, context)
+            finally:
+                scope.leave(left)
 
         return _CHECKPOINT(function, *tensors, **self.options)
 
@@ -86,7 +92,7 @@ def trace_checkpointed(tracer: Any, function: Any, args: Any, kwargs: dict[str, 
         raise TraceFailure("uses checkpoint as a decorator inside forward")
     options, kwargs = _split_options(kwargs)
     outer: list[Any] = []
-    kinds = [describe(value, outer, True) for value in (args, kwargs)]
+    kinds = [describe(value, outer) for value in (args, kwargs)]
     if any(map(find_other, kinds)):
         raise TraceFailure("checkpoints a function of objects that no graph takes")
     region = Region(fx.Graph(tracer_cls=type(tracer)), options)
@@ -101,9 +107,8 @@ def trace_checkpointed(tracer: Any, function: Any, args: Any, kwargs: dict[str, 
         given_args, given_kwargs = (rebuild(kind, supply) for kind in kinds)
         before = snapshot_lists((given_args, *given_kwargs.values()))
         output = function(*given_args, **given_kwargs)
-        effects, _ = find_effects(tuple(given_args), before, output)
-        if effects != NOTHING:
-            raise TraceFailure("changes or returns a list or dict in a checkpointed part")
+        if find_writes(tuple(given_args), before, output):
+            raise TraceFailure("changes a list or dict in a checkpointed part")
         tracer.create_node("output", "output", (tracer.create_arg(output),), {})
     finally:
         tracer.graph, tracer.region = tracer.result.graph, None
@@ -112,6 +117,7 @@ def trace_checkpointed(tracer: Any, function: Any, args: Any, kwargs: dict[str, 
     captured = [fx.Proxy(node, tracer) for node in region.captured]
     value = tracer.create_proxy("call_function", region, (itself, *outer, *captured), {})
     tracer.result.regions.append((value.node, region))
+    tracer.result.alike = False  # its graph is not copied
     if isinstance(output, tuple | list):
         parts: Any = value
         return type(output)(parts[i] for i in range(len(output)))

@@ -1,11 +1,15 @@
 """Write a forward with the signature of another plus a context argument."""
 
 import inspect
+import types
 from collections.abc import Callable, Sequence
 from inspect import Parameter
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+
+from normswap.graph.tracing.failure import is_torch
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 # Stands for a required argument until a real one is seen: most are tensors.
@@ -22,14 +26,12 @@ class Forward(NamedTuple):
         spread: ``spread(function, module, values)`` calls a function of the original signature.
         examples: returns values of the kind expected: a tensor where the original requires an
             argument, else its default.
-        argument: name of the context argument, None where there is none.
     """
 
     forward: Callable[..., Any]
     bind: Callable[..., Any]
     spread: Callable[..., Any]
     examples: Callable[[], tuple[Any, ...]]
-    argument: str | None
 
 
 def parameters_of(function: Callable[..., Any]) -> list[Parameter]:
@@ -67,20 +69,57 @@ def any_parameters() -> list[Parameter]:
     ]
 
 
+def free_argument(module: nn.Module, override: Callable[..., Any] | None = None) -> str:
+    """Return the name of a container's context argument: ``context``, if that is free.
+
+    It is ``norm_context`` where the forward or ``__call__`` has a parameter of that name, and where
+    either takes any keyword and code of the module, or of one below, uses the name.
+
+    Args:
+        module: the container, its class its own still.
+        override: the forward that was set on the instance, if any.
+    """
+    cls = type(module)
+    called = [] if cls.__call__ is nn.Module.__call__ else [cls.__call__]
+    own = [getattr(f, "__func__", f) for f in (override or cls.forward, *called)]
+    parameters = [p for f in own for p in (*parameters_of(f), *declared_parameters(f))]
+    taken = {p.name for p in parameters}
+    if any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
+        classes = {getattr(type(m), "converted_from", type(m)) for m in module.modules()}
+        outside = [cls for cls in classes if not hasattr(cls, "context_argument")]
+        bases = {base for cls in outside for base in cls.__mro__ if not is_torch(base.__module__)}
+        functions = [f for base in bases for f in vars(base).values()]
+        taken = taken.union(*map(_names, (*own, *functions)))
+    name = "context"
+    while name in taken:
+        name = f"norm_{name}"
+    return name
+
+
+def _names(function: Any) -> set[str]:
+    """Return the names of a function's parameters and the strings it contains, nested ones too."""
+    if not isinstance(function, types.CodeType):
+        function = inspect.unwrap(getattr(function, "__func__", function))
+    code = getattr(function, "__code__", function)
+    if not isinstance(code, types.CodeType):
+        return set()
+    names = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    strings = {c for c in code.co_consts if isinstance(c, str)}
+    return names.union(strings, *(_names(c) for c in code.co_consts if not isinstance(c, str)))
+
+
 def write_forward(
     parameters: list[Parameter],
     dispatch: Callable[..., Any],
-    contextual: bool = True,
+    argument: str | None = None,
     declared: Sequence[Parameter] = (),
 ) -> Forward:
     """Write the functions of `Forward` for these parameters.
 
-    The context argument is the last that may be given by position, or by keyword only after
-    ``*args``. It is called ``context``, or ``norm_context`` where the original has a ``context``.
-    `declared` are the parameters a decorated forward shows.
+    The context argument, of the name `argument` if there is to be one, is the last that may be
+    given by position, or by keyword only after ``*args``. `declared` are the parameters a
+    decorated forward shows.
     """
-    taken = {p.name for p in (*parameters, *declared)}
-    argument = "norm_context" if "context" in taken else "context"
     scope: dict[str, Any] = {"_dispatch": dispatch}
     head: list[str] = ["self"]
     passed: list[str] = []
@@ -88,7 +127,7 @@ def write_forward(
 
     def write_context() -> None:
         nonlocal written
-        if contextual and not written:
+        if argument is not None and not written:
             head.append(f"{argument}=None")
             written = True
 
@@ -123,7 +162,7 @@ def write_forward(
     unpack = f"    {names}= values\n" if names else ""
     source = (
         f"def forward({', '.join(head)}):\n"
-        f"    return _dispatch(self, ({names}), {argument if contextual else None})\n"
+        f"    return _dispatch(self, ({names}), {argument})\n"
         f"def bind({', '.join(head)}):\n"
         f"    return ({names})\n"
         f"def spread(function, self, values):\n"
@@ -134,14 +173,13 @@ def write_forward(
 
     shown = [p for p in declared if p.name not in {q.name for q in parameters}]
     if shown:
-        scope["forward"].__signature__ = _show(parameters, shown, argument if contextual else None)
+        scope["forward"].__signature__ = _show(parameters, shown, argument)
     required = tuple(EXAMPLE for p in shown if p.default is p.empty and p.kind in _POSITIONAL)
 
     def examples() -> tuple[Any, ...]:
         return tuple(_example(p, required) for p in parameters)
 
-    context = argument if contextual else None
-    return Forward(scope["forward"], scope["bind"], scope["spread"], examples, context)
+    return Forward(scope["forward"], scope["bind"], scope["spread"], examples)
 
 
 def _show(own: list[Parameter], shown: list[Parameter], argument: str | None) -> inspect.Signature:

@@ -1,4 +1,4 @@
-"""The symbolic values that run through a forward while it is traced."""
+"""The symbolic values that run through a forward while it is traced, and what is asked of them."""
 
 import operator
 from collections.abc import Iterator
@@ -7,7 +7,21 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from normswap.errors import ConversionError
-from normswap.graph.tracing.patches import TraceFailure
+from normswap.graph.tracing.failure import TraceFailure, is_torch
+
+MOST_QUESTIONS = 64
+# What reads a value without changing anything.
+_PURE_METHODS = {
+    *("size", "dim", "ndimension", "numel", "nelement", "is_contiguous", "is_floating_point"),
+    *("element_size", "get_device", "stride"),
+}
+_PURE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout"}
+_CHANGES = {
+    *("setitem", "delitem", "call", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul"),
+    *("imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor"),
+}
+# Attributes and methods of tensors that may be None.
+_OPTIONAL = {"grad", "grad_fn", "get", "pop", "setdefault", "names"}
 
 
 class Value(fx.Proxy):
@@ -17,20 +31,51 @@ class Value(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(Tensor, name):
+        if name not in ("node", "tracer"):
             raise TraceFailure(f"sets .{name} of a tensor inside forward")
         super().__setattr__(name, value)
 
     def __hash__(self) -> int:
-        raise TraceFailure("looks up a value only known when it runs in a set, dict or cache")
+        raise TraceFailure("looks up a value known only when it runs in a set, dict or cache")
 
     def __len__(self) -> int:  # list() asks for it, and takes this error for an answer
         raise TypeError("the length of this value is only known when it runs")
 
+    def __contains__(self, item: Any) -> bool:
+        raise TraceFailure("asks what is in a value known only when it runs")
+
     def __getattr__(self, name: str) -> Any:
-        if self.node.meta.get("tensor") and not hasattr(Tensor, name):
-            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        if name != "node" and is_input(self) and not hasattr(Tensor, name):
+            raise TraceFailure(f"reads .{name} of its input, which no tensor has by itself")
         return super().__getattr__(name)
+
+
+def is_input(value: Any) -> bool:
+    """Return whether a value is a tensor that the forward is given."""
+    return value.node.op == "placeholder" and bool(value.node.meta.get("tensor"))
+
+
+def is_something(node: fx.Node) -> bool:
+    """Return whether a node's value, and all that is taken from it, is certainly not None."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    target = node.target
+    base = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if node.op == "call_method":
+        return target not in _OPTIONAL and base is not None and is_something(base)
+    if node.op == "call_module":
+        return bool(node.meta.get("something"))
+    name = getattr(target, "__name__", "")
+    if name == "multi_head_attention_forward":  # its second result may be None
+        return False
+    if name in ("getitem", "getattr"):
+        key = node.args[1] if len(node.args) > 1 else None
+        optional = isinstance(key, str) and key in _OPTIONAL  # a slice is no key of a set
+        return not optional and base is not None and is_something(base)
+    module = getattr(target, "__module__", None) or ""
+    if module.startswith("normswap."):  # a method, a checkpointed part: what they return is theirs
+        return False
+    return is_torch(module) or module in ("_operator", "operator", "math", "builtins", "")
 
 
 def unpack(value: Value) -> Iterator[Any] | None:
@@ -90,3 +135,44 @@ def _keep_in_place(name: str) -> None:
 
 for _name in ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow", "imatmul"):
     _keep_in_place(_name)
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Return whether running a node changes nothing and could as well be done again."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.op == "call_method":
+        return node.target in _PURE_METHODS
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") in ("_operator", "operator"):
+        return name not in _CHANGES
+    return bool(getattr(node.target, "pure", False)) or node.target in (
+        getattr,
+        len,
+        bool,
+        int,
+        float,
+    )
+
+
+def question_key(value: Any) -> Any:
+    """Return what identifies a question about shapes and the like; None for other questions.
+
+    Two questions of one key have one answer.
+    """
+    if not isinstance(value, fx.Node):
+        try:
+            hash(value)
+        except TypeError:
+            return None
+        return (type(value), value)
+    attribute = value.target is getattr and value.args[1] in _PURE_ATTRIBUTES
+    if attribute or (value.op == "call_method" and value.target in _PURE_METHODS):
+        rest = tuple(question_key(a) for a in (*value.args[1:], *value.kwargs.values()))
+        return None if None in rest else (value.target, value.args[0], *rest)
+    if value.op == "call_function" and is_pure(value) and value.target is not getattr:
+        parts = tuple(question_key(a) for a in (*value.args, *value.kwargs.values()))
+        return None if None in parts else (value.target, *parts)
+    return None

@@ -1,14 +1,15 @@
 """Trace one container's forward, one level deep: every submodule and free function is a call.
 
-What a graph would silently freeze is refused or guarded: attributes the forward read are recorded
-with their values (`Traced.reads`); writing attributes, Python randomness, switching gradient or
-autocast modes, checkpointing, tensors made elsewhere raise `TraceFailure`. Tensor functions of
-constants (``torch.zeros(...)``) become calls, so that nothing is computed while tracing.
+A graph stands for a forward only if all that the forward did while it was traced is known to be
+repeatable: see `whitelist` for what it may read, `reads` for what is compared before each run,
+`watch` for how the rest is kept from running. Tensor functions of constants (``torch.zeros(...)``)
+become calls, so that nothing is computed while tracing. Anything else raises `TraceFailure`, with
+nothing outside of the trace changed.
 """
 
 import functools
+import gc
 import math
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,19 +19,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.graph.tracing import patches as p
-from normswap.graph.tracing.branches import end_at_question
-from normswap.graph.tracing.handed import Effects, find_effects, snapshot_lists
-from normswap.graph.tracing.hazards import Watch
-from normswap.graph.tracing.held import DRAWS, put_back, random_states
-from normswap.graph.tracing.known import Known
-from normswap.graph.tracing.live import SWITCHES, LiveCalls
-from normswap.graph.tracing.origin import is_library, is_torch
-from normswap.graph.tracing.patches import Patches, TraceFailure
+from normswap.graph.tracing.branches import end_at_question, explore
+from normswap.graph.tracing.constant_calls import SWITCHES, ConstantCalls
+from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
+from normswap.graph.tracing.graph_cache import GraphCache, Paths
+from normswap.graph.tracing.list_effects import Writes, find_writes, snapshot_lists
 from normswap.graph.tracing.region import trace_checkpointed
+from normswap.graph.tracing.stand_ins import STAND_INS, symbolic_isinstance
 from normswap.graph.tracing.tracer import ContainerTracer, Traced
 from normswap.graph.tracing.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
-from normswap.graph.tracing.watched import record_function
+from normswap.graph.tracing.watch import Watch
+from normswap.util.looks import class_of
 
+_MOST_OUTLINED = 4
 _LOCK = threading.RLock()
 _OPEN: list["TraceSession"] = []
 _CHECKPOINT = torch.utils.checkpoint.checkpoint
@@ -46,22 +47,26 @@ class TraceSession:
 
     Args:
         layers: classes of the norm layers, whose forward called by itself counts as a call.
+        writes_of: what a module does to the lists and dicts it is called with, see `tracer`.
     """
 
-    def __init__(self, layers: tuple[Any, ...] = ()) -> None:
+    def __init__(
+        self,
+        layers: tuple[Any, ...] = (),
+        writes_of: Callable[..., tuple[Any, Writes] | None] = lambda *_: None,
+    ) -> None:
         self.layers = layers
-        self.outlined: dict[type, tuple[str, ...]] = {}  # methods that no graph stands for
-        self.assumed: list[tuple[nn.Module, tuple[Any, ...]]] = []  # of callees, by recent traces
-        self.probed: dict[Any, Effects | None] = {}  # what callees do to lists they are given
+        self.cache = GraphCache()
+        self._writes_of = writes_of
+        self._outlined: dict[type, tuple[str, ...]] = {}  # methods that no graph stands for
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
-        self._patches = Patches()
-        self._local = Patches()
-        self._tables: dict[tuple[int, bool], list[tuple[str, Any]]] = {}
+        self._patches = p.Patches()
+        self._local = p.Patches()
+        self._tables: dict[int, list[tuple[str, Any]]] = {}
+        self._globals: dict[Any, list[dict[str, Any]]] = {}
         self._entered: set[int] = set()
         self._library: set[int] = set()
-        self._inline = False
-        self.known = Known()
 
     @property
     def tracer(self) -> ContainerTracer | None:
@@ -72,6 +77,7 @@ class TraceSession:
         _LOCK.acquire()
         _OPEN.append(self)
         original_call, original_getattr = nn.Module.__call__, nn.Module.__getattr__
+        original_setattr, original_delattr = nn.Module.__setattr__, nn.Module.__delattr__
 
         @functools.wraps(original_call)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -83,6 +89,8 @@ class TraceSession:
             value = object.__getattribute__(module, name)
             if self.tracer is None or is_torch(sys._getframe(1).f_globals.get("__name__")):
                 return value
+            if name == "__class__":
+                return class_of(module)
             return self.tracer.read(module, name, value)
 
         def fallback(module: nn.Module, name: str) -> Any:
@@ -96,7 +104,11 @@ class TraceSession:
                 raise TraceFailure(f"sets .{name} of {type(module).__name__} inside forward")
             original_setattr(module, name, value)
 
-        original_setattr = nn.Module.__setattr__
+        def delattribute(module: nn.Module, name: str) -> None:
+            if self.tracer is not None:
+                raise TraceFailure(f"deletes .{name} of {type(module).__name__} inside forward")
+            original_delattr(module, name)
+
         apply = vars(torch.autograd.Function)["apply"]
 
         def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,16 +116,24 @@ class TraceSession:
                 return apply.__get__(None, cls)(*args, **kwargs)
             return self.tracer.create_proxy("call_function", p.named_apply(cls), args, kwargs)
 
+        def checkpoint(function: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if self.tracer is None:
+                return _CHECKPOINT(function, *args, **kwargs)
+            return trace_checkpointed(self.tracer, function, args, kwargs)
+
+        self._checkpoint = p.stand_for(checkpoint, _CHECKPOINT)
         self._patches.set(nn.Module, "__call__", call)
         self._patches.set(nn.Module, "__getattribute__", getattribute)
         self._patches.set(nn.Module, "__getattr__", fallback)
         self._patches.set(nn.Module, "__setattr__", setattribute)
+        self._patches.set(nn.Module, "__delattr__", delattribute)
         self._patches.set(torch.autograd.Function, "apply", classmethod(apply_function))
         self._patches.set(torch.utils.checkpoint, "checkpoint", self._checkpoint)
-        self._patches.set(torch.jit, "isinstance", p.symbolic_isinstance)
+        self._patches.set(torch.jit, "isinstance", symbolic_isinstance)
         for switch in (torch.autocast, torch.inference_mode):
-            self._patches.set(switch, "__enter__", self._refuse_switch(vars(switch)["__enter__"]))
-        self._patches.set(torch, "is_tensor", lambda v: p.symbolic_isinstance(v, Tensor))
+            for name in ("__init__", "__enter__"):
+                self._patches.set(switch, name, self._refuse_switch(vars(switch)[name]))
+        self._patches.set(torch, "is_tensor", lambda v: symbolic_isinstance(v, Tensor))
         for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"):
             self._patches.set(torch, name, p.ask_user_only(getattr(torch, name), name))
         for name in p.MATH:
@@ -137,21 +157,16 @@ class TraceSession:
         return forward
 
     def _refuse_switch(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def enter(switch: Any) -> Any:
+        def switch(*args: Any, **kwargs: Any) -> Any:
             if self.tracer is not None:
                 raise TraceFailure(SWITCHES)
-            return original(switch)
+            return original(*args, **kwargs)
 
-        return enter
+        return switch
 
     def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         assert self.tracer is not None
-        return record_function(self.tracer, function, args, kwargs)
-
-    def _checkpoint(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if self.tracer is None:
-            return _CHECKPOINT(function, *args, **kwargs)
-        return trace_checkpointed(self.tracer, function, args, kwargs)
+        return self.tracer.record(function, args, kwargs)
 
     def _enter_globals(self, table: dict[str, Any]) -> bool:
         """Replace the free functions a function in these globals may call.
@@ -170,52 +185,66 @@ class TraceSession:
             self._library.add(key)
             return False
         self._entered.add(key)
-        leaves = (key, self._inline)
-        if leaves not in self._tables:
-            self._tables[leaves] = [
+        if key not in self._tables:
+            self._tables[key] = [
                 (name, p.wrap_leaf(function, self._record, self._enter_globals))
-                for name, function in p.leaf_names(table, self._inline)
+                for name, function in p.leaf_names(table)
             ]
-        for name, wrapped in self._tables[leaves]:
+        for name, wrapped in self._tables[key]:
             self._local.set(table, name, wrapped)
         for name, value in list(table.items()):
             if value is _CHECKPOINT:
                 self._local.set(table, name, self._checkpoint)
-        for name, stand_in in p.STAND_INS.items():
+        for name, stand_in in STAND_INS.items():
             if name not in table:
                 self._local.set(table, name, stand_in)
         return True
 
-    def trace(
+    def paths(self, root: nn.Module, call: Callable[..., Any], kinds: tuple[Kind, ...]) -> Paths:
+        """Trace every path of a container's forward, or find those of one that is alike.
+
+        Methods that no graph stands for are calls in the graph.
+
+        Args:
+            root: the container.
+            call: ``call(forward, root, values)`` spreads values over the signature.
+            kinds: of the arguments, in the order of the signature.
+
+        Raises:
+            TraceFailure: no graph stands for this forward; the text says why.
+        """
+        cls: Any = getattr(type(root), "converted_from", type(root))
+        found = self.cache.find((cls, kinds), root)
+        if found is not None:
+            return found
+        while True:
+            outlined = self._outlined.get(cls, ())
+            trace = functools.partial(self._trace, root, cls.forward, call, kinds, outlined)
+            try:
+                return self.cache.keep((cls, kinds), root, explore(trace))
+            except TraceFailure as failure:
+                method = next((m for m in failure.methods if m not in outlined), None)
+                if method is None or len(outlined) == _MOST_OUTLINED:
+                    raise
+                self._outlined[cls] = (*outlined, method)
+
+    def _trace(
         self,
         root: nn.Module,
         forward: Callable[..., Any],
         call: Callable[..., Any],
         kinds: tuple[Kind, ...],
-        inline: bool = False,
-        answers: tuple[bool, ...] = (),
-        outlined: tuple[str, ...] = (),
+        outlined: tuple[str, ...],
+        answers: tuple[bool, ...],
     ) -> Traced:
-        """Trace one path of a forward.
-
-        Args:
-            root: the container.
-            forward: its own class's forward.
-            call: ``call(forward, root, values)`` spreads values over the signature.
-            kinds: of the arguments, in the order of the signature.
-            inline: whether to enter free functions, where they are not calls in the graph.
-            answers: to the first questions whether a symbolic value is true.
-            outlined: names of methods of the container that are calls in the graph.
+        """Trace one path, which gives these answers to the first questions.
 
         Returns:
             The graph; with a failure, one that ends at its last question, after which the
             module's own forward may be run from its start instead.
-
-        Raises:
-            TraceFailure: no graph stands for this forward; the text says why.
         """
-        names = self.known.names_of(root)
-        tracer = ContainerTracer(root, names, answers, outlined, self.probed)
+        names = self.cache.names_of(root)
+        tracer = ContainerTracer(root, names, self._suspended, answers, outlined)
         leaves: list[Any] = []
         for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
             proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
@@ -223,40 +252,50 @@ class TraceSession:
             leaves.append(proxy)
         supply: Iterator[Any] = iter(leaves)
         values = tuple(rebuild(kind, supply) for kind in kinds)
-        before, lists = random_states(), snapshot_lists(values)
-        self._inline, self._entered = inline, set()
-        watch = Watch(self._enter_globals, tracer.held.names, root)
-        cls: Any = type(root)
+        lists = snapshot_lists(values)
+        outer = self._tracer, self._local, self._entered
+        self._tracer, self._local, self._entered = tracer, p.Patches(), set()
+        watch = Watch(self._enter_globals, tracer.reads, root)
         failure: Exception | None = None
+        # The collector runs code of others in the middle of a forward, which is not judged.
+        collecting = gc.isenabled()
+        gc.disable()
         try:
-            self._tracer = tracer
-            for table in p.globals_of(forward, cls):
+            for table in self._globals_of(forward, type(root)):
                 self._enter_globals(table)
-            with LiveCalls(tracer), watch:
+            with ConstantCalls(tracer), watch:
                 output = call(forward, root, values)
-                effects, output = find_effects(values, lists, output)
-                tracer.result.effects = effects
-                if effects.writes:
-                    output = (output, tuple(values[i] for i, _ in effects.writes))
+                writes = tracer.result.writes = find_writes(values, lists, output)
+                if writes:
+                    output = (output, tuple(values[i] for i, _ in writes))
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
-                tracer.check_last()
         except Exception as error:
             failure = error
         finally:
-            self._tracer = None
+            if collecting:
+                gc.enable()
             self._local.undo()
-            drawn = random_states() != before
-            if drawn:
-                random.setstate(before[0])
-            self.assumed += tracer.result.assumed
-            changed = put_back(tracer.root, tracer.result.reads, tracer.held)
-        tracer.result.reads.update(tracer.held.settings())
-        tracer.result.plain &= not tracer.held.objects
+            self._tracer, self._local, self._entered = outer
+            changed = tracer.reads.put_back()
+        if failure is None and changed:
+            reason = f"changes .{changed} inside forward"
+            raise TraceFailure(reason, watch.methods_naming(changed))
         if failure is not None:
             end_at_question(tracer, failure)
-        elif drawn:
-            raise TraceFailure(DRAWS, watch.methods_naming("random", "np", "numpy"))
-        elif changed:
-            name = changed.partition(".")[0]
-            raise TraceFailure(f"changes .{changed} inside forward", watch.methods_naming(name))
         return tracer.result
+
+    def _globals_of(self, forward: Callable[..., Any], cls: type) -> list[dict[str, Any]]:
+        if cls not in self._globals:
+            self._globals[cls] = p.globals_of(forward, cls)
+        return self._globals[cls]
+
+    def _suspended(self, *call: Any) -> tuple[Any, Writes] | None:
+        """Ask what a callee does to its arguments, which may be a trace of its own."""
+        tracer, self._tracer = self._tracer, None
+        outer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return self._writes_of(self, *call)
+        finally:
+            sys.settrace(outer)
+            self._tracer = tracer

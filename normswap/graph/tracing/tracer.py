@@ -2,68 +2,71 @@
 
 import functools
 import sys
+import types
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
-from normswap.graph.tracing.handed import NOTHING, Effects, hand_on, take_back
-from normswap.graph.tracing.held import Held, is_plain, snapshot
-from normswap.graph.tracing.live import SWITCHES
-from normswap.graph.tracing.mutates import changes, gives_back
+from normswap.graph.tracing.constant_calls import SWITCHES
+from normswap.graph.tracing.failure import TraceFailure, is_torch
+from normswap.graph.tracing.list_effects import Writes, hand_on, may_be_changed, take_back
+from normswap.graph.tracing.method_calls import Outlined, methods_running
 from normswap.graph.tracing.names import Names, returns_tensor
-from normswap.graph.tracing.outline import Outlined, methods_running
-from normswap.graph.tracing.patches import TraceFailure
-from normswap.graph.tracing.questions import MOST_QUESTIONS, is_pure, question_key
+from normswap.graph.tracing.reads import Reads
 from normswap.graph.tracing.region import Region
-from normswap.graph.tracing.symbol import Value, unpack
-from normswap.graph.tracing.values import describe
-from normswap.graph.tracing.watched import check_lists, watch_lists
+from normswap.graph.tracing.symbol import MOST_QUESTIONS, Value, question_key, unpack
 
 _BASE = set(vars(nn.Module())) - {"training"}
+_LOOPS = "loops over, or takes apart, a value whose length is known only when it runs"
+# From a call to (its arguments, one a parameter; which it changes), None if that is unknown.
+WritesOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Writes] | None]
 
 
 @dataclass
 class Traced:
-    """A graph, and what must still hold for it to stand for the forward.
+    """A path through a forward as a graph.
 
     Attributes:
         graph: its placeholders are the symbolic parts of the arguments, in order.
-        reads: (path of the module, attribute) -> the value the forward saw.
-        structure: path of a module whose children the forward walked -> their names.
+        reads: what must still hold for it to stand for the forward.
         regions: checkpointed parts, each with the node of the graph that calls it.
         children: path of a submodule that is called -> whether it certainly returns a tensor.
-        plain: whether everything the forward read is in `reads` and `structure`.
+        alike: whether it stands for containers of the same structure, too.
         outlined: nodes that call a method of the container.
         questions: nodes whose truth the forward branched on.
         answers: the truth this trace took them for.
         asked_in: methods of the container that asked.
-        effects: on the lists and dicts it is given; where it changes some, the graph returns
-            (output, their new contents).
-        assumed: (child, arguments like those it was called with) for those that were taken to
-            leave every list and dict they are given alone.
-        last: call after which nothing may follow that could change anything.
+        writes: what it changes of the lists and dicts it is given; where there is any, the graph
+            returns (output, their new contents).
         failure: why this path ends after its last question; "" where the forward returns.
     """
 
     graph: fx.Graph
-    reads: dict[tuple[str, str], Any] = field(default_factory=dict)
-    structure: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    reads: Reads = field(default_factory=Reads)
     regions: list[tuple[fx.Node, Region]] = field(default_factory=list)
     children: dict[str, bool] = field(default_factory=dict)
-    plain: bool = True
+    alike: bool = True
     outlined: list[fx.Node] = field(default_factory=list)
     questions: list[fx.Node] = field(default_factory=list)
     answers: tuple[bool, ...] = ()
     asked_in: list[str] = field(default_factory=list)
-    effects: Effects = NOTHING
-    assumed: list[tuple[nn.Module, tuple[Any, ...]]] = field(default_factory=list)
-    last: fx.Node | None = None
+    writes: Writes = ()
     failure: str = ""
+
+    def copy(self) -> "Traced":
+        """Return a path with a graph of its own, to be changed; one without checkpointed parts."""
+        graph = fx.Graph(tracer_cls=self.graph._tracer_cls)
+        nodes: dict[fx.Node, Any] = {}
+        output = graph.graph_copy(self.graph, nodes)
+        if not self.failure:
+            graph.output(output)
+        mapped = [[nodes[node] for node in found] for found in (self.outlined, self.questions)]
+        return replace(self, graph=graph, outlined=mapped[0], questions=mapped[1])
 
 
 class ContainerTracer(fx.Tracer):
@@ -72,32 +75,32 @@ class ContainerTracer(fx.Tracer):
     Args:
         root: the container.
         names: of its modules and tensors.
+        writes_of: what a callee does to the lists and dicts it is given.
         answers: to the first questions whether a symbolic value is true; True to those after.
         outlined: names of methods of the container that are called, not entered.
-        probed: what is known of modules that are given lists or dicts, by `probe_key`.
     """
 
     def __init__(
         self,
         root: nn.Module,
         names: Names,
+        writes_of: WritesOf,
         answers: tuple[bool, ...] = (),
         outlined: tuple[str, ...] = (),
-        probed: dict[Any, Effects | None] | None = None,
     ) -> None:
         super().__init__()
         self.root = root
         self.given = answers
         self.outlined = outlined
-        self.probed = {} if probed is None else probed
-        self.known: dict[Any, bool] = {}
-        self.reshaped = 0
         self.graph = fx.Graph(tracer_cls=type(self))
         self.result = Traced(self.graph)
-        self.paths, self.tensors = names.paths, names.tensors
-        self.modes = _modes()
-        self.held = Held()
+        self.reads = self.result.reads
         self.region: Region | None = None
+        self._known: dict[Any, bool] = {}
+        self._reshaped = 0
+        self._paths, self._tensors = names.paths, names.tensors
+        self._modes = _modes()
+        self._writes_of = writes_of
 
     def proxy(self, node: fx.Node) -> Value:
         """Wrap a node."""
@@ -106,16 +109,22 @@ class ContainerTracer(fx.Tracer):
     def iter(self, obj: Any) -> Iterator[Any]:
         """Take a symbolic value apart."""
         parts = unpack(obj)
-        return super().iter(obj) if parts is None else parts
+        if parts is None:
+            raise TraceFailure(_LOOPS)
+        return parts
+
+    def keys(self, obj: Any) -> Any:
+        """Refuse to unpack a symbolic value as a mapping."""
+        raise TraceFailure(_LOOPS)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Answer whether a symbolic value is true, for this path."""
         if self.region is not None:
             raise TraceFailure("branches inside a checkpointed part on a value known when it runs")
         key = question_key(obj.node)
-        key = key and (key, self.reshaped)
-        if key in self.known:
-            return self.known[key]
+        key = key and (key, self._reshaped)
+        if key in self._known:
+            return self._known[key]
         result, place = self.result, len(self.result.answers)
         result.asked_in += methods_running(self.root, sys._getframe(1))[:1]
         if place >= MOST_QUESTIONS:
@@ -124,22 +133,15 @@ class ContainerTracer(fx.Tracer):
         result.questions.append(self.create_proxy("call_function", bool, (obj,), {}).node)
         result.answers = (*result.answers, answer)
         if key is not None:
-            self.known[key] = answer
+            self._known[key] = answer
         return answer
-
-    def check_last(self) -> None:
-        """Raise where something follows the call that nothing may follow."""
-        nodes = list(self.graph.nodes)
-        last = self.result.last
-        if last is not None and not all(map(is_pure, nodes[nodes.index(last) + 1 : -1])):
-            raise TraceFailure("goes on with a list or dict that a call returns inside another")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless the forward changed a mode that a graph does not carry."""
-        if _modes() != self.modes:
+        if _modes() != self._modes:
             raise TraceFailure(SWITCHES)
         if args[0] == "call_method" and args[1].endswith("_"):
-            self.reshaped += 1  # what was asked of its shape may have another answer now
+            self._reshaped += 1  # what was asked of its shape may have another answer now
         return self.graph.create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -151,9 +153,9 @@ class ContainerTracer(fx.Tracer):
                 raise TraceFailure("a checkpointed part is used outside of it")
             return self.region.capture(a.node)
         if isinstance(a, Tensor):
-            if id(a) not in self.tensors:
+            if id(a) not in self._tensors:
                 raise TraceFailure("uses a tensor that is not an attribute of the module")
-            return self.create_node("get_attr", self.tensors[id(a)], (), {})
+            return self.create_node("get_attr", self._tensors[id(a)], (), {})
         if isinstance(a, nn.Module):
             raise TraceFailure(f"passes a module ({type(a).__name__}) as an argument")
         if isinstance(a, dict) and type(a) is not dict:
@@ -178,58 +180,72 @@ class ContainerTracer(fx.Tracer):
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Record the call of a submodule."""
-        path = self.paths.get(id(module))
+        path = self._paths.get(id(module))
         if not path:
             raise TraceFailure(f"calls a {type(module).__name__} that is not registered below it")
-        if "." in path:
-            parent = path.rpartition(".")[0]
+        if _overrides_call(type(module)):
+            raise TraceFailure(f"calls a {type(module).__name__}, which has a __call__ of its own")
+        parent = path
+        while parent:
+            parent = parent.rpartition(".")[0]
             children = tuple(self.root.get_submodule(parent)._modules)
-            self.result.structure[parent] = children
-            while "." in parent:
-                parent = parent.rpartition(".")[0]
-                self.result.structure[parent] = tuple(self.root.get_submodule(parent)._modules)
+            self.reads.children[parent] = children
         args, kwargs, handed = hand_on(self, module, args, kwargs)
+        self.result.alike &= not handed.nodes
         proxy = self.create_proxy("call_module", path, args, kwargs)
         something = self.result.children[path] = returns_tensor(module)
         proxy.node.meta["something"] = something
-        return take_back(self, module, handed, proxy)
+        take_back(handed)
+        return proxy
+
+    def writes_of(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Writes] | None:
+        """Return what a callee does to the lists and dicts it is given; None if that is unknown."""
+        self.result.alike = False  # it depends on more than the class of the callee
+        return self._writes_of(module, args, kwargs)
+
+    def record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record the call of a free function."""
+        return self.create_proxy("call_function", function, args, kwargs)
 
     def _call_method(self, method: Outlined, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs, nodes = watch_lists(self, args, kwargs)
-        code = getattr(type(self.root), method.name).__code__
-        if nodes and (changes(code) or gives_back(code)):
+        if any(map(may_be_changed, (*args, *kwargs.values()))):
             raise TraceFailure(f"hands a list or dict to .{method.name}, which may change it")
         itself = self.create_proxy("get_attr", "converted_container", (), {})
         value = self.create_proxy("call_function", method, (itself, *args), kwargs)
-        (self.region or self.result).outlined.append(value.node)
-        check_lists(self, method.name, nodes, None)
+        self.result.outlined.append(value.node)
         return value
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Note an attribute the forward saw; parameters and buffers become symbolic."""
-        path = self.paths.get(id(module))
+        path = self._paths.get(id(module))
         if path is None:
-            return value
+            raise TraceFailure(f"reads .{name} of a {type(module).__name__} outside of it")
         if isinstance(value, Tensor):
+            known = id(value) in self._tensors
             return (
-                self.create_proxy("get_attr", self.tensors[id(value)], (), {})
-                if (id(value) in self.tensors)
-                else value
+                self.create_proxy("get_attr", self._tensors[id(value)], (), {}) if known else value
             )
-        of_class = callable(value) and name not in vars(module)
-        if of_class and module is self.root and name in self.outlined:
+        if name in ("__dict__", "__class__"):
+            raise TraceFailure(f"looks into its own {name}")
+        if name in _BASE or isinstance(value, nn.Module):
+            return value
+        function = getattr(value, "__func__", value)
+        if name in vars(module) or not isinstance(function, types.FunctionType):
+            builtin = isinstance(value, types.BuiltinMethodType | types.MethodWrapperType)
+            return value if builtin else self.reads.attribute(path, name, value)
+        if module is self.root and name in self.outlined:
             return functools.partial(self._call_method, Outlined(name))
-        if name not in _BASE and not of_class:
-            if is_plain(value):
-                self.result.reads.setdefault((path, name), snapshot(value))
-            else:
-                self.held.hold(f"{path}.{name}".lstrip("."), value)
+        if not is_torch(function.__module__):
+            self.reads.methods[path, name] = function
         return value
 
 
-def probe_key(module: nn.Module, values: tuple[Any, ...]) -> Any:
-    """Return what identifies a call of a module on arguments like these."""
-    return (id(module), tuple([describe(value, [], True) for value in values]))
+def _overrides_call(cls: type) -> bool:
+    cls = getattr(cls, "converted_from", cls)
+    owner = next(base for base in cls.__mro__ if "__call__" in vars(base))
+    return not is_torch(owner.__module__)
 
 
 def _is_plain_subclass(a: Any) -> bool:

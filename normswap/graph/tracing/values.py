@@ -1,8 +1,8 @@
 """The arguments of a forward: which are symbolic in its graph, which are constants of it.
 
-A container is traced once for each *kind* of arguments it meets. Tensors are symbolic; None, bool,
-str and enums are constants, since Python branches on them; numbers are symbolic unless the forward
-branches on them; tuples, lists and dicts keep their structure.
+A container is traced once for each *kind* of arguments it meets. Tensors and numbers are symbolic;
+None, bool, str and enums are constants, since Python branches on them; tuples, lists and dicts keep
+their structure.
 """
 
 import enum
@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
+
+from normswap.graph.tracing.signature import EXAMPLE
 
 Kind: TypeAlias = Any  # nested tuples of strings and constants: hashable, compared by value
 
@@ -25,13 +27,12 @@ _CONSTANTS = (str, enum.Enum)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
-def describe(value: Any, leaves: list[Any], exact: bool) -> Kind:
+def describe(value: Any, leaves: list[Any]) -> Kind:
     """Return the kind of an argument and append its symbolic parts to `leaves`.
 
     Args:
         value: the argument.
-        leaves: collects tensors, and numbers unless `exact`, in order.
-        exact: whether numbers count as constants.
+        leaves: collects tensors and numbers, in order.
     """
     if isinstance(value, _SYMBOLIC):
         leaves.append(value)
@@ -43,19 +44,17 @@ def describe(value: Any, leaves: list[Any], exact: bool) -> Kind:
     if isinstance(value, _CONSTANTS):
         return (type(value), value)
     if isinstance(value, _NUMBERS):
-        if exact:
-            return (NUMBER, value)
         leaves.append(value)
         return NUMBER
     if type(value) is tuple:
-        return ("tuple", tuple([describe(v, leaves, exact) for v in value]))
+        return ("tuple", tuple([describe(v, leaves) for v in value]))
     if type(value) is list:
-        return ("list", tuple([describe(v, leaves, exact) for v in value]))
+        return ("list", tuple([describe(v, leaves) for v in value]))
     if type(value) is torch.Size:
-        return ("size", tuple([describe(v, leaves, exact) for v in value]))
+        return ("size", tuple([describe(v, leaves) for v in value]))
     if type(value) is dict or type(value) is OrderedDict:
         tag = "dict" if type(value) is dict else "ordered"
-        return (tag, tuple([(k, describe(v, leaves, exact)) for k, v in value.items()]))
+        return (tag, tuple([(k, describe(v, leaves)) for k, v in value.items()]))
     return (OTHER, type(value).__name__)
 
 
@@ -74,6 +73,13 @@ def rebuild(kind: Kind, leaves: Iterator[Any]) -> Any:
         items = [(name, rebuild(k, leaves)) for name, k in content]
         return dict(items) if tag == "dict" else OrderedDict(items)
     return content
+
+
+def example_of(value: Any) -> Any:
+    """Return an argument of the kind of another, its tensors replaced by an example."""
+    leaves: list[Any] = []
+    kind = describe(value, leaves)
+    return rebuild(kind, (EXAMPLE if isinstance(v, _SYMBOLIC) else v for v in leaves))
 
 
 def leaf_kinds(kind: Kind) -> Iterator[str]:

@@ -5,13 +5,13 @@ from typing import Any
 from torch import fx
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from normswap.graph.tracing.patches import TraceFailure
+from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.values import any_leaf
 
 SWITCHES = "switches gradients or autocast on or off inside forward"
 
 
-class LiveCalls(TorchFunctionMode):
+class ConstantCalls(TorchFunctionMode):
     """Records torch functions of constants instead of computing them."""
 
     def __init__(self, tracer: Any) -> None:

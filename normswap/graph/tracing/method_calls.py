@@ -1,40 +1,27 @@
-"""Methods of a container that no graph stands for: called by the graph, not entered."""
+"""Methods of a container that no graph stands for: called by the graph, not entered.
+
+Serves attention biases that are cached (LeViT, EfficientViT-MSRA, EfficientFormerV2 in timm): their
+blocks keep a graph for layers to be inserted into.
+"""
 
 import dis
 import types
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 
 class Outlined:
-    """Calls a method of the container by name, with the context in scope where asked.
+    """Calls a method of the container by name; norms it reaches find the context in scope."""
 
-    Attributes:
-        name: of the method.
-        scoped: whether norms may be reached from it, which then find the context in scope.
-    """
-
-    __module__ = "normswap.graph.tracing.outline"
+    __module__ = "normswap.graph.tracing.method_calls"
 
     def __init__(self, name: str) -> None:
         self.name = self.__name__ = name
-        self.scoped = False
 
-    def __call__(self, module: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Call it."""
-        method = getattr(module, self.name)
-        if not self.scoped:
-            return method(*args, **kwargs)
-        scope = module._normswap.scope
-        outer = scope.enter(context)
-        try:
-            output = method(*args, **kwargs)
-            # What it yields later would be computed out of scope.
-            return iter(list(output)) if isinstance(output, Iterator) else output
-        finally:
-            scope.leave(outer)
+        return getattr(module, self.name)(*args, **kwargs)
 
 
 def methods_running(root: nn.Module, frame: types.FrameType | None) -> list[str]:

@@ -1,0 +1,128 @@
+"""Rows of contexts that a step has nothing for stay as they are: `keep_absent_rows`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import ConversionError, expect_module
+from normswap.methods.layer import ContextLayer
+
+_Saved = list[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]
+
+
+class KeptRows:
+    """What `keep_absent_rows` put on an optimizer; `remove` takes it off again."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, layers: list[ContextLayer]) -> None:
+        self._layers = layers
+        self._saved: list[tuple[ContextLayer, _Saved]] = []
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
+
+    def remove(self) -> None:
+        """Let all rows move again in every step."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        self._saved = [
+            (layer, [_save(optimizer, p) for p in _tables(layer) if p in held])
+            for layer in self._layers
+        ]
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # Not before the step: a closure computes the gradients in it.
+        decays = {p: g.get("weight_decay") for g in optimizer.param_groups for p in g["params"]}
+        for layer, saved in self._saved:
+            grads = [p.grad for p in _tables(layer) if p.grad is not None]
+            if not grads:
+                continue
+            absent = torch.stack([(g == 0).flatten(1).all(1) for g in grads]).all(0)
+            for p, value, state in saved:
+                _restore(p, value, absent)
+                for key, new in optimizer.state.get(p, {}).items():
+                    if not _has_rows(new, p):
+                        continue
+                    if key in state:
+                        _restore(new, state[key], absent)
+                    elif decays[p]:
+                        # Made by this step; but for the decay, its rows would still be as made.
+                        _restore(new, torch.zeros_like(new), absent)
+        self._saved = []
+
+
+def keep_absent_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> KeptRows:
+    """Keep an optimizer from moving the rows of contexts that a step has no sample of.
+
+    Momentum and weight decay act on whole parameters, so that a context's mean or affine would go
+    on moving in steps of other contexts alone, as that of a module of its own would not. From now
+    on a step puts such rows back, in the parameter and in what the optimizer keeps for each of its
+    elements or rows (``momentum_buffer``, ``exp_avg``, ``exp_avg_sq``). With SGD each context then
+    trains as if it had an optimizer of its own. With Adam too, but that the steps its bias
+    correction asks for are counted for a parameter, not for a row, as by torch's SparseAdam: a
+    context that comes late takes other first steps.
+
+    A context is absent from a layer where the gradient of its rows, in all parameters with rows for
+    contexts, is exactly zero: several backward passes before a step add up, `GradScaler` and
+    clipping change nothing, and processes that average their gradients agree. A sample without a
+    label has a part in the rows its policy uses. The host waits for nothing.
+
+    Args:
+        optimizer: of torch, or derived from its class; it holds parameters of the model's contexts.
+        model: a converted model, or a module that holds one.
+
+    Returns:
+        A handle, whose ``remove()`` ends it. The optimizer's state dict stays as it is; neither it
+        nor a pickle has the setting.
+
+    Raises:
+        ConversionError: no such optimizer; one that keeps no state for each row (LBFGS); or one
+            that holds no parameter of a context.
+    """
+    expect_module(model)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConversionError(
+            f"expected optimizer= as a torch optimizer, got {type(optimizer).__name__}"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConversionError(
+            "LBFGS keeps one flat history of all parameters, in which no row can be kept; "
+            "use an optimizer that keeps its state by parameter"
+        )
+    layers = [m for m in model.modules() if isinstance(m, ContextLayer)]
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    if not any(p in held for layer in layers for p in _tables(layer)):
+        raise ConversionError(
+            "expected optimizer= to hold parameters of this model's contexts, found none; pass the "
+            "one that trains it, made after normswap.convert"
+        )
+    return KeptRows(optimizer, layers)
+
+
+def _tables(layer: ContextLayer) -> list[nn.Parameter]:
+    return [layer.get_parameter(name) for name in layer.context_parameters]
+
+
+def _save(
+    optimizer: torch.optim.Optimizer, p: nn.Parameter
+) -> tuple[nn.Parameter, Tensor, dict[str, Tensor]]:
+    state = optimizer.state.get(p, {})
+    return p, p.detach().clone(), {k: v.clone() for k, v in state.items() if _has_rows(v, p)}
+
+
+def _has_rows(value: Any, p: nn.Parameter) -> bool:
+    """Return whether a state has an element for each of the parameter's, or one for each row."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return False
+    rows = p.shape[0]
+    return value.shape == p.shape or (value.shape in ((rows,), (rows, 1)) and rows > 1)
+
+
+def _restore(now: Tensor, before: Tensor, absent: Tensor) -> None:
+    mask = absent.to(now.device).reshape(-1, *[1] * (now.dim() - 1))
+    now.copy_(torch.where(mask, before, now))

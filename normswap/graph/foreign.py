@@ -1,0 +1,84 @@
+"""What other tools do with a converted container: trace it, script it, fuse its norms."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from normswap.errors import ConversionError, refuse_scripting
+from normswap.graph.class_questions import check_question
+from normswap.graph.state import ContainerState, context_argument, own_forward
+from normswap.graph.tracing.values import any_leaf
+
+# Methods by which models fold their batch norms into convolutions: torchvision's, timm's and
+# ultralytics' names, where they need no argument.
+_FUSING = ("fuse", "fuse_model", "reparameterize", "switch_to_deploy")
+
+
+def is_symbolic(values: tuple[Any, ...]) -> bool:
+    """Return whether a call is traced by `torch.fx`, not by this package."""
+    return not torch.compiler.is_compiling() and any_leaf(values, (fx.Proxy,))
+
+
+def run_symbolic(
+    module: nn.Module, state: ContainerState, values: tuple[Any, ...], context: Any
+) -> Any:
+    """Run a container's own forward under a tracer of `torch.fx`, to which norms are leaves.
+
+    Raises:
+        ConversionError: layers are inserted in the container; its own forward knows none of them.
+    """
+    if state.children() or state.schedule is not None:
+        raise ConversionError(
+            f"expected {state.fqn or 'the model'} to run, got symbolic values of torch.fx, which "
+            "would leave out the layers inserted there; trace normswap.specialize(model), or use "
+            "torch.export"
+        )
+    check_question(state.fqn, state.question)
+    output = own_forward(module, values)
+    if isinstance(context, fx.Proxy):
+        root: Any = context.tracer.root  # type: ignore[attr-defined]
+        for node in context.node.graph.nodes:
+            argument = node.op == "call_module" and context_argument(
+                root.get_submodule(node.target)
+            )
+            if argument and argument not in node.kwargs:
+                node.kwargs = {**node.kwargs, argument: context.node}
+    return output
+
+
+def refusals(base: Any) -> dict[str, Any]:
+    """Return methods for a converted class in place of those that need the norms it had."""
+    name = base.__name__
+
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        raise ConversionError(
+            f"expected from_pretrained of {name} itself, got that of a converted {name}, which is "
+            "made by normswap.convert only; load weights into the original, then convert it, or "
+            "use normswap.load for what normswap.save wrote"
+        )
+
+    def refused(verb: str) -> Callable[..., Any]:
+        def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            raise ConversionError(
+                f"expected plain norms for {name}.{verb}(), got a converted model; call it on "
+                "normswap.specialize(model, context), a plain model for one context"
+            )
+
+        return refuse
+
+    found: dict[str, Any] = {"__prepare_scriptable__": refuse_scripting}
+    if hasattr(base, "from_pretrained"):
+        found["from_pretrained"] = classmethod(from_pretrained)
+    return found | {verb: refused(verb) for verb in _FUSING if _needs_nothing(base, verb)}
+
+
+def _needs_nothing(base: Any, verb: str) -> bool:
+    """Return whether a class has a method of a name that can be called without arguments."""
+    method = getattr(base, verb, None)
+    if not callable(method):
+        return False
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    return all(p.default is not p.empty or p.kind in (2, 4) for p in parameters)

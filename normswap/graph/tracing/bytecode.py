@@ -1,0 +1,139 @@
+"""Read from the code of a function what it takes from outside, and what it asks of its values."""
+
+import dis
+import itertools
+import types
+import weakref
+from typing import NamedTuple
+
+_SKIPPED = ("CACHE", "PRECALL", "EXTENDED_ARG", "NOP", "PUSH_NULL")
+_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
+_FREE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
+_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
+_STORES_OUTSIDE = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
+_CATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")
+_ENDS = ("STORE_", "POP_TOP", "JUMP", "RESUME", "FOR_ITER", "POP_JUMP", "GEN_START")
+_COMPARES = ("IS_OP", "COMPARE_OP", "CONTAINS_OP")
+
+
+class Load(NamedTuple):
+    """A name that a function loads from outside of it.
+
+    Attributes:
+        name: of a global, a builtin or a free variable.
+        free: whether it is a free variable.
+        chain: attributes looked up on it at once, as in ``settings.model.width``.
+        stored: whether it is given another name, or an attribute of it is set.
+    """
+
+    name: str
+    free: bool
+    chain: tuple[str, ...]
+    stored: bool
+
+
+class Test(NamedTuple):
+    """An identity test or a match, which Python does not let a value answer for itself.
+
+    Attributes:
+        names: local variables its operands are made of.
+        none: whether it compares with None.
+    """
+
+    names: tuple[str, ...]
+    none: bool
+
+
+class Code(NamedTuple):
+    """What a function does that matters to a trace, by offset of the instruction.
+
+    Attributes:
+        loads: of names from outside.
+        tests: of identity.
+        refused: what may not run, and what it would do.
+        catches: whether it handles exceptions.
+    """
+
+    loads: dict[int, Load]
+    tests: dict[int, Test]
+    refused: dict[int, str]
+    catches: bool
+
+
+_KNOWN: "weakref.WeakKeyDictionary[types.CodeType, Code]" = weakref.WeakKeyDictionary()
+
+
+def read_code(code: types.CodeType) -> Code:
+    """Read the instructions of a function."""
+    if code not in _KNOWN:
+        steps = [s for s in dis.get_instructions(code) if s.opname not in _SKIPPED]
+        loads, refused = _find_loads(code, steps), _find_refused(code, steps)
+        _KNOWN[code] = Code(loads, _find_tests(steps), refused, _catches(steps))
+    return _KNOWN[code]
+
+
+def _find_loads(code: types.CodeType, steps: list[dis.Instruction]) -> dict[int, Load]:
+    loads = {}
+    for place, step in enumerate(steps):
+        free = step.opname in _FREE and step.argval in code.co_freevars
+        if not free and step.opname not in _GLOBAL:
+            continue
+        end = place + 1
+        while end < len(steps) and steps[end].opname in _ATTRIBUTE:
+            end += 1
+        chain = tuple(str(s.argval) for s in steps[place + 1 : end])
+        after = steps[end].opname if end < len(steps) else ""
+        stored = after in ("STORE_ATTR", "DELETE_ATTR") or (
+            not chain and after in ("STORE_FAST", "STORE_DEREF")
+        )
+        loads[step.offset] = Load(str(step.argval), free, chain, stored)
+    return loads
+
+
+def _find_tests(steps: list[dis.Instruction]) -> dict[int, Test]:
+    tests = {}
+    names: list[str] = []
+    previous: object = ...
+    for step in steps:
+        name = step.opname
+        to_none = name.endswith(("_IF_NONE", "_IF_NOT_NONE"))
+        if name == "IS_OP" or to_none or name.startswith("MATCH_"):
+            none = (to_none or previous is None) and not name.startswith("MATCH_")
+            tests[step.offset] = Test(tuple(names), none)
+        if name.startswith(("LOAD_FAST", "LOAD_DEREF")) and isinstance(step.argval, str | tuple):
+            names += [step.argval] if isinstance(step.argval, str) else step.argval
+        elif name.startswith(_ENDS) and not name.startswith("STORE_FAST_LOAD"):
+            names = []
+        previous = step.argval if name.startswith("LOAD_CONST") else ...
+    return tests
+
+
+def _find_refused(code: types.CodeType, steps: list[dis.Instruction]) -> dict[int, str]:
+    refused = {}
+    for step in steps:
+        if step.opname in _STORES_OUTSIDE and step.argval not in code.co_cellvars:
+            refused[step.offset] = f"sets {step.argval} outside of it"
+        elif step.opname == "IMPORT_NAME":
+            if step.argval.partition(".")[0] not in ("torch", "math"):
+                refused[step.offset] = f"imports {step.argval}"
+    return refused
+
+
+def _catches(steps: list[dis.Instruction]) -> bool:
+    pairs = itertools.pairwise(steps)
+    bare = any(a.opname == "PUSH_EXC_INFO" and b.opname == "POP_TOP" for a, b in pairs)
+    return bare or any(step.opname in _CATCHES for step in steps)
+
+
+def is_compared(frame: types.FrameType) -> bool:
+    """Return whether what the call under way in a frame returns is only compared."""
+    steps = [s for s in dis.get_instructions(frame.f_code) if s.opname not in _SKIPPED]
+    after = [s.opname for s in steps if s.offset > frame.f_lasti][:8]
+    for place, name in enumerate(after):
+        if name in _COMPARES:
+            return True
+        # Before it may come what it is compared with: a name and its attributes, or a tuple.
+        if not name.startswith(("LOAD_GLOBAL", "LOAD_FAST", "LOAD_DEREF", "LOAD_CONST", "BUILD_")):
+            if name not in _ATTRIBUTE or place == 0:
+                return False
+    return False

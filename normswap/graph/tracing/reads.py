@@ -1,0 +1,232 @@
+"""What a forward read while it was traced: put back if it changed, compared before each run."""
+
+import types
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from normswap.graph.tracing.failure import TraceFailure, is_library
+from normswap.graph.tracing.whitelist import CONSTANTS, FUNCTIONS, is_constant
+
+_MOST_PARTS = 256
+_MISSING = object()
+Path = tuple[str, ...]
+
+
+class Guards(NamedTuple):
+    """What must be as it was for a graph to stand for a forward.
+
+    Attributes:
+        attributes: (path of a module or of an object it holds, name, value).
+        children: (path of a module, names of its children).
+        methods: (path of a module, name, the function its class has there).
+        names: (dict of globals or a class, name, value), of what lies outside of the module.
+    """
+
+    attributes: tuple[tuple[Path, str, Any], ...] = ()
+    children: tuple[tuple[Path, tuple[str, ...]], ...] = ()
+    methods: tuple[tuple[Path, str, Any], ...] = ()
+    names: tuple[tuple[Any, str, Any], ...] = ()
+
+    def hold(self, module: nn.Module) -> bool:
+        """Return whether everything is as it was."""
+        for path, children in self.children:  # from the root down: further paths go by these
+            if tuple(walk(module, path)._modules) != children:
+                return False
+        for path, name, value in self.attributes:
+            if not alike(getattr(walk(module, path), name, _MISSING), value):
+                return False
+        for path, name, value in self.methods:
+            owner = walk(module, path)
+            if name in owner.__dict__ or _function(getattr(type(owner), name, None)) is not value:
+                return False
+        for holder, name, value in self.names:
+            now = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+            if not alike(_function(now), value):
+                return False
+        return True
+
+
+NO_GUARDS = Guards()
+
+
+def alike(now: Any, then: Any) -> bool:
+    """Return whether a value is what it was: constants and containers by value, others by name."""
+    if now is then:
+        return True
+    if type(now) is not type(then) or isinstance(then, (Tensor, nn.Module)):
+        return False
+    if isinstance(then, (list, tuple)):
+        return len(now) == len(then) and all([alike(a, b) for a, b in zip(now, then)])  # noqa: B905
+    if isinstance(then, dict):
+        return list(now) == list(then) and all([alike(now[key], then[key]) for key in then])
+    return bool(now == then)
+
+
+def walk(module: Any, path: Path) -> Any:
+    """Return what is at a path of attributes."""
+    for name in path:
+        module = getattr(module, name)
+    return module
+
+
+def _function(value: Any) -> Any:
+    """Return the function of a bound method, and what stands behind a name while tracing."""
+    value = getattr(value, "__func__", value)
+    return getattr(value, "normswap_original", value)
+
+
+class Reads:
+    """Collects what a forward reads.
+
+    Attributes:
+        attributes: (path, name) -> a copy of the value.
+        children: path of a module -> names of its children.
+        methods: (path, name) -> function.
+        names: (id of its holder, name) -> (holder, name, value).
+    """
+
+    def __init__(self) -> None:
+        self.attributes: dict[tuple[str, str], Any] = {}
+        self.children: dict[str, tuple[str, ...]] = {}
+        self.methods: dict[tuple[str, str], Any] = {}
+        self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        self._live: list[tuple[str, Any, Any]] = []
+
+    def attribute(self, path: str, name: str, value: Any) -> Any:
+        """Note an attribute; return what the forward is to see of it.
+
+        Raises:
+            TraceFailure: an object that cannot be compared with what it was.
+        """
+        if _is_comparable(value):
+            if (path, name) not in self.attributes:
+                self.attributes[path, name] = _copy(value)
+                self._live += [(name, part, _shallow(part)) for part in _mutable(value)]
+            return value
+        if callable(value) or not isinstance(getattr(value, "__dict__", None), dict):
+            raise TraceFailure(
+                f"reads .{name}, a {type(value).__name__}, which may have changed unnoticed"
+            )
+        return Settings(value, f"{path}.{name}".lstrip("."), self)
+
+    def name(self, holder: Any, name: str, value: Any) -> None:
+        """Note what a global, or an attribute of a class, means."""
+        self.names.setdefault((id(holder), name), (holder, name, _function(value)))
+
+    def holds(self, value: Any) -> bool:
+        """Return whether a list, dict or set is an attribute that was read."""
+        return any(value is live for _, live, _ in self._live)
+
+    def put_back(self) -> str:
+        """Undo what the forward changed in the containers it read; return which, or ""."""
+        changed = ""
+        for name, live, before in self._live:
+            if not _same_parts(live, before):
+                changed = changed or name
+                _restore(live, before)
+        return changed
+
+
+def merge(reads: Iterable[Reads]) -> Guards:
+    """Return what must hold for everything that was read to be right."""
+    attributes, children, methods, names = {}, {}, {}, {}
+    for read in reads:
+        attributes.update(read.attributes)
+        children.update(read.children)
+        methods.update(read.methods)
+        names.update(read.names)
+    return Guards(
+        tuple((_split(path), name, value) for (path, name), value in attributes.items()),
+        tuple((_split(path), children[path]) for path in sorted(children)),
+        tuple((_split(path), name, f) for (path, name), f in methods.items()),
+        tuple(names.values()),
+    )
+
+
+class Settings:
+    """Stands for an object that a module holds: what is looked up in it is noted, no more."""
+
+    __slots__ = ("_normswap",)
+
+    def __init__(self, value: Any, path: str, reads: Reads) -> None:
+        object.__setattr__(self, "_normswap", (value, path, reads))
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What isinstance asks for."""
+        return type(object.__getattribute__(self, "_normswap")[0])
+
+    def __getattr__(self, name: str) -> Any:
+        value, path, reads = object.__getattribute__(self, "_normswap")
+        found = getattr(value, name)
+        if callable(found) and not isinstance(found, type):
+            raise TraceFailure(f"calls a method of .{path}, a {type(value).__name__} that it holds")
+        return reads.attribute(path, name, found)
+
+    def __bool__(self) -> bool:
+        value = object.__getattribute__(self, "_normswap")[0]
+        if hasattr(type(value), "__bool__") or hasattr(type(value), "__len__"):
+            self._refuse()
+        return True
+
+    def _refuse(self, *_: Any) -> Any:
+        value, path, _ = object.__getattribute__(self, "_normswap")
+        raise TraceFailure(f"uses .{path}, a {type(value).__name__} that it holds")
+
+    __setattr__ = __delattr__ = __call__ = __iter__ = __len__ = __eq__ = __hash__ = _refuse
+    __getitem__ = __setitem__ = __contains__ = __str__ = __repr__ = _refuse
+
+
+def _split(path: str) -> Path:
+    return tuple(path.split(".")) if path else ()
+
+
+def _is_comparable(value: Any) -> bool:
+    if isinstance(value, list | tuple | set | frozenset):
+        return len(value) <= _MOST_PARTS and all(map(_is_comparable, value))
+    if isinstance(value, dict):
+        return len(value) <= _MOST_PARTS and all(map(_is_comparable, value.values()))
+    if isinstance(value, types.MethodType):
+        return isinstance(value.__self__, nn.Module)
+    if isinstance(value, type):
+        return is_library(value.__module__)
+    return is_constant(value) or isinstance(value, (*FUNCTIONS, *CONSTANTS, Tensor, nn.Module))
+
+
+def _copy(value: Any) -> Any:
+    """Copy the lists, dicts and sets of a value."""
+    if type(value) in (list, tuple):
+        return type(value)([_copy(part) for part in value])
+    if isinstance(value, dict):
+        copy = value.copy()
+        copy.update((key, _copy(part)) for key, part in value.items())
+        return copy
+    return value.copy() if isinstance(value, set) else value
+
+
+def _shallow(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value.copy()
+
+
+def _mutable(value: Any) -> list[Any]:
+    """Return every list, dict and set that a value is or holds."""
+    parts = value.values() if isinstance(value, dict) else value
+    found = [value] if isinstance(value, list | dict | set) else []
+    if isinstance(value, list | tuple | dict):
+        found += [inner for part in parts for inner in _mutable(part)]
+    return found
+
+
+def _same_parts(live: Any, before: Any) -> bool:
+    if isinstance(live, set):
+        return bool(live == before)
+    if isinstance(live, dict):
+        return list(live) == list(before) and all(live[k] is before[k] for k in before)
+    return len(live) == len(before) and all(a is b for a, b in zip(live, before, strict=True))
+
+
+def _restore(live: Any, before: Any) -> None:
+    live.clear()
+    live.extend(before) if isinstance(live, list) else live.update(before)

@@ -1,0 +1,172 @@
+"""Watch the functions that run while a forward is traced: refuse before what may not run does."""
+
+import builtins
+import enum
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from normswap.graph.tracing.bytecode import Load, read_code
+from normswap.graph.tracing.failure import TraceFailure, is_torch
+from normswap.graph.tracing.method_calls import method_of
+from normswap.graph.tracing.reads import Reads
+from normswap.graph.tracing.symbol import is_something
+from normswap.graph.tracing.whitelist import needs_guard, why_unfit
+
+_MISSING = object()
+_MUTABLE = (list, dict, set)
+
+
+class Watch:
+    """Watches the functions that run in this thread while a trace does.
+
+    Args:
+        enter: told the globals of each; returns whether they are a forward's own, not a library's.
+        reads: collects what they read.
+        root: the container; its methods that run are remembered.
+    """
+
+    def __init__(
+        self, enter: Callable[[dict[str, Any]], bool], reads: Reads, root: nn.Module
+    ) -> None:
+        self._enter = enter
+        self._reads = reads
+        self._root = root
+        self._methods: dict[str, tuple[str, ...]] = {}
+        self._refused: dict[types.CodeType, dict[int, str]] = {}
+        self._outer: Any = None
+        self._start: types.FrameType | None = None
+
+    def methods_naming(self, name: str) -> list[str]:
+        """Return the methods of the container that ran and look up a name."""
+        return [method for method, used in self._methods.items() if name in used]
+
+    def __enter__(self) -> None:
+        self._outer, self._start = sys.gettrace(), sys._getframe(1)
+        sys.settrace(self._enter_frame)
+
+    def __exit__(self, *exc: object) -> None:
+        sys.settrace(self._outer)
+        self._start = None
+
+    def _enter_frame(
+        self, frame: types.FrameType, event: str, arg: Any
+    ) -> Callable[..., Any] | None:
+        if not self._enter(frame.f_globals):
+            return None
+        method = method_of(self._root, frame)
+        if method:
+            self._methods[method] = frame.f_code.co_names
+        code = read_code(frame.f_code)
+        if code.catches and not _is_given_nothing(frame.f_code):
+            raise TraceFailure("handles exceptions, which only a run raises")
+        _check_arguments(frame)
+        refused = self._refused.get(frame.f_code)
+        if refused is None or frame.f_code.co_freevars:
+            found = {at: self._why_unfit(frame, load) for at, load in code.loads.items()}
+            refused = {at: why for at, why in found.items() if why} | code.refused
+            self._refused[frame.f_code] = refused
+        if not refused and not code.tests:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        stops = refused
+
+        def step(frame: types.FrameType, event: str, arg: Any) -> Callable[..., Any]:
+            if event == "opcode":
+                if frame.f_lasti in stops:
+                    raise TraceFailure(stops[frame.f_lasti])
+                test = code.tests.get(frame.f_lasti)
+                for name in test.names if test else ():
+                    value = frame.f_locals.get(name)
+                    known = test and test.none and isinstance(value, fx.Proxy)
+                    if isinstance(value, fx.Proxy) and not (known and is_something(value.node)):
+                        what = "is None" if test and test.none else "is another object"
+                        raise TraceFailure(f"asks whether {name} {what}, known only when it runs")
+            return step
+
+        return step
+
+    def _why_unfit(self, frame: types.FrameType, load: Load) -> str:
+        """Return why a name may not be read; note what it means where that may change."""
+        if load.free:
+            return self._why_unfit_cell(frame, load)
+        table = frame.f_globals if load.name in frame.f_globals else frame.f_builtins
+        if load.name not in table:
+            return ""  # an error of the forward's own
+        holder: Any = table
+        key, value = load.name, _unwrap(table[load.name])
+        if table is frame.f_builtins or value is getattr(builtins, key, _MISSING):
+            return why_unfit(value, key)
+        steps = [(holder, key, value)]
+        for name in load.chain:
+            if not isinstance(value, types.ModuleType | type) or isinstance(value, enum.EnumMeta):
+                if isinstance(value, types.FunctionType) and not name.startswith("__"):
+                    return f"reads {key}.{name}, an attribute of a function"
+                break
+            if isinstance(value, type) and is_torch(value.__module__):
+                break
+            holder, key, value = value, name, _unwrap(getattr(value, name, _MISSING))
+            if value is _MISSING or isinstance(value, property):
+                return ""
+            steps.append((holder, key, value))
+        where = ".".join((load.name, *load.chain)[: len(steps)])
+        if load.stored and isinstance(value, type | types.ModuleType | types.FunctionType):
+            return f"gives {where} another name, or sets an attribute of it"
+        why = why_unfit(value, where)
+        if not why and needs_guard(value, [holder for holder, _, _ in steps]):
+            for holder, key, value in steps:
+                table = vars(holder) if isinstance(holder, types.ModuleType) else holder
+                self._reads.name(table, key, value)
+        return why
+
+    def _why_unfit_cell(self, frame: types.FrameType, load: Load) -> str:
+        """Return why a variable of an enclosing function may not be read."""
+        value = frame.f_locals.get(load.name, _MISSING)
+        if load.name == "__class__" or value is _MISSING:
+            return ""
+        outer = frame.f_back
+        while outer is not None and outer is not self._start:
+            if load.name in outer.f_code.co_cellvars and outer.f_locals.get(load.name) is value:
+                return ""  # a variable of this forward
+            outer = outer.f_back
+        return f"reads {load.name}, a variable of a function that made it"
+
+
+def _unwrap(value: Any) -> Any:
+    """Return what a name means to everybody else while a trace runs."""
+    return getattr(value, "normswap_original", value)
+
+
+def _is_given_nothing(code: types.CodeType) -> bool:
+    """Return whether no symbolic value can be in what a function tries."""
+    given = code.co_argcount + code.co_kwonlyargcount + len(code.co_freevars)
+    return not (given or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS))
+
+
+def _check_arguments(frame: types.FrameType) -> None:
+    """Raise where a function is given what its code could read or change unnoticed."""
+    code = frame.f_code
+    for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+        value = frame.f_locals.get(name)
+        if isinstance(value, _MUTABLE) and _is_default(frame, value):
+            raise TraceFailure(f"may change the default of {name} in {code.co_name}")
+        if not isinstance(value, type) or is_torch(value.__module__):
+            continue
+        if value.__module__ != "builtins":
+            raise TraceFailure(f"hands the class {value.__name__} to {code.co_name}")
+
+
+def _is_default(frame: types.FrameType, value: Any) -> bool:
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0])
+    method = getattr(type(first), code.co_name, None)
+    for function in (method, frame.f_globals.get(code.co_name)):
+        function = inspect.unwrap(_unwrap(getattr(function, "__func__", function)))
+        if getattr(function, "__code__", None) is code:
+            kept = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+            return any(value is default for default in kept)
+    return False

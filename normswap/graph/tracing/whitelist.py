@@ -1,0 +1,144 @@
+"""What a forward may read from outside of its module, if a graph is to stand for it.
+
+Functions, classes and immutable constants may be read: a graph either calls them anew in each run
+or compares them with what they were. Anything else that a name leads to, and every function whose
+result or effect may differ from run to run, ends the trace.
+"""
+
+import enum
+import functools
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.graph.tracing.failure import is_torch
+
+CONSTANTS = (
+    *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), enum.Enum),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
+)
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+
+_BUILTINS = frozenset(
+    "abs all any bool bytes callable chr complex dict divmod enumerate filter float format "
+    "frozenset getattr hasattr int isinstance issubclass iter len list map max min next object ord "
+    "pow property range repr reversed round set slice sorted staticmethod str sum super tuple type "
+    "zip".split()
+)
+_PURE = frozenset(
+    "math cmath operator _operator functools _functools itertools collections _collections typing "
+    "enum dataclasses numbers string types abc re".split()
+)
+# Functions of torch that look at no tensor and change nothing, and those that make tensors: these
+# are calls in the graph.
+_TORCH = frozenset(
+    "is_scripting is_tracing is_exporting is_compiling is_dynamo_compiling is_in_onnx_export "
+    "is_torchdynamo_compiling is_fx_tracing annotate unused _assert is_tensor checkpoint finfo "
+    "iinfo broadcast_shapes promote_types result_type can_cast isinstance is_floating_point "
+    "is_complex is_grad_enabled is_autocast_enabled is_inference_mode_enabled _single _pair "
+    "_triple zeros ones empty full arange linspace logspace eye tensor as_tensor rand randn "
+    "randint randperm normal meshgrid scalar_tensor from_numpy hann_window hamming_window "
+    "zeros_like ones_like empty_like full_like rand_like randn_like".split()
+)
+_TORCH_MODULES = (
+    *("torch.nn.functional", "torch._C._nn", "torch.functional", "torch.nn.init", "torch.fft"),
+    *("torch.linalg", "torch.special", "torch._ops", "torch.autograd.function", "torch.ops"),
+)
+_EXCEPTIONS = (BaseException,)
+
+
+def is_constant(value: Any) -> bool:
+    """Return whether a value is immutable and can be compared."""
+    if isinstance(value, tuple | frozenset):
+        return all(map(is_constant, value))
+    return isinstance(value, CONSTANTS)
+
+
+def why_unfit(value: Any, name: str) -> str:
+    """Return why a forward that reads this may not become a graph; "" where it may.
+
+    Args:
+        value: what a name, or an attribute of what it means, leads to.
+        name: that name.
+    """
+    if is_constant(value) or isinstance(value, torch.jit.ScriptFunction):
+        return ""
+    if isinstance(value, functools._lru_cache_wrapper):
+        return f"calls {name}, which keeps a cache"
+    if isinstance(value, types.ModuleType):
+        root = value.__name__.partition(".")[0]
+        return "" if root in ("torch", "math") else f"hands on the module {value.__name__}"
+    if isinstance(value, type | types.GenericAlias | types.UnionType) or _module(value) == "typing":
+        return _unfit_class(value, name)
+    if isinstance(value, Tensor | nn.Module):
+        return f"reads {name}, a {type(value).__name__} that is no attribute of it"
+    owner = getattr(value, "__self__", None)
+    if not isinstance(owner, type | nn.Module | types.ModuleType | None):
+        return f"calls {name}(), a method of a {type(owner).__name__} outside of it"
+    if callable(value) and not _is_object(value):
+        return _unfit_function(value, name)
+    return f"reads {name}, a {type(value).__name__} outside of it that may change"
+
+
+def needs_guard(value: Any, holders: list[Any]) -> bool:
+    """Return whether a name that leads to a value, by way of holders, may mean another later."""
+    modules = [h.__name__ for h in holders if isinstance(h, types.ModuleType)]
+    if any(is_torch(name) or name == "math" for name in modules):
+        return False
+    return is_constant(value) or not (is_torch(_module(value)) or _module(value) == "builtins")
+
+
+def _module(value: Any) -> str:
+    # Functions made in C by torch have no module.
+    found = getattr(value, "__module__", None)
+    return found if isinstance(found, str) else "torch" if _of_torch(value) else "builtins"
+
+
+def _of_torch(value: Any) -> bool:
+    owner = getattr(value, "__self__", None)
+    return isinstance(value, types.BuiltinFunctionType) and "torch" in repr(owner or value)
+
+
+def _is_object(value: Any) -> bool:
+    """Return whether a callable is an object of a user's class rather than a function."""
+    kinds = (*FUNCTIONS, types.MethodType, types.MethodDescriptorType)
+    return not isinstance(value, kinds) and not is_torch(type(value).__module__)
+
+
+def _unfit_class(value: Any, name: str) -> str:
+    root = _module(value).partition(".")[0]
+    library = root in sys.stdlib_module_names and root not in (*_PURE, "builtins")
+    if not library or (isinstance(value, type) and issubclass(value, _EXCEPTIONS)):
+        return ""
+    return f"uses the class {_module(value)}.{name}"
+
+
+def _unfit_function(value: Any, name: str) -> str:
+    module, name = _module(value), getattr(value, "__name__", name)
+    root = module.partition(".")[0]
+    if module == "builtins":
+        fit = name in _BUILTINS or isinstance(value, types.MethodDescriptorType)
+        return "" if fit else f"calls {name}()"
+    if is_torch(module) and not module.startswith("normswap."):
+        fit = name in _TORCH or module.startswith(_TORCH_MODULES) or id(value) in _overridable()
+        return "" if fit or _is_apply(value) else f"calls {module}.{name}()"
+    if root == "numpy":
+        return f"calls {module}.{name}()" if "random" in module else ""
+    if root in sys.stdlib_module_names:
+        return "" if root in _PURE else f"calls {module}.{name}()"
+    return ""
+
+
+def _is_apply(value: Any) -> bool:
+    owner = getattr(value, "__self__", None)
+    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
+
+
+@functools.cache
+def _overridable() -> frozenset[int]:
+    functions = torch.overrides.get_overridable_functions()
+    listed = {id(f) for found in functions.values() for f in found}
+    return frozenset(listed | {id(f) for f in torch.overrides.get_testing_overrides()})

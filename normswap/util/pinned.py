@@ -1,0 +1,65 @@
+"""What functions hold: a copy of a model shares its functions with the original, and so these."""
+
+import dis
+import functools
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+_SIMPLE = {bool, int, float, str, bytes, type(None)}
+_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
+
+
+def find_pinned(value: Any) -> Iterator[nn.Module | Tensor]:
+    """Yield the modules and tensors that functions in a value hold.
+
+    A function holds what is in its closure and its defaults, and the globals it names. Whatever
+    else there is, partials, bound methods and objects, is copied with a model.
+    """
+    waiting, met = [(value, False)], set[tuple[int, bool]]()
+    while waiting:
+        item, pinned = waiting.pop()
+        if isinstance(item, nn.Module | Tensor):
+            if pinned:
+                yield item
+            continue
+        if type(item) in _SIMPLE or (id(item), pinned) in met:
+            continue
+        met.add((id(item), pinned))
+        if isinstance(item, types.FunctionType):
+            waiting += [(part, True) for part in _parts_of(item)]
+        else:
+            waiting += [(part, pinned) for part in _items_of(item)]
+
+
+def _parts_of(function: types.FunctionType) -> Iterator[Any]:
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    yield from vars(function).values()
+    for cell in function.__closure__ or ():
+        if cell != types.CellType():  # an empty one
+            yield cell.cell_contents
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        for step in dis.get_instructions(code):
+            if step.opname in _GLOBAL and step.argval in function.__globals__:
+                yield function.__globals__[step.argval]
+
+
+def _items_of(item: Any) -> Iterator[Any]:
+    if isinstance(item, types.MethodType):
+        yield from (item.__self__, item.__func__)
+    elif isinstance(item, functools.partial):
+        yield from (item.func, item.args, item.keywords)
+    elif isinstance(item, dict):
+        yield from item.values()
+    elif isinstance(item, list | tuple | set | frozenset):
+        yield from item
+    elif not isinstance(item, type | types.ModuleType | weakref.ProxyType):
+        attributes = getattr(item, "__dict__", None)
+        yield from attributes.values() if isinstance(attributes, dict) else ()

@@ -1,0 +1,196 @@
+"""Questions of class in a forward get the answer they had before conversion, or are refused."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from tests.graph.behave import Block, Holder, call, check, close, images, randomize
+
+KINDS = (nn.BatchNorm1d, nn.BatchNorm2d)
+TABLE = {Block: 2.0, nn.Sequential: 3.0}
+METHODS = ["cn", "cn-x", "acn"]
+
+
+def is_norm(module):
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+class Asking(nn.Module):
+    """Does something else where a question gets another answer; `untraceable` keeps it scoped."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.block = Block()
+        self.list = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+
+    def ask(self):
+        raise NotImplementedError
+
+    def forward(self, x):
+        x = self.list(self.block(self.norm(x)))
+        return x if self.ask() else 100 * x
+
+
+class Untraceable(Asking):
+    def forward(self, x):
+        try:
+            return super().forward(x)
+        except KeyError:
+            return x
+
+
+class One:
+    def ask(self):
+        return isinstance(self.norm, nn.BatchNorm2d) and not isinstance(self.norm, nn.BatchNorm3d)
+
+
+class Base:
+    def ask(self):
+        return is_norm(self.norm) and not is_norm(self.block)
+
+
+class Name:
+    def ask(self):
+        return self.norm.__class__.__name__ == "BatchNorm2d"
+
+
+class Matched:
+    def ask(self):
+        match self.norm:
+            case nn.BatchNorm2d():
+                return True
+        return False
+
+
+class Several:
+    def ask(self):
+        return isinstance(self.norm, KINDS)
+
+
+class Union:
+    def ask(self):
+        return isinstance(self.norm, nn.BatchNorm1d | nn.BatchNorm2d)
+
+
+class Exact:
+    def ask(self):
+        return type(self.norm) is nn.BatchNorm2d
+
+
+class ExactChild:
+    def ask(self):
+        return type(self.block) is Block and type(self.list) in (nn.Sequential, nn.ModuleList)
+
+
+class Class:
+    def ask(self):
+        return self.block.__class__ == Block
+
+
+class Table:
+    def ask(self):
+        return TABLE[type(self.block)] == 2.0
+
+
+class Subclass:
+    def ask(self):
+        return issubclass(type(self.norm), nn.BatchNorm2d)
+
+
+class OtherTypes:
+    def ask(self):
+        flags = (self.training, 1.0)
+        return type(flags) is tuple and type(self.training) in (bool, int)
+
+
+def make(kind, base):
+    return type(kind.__name__, (kind, base), {})()
+
+
+ANSWERED = [One, Base, Name, Matched, OtherTypes]
+ONLY_TRACED = [Several, Union, Exact, ExactChild, Subclass, Class, Table]
+
+
+@pytest.mark.parametrize("kind", [*ANSWERED, *ONLY_TRACED])
+def test_a_trace_gives_the_answer_of_the_original(kind):
+    check(make(kind, Asking))
+
+
+@pytest.mark.parametrize("kind", ANSWERED)
+@pytest.mark.parametrize("base", [Asking, Untraceable])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_layers_answer_as_the_norms_did(kind, base, method):
+    model = make(kind, base).eval()
+    randomize(model)
+    converted = normswap.convert(model, method, verify=False)
+    close(call(converted, (images(),)), call(model, (images(),)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *itertools.product(ONLY_TRACED, ["cn", "cn-x"]),
+        *itertools.product([Several, Union, Exact, Subclass], ["acn"]),
+        *itertools.product([ExactChild, Class, Table], ["crossnorm"]),
+    ],
+)
+def test_what_no_layer_can_answer_is_refused_where_no_trace_does(kind, method):
+    model = make(kind, Untraceable)
+    before = copy.deepcopy(model)
+    options = {"placement": "pre"} if method == "crossnorm" else {}
+    with pytest.raises(normswap.ConversionError, match=r"ask .*(type|classes).*exclude="):
+        normswap.convert(model, method, inplace=True, verify=False, **options)
+    close(call(model.eval(), (images(),)), call(before.eval(), (images(),)))
+    assert type(model.norm) is nn.BatchNorm2d
+    assert type(model.block) is Block
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [One, Base])
+def test_compiled_forwards_get_the_same_answer(kind, method):
+    torch._dynamo.reset()
+    model = make(kind, Untraceable).eval()
+    randomize(model)
+    converted = normswap.convert(model, method, verify=False)
+    compiled = torch.compile(converted, backend="eager", fullgraph=True)
+    close(call(compiled, (images(),)), call(model, (images(),)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_forward_called_by_itself_asks_too(method):
+    model = make(One, Untraceable).eval()
+    converted = normswap.convert(model, method, verify=False)
+    close([converted.forward(images())], [model.forward(images())])
+
+
+def test_norms_that_are_excluded_may_be_asked_for():
+    model = make(Exact, Untraceable)
+    model.list[0] = nn.InstanceNorm2d(4)
+    converted = normswap.convert(model, "cn", exclude=nn.BatchNorm2d, verify=False)
+    close(call(converted.eval(), (images(),)), call(model.eval(), (images(),)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tools_outside_a_forward_see_what_is_there(method):
+    converted = normswap.convert(Holder(), method, verify=False)
+    layer = converted.a.norm
+    assert not isinstance(layer, nn.BatchNorm2d)
+    assert layer.__class__ is type(layer)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(converted))
+    assert type(synced.a.norm) is type(layer)
+    assert type(pickle.loads(pickle.dumps(converted)).a.norm) is type(layer)
+    assert type(layer).__name__ in repr(converted)
+
+
+def test_a_tool_may_exchange_the_class_of_a_layer():
+    layer = normswap.convert(Holder(), "cn", verify=False).a.norm
+    made = type("Sharded", (type(layer),), {})
+    layer.__class__ = made
+    assert type(layer) is layer.__class__ is made
+    assert layer(images()).shape == images().shape

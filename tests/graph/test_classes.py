@@ -1,0 +1,195 @@
+"""The class of a converted container: made without the user's hooks, else like its base."""
+
+import abc
+import copy
+import io
+import pickle
+import typing
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from tests.graph.behave import LABELS, Block, Holder, call, check, close, images
+
+SEEN: list[object] = []
+T = typing.TypeVar("T")
+
+
+class Registered:
+    """Notes every subclass, which has to say of what kind it is."""
+
+    def __init_subclass__(cls, kind, **kwargs):
+        super().__init_subclass__(**kwargs)
+        SEEN.append((cls, kind))
+
+
+class Meta(abc.ABCMeta):
+    """Notes every class it makes."""
+
+    def __new__(mcs, *args, **kwargs):
+        SEEN.append("new")
+        return super().__new__(mcs, *args, **kwargs)
+
+    def __init__(cls, name, bases, body, **kwargs):
+        super().__init__(name, bases, body)
+        SEEN.append("init")
+
+
+class Kinds(Registered, Holder, metaclass=Meta, kind="x"):
+    """Docstring."""
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+class Slotted(Registered, Holder, kind="slots"):
+    __slots__ = ("gain",)
+
+    def __init__(self):
+        super().__init__()
+        self.gain = 2.0
+
+    def __getstate__(self):
+        return {**vars(self), "gain": self.gain}
+
+    def __setstate__(self, state):
+        self.gain = state.pop("gain")
+        super().__setstate__(state)
+
+    @property
+    def double(self):
+        return 2 * self.gain
+
+    def forward(self, x):
+        return self.b(self.a(x)) * self.double
+
+
+class Template(Holder, typing.Generic[T]):
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+class Last(Block):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.last(super().forward(x))
+
+
+CLASSES = [Kinds, Slotted, Template, Last]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_conversion_copy_and_pickle_run_no_hook(cls):
+    before = list(SEEN)
+    converted = check(cls())
+    twin = copy.deepcopy(converted)
+    buffer = io.BytesIO()
+    torch.save(converted, buffer)
+    loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    pickled = pickle.loads(pickle.dumps(converted))
+    assert before == SEEN
+    expected = call(converted, (images(),), context=LABELS)
+    for other in (twin, loaded, pickled):
+        assert type(other) is type(converted)
+        close(call(other, (images(),), context=LABELS), expected)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_class_shows_itself_as_its_base_does(cls):
+    converted = normswap.convert(cls(), "cn", verify=False)
+    made = type(converted)
+    assert made.__bases__ == (cls,)
+    assert type(made) is type(cls)
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        assert getattr(made, name) == getattr(cls, name)
+    assert isinstance(converted, cls)
+    assert not isinstance(cls(), made)
+    assert isinstance(cls(), cls)
+    assert repr(converted).startswith(cls.__name__ + "(")
+
+
+def test_a_subclass_of_a_converted_class_runs_the_hook_again():
+    converted = normswap.convert(Kinds(), "cn", verify=False)
+    child = Meta("Child", (type(converted),), {}, kind="later")
+    assert SEEN[-3:] == ["new", (child, "later"), "init"]
+
+
+def test_reverting_gives_the_class_back():
+    model = normswap.convert(Kinds(), "cn", contexts=2, verify=False)
+    assert type(normswap.revert(model)) is Kinds
+
+
+class Doubling(Holder):
+    def __call__(self, x, **kwargs):
+        return super().__call__(2 * x, **kwargs)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+class DoublingOnly(Doubling):
+    def __call__(self, x):
+        return nn.Module.__call__(self, 2 * x)
+
+
+class Keeping(Doubling):
+    """Takes the context for itself, by its own name."""
+
+    def __call__(self, x, context=None):
+        y = nn.Module.__call__(self, 2 * x)
+        return y if context is None else y + context
+
+
+class Parent(nn.Module):
+    def __init__(self, child):
+        super().__init__()
+        self.child = child
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.child(x))
+
+
+@pytest.mark.parametrize("cls", [Doubling, DoublingOnly, Keeping])
+def test_an_own_call_runs_once_at_the_root(cls):
+    converted = check(cls())
+    calls = []
+    converted.a.register_forward_pre_hook(lambda module, args: calls.append(args[0]))
+    converted(images())
+    (given,) = calls
+    torch.testing.assert_close(given, 2 * images())
+
+
+@pytest.mark.parametrize("cls", [Doubling, DoublingOnly, Keeping])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_own_call_runs_once_in_a_child(cls, depth):
+    model = cls()
+    for _ in range(depth):
+        model = Parent(model)
+    converted = check(model, opaque="own __call__" if depth == 1 else None)
+    calls = []
+    inner = converted.child if depth == 1 else converted.child.child
+    inner.a.register_forward_pre_hook(lambda module, args: calls.append(args[0]))
+    converted.train()(images(), context=LABELS).sum().backward()
+    assert len(calls) == 1
+    torch.testing.assert_close(calls[0], 2 * images())
+
+
+def test_the_own_context_of_a_call_stays_its_own():
+    converted = check(Keeping())
+    given = torch.ones(4, 1, 1, 1)
+    plain = call(converted, (images(),), norm_context=LABELS)
+    close(call(converted, (images(), given), norm_context=LABELS), [plain[0] + 1])
+
+
+def test_wrong_labels_are_refused_before_an_own_call_runs():
+    converted = normswap.convert(Doubling(), "cn", contexts=3, verify=False)
+    with pytest.raises(normswap.ContextError, match="values from 0 to 3"):
+        converted(images(), context=torch.tensor([0, 1, 2, 3]))
+    with pytest.raises(normswap.ContextError, match="expected `context` with 4 labels"):
+        converted(images(), context=torch.tensor([0, 1]))

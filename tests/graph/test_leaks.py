@@ -1,0 +1,68 @@
+"""What conversions of throw-away classes leave behind; NORMSWAP_CONVERSIONS sets how many."""
+
+import copy
+import gc
+import linecache
+import os
+import sys
+import weakref
+
+import pytest
+from torch import nn
+
+import normswap
+from tests.graph.behave import CHANNELS, LABELS, Block, images
+
+CONVERSIONS = int(os.environ.get("NORMSWAP_CONVERSIONS", "150"))
+METHODS = ["cn", "cn-x", "acn", "crossnorm"]
+
+
+def convert_own_class(index):
+    """Convert and run a model of a class of its own; return weak references to its classes."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+            self.rest = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU())
+            self.seen = [index]
+
+        def run(self, x, features):
+            features.append(x)
+            return self.rest(x)
+
+        def forward(self, x):
+            features = [x] if self.training else []
+            return self.run(self.block(x), features)
+
+    method = METHODS[index % len(METHODS)]
+    labelled = method.startswith("cn")
+    converted = normswap.convert(Model(), method, contexts=3 if labelled else None)
+    for mode in (True, False):
+        twin = copy.deepcopy(converted.train(mode))
+        twin(images(), **({"context": LABELS} if labelled else {}))
+    return [weakref.ref(cls) for cls in type(twin).__mro__[: 2 if method != "acn" else 1]]
+
+
+def test_conversions_leave_no_class_no_source_and_no_memory():
+    for index in range(8):
+        convert_own_class(index)
+    gc.collect()
+    sources, blocks = len(linecache.cache), sys.getallocatedblocks()
+    classes = [ref for index in range(CONVERSIONS) for ref in convert_own_class(index)]
+    gc.collect()
+    assert not [ref for ref in classes if ref() is not None]
+    assert len(linecache.cache) == sources
+    # The references alone are two or three blocks each; a class with its graphs is thousands.
+    assert sys.getallocatedblocks() - blocks < 10 * CONVERSIONS
+
+
+@pytest.mark.parametrize("method", ["cn", "crossnorm"])
+def test_a_class_has_one_converted_class_while_a_model_of_it_lives(method):
+    contexts = 3 if method == "cn" else None
+    first, second = (normswap.convert(Block(), method, contexts=contexts) for _ in range(2))
+    assert type(first) is type(second) is not Block
+    made = weakref.ref(type(first))
+    del first, second
+    gc.collect()
+    assert made() is None
