@@ -19,7 +19,7 @@ from normswap.functional.moments import (
 )
 from normswap.graph.scope import use_context
 from normswap.methods.base import Method, get_method
-from normswap.streams import forward_batch, show_progress, undisturbed
+from normswap.streams import check_stream, forward_batch, show_progress, undisturbed
 
 
 def adapt(
@@ -70,6 +70,7 @@ def adapt(
     """
     root, record = find_root(model)
     method, index = _check(record, context)
+    check_stream(loader, forward, batches, progress)
     found = method_layers(root).items()
     layers = {name: layer for name, layer in found if method.statistics(layer) is not None}
     if not layers:

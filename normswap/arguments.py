@@ -1,6 +1,7 @@
 """Arguments of a caller, checked: what was expected, what came, and what was probably meant."""
 
 import difflib
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -11,21 +12,22 @@ from normswap.errors import ConversionError, NormswapError, UnknownNameError
 
 # Contexts or components a model may have: each norm keeps a row for each.
 MOST_CONTEXTS = 100_000
+MOST_FEATURES = 1 << 24
 _SHOWN = 20
 
 
 def describe(value: Any) -> str:
     """Return what a value is, for a message of one line."""
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {str(value.dtype)[6:]}"
     if isinstance(value, nn.Module):
         return f"the module {type(value).__name__}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
     try:
+        if isinstance(value, Tensor):
+            return f"a tensor {tuple(value.shape)} of {str(value.dtype)[6:]}"
         text = " ".join(repr(value).split())
-    except Exception as error:  # of what a user gave
-        text = f"(its repr raises {type(error).__name__})"
+    except Exception:  # a nested tensor has no shape, and a repr of a user's may fail
+        return f"an object of class {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -82,7 +84,7 @@ def check_count(
         raise error(f"expected {name}= as a count, got {describe(value)}")
     if value < least or (most is not None and value > most):
         bounds = f"of at least {least}" if value < least else f"in [{least}, {most}]"
-        raise error(f"expected {name}= {bounds}, got {value}")
+        raise error(f"expected {name}= {bounds}, got {describe(value)}")
 
 
 def check_number(
@@ -100,18 +102,32 @@ def check_number(
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise error(f"expected {name}= as a number in {bounds}, got {describe(value)}")
     if not low <= value <= high or value == math.inf or (open_low and value == low):
-        raise error(f"expected {name}= in {bounds}, got {value!r}")
+        raise error(f"expected {name}= in {bounds}, got {describe(value)}")
 
 
-def check_callable(name: str, value: Any, form: str) -> None:
-    """Raise if a value is neither None nor a function.
+def check_callable(name: str, value: Any, form: str, count: int) -> None:
+    """Raise if a value is neither None nor a function of as many arguments.
 
     Args:
         name: of the argument.
         value: its value.
         form: how it is called, such as ``forward(model, batch)``.
+        count: with how many arguments.
+
+    Raises:
+        ConversionError: it cannot be called so.
     """
-    if value is not None and not callable(value):
+    if value is None:
+        return
+    fits = callable(value) and not isinstance(value, nn.Module)
+    if fits:
+        try:
+            inspect.signature(value).bind(*range(count))
+        except TypeError:
+            fits = False
+        except ValueError:  # a builtin without a signature
+            pass
+    if not fits:
         raise ConversionError(
             f"expected {name}= as a function called as {form}, got {describe(value)}"
         )

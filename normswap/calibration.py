@@ -1,17 +1,28 @@
 """Fit the mixtures of ACN layers to the data that reaches them."""
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normswap.arguments import check_count
 from normswap.errors import ConversionError, expect_module
 from normswap.functional.mixture_fit import fit_mixture
 from normswap.functional.mixture_start import free_logits
 from normswap.functional.moments import Moments, instance_moments
 from normswap.methods.acn_layer import AdaptiveContextNorm
-from normswap.streams import Reservoir, forward_batch, keep_values, show_progress, undisturbed
+from normswap.streams import (
+    Reservoir,
+    check_stream,
+    forward_batch,
+    keep_values,
+    show_progress,
+    undisturbed,
+)
+
+_MOST_STEPS = 1_000_000
 
 
 def calibrate(
@@ -65,8 +76,10 @@ def calibrate(
             "method='acn' first"
         )
     most = max(layer.options.components for layer in layers.values())
-    if samples < 2 * most:
-        raise ConversionError(f"expected samples= of at least {2 * most}, got {samples}")
+    check_count("samples", samples, 2 * most, sys.maxsize)
+    check_count("steps", steps, 1, _MOST_STEPS)
+    check_count("seed", seed, -(2**63), 2**64 - 1)
+    check_stream(loader, forward, batches, progress)
     generator = torch.Generator().manual_seed(seed)
     with undisturbed(model), torch.no_grad():
         kept = {name: Reservoir(samples, generator) for name in layers}

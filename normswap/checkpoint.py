@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.arguments import check_choice
+from normswap.arguments import check_choice, check_flag
 from normswap.checks import check_copyable, check_model
 from normswap.conversion import Record, convert_bare, find_targets, is_bare, operate
 from normswap.converted import find_root
 from normswap.copies import copy_model
-from normswap.errors import CheckpointError, UnknownNameError
+from normswap.errors import CheckpointError, UnknownNameError, expect_module
 from normswap.files import as_folder, read_folder, write_folder
 from normswap.fingerprint import (
     checksums,
@@ -139,6 +139,9 @@ def load(
         UnknownNameError: a method that is not registered here.
         Whatever is raised, `base` is as it was.
     """
+    expect_module(base)
+    check_flag("inplace", inplace)
+    check_flag("check_values", check_values)
     content, tensors = read_folder(as_folder(folder))
     if content["method"] not in methods():
         raise UnknownNameError(

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from normswap.arguments import describe, unknown_name
+from normswap.arguments import describe, listed, unknown_name
 from normswap.conversion import Record
 from normswap.errors import ContextError, ConversionError
 from normswap.graph.reach import state_of
@@ -78,8 +78,8 @@ def context_index(record: Record, context: str | int) -> int:
         raise ContextError(f"expected a context by name or index, got {describe(context)}")
     if context not in range(len(names)):
         raise ContextError(
-            f"expected a context in [0, {len(names)}), got {context}; the contexts are "
-            f"{', '.join(names)}"
+            f"expected a context in [0, {len(names)}), got {describe(context)}; the contexts are "
+            f"{listed(names)}"
         )
     return context
 
@@ -92,6 +92,8 @@ def context_or_pooled(record: Record, context: str | int) -> int | None:
         UnknownNameError, ContextError: no such context.
     """
     names = record.contexts.names
+    if not isinstance(context, str):
+        return context_index(record, context)
     if context == "pooled" and "pooled" in names:
         raise ConversionError(
             f"'pooled' is a context here and also means the mixture of all; pass the index "

@@ -21,12 +21,14 @@ from torch import Tensor
 from normswap.errors import CheckpointError
 from normswap.extras import need
 from normswap.schema import find_wrong
+from normswap.util.read_file import read_file
 
 DESCRIPTION = "normswap.json"
 FORMAT = 1
 _TENSORS = re.compile(r"tensors-[0-9a-f]{16}\.safetensors")
 _LEFTOVER = re.compile(rf"\.?({_TENSORS.pattern}|{re.escape(DESCRIPTION)})(\.[0-9a-f]{{16}}\.tmp)?")
 _AN_HOUR = 3600.0
+_MOST_DESCRIPTION = 1 << 28
 
 
 def as_folder(folder: str | os.PathLike[str]) -> Path:
@@ -90,7 +92,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     while True:
         named = content["file"]
         try:
-            data = (folder / named["name"]).read_bytes()
+            data = read_file(folder / named["name"], named["bytes"])
             break
         except FileNotFoundError:
             # A save may have finished meanwhile and removed it.
@@ -124,12 +126,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     path = folder / DESCRIPTION
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path, _MOST_DESCRIPTION))
+        digest = _digest(_canonical(content)) if isinstance(content, dict) else None
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"expected a folder that normswap.save wrote, found no {path}"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     version = content.get("format") if isinstance(content, dict) else None
     if type(version) is not int or version < 1 or "digest" not in content:
@@ -139,7 +142,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{path} has format {version}, of normswap {content.get('normswap')}; this version "
             f"knows formats up to {FORMAT}: upgrade normswap"
         )
-    if content["digest"] != _digest(_canonical(content)):
+    if content["digest"] != digest:
         raise CheckpointError(f"{path} was changed after it was written; save again")
     wrong = find_wrong(content)
     if wrong is not None:

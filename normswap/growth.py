@@ -1,5 +1,6 @@
 """One more context in a converted model: `add_context`."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from normswap.arguments import describe
 from normswap.conversion import Record
 from normswap.converted import context_or_pooled, find_root, method_layers
-from normswap.errors import ConversionError
+from normswap.errors import ContextWarning, ConversionError
 from normswap.graph.scope import scopes_of
 from normswap.methods.base import Contexts, Method, get_method
 from normswap.methods.layer import POLICIES
@@ -32,8 +34,10 @@ def add_context(
     """Add a context to a converted model, in place.
 
     In eval mode the new context computes what `like` computes. For given labels nothing else
-    changes, to the bit; for unknown labels the mixture now has one more part: with
-    ``like="pooled"`` its mean, variance and affine stay what they are.
+    changes, to the bit. Answers without a label do change where the policy looks at all contexts:
+    under ``unknown="pooled"`` the mixture has one more part (with ``like="pooled"`` its mean,
+    variance and affine stay what they are until the new context is trained), under "posterior" one
+    more candidate. A warning says so; `set_unknown` chooses another policy.
 
     Parameters with a row a context are replaced by new ones: pass the `optimizer`, or make it
     anew, else it goes on with the old ones in silence. In its state the new row is that of `like`,
@@ -57,6 +61,9 @@ def add_context(
         ConversionError: not a converted model; a method without contexts; a name that is taken;
             an optimizer, or a hook on a parameter, that cannot follow. Nothing is changed then.
         UnknownNameError, ContextError: no such context as `like`.
+
+    Warns:
+        ContextWarning: samples without a label get other answers from now on.
     """
     root, record = find_root(model)
     method, contexts = _check(model, root, record)
@@ -65,9 +72,10 @@ def add_context(
     index = context_or_pooled(record, like)
     count = contexts.count
     share = 1 / (count + 1) if share is None else share
-    if not (isinstance(share, int | float) and _LEAST <= share <= 1 - _LEAST):
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not number or not _LEAST <= share <= 1 - _LEAST:
         raise ConversionError(
-            f"expected share= in (0, 1), got {share!r}; at least {_LEAST} from both ends"
+            f"expected share= in (0, 1), got {describe(share)}; at least {_LEAST} from both ends"
         )
     layers = method_layers(root)
     tables = {where: _grow(where, layer, method, index, share) for where, layer in layers.items()}
@@ -95,6 +103,16 @@ def add_context(
     for scope in scopes_of(root):
         scope.num_contexts, scope.names = after.count, after.names
     _note(record, after, layers)
+    policy = contexts.unknown
+    # The mixture stays the same function where all its parts are like one.
+    if count > 1 and (policy == "posterior" or (policy == "pooled" and index is not None)):
+        warnings.warn(
+            f"samples without a label are now answered by context {name!r} too, for a share of "
+            f"{share:.3g} (unknown={policy!r}); normswap.set_unknown chooses a policy that does "
+            "not look at all contexts",
+            ContextWarning,
+            stacklevel=2,
+        )
     return count
 
 
@@ -116,7 +134,9 @@ def _check(model: nn.Module, root: nn.Module, record: Record) -> tuple[Method, C
 
 def _check_name(name: Any, contexts: Contexts) -> None:
     if not isinstance(name, str) or not name:
-        raise ConversionError(f"expected the name of the new context as a string, got {name!r}")
+        raise ConversionError(
+            f"expected the name of the new context as a string, got {describe(name)}"
+        )
     if name in contexts.names:
         raise ConversionError(
             f"there is a context {name!r} already; the contexts are {', '.join(contexts.names)}"

@@ -92,6 +92,7 @@ class Report:
     direct: list[str] = field(default_factory=list)
     verification: Verification | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    argument: str | None = None
 
     def count(self, **where: Any) -> int:
         """Return the number of rows whose attributes have these values."""
@@ -128,6 +129,8 @@ class Report:
                 f"; containers: {self.traced} traced, {len(self.opaque)} with their own forward"
             )
         lines += [f"own forward: {name or '(root)'}: {why}" for name, why in self.opaque.items()]
+        if self.argument not in (None, "context"):
+            lines.append(f"labels: {self.argument}=, since the model takes a context= of its own")
         if self.direct:
             lines.append(
                 f"read past the norm: {', '.join(self.direct[:6])}; "

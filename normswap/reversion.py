@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.arguments import check_flag
 from normswap.conversion import Record
 from normswap.converted import (
     context_or_pooled,
@@ -59,6 +60,8 @@ def revert(
         UnknownNameError, ContextError: no such context.
     """
     root, record = find_root(model)
+    check_flag("discard", discard)
+    check_flag("inplace", inplace)
     if discard and context is not None:
         raise ConversionError("expected discard=True or a context=, got both")
     index: int | None = None
@@ -92,6 +95,7 @@ def specialize(
         UnknownNameError, ContextError: no such context.
     """
     root, record = find_root(model)
+    check_flag("inplace", inplace)
     if context is None and record.contexts.count > 1:
         raise ConversionError(
             f"expected context= one of {_choices(record)}, got none; a plain norm has no contexts"

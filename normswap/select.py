@@ -1,14 +1,13 @@
 """Which norms a user means: globs, regular expressions, types, predicates."""
 
 import fnmatch
-import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from normswap.arguments import describe
+from normswap.arguments import check_callable, describe
 from normswap.errors import ConversionError
 
 Selector: TypeAlias = (
@@ -44,14 +43,7 @@ def _read(name: str, selector: Any) -> Selector:
         return tuple(_read(name, part) for part in selector)
     if not callable(selector) or isinstance(selector, nn.Module):
         raise ConversionError(f"expected {name}= as {_FORMS}, got {describe(selector)}")
-    try:
-        inspect.signature(selector).bind("", None)
-    except TypeError as error:
-        raise ConversionError(
-            f"expected the function given as {name}= to take a name and a module: {error}"
-        ) from None
-    except ValueError:  # a builtin without a signature
-        pass
+    check_callable(name, selector, "fn(name, module)", 2)
     return selector  # type: ignore[no-any-return]
 
 

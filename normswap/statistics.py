@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normswap.arguments import describe
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.scope import use_context
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import ContextLayer
 from normswap.methods.selfnorm import SelfNorm
-from normswap.streams import forward_batch, show_progress, undisturbed
+from normswap.streams import check_stream, forward_batch, show_progress, undisturbed
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -63,6 +64,7 @@ def update_stats(
             f"found no layer in {type(model).__name__} whose running statistics may move; CN-X and "
             "CrossNorm have none, and normswap.freeze(stats='update') lets frozen ones move again"
         )
+    check_stream(loader, forward, batches, progress)
     before = [{n: b.clone() for n, b in _buffers(m).items()} for m in layers]
     run = forward or forward_batch
     with torch.no_grad(), undisturbed(model):
@@ -94,12 +96,13 @@ def update_stats(
 def _labels_in(batch: Any, position: int) -> Any:
     if not isinstance(batch, tuple | list):
         raise ConversionError(
-            f"expected batches as tuples with context labels at position {position!r} (labels=), "
-            f"got {type(batch).__name__}"
+            f"expected batches as tuples with context labels at position {describe(position)} "
+            f"(labels=), got {type(batch).__name__}"
         )
     if type(position) is not int or not -len(batch) <= position < len(batch):
         raise ConversionError(
-            f"expected labels= as a position in batches of {len(batch)} items, got {position!r}"
+            f"expected labels= as a position in batches of {len(batch)} items, "
+            f"got {describe(position)}"
         )
     return batch[position]
 

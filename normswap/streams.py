@@ -1,5 +1,6 @@
 """Batches that stream through a model: eval mode meanwhile, a progress bar, a uniform sample."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from importlib import import_module
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import ConversionError
+from normswap.arguments import check_callable, check_count, check_flag, describe, listed
+from normswap.errors import ConversionError, NormswapError
 from normswap.functional.moments import compute_dtype
 
 # Where a norm that `freeze` keeps in eval mode has the mode it was set to.
@@ -79,35 +81,55 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch, moved to its device: a tensor, a tuple that begins with one, a dict.
 
     Raises:
-        ConversionError: a batch of another form.
+        ConversionError: a batch of another form, or one that the model fails on.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
     if isinstance(batch, dict):
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return model(**moved)
-    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(x, Tensor):
+        kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    else:
+        x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(x, Tensor):
+            raise ConversionError(
+                "expected batches that are a tensor, a tuple whose first item is one, or a dict, "
+                f"got {type(batch).__name__}; pass forward=lambda model, batch: ..."
+            )
+        args = [x.to(device)]
+    try:
+        return model(*args, **kwargs)
+    except NormswapError:
+        raise
+    except Exception as error:
+        given = describe(args[0]) if args else f"a dict of {listed(map(str, kwargs))}"
         raise ConversionError(
-            "expected batches that are a tensor, a tuple whose first item is one, or a dict, got "
-            f"{type(batch).__name__}; pass forward=lambda model, batch: ..."
+            f"the model fails on a batch ({given}) with {type(error).__name__}: {error}; expected "
+            "what its forward takes, or forward=lambda model, batch: ... for other batches"
+        ) from error
+
+
+def check_stream(loader: Any, forward: Any, batches: Any, progress: Any) -> None:
+    """Check what every function that streams batches through a model takes.
+
+    Raises:
+        ConversionError: `batches` is no count of at least 1, `loader` nothing that yields batches,
+            `forward` no function of a model and a batch, or `progress` no bool.
+    """
+    if batches is not None:
+        check_count("batches", batches, most=sys.maxsize)
+    streams = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    if not streams or isinstance(loader, str | bytes | dict | type | Tensor):
+        raise ConversionError(
+            f"expected a loader, something that yields batches, got {describe(loader)}"
         )
-    return model(x.to(device))
+    check_callable("forward", forward, "forward(model, batch)", 2)
+    check_flag("progress", progress)
 
 
 def show_progress(
     loader: Iterable[Any], title: str, batches: int | None = None, progress: bool = True
 ) -> Iterable[Any]:
-    """Return the first `batches` of a loader, with a bar on a terminal if tqdm is installed.
-
-    Raises:
-        ConversionError: `batches` is no count of at least 1, or `loader` nothing to iterate over.
-    """
-    if batches is not None and (type(batches) is not int or batches < 1):
-        raise ConversionError(f"expected batches= as a count of at least 1, got {batches!r}")
-    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
-        raise ConversionError(
-            f"expected a loader, something that yields batches, got {type(loader).__name__}"
-        )
+    """Return the first `batches` of a loader, with a bar on a terminal if tqdm is installed."""
     stream = loader if batches is None else islice(loader, batches)
     try:
         tqdm = import_module("tqdm").tqdm

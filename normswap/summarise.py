@@ -9,6 +9,7 @@ from torch import nn
 from normswap.conversion import Record
 from normswap.functional.moments import gaussian_divergence
 from normswap.graph.reach import find_reach
+from normswap.graph.state import context_argument
 from normswap.methods.base import Method, get_method
 from normswap.methods.layer import NormLayer
 from normswap.report import Report
@@ -53,4 +54,5 @@ def summarise(root: nn.Module, record: Record) -> Report:
         traced=reach.traced,
         direct=reach.direct,
         verification=record.verification,
+        argument=context_argument(root),
     )

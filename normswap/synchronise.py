@@ -4,10 +4,12 @@ import warnings
 from importlib import import_module
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from normswap.arguments import check_flag, describe
 from normswap.distributed import name_of_group
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.state import RECORD
@@ -39,6 +41,8 @@ def convert_sync_batchnorm(
         ConversionError: no converted model, or one that is wrapped already.
     """
     expect_module(model)
+    check_flag("others", others)
+    _check_group(process_group)
     layers = [m for m in model.modules() if is_ours(m)]
     if not layers and not any(RECORD in vars(m) for m in model.modules()):
         raise ConversionError(
@@ -61,6 +65,17 @@ def convert_sync_batchnorm(
                     shared[norm] = _synchronised(norm, process_group)
                 setattr(module, child, shared[norm])
     return model
+
+
+def _check_group(group: Any) -> None:
+    if group is not None and not hasattr(group, "group_name"):
+        # What a process that is not in a group has in its place is no group, and has no name.
+        member = dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else None
+        if group is not member:
+            raise ConversionError(
+                "expected process_group= as torch.distributed.new_group returns it, got "
+                f"{describe(group)}"
+            )
 
 
 def _is_plain(norm: nn.Module) -> bool:

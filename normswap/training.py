@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from normswap.arguments import check_choice
+from normswap.arguments import check_choice, check_number, describe
 from normswap.errors import ConversionError, expect_module
 from normswap.extras import need
 from normswap.graph.state import RECORD
@@ -18,6 +18,7 @@ from normswap.streams import HELD
 
 _TRAIN = ("norms", "contexts", "all")
 _STATS = ("update", "frozen")
+_HUGE = 1e300
 
 
 def param_groups(
@@ -55,9 +56,9 @@ def param_groups(
     expect_module(model)
     for name, value in (("lr", lr), ("norm_lr", norm_lr), ("weight_decay", weight_decay)):
         if not (_is_number(value) and value >= 0) and not (name == "norm_lr" and value is None):
-            raise ConversionError(f"expected {name}= of 0 or more, got {value!r}")
-    if layer_decay is not None and not (_is_number(layer_decay) and 0 < layer_decay <= 1):
-        raise ConversionError(f"expected layer_decay= in (0, 1], got {layer_decay!r}")
+            raise ConversionError(f"expected {name}= of 0 or more, got {describe(value)}")
+    if layer_decay is not None:
+        check_number("layer_decay", layer_decay, 0, 1, open_low=True)
     norms = {id(p) for p in norm_parameters(model).values()}
     spared = _spared_names(model)
     scales = {} if layer_decay is None else _layer_scales(model, layer_decay)
@@ -163,7 +164,9 @@ def exempt_norms(model: nn.Module) -> None:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     """Return whether a value can be a learning rate; some optimizers take it as a tensor."""
-    return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_meta and value.is_floating_point()
+    return isinstance(value, int | float) and not isinstance(value, bool) and value < _HUGE
 
 
 def _no_weight_decay(model: nn.Module) -> set[str]:

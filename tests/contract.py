@@ -241,8 +241,7 @@ class Contract:
         torch._dynamo.reset()
         model = separated(method, "Windows", trace=trace).train(training)
         x = make_inputs(model)
-        # Compiled code cannot measure which window belongs to which sample.
-        model(x, context=MIXED)
+        model(x, context=MIXED)  # measures which rows are whose, as a compiled run cannot
         twin = copy.deepcopy(model)
         compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
         assert_close(compiled(x, context=MIXED), model(x, context=MIXED))
@@ -255,7 +254,7 @@ class Contract:
     def test_exports_with_the_context_as_an_input(self, method, unknown, trace):
         model = separated(method, "Windows", unknown=unknown, trace=trace)
         x = make_inputs(model)
-        model(x, context=MIXED)
+        model(x, context=MIXED)  # measures which rows are whose
         program = torch.export.export(model, (x,), {"context": MIXED}).module()
         for labels in (MIXED, MIXED.flip(0)):
             assert_close(program(x, context=labels), model(x, context=labels))

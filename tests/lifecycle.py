@@ -164,6 +164,7 @@ class Lifecycle:
         for label in labels_of(method):
             assert_close(run(model, x, label), run(base, x))
 
+    @pytest.mark.filterwarnings("ignore:samples without a label are now answered")
     def test_an_added_context_computes_what_it_is_like_and_moves_nothing(self, method):
         _, model = make(method)
         train(model)

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import normswap
 from tests.builders import assert_close
+from tests.ranks import on_two_processes
 
 K, C = 3, 4
 # Labels of each step: context 2 comes late, context 0 is missing twice, one step has 1 alone.
@@ -41,8 +43,8 @@ class Apart(nn.Module):
         return y
 
 
-def converted(method="cn"):
-    model = nn.Sequential(nn.BatchNorm2d(C, dtype=torch.float64))
+def converted(method="cn", kind=nn.BatchNorm2d):
+    model = nn.Sequential(kind(C, affine=True, dtype=torch.float64))
     return normswap.convert(model, method, contexts=K, verify=False).train()
 
 
@@ -104,9 +106,12 @@ def share_step_count(optimizer, count):
         state["step"] = torch.tensor(float(count))
 
 
-@pytest.mark.parametrize("method", ["cn", "cn-x"])
-def test_absent_rows_and_their_state_stay_to_the_bit(method):
-    model = converted(method)
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("cn", nn.BatchNorm2d), ("cn-x", nn.BatchNorm2d), ("cn", nn.InstanceNorm2d)],
+)
+def test_absent_rows_and_their_state_stay_to_the_bit(method, kind):
+    model = converted(method, kind)
     optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1)
     normswap.keep_absent_rows(optimizer, model)
     names = model[0].context_parameters
@@ -170,9 +175,10 @@ def test_a_closure_computes_the_gradients_in_the_step():
     assert moved.tolist() == [False, True, False]
 
 
-def test_a_step_that_the_scaler_skips_changes_nothing():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_changes_nothing(fused):
     model = converted().float()
-    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1, weight_decay=0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     normswap.keep_absent_rows(optimizer, model)
     for x, target, labels in batches([[0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]):
@@ -197,6 +203,56 @@ def test_samples_without_a_label_move_the_rows_of_the_policy():
     model(torch.randn(4, C, 3, 3), context=[1, 1, None, 1]).square().sum().backward()
     optimizer.step()
     assert (tables(model)["bias"] != before).any(1).all()
+
+
+def test_samples_without_a_gradient_do_not_count():
+    (x, _, labels), *_ = batches([[0, 1, 0, 1]])
+    model = converted()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    normswap.keep_absent_rows(optimizer, model)
+    before = tables(model)["bias"]
+    (model(x, context=labels)[labels == 1]).square().sum().backward()
+    optimizer.step()
+    moved = (tables(model)["bias"] != before).any(1)
+    assert moved.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", ["cn", "cn-x"])
+def test_compiled_gradients_of_absent_rows_are_zero(method, training):
+    torch.compiler.reset()
+    (x, target, labels), *_ = batches([[0, 1, 0, 1]])
+    model = converted(method).train(training)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss_of(run(x, context=labels), target).backward()
+    for name in model[0].context_parameters:
+        absent = (model[0].get_parameter(name).grad == 0).all(1)
+        assert absent.tolist() == [False, False, True]
+
+
+def on_a_process(rank):
+    found = []
+    # The first process has context 0, the second 1; nobody has 2.
+    model = converted()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), 0.1, weight_decay=0.1)
+    normswap.keep_absent_rows(optimizer, wrapped)
+    for x, target, labels in batches([[rank] * 4, [1] * 4]):
+        optimizer.zero_grad()
+        loss_of(wrapped(x, context=labels), target).backward()
+        before = tables(model)["bias"]
+        optimizer.step()
+        found.append((tables(model)["bias"] != before).any(1).tolist())
+    return [*found, model[0].bias.detach()]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
+def test_a_context_of_any_process_is_present_on_all(tmp_path):
+    first, second = (r["run"] for r in on_two_processes({"run": on_a_process}, tmp_path))
+    assert first[0] == second[0] == [True, True, False]
+    assert first[1] == second[1] == [False, True, False]
+    assert torch.equal(first[2], second[2])
 
 
 def test_state_dict_stays_standard_and_resumes():

@@ -130,7 +130,7 @@ FAILURES = [
         "passes no labels, got other labels at stem.1",
     ),
     (batches_for, {"context": "d"}, normswap.UnknownNameError, "the choices are a, b, c"),
-    (batches_for, {"batches": 0}, ConversionError, "a count of at least 1, got 0"),
+    (batches_for, {"batches": 0}, ConversionError, "batches= of at least 1, got 0"),
     (batches_for, {"context": None}, normswap.MissingContextError, "context= one of a, b, c"),
 ]
 

@@ -14,6 +14,7 @@ from tests.contract import separate
 from tests.lifecycle import same
 from tests.models import make_inputs, make_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:samples without a label are now answered")
 EACH = pytest.mark.parametrize("method", ["cn", "cn-x"])
 NAMES = ["a", "b", "c"]
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])

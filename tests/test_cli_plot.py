@@ -158,6 +158,7 @@ def test_what_cannot_be_drawn_is_one_line_and_exit_2(tmp_path, capsys, arguments
     assert not (tmp_path / "out.png").exists()
 
 
+@pytest.mark.filterwarnings("ignore:samples without a label are now answered")
 @pytest.mark.parametrize("method", ["cn", "cn-x", "acn"])
 def test_a_saved_conversion_is_drawn_as_the_model_is(method, tmp_path, monkeypatch):
     model = convert(method)

@@ -1,6 +1,7 @@
 """Assigners on disk: what was saved labels alike, what was not saved by us is refused."""
 
 import json
+import math
 import os
 import warnings
 
@@ -119,16 +120,17 @@ def test_features_that_were_not_used_are_refused(tmp_path):
 
 
 def edit(folder, **changes):
+    """Change a record as one who knows the digest could."""
     path = folder / store.NAME
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, **changes}))
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({**content, "digest": store._digest(store._canonical(content))}))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"format": "other"}, "no assigner that normswap.contexts saved"),
-        ({"version": 2}, "expected version 1 .* got 2"),
+        ({"version": 3}, "expected version 2 .* got 3"),
         ({"kind": "dbscan"}, "of a kind among .* got 'dbscan'"),
         ({"kind": "columns"}, "damaged"),
         ({"kind": ["kmeans"]}, "of a kind among"),
@@ -138,6 +140,10 @@ def edit(folder, **changes):
         ({"counts": {"sizes": [1]}}, "damaged"),
         ({"counts": {"sizes": [1, -1]}}, "damaged"),
         ({"counts": 3}, "damaged"),
+        ({"counts": {"sizes": [math.inf, 1]}}, "damaged"),
+        ({"counts": {"sizes": [10**400, 1, 1]}}, "damaged"),
+        ({"version": True}, "expected version 2 .* got True"),
+        ({"bytes": 3}, "more than the 3 expected"),
         ({"features": None}, "damaged"),
         ({"arrays": "../../etc/passwd"}, "a file beside it"),
         ({"arrays": "gone.safetensors"}, "are missing"),
@@ -174,6 +180,78 @@ def test_a_table_of_contexts_out_of_range_is_refused(tmp_path):
     edit(tmp_path, table=[[3, 0], [5, 7]])
     with pytest.raises(ContextError, match="damaged"):
         contexts.load(tmp_path)
+
+
+def test_changed_at_any_bit_nothing_is_loaded(tmp_path):
+    assigner = make("indices", tmp_path)
+    assigner.save(tmp_path)
+    path = tmp_path / store.NAME
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(
+                whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :]
+            )
+            try:
+                twin = contexts.load(tmp_path)
+            except ContextError:
+                continue
+            # White space between entries, alone, says nothing.
+            assert json.loads(path.read_bytes()) == json.loads(whole)
+            assert twin.names == assigner.names
+
+
+def test_a_file_of_the_version_before_which_has_no_digest_is_loaded(tmp_path):
+    assigner = contexts.kmeans([X], 2)
+    assigner.save(tmp_path)
+    path = tmp_path / store.NAME
+    content = {**json.loads(path.read_text()), "version": 1}
+    del content["digest"], content["bytes"]
+    path.write_text(json.dumps(content))
+    assert torch.equal(contexts.load(tmp_path)(X), assigner(X))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+@pytest.mark.parametrize("which", [store.NAME, "arrays"])
+def test_a_named_pipe_is_not_waited_for(tmp_path, which):
+    contexts.kmeans([X], 2).save(tmp_path)
+    path = next(tmp_path.glob("*.safetensors")) if which == "arrays" else tmp_path / which
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ContextError, match="no regular file"):
+        contexts.load(tmp_path)
+
+
+@pytest.mark.parametrize("which", [store.NAME, "arrays"])
+def test_a_huge_file_is_not_read(tmp_path, which):
+    contexts.kmeans([X], 2).save(tmp_path)
+    path = next(tmp_path.glob("*.safetensors")) if which == "arrays" else tmp_path / which
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ContextError, match=r"more than the .* expected"):
+        contexts.load(tmp_path)
+
+
+def test_arrays_that_are_none_are_refused(tmp_path):
+    contexts.kmeans([X], 2).save(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(b"no tensors")
+    edit(tmp_path, sha256=store._digest(b"no tensors"))
+    with pytest.raises(ContextError, match="does not read as safetensors"):
+        contexts.load(tmp_path)
+
+
+def test_a_record_nested_without_end_is_refused(tmp_path):
+    (tmp_path / store.NAME).write_text("[" * 100_000)
+    with pytest.raises(ContextError, match="is damaged"):
+        contexts.load(tmp_path)
+
+
+@pytest.mark.parametrize("folder", [None, 3, ["a"], b"a"], ids=str)
+def test_what_is_no_path_is_refused(folder):
+    with pytest.raises(ContextError, match="expected a folder as a path, got"):
+        contexts.load(folder)
+    with pytest.raises(ContextError, match="expected a folder as a path, got"):
+        contexts.kmeans([X], 2).save(folder)
 
 
 def test_an_empty_folder_is_refused(tmp_path):

@@ -1,187 +1,98 @@
-"""Functions on a model that hold parts of it: a copy would share them, so none is made."""
+"""Copies of models that cache tensors, or hold what cannot be copied."""
 
-import functools
-import types
+import copy
+import threading
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import normswap
-from tests.graph.behave import LABELS, Block, close, images, separate
+from normswap import ConversionError
 
 
-class Acting(nn.Module):
-    """Runs whatever its attribute `act` is."""
+class Caches(nn.Module):
+    """Keeps what a forward computed with gradients, in one place or another."""
 
-    def __init__(self):
+    def __init__(self, keep):
         super().__init__()
-        self.block = Block()
-        self.norm = nn.BatchNorm2d(4)
-        self.act = None
-
-    def run(self, x):
-        return self.norm(x).relu()
+        self.bn = nn.BatchNorm1d(3)
+        self.scale = nn.Parameter(torch.full((3,), 2.0))
+        self.cached, self.caches, self.nested = None, {}, [{}]
+        self.keep = keep
 
     def forward(self, x):
-        return self.act(self.block(x))
+        if self.cached is None and not self.caches and not self.nested[0]:
+            self.keep(self, self.scale.exp())
+        scale = self.cached if self.cached is not None else self.scale.exp()
+        return self.bn(x) * scale
 
 
-class Caller:
-    """An object that runs a function."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *args):
-        return self.function(*args)
-
-
-OTHER = nn.BatchNorm2d(4)
-GLOBAL = Acting()
-
-
-def closure(model):
-    return lambda x: model.norm(x).relu()
-
-
-def norm_in_closure(model):
-    norm = model.norm
-    return lambda x: norm(x).relu()
-
-
-def default(model):
-    return lambda x, norm=model.norm: norm(x).relu()
-
-
-def keyword_default(model):
-    def act(x, *, norms=(model.norm,)):
-        return norms[0](x).relu()
-
-    return act
-
-
-def nested(model):
-    def act(x):
-        def inner():
-            return model.norm(x)
-
-        return inner().relu()
-
-    return act
-
-
-def partial_of_closure(model):
-    return functools.partial(closure(model))
-
-
-def object_of_closure(model):
-    return Caller(closure(model))
-
-
-def closure_of_method(model):
-    run = model.run
-    return lambda x: run(x)
-
-
-def closure_of_object(model):
-    caller = Caller(model.norm)
-    return lambda x: caller(x).relu()
-
-
-def named_global(model):
-    return lambda x: GLOBAL.norm(x).relu()
-
-
-def wrapped(model):
-    return functools.wraps(model.run)(lambda x: model.run(x))
-
-
-def tensor(model):
-    weight = model.norm.weight
-    return lambda x: x * weight.reshape(1, -1, 1, 1)
-
-
-def make(kind):
-    model = GLOBAL if kind is named_global else Acting()
-    model.act = kind(model)
-    return model.eval()
-
-
-PINNED = [
-    closure,
-    norm_in_closure,
-    default,
-    keyword_default,
-    nested,
-    partial_of_closure,
-    object_of_closure,
-    closure_of_method,
-    closure_of_object,
-    named_global,
-    wrapped,
-    tensor,
-]
-DIRECT = [norm_in_closure, default, keyword_default, closure_of_object]
-
-
-@pytest.mark.parametrize("kind", PINNED)
-def test_a_function_that_holds_parts_of_the_model_is_refused_in_a_copy(kind):
-    model = make(kind)
-    with pytest.raises(normswap.ConversionError, match=r"act holds a function.*inplace=True"):
-        normswap.convert(model, "cn", verify=False)
-    assert type(model.norm) is nn.BatchNorm2d
-
-
-@pytest.mark.parametrize("kind", [k for k in PINNED if k not in (*DIRECT, named_global, tensor)])
-def test_in_place_such_a_function_runs_the_layer(kind):
-    model = make(kind)
-    x = images()
-    with torch.no_grad():
-        expected = model(x)
-        converted = normswap.convert(model, "cn", contexts=3, inplace=True, verify=False)
-        close([converted(x, context=LABELS)], [expected])
-        separate(converted)
-        mixed = converted(x, context=LABELS)
-        single = [converted(x[i : i + 1], context=LABELS[i : i + 1]) for i in range(4)]
-    close([mixed], [torch.cat(single)])
-    assert not torch.allclose(mixed, expected)
-
-
-@pytest.mark.parametrize("kind", DIRECT)
-def test_in_place_a_function_that_holds_the_norm_itself_is_refused(kind):
-    model = make(kind)
-    with pytest.raises(normswap.ConversionError, match=r"in a function.*exclude="):
-        normswap.convert(model, "cn", inplace=True, verify=False)
-    assert type(model.norm) is nn.BatchNorm2d
-    converted = normswap.convert(model, "cn", exclude="norm", inplace=True, verify=False)
-    assert type(converted.norm) is nn.BatchNorm2d
-
-
-@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
-def test_hooks_that_hold_parts_of_the_model_are_refused_in_a_copy(register):
-    model = make(lambda model: nn.ReLU())
-    getattr(model.block, f"register_{register}")(lambda *given: model.norm(given[1]))
-    with pytest.raises(normswap.ConversionError, match=r"block\._.*hooks holds a function"):
-        normswap.convert(model, "cn", verify=False)
-
-
-FREE = {
-    "method of the model": lambda model: model.run,
-    "method of another": lambda model: types.MethodType(lambda self, x: self.norm(x), model),
-    "partial": lambda model: functools.partial(Acting.run, model),
-    "free function": lambda model: torch.relu,
-    "another module": lambda model: lambda x, norm=OTHER: norm(x),
-    "constants": lambda model: lambda x, scale=2.0: x * scale,
+KEEPS = {
+    "attribute": lambda m, value: setattr(m, "cached", value),
+    "dict": lambda m, value: m.caches.update(cpu=value),
+    "nested": lambda m, value: m.nested[0].update(cpu=[(value,)]),
 }
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", FREE)
-def test_functions_that_are_copied_or_hold_nothing_are_not(kind):
-    model = make(FREE[kind])
-    with torch.no_grad():
-        expected = model(images())
-        converted = normswap.convert(model, "cn", verify=False)
-        close([converted(images())], [expected])
-    original = {id(m) for m in model.modules()}
-    assert not original & {id(m) for m in converted.modules()}
+@pytest.fixture(params=KEEPS)
+def cached(request):
+    model = Caches(KEEPS[request.param]).eval()
+    model(X)
+    return model
+
+
+@pytest.mark.parametrize("method", ["cn", "acn", "selfnorm"])
+def test_a_model_that_caches_tensors_with_gradients_is_converted(cached, method):
+    given = {"contexts": 2} if method == "cn" else {}
+    given |= {"placement": "norm"} if method == "selfnorm" else {}
+    model = normswap.convert(cached, method, example_inputs=X, **given)
+    torch.testing.assert_close(model(X), cached(X))
+    values = (model.cached, *model.caches.values(), *model.nested[0].values())
+    assert not any(v.requires_grad for v in values if isinstance(v, torch.Tensor))
+    assert normswap.plan(cached, method, **given).rows
+
+
+def test_the_original_keeps_its_cache_with_gradients(cached):
+    normswap.convert(cached, "cn", contexts=2)
+    if cached.cached is not None:
+        assert cached.cached.requires_grad
+
+
+def test_one_cached_tensor_under_two_names_stays_one():
+    model = Caches(lambda m, value: m.caches.update(a=value, b=value)).eval()
+    model(X)
+    twin = normswap.convert(model, "cn", contexts=2)
+    assert twin.caches["a"] is twin.caches["b"]
+
+
+def test_converted_models_that_cache_go_back_and_load(cached, tmp_path):
+    model = normswap.convert(cached, "cn", contexts=2).eval()
+    cached.cached = None
+    model(X)
+    torch.testing.assert_close(normswap.revert(model, "0")(X), model(X))
+    normswap.save(model, tmp_path)
+    torch.testing.assert_close(normswap.load(cached, tmp_path)(X), model(X))
+
+
+def test_levit_after_an_evaluation_with_gradients():
+    model = timm.create_model("levit_128s").eval()
+    model(torch.randn(1, 3, 224, 224))
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    assert normswap.plan(model, "cn", contexts=2).count(action="replaced") > 50
+    twin = normswap.convert(model, "cn", contexts=2, verify=False)
+    x = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(twin(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_copied_is_named():
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(3)))
+    model[0].lock = threading.Lock()
+    with pytest.raises(ConversionError, match=r"its attribute 0\.lock \(<unlocked .*inplace=True"):
+        normswap.convert(model, "cn", contexts=2)
+    assert isinstance(model[0][0], nn.BatchNorm1d)
+    normswap.convert(model, "cn", contexts=2, inplace=True)
+    assert isinstance(model[0][0], normswap.ContextNorm)

@@ -117,6 +117,20 @@ def test_onnxruntime_equals_eager_for_any_batch(case, labelled):
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:# The axis name:UserWarning"
 )
+@pytest.mark.filterwarnings("ignore")
+def test_the_exporter_by_tracing_equals_eager_for_any_labels():
+    runtime = pytest.importorskip("onnxruntime")
+    model, file = make("cn"), io.BytesIO()
+    given = arguments_for(model, True)
+    torch.onnx.export(model, given, file, dynamo=False)
+    session = runtime.InferenceSession(file.getvalue())
+    x, context = (entry.name for entry in session.get_inputs())
+    for labels in (LABELS, LABELS.flip(0), torch.full((5,), -1)):
+        (found,) = session.run(None, {x: given[0].numpy(), context: labels.numpy()})
+        expected = model(given[0], context=labels)
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_pretrained_backbone_exports_once_to_a_program_and_to_onnx():
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -171,6 +171,36 @@ def test_a_method_that_is_not_registered_is_named(tmp_path):
         normswap.load(base, tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+@pytest.mark.parametrize("which", [DESCRIPTION, "tensors"])
+def test_a_named_pipe_is_not_waited_for(tmp_path, which):
+    base, model = make()
+    normswap.save(model, tmp_path)
+    path = next(tmp_path.glob("*.safetensors")) if which == "tensors" else tmp_path / which
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="no regular file"):
+        normswap.load(base, tmp_path)
+
+
+@pytest.mark.parametrize("which", [DESCRIPTION, "tensors"])
+def test_a_huge_file_is_not_read(tmp_path, which):
+    base, model = make()
+    normswap.save(model, tmp_path)
+    path = next(tmp_path.glob("*.safetensors")) if which == "tensors" else tmp_path / which
+    os.truncate(path, 1 << 40)
+    with pytest.raises(CheckpointError, match=r"more than the .* expected"):
+        normswap.load(base, tmp_path)
+
+
+def test_saving_over_a_description_that_is_a_pipe_or_huge_works(tmp_path):
+    _, model = make()
+    (tmp_path / DESCRIPTION).touch()
+    os.truncate(tmp_path / DESCRIPTION, 1 << 40)
+    normswap.save(model, tmp_path)
+    assert describe(tmp_path)["method"]
+
+
 class Bomb:
     def __reduce__(self):
         return (os.system, ("touch exploded",))

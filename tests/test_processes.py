@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -185,7 +185,33 @@ def on_fsdp(rank):
     return results
 
 
+def make_parts():
+    """Return a converted model of two parts with norms."""
+    net = make_net()
+    parts = nn.Sequential(net[:3], net[3:])
+    return normswap.convert(parts, "cn", contexts=3, verify=False).train()
+
+
+def on_wrapped_parts(rank):
+    """Return what training leaves of a model whose parts were wrapped after its conversion."""
+    wrappers = {
+        "ddp": DistributedDataParallel,
+        "fsdp1": lambda part: FullyShardedDataParallel(
+            part, device_id=torch.device("cpu"), use_orig_params=True
+        ),
+    }
+    results = {}
+    for name, wrap in wrappers.items():
+        model = normswap.convert_sync_batchnorm(make_parts())
+        model[0], model[1] = wrap(model[0]), wrap(model[1])
+        train(model, "cn", [images_of(rank, turn) for turn in range(3)])
+        x, labels = images_of(rank, 3)
+        results[name] = model.eval()(x, context=labels).detach()
+    return results
+
+
 JOBS = {
+    "wrapped": on_wrapped_parts,
     "layers": on_layers,
     "models": on_models,
     "unsynced": on_unsynced,
@@ -239,6 +265,19 @@ def test_models_train_as_on_one_process(ranks, method):
     for name, value in one_process(method).items():
         assert torch.equal(first[name], second[name]), name
         assert_close(first[name].double(), value.double())
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp1"])
+def test_parts_wrapped_after_conversion_train_as_on_one_process(ranks, wrapper):
+    model = make_parts()
+    batches = [
+        tuple(map(torch.cat, zip(*(images_of(rank, turn) for rank in range(2)), strict=True)))
+        for turn in range(4)
+    ]
+    train(model, "cn", batches[:3], share=0.5)
+    x, labels = batches[3]
+    expected = model.eval()(x, context=labels)
+    assert_close(torch.cat([results["wrapped"][wrapper] for results in ranks]), expected)
 
 
 @pytest.mark.parametrize("method", ["cn", "cn-x", "acn"])

@@ -19,7 +19,7 @@ from normswap.contexts.tally import (
     describe_leak,
     describe_tiny,
 )
-from normswap.errors import ContextError, ContextWarning, ConversionError
+from normswap.errors import ContextError, ContextWarning, ConversionError, NormswapError
 
 UNKNOWN = -1
 _KINDS: dict[str, type["Assigner"]] = {}
@@ -183,9 +183,9 @@ def load(folder: str | os.PathLike[str], features: Any = None) -> Assigner:
             assigner.counts = Counts(**{**counts, "sizes": sizes})
             if len(sizes) != len(names) or min(sizes) < 0:
                 raise ValueError(f"sizes are {sizes}")
-    except ContextError:
+    except NormswapError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever a record of other content makes `restore` raise
         raise ContextError(f"the assigner in {folder} is damaged: {error!r}") from error
     return assigner
 

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from normswap.arguments import describe
 from normswap.errors import ConversionError
 from normswap.functional.labels import Labels, resolve_labels
+
+_LEAST = 1e-12
 
 
 def uniform_priors(num_contexts: int) -> Tensor:
@@ -22,15 +25,31 @@ def check_priors(priors: Tensor | Sequence[float] | None, num_contexts: int) -> 
     """
     if priors is None:
         return uniform_priors(num_contexts)
-    values = torch.as_tensor(priors, dtype=torch.float64, device="cpu").detach()
+    try:
+        dtype = None if isinstance(priors, Tensor) else torch.float64
+        values = torch.as_tensor(priors, dtype=dtype, device="cpu").detach()
+        if values.is_complex() or values.is_nested or values.layout != torch.strided:
+            raise TypeError
+        values = values.double()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ConversionError(
+            f"expected `priors` as {num_contexts} numbers, one a context, got {describe(priors)}"
+        ) from None
     if values.shape != (num_contexts,):
         raise ConversionError(
             f"expected `priors` with {num_contexts} values, one a context, got shape "
             f"{tuple(values.shape)}; normswap.contexts.count_priors makes them from labels"
         )
-    if not bool((values.isfinite() & (values > 0)).all()):
-        raise ConversionError(f"expected positive finite `priors`, got {values.tolist()}")
-    return values / values.sum()
+    total = values.sum()
+    if not bool((values.isfinite() & (values > 0)).all()) or not bool(total.isfinite()):
+        raise ConversionError(f"expected positive finite `priors`, got {describe(values.tolist())}")
+    shares = values / total
+    if float(shares.min()) < _LEAST:
+        raise ConversionError(
+            f"expected `priors` of at least {_LEAST:g} of their sum, by whose root the layers "
+            f"divide, got {float(shares.min()):.3g} of it"
+        )
+    return shares
 
 
 def count_priors(labels: Labels, contexts: int | Sequence[str]) -> Tensor:

@@ -12,12 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
+from normswap.arguments import describe
 from normswap.errors import ContextError
 from normswap.extras import need
+from normswap.util.read_file import read_file
 
 NAME = "contexts.json"
 FORMAT = "normswap-contexts"
-VERSION = 1
+# Files of version 1 have no digest of the JSON.
+VERSION = 2
+_MOST = 1 << 28
+_MOST_ARRAYS = 1 << 31  # where the JSON, of version 1, does not say
 
 
 def write(
@@ -28,15 +33,21 @@ def write(
     Raises:
         ContextError: the folder cannot be written.
     """
-    root = Path(folder)
+    root = _as_path(folder)
     content: dict[str, Any] = {"format": FORMAT, "version": VERSION, **record, "arrays": None}
     data = b""
     if arrays:
         save = need("safetensors.torch", "contexts", "saving an assigner with arrays").save
         data = save({name: array.contiguous() for name, array in arrays.items()})
         content["arrays"] = f"contexts-{_digest(data)[:16]}.safetensors"
-        content["sha256"] = _digest(data)
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        content["sha256"], content["bytes"] = _digest(data), len(data)
+    try:
+        # As it will be read: JSON knows no tuples, and no keys but strings.
+        content = json.loads(json.dumps(content, allow_nan=False))
+        content["digest"] = _digest(_canonical(content))
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ContextError(f"expected an assigner that JSON can hold: {error}") from error
     try:
         root.mkdir(parents=True, exist_ok=True)
         if arrays:
@@ -56,20 +67,24 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
     Raises:
         ContextError: nothing there, another format or version, or a damaged file.
     """
-    root = Path(folder)
+    root = _as_path(folder)
     try:
-        content = json.loads((root / NAME).read_bytes())
+        content = json.loads(read_file(root / NAME, _MOST))
+        digest = _digest(_canonical(content)) if isinstance(content, dict) else None
     except OSError as error:
         raise ContextError(f"expected a saved assigner in {root}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError, OverflowError) as error:
         raise ContextError(f"{root / NAME} is damaged: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ContextError(f"{root / NAME} is no assigner that normswap.contexts saved")
-    if content.get("version") != VERSION:
+    version = content.get("version")
+    if type(version) is not int or version not in (1, VERSION):
         raise ContextError(
-            f"expected version {VERSION} of an assigner in {root}, got {content.get('version')!r}; "
-            "another version of normswap wrote it"
+            f"expected version {VERSION} of an assigner in {root}, got {version!r}; another "
+            "version of normswap wrote it"
         )
+    if content.get("digest", digest if version == 1 else None) != digest:
+        raise ContextError(f"{root / NAME} was changed after it was written; save again")
     return content, _read_arrays(root, content)
 
 
@@ -80,14 +95,29 @@ def _read_arrays(root: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     if not isinstance(name, str) or Path(name).name != name:
         raise ContextError(f"expected {NAME} in {root} to name a file beside it, got {name!r}")
     try:
-        data = (root / name).read_bytes()
+        size = content.get("bytes")
+        data = read_file(root / name, size if type(size) is int else _MOST_ARRAYS)
     except OSError as error:
         raise ContextError(f"the arrays of the assigner in {root} are missing: {error}") from error
     if _digest(data) != content.get("sha256"):
         raise ContextError(f"{root / name} is damaged: it is not what {NAME} was saved with")
     load = need("safetensors.torch", "contexts", "loading an assigner with arrays").load
-    loaded: dict[str, Tensor] = load(data)
+    try:
+        loaded: dict[str, Tensor] = load(data)
+    except Exception as error:  # of the library's own type
+        raise ContextError(f"{root / name} does not read as safetensors: {error}") from error
     return loaded
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    return json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _as_path(folder: Any) -> Path:
+    if not isinstance(folder, str | os.PathLike):
+        raise ContextError(f"expected a folder as a path, got {describe(folder)}")
+    return Path(folder)
 
 
 def _digest(data: bytes) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from normswap.arguments import describe, unknown_name
+from normswap.arguments import describe, listed, unknown_name
 from normswap.errors import ContextError
 
 
@@ -64,6 +64,11 @@ def resolve_labels(
         values = torch.tensor(indices, dtype=torch.int64, device=device)
         whole = isinstance(labels, (str, int))
         return Context(values, -1 in indices, whole)
+    if labels.is_nested or labels.layout != torch.strided:
+        raise ContextError(
+            "expected `context` as a dense tensor (N,), got one that is "
+            f"{'nested' if labels.is_nested else str(labels.layout)[6:]}"
+        )
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise ContextError(
             f"expected `context` of an integer dtype (int64), got {labels.dtype}; "
@@ -119,7 +124,7 @@ def _require_range(low: int, high: int, num_contexts: int, names: Sequence[str])
     if low < -1 or high >= num_contexts:
         raise ContextError(
             f"expected `context` labels in [0, {num_contexts}), or -1 for unknown, got values "
-            f"from {low} to {high}; the contexts are {', '.join(names)}"
+            f"from {describe(low)} to {describe(high)}; the contexts are {listed(names)}"
         )
 
 

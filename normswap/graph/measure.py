@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from normswap.graph.samples import HOWS, copied, exchange, is_content, rebuild, rolled
-from normswap.util.restore_state import reseed
 
 ONE, FOLDED, REPEATED, PERMUTED = "one per sample", "folded", "repeated", "permuted"
 # All labels are the same one: any order will do.
@@ -94,7 +93,8 @@ class Measurement:
 
     Args:
         call: runs the model on arguments; its norms call `listen`.
-        undo: puts the model's state and the random generators back; returns whether those moved.
+        undo: puts the model's state and the random generators back, or seeds those; returns
+            whether they had moved.
         values: arguments.
         samples: N.
         modes: id of a norm -> its mode outside of the measurement.
@@ -103,7 +103,7 @@ class Measurement:
     def __init__(
         self,
         call: Callable[[Any], Any],
-        undo: Callable[[], bool],
+        undo: Callable[..., bool],
         values: Any,
         samples: int,
         modes: dict[int, bool],
@@ -149,7 +149,7 @@ class Measurement:
         judge: Callable[[int, Tensor], Any] | None = None,
     ) -> list[Any]:
         """Run the model once; return what is judged of each norm as far as the path is the same."""
-        self._restart()
+        self.undo(self.seed)
         self.judge = judge or self._moved
         self.judged, self.astray = [], False
         self.call(rebuild(self.values, self.samples, change))
@@ -157,14 +157,9 @@ class Measurement:
 
     def start(self) -> None:
         """Run the model on the arguments as they are."""
-        self._restart()
+        self.undo(self.seed)
         self.judge = None
         self.call(rebuild(self.values, self.samples, copied))
-
-    def _restart(self) -> None:
-        self.undo()
-        if self.seed is not None:
-            reseed(self.seed)
 
     def exchanged(self, picked: list[int], how: str) -> list[Tensor]:
         """Return how much each row moves when these samples are exchanged."""

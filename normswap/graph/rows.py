@@ -342,8 +342,9 @@ def _refuse(context: Context, message: str) -> Step:
     Raises:
         ContextError: the message.
     """
-    if not torch.compiler.is_compiling():
-        labels = context.labels
+    labels = context.labels
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if not traced and type(labels) is Tensor and not labels.is_meta:
         if bool((labels == labels[0]).all()):
             return Step("", False, 0, ANY)
     raise ContextError(message)
@@ -362,7 +363,7 @@ def _obstacle(module: nn.Module) -> str:
 
 
 @contextmanager
-def _quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Callable[[], bool], dict[int, bool]]]:
+def _quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Callable[..., bool], dict[int, bool]]]:
     """Have norms and other leaves in eval mode, where they treat samples apart, and leave no trace.
 
     Containers keep their mode, on which what they fold may depend. Hooks are left out, but for

@@ -43,13 +43,15 @@ class _Here:
         compiled: of the innermost block, where compiled code opened it.
         mirror: of the innermost block, where compiled code cannot read it; see above.
         blocks: how many are open, of all tasks.
+        labelled: how many of those have labels.
+        forwards: how many entries have labels.
     """
 
     def __init__(self) -> None:
         self.entry: Entry | None = None
         self.compiled: Entry | None = None
         self.mirror: Entry | None = None
-        self.blocks = 0
+        self.blocks = self.labelled = self.forwards = 0
 
 
 class _Local(threading.local):
@@ -88,9 +90,9 @@ class Scope:
         self._block: ContextVar[Entry | None] = ContextVar("normswap block", default=None)
         # What a thread that a forward starts finds, if it is given `contextvars.copy_context`.
         self._entry: ContextVar[Entry | None] = ContextVar("normswap entry", default=None)
-        # Threads with labels: one item for the outermost entry, one for each block.
-        self._forwards: list[int] = []
-        self._blocks: list[int] = []
+        # With labels, in all threads; lists, since threads can change these without a lock.
+        self._forwards: list[None] = []
+        self._blocks: list[None] = []
         self._labelled = False
         self._checkpoints: WeakKeyDictionary[Any, Entry] = WeakKeyDictionary()
 
@@ -114,34 +116,34 @@ class Scope:
             ContextError: nothing tells which it is: in a thread that a labelled forward or block
                 may have started, or in a recomputation in backward.
         """
-        entry = self._find()
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        entry = self._local.here.entry or self._find(compiling)
+        if not compiling:
             task = torch._C._current_graph_task_id()
             if task != -1 and (entry is None or entry.task != task):
                 entry = self._recall(entry)
-            if entry is None:
-                self._check_threads(whole)
             if may_run_again() and not is_measuring():
                 self._remember(entry or Entry(None))
+        if entry is None:
+            self._check_threads(whole)
         return None if entry is None else entry.context
 
-    def _find(self) -> Entry | None:
-        local, compiling = self._local.here, torch.compiler.is_compiling()
-        if local.entry is not None:
-            return local.entry
-        if local.compiled is not None:
-            return local.compiled
+    def _find(self, compiling: bool) -> Entry | None:
+        """Return the innermost entry or block where no forward of this thread is running."""
+        here = self._local.here
+        if here.compiled is not None:
+            return here.compiled
         if not compiling:
             found = self._entry.get() or self._block.get()
         elif _COMPILES_CONTEXTVARS:
             found = self._block.get()
-        elif local.mirror is _UNKNOWN:
+        elif here.mirror is _UNKNOWN:
             raise ContextError(
                 "expected one asyncio task at a time to use normswap.use_context around compiled "
                 "code, which before torch 2.14 cannot tell them apart; pass context="
             )
         else:
-            found = local.mirror
+            found = here.mirror
         origin = self.origin
         while found is None and origin is not None:
             found, origin = origin._local.here.entry, origin.origin
@@ -149,8 +151,8 @@ class Scope:
 
     def _check_threads(self, whole: bool) -> None:
         """Raise where the labels of another thread may be meant."""
-        here = threading.get_ident()
-        if not whole and any(thread != here for thread in self.model._forwards):
+        model = self.model
+        if not whole and len(model._forwards) > model._local.here.forwards:
             raise ContextError(
                 "expected the context of a forward that runs in another thread to reach the norms "
                 "it runs in this one, got none here; start the work with "
@@ -158,7 +160,7 @@ class Scope:
                 "call has nothing to do with that one, pass context= or use "
                 "normswap.use_context(model, None) in this thread"
             )
-        if any(thread != here for thread in self._blocks):
+        if len(self._blocks) > self._local.here.labelled:
             raise ContextError(
                 "expected context= or normswap.use_context in the thread of the call, got labels "
                 "from normswap.use_context in another thread only; pass context=, start the work "
@@ -191,61 +193,67 @@ class Scope:
 
     def enter(self, context: Context | None) -> Left:
         """Put a context in scope for a forward; return what `leave` needs."""
-        outer = self._local.here.entry
+        here = self._local.here
+        outer = here.entry
+        if context is not None:
+            self._labelled = True
         if torch.compiler.is_compiling():
-            self._local.here.entry = Entry(context)
+            here.entry = Entry(context)
             return outer, None
         entry = Entry(context, torch._C._current_graph_task_id())
-        if context is not None and (outer is None or outer.context is None):
-            self._forwards.append(threading.get_ident())
-            self._labelled = True
-        self._local.here.entry = entry
+        if context is not None:
+            here.forwards += 1
+            self._forwards.append(None)
+        here.entry = entry
         return outer, self._entry.set(entry)
 
     def leave(self, left: Left) -> None:
         """Undo `enter`."""
-        outer, token = left
-        entry, self._local.here.entry = self._local.here.entry, outer
+        here, (outer, token) = self._local.here, left
+        entry, here.entry = here.entry, outer
         if token is None:
             return
         self._entry.reset(token)
-        labelled = entry is not None and entry.context is not None
-        if labelled and (outer is None or outer.context is None):
-            self._forwards.remove(threading.get_ident())
+        if entry is not None and entry.context is not None:
+            here.forwards -= 1
+            self._forwards.pop()
 
     def open(self, context: Context | None) -> Opened:
         """Put a context in scope for any code of this thread and task, for `use_context`."""
-        local = self._local.here
-        hidden = (local.entry, local.compiled)
-        local.entry = None
+        here = self._local.here
+        hidden = (here.entry, here.compiled)
+        here.entry = None
+        if context is not None:
+            self._labelled = True
         if torch.compiler.is_compiling():
-            local.compiled = Entry(context)
+            here.compiled = Entry(context)
             return hidden, None
         entry = Entry(context, torch._C._current_graph_task_id())
-        local.compiled = None
-        local.mirror = entry if local.mirror is self._block.get() else _UNKNOWN
-        local.blocks += 1
+        here.compiled = None
+        here.mirror = entry if here.mirror is self._block.get() else _UNKNOWN
+        here.blocks += 1
         if context is not None:
-            self._blocks.append(threading.get_ident())
-            self._labelled = True
+            here.labelled += 1
+            self._blocks.append(None)
         return hidden, (self._block.set(entry), self._entry.set(None))
 
     def close(self, opened: Opened) -> None:
         """Undo `open`."""
-        local = self._local.here
-        (local.entry, local.compiled), tokens = opened
+        here = self._local.here
+        (here.entry, here.compiled), tokens = opened
         if tokens is None:
             return
         entry = self._block.get()
         if entry is not None and entry.context is not None:
-            self._blocks.remove(threading.get_ident())
+            here.labelled -= 1
+            self._blocks.pop()
         self._block.reset(tokens[0])
         self._entry.reset(tokens[1])
-        local.blocks -= 1
-        if not local.blocks:
-            local.mirror = None
-        elif local.mirror is entry:
-            local.mirror = self._block.get()
+        here.blocks -= 1
+        if not here.blocks:
+            here.mirror = None
+        elif here.mirror is entry:
+            here.mirror = self._block.get()
 
     def resolve(self, labels: Labels, device: torch.device | None = None) -> Context:
         """Check labels against this model's contexts."""
@@ -303,7 +311,11 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
     For loops that cannot pass ``context=`` themselves. The model may be wrapped (compiled,
     distributed). Blocks nest; None hides the labels of an outer block. A block belongs to its
     thread and its asyncio task: work handed to another thread takes it along by
-    ``contextvars.copy_context().run``. Where the model checkpoints, backward may run after it.
+    ``contextvars.copy_context().run``. Backward may run after the block.
+
+    Sliding windows are samples to the model: where windows of several volumes share a batch, as in
+    MONAI's ``sliding_window_inference``, take each one's label by its place, which MONAI gives
+    with ``with_coord=True``: ``lambda w, at: model(w, context=labels[[i.start for i, *_ in at]])``.
 
     Args:
         model: a converted model, or a module that holds one.

@@ -1,10 +1,10 @@
 """Change a model's modules in place, with a way back."""
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.errors import ConversionError
@@ -12,9 +12,11 @@ from normswap.graph.install import install, uninstall
 from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
+from normswap.util.looks import ORIGINAL
 from normswap.util.pinned import find_pinned
 
-_SIMPLE = {bool, int, float, str, type(None), set, OrderedDict}
+_PLAIN = (bool, int, float, str, type(None), torch.Size)
+_OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "scope", ORIGINAL}
 _HELD = (
     "cannot convert: {} holds a norm to be replaced in {}, which would go on running it; "
     "leave that norm out with exclude="
@@ -57,9 +59,13 @@ class Surgery:
         """
         for name, module in self.model.named_modules():
             for key, value in list(vars(module).items()):
+                if key in _OWN or isinstance(value, (*_PLAIN, Tensor)):
+                    continue
+                if isinstance(value, dict | list | tuple | set) and not value:
+                    continue
                 if any(id(held) in layers for held in find_pinned(value)):
                     raise ConversionError(_HELD.format(f"{name}.{key}".lstrip("."), "a function"))
-                if type(value) in _SIMPLE or (key.startswith("_") and type(value) is dict):
+                if type(value) is set or (key.startswith("_") and isinstance(value, dict)):
                     continue
                 items: list[tuple[Any, Any]] = []
                 if id(value) in layers:

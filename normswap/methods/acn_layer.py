@@ -20,7 +20,7 @@ from normswap.functional.mixture_start import (
 from normswap.functional.mixture_synced import shared_moments
 from normswap.functional.moments import Moments, compute_dtype, log_spread
 from normswap.methods.acn_options import AdaptiveOptions
-from normswap.methods.layer import NormLayer
+from normswap.methods.layer import NormLayer, check_settings
 from normswap.methods.values import counted_nothing, fitting
 
 _NORMALIZE: dict[str, Callable[..., Normalized]] = {
@@ -95,6 +95,7 @@ class AdaptiveContextNorm(NormLayer):
     ) -> None:
         super().__init__(num_features)
         self.options = AdaptiveOptions(components, statistics, assignment, start, strength)
+        check_settings(eps, momentum)
         self.eps = eps
         self.momentum = momentum
         self.frozen = False

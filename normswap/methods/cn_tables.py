@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.moments import Moments
-from normswap.methods.layer import ContextLayer, fill_affine, load_shared
+from normswap.methods.layer import ContextLayer, check_settings, fill_affine, load_shared
 from normswap.methods.plain import Plain, added_prior, pick, pick_moments
 from normswap.methods.values import counted_nothing
 
@@ -40,6 +40,7 @@ class ContextTables(ContextLayer):
         synced: bool = False,
     ) -> None:
         super().__init__(num_features, num_contexts, unknown)
+        check_settings(eps, momentum, {"synced": synced})
         self.eps = eps
         self.momentum = momentum
         self.frozen = False

@@ -30,6 +30,9 @@ class CNSN(nn.Module):
 
     def __init__(self, crossnorm: nn.Module, selfnorm: nn.Module) -> None:
         super().__init__()
+        for name, module in (("crossnorm", crossnorm), ("selfnorm", selfnorm)):
+            if not isinstance(module, nn.Module):
+                raise ConversionError(f"expected {name}= as a module, got {describe(module)}")
         self.crossnorm = crossnorm
         self.selfnorm = selfnorm
 

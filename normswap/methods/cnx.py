@@ -25,7 +25,7 @@ from normswap.methods.base import (
     register_method,
 )
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt, fill_affine
+from normswap.methods.layer import ContextLayer, adopt, check_settings, fill_affine
 from normswap.methods.plain import Plain, added_prior, pick_moments
 from normswap.methods.values import fitting
 from normswap.sites import Site
@@ -82,6 +82,7 @@ class ContextNormX(ContextLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, num_contexts, unknown)
+        check_settings(eps, None, {"affine": affine})
         self.eps = eps
         self.affine = affine
         self.fresh = True

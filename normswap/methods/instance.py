@@ -12,7 +12,7 @@ from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
-from normswap.methods.layer import ContextLayer, adopt, load_shared
+from normswap.methods.layer import ContextLayer, adopt, check_settings, load_shared
 from normswap.methods.plain import Plain, added_prior, pick
 from normswap.sites import Site
 
@@ -64,6 +64,7 @@ class ContextInstanceNorm(ContextLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, num_contexts, unknown)
+        check_settings(eps, momentum, {"track_running_stats": track_running_stats})
         self.eps = eps
         self.momentum = momentum
         self.track_running_stats = track_running_stats

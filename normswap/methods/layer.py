@@ -7,6 +7,14 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from normswap.arguments import (
+    MOST_CONTEXTS,
+    MOST_FEATURES,
+    check_count,
+    check_flag,
+    check_number,
+    describe,
+)
 from normswap.errors import ContextError, MissingContextError, refuse_scripting
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
 from normswap.methods.values import Resettable
@@ -47,8 +55,7 @@ class NormLayer(AsBefore, Resettable):
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ContextError(f"expected num_features of at least 1, got {num_features}")
+        check_count("num_features", num_features, 1, MOST_FEATURES, error=ContextError)
         self.num_features = num_features
         self.site = ""
         self.dims: tuple[int, ...] = ()
@@ -110,12 +117,13 @@ class ContextLayer(NormLayer):
 
     def __init__(self, num_features: int, num_contexts: int, unknown: str | int = "pooled") -> None:
         super().__init__(num_features)
-        if num_contexts < 1:
-            raise ContextError(f"expected num_contexts of at least 1, got {num_contexts}")
-        if unknown not in POLICIES and unknown not in range(num_contexts):
+        check_count("num_contexts", num_contexts, 1, MOST_CONTEXTS, error=ContextError)
+        index = isinstance(unknown, int) and not isinstance(unknown, bool)
+        known = isinstance(unknown, str) and unknown in POLICIES
+        if not known and not (index and 0 <= int(unknown) < num_contexts):
             raise ContextError(
                 f"expected unknown= one of {', '.join(POLICIES)} or the index of a context in "
-                f"[0, {num_contexts}), got {unknown!r}"
+                f"[0, {num_contexts}), got {describe(unknown)}"
             )
         self.num_contexts = num_contexts
         self.unknown = unknown
@@ -308,6 +316,23 @@ def fill_affine(state: dict[str, Any], prefix: str, num_features: int) -> None:
         state.setdefault(prefix + "bias", torch.zeros_like(mean))
 
 
+def _holds_numbers(t: Tensor) -> bool:
+    return not (t.is_nested or t.is_meta or t.is_complex()) and t.layout == torch.strided
+
+
+def check_settings(eps: Any, momentum: Any = None, flags: dict[str, Any] | None = None) -> None:
+    """Check what layers take beside their sizes.
+
+    Raises:
+        ContextError: eps below 0, momentum neither None nor in [0, 1], or a flag that is no bool.
+    """
+    check_number("eps", eps, 0, error=ContextError)
+    if momentum is not None:
+        check_number("momentum", momentum, 0, 1, error=ContextError)
+    for name, value in (flags or {}).items():
+        check_flag(name, value, ContextError)
+
+
 def make_priors(
     priors: Tensor | None,
     num_contexts: int,
@@ -322,6 +347,10 @@ def make_priors(
     wide = (dtype or torch.get_default_dtype()) == torch.float64
     if priors is None:
         priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64, device="cpu")
+    elif not isinstance(priors, Tensor) or not _holds_numbers(priors):
+        raise ContextError(
+            f"expected `priors` as a tensor of {num_contexts} numbers, got {describe(priors)}"
+        )
     elif (
         priors.shape != (num_contexts,)
         or not bool((priors > 0).all())
@@ -329,7 +358,7 @@ def make_priors(
     ):
         raise ContextError(
             f"expected `priors` of {num_contexts} positive values that sum to one, "
-            f"got {priors.tolist()}; normswap.contexts.check_priors scales counts"
+            f"got {describe(priors.tolist())}; normswap.contexts.check_priors scales counts"
         )
     # A copy: layers of a float64 model would share one tensor with each other and the caller.
     return priors.to(device=device, dtype=torch.float64 if wide else torch.float32, copy=True)

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normswap.arguments import check_choice, check_count
+from normswap.arguments import MOST_FEATURES, check_choice, check_count
 from normswap.errors import ConversionError, InputError
 from normswap.functional.affine import Affine
 from normswap.functional.fused import stat_affine
@@ -57,7 +57,7 @@ class SelfNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("num_features", num_features)
+        check_count("num_features", num_features, 1, MOST_FEATURES)
         SelfNormOptions(gates, init)
         self.num_features = num_features
         self.gates = gates

@@ -416,6 +416,14 @@ def test_compiled_code_in_overlapping_tasks(model, monkeypatch, reads):
     torch.testing.assert_close(run(compiled), run(model))
 
 
+def test_compiled_code_in_a_thread_of_a_block_is_an_error(model):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with normswap.use_context(model, 1), pytest.raises(Exception, match="in another thread"):
+        in_thread(run, compiled)
+    torch.testing.assert_close(in_thread(run, compiled), run(model))
+
+
 def test_a_compiled_forward_with_a_graph_break_is_of_its_thread():
     class Broken(Holder):
         def forward(self, x):

@@ -86,6 +86,7 @@ def test_the_models_own_context_stays_its_own(make):
     converted = check(make(), x=images(), context=GIVEN)
     assert type(converted).context_argument == "norm_context"
     assert "norm_context" in inspect.signature(converted.forward).parameters
+    assert "labels: norm_context=, since" in str(normswap.summary(converted))
 
 
 def test_a_forward_set_on_the_instance_may_take_a_context():
@@ -110,6 +111,7 @@ def test_a_model_that_takes_both_names_keeps_both():
 def test_keywords_that_no_module_takes_leave_the_name_alone():
     converted = check(Handing(Handing(Block())))
     assert type(converted).context_argument == "context"
+    assert "a context= of its own" not in str(normswap.summary(converted))
     model = normswap.convert(Handing(nn.Sequential(Conditioned())), "cn", contexts=2, verify=False)
     assert type(model.inner).context_argument == "context"
 

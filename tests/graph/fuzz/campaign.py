@@ -1,0 +1,152 @@
+"""Many programs: generated from a seed, judged one after another, failures grouped by kind."""
+
+import collections
+import gc
+import re
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from tests.graph.fuzz.constructs import CONSTRUCTS
+from tests.graph.fuzz.generate import programs
+from tests.graph.fuzz.judge import MODES, Failure, Verdict, judge
+from tests.graph.fuzz.known import CONSTRUCTS_KNOWN, covering
+from tests.graph.fuzz.program import Program
+
+_KEPT = 4
+
+
+@dataclass
+class Tally:
+    """What became of many programs.
+
+    Attributes:
+        status: how many were right, refused, invalid (the original itself fails), wrong, known.
+        containers: how many were traced, and scoped, by reason.
+        refusals, invalid: how often each was met; errors of the original.
+        failed, failures: how many failed, and the smallest few of them, by kind.
+        known: how many failures each known kind covers.
+    """
+
+    status: collections.Counter = field(default_factory=collections.Counter)
+    containers: collections.Counter = field(default_factory=collections.Counter)
+    refusals: collections.Counter = field(default_factory=collections.Counter)
+    invalid: collections.Counter = field(default_factory=collections.Counter)
+    failed: collections.Counter = field(default_factory=collections.Counter)
+    failures: dict[str, list[Program]] = field(default_factory=dict)
+    known: collections.Counter = field(default_factory=collections.Counter)
+
+    def add(self, program: Program, verdict: Verdict) -> None:
+        """Count a program."""
+        text = str(program)
+        self.containers["traced"] += verdict.traced
+        self.containers.update(f"scoped: {reason}" for reason in verdict.scoped.values())
+        self.refusals.update({_short(refusal) for refusal in verdict.refusals})
+        status = verdict.status
+        if verdict.failures:
+            causes = [covering(text, failure.kind) for failure in verdict.failures]
+            self.known.update(cause for cause in causes if cause)
+            status = "known" if all(causes) else "wrong"
+            untraced = {f.kind.removeprefix("un") for f in verdict.failures if f.kind[:2] == "un"}
+            for failure, cause in zip(verdict.failures, causes, strict=True):
+                if not cause and failure.kind not in untraced:
+                    self.failed[failure.kind] += 1
+                    self._keep(failure.kind, program)
+        self.status[status] += 1
+        if status == "invalid":
+            self.invalid[verdict.invalid[:150]] += 1
+
+    def _keep(self, kind: str, program: Program) -> None:
+        found = [*self.failures.get(kind, []), program]
+        self.failures[kind] = sorted(found, key=lambda p: len(str(p)))[:_KEPT]
+
+    def merge(self, other: "Tally") -> None:
+        """Add another tally."""
+        for name in ("status", "containers", "refusals", "invalid", "failed", "known"):
+            getattr(self, name).update(getattr(other, name))
+        for kind, found in other.failures.items():
+            for program in found:
+                self._keep(kind, program)
+
+    def __str__(self) -> str:
+        """The counts, as lines."""
+        lines = ["programs: " + ", ".join(f"{n} {k}" for k, n in self.status.most_common())]
+        for title, counter in (
+            ("containers", self.containers),
+            ("refusals", self.refusals),
+            ("invalid", self.invalid),
+            ("known failures", self.known),
+            ("failures", self.failed),
+        ):
+            lines += [f"{title}:", *(f"  {n:6d}  {k}" for k, n in counter.most_common())]
+        return "\n".join(lines)
+
+
+def _short(refusal: str) -> str:
+    return re.sub(r"\b[a-z]+\d+(\.\w+)*|\d+", "#", refusal)[:150]
+
+
+def generate(number: int, known: bool = False) -> Program:
+    """Return the program of a number, always the same.
+
+    Args:
+        number: any.
+        known: whether it may hold constructs that are known to fail alone.
+    """
+    allowed = tuple(name for name in CONSTRUCTS if known or name not in CONSTRUCTS_KNOWN)
+    drawn: list[Program] = []
+
+    # Of several, hypothesis makes variants of one another; the first is always the simplest.
+    @seed(number)
+    @settings(
+        max_examples=2,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(programs(allowed))
+    def draw(program: Program) -> None:
+        drawn.append(program)
+
+    draw()
+    return drawn[-1]
+
+
+def safely(program: Program, modes: tuple[str, ...] = MODES) -> Verdict:
+    """Judge a program; an error of the fuzzer itself is a failure, too.
+
+    Callbacks of the garbage collector, which hypothesis installs, would be traced.
+    """
+    callbacks, gc.callbacks[:] = gc.callbacks[:], []
+    try:
+        return judge(program, modes)
+    except Exception as error:
+        text = traceback.format_exc()
+        kind = f"fuzzer: {type(error).__name__}: {error}"[:100]
+        return Verdict([Failure(kind, text)])
+    finally:
+        gc.callbacks[:] = callbacks
+
+
+def fails_alike(kind: str) -> Callable[[Program], bool]:
+    """Return a function that tells whether a program fails in this way, and not in a known one."""
+
+    modes = tuple(mode for mode in MODES if kind.startswith(f"{mode} ")) or MODES
+
+    def fails(program: Program) -> bool:
+        found = any(failure.kind == kind for failure in safely(program, modes).failures)
+        return found and covering(str(program), kind) is None
+
+    return fails
+
+
+def campaign(numbers: Iterable[int], known: bool = False) -> Tally:
+    """Judge the programs of these numbers; see `generate`."""
+    tally = Tally()
+    for number in numbers:
+        program = generate(number, known)
+        tally.add(program, safely(program))
+    return tally

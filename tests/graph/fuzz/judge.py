@@ -1,0 +1,364 @@
+"""Run a program's actions on references and converted models side by side; say who was right."""
+
+import contextlib
+import re
+import threading
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import normswap
+from normswap.errors import NormswapError
+from tests.graph.fuzz.compare import (
+    compare_effects,
+    compare_outputs,
+    compare_statistics,
+    compare_training,
+    views_equal,
+)
+from tests.graph.fuzz.observe import Stray
+from tests.graph.fuzz.program import Call, Change, Copy, Original, Program, Threads
+from tests.graph.fuzz.world import NAMES, PRIORS, Converted, Outcome, Reference, images
+
+_WAYS_OUT = re.compile(
+    r"exclude=|context=|contexts=|use_context|trace=False|inplace=|select=|normswap\.\w+|"
+    r"unknown=|verify=|call the|leave it out|turn "
+)
+
+# What programs raise on purpose.
+_OWN = ("too large", "channels")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A kind, without numbers and so the same for programs that fail alike, and all the detail."""
+
+    kind: str
+    detail: str
+
+
+@dataclass
+class Verdict:
+    """What became of a program.
+
+    Attributes:
+        failures: at most one of each way to convert it.
+        refusals: errors on purpose, which name a way out.
+        invalid: why the original itself cannot run it; "" where it can.
+        traced, scoped: number of traced containers, and reasons of the others, by name.
+    """
+
+    failures: list[Failure] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    invalid: str = ""
+    traced: int = 0
+    scoped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        """One of "wrong", "refused", "invalid", "right"."""
+        given = {"wrong": self.failures, "refused": self.refusals, "invalid": self.invalid}
+        return next((name for name, value in given.items() if value), "right")
+
+    @property
+    def detail(self) -> str:
+        """Everything that went wrong."""
+        return "\n".join(f"{f.kind}\n{f.detail}" for f in self.failures)
+
+
+class _Wrong(Exception):
+    """One way to convert the program fails; the others go on."""
+
+
+class _Invalid(Exception):
+    pass
+
+
+class Trial:
+    """One program under way: references for each label, and models converted in each way."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.worlds: list[Any] = []
+        self.references = [self._add(Reference(program, k)) for k in range(len(NAMES))]
+        self.pooled: Reference | None = None
+        self.verdict = Verdict()
+        self.stage = "conversion"
+        self.last: set[Any] = set()
+        if program.unknown == "pooled" and any(
+            isinstance(a, Call) and (None in a.labels or not a.labels) for a in program.actions
+        ):
+            self.pooled = self._add(Reference(program, 0))
+            self.pool()
+        self.converted: dict[str, Converted] = {}
+
+    def _add(self, world):
+        self.worlds.append(world)
+        return world
+
+    def close(self) -> None:
+        for world in self.worlds:
+            world.close()
+
+    def pool(self) -> None:
+        """Give the reference of unknown labels the contexts' pooled statistics and affines."""
+        if self.pooled is None:
+            return
+        with torch.no_grad():
+            for norm, *each in zip(
+                self.pooled.norms(), *(r.norms() for r in self.references), strict=True
+            ):
+                mean = sum(p * n.running_mean for p, n in zip(PRIORS, each, strict=True))
+                square = sum(
+                    p * (n.running_var + n.running_mean**2)
+                    for p, n in zip(PRIORS, each, strict=True)
+                )
+                norm.running_mean.copy_(mean)
+                norm.running_var.copy_(square - mean**2)
+                norm.weight.copy_(sum(p * n.weight for p, n in zip(PRIORS, each, strict=True)))
+                norm.bias.copy_(sum(p * n.bias for p, n in zip(PRIORS, each, strict=True)))
+
+    def start(self, modes: tuple[str, ...]) -> None:
+        """Convert, in these ways."""
+        idle = self.references[0].run(lambda: None).random
+        for mode in modes:
+            with self.judging(mode):
+                world = self._add(Converted(self.program, mode == "traced", self.references))
+                if world.outcome.error is not None:
+                    self.fails_itself(world.outcome.error)
+                    self.refused(mode, world.outcome.error)
+                else:
+                    self.converted[mode] = world
+                if difference := views_equal(world.before, world.see_original()):
+                    raise _Wrong(f"the original was changed: {difference}")
+                if world.outcome.lines and not self.program.verify:
+                    raise _Wrong(f"printed {world.outcome.lines!r}")
+                if world.outcome.random != idle:
+                    raise _Wrong("random generators elsewhere")
+
+    def fails_itself(self, error: Exception) -> None:
+        """Look whether the original fails just so on the inputs it is verified with."""
+        other = Reference(self.program, 0)
+        got = other.run(lambda: other.model.eval()(images(2, 6))).error
+        other.close()
+        if self.program.verify and (type(got), str(got)) == (type(error), str(error)):
+            raise _Invalid(str(got))
+
+    @contextlib.contextmanager
+    def judging(self, mode: str):
+        """Note what goes wrong inside the block; this way to convert then takes no further part."""
+        try:
+            yield
+        except (_Wrong, Stray) as wrong:
+            self.converted.pop(mode, None)
+            detail = f"stray: {wrong}" if isinstance(wrong, Stray) else str(wrong)
+            self.verdict.failures.append(_failure(mode, self.stage, detail))
+
+    def each(self):
+        """Yield each way to convert that is still right, and its model."""
+        yield from list(self.converted.items())
+
+    def refused(self, mode: str, error: Exception) -> None:
+        """Take an error of ours for a refusal if it is one on purpose that names a way out."""
+        self.converted.pop(mode, None)
+        if isinstance(error, NormswapError):
+            if not _WAYS_OUT.search(str(error)):
+                raise _Wrong(f"names no way out: {error}")
+            self.verdict.refusals.append(f"{mode}, {self.stage}: {error}")
+            return
+        text = "".join(traceback.format_exception(error))
+        raise _Wrong(f"raw {type(error).__name__}: {error}\n{text}")
+
+    def sources(self, action: Call) -> list[Any]:
+        """Return for each sample which reference it follows; None where none tells."""
+        labels: Any = action.labels or (None,)
+        if len(labels) == 1:
+            labels = labels * action.batch
+        unknown: Any = 1 if self.program.unknown == "b" else None
+        if self.pooled is not None:
+            unknown = "pooled"
+        return [unknown if k is None else k for k in labels]
+
+    def act(self, action: Any) -> None:
+        self.stage = type(action).__name__.lower()
+        if isinstance(action, Call):
+            self.stage = "train" if action.train else "eval"
+            self.call(action)
+        elif isinstance(action, Change):
+            self.everywhere(lambda world: world.change(action))
+            self.pool()
+        elif isinstance(action, Copy):
+            self.stage = action.how
+            try:
+                self.everywhere(lambda world: world.copy(action.how))
+            except _Invalid:
+                if action.how != "pickle":
+                    raise
+        elif isinstance(action, Original):
+            x = images(2, 6)
+            self.everywhere(
+                lambda w: w.evaluate(action.expression, x.clone(), {}, w.original.eval())
+            )
+        elif isinstance(action, Threads):
+            self.threads(action)
+
+    def everywhere(self, run: Any) -> None:
+        """Do the same in every world."""
+        references = [*filter(None, [self.pooled]), *self.references]
+        expected = [world.run(lambda world=world: run(world)) for world in references][-1]
+        if expected.error is not None:
+            raise _Invalid(str(expected.error))
+        for mode, world in self.each():
+            with self.judging(mode):
+                got = world.run(lambda world=world: run(world))
+                if got.error is not None:
+                    self.refused(mode, got.error)
+                    continue
+                difference = compare_effects(got, expected, False)
+                if not difference and self.stage == "original":
+                    difference = compare_outputs(got, {0: expected}, [0, 0], True)
+                if difference:
+                    raise _Wrong(difference)
+
+    def call(self, action: Call) -> None:
+        sources = self.sources(action)
+        expected = self.expect(action, sources)
+        known = {s for s in sources if s is not None}
+        self.last |= known if len(known) == 1 and None not in sources else {"mixed", "many"}
+        exact = len(self.last) == 1
+        main = expected[next(iter(known), 0)]
+        own = str(main.error) in _OWN
+        for mode, world in self.each():
+            with self.judging(mode):
+                before = {k: v.clone() for k, v in world.model.state_dict().items()}
+                got = world.run(lambda world=world: world.call(action))
+                if own:
+                    self.same_error(main.error, got)
+                if main.error is not None:
+                    continue
+                if got.error is not None:
+                    self.refused(mode, got.error)
+                    if not action.train:
+                        self.untouched(world, before)
+                    continue
+                difference = compare_outputs(got, expected, sources, exact) or compare_effects(
+                    got, main, exact
+                )
+                if not difference and action.train:
+                    difference = compare_training(world, self.references[sources[0]], sources[0])
+                difference = difference or compare_statistics(world, self.references)
+                if difference:
+                    raise _Wrong(difference)
+        if main.error is not None and not own:
+            raise _Invalid(str(main.error))
+
+    def expect(self, action: Call, sources: list[Any]) -> dict[Any, Outcome]:
+        """Call the references; those whose label is not there keep their statistics."""
+        by_source: dict[Any, Reference] = dict(enumerate(self.references))
+        if self.pooled is not None:
+            by_source["pooled"] = self.pooled
+        expected: dict[Any, Outcome] = {}
+        for source, world in by_source.items():
+            kept = [{k: v.clone() for k, v in n.state_dict().items()} for n in world.norms()]
+            expected[source] = world.run(lambda world=world: world.call(action))
+            if source not in sources:
+                for norm, state in zip(world.norms(), kept, strict=True):
+                    norm.load_state_dict(state)
+        self.pool()
+        return expected
+
+    def untouched(self, world: Converted, before: dict[str, torch.Tensor]) -> None:
+        """Check that a refusal in eval left the norms as they were."""
+        after = world.model.state_dict()
+        names = [name for name in before if "running" in name or "tracked" in name]
+        if not all(torch.equal(after[name], before[name]) for name in names):
+            raise _Wrong("a refusal that changed statistics")
+
+    def same_error(self, expected: Exception, got: Outcome) -> None:
+        """Compare errors of the program's own making."""
+        if (type(got.error), str(got.error)) != (type(expected), str(expected)):
+            raise _Wrong(f"expected {expected!r}, got {got.error!r}")
+
+    def threads(self, action: Threads) -> None:
+        """Call from two threads at once; each finds its own labels."""
+        call = Call(action.expression)
+        expected = [r.run(lambda r=r: r.call(call)) for r in self.references]
+        if any(e.error for e in expected):
+            raise _Invalid("threads")
+        if self.pooled is not None:
+            self.pooled.run(lambda: self.pooled.call(call))
+        for mode, world in self.each():
+            with self.judging(mode):
+                results: dict[int, Any] = {}
+                world.run(lambda world=world, results=results: _both(world, call, results))
+                for k, result in sorted(results.items()):
+                    if isinstance(result, Exception):
+                        self.refused(mode, result)
+                        break
+                    got = world.run(lambda result=result: result)
+                    sources = [k] * call.batch
+                    if difference := compare_outputs(got, {k: expected[k]}, sources, True):
+                        raise _Wrong(difference)
+
+    def count(self) -> None:
+        """Count the containers of the traced model."""
+        self.stage = "summary"
+        for mode, world in self.each():
+            with self.judging(mode):
+                try:
+                    report = normswap.summary(world.model)
+                except Exception as error:
+                    self.refused(mode, error)
+                    continue
+                if mode == "traced":
+                    self.verdict.traced, self.verdict.scoped = report.traced, dict(report.opaque)
+
+
+def _both(world: Converted, call: Call, results: dict[int, Any]) -> None:
+    barrier = threading.Barrier(len(NAMES))
+
+    def work(k: int) -> None:
+        try:
+            given, _ = world.given(Call(labels=(k,)))
+            barrier.wait(10)
+            with torch.no_grad():
+                for _ in range(3):
+                    x = images(call.batch, call.size)
+                    results[k] = world.evaluate(call.expression, x, given), x
+        except Exception as error:
+            results[k] = error
+
+    world.model.eval()
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(len(NAMES))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+MODES = ("untraced", "traced")
+
+
+def judge(program: Program, modes: tuple[str, ...] = MODES) -> Verdict:
+    """Return what became of a program, converted in these ways."""
+    trial = Trial(program)
+    try:
+        trial.start(modes)
+        for action in program.actions:
+            trial.act(action)
+        trial.count()
+    except _Invalid as invalid:
+        trial.verdict.invalid = str(invalid)
+    finally:
+        trial.close()
+    return trial.verdict
+
+
+def _failure(mode: str, stage: str, detail: str) -> Failure:
+    lines = detail.strip().splitlines()
+    ours = [line.split("/normswap/")[-1] for line in lines if "/normswap/normswap/" in line]
+    short = re.sub(r"<[^>]*>|'[^']*'|\d+(\.\d+)?(e-?\d+)?", "#", lines[0])[:70]
+    where = f" at {ours[-1].split(',')[0]}" if ours else ""
+    return Failure(f"{mode} {stage}: {short}{where}", detail)

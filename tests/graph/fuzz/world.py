@@ -1,0 +1,280 @@
+"""A program's module, executed anew, and its model: the original, or converted."""
+
+import contextlib
+import copy
+import io
+import itertools
+import linecache
+import logging
+import os
+import pickle
+import random
+import sys
+import types
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import normswap
+from normswap.methods.layer import ContextLayer
+from tests.graph.fuzz.observe import View, see_model, see_module
+from tests.graph.fuzz.program import Call, Change, Program
+
+NAMES = ("a", "b")
+PRIORS = (0.7, 0.3)
+_COUNT = itertools.count()
+
+
+@dataclass
+class Outcome:
+    """What an action did in one world: outputs, lines, state, the error that ended it."""
+
+    error: Exception | None = None
+    result: Any = None
+    state: Any = None
+    lines: str = ""
+    random: tuple[float, ...] = ()
+    tensors: list[Tensor] = field(default_factory=list)
+    state_tensors: list[Tensor] = field(default_factory=list)
+
+
+class _Printing(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print("log:", record.getMessage())
+
+
+class World:
+    """A module of its own, with its own globals, environment and default dtype."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.name = f"fuzz_program_{next(_COUNT)}"
+        self.ns = types.ModuleType(self.name)
+        self.environ: dict[str, str] = {}
+        self.dtype = torch.float32
+        sys.modules[self.name] = self.ns
+        filename = f"<{self.name}>"
+        lines = program.source.splitlines(True)
+        linecache.cache[filename] = (len(program.source), None, lines, filename)
+        with self.inside():
+            exec(compile(program.source, filename, "exec"), vars(self.ns))
+            self.original = self.ns.Model().double().eval()
+        spread(self.original, 1)
+        self.model = self.original
+
+    def close(self) -> None:
+        del sys.modules[self.name]
+        linecache.cache.pop(f"<{self.name}>", None)
+
+    @contextlib.contextmanager
+    def inside(self):
+        """Make what is global to a process this world's."""
+        os.environ.update(self.environ)
+        torch.set_default_dtype(self.dtype)
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        logger, handler = logging.getLogger("fuzz"), _Printing()
+        logger.addHandler(handler)
+        logger.propagate = False
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            own = [k for k in os.environ if k.startswith("FUZZ_")]
+            self.environ = {k: os.environ.pop(k) for k in own}
+            self.dtype = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+
+    def run(self, action) -> Outcome:
+        """Do something, and look at everything it may have changed."""
+        outcome, view, printed = Outcome(), View(), io.StringIO()
+        with self.inside(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with contextlib.redirect_stdout(printed):
+                try:
+                    result = action()
+                    outcome.result = view.of(result)
+                    outcome.tensors = list(view.tensors)
+                except Exception as error:
+                    outcome.error = error
+            outcome.random = (float(torch.rand(())), random.random(), float(np.random.rand()))
+        messages = [str(w.message) for w in caught if w.category is UserWarning]
+        outcome.lines = printed.getvalue() + "".join(f"warned: {m}\n" for m in messages)
+        state = View()
+        outcome.state = self.see(state)
+        outcome.state_tensors = state.tensors
+        return outcome
+
+    def see(self, view: View) -> Any:
+        return (
+            see_module(self.ns, view),
+            see_model(self.model, view),
+            sorted(self.environ.items()),
+        )
+
+    def given(self, call: Call) -> tuple[dict[str, Any], Any]:
+        """Return the keyword arguments that hold the labels, and what to put in scope."""
+        return {}, contextlib.nullcontext()
+
+    def call(self, action: Call) -> Any:
+        """Call the model, and backward in training."""
+        self.model.train(action.train)
+        self.model.zero_grad()
+        x = images(action.batch, action.size)
+        given, scope = self.given(action)
+        if not action.train:
+            with torch.no_grad(), scope:
+                return self.evaluate(action.expression, x, given), x
+        leaf = x.requires_grad_()
+        with scope:
+            arguments = leaf * 1.0
+            output = self.evaluate(action.expression, arguments, given)
+        loss = sum((t * weights_like(t)).sum() for t in differentiable(output))
+        if isinstance(loss, Tensor):
+            self.backward(loss)
+        return output, leaf.grad
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def evaluate(self, expression: str, x: Tensor, given: dict[str, Any], model=None) -> Any:
+        scope = {"x": x, "given": given, "ns": self.ns, "model": model or self.model}
+        return eval(expression, scope)
+
+    def change(self, action: Change) -> None:
+        def each(name: str) -> list[nn.Module]:
+            return [
+                m
+                for m in self.model.modules()
+                if name in vars(m)
+                or name in m._modules
+                or name in m._buffers
+                or name in m._parameters
+            ]
+
+        scope = {"model": self.model, "ns": self.ns, "each": each, "torch": torch, "nn": nn}
+        scope |= {"os": os, "types": types, "functools": __import__("functools")}
+        exec(action.code, {**scope, "checkpoint_wrapper": checkpoint_wrapper})
+
+    def copy(self, how: str) -> None:
+        model = self.model
+        self.model = (
+            copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+        )
+
+
+class Reference(World):
+    """The original, its norms holding what one context has."""
+
+    def __init__(self, program: Program, context: int) -> None:
+        super().__init__(program)
+        self.model = copy.deepcopy(self.original)
+        if program.apart:
+            spread(self.model, 10 + context)
+
+    def norms(self) -> list[_BatchNorm]:
+        return [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
+
+    def backward(self, loss: Tensor) -> None:
+        """Checkpointing updates torch's running statistics twice; the converted model's once."""
+        kept = [(b, b.clone()) for norm in self.norms() for b in norm.buffers()]
+        loss.backward()
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+class Converted(World):
+    """The converted model."""
+
+    def __init__(self, program: Program, traced: bool, references: list[Reference]) -> None:
+        self.traced = traced
+        super().__init__(program)
+        self.before = self.see_original()
+        self.outcome = self.run(self.convert)
+        self.rows = list(range(len(NAMES)))
+        if self.outcome.error is None:
+            self.take(references)
+
+    def see_original(self) -> tuple[Any, list[Tensor]]:
+        view = View()
+        seen = (see_module(self.ns, view), see_model(self.original, view))
+        values = [*view.tensors, *self.original.state_dict().values()]
+        return (seen, type(self.original)), [t.detach().clone() for t in values]
+
+    def convert(self) -> None:
+        inputs = (images(2, 6),) if self.program.verify else None
+        self.model = normswap.convert(
+            self.original,
+            "cn",
+            contexts=list(NAMES),
+            priors=list(PRIORS),
+            unknown=self.program.unknown,
+            example_inputs=inputs,
+            trace=self.traced,
+        )
+
+    def norms(self) -> list[ContextLayer]:
+        return [m for m in self.model.modules() if isinstance(m, ContextLayer)]
+
+    def take(self, references: list[Reference]) -> None:
+        """Take the parameters and statistics of the references, a row from each."""
+        with torch.no_grad():
+            for k, reference in enumerate(references):
+                for layer, norm in zip(self.norms(), reference.norms(), strict=True):
+                    scale = PRIORS[k] ** 0.5
+                    layer.weight[k] = norm.weight * scale
+                    layer.bias[k] = norm.bias * scale
+                    layer.running_mean[k] = norm.running_mean
+                    layer.running_var[k] = norm.running_var
+
+    def given(self, call: Call) -> tuple[dict[str, Any], Any]:
+        if not call.labels:
+            return {}, contextlib.nullcontext()
+        labels: Any = torch.tensor([-1 if k is None else k for k in call.labels])
+        if len(call.labels) == 1 and call.labels[0] is not None and call.batch > 1:
+            labels = NAMES[call.labels[0]] if call.through == "names" else call.labels[0]
+        elif call.through == "names":
+            labels = [NAMES[k] for k in call.labels]
+        if call.through == "scope":
+            return {}, normswap.use_context(self.model, labels)
+        name = type(self.model).context_argument
+        return {name: labels}, contextlib.nullcontext()
+
+
+def images(batch: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(batch * 100 + size)
+    return torch.randn(batch, 4, size, size, generator=generator, dtype=torch.float64)
+
+
+def spread(model: nn.Module, seed: int) -> None:
+    """Give every batch norm statistics and an affine of its own."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(like: Tensor, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(like.shape, generator=generator, dtype=like.dtype)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.weight.copy_(draw(module.weight, 0.5, 1.5))
+                module.bias.copy_(draw(module.bias, -0.5, 0.5))
+                module.running_mean.copy_(draw(module.running_mean, -0.5, 0.5))
+                module.running_var.copy_(draw(module.running_var, 0.5, 2))
+
+
+def differentiable(value: Any) -> list[Tensor]:
+    """Return the tensors of an output that a loss can take, each once."""
+    view = View()
+    view.of(value)
+    return [t for t in view.kept if isinstance(t, Tensor) and t.requires_grad]
+
+
+def weights_like(t: Tensor) -> Tensor:
+    return torch.arange(t.numel(), dtype=t.dtype).cos().reshape(t.shape)
