@@ -4,9 +4,12 @@ A model may fold windows or tokens into the batch, repeat it, or put it in anoth
 norm, and no shape tells. So the first call of a kind with mixed labels is preceded by a
 measurement (see `measure`) on its first three samples. An order that is regular holds for any
 number of samples from then on, as long as the norms are met in the same sequence with as many
-rows a sample; any other holds for the one call it was measured for. What this cannot tell: a batch
-in another dimension than the first where the sizes are equal, and an order that a later call of
-the same kind changes.
+rows a sample; any other holds for the one call it was measured for.
+
+What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
+order that leaves three samples in place and moves those of a larger batch; an order that a later
+call of the same kind changes, by a counter or by a hook of the user's, which does not run here.
+What a forward changes outside the model, as a global counter, changes in a measurement, too.
 """
 
 import threading
