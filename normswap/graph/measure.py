@@ -9,17 +9,14 @@ heavier than any; one that never changes is from none.
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from normswap.graph.plans import FOLDED, ONE, PERMUTED, REPEATED, Step
 from normswap.graph.samples import HOWS, copied, exchange, is_content, rebuild, rolled
 
-ONE, FOLDED, REPEATED, PERMUTED = "one per sample", "folded", "repeated", "permuted"
-# All labels are the same one: any order will do.
-ANY = "any"
 _NONE, _SEVERAL, _UNSURE = -1, -2, -3
 _KINDS = {
     _NONE: "rows from no sample",
@@ -33,52 +30,6 @@ _DOMINANT = 10.0
 # What counts as another row and as the same row, by its largest value; how many are compared.
 _AWAY, _NEAR = 1e-2, 1e-4
 _MOST_ROWS, _MOST_VALUES = 64, 4096
-
-
-@dataclass
-class Step:
-    """A call of a norm in a run of a model.
-
-    Attributes:
-        site: name of the norm.
-        training: whether it was in training mode.
-        rows: how many it was given.
-        how: how rows follow from samples: one of the constants; "" where `cause` says why not.
-        times: rows a sample, where regular; None for any number.
-        index: the sample of each row, (rows,), where permuted.
-        cause: what keeps rows from following samples.
-    """
-
-    site: str
-    training: bool
-    rows: int
-    how: str = ""
-    times: int | None = None
-    index: Tensor | None = None
-    cause: str = ""
-
-    @property
-    def regular(self) -> bool:
-        """Whether it holds for any number of samples."""
-        return self.how in (ONE, FOLDED, REPEATED)
-
-    def fits(self, site: str, rows: int, samples: int) -> bool:
-        """Return whether it stands for a norm that is given so many rows."""
-        if site != self.site:
-            return False
-        if not self.regular:
-            return rows == self.rows
-        if self.times is None:
-            return rows == samples if self.how == ONE else rows > 0 and rows % samples == 0
-        return rows == self.times * samples
-
-    def refuse(self, cause: str) -> None:
-        """Say that labels cannot follow after all."""
-        self.how, self.times, self.index, self.cause = "", None, None, cause
-
-    def __str__(self) -> str:
-        """Return the words of a summary."""
-        return f"{self.how} x{self.times}" if self.how in (FOLDED, REPEATED) else self.how
 
 
 def code(samples: int) -> tuple[int, list[frozenset[int]]]:

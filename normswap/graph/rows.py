@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from normswap.errors import ContextError, ConversionError, expect_module
 from normswap.functional.labels import Context
-from normswap.graph.measure import ANY, ONE, Measurement, Step
-from normswap.graph.plans import Family, Plan
+from normswap.graph.measure import Measurement
+from normswap.graph.plans import ANY, ONE, Family, Plan, Step
 from normswap.graph.quiet import find_obstacle, quiet
 from normswap.graph.samples import describe_arguments, first, rebuild
 
