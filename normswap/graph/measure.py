@@ -9,18 +9,14 @@ heavier than any; one that never changes is from none.
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from normswap.graph.plans import FOLDED, ONE, PERMUTED, REPEATED, Step
 from normswap.graph.samples import HOWS, copied, exchange, is_content, rebuild, rolled
-from normswap.util.restore_state import reseed
 
-ONE, FOLDED, REPEATED, PERMUTED = "one per sample", "folded", "repeated", "permuted"
-# All labels are the same one: any order will do.
-ANY = "any"
 _NONE, _SEVERAL, _UNSURE = -1, -2, -3
 _KINDS = {
     _NONE: "rows from no sample",
@@ -36,52 +32,6 @@ _AWAY, _NEAR = 1e-2, 1e-4
 _MOST_ROWS, _MOST_VALUES = 64, 4096
 
 
-@dataclass
-class Step:
-    """A call of a norm in a run of a model.
-
-    Attributes:
-        site: name of the norm.
-        training: whether it was in training mode.
-        rows: how many it was given.
-        how: how rows follow from samples: one of the constants; "" where `cause` says why not.
-        times: rows a sample, where regular; None for any number.
-        index: the sample of each row, (rows,), where permuted.
-        cause: what keeps rows from following samples.
-    """
-
-    site: str
-    training: bool
-    rows: int
-    how: str = ""
-    times: int | None = None
-    index: Tensor | None = None
-    cause: str = ""
-
-    @property
-    def regular(self) -> bool:
-        """Whether it holds for any number of samples."""
-        return self.how in (ONE, FOLDED, REPEATED)
-
-    def fits(self, site: str, rows: int, samples: int) -> bool:
-        """Return whether it stands for a norm that is given so many rows."""
-        if site != self.site:
-            return False
-        if not self.regular:
-            return rows == self.rows
-        if self.times is None:
-            return rows == samples if self.how == ONE else rows > 0 and rows % samples == 0
-        return rows == self.times * samples
-
-    def refuse(self, cause: str) -> None:
-        """Say that labels cannot follow after all."""
-        self.how, self.times, self.index, self.cause = "", None, None, cause
-
-    def __str__(self) -> str:
-        """Return the words of a summary."""
-        return f"{self.how} x{self.times}" if self.how in (FOLDED, REPEATED) else self.how
-
-
 def code(samples: int) -> tuple[int, list[frozenset[int]]]:
     """Return the length of the words and a word for each sample; all of one weight."""
     length = next(k for k in itertools.count(2) if math.comb(k, k // 2) >= samples)
@@ -94,7 +44,8 @@ class Measurement:
 
     Args:
         call: runs the model on arguments; its norms call `listen`.
-        undo: puts the model's state and the random generators back; returns whether those moved.
+        undo: puts the model's state and the random generators back, or seeds those; returns
+            whether they had moved.
         values: arguments.
         samples: N.
         modes: id of a norm -> its mode outside of the measurement.
@@ -103,7 +54,7 @@ class Measurement:
     def __init__(
         self,
         call: Callable[[Any], Any],
-        undo: Callable[[], bool],
+        undo: Callable[..., bool],
         values: Any,
         samples: int,
         modes: dict[int, bool],
@@ -149,7 +100,7 @@ class Measurement:
         judge: Callable[[int, Tensor], Any] | None = None,
     ) -> list[Any]:
         """Run the model once; return what is judged of each norm as far as the path is the same."""
-        self._restart()
+        self.undo(self.seed)
         self.judge = judge or self._moved
         self.judged, self.astray = [], False
         self.call(rebuild(self.values, self.samples, change))
@@ -157,14 +108,9 @@ class Measurement:
 
     def start(self) -> None:
         """Run the model on the arguments as they are."""
-        self._restart()
+        self.undo(self.seed)
         self.judge = None
         self.call(rebuild(self.values, self.samples, copied))
-
-    def _restart(self) -> None:
-        self.undo()
-        if self.seed is not None:
-            reseed(self.seed)
 
     def exchanged(self, picked: list[int], how: str) -> list[Tensor]:
         """Return how much each row moves when these samples are exchanged."""

@@ -4,106 +4,35 @@ A model may fold windows or tokens into the batch, repeat it, or put it in anoth
 norm, and no shape tells. So the first call of a kind with mixed labels is preceded by a
 measurement (see `measure`) on its first three samples. An order that is regular holds for any
 number of samples from then on, as long as the norms are met in the same sequence with as many
-rows a sample; any other holds for the one call it was measured for. What this cannot tell: a batch
-in another dimension than the first where the sizes are equal, and an order that a later call of
-the same kind changes.
+rows a sample; any other holds for the one call it was measured for.
+
+What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
+order that leaves three samples in place and moves those of a larger batch; an order that a later
+call of the same kind changes, by a counter or by a hook of the user's, which does not run here.
+What a forward changes outside the model, as a global counter, changes in a measurement, too.
 """
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normswap.errors import ContextError, ConversionError, expect_module
-from normswap.functional.backward import in_backward
 from normswap.functional.labels import Context
-from normswap.graph.measure import ANY, ONE, Measurement, Step
+from normswap.graph.measure import Measurement
+from normswap.graph.plans import ANY, ONE, Family, Plan, Step
+from normswap.graph.quiet import find_obstacle, quiet
 from normswap.graph.samples import describe_arguments, first, rebuild
-from normswap.sites import looks_like_norm
-from normswap.util.restore_state import remember
 
 Call = Callable[[Any, Context], Any]
 # Samples of a measurement: fewer leave more orders that look alike.
 _FEW = 3
-# After so many equal findings for other sizes and numbers, these no longer matter.
-_ENOUGH = 3
 _MOST_DETOURS = 3
 _LOCK = threading.RLock()
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _FLAGS, _NUMBERS = {bool, str, type(None)}, {int, float}
-_PARALLEL = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
-
-
-@dataclass
-class Plan:
-    """The norms a run of the model meets, in order, and how their rows follow from the samples.
-
-    Attributes:
-        steps: the calls of norms.
-        samples: the one number of samples it holds for; None for any.
-        reason: why nothing was measured; "" where it was.
-    """
-
-    steps: list[Step]
-    samples: int | None = None
-    reason: str = ""
-
-    @property
-    def regular(self) -> bool:
-        """Whether it may hold for other calls."""
-        return not self.reason and all(step.regular for step in self.steps)
-
-    def is_square(self, count: int) -> bool:
-        """Return whether some norm has a multiple of `count` rows for each of `count` samples."""
-        return any(step.rows % count**2 == 0 for step in self.steps)
-
-    def step(self, at: int, site: str, rows: int, samples: int) -> Step | None:
-        """Return what it says of the norm met at a place of the sequence; None if another."""
-        step = self.steps[at] if at < len(self.steps) else None
-        return step if step is not None and step.fits(site, rows, samples) else None
-
-
-@dataclass
-class Family:
-    """What was measured for calls that differ in sizes and numbers only.
-
-    Attributes:
-        plans: regular ones, by sizes and numbers.
-        general: for those not met yet, once enough others were found alike.
-        fixed: irregular ones that are taken to hold for more than one call.
-        steps: regular ones of all plans, by sizes and numbers, norm and rows a sample.
-        detours: how many runs met norms in a sequence that no measurement followed.
-    """
-
-    plans: dict[Any, list[Plan]] = field(default_factory=dict)
-    general: Plan | None = None
-    fixed: list[Plan] = field(default_factory=list)
-    steps: dict[Any, Step] = field(default_factory=dict)
-    detours: int = 0
-
-    def find(self, numbers: Any, samples: int) -> list[Plan]:
-        """Return the plans that may hold, the likeliest first."""
-        found = [p for p in self.plans.get(numbers, ()) if p.samples in (None, samples)]
-        if not found and self.general is not None:
-            found = [self.general]
-        return [*found, *(p for p in self.fixed if p.samples == samples)]
-
-    def keep(self, numbers: Any, plan: Plan) -> None:
-        """Keep a plan; make the general one where enough of them are alike."""
-        self.plans.setdefault(numbers, []).insert(0, plan)
-        shapes = {
-            None if p.samples or p.reason else tuple((s.site, s.how) for s in p.steps)
-            for found in self.plans.values()
-            for p in found
-        }
-        if len(self.plans) >= _ENOUGH and len(shapes) == 1 and None not in shapes:
-            self.general = Plan([Step(s.site, s.training, 0, s.how) for s in plan.steps])
 
 
 class Run:
@@ -124,7 +53,7 @@ class Run:
 
     def measure(self, count: int, hooks: bool = False) -> Plan:
         """Measure on the first samples of this call; hooks of the user's run only if asked."""
-        obstacle = _obstacle(self.module)
+        obstacle = find_obstacle(self.module)
         if obstacle:
             return Plan([], reason=obstacle)
         # One label for all, whichever: rows that nothing is known of can take it.
@@ -133,7 +62,7 @@ class Run:
             values = rebuild(self.values, self.samples, first(count))
             # Checkpointing around this call would count what is saved for backward.
             unhooked = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
-            with _LOCK, unhooked, _quiet(self.module, hooks) as (undo, modes):
+            with _LOCK, unhooked, quiet(self.module, hooks) as (undo, modes):
                 found = Measurement(lambda v: self.call(v, whole), undo, values, count, modes)
                 if not found.possible:
                     return Plan([], reason=f"no argument has {self.samples} samples")
@@ -342,63 +271,12 @@ def _refuse(context: Context, message: str) -> Step:
     Raises:
         ContextError: the message.
     """
-    if not torch.compiler.is_compiling():
-        labels = context.labels
+    labels = context.labels
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if not traced and type(labels) is Tensor and not labels.is_meta:
         if bool((labels == labels[0]).all()):
             return Step("", False, 0, ANY)
     raise ContextError(message)
-
-
-def _obstacle(module: nn.Module) -> str:
-    """Return why a module cannot be run on the side; "" where it can."""
-    if in_backward():
-        return "this runs in backward"
-    for part in module.modules():
-        if {cls.__name__ for cls in type(part).__mro__} & _PARALLEL:
-            return "a part is wrapped for parallel training"
-    if any(type(p).__name__ == "DTensor" for p in module.parameters()):
-        return "its parameters are sharded"
-    return ""
-
-
-@contextmanager
-def _quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Callable[[], bool], dict[int, bool]]]:
-    """Have norms and other leaves in eval mode, where they treat samples apart, and leave no trace.
-
-    Containers keep their mode, on which what they fold may depend. Hooks are left out, but for
-    those of torch itself, which compute weights.
-
-    Yields:
-        What puts the state back, and the modes by id.
-    """
-    parts = list(module.modules())
-    modes = {id(part): part.training for part in parts}
-    tables = [(vars(p), name, p.__dict__[name]) for p in parts for name in _HOOKS if vars(p)[name]]
-    try:
-        for table, name, own in tables if not hooks else ():
-            kept = [(k, h) for k, h in own.items() if _is_of_torch(h)]
-            table[name] = OrderedDict(kept)
-        undo = remember(module)
-        try:
-            for part in parts:
-                if part.training and (not part._modules or _is_norm(part)):
-                    part.__dict__["training"] = False
-            yield undo, modes
-        finally:
-            for part in parts:
-                part.__dict__["training"] = modes[id(part)]
-            undo()
-    finally:
-        for table, name, own in tables:
-            table[name] = own
-
-
-def _is_of_torch(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("torch.")
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return looks_like_norm(module) or "running_mean" in module._buffers
 
 
 def _key(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:

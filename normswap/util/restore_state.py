@@ -5,7 +5,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +14,32 @@ from torch import Tensor, nn
 _LEFT_ALONE = ("_modules", "_parameters", "_normswap", "_normswap_record", "scope", "training")
 
 
-def remember(module: nn.Module) -> Callable[[], bool]:
+class Dice(NamedTuple):
+    """A generator of random numbers: what reads its state, what sets it, what starts it anew."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], Any]
+    seed: Callable[[int], Any]
+
+
+def remember(module: nn.Module) -> Callable[..., bool]:
     """Return what puts buffers, plain attributes and the random states back as they are now.
 
     Attributes are put back by reference, collections and plain objects with what they hold,
     tensors with their values, generators with their states; so are the generators of Python,
     NumPy and torch that the whole program shares. What is returned says, each time it is called,
-    whether any of them had moved.
+    whether any of them had moved; given a seed, it starts them from that.
     """
     tensors: dict[int, tuple[Tensor, Tensor]] = {}
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
     contents: list[tuple[Any, Any]] = []
-    # What reads the state of a generator, and what sets it.
-    dice: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
-        (random.getstate, random.setstate),
-        (torch.get_rng_state, torch.set_rng_state),
+    dice = [
+        Dice(random.getstate, random.setstate, random.seed),
+        Dice(torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed),
     ]
     # NumPy is no dependency: only where the program has imported it.
     if numpy := sys.modules.get("numpy.random"):
-        dice.append((numpy.get_state, numpy.set_state))
+        dice.append(Dice(numpy.get_state, numpy.set_state, numpy.seed))
     for part in module.modules():
         table = vars(part)
         kept = {key: value for key, value in table.items() if key not in _LEFT_ALONE}
@@ -43,22 +50,17 @@ def remember(module: nn.Module) -> Callable[[], bool]:
             elif isinstance(value, list | dict | set | deque):
                 contents.append((value, copy.copy(value)))
             elif isinstance(value, torch.Generator):
-                dice.append((value.get_state, value.set_state))
+                dice.append(Dice(value.get_state, value.set_state, value.manual_seed))
             elif isinstance(value, random.Random):
-                dice.append((value.getstate, value.setstate))
+                dice.append(Dice(value.getstate, value.setstate, value.seed))
             elif hasattr(value, "__dict__") and not callable(value):
                 contents.append((vars(value), dict(vars(value))))
     if any(parameter.is_cuda for parameter in module.parameters()):
-        device = torch.cuda.current_device()
-        dice.append(
-            (
-                lambda: torch.cuda.get_rng_state(device),
-                lambda state: torch.cuda.set_rng_state(state, device),
-            )
-        )
-    states = [read() for read, _ in dice]
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        dice.append(Dice(generator.get_state, generator.set_state, generator.manual_seed))
+    states = [die.read() for die in dice]
 
-    def undo() -> bool:
+    def undo(seed: int | None = None) -> bool:
         for table, kept in tables:
             for key in [k for k in table if k not in kept and k not in _LEFT_ALONE]:
                 del table[key]
@@ -73,10 +75,12 @@ def remember(module: nn.Module) -> Callable[[], bool]:
                 if not torch.equal(tensor, values):
                     tensor.copy_(values)
         moved = False
-        for (read, put_back), state in zip(dice, states, strict=True):
-            if not _equal(read(), state):
+        for die, state in zip(dice, states, strict=True):
+            if not _equal(die.read(), state):
                 moved = True
-                put_back(state)
+                die.write(state)
+            if seed is not None:
+                die.seed(seed)
         return moved
 
     return undo
@@ -94,13 +98,3 @@ def _equal(one: Any, other: Any) -> bool:
         return torch.equal(one, other)
     parts = zip(one, other, strict=True)
     return all(bool((a == b).all()) if hasattr(a, "all") else a == b for a, b in parts)
-
-
-def reseed(seed: int) -> None:
-    """Start Python's, NumPy's and torch's generators from a seed."""
-    random.seed(seed)
-    if numpy := sys.modules.get("numpy.random"):
-        numpy.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.default_generators:
-        torch.cuda.manual_seed(seed)

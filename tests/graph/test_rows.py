@@ -795,3 +795,60 @@ def test_images_of_several_sizes_are_samples():
     assert rows_of(model) == {"norm": "one per sample"}
     flipped = model(images[::-1], targets[::-1], context=LABELS.flip(0))
     assert torch.allclose(y, flipped.flip(0))
+
+
+class Own(nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self, permute):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.generator = torch.Generator()
+        self.permute = permute
+
+    def forward(self, x):
+        if self.permute:
+            return self.norm(x[torch.randperm(len(x), generator=self.generator)])
+        return self.norm(x * (torch.rand(x.shape, generator=self.generator) + 1))
+
+
+def own(permute, seed):
+    model = normswap.convert(Own(permute).eval(), "cn", contexts=K, verify=False, inplace=True)
+    model.generator.manual_seed(seed)
+    return model
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_order_drawn_from_a_generator_of_the_model_is_an_error(seed):
+    with pytest.raises(ContextError, match="changes from call to call"):
+        own(True, seed)(torch.randn(N, 6), context=LABELS)
+
+
+def test_noise_drawn_from_a_generator_of_the_model_is_drawn_once():
+    model, reference = own(False, 0), torch.Generator().manual_seed(0)
+    model(torch.randn(N, 6), context=LABELS)
+    torch.rand(N, 6, generator=reference)
+    assert torch.equal(model.generator.get_state(), reference.get_state())
+    assert rows_of(model) == {"norm": "one per sample"}
+
+
+def test_an_order_that_is_the_same_in_a_square_of_rows_is_told():
+    def transposed(s, x):
+        index = torch.arange(3 * len(x))
+        for _ in range(2):
+            index = index.view(-1, 3).T.flatten()
+        tokens = torch.stack([x, 2 * x, 3 * x], 1).flatten(0, 1)
+        return taken(s, tokens, index).unflatten(0, (-1, 3)).prod(1)
+
+    check(ordered(transposed), (3, 5, 4, 6, 3))
+
+
+def test_a_first_call_under_checkpointing_saves_for_backward_what_it_would():
+    from torch.utils.checkpoint import checkpoint
+
+    model = ordered(ORDERS["pairs"])
+    x = torch.randn(N, 6, dtype=torch.float64, requires_grad=True)
+    y = checkpoint(lambda x: model(x, context=LABELS), x, use_reentrant=False)
+    (found,) = torch.autograd.grad(y.sin().sum(), x)
+    (expected,) = torch.autograd.grad(model(x, context=LABELS).sin().sum(), x)
+    assert torch.allclose(found, expected)

@@ -1,0 +1,125 @@
+"""What measurements of a model's rows found, and for which calls it holds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+ONE, FOLDED, REPEATED, PERMUTED = "one per sample", "folded", "repeated", "permuted"
+# All labels are the same one: any order will do.
+ANY = "any"
+
+# After so many equal findings for other sizes and numbers, these no longer matter.
+_ENOUGH = 3
+
+
+@dataclass
+class Step:
+    """A call of a norm in a run of a model.
+
+    Attributes:
+        site: name of the norm.
+        training: whether it was in training mode.
+        rows: how many it was given.
+        how: how rows follow from samples: one of the constants; "" where `cause` says why not.
+        times: rows a sample, where regular; None for any number.
+        index: the sample of each row, (rows,), where permuted.
+        cause: what keeps rows from following samples.
+    """
+
+    site: str
+    training: bool
+    rows: int
+    how: str = ""
+    times: int | None = None
+    index: Tensor | None = None
+    cause: str = ""
+
+    @property
+    def regular(self) -> bool:
+        """Whether it holds for any number of samples."""
+        return self.how in (ONE, FOLDED, REPEATED)
+
+    def fits(self, site: str, rows: int, samples: int) -> bool:
+        """Return whether it stands for a norm that is given so many rows."""
+        if site != self.site:
+            return False
+        if not self.regular:
+            return rows == self.rows
+        if self.times is None:
+            return rows == samples if self.how == ONE else rows > 0 and rows % samples == 0
+        return rows == self.times * samples
+
+    def refuse(self, cause: str) -> None:
+        """Say that labels cannot follow after all."""
+        self.how, self.times, self.index, self.cause = "", None, None, cause
+
+    def __str__(self) -> str:
+        """Return the words of a summary."""
+        return f"{self.how} x{self.times}" if self.how in (FOLDED, REPEATED) else self.how
+
+
+@dataclass
+class Plan:
+    """The norms a run of the model meets, in order, and how their rows follow from the samples.
+
+    Attributes:
+        steps: the calls of norms.
+        samples: the one number of samples it holds for; None for any.
+        reason: why nothing was measured; "" where it was.
+    """
+
+    steps: list[Step]
+    samples: int | None = None
+    reason: str = ""
+
+    @property
+    def regular(self) -> bool:
+        """Whether it may hold for other calls."""
+        return not self.reason and all(step.regular for step in self.steps)
+
+    def is_square(self, count: int) -> bool:
+        """Return whether some norm has a multiple of `count` rows for each of `count` samples."""
+        return any(step.rows % count**2 == 0 for step in self.steps)
+
+    def step(self, at: int, site: str, rows: int, samples: int) -> Step | None:
+        """Return what it says of the norm met at a place of the sequence; None if another."""
+        step = self.steps[at] if at < len(self.steps) else None
+        return step if step is not None and step.fits(site, rows, samples) else None
+
+
+@dataclass
+class Family:
+    """What was measured for calls that differ in sizes and numbers only.
+
+    Attributes:
+        plans: regular ones, by sizes and numbers.
+        general: for those not met yet, once enough others were found alike.
+        fixed: irregular ones that are taken to hold for more than one call.
+        steps: regular ones of all plans, by sizes and numbers, norm and rows a sample.
+        detours: how many runs met norms in a sequence that no measurement followed.
+    """
+
+    plans: dict[Any, list[Plan]] = field(default_factory=dict)
+    general: Plan | None = None
+    fixed: list[Plan] = field(default_factory=list)
+    steps: dict[Any, Step] = field(default_factory=dict)
+    detours: int = 0
+
+    def find(self, numbers: Any, samples: int) -> list[Plan]:
+        """Return the plans that may hold, the likeliest first."""
+        found = [p for p in self.plans.get(numbers, ()) if p.samples in (None, samples)]
+        if not found and self.general is not None:
+            found = [self.general]
+        return [*found, *(p for p in self.fixed if p.samples == samples)]
+
+    def keep(self, numbers: Any, plan: Plan) -> None:
+        """Keep a plan; make the general one where enough of them are alike."""
+        self.plans.setdefault(numbers, []).insert(0, plan)
+        shapes = {
+            None if p.samples or p.reason else tuple((s.site, s.how) for s in p.steps)
+            for found in self.plans.values()
+            for p in found
+        }
+        if len(self.plans) >= _ENOUGH and len(shapes) == 1 and None not in shapes:
+            self.general = Plan([Step(s.site, s.training, 0, s.how) for s in plan.steps])
