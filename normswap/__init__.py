@@ -23,7 +23,7 @@ from normswap.errors import UnknownNameError as UnknownNameError
 from normswap.errors import VerificationError as VerificationError
 from normswap.functional.schedule import Schedule as Schedule
 from normswap.graph.rows import fix_rows as fix_rows
-from normswap.graph.scope import use_context as use_context
+from normswap.graph.use_context import use_context as use_context
 from normswap.growth import add_context as add_context
 from normswap.methods.acn_layer import AdaptiveContextNorm as AdaptiveContextNorm
 from normswap.methods.base import get_method as get_method

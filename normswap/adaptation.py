@@ -17,7 +17,7 @@ from normswap.functional.moments import (
     gaussian_divergence,
     instance_moments,
 )
-from normswap.graph.scope import use_context
+from normswap.graph.use_context import use_context
 from normswap.methods.base import Method, get_method
 from normswap.streams import check_stream, forward_batch, show_progress, undisturbed
 

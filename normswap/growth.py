@@ -12,7 +12,7 @@ from normswap.arguments import describe
 from normswap.conversion import Record
 from normswap.converted import context_or_pooled, find_root, method_layers
 from normswap.errors import ContextWarning, ConversionError
-from normswap.graph.scope import scopes_of
+from normswap.graph.use_context import scopes_of
 from normswap.methods.base import Contexts, Method, get_method
 from normswap.methods.layer import POLICIES
 from normswap.methods.plain import pick

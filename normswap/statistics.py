@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.arguments import describe
 from normswap.errors import ConversionError, expect_module
-from normswap.graph.scope import use_context
+from normswap.graph.use_context import use_context
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import ContextLayer
 from normswap.methods.selfnorm import SelfNorm

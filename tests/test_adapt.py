@@ -10,6 +10,7 @@ from torch.optim.swa_utils import update_bn
 
 import normswap
 from normswap import ConversionError
+from normswap.graph.use_context import scopes_of
 from normswap.methods.layer import ContextLayer
 from tests.builders import SKEWED, assert_close
 from tests.contract import separate
@@ -71,7 +72,7 @@ def test_other_contexts_parameters_modes_and_generators_stay(method):
         else:
             assert torch.equal(tensor, before[name])
     assert not any(m._forward_pre_hooks for m in model.modules())
-    assert all(scope.lookup() is None for scope in normswap.graph.scope.scopes_of(model))
+    assert all(scope.lookup() is None for scope in scopes_of(model))
     model.eval()(x)
 
 

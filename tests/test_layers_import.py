@@ -15,7 +15,7 @@ ORDER = [
     {"errors"},
     {"arguments"},
     {"functional"},
-    {"distributed", "streams", "extras", "schema", "files", "util"},
+    {"distributed", "streams", "extras", "schema", "files", "util", "measure_eps"},
     {"sites"},
     {"methods", "contexts", "presets", "select"},
     {"graph"},

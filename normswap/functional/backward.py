@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils import checkpoint
 
 _FILE = checkpoint.__file__
 _Frame: Any = checkpoint._CheckpointFrame
+UNKNOWN: Any = object()
 
 
 def in_backward() -> bool:
@@ -60,3 +62,31 @@ def find_checkpoints() -> Iterator[Any]:
             if isinstance(found, torch.autograd.function.BackwardCFunction):
                 yield found
         frame = frame.f_back
+
+
+class Remembered:
+    """A value for each checkpointed forward, found again where backward computes that again."""
+
+    def __init__(self) -> None:
+        self._values: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    def keep(self, value: Any) -> None:
+        """Note the value for every checkpointed forward this code runs in."""
+        for key in find_checkpoints():
+            if self._values.setdefault(key, value) is not value:
+                self._values[key] = UNKNOWN
+
+    def recall(self, outside: Any) -> Any:
+        """Return the value of the forward this code computes again.
+
+        Args:
+            outside: what it is if this is no recomputation.
+
+        Returns:
+            The value; `UNKNOWN` where it had none, or several.
+        """
+        for key in find_checkpoints():
+            outside = UNKNOWN
+            if key in self._values:
+                return self._values[key]
+        return outside

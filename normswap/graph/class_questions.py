@@ -136,7 +136,7 @@ def check_questions(model: nn.Module) -> None:
         ways = [] if state is None else state.seen()
         if state is not None:
             state.question = asked[old]
-        if not ways or any(way.run is None for way in ways):
+        if not ways or any(way.run is None or way.rest for way in ways):
             check_question(name, asked[old])
 
 

@@ -13,6 +13,7 @@ from normswap.graph.blocks.insert import insert_layers
 from normswap.graph.state import (
     ContainerState,
     Variant,
+    is_direct,
     own_forward_of,
     takes_context,
 )
@@ -125,13 +126,18 @@ def _thread(module: nn.Module, traced: list[Traced], paths: Paths, kinds: Any) -
     return Variant(
         run=run,
         guards=paths.guards,
-        calls=tuple((tuple(c.split(".")), type(module.get_submodule(c))) for c in set(calls)),
+        calls=tuple(_call(module, path) for path in set(calls)),
         direct=tuple(direct),
         something=all(path.failure or _returns_something(path) for path in traced),
         writes=next(iter(writes)),
         rest=rest,
         scoped=rest or _misses_norms(module, calls),
     )
+
+
+def _call(module: nn.Module, path: str) -> tuple[tuple[str, ...], type, bool]:
+    child = module.get_submodule(path)
+    return tuple(path.split(".")), type(child), is_direct(child)
 
 
 def _calls_code(graph: fx.Graph) -> bool:

@@ -67,7 +67,7 @@ def find_reach(model: nn.Module) -> Reach:
                 queue += [(m, False) for m in module.modules() if m is not module]
             else:
                 called: set[nn.Module] = {module}
-                for path, _ in variant.calls:
+                for path, *_ in variant.calls:
                     child = walk(module, path)
                     called.update(child.modules())
                     queue.append((child, threaded))

@@ -155,6 +155,12 @@ class Run:
 _RUN: ContextVar[Run | None] = ContextVar("normswap_run", default=None)
 
 
+def is_measuring() -> bool:
+    """Return whether this code runs on the side, to be forgotten."""
+    run = _RUN.get()
+    return run is not None and run.measurement is not None
+
+
 class Rows:
     """What a converted model knows of the rows of its norms.
 

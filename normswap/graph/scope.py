@@ -1,64 +1,20 @@
 """The context in scope: how norms that are passed no context find theirs."""
 
 import copy
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from typing import Any, NamedTuple, TypeAlias
-from weakref import WeakKeyDictionary
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from normswap.errors import ContextError, ConversionError, expect_module
-from normswap.functional.backward import find_checkpoints, may_run_again
+from normswap.errors import ContextError
+from normswap.functional.backward import UNKNOWN, Remembered, may_run_again
 from normswap.functional.labels import Context, Labels, resolve_labels
-from normswap.graph.rows import Rows
+from normswap.graph.entries import SEVERAL, Entry, Local
+from normswap.graph.rows import Rows, is_measuring
 
 # Before that, compiled code can read what belongs to a thread, but not what belongs to a task.
 _COMPILES_CONTEXTVARS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
-
-
-class Entry(NamedTuple):
-    """A context that was put in scope; None in its place means explicitly none.
-
-    Attributes:
-        context: the labels.
-        task: the backward in which that happened; -1 outside of backward.
-    """
-
-    context: Context | None
-    task: int = -1
-
-
-_UNKNOWN = Entry(None, -2)
-
-
-class _Here:
-    """What compiled code can read and write of a thread.
-
-    Attributes:
-        entry: of the innermost forward that runs. A forward never awaits: it is its task's, too.
-        compiled: of the innermost block, where compiled code opened it.
-        mirror: of the innermost block, where compiled code cannot read it; see above.
-        blocks: how many are open, of all tasks.
-        labelled: how many of those have labels.
-        forwards: how many entries have labels.
-    """
-
-    def __init__(self) -> None:
-        self.entry: Entry | None = None
-        self.compiled: Entry | None = None
-        self.mirror: Entry | None = None
-        self.blocks = self.labelled = self.forwards = 0
-
-
-class _Local(threading.local):
-    """Gives each thread its own; compiled code would lose what is written to this one itself."""
-
-    def __init__(self) -> None:
-        self.here = _Here()
 
 
 _Token: TypeAlias = Token[Entry | None]
@@ -86,7 +42,7 @@ class Scope:
         self._restart()
 
     def _restart(self) -> None:
-        self._local = _Local()
+        self._local = Local()
         self._block: ContextVar[Entry | None] = ContextVar("normswap block", default=None)
         # What a thread that a forward starts finds, if it is given `contextvars.copy_context`.
         self._entry: ContextVar[Entry | None] = ContextVar("normswap entry", default=None)
@@ -94,7 +50,7 @@ class Scope:
         self._forwards: list[None] = []
         self._blocks: list[None] = []
         self._labelled = False
-        self._checkpoints: WeakKeyDictionary[Any, Entry] = WeakKeyDictionary()
+        self._checkpoints = Remembered()
 
     @property
     def model(self) -> "Scope":
@@ -121,9 +77,9 @@ class Scope:
         if not compiling:
             task = torch._C._current_graph_task_id()
             if task != -1 and (entry is None or entry.task != task):
-                entry = self._recall(entry)
-            if may_run_again():
-                self._remember(entry or Entry(None))
+                entry = self._recall(entry, task)
+            if may_run_again() and not is_measuring():
+                self._checkpoints.keep(None if entry is None else entry.context)
         if entry is None:
             self._check_threads(whole)
         return None if entry is None else entry.context
@@ -137,7 +93,7 @@ class Scope:
             found = self._entry.get() or self._block.get()
         elif _COMPILES_CONTEXTVARS:
             found = self._block.get()
-        elif here.mirror is _UNKNOWN:
+        elif here.mirror is SEVERAL:
             raise ContextError(
                 "expected one asyncio task at a time to use normswap.use_context around compiled "
                 "code, which before torch 2.14 cannot tell them apart; pass context="
@@ -168,21 +124,11 @@ class Scope:
                 "this thread for a call without labels"
             )
 
-    def _remember(self, entry: Entry) -> None:
-        """Note the context for every checkpointed forward this code runs in."""
-        for key in find_checkpoints():
-            if self._checkpoints.setdefault(key, entry).context is not entry.context:
-                self._checkpoints[key] = _UNKNOWN
-
-    def _recall(self, entry: Entry | None) -> Entry | None:
+    def _recall(self, entry: Entry | None, task: int) -> Entry | None:
         """Return the context of the forward that backward computes again here."""
-        found = _UNKNOWN if entry is None else entry
-        for key in find_checkpoints():
-            found = self._checkpoints.get(key, _UNKNOWN)
-            if key in self._checkpoints:
-                break
-        if found is not _UNKNOWN:
-            return found
+        found = self._checkpoints.recall(UNKNOWN if entry is None else entry.context)
+        if found is not UNKNOWN:
+            return Entry(found, task)
         if not (self._labelled or self.model._labelled):
             return entry
         raise ContextError(
@@ -230,7 +176,7 @@ class Scope:
             return hidden, None
         entry = Entry(context, torch._C._current_graph_task_id())
         here.compiled = None
-        here.mirror = entry if here.mirror is self._block.get() else _UNKNOWN
+        here.mirror = entry if here.mirror is self._block.get() else SEVERAL
         here.blocks += 1
         if context is not None:
             here.labelled += 1
@@ -282,61 +228,3 @@ def scope_of(module: nn.Module) -> Scope | None:
     state = vars(module).get("_normswap")
     scope = getattr(module, "scope", None) if state is None else state.scope
     return scope if isinstance(scope, Scope) else None
-
-
-def scopes_of(model: nn.Module) -> list[Scope]:
-    """Return the scopes of the norms in the converted models that are, or are inside, a module.
-
-    A model that was converted by itself before it became part of another has labels of its own.
-    """
-    found: dict[int, Scope] = {}
-    queue: list[tuple[nn.Module, Scope | None]] = [(model, None)]
-    while queue:
-        module, within = queue.pop()
-        scope = scope_of(module)
-        if scope is not None:
-            if within is not None and within is not scope.model:
-                continue
-            within = scope.model
-            if "_normswap" not in vars(module):
-                found[id(scope)] = scope
-        queue += [(child, within) for child in module.children()]
-    return list(found.values())
-
-
-@contextmanager
-def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
-    """Give every forward inside the block these labels, where it is passed none.
-
-    For loops that cannot pass ``context=`` themselves. The model may be wrapped (compiled,
-    distributed). Blocks nest; None hides the labels of an outer block. A block belongs to its
-    thread and its asyncio task: work handed to another thread takes it along by
-    ``contextvars.copy_context().run``. Backward may run after the block.
-
-    Sliding windows are samples to the model: where windows of several volumes share a batch, as in
-    MONAI's ``sliding_window_inference``, take each one's label by its place, which MONAI gives
-    with ``with_coord=True``: ``lambda w, at: model(w, context=labels[[i.start for i, *_ in at]])``.
-
-    Args:
-        model: a converted model, or a module that holds one.
-        context: labels as the model's forward takes them.
-
-    Raises:
-        ConversionError: no converted model in `model`.
-        ContextError: labels that do not fit.
-    """
-    expect_module(model)
-    scopes = scopes_of(model)
-    if not scopes:
-        raise ConversionError(
-            f"expected a converted model, got {type(model).__name__} without any context-aware "
-            "norm; call normswap.convert first"
-        )
-    device = next((p.device for p in model.parameters()), None)
-    resolved = [None if context is None else s.resolve(context, device) for s in scopes]
-    opened = [s.open(given) for s, given in zip(scopes, resolved, strict=True)]
-    try:
-        yield
-    finally:
-        for scope, before in zip(reversed(scopes), reversed(opened), strict=True):
-            scope.close(before)

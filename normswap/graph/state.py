@@ -23,7 +23,7 @@ class Variant:
         run: ``run(module, *leaves, context)``; None runs the module's own forward in scope.
         reason: why there is no graph; "" where there is one.
         guards: what of the module, and outside of it, must be as it was.
-        calls: (path, class) of the submodules the graph calls.
+        calls: (path, class, whether `is_direct`) of the submodules the graph calls.
         direct: paths of tensors the graph reads itself.
         something: whether it certainly returns a tensor, not None.
         writes: what it changes of the lists and dicts it is given; where there is any, `run`
@@ -36,7 +36,7 @@ class Variant:
     run: Callable[..., Any] | None
     reason: str = ""
     guards: Guards = NO_GUARDS
-    calls: tuple[tuple[tuple[str, ...], type], ...] = ()
+    calls: tuple[tuple[tuple[str, ...], type, bool], ...] = ()
     direct: tuple[str, ...] = ()
     something: bool = False
     writes: Writes = ()
@@ -47,11 +47,11 @@ class Variant:
         """Return whether everything the trace depended on is as it was."""
         if not self.guards.hold(module):
             return False
-        for path, cls in self.calls:
+        for path, cls, direct in self.calls:
             child: Any = module
             for name in path:
                 child = child._modules.get(name)
-            if type(child) is not cls:
+            if type(child) is not cls or direct != is_direct(child):  # type: ignore[arg-type]
                 return False
         return True
 
@@ -174,7 +174,18 @@ def takes_context(module: nn.Module, scope: Scope) -> str | None:
     """
     own = scope_of(module)
     foreign = own is not None and own.model is not scope.model
-    return None if foreign else context_argument(module)
+    return None if foreign or not is_direct(module) else context_argument(module)
+
+
+def is_direct(module: nn.Module) -> bool:
+    """Return whether calls of a module go to its forward as they are.
+
+    Hooks that see the keyword arguments, or a forward set on the instance, are not made for a
+    context among them: it is in scope instead.
+    """
+    table = module.__dict__
+    hooked = table["_forward_pre_hooks_with_kwargs"] or table["_forward_hooks_with_kwargs"]
+    return not hooked and "forward" not in table
 
 
 def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:

@@ -20,8 +20,8 @@ from normswap.functional.mixture_start import (
 from normswap.functional.mixture_synced import shared_moments
 from normswap.functional.moments import Moments, compute_dtype, log_spread
 from normswap.methods.acn_options import AdaptiveOptions
-from normswap.methods.layer import NormLayer, check_settings
-from normswap.methods.values import counted_nothing, fitting
+from normswap.methods.layer import NormLayer
+from normswap.methods.values import check_settings, counted_nothing, fitting
 
 _NORMALIZE: dict[str, Callable[..., Normalized]] = {
     "channel": norm_elements,

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.moments import Moments
-from normswap.methods.layer import ContextLayer, check_settings, fill_affine, load_shared
+from normswap.methods.layer import ContextLayer, fill_affine, load_shared
 from normswap.methods.plain import Plain, added_prior, pick, pick_moments
-from normswap.methods.values import counted_nothing
+from normswap.methods.values import check_settings, counted_nothing
 
 
 class ContextTables(ContextLayer):

@@ -25,9 +25,9 @@ from normswap.methods.base import (
     register_method,
 )
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt, check_settings, fill_affine
+from normswap.methods.layer import ContextLayer, adopt, fill_affine
 from normswap.methods.plain import Plain, added_prior, pick_moments
-from normswap.methods.values import fitting
+from normswap.methods.values import check_settings, fitting
 from normswap.sites import Site
 
 

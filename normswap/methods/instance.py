@@ -12,8 +12,9 @@ from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
-from normswap.methods.layer import ContextLayer, adopt, check_settings, load_shared
+from normswap.methods.layer import ContextLayer, adopt, load_shared
 from normswap.methods.plain import Plain, added_prior, pick
+from normswap.methods.values import check_settings
 from normswap.sites import Site
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")

@@ -11,13 +11,11 @@ from normswap.arguments import (
     MOST_CONTEXTS,
     MOST_FEATURES,
     check_count,
-    check_flag,
-    check_number,
     describe,
 )
 from normswap.errors import ContextError, MissingContextError, refuse_scripting
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
-from normswap.methods.values import Resettable
+from normswap.methods.values import Resettable, make_priors
 from normswap.sites import Site
 from normswap.util.looks import AsBefore
 
@@ -314,51 +312,3 @@ def fill_affine(state: dict[str, Any], prefix: str, num_features: int) -> None:
     if isinstance(mean, Tensor) and mean.shape == (num_features,):
         state.setdefault(prefix + "weight", torch.ones_like(mean))
         state.setdefault(prefix + "bias", torch.zeros_like(mean))
-
-
-def _holds_numbers(t: Tensor) -> bool:
-    return not (t.is_nested or t.is_meta or t.is_complex()) and t.layout == torch.strided
-
-
-def check_settings(eps: Any, momentum: Any = None, flags: dict[str, Any] | None = None) -> None:
-    """Check what layers take beside their sizes.
-
-    Raises:
-        ContextError: eps below 0, momentum neither None nor in [0, 1], or a flag that is no bool.
-    """
-    check_number("eps", eps, 0, error=ContextError)
-    if momentum is not None:
-        check_number("momentum", momentum, 0, 1, error=ContextError)
-    for name, value in (flags or {}).items():
-        check_flag(name, value, ContextError)
-
-
-def make_priors(
-    priors: Tensor | None,
-    num_contexts: int,
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """Return lambda for a layer, (K,): uniform by default; float64 only in a float64 layer.
-
-    Raises:
-        ContextError: not K positive values that sum to one.
-    """
-    wide = (dtype or torch.get_default_dtype()) == torch.float64
-    if priors is None:
-        priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64, device="cpu")
-    elif not isinstance(priors, Tensor) or not _holds_numbers(priors):
-        raise ContextError(
-            f"expected `priors` as a tensor of {num_contexts} numbers, got {describe(priors)}"
-        )
-    elif (
-        priors.shape != (num_contexts,)
-        or not bool((priors > 0).all())
-        or abs(float(priors.double().sum()) - 1) > 1e-3
-    ):
-        raise ContextError(
-            f"expected `priors` of {num_contexts} positive values that sum to one, "
-            f"got {describe(priors.tolist())}; normswap.contexts.check_priors scales counts"
-        )
-    # A copy: layers of a float64 model would share one tensor with each other and the caller.
-    return priors.to(device=device, dtype=torch.float64 if wide else torch.float32, copy=True)

@@ -178,15 +178,18 @@ def test_part_of_a_model_in_a_thread_of_its_forward_is_an_error(pool):
 
 
 def test_a_thread_of_a_forward_that_takes_the_context_along(pool):
-    model = make(Paused())
-    found = []
+    class Along(Holder):
+        def forward(self, x, call=None):
+            y = self.a(x)
+            return self.b(y) if call is None else call(y)
 
-    def beside():
-        work = contextvars.copy_context().run
-        found.append(pool.submit(work, model.b, images()).result())
-
-    run(model, context=LABELS, pause=beside)
-    torch.testing.assert_close(found[0], model.b(images(), context=LABELS))
+    model = make(Along())
+    found = run(
+        model,
+        context=LABELS,
+        call=lambda y: pool.submit(contextvars.copy_context().run, model.b, y).result(),
+    )
+    torch.testing.assert_close(found, run(model, context=LABELS))
 
 
 def test_a_block_around_another_thread_is_an_error_that_names_the_ways_out(model, pool):

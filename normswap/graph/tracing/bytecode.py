@@ -38,10 +38,12 @@ class Test(NamedTuple):
     Attributes:
         names: local variables its operands are made of.
         none: whether it compares with None.
+        calls: whether something is called for one of its operands.
     """
 
     names: tuple[str, ...]
     none: bool
+    calls: bool
 
 
 class Code(NamedTuple):
@@ -93,17 +95,19 @@ def _find_loads(code: types.CodeType, steps: list[dis.Instruction]) -> dict[int,
 def _find_tests(steps: list[dis.Instruction]) -> dict[int, Test]:
     tests = {}
     names: list[str] = []
+    calls = False
     previous: object = ...
     for step in steps:
         name = step.opname
         to_none = name.endswith(("_IF_NONE", "_IF_NOT_NONE"))
         if name == "IS_OP" or to_none or name.startswith("MATCH_"):
             none = (to_none or previous is None) and not name.startswith("MATCH_")
-            tests[step.offset] = Test(tuple(names), none)
+            tests[step.offset] = Test(tuple(names), none, calls)
         if name.startswith(("LOAD_FAST", "LOAD_DEREF")) and isinstance(step.argval, str | tuple):
             names += [step.argval] if isinstance(step.argval, str) else step.argval
         elif name.startswith(_ENDS) and not name.startswith("STORE_FAST_LOAD"):
-            names = []
+            names, calls = [], False
+        calls |= name.startswith("CALL")
         previous = step.argval if name.startswith("LOAD_CONST") else ...
     return tests
 

@@ -9,6 +9,7 @@ Serves HRNet and VoVNet in timm, whose stages hand each other lists.
 """
 
 from collections import OrderedDict
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -84,9 +85,21 @@ def aliased(values: tuple[Any, ...]) -> bool:
 def may_be_changed(value: Any) -> bool:
     """Return whether a callee could change a list or dict to something a graph would not see.
 
-    Constants in a list are mostly written in the call, for nobody else to see.
+    Constants in a list are mostly written in the call, for nobody else to see. Objects of data
+    classes, which a graph builds anew, count as lists.
     """
-    return any(not holder or any_leaf(holder, (fx.Proxy,)) for holder in find_lists(value))
+    return holds_objects(value) or any(
+        not holder or any_leaf(holder, (fx.Proxy,)) for holder in find_lists(value)
+    )
+
+
+def holds_objects(value: Any) -> bool:
+    """Return whether a value is, or holds, an object whose fields can be set."""
+    if isinstance(value, list | tuple | dict) and not is_dataclass(value):
+        parts = value.values() if isinstance(value, dict) else value
+        return any(map(holds_objects, parts))
+    frozen = getattr(type(value), "__dataclass_params__", None)
+    return frozen is not None and not frozen.frozen
 
 
 def hand_on(

@@ -10,7 +10,8 @@ from normswap.graph.tracing.failure import TraceFailure, is_library
 from normswap.graph.tracing.whitelist import CONSTANTS, FUNCTIONS, is_constant
 
 _MOST_PARTS = 256
-_MISSING = object()
+# Stands for an attribute that is not there.
+MISSING = object()
 Path = tuple[str, ...]
 
 
@@ -35,7 +36,7 @@ class Guards(NamedTuple):
             if tuple(walk(module, path)._modules) != children:
                 return False
         for path, name, value in self.attributes:
-            if not alike(getattr(walk(module, path), name, _MISSING), value):
+            if not alike(getattr(walk(module, path), name, MISSING), value):
                 return False
         for path, name, value in self.methods:
             owner = walk(module, path)

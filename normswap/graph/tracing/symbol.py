@@ -41,6 +41,14 @@ class Value(fx.Proxy):
     def __len__(self) -> int:  # list() asks for it, and takes this error for an answer
         raise TypeError("the length of this value is only known when it runs")
 
+    def __str__(self) -> str:
+        # It may be for the message of an error; if the forward goes on, the text is used.
+        cast(Any, self.tracer).wrote = True
+        return repr(self)
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
     def __contains__(self, item: Any) -> bool:
         raise TraceFailure("asks what is in a value known only when it runs")
 
@@ -91,7 +99,8 @@ def unpack(value: Value) -> Iterator[Any] | None:
     if name in ("split", "split_with_sizes") and sizes is not None:
         return iter([parts[i] for i in range(len(sizes))])
     length: Any = None
-    if name == "chunk":
+    if name == "chunk" and _dimension(node) not in (None, 0):
+        # A batch may have fewer samples than the chunks asked for.
         length = node.kwargs.get("chunks", node.args[1] if len(node.args) > 1 else None)
     elif name == "getitem" and _is_shape(node.args[0]):
         part: Any = node.args[1]
@@ -103,6 +112,10 @@ def unpack(value: Value) -> Iterator[Any] | None:
         return None
     value.tracer.create_proxy("call_function", check_parts, (value, length), {})
     return iter([parts[i] for i in range(length)])
+
+
+def _dimension(node: fx.Node) -> Any:
+    return node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
 
 
 def _is_shape(node: Any) -> bool:
@@ -122,7 +135,8 @@ def check_parts(value: Any, length: int) -> None:
     if len(value) != length:
         raise ConversionError(
             f"expected {length} parts, as this forward asks for, got {len(value)}: the input is "
-            "too small, or has too few dimensions, to be cut so"
+            "too small, or has too few dimensions, to be cut so; a forward that takes fewer is "
+            "right with convert(..., trace=False)"
         )
 
 

@@ -94,7 +94,12 @@ class TraceSession:
             return self.tracer.read(module, name, value)
 
         def fallback(module: nn.Module, name: str) -> Any:
-            value = original_getattr(module, name)
+            try:
+                value = original_getattr(module, name)
+            except AttributeError:
+                if self.tracer is not None:
+                    self.tracer.miss(module, name)
+                raise
             if self.tracer is None:
                 return value
             return self.tracer.read(module, name, value)
@@ -255,6 +260,7 @@ class TraceSession:
         lists = snapshot_lists(values)
         outer = self._tracer, self._local, self._entered
         self._tracer, self._local, self._entered = tracer, p.Patches(), set()
+        tracer.reads.name(getattr(type(root), "converted_from", type(root)), "forward", forward)
         watch = Watch(self._enter_globals, tracer.reads, root)
         failure: Exception | None = None
         # The collector runs code of others in the middle of a forward, which is not judged.
@@ -265,6 +271,8 @@ class TraceSession:
                 self._enter_globals(table)
             with ConstantCalls(tracer), watch:
                 output = call(forward, root, values)
+                if tracer.wrote:
+                    raise TraceFailure("writes, as text, a value known only when it runs")
                 writes = tracer.result.writes = find_writes(values, lists, output)
                 if writes:
                     output = (output, tuple(values[i] for i, _ in writes))

@@ -17,7 +17,7 @@ from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.list_effects import Writes, hand_on, may_be_changed, take_back
 from normswap.graph.tracing.method_calls import Outlined, methods_running
 from normswap.graph.tracing.names import Names, returns_tensor
-from normswap.graph.tracing.reads import Reads
+from normswap.graph.tracing.reads import MISSING, Reads
 from normswap.graph.tracing.region import Region
 from normswap.graph.tracing.symbol import MOST_QUESTIONS, Value, question_key, unpack
 
@@ -96,6 +96,7 @@ class ContainerTracer(fx.Tracer):
         self.result = Traced(self.graph)
         self.reads = self.result.reads
         self.region: Region | None = None
+        self.wrote = False
         self._known: dict[Any, bool] = {}
         self._reshaped = 0
         self._paths, self._tensors = names.paths, names.tensors
@@ -217,6 +218,12 @@ class ContainerTracer(fx.Tracer):
         self.result.outlined.append(value.node)
         return value
 
+    def miss(self, module: nn.Module, name: str) -> None:
+        """Note that a module has no attribute of this name."""
+        path = self._paths.get(id(module))
+        if path is not None:
+            self.reads.attributes.setdefault((path, name), MISSING)
+
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Note an attribute the forward saw; parameters and buffers become symbolic."""
         path = self._paths.get(id(module))
@@ -232,9 +239,11 @@ class ContainerTracer(fx.Tracer):
         if name in _BASE or isinstance(value, nn.Module):
             return value
         function = getattr(value, "__func__", value)
-        if name in vars(module) or not isinstance(function, types.FunctionType):
-            builtin = isinstance(value, types.BuiltinMethodType | types.MethodWrapperType)
-            return value if builtin else self.reads.attribute(path, name, value)
+        builtin = isinstance(value, types.BuiltinMethodType | types.MethodWrapperType)
+        if name in vars(module) or not (builtin or isinstance(function, types.FunctionType)):
+            return self.reads.attribute(path, name, value)
+        if builtin:
+            return value
         if module is self.root and name in self.outlined:
             return functools.partial(self._call_method, Outlined(name))
         if not is_torch(function.__module__):

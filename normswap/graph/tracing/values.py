@@ -119,6 +119,19 @@ def find_lists(value: Any) -> Iterator[Any]:
             yield from find_lists(part)
 
 
+def symbolic_parts(value: Any) -> list[fx.Proxy]:
+    """Return the symbolic values that a value is, or that its tuples, lists and dicts hold."""
+    if isinstance(value, fx.Proxy):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return (
+        [p for part in value for p in symbolic_parts(part)]
+        if isinstance(value, list | tuple)
+        else []
+    )
+
+
 def any_leaf(value: Any, kinds: tuple[type, ...]) -> bool:
     """Return whether a value, or anything inside its tuples, lists, dicts, is one of `kinds`."""
     if isinstance(value, kinds):

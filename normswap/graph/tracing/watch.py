@@ -8,13 +8,14 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
-from normswap.graph.tracing.bytecode import Load, read_code
+from normswap.graph.tracing.bytecode import Load, Test, read_code
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.method_calls import method_of
 from normswap.graph.tracing.reads import Reads
 from normswap.graph.tracing.symbol import is_something
+from normswap.graph.tracing.values import symbolic_parts
 from normswap.graph.tracing.whitelist import needs_guard, why_unfit
 
 _MISSING = object()
@@ -80,12 +81,8 @@ class Watch:
                 if frame.f_lasti in stops:
                     raise TraceFailure(stops[frame.f_lasti])
                 test = code.tests.get(frame.f_lasti)
-                for name in test.names if test else ():
-                    value = frame.f_locals.get(name)
-                    known = test and test.none and isinstance(value, fx.Proxy)
-                    if isinstance(value, fx.Proxy) and not (known and is_something(value.node)):
-                        what = "is None" if test and test.none else "is another object"
-                        raise TraceFailure(f"asks whether {name} {what}, known only when it runs")
+                if test is not None:
+                    _check_test(test, frame.f_locals)
             return step
 
         return step
@@ -134,6 +131,17 @@ class Watch:
                 return ""  # a variable of this forward
             outer = outer.f_back
         return f"reads {load.name}, a variable of a function that made it"
+
+
+def _check_test(test: Test, values: Any) -> None:
+    """Raise where only a run knows the answer."""
+    for name in test.names:
+        found = symbolic_parts(values.get(name))
+        certain = test.none and not test.calls and all(is_something(p.node) for p in found)
+        if found and not certain:
+            what = "is None" if test.none else "is another object"
+            via = f"what comes of {name}" if test.calls else name
+            raise TraceFailure(f"asks whether {via} {what}, known only when it runs")
 
 
 def _unwrap(value: Any) -> Any:

@@ -1,0 +1,48 @@
+"""What of a scope belongs to a thread, in a form that compiled code reads and writes."""
+
+import threading
+from typing import NamedTuple
+
+from normswap.functional.labels import Context
+
+
+class Entry(NamedTuple):
+    """A context that was put in scope; None in its place means explicitly none.
+
+    Attributes:
+        context: the labels.
+        task: the backward in which that happened; -1 outside of backward.
+    """
+
+    context: Context | None
+    task: int = -1
+
+
+SEVERAL = Entry(None, -2)
+
+
+class Here:
+    """What compiled code can read and write of a thread.
+
+    Attributes:
+        entry: of the innermost forward that runs. A forward never awaits: it is its task's, too.
+        compiled: of the innermost block, where compiled code opened it.
+        mirror: of the innermost block, for compiled code that cannot ask for its task's; `SEVERAL`
+            where blocks of several tasks are open.
+        blocks: how many are open, of all tasks.
+        labelled: how many of those have labels.
+        forwards: how many entries have labels.
+    """
+
+    def __init__(self) -> None:
+        self.entry: Entry | None = None
+        self.compiled: Entry | None = None
+        self.mirror: Entry | None = None
+        self.blocks = self.labelled = self.forwards = 0
+
+
+class Local(threading.local):
+    """Gives each thread its own; compiled code would lose what is written to this one itself."""
+
+    def __init__(self) -> None:
+        self.here = Here()

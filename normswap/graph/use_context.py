@@ -1,0 +1,68 @@
+"""Give labels to forwards that are passed none, for the length of a block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from normswap.errors import ConversionError, expect_module
+from normswap.functional.labels import Labels
+from normswap.graph.scope import Scope, scope_of
+
+
+def scopes_of(model: nn.Module) -> list[Scope]:
+    """Return the scopes of the norms in the converted models that are, or are inside, a module.
+
+    A model that was converted by itself before it became part of another has labels of its own.
+    """
+    found: dict[int, Scope] = {}
+    queue: list[tuple[nn.Module, Scope | None]] = [(model, None)]
+    while queue:
+        module, within = queue.pop()
+        scope = scope_of(module)
+        if scope is not None:
+            if within is not None and within is not scope.model:
+                continue
+            within = scope.model
+            if "_normswap" not in vars(module):
+                found[id(scope)] = scope
+        queue += [(child, within) for child in module.children()]
+    return list(found.values())
+
+
+@contextmanager
+def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
+    """Give every forward inside the block these labels, where it is passed none.
+
+    For loops that cannot pass ``context=`` themselves. The model may be wrapped (compiled,
+    distributed). Blocks nest; None hides the labels of an outer block. A block belongs to its
+    thread and its asyncio task: work handed to another thread takes it along by
+    ``contextvars.copy_context().run``. Backward may run after the block.
+
+    Sliding windows are samples to the model: where windows of several volumes share a batch, as in
+    MONAI's ``sliding_window_inference``, take each one's label by its place, which MONAI gives
+    with ``with_coord=True``: ``lambda w, at: model(w, context=labels[[i.start for i, *_ in at]])``.
+
+    Args:
+        model: a converted model, or a module that holds one.
+        context: labels as the model's forward takes them.
+
+    Raises:
+        ConversionError: no converted model in `model`.
+        ContextError: labels that do not fit.
+    """
+    expect_module(model)
+    scopes = scopes_of(model)
+    if not scopes:
+        raise ConversionError(
+            f"expected a converted model, got {type(model).__name__} without any context-aware "
+            "norm; call normswap.convert first"
+        )
+    device = next((p.device for p in model.parameters()), None)
+    resolved = [None if context is None else s.resolve(context, device) for s in scopes]
+    opened = [s.open(given) for s, given in zip(scopes, resolved, strict=True)]
+    try:
+        yield
+    finally:
+        for scope, before in zip(reversed(scopes), reversed(opened), strict=True):
+            scope.close(before)
