@@ -80,6 +80,8 @@ class Trial:
 
     def start(self, modes: tuple[str, ...]) -> None:
         """Convert, in these ways."""
+        if not self.references[0].norms():
+            raise _Invalid("it has no norm")
         idle = self.references[0].run(lambda: None).random
         for mode in modes:
             with self.judging(mode):
