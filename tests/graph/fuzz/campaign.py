@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.graph.fuzz.constructs import CONSTRUCTS
 from tests.graph.fuzz.generate import programs
-from tests.graph.fuzz.judge import MODES, Failure, Verdict, judge
+from tests.graph.fuzz.judge import MODES, judge
 from tests.graph.fuzz.known import CONSTRUCTS_KNOWN, covering
 from tests.graph.fuzz.program import Program
+from tests.graph.fuzz.verdict import Failure, Verdict
 
 _KEPT = 4
 

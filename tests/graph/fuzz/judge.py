@@ -1,10 +1,7 @@
 """Run a program's actions on references and converted models side by side; say who was right."""
 
 import contextlib
-import re
-import threading
 import traceback
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,52 +17,13 @@ from tests.graph.fuzz.compare import (
 )
 from tests.graph.fuzz.observe import Stray
 from tests.graph.fuzz.program import Call, Change, Copy, Original, Program, Threads
-from tests.graph.fuzz.world import NAMES, PRIORS, Converted, Outcome, Reference, images
-
-_WAYS_OUT = re.compile(
-    r"exclude=|context=|contexts=|use_context|trace=False|inplace=|select=|normswap\.\w+|"
-    r"unknown=|verify=|call the|leave it out|turn "
-)
+from tests.graph.fuzz.tensors import images
+from tests.graph.fuzz.threads import call_at_once
+from tests.graph.fuzz.verdict import WAYS_OUT, Verdict, make_failure
+from tests.graph.fuzz.world import NAMES, PRIORS, Converted, Outcome, Reference
 
 # What programs raise on purpose.
 _OWN = ("too large", "channels")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A kind, without numbers and so the same for programs that fail alike, and all the detail."""
-
-    kind: str
-    detail: str
-
-
-@dataclass
-class Verdict:
-    """What became of a program.
-
-    Attributes:
-        failures: at most one of each way to convert it.
-        refusals: errors on purpose, which name a way out.
-        invalid: why the original itself cannot run it; "" where it can.
-        traced, scoped: number of traced containers, and reasons of the others, by name.
-    """
-
-    failures: list[Failure] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
-    invalid: str = ""
-    traced: int = 0
-    scoped: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def status(self) -> str:
-        """One of "wrong", "refused", "invalid", "right"."""
-        given = {"wrong": self.failures, "refused": self.refusals, "invalid": self.invalid}
-        return next((name for name, value in given.items() if value), "right")
-
-    @property
-    def detail(self) -> str:
-        """Everything that went wrong."""
-        return "\n".join(f"{f.kind}\n{f.detail}" for f in self.failures)
 
 
 class _Wrong(Exception):
@@ -122,6 +80,8 @@ class Trial:
 
     def start(self, modes: tuple[str, ...]) -> None:
         """Convert, in these ways."""
+        if not self.references[0].norms():
+            raise _Invalid("it has no norm")
         idle = self.references[0].run(lambda: None).random
         for mode in modes:
             with self.judging(mode):
@@ -154,7 +114,7 @@ class Trial:
         except (_Wrong, Stray) as wrong:
             self.converted.pop(mode, None)
             detail = f"stray: {wrong}" if isinstance(wrong, Stray) else str(wrong)
-            self.verdict.failures.append(_failure(mode, self.stage, detail))
+            self.verdict.failures.append(make_failure(mode, self.stage, detail))
 
     def each(self):
         """Yield each way to convert that is still right, and its model."""
@@ -164,7 +124,7 @@ class Trial:
         """Take an error of ours for a refusal if it is one on purpose that names a way out."""
         self.converted.pop(mode, None)
         if isinstance(error, NormswapError):
-            if not _WAYS_OUT.search(str(error)):
+            if not WAYS_OUT.search(str(error)):
                 raise _Wrong(f"names no way out: {error}")
             self.verdict.refusals.append(f"{mode}, {self.stage}: {error}")
             return
@@ -292,7 +252,7 @@ class Trial:
         for mode, world in self.each():
             with self.judging(mode):
                 results: dict[int, Any] = {}
-                world.run(lambda world=world, results=results: _both(world, call, results))
+                world.run(lambda world=world, results=results: call_at_once(world, call, results))
                 for k, result in sorted(results.items()):
                     if isinstance(result, Exception):
                         self.refused(mode, result)
@@ -316,28 +276,6 @@ class Trial:
                     self.verdict.traced, self.verdict.scoped = report.traced, dict(report.opaque)
 
 
-def _both(world: Converted, call: Call, results: dict[int, Any]) -> None:
-    barrier = threading.Barrier(len(NAMES))
-
-    def work(k: int) -> None:
-        try:
-            given, _ = world.given(Call(labels=(k,)))
-            barrier.wait(10)
-            with torch.no_grad():
-                for _ in range(3):
-                    x = images(call.batch, call.size)
-                    results[k] = world.evaluate(call.expression, x, given), x
-        except Exception as error:
-            results[k] = error
-
-    world.model.eval()
-    workers = [threading.Thread(target=work, args=(k,)) for k in range(len(NAMES))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-
-
 MODES = ("untraced", "traced")
 
 
@@ -354,11 +292,3 @@ def judge(program: Program, modes: tuple[str, ...] = MODES) -> Verdict:
     finally:
         trial.close()
     return trial.verdict
-
-
-def _failure(mode: str, stage: str, detail: str) -> Failure:
-    lines = detail.strip().splitlines()
-    ours = [line.split("/normswap/")[-1] for line in lines if "/normswap/normswap/" in line]
-    short = re.sub(r"<[^>]*>|'[^']*'|\d+(\.\d+)?(e-?\d+)?", "#", lines[0])[:70]
-    where = f" at {ours[-1].split(',')[0]}" if ours else ""
-    return Failure(f"{mode} {stage}: {short}{where}", detail)
