@@ -41,7 +41,7 @@ def find_question(module: nn.Module, changed: dict[type, type]) -> str:
     """
     cls: Any = class_of(module)
     kinds = {k for old, new in changed.items() for k in old.__mro__ if k not in new.__mro__}
-    for function in _reachable(cls.forward, cls):
+    for function in reachable(cls.forward, cls):
         expressions = list(_expressions(function))
         asks_type = any(type in e.values or "__class__" in e.names for e in expressions)
         asks_kind = any(isinstance in e.values for e in expressions)
@@ -63,7 +63,7 @@ def find_question(module: nn.Module, changed: dict[type, type]) -> str:
     return ""
 
 
-def _reachable(forward: Any, cls: type) -> Iterator[types.FunctionType]:
+def reachable(forward: Any, cls: type) -> Iterator[types.FunctionType]:
     """Yield a forward and the functions it may call: methods of its class and free functions."""
     waiting, met = [forward], set[int]()
     while waiting:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from normswap.functional.backward import in_backward
+from normswap.graph.outside import find_slots, silence
 from normswap.sites import looks_like_norm
 from normswap.util.restore_state import remember
 
@@ -44,12 +45,13 @@ def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Callable[..., bool],
         for table, name, own in tables if not hooks else ():
             kept = [(k, h) for k, h in own.items() if _is_of_torch(h)]
             table[name] = OrderedDict(kept)
-        undo = remember(module)
+        undo = remember(module, find_slots(module))
         try:
             for part in parts:
                 if part.training and (not part._modules or _is_norm(part)):
                     part.__dict__["training"] = False
-            yield undo, modes
+            with silence():
+                yield undo, modes
         finally:
             for part in parts:
                 part.__dict__["training"] = modes[id(part)]

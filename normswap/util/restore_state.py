@@ -3,8 +3,9 @@
 import copy
 import random
 import sys
+import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 # Of a module's own table: what holds modules and parameters, and what this package keeps there.
 _LEFT_ALONE = ("_modules", "_parameters", "_normswap", "_normswap_record", "scope", "training")
+
+
+_COLLECTIONS = (list, dict, set, deque)
 
 
 class Dice(NamedTuple):
@@ -22,13 +26,17 @@ class Dice(NamedTuple):
     seed: Callable[[int], Any]
 
 
-def remember(module: nn.Module) -> Callable[..., bool]:
+def remember(module: nn.Module, slots: Iterable[Any] = ()) -> Callable[..., bool]:
     """Return what puts buffers, plain attributes and the random states back as they are now.
 
     Attributes are put back by reference, collections and plain objects with what they hold,
     tensors with their values, generators with their states; so are the generators of Python,
     NumPy and torch that the whole program shares. What is returned says, each time it is called,
     whether any of them had moved; given a seed, it starts them from that.
+
+    Args:
+        module: the model, or a part of one.
+        slots: names outside of it, each with ``read()`` and ``write(value)``.
     """
     tensors: dict[int, tuple[Tensor, Tensor]] = {}
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -47,7 +55,7 @@ def remember(module: nn.Module) -> Callable[..., bool]:
         for value in (*kept.values(), *part._buffers.values()):
             if isinstance(value, Tensor):
                 tensors[id(value)] = (value, value.detach().clone())
-            elif isinstance(value, list | dict | set | deque):
+            elif isinstance(value, _COLLECTIONS):
                 contents.append((value, copy.copy(value)))
             elif isinstance(value, torch.Generator):
                 dice.append(Dice(value.get_state, value.set_state, value.manual_seed))
@@ -55,6 +63,10 @@ def remember(module: nn.Module) -> Callable[..., bool]:
                 dice.append(Dice(value.getstate, value.setstate, value.seed))
             elif hasattr(value, "__dict__") and not callable(value):
                 contents.append((vars(value), dict(vars(value))))
+    outside = [(slot, slot.read()) for slot in slots]
+    for _, value in outside:
+        contents += _changeable(value)
+    iterators = [(slot, copy.copy(value)) for slot, value in outside if _is_copyable(value)]
     if any(parameter.is_cuda for parameter in module.parameters()):
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         dice.append(Dice(generator.get_state, generator.set_state, generator.manual_seed))
@@ -65,6 +77,11 @@ def remember(module: nn.Module) -> Callable[..., bool]:
             for key in [k for k in table if k not in kept and k not in _LEFT_ALONE]:
                 del table[key]
             table.update(kept)
+        for slot, value in outside:
+            if slot.read() is not value:
+                slot.write(value)
+        for slot, iterator in iterators:
+            slot.write(copy.copy(iterator))
         for value, before in contents:
             if not _same(value, before):
                 value.clear()
@@ -84,6 +101,29 @@ def remember(module: nn.Module) -> Callable[..., bool]:
         return moved
 
     return undo
+
+
+def _changeable(value: Any, depth: int = 3) -> list[tuple[Any, Any]]:
+    """Return (collection or table of attributes, copy) for what a value holds that can change."""
+    skip = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType)
+    if isinstance(value, _COLLECTIONS):
+        parts = [*value.values()] if isinstance(value, dict) else [*value]
+    elif hasattr(value, "__dict__") and not isinstance(value, skip):
+        value = vars(value)
+        parts = [*value.values()]
+    else:
+        return []
+    inner = [found for part in parts if depth for found in _changeable(part, depth - 1)]
+    return [(value, copy.copy(value)), *inner]
+
+
+def _is_copyable(value: Any) -> bool:
+    """Return whether a value is an iterator that can be set back by taking a copy of it."""
+    return (
+        isinstance(value, Iterator)
+        and type(value).__module__ in ("builtins", "itertools")
+        and (not isinstance(value, types.GeneratorType))
+    )
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -10,14 +10,7 @@ from pathlib import Path
 
 PROGRAMS = Path(__file__).parent / "programs"
 
-_MEASURED = "measuring rows runs the forward, and what it does beside its output, several times"
-
-_BY_REASON = {
-    _MEASURED: """
-        print warn log logging feature_list feature_dict feature_deque counter_global counter_class
-        counter_dict counter_function counter_closure counter_iterator environ_set checkpoint_old
-    """,
-}
+_BY_REASON: dict[str, str] = {}
 CONSTRUCTS_KNOWN = {name: why for why, names in _BY_REASON.items() for name in names.split()}
 
 
@@ -36,9 +29,7 @@ class Known:
     source: str
 
 
-KNOWN = {
-    "probed_effect": Known(_MEASURED, "other (state|lines)", "SEEN|print|append"),
-}
+KNOWN: dict[str, Known] = {}
 
 
 def covering(text: str, kind: str) -> str | None:
