@@ -75,12 +75,26 @@ class _Quiet(nn.Module):
         """Do nothing."""
 
 
+class _Forwarding(type):
+    """What a forward sets on ``type(self)`` it sets on the class of the original, as ever."""
+
+    converted_from: type
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        setattr(cls.converted_from, name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        delattr(cls.converted_from, name)
+
+
 def _subclass(base: Any, body: dict[str, Any]) -> Any:
     """Make a subclass as the class statement does, without the hooks of the base.
 
     Neither ``__init_subclass__`` nor the metaclass runs: many of them register what they see.
     """
-    cls: Any = type.__new__(type(base), base.__name__, (_Quiet, base), body)
+    own = type(base)
+    kind = _Forwarding if own is type else type(own.__name__, (_Forwarding, own), {})
+    cls: Any = type.__new__(kind, base.__name__, (_Quiet, base), body)
     if isinstance(cls, abc.ABCMeta):
         abc._abc_init(cls)  # type: ignore[attr-defined]  # else it shares the caches of its base
     type.__setattr__(cls, "__bases__", (base,))

@@ -104,7 +104,7 @@ def test_the_class_shows_itself_as_its_base_does(cls):
     converted = normswap.convert(cls(), "cn", verify=False)
     made = type(converted)
     assert made.__bases__ == (cls,)
-    assert type(made) is type(cls)
+    assert isinstance(made, type(cls))
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         assert getattr(made, name) == getattr(cls, name)
     assert isinstance(converted, cls)
