@@ -62,8 +62,10 @@ class Run:
             values = rebuild(self.values, self.samples, first(count))
             # Checkpointing around this call would count what is saved for backward.
             unhooked = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
-            with _LOCK, unhooked, quiet(self.module, hooks) as (undo, modes):
-                found = Measurement(lambda v: self.call(v, whole), undo, values, count, modes)
+            with _LOCK, unhooked, quiet(self.module, hooks) as (before, modes):
+                found = Measurement(
+                    lambda v: self.call(v, whole), before.restore, values, count, modes
+                )
                 if not found.possible:
                     return Plan([], reason=f"no argument has {self.samples} samples")
                 self.measurement = found
