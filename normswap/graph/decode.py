@@ -87,7 +87,7 @@ def moves_others(step: Step, moved: Tensor, sample: int, samples: int, noise: fl
     if owners is None:
         owners = torch.empty(step.rows, dtype=torch.int64)
         owners[_slots(step.how, step.rows, samples)] = torch.arange(samples).unsqueeze(1)
-    least = max(noise, float(moved.max()) / _DOMINANT)
+    least = max(noise, float(moved.max()) / _DOMINANT if len(moved) else 0.0)
     return bool((moved > least)[owners.cpu() != sample].any())
 
 
@@ -119,8 +119,8 @@ def change_of(x: Tensor, y: Tensor) -> Tensor:
         x, y = x.float(), y.float()
     if not x.shape[1]:
         return x.new_zeros(len(x))
-    change, scale = (torch.linalg.vector_norm(t, math.inf, 1) for t in (x - y, x))
+    change, scale = (x - y).abs().amax(1), x.abs().amax(1)
     if not bool((change + scale).isfinite().all()):
         x, y = x.nan_to_num(), y.nan_to_num()
-        change, scale = (torch.linalg.vector_norm(t, math.inf, 1) for t in (x - y, x))
+        change, scale = (x - y).abs().amax(1), x.abs().amax(1)
     return change / scale.clamp_min(1e-30)

@@ -42,20 +42,18 @@ def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) ->
         kinds.append((value.dtype, value.dim(), batch))
         numbers.append(value.shape[1:] if batch else value.shape)
     elif value is None or isinstance(value, bool | str | enum.Enum):
-        kinds.append(str(value) if isinstance(value, str | enum.Enum) else value)
+        kinds.append(repr(value))
     elif isinstance(value, int | float):
         kinds.append("number")
         numbers.append(value)
     elif is_list_of_samples(value, samples):
-        found = set()
-        for part in value:
-            described: tuple[list[Any], list[Any]] = ([], [])
+        found: list[tuple[list[Any], list[Any]]] = [([], []) for _ in value]
+        for part, described in zip(value, found, strict=True):
             _describe(part, samples, *described)
-            found.add(tuple(map(tuple, described)))
-        kinds.append(frozenset(kind for kind, _ in found))
-        numbers.append(frozenset(number for _, number in found))
+        kinds.append(frozenset(tuple(kind) for kind, _ in found))
+        numbers.append(frozenset(tuple(number) for _, number in found))
     else:
-        parts = parts_of(value)
-        kinds.append((type(value).__qualname__, *map(str, parts or ())))
-        for part in (parts or {}).values():
+        parts = parts_of(value) or {}
+        kinds.append((type(value).__qualname__, *map(str, parts)))
+        for part in parts.values():
             _describe(part, samples, kinds, numbers)

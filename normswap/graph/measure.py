@@ -1,7 +1,8 @@
 """Measure which sample each row at each norm is from, by exchanging samples; see `decode`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,15 @@ from normswap.graph.plans import Step
 from normswap.graph.samples import HOWS, exchange, fresh, is_content, rebuild, rolled
 
 # None that a program is likely to have started from.
-_SEED, _OTHER_SEEDS = 0x5EED0000, 8
+_OTHER_SEEDS = range(0x5EED0000, 0x5EED0008)
 
 # What the norms met in a run, and what each was given.
 _Met = list[tuple[Step, Tensor]]
+
+
+def _noting(batches: list[Any], batch: Any) -> Any:
+    batches.append(batch)
+    return batch
 
 
 class Measurement:
@@ -42,50 +48,46 @@ class Measurement:
         self.modes = modes
         # Of the random generators in each run; by default they start as they are.
         self.seed: int | None = None
-        self._listener: Callable[[Any, str, Tensor], None]
+        self._met: _Met = []
+        self._before: Iterator[tuple[Step, Tensor]] | None = None
+        self._moved: list[Tensor] = []
         batches: list[Any] = []
-        rebuild(values, samples, lambda batch: batches.append(batch) or batch)  # type: ignore[func-returns-value]
+        rebuild(values, samples, partial(_noting, batches))
         # Vectors are lengths or labels, unless there is nothing else.
         self.least = 2 if any(is_content(batch, 2) for batch in batches) else 1
         self.possible = any(is_content(batch, self.least) for batch in batches)
 
     def listen(self, layer: Any, site: str, x: Tensor) -> None:
-        """Take note of what a norm is given."""
-        self._listener(layer, site, x.detach().reshape(x.shape[0], -1))
+        """Keep what a norm is given, or compare it with what it was given before."""
+        x = x.detach().reshape(x.shape[0], -1)
+        if self._before is None:
+            step = Step(site, self.modes.get(id(layer), False), len(x))
+            self._met.append((step, x.clone()))
+            return
+        step, before = next(self._before, (Step("", False, 0), x))
+        if step.site == site and before.shape == x.shape:
+            self._moved.append(change_of(before, x).cpu())
+        else:
+            self._before = iter(())
 
-    def _run(self, listener: Callable[[Any, str, Tensor], None], change: Any = fresh) -> None:
+    def _run(self, change: Callable[[Any], Any], before: _Met | None = None) -> None:
         self.restore(self.seed)
-        self._listener = listener
+        self._before = None if before is None else iter(before)
+        self._met, self._moved = [], []
         self.call(rebuild(self.values, self.samples, change))
 
-    def _record(self, change: Any = fresh) -> _Met:
+    def _record(self, change: Callable[[Any], Any] = fresh) -> _Met:
         """Run the model; return what its norms are given."""
-        met: _Met = []
+        self._run(change)
+        return self._met
 
-        def note(layer: Any, site: str, x: Tensor) -> None:
-            met.append((Step(site, self.modes.get(id(layer), False), len(x)), x.clone()))
-
-        self._run(note, change)
-        return met
-
-    def _compare(self, met: _Met, judge: Callable[..., Any], change: Any = fresh) -> list[Any]:
-        """Run the model; return what is judged of each norm as far as the path is the same."""
-        found: list[Any] = []
-        rest = iter(met)
-
-        def follow(layer: Any, site: str, x: Tensor) -> None:
-            nonlocal rest
-            step, before = next(rest, (None, x))
-            if step is not None and step.site == site and before.shape == x.shape:
-                found.append(judge(step, before, x))
-            else:
-                rest = iter(())
-
-        self._run(follow, change)
-        return found
+    def _compare(self, met: _Met, change: Callable[[Any], Any] = fresh) -> list[Tensor]:
+        """Run the model; return how much each row moved as far as the path is the same."""
+        self._run(change, met)
+        return self._moved
 
     def _exchange(self, met: _Met, picked: list[int], how: str, order: Any = fresh) -> list[Tensor]:
-        """Return how much each row moves when these samples of a batch in an order are exchanged."""
+        """Return how much each row moves when some samples, of a batch in an order, change."""
         generator = torch.Generator().manual_seed(len(how) + 31 * sum(picked))
 
         def change(batch: Any) -> Any:
@@ -93,7 +95,7 @@ class Measurement:
             content = is_content(batch, self.least)
             return fresh(exchange(batch, picked, how, generator)) if content else batch
 
-        return self._compare(met, _moved, change)
+        return self._compare(met, change)
 
     def steps(self) -> list[Step]:
         """Return every call of a norm, with what was found of its rows.
@@ -105,13 +107,21 @@ class Measurement:
         if not met:
             return []
         drawn = self.restore()
-        again = self._compare(met, _moved)
+        again = self._compare(met)
         steady = not drawn and len(again) == len(met) and not any(m.any() for m in again)
         noise = [8 * float(m.max()) if m.numel() else 0.0 for m in again]
         noise += [math.inf] * (len(met) - len(noise))
         for (step, x), moves, least in zip(met, self._moves(met, noise), noise, strict=True):
             settle(step, x, moves, self.samples, least)
-        self._check(met, noise, steady)
+        if steady:
+            try:
+                self._check(met, noise, 0, rolled, "rows whose order depends on their values")
+            except Exception:
+                # Some orders are not the model's to take, as that of samples sorted by length.
+                return [step for step, _ in met]
+        for sample, self.seed in enumerate(() if steady else _OTHER_SEEDS):
+            cause = "rows in an order that changes from call to call"
+            self._check(met, noise, sample % self.samples, fresh, cause)
         return [step for step, _ in met]
 
     def _moves(self, met: _Met, noise: list[float]) -> list[Tensor | None]:
@@ -131,34 +141,21 @@ class Measurement:
                 reach = min(reach, len(moved))
                 for total, one in zip(moves, moved, strict=False):
                     total[bit] = torch.maximum(total[bit], one)
-            if not any(
-                is_open(m, self.samples, n) for m, n in zip(moves[:reach], noise, strict=False)
-            ):
+            if not any(map(is_open, moves[:reach], [self.samples] * reach, noise)):
                 break
         if failure is not None and not any(bool(m.any()) for m in moves):
             raise failure
         return [m if at < reach else None for at, m in enumerate(moves)]
 
-    def _check(self, met: _Met, noise: list[float], steady: bool) -> None:
-        """Exchange one sample in another order, or under other seeds: its own rows may change."""
-        depends = "rows whose order depends on their values"
-        turns = [(rolled, None, 0, depends)] if steady else []
-        changes = "rows in an order that changes from call to call"
-        for turn in range(0 if steady else _OTHER_SEEDS):
-            turns.append((fresh, _SEED + turn, turn % self.samples, changes))
-        for order, self.seed, sample, cause in turns:
-            try:
-                new = self._record(order)
-                moves = self._exchange(new, [sample], "others", order)
-            except Exception:
-                # Some orders are not the model's to take, as that of samples sorted by length.
-                continue
-            for (step, _), (other, _), moved, least in zip(met, new, moves, noise, strict=False):
-                if (step.site, step.rows) != (other.site, other.rows):
-                    break
-                if not step.cause and moves_others(step, moved, sample, self.samples, least):
-                    step.cause = cause
+    def _check(self, met: _Met, noise: list[float], sample: int, order: Any, cause: str) -> None:
+        """Exchange a sample once more, in another order or after another seed.
 
-
-def _moved(step: Step, before: Tensor, x: Tensor) -> Tensor:
-    return change_of(before, x).cpu()
+        Rows that are not its own must not move.
+        """
+        new = self._record(order)
+        moves = self._exchange(new, [sample], "others", order)
+        for (step, _), (other, _), moved, least in zip(met, new, moves, noise, strict=False):
+            if (step.site, step.rows) != (other.site, other.rows):
+                break
+            if not step.cause and moves_others(step, moved, sample, self.samples, least):
+                step.cause = cause

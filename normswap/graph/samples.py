@@ -24,10 +24,7 @@ def is_list_of_samples(value: Any, samples: int) -> bool:
 
 
 def parts_of(value: Any) -> dict[Any, Any] | None:
-    """Return what an argument is made of, by name; None where it cannot be taken apart.
-
-    Other than torch's own trees, these are user dicts and data classes, registered or not.
-    """
+    """Return what an argument is made of, by name; None where it cannot be taken apart."""
     if isinstance(value, dict | UserDict):
         return dict(value)
     if isinstance(value, list | tuple):
@@ -45,13 +42,11 @@ def rebuild(value: Any, samples: int, change: Callable[[Any], Any]) -> Any:
     """
     if isinstance(value, Tensor):
         return change(value) if value.dim() > 0 and value.shape[0] == samples else fresh(value)
-    if isinstance(value, nn.Module):
-        return value
     if is_list_of_samples(value, samples):
         return type(value)(change(value))
     parts = parts_of(value)
     if parts is None:
-        return copy.deepcopy(value)
+        return value if isinstance(value, nn.Module) else copy.deepcopy(value)
     new = {key: rebuild(part, samples, change) for key, part in parts.items()}
     if isinstance(value, list | tuple):
         return (
@@ -71,12 +66,9 @@ def fresh(value: Any) -> Any:
     if not isinstance(value, Tensor):
         # No batch is of size -1: this copies everything.
         return rebuild(value, -1, fresh)
-    clone = value.detach().clone()
-    if value.requires_grad:
-        clone.requires_grad_()
-        # A leaf could not be changed in place.
-        return clone.clone() if torch.is_grad_enabled() else clone
-    return clone
+    clone = value.detach().clone().requires_grad_(value.requires_grad)
+    # A leaf could not be changed in place.
+    return clone.clone() if value.requires_grad and torch.is_grad_enabled() else clone
 
 
 def rolled(batch: Any) -> Any:
