@@ -59,8 +59,8 @@ class Rows:
         if outer is not None and outer.scope.model is state.scope.model:
             return call(values, context)
         run = Run(module, state.scope, call, values, context)
-        few = min(run.samples, _FEW)
         kind, run.numbers = kind_of(module, values, run.samples)
+        few = min(run.samples, _FEW)
         key = (state.fqn, few, torch.is_grad_enabled(), kind)
         run.family = self.families.setdefault(key, Family())
         token = RUN.set(run)
@@ -131,7 +131,7 @@ class Rows:
                 run.plan = plan
                 return step
         key = (site, layer.training, rows / run.samples)
-        if key not in self.known or not (run.astray or family.detours >= _MOST_DETOURS):
+        if key not in self.known or family.detours < _MOST_DETOURS:
             plan = run.measure(run.samples, hooks=True)
             self._keep(run, plan)
             step = plan.follow(run.path, run.samples)
@@ -139,7 +139,6 @@ class Rows:
                 run.plan = plan
                 return step
             # Layers skipped at random: what each was given so far tells.
-            run.astray = True
             family.detours += 1
         step = self.known.get(key)
         if step is not None and (step.regular or step.cause):

@@ -31,7 +31,6 @@ class Run:
     numbers: Any = None
     plan: Plan = field(default_factory=Plan)
     path: list[tuple[str, int]] = field(default_factory=list)
-    astray: bool = False
     measurement: Measurement | None = None
 
     @property
