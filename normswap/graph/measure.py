@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +16,6 @@ _OTHER_SEEDS = range(0x5EED0000, 0x5EED0008)
 
 # What the norms met in a run, and what each was given.
 _Met = list[tuple[Step, Tensor]]
-
-
-def _noting(batches: list[Any], batch: Any) -> Any:
-    batches.append(batch)
-    return batch
 
 
 class Measurement:
@@ -48,11 +42,15 @@ class Measurement:
         self.modes = modes
         # Of the random generators in each run; by default they start as they are.
         self.seed: int | None = None
-        self._met: _Met = []
         self._before: Iterator[tuple[Step, Tensor]] | None = None
-        self._moved: list[Tensor] = []
+        self._found: list[Any] = []
         batches: list[Any] = []
-        rebuild(values, samples, partial(_noting, batches))
+
+        def note(batch: Any) -> Any:
+            batches.append(batch)
+            return batch
+
+        rebuild(values, samples, note)
         # Vectors are lengths or labels, unless there is nothing else.
         self.least = 2 if any(is_content(batch, 2) for batch in batches) else 1
         self.possible = any(is_content(batch, self.least) for batch in batches)
@@ -62,29 +60,24 @@ class Measurement:
         x = x.detach().reshape(x.shape[0], -1)
         if self._before is None:
             step = Step(site, self.modes.get(id(layer), False), len(x))
-            self._met.append((step, x.clone()))
+            self._found.append((step, x.clone()))
             return
         step, before = next(self._before, (Step("", False, 0), x))
         if step.site == site and before.shape == x.shape:
-            self._moved.append(change_of(before, x).cpu())
+            self._found.append(change_of(before, x).cpu())
         else:
             self._before = iter(())
 
-    def _run(self, change: Callable[[Any], Any], before: _Met | None = None) -> None:
+    def _run(self, change: Callable[[Any], Any] = fresh, before: _Met | None = None) -> list[Any]:
+        """Run the model; return what each norm is given.
+
+        Where that of another run is given, return how much each row moved instead, as far as the
+        path is the same.
+        """
         self.restore(self.seed)
-        self._before = None if before is None else iter(before)
-        self._met, self._moved = [], []
+        self._before, self._found = None if before is None else iter(before), []
         self.call(rebuild(self.values, self.samples, change))
-
-    def _record(self, change: Callable[[Any], Any] = fresh) -> _Met:
-        """Run the model; return what its norms are given."""
-        self._run(change)
-        return self._met
-
-    def _compare(self, met: _Met, change: Callable[[Any], Any] = fresh) -> list[Tensor]:
-        """Run the model; return how much each row moved as far as the path is the same."""
-        self._run(change, met)
-        return self._moved
+        return self._found
 
     def _exchange(self, met: _Met, picked: list[int], how: str, order: Any = fresh) -> list[Tensor]:
         """Return how much each row moves when some samples, of a batch in an order, change."""
@@ -95,7 +88,7 @@ class Measurement:
             content = is_content(batch, self.least)
             return fresh(exchange(batch, picked, how, generator)) if content else batch
 
-        return self._compare(met, change)
+        return self._run(change, met)
 
     def steps(self) -> list[Step]:
         """Return every call of a norm, with what was found of its rows.
@@ -103,11 +96,11 @@ class Measurement:
         Raises:
             Exception: whatever the model raises on its own inputs, or on all variations.
         """
-        met = self._record()
+        met: _Met = self._run()
         if not met:
             return []
         drawn = self.restore()
-        again = self._compare(met)
+        again = self._run(fresh, met)
         steady = not drawn and len(again) == len(met) and not any(m.any() for m in again)
         noise = [8 * float(m.max()) if m.numel() else 0.0 for m in again]
         noise += [math.inf] * (len(met) - len(noise))
@@ -152,7 +145,7 @@ class Measurement:
 
         Rows that are not its own must not move.
         """
-        new = self._record(order)
+        new: _Met = self._run(order)
         moves = self._exchange(new, [sample], "others", order)
         for (step, _), (other, _), moved, least in zip(met, new, moves, noise, strict=False):
             if (step.site, step.rows) != (other.site, other.rows):

@@ -17,7 +17,7 @@ from normswap.graph.class_questions import reachable
 from normswap.graph.tracing.failure import is_library, is_torch
 from normswap.util.looks import class_of
 
-# Levels of what is held in what: modules or globals, their attributes, and what these hold.
+# Levels of what attributes and globals hold.
 _DEPTH = 3
 _MISSING = object()
 # Iterators whose state a copy keeps.
@@ -57,7 +57,7 @@ class Snapshot:
             if not is_library(cls.__module__):
                 level += [part for base in cls.__mro__ for part in self._keep(base)]
                 level += [part for f in reachable(cls.forward, cls) for part in self._see(f)]
-        for _ in range(_DEPTH - 1):
+        for _ in range(_DEPTH):
             level = [part for value in level for part in self._keep(value)]
         self._states = [read() for read, _, _ in self._dice]
 
