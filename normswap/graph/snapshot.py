@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from normswap.graph.class_questions import reachable
-from normswap.graph.tracing.failure import is_library, is_torch
+from normswap.graph.tracing.failure import is_library
 from normswap.util.looks import class_of
 
 # Levels of what attributes and globals hold.
 _DEPTH = 3
 _MISSING = object()
+# Modules of Python with classes of plain objects.
+_NAMESPACES = ("types", "argparse", "collections")
 # Iterators whose state a copy keeps.
 _COPYABLE = ("builtins",) if sys.version_info >= (3, 14) else ("builtins", "itertools")
 
@@ -89,12 +91,11 @@ class Snapshot:
             kept = dict(value) if isinstance(value, dict) else list(value)
             self._collections.append((value, kept))
             return [*kept.values()] if isinstance(kept, dict) else kept
-        elif isinstance(value, type | types.CellType):
-            if not isinstance(value, type) or not is_library(value.__module__):
-                return self._keep_table(value)
-        elif isinstance(table := getattr(value, "__dict__", None), dict):
-            if not is_torch(getattr(value, "__module__", None)):
-                return self._keep_table(table)
+        elif isinstance(value, types.CellType):
+            return self._keep_table(value)
+        elif not _is_of_library(value):
+            table = value if isinstance(value, type) else getattr(value, "__dict__", None)
+            return self._keep_table(table) if isinstance(table, dict | type) else []
         return []
 
     def restore(self, seed: int | None = None) -> bool:
@@ -125,6 +126,12 @@ class Snapshot:
             if seed is not None:
                 start(seed)
         return moved
+
+
+def _is_of_library(value: Any) -> bool:
+    """Return whether a class, function or object is none of the user's, as a logger or queue."""
+    module = getattr(value, "__module__", None)
+    return is_library(module) and module not in _NAMESPACES
 
 
 def _names(code: types.CodeType) -> set[str]:

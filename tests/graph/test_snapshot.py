@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import types
 from collections import OrderedDict, deque
 
 import pytest
@@ -49,6 +50,7 @@ class Changing(nn.Module):
         super().__init__()
         self.register_buffer("average", torch.zeros(2))
         self.held = {"by": {"name": [0]}}
+        self.namespace = types.SimpleNamespace(calls=0)
         self.last = deque([1, 2], maxlen=2)
         self.generator = random.Random(0)
 
@@ -68,6 +70,7 @@ class Changing(nn.Module):
         self.average.add_(1)
         self.calls = 1
         self.held["by"]["name"].append(1)
+        self.namespace.calls += 1
         self.last.append(3)
         self.generator.random()
         os.environ["NORMSWAP_TEST_SNAPSHOT"] = "1"
@@ -88,6 +91,7 @@ LOOKS = {
     "a buffer": lambda m: m.average.tolist(),
     "a new attribute": lambda m: hasattr(m, "calls"),
     "a list in an attribute": lambda m: m.held["by"]["name"][:],
+    "a plain object": lambda m: m.namespace.calls,
     "a deque": lambda m: list(m.last),
     "a generator": lambda m: m.generator.getstate(),
     "the environment": lambda m: os.environ.get("NORMSWAP_TEST_SNAPSHOT"),
