@@ -85,8 +85,9 @@ class Measurement:
 
         def change(batch: Any) -> Any:
             batch = order(batch)
-            content = is_content(batch, self.least)
-            return fresh(exchange(batch, picked, how, generator)) if content else batch
+            if not is_content(batch, self.least):
+                return batch
+            return exchange(batch, picked, how, generator)
 
         return self._run(change, met)
 
