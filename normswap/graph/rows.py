@@ -9,6 +9,7 @@ rows a sample; any other holds for the one call it was measured for.
 What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
 order that leaves three samples in place and moves those of a larger batch; an order that a later
 call of the same kind changes, by a counter or by a hook of the user's, which does not run here.
+What a forward changes where `snapshot` does not look, as a file, changes in a measurement, too.
 """
 
 from collections.abc import Callable
