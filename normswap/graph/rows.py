@@ -177,7 +177,7 @@ class Rows:
         step = self.known.get((site, layer.training, times))
         if step is None and times == 1:
             return Step(site, layer.training, 0, ONE, 1)
-        if step is None or not step.regular:
+        if (step is None or not step.regular) and not isinstance(rows, torch.SymInt):
             step = self.known.get((site, layer.training, rows, samples))
         if step is not None and not step.cause:
             return step
