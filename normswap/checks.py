@@ -9,8 +9,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from normswap.errors import ConversionError, expect_module
+from normswap.graph.pinned import find_pinned
 from normswap.graph.state import RECORD, context_argument
-from normswap.util.pinned import find_pinned
 
 _WRAPPERS = {
     "OptimizedModule": "is compiled; convert the original module (._orig_mod), then compile it",
