@@ -43,7 +43,7 @@ def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Referen
         return Verification(reason="the model has no values (meta device)")
     if given is not None:
         try:
-            reference = _refer(model, given.widen(labels))
+            reference = _refer(model, given, labels)
         except Exception as error:
             raise ConversionError(
                 f"the original model itself fails on example_inputs ({_brief(error)}); expected "
@@ -55,7 +55,7 @@ def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Referen
     reason = "pass example_inputs= to compare outputs"
     for guess in guess_inputs(model):
         try:
-            return _refer(model, guess.widen(labels))
+            return _refer(model, guess, labels)
         except Exception as error:
             reason = (
                 f"the model did not run on a guessed input {tuple(guess.args[0].shape)} "
@@ -64,7 +64,8 @@ def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Referen
     return Verification(reason=reason)
 
 
-def _refer(model: nn.Module, inputs: Inputs) -> Reference:
+def _refer(model: nn.Module, given: Inputs, labels: int) -> Reference:
+    inputs = given.widen(labels)
     return Reference(inputs, eval_outputs(model, inputs))
 
 
