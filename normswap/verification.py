@@ -148,11 +148,7 @@ def _run(model: nn.Module, inputs: Inputs, **extra: Any) -> list[Tensor]:
 
 
 def _record(
-    result: Verification,
-    name: str,
-    after: list[Tensor],
-    before: list[Tensor],
-    rows: Tensor | None = None,
+    result: Verification, name: str, after: list[Tensor], before: list[Tensor], rows: Any = None
 ) -> None:
     """Note the largest difference; of these rows only, where an output has one a sample."""
     if [(t.shape, t.dtype) for t in after] != [(t.shape, t.dtype) for t in before]:
@@ -174,11 +170,10 @@ def _record(
         same = torch.where(finite, new.isfinite(), (new == old) | (new.isnan() & old.isnan()))
         difference = float((new - old)[finite].abs().nan_to_num().max()) if finite.any() else 0.0
         if not same.all() or difference > scale * tolerance:
+            odd = "" if same.all() else f", {int((~same).sum())} where either is not finite"
             raise VerificationError(
                 f"the converted model computes another function for context {name}: outputs up to "
-                f"{scale:.3g} differ by {difference:.3g}"
-                + ("" if same.all() else f", {int((~same).sum())} where either is not finite")
-                + "; the model is unchanged"
+                f"{scale:.3g} differ by {difference:.3g}{odd}; the model is unchanged"
             )
         if finite.any():
             compared = True

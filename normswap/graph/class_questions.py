@@ -102,17 +102,16 @@ def check_questions(model: nn.Module) -> None:
     Raises:
         ConversionError: a forward asks, and is not traced.
     """
-    now = {module: (class_of(module), type(module)) for module in model.modules()}
-    changed = {old: new for old, new in now.values() if old is not new}
+    changed = {class_of(m): type(m) for m in model.modules() if class_of(m) is not type(m)}
     asked: dict[type, str] = {}
     for name, module in model.named_modules():
-        old, _ = now[module]
+        old = class_of(module)
         if old not in asked:
             asked[old] = find_question(module, changed)
         state: Any = vars(module).get("_normswap")
-        ways = [] if state is None else state.seen()
         if state is not None:
             state.question = asked[old]
+        ways = [] if state is None else state.seen()
         if not ways or any(way.run is None or way.rest for way in ways):
             check_question(name, asked[old])
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from normswap.graph.tracing.bytecode import codes_of, read_code
 
-_SIMPLE = {bool, int, float, str, bytes, type(None)}
-
 
 def find_pinned(value: Any) -> Iterator[nn.Module | Tensor]:
     """Yield the modules and tensors that functions in a value hold.
@@ -26,13 +24,12 @@ def find_pinned(value: Any) -> Iterator[nn.Module | Tensor]:
             if pinned:
                 yield item
             continue
-        if type(item) in _SIMPLE or (id(item), pinned) in met:
+        if (id(item), pinned) in met:
             continue
         met.add((id(item), pinned))
-        if isinstance(item, types.FunctionType):
-            waiting += [(part, True) for part in _parts_of(item)]
-        else:
-            waiting += [(part, pinned) for part in _items_of(item)]
+        function = isinstance(item, types.FunctionType)
+        parts = _parts_of(item) if function else _items_of(item)
+        waiting += [(part, pinned or function) for part in parts]
 
 
 def closure_of(function: types.FunctionType) -> dict[str, Any]:

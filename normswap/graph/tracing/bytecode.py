@@ -13,10 +13,7 @@ _FREE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _STORES_OUTSIDE = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
 _CATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")
-_ENDS = (
-    *("STORE_", "POP_TOP", "POP_JUMP", "JUMP", "FOR_ITER", "RETURN", "RAISE", "RESUME"),
-    "GEN_START",
-)
+_ENDS = ("STORE_", "POP_TOP", "POP_JUMP", "JUMP", "FOR_ITER", "RETURN", "RAISE", "RESUME")
 COMPARES = {"IS_OP", "COMPARE_OP", "CONTAINS_OP"}
 
 
@@ -150,11 +147,11 @@ def _find_tests(steps: list[dis.Instruction]) -> dict[int, Test]:
 def _find_refused(code: types.CodeType, steps: list[dis.Instruction]) -> dict[int, str]:
     refused = {}
     for step in steps:
-        if step.opname in _STORES_OUTSIDE and step.argval not in code.co_cellvars:
-            refused[step.offset] = f"sets {step.argval} outside of it"
-        elif step.opname == "IMPORT_NAME":
-            if step.argval.partition(".")[0] not in ("torch", "math"):
-                refused[step.offset] = f"imports {step.argval}"
+        name, given = step.opname, step.argval
+        if name in _STORES_OUTSIDE and given not in code.co_cellvars:
+            refused[step.offset] = f"sets {given} outside of it"
+        elif name == "IMPORT_NAME" and given.partition(".")[0] not in ("torch", "math"):
+            refused[step.offset] = f"imports {given}"
     return refused
 
 
