@@ -13,7 +13,8 @@ from torch import fx
 from normswap.graph.tracing.failure import TraceFailure, is_library
 from normswap.graph.tracing.method_calls import is_raised, methods_failed
 from normswap.graph.tracing.symbol import is_pure
-from normswap.graph.tracing.tracer import ContainerTracer, Traced
+from normswap.graph.tracing.traced import Traced
+from normswap.graph.tracing.tracer import ContainerTracer
 
 MOST_PATHS = 16
 Run = Callable[..., Any]
