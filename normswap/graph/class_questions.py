@@ -26,9 +26,7 @@ _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
 def find_question(module: nn.Module, changed: dict[type, type]) -> str:
     """Return what a module's forward asks about the class of modules that only a trace can answer.
 
-    Args:
-        module: any.
-        changed: class before conversion -> class now.
+    `changed` gives the class now of each class before conversion.
     """
     cls: Any = class_of(module)
     kinds = {k for old, new in changed.items() for k in old.__mro__ if k not in new.__mro__}

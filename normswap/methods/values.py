@@ -77,10 +77,7 @@ class WithPriors(Resettable):
     def load_priors(self, state: dict[str, Any], prefix: str, like: Tensor | None) -> None:
         """Complete the state dict of a base, which has no lambda, in place.
 
-        Args:
-            state: the state dict being loaded.
-            prefix: of this layer's keys.
-            like: an entry of it, on whose device lambda has to be where entries are assigned.
+        Where entries are assigned, lambda has to be on the device of one `like` it.
         """
         if not isinstance(state.get(prefix + "priors"), Tensor):
             known = self.known_priors()
@@ -122,12 +119,10 @@ def check_settings(eps: Any, momentum: Any = None, flags: dict[str, Any] | None 
 
 
 def fitting(value: Tensor, like: Tensor, metadata: Any = None) -> Tensor:
-    """Return what is derived from a base's entry, in its dtype where entries are assigned.
+    """Return what is derived from an entry of a base, in its dtype where entries are assigned.
 
-    Args:
-        value: derived, perhaps in a wider dtype, which a copy into the layer rounds.
-        like: the entry of the state dict.
-        metadata: the third argument of ``_load_from_state_dict``.
+    Elsewhere a copy into the layer rounds a wider one. `metadata` is the third argument of
+    ``_load_from_state_dict``.
     """
     assigned = (metadata or {}).get("assign_to_params_buffers", False)
     return value.to(like.device, like.dtype) if assigned else value
@@ -141,13 +136,10 @@ def counted_nothing(count: Tensor) -> Tensor:
 def load_shared(
     state: dict[str, Any], prefix: str, targets: dict[str, Tensor], scales: dict[str, Tensor]
 ) -> None:
-    """Broadcast entries of a base layer's state dict, (C,) or (), to one row per context.
+    """Broadcast entries of a base's state dict, (C,) or (), to one row per context, in place.
 
-    Args:
-        state: the state dict being loaded, changed in place.
-        prefix: of this layer's keys.
-        targets: this layer's tensors by key, each (K, *base shape).
-        scales: factor per context for some keys, (K, 1).
+    `targets` are this layer's tensors by name, (K, *base shape); `scales` a factor per context for
+    some of them, (K, 1).
     """
     for name, target in targets.items():
         value = state.get(prefix + name)
