@@ -189,7 +189,7 @@ class TraceSession:
                 self._enter_globals(table)
             with ConstantCalls(tracer), watch:
                 output = call(forward, root, values)
-                if tracer.wrote:
+                if tracer.texts:
                     raise TraceFailure("writes, as text, a value known only when it runs")
                 writes = tracer.result.writes = find_writes(values, lists, output)
                 if writes:

@@ -55,7 +55,7 @@ class ContainerTracer(fx.Tracer):
         self.result = Traced(self.graph)
         self.reads = self.result.reads
         self.region: Region | None = None
-        self.wrote = False
+        self.texts: list[str] = []  # of symbolic values, so far for nothing known
         self._known: dict[Any, bool] = {}
         self._reshaped = 0
         self._paths, self._tensors = names.paths, names.tensors
@@ -102,6 +102,11 @@ class ContainerTracer(fx.Tracer):
             raise TraceFailure(SWITCHES)
         if args[0] == "call_method" and args[1].endswith("_"):
             self._reshaped += 1  # what was asked of its shape may have another answer now
+        if args[1] is torch._assert:
+            message = str(args[2][1:])
+            for text in [text for text in self.texts if text in message]:
+                self.texts.remove(text)
+                message = message.replace(text, "", 1)
         return self.graph.create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -169,6 +174,13 @@ class ContainerTracer(fx.Tracer):
         """Record the call of a free function."""
         return self.create_proxy("call_function", function, args, kwargs)
 
+    def _note_children(self, *modules: nn.Module) -> None:
+        """Note which children modules have: a forward may count them, or go through them."""
+        for module in modules:
+            path = self._paths.get(id(module))
+            if path is not None:
+                self.reads.children[path] = tuple(module._modules)
+
     def _call_method(self, method: Outlined, *args: Any, **kwargs: Any) -> Any:
         if any(map(may_be_changed, (*args, *kwargs.values()))):
             raise TraceFailure(f"hands a list or dict to .{method.name}, which may change it")
@@ -195,8 +207,14 @@ class ContainerTracer(fx.Tracer):
             )
         if name in ("__dict__", "__class__"):
             raise TraceFailure(f"looks into its own {name}")
-        if name in _BASE or isinstance(value, nn.Module):
+        if isinstance(value, nn.Module):
+            self._note_children(module, value)
             return value
+        if name == "_modules":
+            self._note_children(module)
+            return types.MappingProxyType(value)
+        if name in _BASE:
+            raise TraceFailure(f"looks into its own {name}")
         function = getattr(value, "__func__", value)
         builtin = isinstance(value, types.BuiltinMethodType | types.MethodWrapperType)
         if name in vars(module) or not (builtin or isinstance(function, types.FunctionType)):
