@@ -145,8 +145,10 @@ def in_words(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, TraceFailure):
         return text
-    if isinstance(error, TypeError) and "Value" in text:
-        return f"needs to know, before it runs, a value of its computation ({text[:100]})"
+    if isinstance(error, TypeError) and "as an integer" in text:
+        return "counts, or picks, by a number that is known only when it runs"
+    if isinstance(error, TypeError) and "'Value'" in text:
+        return "needs, as a plain Python value, one that is known only when it runs"
     return f"cannot be followed without values ({type(error).__name__}: {text[:120]})"
 
 
