@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 import torch
@@ -96,16 +95,7 @@ def convert(
             is as it was.
     """
     asked = read_settings(
-        method,
-        contexts=contexts,
-        select=select,
-        exclude=exclude,
-        placement=placement,
-        preset=preset,
-        unknown=unknown,
-        priors=priors,
-        options=options,
-        arguments=signature(convert).parameters,
+        convert, method, contexts, select, exclude, placement, preset, unknown, priors, options
     )
     check_flag("inplace", inplace)
     check_flag("verify", verify)
@@ -162,16 +152,7 @@ def plan(
         UnknownNameError: an unknown method or context.
     """
     asked = read_settings(
-        method,
-        contexts=contexts,
-        select=select,
-        exclude=exclude,
-        placement=placement,
-        preset=preset,
-        unknown=unknown,
-        priors=priors,
-        options=options,
-        arguments=signature(plan).parameters,
+        plan, method, contexts, select, exclude, placement, preset, unknown, priors, options
     )
     check_model(model)
     chosen = asked.method

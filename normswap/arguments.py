@@ -47,10 +47,7 @@ def meant(given: Any, choices: Iterable[str], form: str = "{!r}") -> str:
 def unknown_name(what: str, given: Any, choices: Iterable[str]) -> UnknownNameError:
     """Return the error for a name that is none of the choices: it lists them, and the closest.
 
-    Args:
-        what: of what kind the names are, such as "method".
-        given: the name.
-        choices: all names.
+    `what` says of what kind the names are, such as "method".
     """
     names = list(choices)
     shown = repr(given) if isinstance(given, str) else describe(given)
@@ -108,11 +105,7 @@ def check_number(
 def check_callable(name: str, value: Any, form: str, count: int) -> None:
     """Raise if a value is neither None nor a function of as many arguments.
 
-    Args:
-        name: of the argument.
-        value: its value.
-        form: how it is called, such as ``forward(model, batch)``.
-        count: with how many arguments.
+    `form` shows how it is called, such as ``forward(model, batch)``.
 
     Raises:
         ConversionError: it cannot be called so.

@@ -1,23 +1,20 @@
 """Models that cannot be converted as a whole, found before anything is changed."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from normswap.copies import attributes_of
 from normswap.errors import ConversionError, expect_module
+from normswap.graph.pinned import find_pinned
 from normswap.graph.state import RECORD, context_argument
-from normswap.util.pinned import find_pinned
 
 _WRAPPERS = {
     "OptimizedModule": "is compiled; convert the original module (._orig_mod), then compile it",
     "FullyShardedDataParallel": "is sharded; convert first, then shard",
     "FSDPModule": "is sharded; convert first, then shard",
 }
-_TABLES = ("_parameters", "_buffers", "_modules")
 # What float models carry to be quantised later; they compute in float.
 _STUBS = ("FloatFunctional", "QuantStub", "DeQuantStub")
 
@@ -72,15 +69,10 @@ def check_copyable(model: nn.Module) -> None:
         id(t): f"the tensor {name}"
         for name, t in (*model.named_parameters(), *model.named_buffers())
     }
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            held = None if key in _TABLES else next(_known(value, names), None)
-            if held is not None:
-                raise ConversionError(
-                    f"cannot convert a copy: {f'{name}.{key}'.lstrip('.')} holds a function that "
-                    f"uses {held} of the original, and would in the copy; pass inplace=True"
-                )
-
-
-def _known(value: Any, names: dict[int, str]) -> Iterator[str]:
-    return (names[id(held)] for held in find_pinned(value) if id(held) in names)
+    for where, value in attributes_of(model):
+        held = next((names[id(h)] for h in find_pinned(value) if id(h) in names), None)
+        if held is not None:
+            raise ConversionError(
+                f"cannot convert a copy: {where} holds a function that uses {held} of the "
+                "original, and would in the copy; pass inplace=True"
+            )

@@ -61,13 +61,19 @@ def _attribute_tensors(model: nn.Module) -> Iterator[Tensor]:
             found.extend(value.values() if isinstance(value, dict) else value)
 
 
-def _culprit(model: nn.Module) -> str:
-    """Return the name of the first attribute that cannot be copied alone, for a message."""
-    own = {id(module): module for module in model.modules()}
+def attributes_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what each attribute of each module of a model holds, by qualified name."""
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            try:
-                copy.deepcopy(value, {**shared_groups(model), **own})
-            except Exception:
-                return f"its attribute {f'{name}.{key}'.lstrip('.')} ({describe(value)}): "
+            yield f"{name}.{key}".lstrip("."), value
+
+
+def _culprit(model: nn.Module) -> str:
+    """Return the name of the first attribute that cannot be copied alone, for a message."""
+    known = {**shared_groups(model), **{id(module): module for module in model.modules()}}
+    for where, value in attributes_of(model):
+        try:
+            copy.deepcopy(value, dict(known))
+        except Exception:
+            return f"its attribute {where} ({describe(value)}): "
     return ""

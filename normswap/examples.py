@@ -1,13 +1,13 @@
 """What models are run on to compare outputs: what the user gives, else what the model tells."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap.arguments import describe
 from normswap.errors import ConversionError
@@ -29,11 +29,7 @@ class Inputs:
 
     def copy(self) -> "Inputs":
         """Return a copy for a forward that may change its arguments in place."""
-
-        def clone(value: Any) -> Any:
-            return value.detach().clone() if isinstance(value, Tensor) else value
-
-        return Inputs(tree_map(clone, self.args), tree_map(clone, self.kwargs))
+        return self._map(lambda t: t.detach().clone())
 
     @property
     def device(self) -> torch.device | None:
@@ -53,13 +49,10 @@ class Inputs:
             return self
         wanted = min(max(num_contexts, 1), _MOST_CONTEXTS_A_BATCH)
         times = -(-wanted // max(sizes.pop(), 1))
+        return self._map(lambda t: torch.cat([t] * times) if t.dim() else t)
 
-        def repeat(value: Any) -> Any:
-            return (
-                torch.cat([value] * times) if isinstance(value, Tensor) and value.dim() else value
-            )
-
-        return Inputs(tree_map(repeat, self.args), tree_map(repeat, self.kwargs))
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        return Inputs(*tree_map_only(Tensor, change, (self.args, self.kwargs)))
 
     def _tensors(self) -> list[Tensor]:
         leaves = tree_leaves((self.args, self.kwargs))
@@ -67,13 +60,8 @@ class Inputs:
 
     def _lists_of_images(self) -> list[list[Tensor]]:
         """Return the arguments that are lists of images, as detection models take batches."""
-        return [
-            value
-            for value in (*self.args, *self.kwargs.values())
-            if isinstance(value, list)
-            and value
-            and all(isinstance(t, Tensor) and t.dim() == 3 for t in value)
-        ]
+        given = [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, list) and v]
+        return [v for v in given if all(isinstance(t, Tensor) and t.dim() == 3 for t in v)]
 
 
 def read_inputs(given: Any) -> Inputs:
@@ -107,14 +95,11 @@ def guess_inputs(model: nn.Module) -> Iterator[Inputs]:
     if parameter is None or stated is None or len(stated) != 3:
         return
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    built: Any = next(
-        (s for m in model.modules() if (s := getattr(m, "img_size", None))), stated[1:]
-    )
-    size = (built, built) if isinstance(built, int) else tuple(built)
-    # dict: without repetitions, in order.
-    channels = dict.fromkeys((getattr(convolution, "in_channels", stated[0]), stated[0]))
-    sizes = dict.fromkeys((size, tuple(stated[1:])))
-    for shape in product(channels, sizes):
+    sizes = (s for m in model.modules() if (s := getattr(m, "img_size", None)))
+    built: Any = next(sizes, stated[1:])
+    channels = (getattr(convolution, "in_channels", stated[0]), stated[0])
+    sides = ((built, built) if isinstance(built, int) else tuple(built), tuple(stated[1:]))
+    for shape in dict.fromkeys(product(channels, sides)):  # each once, in order
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(2, shape[0], *shape[1], generator=generator)
         yield Inputs((images.to(device=parameter.device, dtype=parameter.dtype),))

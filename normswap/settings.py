@@ -1,7 +1,8 @@
 """What a caller asks of a conversion, checked before anything is copied or changed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from normswap.arguments import MOST_CONTEXTS, check_choice, describe
@@ -27,8 +28,8 @@ class Settings:
 
 
 def read_settings(
+    called: Callable[..., Any],
     method: str,
-    *,
     contexts: int | Sequence[str] | Assigner | None,
     select: Selector,
     exclude: Selector,
@@ -37,21 +38,10 @@ def read_settings(
     unknown: str,
     priors: Any,
     options: Mapping[str, Any],
-    arguments: Iterable[str],
 ) -> Settings:
-    """Check the arguments of `convert`, and fill in what a preset says.
+    """Check the arguments of `convert` or `plan`, and fill in what a preset says.
 
-    Args:
-        method: as of `convert`, and so are the next seven.
-        contexts: see there.
-        select: see there.
-        exclude: see there.
-        placement: see there.
-        preset: see there.
-        unknown: see there.
-        priors: see there.
-        options: of the method.
-        arguments: names of all arguments, one of which an unknown option may have meant.
+    An unknown option may have meant another argument of the function that was called.
 
     Raises:
         ConversionError: an argument of another kind, an unknown option, or contexts that do not
@@ -63,14 +53,9 @@ def read_settings(
         raise ConversionError(f"expected placement= as a name, got {describe(placement)}")
     select, exclude = read_selector("select", select), read_selector("exclude", exclude)
     placement, select, given = fill_from_preset(preset, method, placement, select, dict(options))
-    return Settings(
-        chosen,
-        parse_options(chosen, given, arguments),
-        make_contexts(chosen, contexts, priors, unknown),
-        placement,
-        select,
-        exclude,
-    )
+    read = parse_options(chosen, given, signature(called).parameters)
+    made = make_contexts(chosen, contexts, priors, unknown)
+    return Settings(chosen, read, made, placement, select, exclude)
 
 
 def make_contexts(

@@ -14,11 +14,9 @@ from normswap.arguments import describe
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.use_context import use_context
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer
+from normswap.methods.layer import RUNNING, ContextLayer
 from normswap.methods.selfnorm import SelfNorm
 from normswap.streams import check_stream, forward_batch, show_progress, undisturbed
-
-_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def update_stats(
@@ -115,7 +113,7 @@ def _check_finite(model: nn.Module, layers: list[nn.Module]) -> None:
 
 
 def _buffers(layer: nn.Module) -> dict[str, Tensor]:
-    return {n: b for n, b in layer.named_buffers(recurse=False) if n in _RUNNING}
+    return {n: b for n, b in layer.named_buffers(recurse=False) if n in RUNNING}
 
 
 def _is_measured(module: nn.Module) -> bool:

@@ -43,7 +43,7 @@ def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Referen
         return Verification(reason="the model has no values (meta device)")
     if given is not None:
         try:
-            reference = _refer(model, given.widen(labels))
+            reference = _refer(model, given, labels)
         except Exception as error:
             raise ConversionError(
                 f"the original model itself fails on example_inputs ({_brief(error)}); expected "
@@ -55,7 +55,7 @@ def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Referen
     reason = "pass example_inputs= to compare outputs"
     for guess in guess_inputs(model):
         try:
-            return _refer(model, guess.widen(labels))
+            return _refer(model, guess, labels)
         except Exception as error:
             reason = (
                 f"the model did not run on a guessed input {tuple(guess.args[0].shape)} "
@@ -64,7 +64,8 @@ def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Referen
     return Verification(reason=reason)
 
 
-def _refer(model: nn.Module, inputs: Inputs) -> Reference:
+def _refer(model: nn.Module, given: Inputs, labels: int) -> Reference:
+    inputs = given.widen(labels)
     return Reference(inputs, eval_outputs(model, inputs))
 
 
@@ -147,11 +148,7 @@ def _run(model: nn.Module, inputs: Inputs, **extra: Any) -> list[Tensor]:
 
 
 def _record(
-    result: Verification,
-    name: str,
-    after: list[Tensor],
-    before: list[Tensor],
-    rows: Tensor | None = None,
+    result: Verification, name: str, after: list[Tensor], before: list[Tensor], rows: Any = None
 ) -> None:
     """Note the largest difference; of these rows only, where an output has one a sample."""
     if [(t.shape, t.dtype) for t in after] != [(t.shape, t.dtype) for t in before]:
@@ -173,11 +170,10 @@ def _record(
         same = torch.where(finite, new.isfinite(), (new == old) | (new.isnan() & old.isnan()))
         difference = float((new - old)[finite].abs().nan_to_num().max()) if finite.any() else 0.0
         if not same.all() or difference > scale * tolerance:
+            odd = "" if same.all() else f", {int((~same).sum())} where either is not finite"
             raise VerificationError(
                 f"the converted model computes another function for context {name}: outputs up to "
-                f"{scale:.3g} differ by {difference:.3g}"
-                + ("" if same.all() else f", {int((~same).sum())} where either is not finite")
-                + "; the model is unchanged"
+                f"{scale:.3g} differ by {difference:.3g}{odd}; the model is unchanged"
             )
         if finite.any():
             compared = True

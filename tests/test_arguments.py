@@ -88,20 +88,23 @@ JUNK = {
     "dtype": torch.float32,
 }
 SELECTED = "'', 'ab', [], ['cn'], set, class, numpy"
+PLANNED = {
+    "model": (Net, ""),
+    "method": ("cn", ""),
+    "contexts": (2, "None, 3, ['cn']"),
+    "select": (None, "None"),
+    "exclude": (None, f"None, {SELECTED}"),
+    "placement": (None, "None"),
+    "preset": (None, "None"),
+    "unknown": ("pooled", ""),
+    "priors": (None, "None"),
+}
 # Function, arguments that work, and which junk each argument takes.
 FUNCTIONS = {
     "convert": (
         normswap.convert,
         {
-            "model": (Net, ""),
-            "method": ("cn", ""),
-            "contexts": (2, "None, 3, ['cn']"),
-            "select": (None, "None"),
-            "exclude": (None, f"None, {SELECTED}"),
-            "placement": (None, "None"),
-            "preset": (None, "None"),
-            "unknown": ("pooled", ""),
-            "priors": (None, "None"),
+            **PLANNED,
             "inplace": (False, "True"),
             "example_inputs": (IMAGES, "None"),
             "verify": (True, "True"),
@@ -140,17 +143,7 @@ FUNCTIONS = {
     ),
     "plan": (
         normswap.plan,
-        {
-            "model": (Net, ""),
-            "method": ("cn", ""),
-            "contexts": (2, "None, 3, ['cn']"),
-            "select": (None, "None"),
-            "exclude": (None, f"None, {SELECTED}"),
-            "placement": (None, "None"),
-            "preset": (None, "None"),
-            "unknown": ("pooled", ""),
-            "priors": (None, "None"),
-        },
+        PLANNED,
     ),
     "summary": (normswap.summary, {"model": ("converted", "")}),
     "verify": (

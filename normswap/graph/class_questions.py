@@ -7,58 +7,45 @@ several classes.
 """
 
 import builtins
-import dis
 import types
+from collections import ChainMap
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from normswap.errors import ConversionError
+from normswap.graph.pinned import closure_of
+from normswap.graph.tracing.bytecode import COMPARES, Statement, codes_of, read_code
 from normswap.graph.tracing.failure import is_library
 from normswap.util.looks import class_of
 
-_ENDS = ("STORE_", "POP_TOP", "POP_JUMP", "JUMP", "RETURN", "RAISE", "FOR_ITER")
-_COMPARES = ("IS_OP", "COMPARE_OP", "CONTAINS_OP")
-_BUILDS = ("BUILD_TUPLE", "BINARY_OR", "BINARY_OP |")
-_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
-
-
-class _Expression(NamedTuple):
-    """What is loaded for one statement, or part of one: values that names stand for, operations."""
-
-    values: list[Any]
-    names: set[str]
-    operations: set[str]
+_BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
 
 
 def find_question(module: nn.Module, changed: dict[type, type]) -> str:
     """Return what a module's forward asks about the class of modules that only a trace can answer.
 
-    Args:
-        module: any.
-        changed: class before conversion -> class now.
+    `changed` gives the class now of each class before conversion.
     """
     cls: Any = class_of(module)
     kinds = {k for old, new in changed.items() for k in old.__mro__ if k not in new.__mro__}
     for function in reachable(cls.forward, cls):
-        expressions = list(_expressions(function))
-        asks_type = any(type in e.values or "__class__" in e.names for e in expressions)
-        asks_kind = any(isinstance in e.values for e in expressions)
-        for values, _, operations in expressions:
+        parts = list(_statements(function))
+        asks_type = any(type in values or "__class__" in s.attributes for values, s in parts)
+        asks_kind = any(isinstance in values for values, _ in parts)
+        for values, (_, _, operations) in parts:
             found = [c for value in values for c in _classes(value)]
-            known = [c for c in found if c in changed]
-            tables = any(isinstance(value, dict) for value in values)
-            compares = tables or any(o.startswith(_COMPARES) for o in operations)
-            if asks_type and compares and known:
-                return f"{function.__qualname__} compares a type with {known[0].__name__}"
-            known = [c for c in found if c in kinds]
-            if asks_type and issubclass in values and known:
-                return f"{function.__qualname__} compares a type with {known[0].__name__}"
-            built = any(o.startswith(_BUILDS) for o in operations)
+            exact = next((c for c in found if c in changed), None)
+            kind = next((c for c in found if c in kinds), None)
+            compares = operations & COMPARES or any(isinstance(v, dict) for v in values)
+            asked = (exact if compares else None) or (kind if issubclass in values else None)
+            if asks_type and asked:
+                return f"{function.__qualname__} compares a type with {asked.__name__}"
+            built = operations & _BUILDS
             alone = isinstance in values and not built and all(c in values for c in found)
-            if asks_kind and known and not alone:
-                several = f"asks whether something is of several classes, {known[0].__name__} among"
+            if asks_kind and kind and not alone:
+                several = f"asks whether something is of several classes, {kind.__name__} among"
                 return f"{function.__qualname__} {several} them"
     return ""
 
@@ -75,38 +62,26 @@ def reachable(forward: Any, cls: type) -> Iterator[types.FunctionType]:
             continue
         met.add(id(value))
         yield value
-        for values, names, _ in _expressions(value):
+        for values, statement in _statements(value):
             waiting += values
-            waiting += [
-                vars(base)[name] for base in cls.__mro__ for name in names & vars(base).keys()
-            ]
+            for base in cls.__mro__:
+                waiting += [vars(base)[n] for n in statement.attributes & vars(base).keys()]
 
 
-def _expressions(function: types.FunctionType) -> Iterator[_Expression]:
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    closure = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
-    codes = [function.__code__]
-    while codes:
-        code = codes.pop()
-        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-        values: list[Any] = []
-        names: set[str] = set()
-        operations: set[str] = set()
-        for step in dis.get_instructions(code):
-            name, given = step.opname, step.argval
-            if name.startswith(("LOAD_ATTR", "LOAD_METHOD")):
-                if values and isinstance(values[-1], types.ModuleType | type):
-                    values[-1] = getattr(values[-1], given, None)
-                names.add(given)
-            elif name.startswith(_GLOBAL):
-                known = function.__globals__
-                values.append(known[given] if given in known else getattr(builtins, given, None))
-            elif name.startswith("LOAD_"):
-                values.append(closure.get(given) if name.startswith("LOAD_DEREF") else None)
-            operations.add(f"{name} {step.argrepr}" if name == "BINARY_OP" else name)
-            if name.startswith(_ENDS):
-                yield _Expression(values, names, operations)
-                values, names, operations = [], set(), set()
+def _statements(function: types.FunctionType) -> Iterator[tuple[list[Any], Statement]]:
+    """Yield the statements of a function, with what the names that each loads stand for."""
+    names = ChainMap(function.__globals__, vars(builtins))
+    closure = closure_of(function)
+    for code in codes_of(function.__code__):
+        for statement in read_code(code).statements:
+            values = []
+            for load in statement.loads:
+                value = (closure if load.free else names).get(load.name)
+                for name in load.chain:
+                    if isinstance(value, types.ModuleType | type):
+                        value = getattr(value, name, None)
+                values.append(value)
+            yield values, statement
 
 
 def _classes(value: Any) -> list[type]:
@@ -125,17 +100,16 @@ def check_questions(model: nn.Module) -> None:
     Raises:
         ConversionError: a forward asks, and is not traced.
     """
-    now = {module: (class_of(module), type(module)) for module in model.modules()}
-    changed = {old: new for old, new in now.values() if old is not new}
+    changed = {class_of(m): type(m) for m in model.modules() if class_of(m) is not type(m)}
     asked: dict[type, str] = {}
     for name, module in model.named_modules():
-        old, _ = now[module]
+        old = class_of(module)
         if old not in asked:
             asked[old] = find_question(module, changed)
         state: Any = vars(module).get("_normswap")
-        ways = [] if state is None else state.seen()
         if state is not None:
             state.question = asked[old]
+        ways = [] if state is None else state.seen()
         if not ways or any(way.run is None or way.rest for way in ways):
             check_question(name, asked[old])
 

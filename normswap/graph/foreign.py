@@ -40,10 +40,8 @@ def run_symbolic(
     output = own_forward(module, values)
     if isinstance(context, fx.Proxy):
         root: Any = context.tracer.root  # type: ignore[attr-defined]
-        for node in context.node.graph.nodes:
-            argument = node.op == "call_module" and context_argument(
-                root.get_submodule(node.target)
-            )
+        for node in context.node.graph.find_nodes(op="call_module"):
+            argument = context_argument(root.get_submodule(node.target))
             if argument and argument not in node.kwargs:
                 node.kwargs = {**node.kwargs, argument: context.node}
     return output
@@ -52,27 +50,27 @@ def run_symbolic(
 def refusals(base: Any) -> dict[str, Any]:
     """Return methods for a converted class in place of those that need the norms it had."""
     name = base.__name__
-
-    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        raise ConversionError(
+    found: dict[str, Any] = {"__prepare_scriptable__": refuse_scripting}
+    if hasattr(base, "from_pretrained"):
+        refuse = _refusing(
             f"expected from_pretrained of {name} itself, got that of a converted {name}, which is "
             "made by normswap.convert only; load weights into the original, then convert it, or "
             "use normswap.load for what normswap.save wrote"
         )
+        found["from_pretrained"] = classmethod(refuse)
+    for verb in (v for v in _FUSING if _needs_nothing(base, v)):
+        found[verb] = _refusing(
+            f"expected plain norms for {name}.{verb}(), got a converted model; call it on "
+            "normswap.specialize(model, context), a plain model for one context"
+        )
+    return found
 
-    def refused(verb: str) -> Callable[..., Any]:
-        def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            raise ConversionError(
-                f"expected plain norms for {name}.{verb}(), got a converted model; call it on "
-                "normswap.specialize(model, context), a plain model for one context"
-            )
 
-        return refuse
+def _refusing(message: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise ConversionError(message)
 
-    found: dict[str, Any] = {"__prepare_scriptable__": refuse_scripting}
-    if hasattr(base, "from_pretrained"):
-        found["from_pretrained"] = classmethod(from_pretrained)
-    return found | {verb: refused(verb) for verb in _FUSING if _needs_nothing(base, verb)}
+    return refuse
 
 
 def _needs_nothing(base: Any, verb: str) -> bool:
@@ -80,5 +78,5 @@ def _needs_nothing(base: Any, verb: str) -> bool:
     method = getattr(base, verb, None)
     if not callable(method):
         return False
-    parameters = list(inspect.signature(method).parameters.values())[1:]
-    return all(p.default is not p.empty or p.kind in (2, 4) for p in parameters)
+    given = list(inspect.signature(method).parameters.values())[1:]
+    return all(p.default is not p.empty or p.kind in (2, 4) for p in given)

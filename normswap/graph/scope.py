@@ -141,18 +141,13 @@ class Scope:
     def enter(self, context: Context | None) -> Left:
         """Put a context in scope for a forward; return what `leave` needs."""
         here = self._local.here
-        outer = here.entry
-        if context is not None:
-            self._labelled = True
+        outer, here.entry = here.entry, self._make(context)
         if torch.compiler.is_compiling():
-            here.entry = Entry(context)
             return outer, None
-        entry = Entry(context, torch._C._current_graph_task_id())
         if context is not None:
             here.forwards += 1
             self._forwards.append(None)
-        here.entry = entry
-        return outer, self._entry.set(entry)
+        return outer, self._entry.set(here.entry)
 
     def leave(self, left: Left) -> None:
         """Undo `enter`."""
@@ -167,15 +162,12 @@ class Scope:
 
     def open(self, context: Context | None) -> Opened:
         """Put a context in scope for any code of this thread and task, for `use_context`."""
-        here = self._local.here
+        here, entry = self._local.here, self._make(context)
         hidden = (here.entry, here.compiled)
         here.entry = None
-        if context is not None:
-            self._labelled = True
         if torch.compiler.is_compiling():
-            here.compiled = Entry(context)
+            here.compiled = entry
             return hidden, None
-        entry = Entry(context, torch._C._current_graph_task_id())
         here.compiled = None
         here.mirror = entry if here.mirror is self._block.get() else SEVERAL
         here.blocks += 1
@@ -183,6 +175,12 @@ class Scope:
             here.labelled += 1
             self._blocks.append(None)
         return hidden, (self._block.set(entry), self._entry.set(None))
+
+    def _make(self, context: Context | None) -> Entry:
+        if context is not None:
+            self._labelled = True
+        compiling = torch.compiler.is_compiling()
+        return Entry(context, -1 if compiling else torch._C._current_graph_task_id())
 
     def close(self, opened: Opened) -> None:
         """Undo `open`."""

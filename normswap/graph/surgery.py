@@ -9,11 +9,11 @@ from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.errors import ConversionError
 from normswap.graph.install import install, uninstall
+from normswap.graph.pinned import find_pinned
 from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
 from normswap.util.looks import ORIGINAL
-from normswap.util.pinned import find_pinned
 
 _PLAIN = (bool, int, float, str, type(None), torch.Size)
 _OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "scope", ORIGINAL}

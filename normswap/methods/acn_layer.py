@@ -12,23 +12,18 @@ from normswap.functional.backward import in_backward
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_positions
 from normswap.functional.mixture_fused import norm_elements
 from normswap.functional.mixture_instances import norm_instances
-from normswap.functional.mixture_start import (
-    bounded_log_prior,
-    bounded_log_sigma,
-    start_components,
-)
+from normswap.functional.mixture_start import bounded_log_prior, bounded_log_sigma, start_components
 from normswap.functional.mixture_synced import shared_moments
 from normswap.functional.moments import Moments, compute_dtype, log_spread
 from normswap.methods.acn_options import AdaptiveOptions
-from normswap.methods.layer import NormLayer
-from normswap.methods.values import check_settings, counted_nothing, fitting
+from normswap.methods.layer import RUNNING, NormLayer
+from normswap.methods.values import check_settings, counted_nothing, fill_affine, fitting
 
 _NORMALIZE: dict[str, Callable[..., Normalized]] = {
     "channel": norm_elements,
     "position": norm_positions,
     "instance": norm_instances,
 }
-_TRACKED = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class AdaptiveContextNorm(NormLayer):
@@ -102,20 +97,13 @@ class AdaptiveContextNorm(NormLayer):
         self.synced = False
         self.process_group: str | None = None
         shape = (components, num_features)
-        placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        for name in ("weight", "bias"):
-            self.register_parameter(name, nn.Parameter(torch.empty(num_features, **placed)))
         logits = (components, 1) if assignment == "position" else shape
-        self.prior_logits = nn.Parameter(torch.empty(logits, **placed))
-        self.mu = nn.Parameter(torch.empty(shape, **placed))
-        self.log_sigma = nn.Parameter(torch.empty(shape, **placed))
-        self.track_running_stats = tracked = statistics == "batch"
-        for name in ("running_mean", "running_var"):
-            self.register_buffer(name, torch.empty(shape, **placed) if tracked else None)
-        self.register_buffer(
-            "num_batches_tracked",
-            torch.zeros((), dtype=torch.int64, device=device) if tracked else None,
-        )
+        shapes = {"weight": shape[1:], "bias": shape[1:], "prior_logits": logits}
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        for name, size in (shapes | {"mu": shape, "log_sigma": shape}).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(size, **placed)))
+        self.track_running_stats = statistics == "batch"
+        self._add_running(shape, (), placed)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -131,11 +119,7 @@ class AdaptiveContextNorm(NormLayer):
     ) -> dict[str, Tensor]:
         """Return the values with which the layer computes a batch norm's function in eval mode.
 
-        Args:
-            mean: running mean of the batch norm, (C,).
-            var: its running variance.
-            weight: its gamma.
-            bias: its beta.
+        The batch norm is told by its running statistics, gamma and beta, (C,) each.
         """
         chosen = self.options
         assert chosen.strength is not None
@@ -144,13 +128,9 @@ class AdaptiveContextNorm(NormLayer):
         )
         log_sigma = log_spread(var, self.eps).expand_as(self.mu)
         mu = mean.double() + offsets.to(mean.device).unsqueeze(1) * log_sigma.exp()
-        values = {
-            "weight": factor * weight.double(),
-            "bias": bias,
-            "prior_logits": logits.to(mean.device).unsqueeze(1).expand_as(self.prior_logits),
-            "mu": mu,
-            "log_sigma": log_sigma,
-        }
+        logits = logits.to(mean.device).unsqueeze(1).expand_as(self.prior_logits)
+        values = {"weight": factor * weight.double(), "bias": bias, "prior_logits": logits}
+        values |= {"mu": mu, "log_sigma": log_sigma}
         if self.running_mean is not None:
             values |= {"running_mean": mu, "running_var": var.expand_as(self.mu)}
         return values
@@ -163,19 +143,12 @@ class AdaptiveContextNorm(NormLayer):
 
     def mixture(self, dtype: torch.dtype | None = None) -> Mixture:
         """Return lambda, mu and sigma within their bounds."""
-        logits, mu, log_sigma = (
-            t.to(dtype or t.dtype) for t in (self.prior_logits, self.mu, self.log_sigma)
-        )
+        own = (self.prior_logits, self.mu, self.log_sigma)
+        logits, mu, log_sigma = (t.to(dtype or t.dtype) for t in own)
         return Mixture(bounded_log_prior(logits), mu, bounded_log_sigma(log_sigma, self.eps))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x.
-
-        Args:
-            x: input, (N, C, *).
-
-        Returns:
-            A tensor of the shape, dtype and memory format of x.
+        """Normalise x, (N, C, *), to a tensor of the same shape, dtype and memory format.
 
         Raises:
             ContextError: another number of channels or of dimensions.
@@ -183,63 +156,62 @@ class AdaptiveContextNorm(NormLayer):
         if isinstance(x, fx.Proxy):
             return self._record(x)
         self._check_input(x)
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self._finish(self.normalize(x))
-        return self._finish(self.normalize(x))
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._finish(self.normalize(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return self._finish(self.normalize(x))
 
     def normalize(self, x: Tensor) -> Tensor:
         """Compute the layer; see the class."""
-        values = x.numel() // max(x.shape[1], 1)
-        tracked = self.running_mean is not None
         frozen = self.frozen or self.stats_frozen
-        batch = tracked and self.training and not frozen
+        batch = self.running_mean is not None and self.training and not frozen
         if batch and self.synced and (reduce := sum_over(self.process_group)) is not None:
-            return self._normalize_shared(x, reduce)
-        batch = batch and values > 1
+            result, values = self._compute_shared(x, reduce)
+            if not in_backward():
+                self._update(result, values / (values - 1).clamp(min=1), values > 1)
+            return result.y
+        number = x.numel() // max(x.shape[1], 1)
+        batch = batch and number > 1
         result = self.compute(x, batch)
         if batch and not in_backward():
-            self._update(result, values / (values - 1))
+            self._update(result, number / (number - 1))
         return result.y
 
-    def _normalize_shared(self, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    def _compute_shared(
+        self, x: Tensor, reduce: Callable[[Tensor], Tensor]
+    ) -> tuple[Normalized, Tensor]:
         """Normalise with what the components own of the batches of all processes."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        dtype = compute_dtype(x)
-        mixture = self.mixture(dtype)
-        given = Moments(*(t.to(dtype).clone() for t in (self.running_mean, self.running_var)))
+        mixture, given = self.mixture(compute_dtype(x)), self._running(compute_dtype(x))
+        assert given is not None
         mass, moments, values = shared_moments(x, mixture, given, self.options.assignment, reduce)
-        gain = self.weight.to(dtype) * (-0.5 * mixture.log_prior).exp()
-        run = _NORMALIZE[self.options.assignment]
-        y = run(x, mixture, gain, self.bias.to(dtype), moments, self.eps, False).y
-        if not in_backward():
-            factor = values / (values - 1).clamp(min=1)
-            self._update(Normalized(y, mass, moments), factor, values > 1)
-        return y
+        y = self._apply_mixture(x, mixture, moments, self.eps, False).y
+        return Normalized(y, mass, moments), values
 
     def compute(self, x: Tensor, batch: bool) -> Normalized:
         """Normalise with the moments of this batch, or with the tracked or learned ones."""
-        dtype = compute_dtype(x)
-        mixture, eps = self.mixture(dtype), self.eps
-        gain = self.weight.to(dtype) * (-0.5 * mixture.log_prior).exp()
+        mixture, given = self.mixture(compute_dtype(x)), self._running(compute_dtype(x))
+        if given is None:
+            learned = Moments(mixture.mean, (2 * mixture.log_sigma).exp())
+            return self._apply_mixture(x, mixture, learned, 0.0, batch)
+        return self._apply_mixture(x, mixture, given, self.eps, batch)
+
+    def _running(self, dtype: torch.dtype) -> Moments | None:
+        """Return clones: the update is in place, and backward needs the values of this forward."""
         if self.running_mean is None or self.running_var is None:
-            given, eps = Moments(mixture.mean, (2 * mixture.log_sigma).exp()), 0.0
-        else:
-            # Clones: the update is in place, and backward needs the values of this forward.
-            given = Moments(*(t.to(dtype).clone() for t in (self.running_mean, self.running_var)))
-        run = _NORMALIZE[self.options.assignment]
-        return run(x, mixture, gain, self.bias.to(dtype), given, eps, batch)
+            return None
+        return Moments(self.running_mean.to(dtype).clone(), self.running_var.to(dtype).clone())
+
+    def _apply_mixture(
+        self, x: Tensor, mixture: Mixture, given: Moments, eps: float, batch: bool
+    ) -> Normalized:
+        weight, bias = self.weight.to(mixture.mean.dtype), self.bias.to(mixture.mean.dtype)
+        gain = weight * (-0.5 * mixture.log_prior).exp()
+        return _NORMALIZE[self.options.assignment](x, mixture, gain, bias, given, eps, batch)
 
     @torch.no_grad()
-    def _update(
-        self, result: Normalized, factor: float | Tensor, counts: bool | Tensor = True
-    ) -> None:
+    def _update(self, result: Normalized, factor: Any, counts: Any = True) -> None:
         """Move the running statistics of the components that own something of the batch."""
-        count, mean, var = self.num_batches_tracked, self.running_mean, self.running_var
-        assert count is not None
-        assert mean is not None
-        assert var is not None
+        mean, var, count = (getattr(self, name) for name in RUNNING)
         count.add_(counts)
         rate: Any = self.momentum
         if rate is None:
@@ -253,30 +225,25 @@ class AdaptiveContextNorm(NormLayer):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accept a BatchNorm's entries too: the layer then computes its function."""
-        mean, var = (state_dict.get(prefix + name) for name in _TRACKED[:2])
+        mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
         shape = (self.num_features,)
         if isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.shape == shape:
-            ones = torch.ones_like(mean)
-            weight = state_dict.get(prefix + "weight", ones)
-            bias = state_dict.get(prefix + "bias", torch.zeros_like(mean))
+            fill_affine(state_dict, prefix, self.num_features)
+            affine = (state_dict[prefix + name] for name in ("weight", "bias"))
             place = mean.device if self.mu.is_meta else self.mu.device
-            tensors = (t.to(place) for t in (mean, var, weight, bias))
-            if self.running_mean is None:
-                for name in _TRACKED:
-                    state_dict.pop(prefix + name, None)
-            else:
-                assert self.num_batches_tracked is not None
+            values = self.start_from(*(t.to(place) for t in (mean, var, *affine)))
+            if self.num_batches_tracked is not None:
                 count = counted_nothing(self.num_batches_tracked)
-                state_dict.setdefault(prefix + _TRACKED[2], count)
-            metadata = args[0] if args else None
-            for name, value in self.start_from(*tensors).items():
-                state_dict[prefix + name] = fitting(value, mean, metadata).clone()
+                state_dict.setdefault(prefix + "num_batches_tracked", count)
+            else:
+                for name in RUNNING:
+                    state_dict.pop(prefix + name, None)
+            for name, value in values.items():
+                state_dict[prefix + name] = fitting(value, mean, *args[:1]).clone()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """List the settings, non-default ones last."""
-        default = asdict(AdaptiveOptions(self.options.components))
-        settings = asdict(self.options)
-        changed = [f"{k}={v!r}" for k, v in settings.items() if v != default[k]]
-        first = f"{self.num_features}, components={self.options.components}"
-        return ", ".join([first, *changed])
+        options, default = asdict(self.options), asdict(AdaptiveOptions(self.options.components))
+        changed = [f"{name}={v!r}" for name, v in options.items() if v != default[name]]
+        return ", ".join([f"{self.num_features}, components={self.options.components}", *changed])

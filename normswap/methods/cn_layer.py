@@ -207,13 +207,9 @@ class ContextNorm(ContextTables):
         self, running: Moments, weight: Tensor, bias: Tensor
     ) -> tuple[Moments, Tensor, Tensor]:
         """Return moments, gamma and beta of the one row, (1, C), that unknown labels take."""
-        if isinstance(self.unknown, int):
-            row = slice(self.unknown, self.unknown + 1)
-            return Moments(running.mean[row], running.var[row]), weight[row], bias[row]
-        if self.unknown == "error":
-            # Reached only where the host cannot see the labels; wrong results must be visible.
-            nan = torch.full_like(running.mean[:1], torch.nan)
-            return Moments(nan, nan), torch.full_like(weight[:1], torch.nan), nan
+        row = self.row_unlabelled(*running, weight, bias)
+        if row is not None:
+            return Moments(*row[:2]), row[2], row[3]
         mixing = self.mixing(weight.dtype).unsqueeze(1)
         weight, bias = ((mixing * t).sum(0, keepdim=True) for t in (weight, bias))
         pooled, bias = pool_norm(running, mixing, weight, bias, self.eps)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.moments import Moments
-from normswap.methods.layer import ContextLayer, fill_affine, load_shared
+from normswap.methods.layer import ContextLayer
 from normswap.methods.plain import Plain, added_prior, pick, pick_moments
-from normswap.methods.values import check_settings, counted_nothing
+from normswap.methods.values import check_settings, counted_nothing, fill_affine, load_shared
 
 
 class ContextTables(ContextLayer):
@@ -50,11 +50,7 @@ class ContextTables(ContextLayer):
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(shape, **options))
         self.bias = nn.Parameter(torch.empty(shape, **options))
-        self.register_buffer("running_mean", torch.empty(shape, **options))
-        self.register_buffer("running_var", torch.empty(shape, **options))
-        self.register_buffer(
-            "num_batches_tracked", torch.zeros(num_contexts, dtype=torch.int64, device=device)
-        )
+        self._add_running(shape, (num_contexts,), options)
         self.add_priors(priors, device, dtype)
         self.reset_parameters()
 

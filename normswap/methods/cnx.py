@@ -18,16 +18,11 @@ from normswap.functional.moments import (
     log_spread,
 )
 from normswap.functional.tables import apply_centred
-from normswap.methods.base import (
-    Contexts,
-    Method,
-    affine_tensors,
-    register_method,
-)
+from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import ContextLayer, adopt, fill_affine
+from normswap.methods.layer import RUNNING, ContextLayer, adopt
 from normswap.methods.plain import Plain, added_prior, pick_moments
-from normswap.methods.values import check_settings, fitting
+from normswap.methods.values import check_settings, fill_affine, fitting
 from normswap.sites import Site
 
 
@@ -141,29 +136,26 @@ class ContextNormX(ContextLayer):
         return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
 
     def _table(self, mu: Tensor, inverse_sigma: Tensor) -> Centred:
-        weight, bias = self._affine(mu)
+        weight, bias = self._affine(mu[0])
         return Centred(mu, weight * inverse_sigma, bias.expand_as(mu))
 
-    def _affine(self, mu: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gamma and beta, (C,), in the dtype of mu."""
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gamma and beta, (C,), in the dtype of a row."""
         if self.weight is None or self.bias is None:
-            return torch.ones_like(mu[0]), torch.zeros_like(mu[0])
-        return self.weight.to(mu.dtype), self.bias.to(mu.dtype)
+            return torch.ones_like(like), torch.zeros_like(like)
+        return self.weight.to(like.dtype), self.bias.to(like.dtype)
 
     def _unknown(self, x: Tensor, mu: Tensor, log_sigma: Tensor) -> Centred:
         """Return the map of samples without a label: one row, or one a sample ("posterior")."""
-        if isinstance(self.unknown, int):
-            row = slice(self.unknown, self.unknown + 1)
-            return self._table(mu[row], torch.exp(-log_sigma[row]))
-        if self.unknown == "error":
-            # Reached only where the host cannot see the labels; wrong results must be visible.
-            return Centred(*(torch.full_like(mu[:1], torch.nan) for _ in range(3)))
+        row = self.row_unlabelled(mu, log_sigma)
+        if row is not None:
+            return self._table(row[0], torch.exp(-row[1]))
         priors = self.mixing(mu.dtype)
         moments = Moments(mu, torch.exp(2 * log_sigma))
         if self.unknown == "posterior" and self.num_contexts > 1:
             weights = context_posterior(instance_moments(x), moments, priors, 0.0)
             return self._table(mu, torch.exp(-log_sigma)).mix(weights)
-        weight, bias = self._affine(mu)
+        weight, bias = self._affine(mu[0])
         pooled, bias = pool_norm(moments, priors, weight, bias, 0.0)
         return centre_norm(pooled, weight, bias, 0.0)
 
@@ -173,11 +165,9 @@ class ContextNormX(ContextLayer):
         """Accept a BatchNorm's entries too: each context starts from its running statistics."""
         if self.weight is not None:
             fill_affine(state_dict, prefix, self.num_features)
-        mean = state_dict.pop(prefix + "running_mean", None)
-        var = state_dict.pop(prefix + "running_var", None)
-        state_dict.pop(prefix + "num_batches_tracked", None)
+        mean, var, _ = (state_dict.pop(prefix + name, None) for name in RUNNING)
         if isinstance(mean, Tensor) and isinstance(var, Tensor):
-            log_sigma = fitting(log_spread(var, self.eps), var, args[0] if args else None)
+            log_sigma = fitting(log_spread(var, self.eps), var, *args[:1])
             state_dict[prefix + "mu"] = mean.expand(self.mu.shape).clone()
             state_dict[prefix + "log_sigma"] = log_sigma.expand(self.mu.shape).clone()
         self.load_priors(state_dict, prefix, state_dict.get(prefix + "mu"))
@@ -191,9 +181,7 @@ class ContextNormX(ContextLayer):
         the factor ``sqrt(eps) / sigma`` that is left.
         """
         mean, var = self._learned(context)
-        weight, bias = torch.ones_like(mean), torch.zeros_like(mean)
-        if self.weight is not None and self.bias is not None:
-            weight, bias = self.weight.detach().double(), self.bias.detach().double()
+        weight, bias = (t.detach() for t in self._affine(mean))
         weight = torch.where(var < self.eps, weight * (self.eps / var).sqrt(), weight)
         return Plain(mean, (var - self.eps).clamp(min=0), weight, bias)
 

@@ -12,12 +12,10 @@ from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
-from normswap.methods.layer import ContextLayer, adopt, load_shared
+from normswap.methods.layer import RUNNING, ContextLayer, adopt
 from normswap.methods.plain import Plain, added_prior, pick
-from normswap.methods.values import check_settings
+from normswap.methods.values import check_settings, load_shared
 from normswap.sites import Site
-
-_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class ContextInstanceNorm(ContextLayer):
@@ -72,17 +70,7 @@ class ContextInstanceNorm(ContextLayer):
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_contexts, num_features, **options))
         self.bias = nn.Parameter(torch.empty(num_contexts, num_features, **options))
-        tracked = track_running_stats
-        self.register_buffer(
-            "running_mean", torch.empty(num_features, **options) if tracked else None
-        )
-        self.register_buffer(
-            "running_var", torch.empty(num_features, **options) if tracked else None
-        )
-        self.register_buffer(
-            "num_batches_tracked",
-            torch.zeros((), dtype=torch.int64, device=device) if tracked else None,
-        )
+        self._add_running((num_features,), (), options)
         self.add_priors(priors, device, dtype)
         self.reset_parameters()
 
@@ -184,12 +172,9 @@ class ContextInstanceNorm(ContextLayer):
         var.copy_(var + rate * (unbiased - var))
 
     def _unknown(self, weight: Tensor, bias: Tensor) -> Affine:
-        if isinstance(self.unknown, int):
-            row = slice(self.unknown, self.unknown + 1)
-            return Affine(weight[row], bias[row])
-        if self.unknown == "error":
-            # Reached only where the host cannot see the labels; wrong results must be visible.
-            return Affine(*(torch.full_like(weight[:1], torch.nan) for _ in range(2)))
+        row = self.row_unlabelled(weight, bias)
+        if row is not None:
+            return Affine(*row)
         return Affine(weight, bias).mix(self.mixing(weight.dtype).unsqueeze(0))
 
     def _load_from_state_dict(
@@ -198,7 +183,7 @@ class ContextInstanceNorm(ContextLayer):
         """Accept an InstanceNorm's entries too: each context starts from its affine."""
         targets: dict[str, Tensor] = {"weight": self.weight, "bias": self.bias}
         load_shared(state_dict, prefix, targets, {})
-        for name in () if self.track_running_stats else _RUNNING:
+        for name in () if self.track_running_stats else RUNNING:
             state_dict.pop(prefix + name, None)
         self.load_priors(state_dict, prefix, state_dict.get(prefix + "weight"))
         # An instance norm without an affine has no entry.

@@ -1,26 +1,22 @@
 """What every context-aware layer shares: its labels, its policy for unknown ones, its tail."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.arguments import (
-    MOST_CONTEXTS,
-    MOST_FEATURES,
-    check_count,
-    describe,
-)
+from normswap.arguments import MOST_CONTEXTS, MOST_FEATURES, check_count, describe
 from normswap.errors import ContextError, MissingContextError, refuse_scripting
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
-from normswap.methods.values import Resettable, make_priors
+from normswap.methods.values import Resettable, WithPriors
+from normswap.methods.values import load_shared as load_shared
 from normswap.sites import Site
 from normswap.util.looks import AsBefore
 
 # What code that reads a norm may ask of it; the answer is that of the norm replaced.
 _SETTINGS = ("affine", "track_running_stats")
+RUNNING = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
 POLICIES = ("error", "pooled", "posterior")
 
 
@@ -61,11 +57,20 @@ class NormLayer(AsBefore, Resettable):
 
     def reset_running_stats(self) -> None:
         """Set zero mean, unit variance and no batches, where there are running statistics."""
-        start = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
-        for name, value in start.items():
-            buffer = self._buffers.get(name)
-            if buffer is not None:
+        for name, value in RUNNING.items():
+            if (buffer := self._buffers.get(name)) is not None:
                 buffer.fill_(value)
+
+    def _add_running(
+        self, shape: tuple[int, ...], counts: tuple[int, ...], placed: dict[str, Any]
+    ) -> None:
+        """Register running statistics, None where they are not tracked."""
+        for name in RUNNING:
+            counted = name == "num_batches_tracked"
+            options = {**placed, "dtype": torch.int64} if counted else placed
+            size = counts if counted else shape
+            tracked = torch.zeros(size, **options) if self.track_running_stats else None
+            self.register_buffer(name, tracked)
 
     def _record(self, x: fx.Proxy, **given: Any) -> Any:
         """Become one call in a graph of `torch.fx`: no trace goes through the layer."""
@@ -95,7 +100,7 @@ class NormLayer(AsBefore, Resettable):
         return y
 
 
-class ContextLayer(NormLayer):
+class ContextLayer(WithPriors, NormLayer):
     """Base of layers whose forward takes a context.
 
     A subclass implements ``normalize(x, labels, unlabelled)``. `labels` is one int64 per row of
@@ -110,8 +115,6 @@ class ContextLayer(NormLayer):
     """
 
     context_argument = "context"
-    priors: Tensor
-    kept_priors: Tensor | None = None  # their values, while they are on the meta device
 
     def __init__(self, num_features: int, num_contexts: int, unknown: str | int = "pooled") -> None:
         super().__init__(num_features)
@@ -127,49 +130,6 @@ class ContextLayer(NormLayer):
         self.unknown = unknown
         self.names = tuple(str(k) for k in range(num_contexts))
         self.scope: Scope | None = None
-
-    def add_priors(
-        self, priors: Tensor | None, device: torch.device | None, dtype: torch.dtype | None
-    ) -> None:
-        """Register lambda, (K,): uniform by default; float64 only in a float64 layer.
-
-        Raises:
-            ContextError: not K positive values that sum to one.
-        """
-        values = make_priors(priors, self.num_contexts, torch.device("cpu"), dtype)
-        self.register_buffer("priors", values.to(device or torch.get_default_device()))
-        self.kept_priors = values if self.priors.is_meta else None
-
-    def known_priors(self) -> Tensor:
-        """Return lambda, which is a setting: its values are known on the meta device too."""
-        kept = self.kept_priors if self.priors.is_meta else None
-        return self.priors if kept is None else kept
-
-    def load_priors(self, state: dict[str, Any], prefix: str, like: Tensor | None) -> None:
-        """Complete the state dict of a base, which has no lambda, in place.
-
-        Args:
-            state: the state dict being loaded.
-            prefix: of this layer's keys.
-            like: an entry of it, on whose device lambda has to be where entries are assigned.
-        """
-        if not isinstance(state.get(prefix + "priors"), Tensor):
-            known = self.known_priors()
-            state[prefix + "priors"] = known if like is None else known.to(like.device)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        before = self.priors
-        if not before.is_meta:
-            self.kept_priors = None
-        super()._apply(fn, recurse)
-        if self.priors.is_meta and not before.is_meta:
-            self.kept_priors = before.detach().cpu()
-        return self
-
-    def _fill(self) -> None:
-        if self.kept_priors is not None:
-            self.priors.copy_(self.kept_priors)
-        super()._fill()
 
     def forward(self, x: Tensor, context: Labels | None = None) -> Tensor:
         """Normalise x with the statistics of each sample's context.
@@ -195,10 +155,14 @@ class ContextLayer(NormLayer):
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
 
-    def mixing(self, dtype: torch.dtype) -> Tensor:
-        """Return lambda, (K,), summing to one again after what a cast rounded."""
-        priors = self.priors.to(dtype)
-        return priors / priors.sum()
+    def row_unlabelled(self, *tables: Tensor) -> list[Tensor] | None:
+        """Return the row of each table, (1, C), for samples without a label, None if several."""
+        if isinstance(self.unknown, int):
+            return [t[self.unknown : self.unknown + 1] for t in tables]
+        if self.unknown == "error":
+            # Reached only where the host cannot see the labels; wrong results must be visible.
+            return [torch.full_like(t[:1], torch.nan) for t in tables]
+        return None
 
     def _labels(self, x: Tensor, context: Labels | None) -> tuple[Tensor | None, bool]:
         if context is None and self.scope is not None:
@@ -216,8 +180,7 @@ class ContextLayer(NormLayer):
             order = () if step is None else (step.how, step.index)
         if self.unknown == "error" and context.unknown is not False:
             self._refuse_unknown(context)
-        where = self._where()
-        labels = labels_per_row(context, x, where, *order)
+        labels = labels_per_row(context, x, self._where(), *order)
         return labels, context.unknown is not False
 
     def _default_labels(self, x: Tensor) -> Tensor | None:
@@ -284,31 +247,3 @@ def adopt(layer: NormLayer, source: nn.Module, site: Site) -> None:
     for name, value in vars(source).items():
         if name in _SETTINGS or (name not in known and not hasattr(type(layer), name)):
             layer.__dict__[name] = value
-
-
-def load_shared(
-    state: dict[str, Any], prefix: str, targets: dict[str, Tensor], scales: dict[str, Tensor]
-) -> None:
-    """Broadcast entries of a base layer's state dict, (C,) or (), to one row per context.
-
-    Args:
-        state: the state dict being loaded, changed in place.
-        prefix: of this layer's keys.
-        targets: this layer's tensors by key, each (K, *base shape).
-        scales: factor per context for some keys, (K, 1).
-    """
-    for name, target in targets.items():
-        value = state.get(prefix + name)
-        if isinstance(value, Tensor) and value.shape == target.shape[1:]:
-            value = value.unsqueeze(0).expand(target.shape).clone()
-            if name in scales:
-                value = value * scales[name].to(value)
-            state[prefix + name] = value
-
-
-def fill_affine(state: dict[str, Any], prefix: str, num_features: int) -> None:
-    """Complete the state dict of a base norm that has no weight or no bias, in place."""
-    mean = state.get(prefix + "running_mean")
-    if isinstance(mean, Tensor) and mean.shape == (num_features,):
-        state.setdefault(prefix + "weight", torch.ones_like(mean))
-        state.setdefault(prefix + "bias", torch.zeros_like(mean))

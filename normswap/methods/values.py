@@ -1,4 +1,4 @@
-"""Values of layers: the settings they are made with, and what leaving the meta device gives."""
+"""Values of layers: settings, priors, what leaving the meta device and a base's entries give."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,21 +35,70 @@ class Resettable(nn.Module):
             reset()
 
 
-def fitting(value: Tensor, like: Tensor, metadata: Any) -> Tensor:
-    """Return what is derived from a base's entry, in its dtype where entries are assigned.
+class WithPriors(Resettable):
+    """A layer with lambda, (K,), a setting: its values are known on the meta device too."""
 
-    Args:
-        value: derived, perhaps in a wider dtype, which a copy into the layer rounds.
-        like: the entry of the state dict.
-        metadata: the third argument of ``_load_from_state_dict``.
-    """
-    assigned = (metadata or {}).get("assign_to_params_buffers", False)
-    return value.to(like.device, like.dtype) if assigned else value
+    priors: Tensor
+    kept_priors: Tensor | None = None  # their values, while they are on the meta device
+    num_contexts: int
 
+    def add_priors(
+        self, priors: Tensor | None, device: torch.device | None, dtype: torch.dtype | None
+    ) -> None:
+        """Register lambda: uniform by default; float64 only in a float64 layer.
 
-def counted_nothing(count: Tensor) -> Tensor:
-    """Return a count of batches for a base that has none: as it is, zeros without values."""
-    return torch.zeros_like(count, device="cpu") if count.is_meta else count
+        Raises:
+            ContextError: not K positive values that sum to one.
+        """
+        count = self.num_contexts
+        wide = torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else None
+        if priors is None:
+            priors = torch.full((count,), 1 / count, dtype=torch.float64, device="cpu")
+        elif not isinstance(priors, Tensor) or not _holds_numbers(priors):
+            raise ContextError(
+                f"expected `priors` as a tensor of {count} numbers, got {describe(priors)}"
+            )
+        total = float(priors.double().sum())
+        if priors.shape != (count,) or not bool((priors > 0).all()) or abs(total - 1) > 1e-3:
+            raise ContextError(
+                f"expected `priors` of {count} positive values that sum to one, "
+                f"got {describe(priors.tolist())}; normswap.contexts.check_priors scales counts"
+            )
+        # A copy: layers of a float64 model would share one tensor with each other and the caller.
+        values = priors.to("cpu", wide or torch.float32, copy=True)
+        self.register_buffer("priors", values.to(device or torch.get_default_device()))
+        self.kept_priors = values if self.priors.is_meta else None
+
+    def known_priors(self) -> Tensor:
+        """Return lambda, with its values."""
+        kept = self.kept_priors if self.priors.is_meta else None
+        return self.priors if kept is None else kept
+
+    def load_priors(self, state: dict[str, Any], prefix: str, like: Tensor | None) -> None:
+        """Complete the state dict of a base, which has no lambda, in place.
+
+        Where entries are assigned, lambda has to be on the device of one `like` it.
+        """
+        if not isinstance(state.get(prefix + "priors"), Tensor):
+            known = self.known_priors()
+            state[prefix + "priors"] = known if like is None else known.to(like.device)
+
+    def mixing(self, dtype: torch.dtype) -> Tensor:
+        """Return lambda, (K,), summing to one again after what a cast rounded."""
+        priors = self.priors.to(dtype)
+        return priors / priors.sum()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        known = self.known_priors()
+        super()._apply(fn, recurse)
+        kept = self.priors.is_meta and not known.is_meta
+        self.kept_priors = known.detach().cpu() if kept else None
+        return self
+
+    def _fill(self) -> None:
+        if self.kept_priors is not None:
+            self.priors.copy_(self.kept_priors)
+        super()._fill()
 
 
 def _holds_numbers(t: Tensor) -> bool:
@@ -69,32 +118,39 @@ def check_settings(eps: Any, momentum: Any = None, flags: dict[str, Any] | None 
         check_flag(name, value, ContextError)
 
 
-def make_priors(
-    priors: Tensor | None,
-    num_contexts: int,
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """Return lambda for a layer, (K,): uniform by default; float64 only in a float64 layer.
+def fitting(value: Tensor, like: Tensor, metadata: Any = None) -> Tensor:
+    """Return what is derived from an entry of a base, in its dtype where entries are assigned.
 
-    Raises:
-        ContextError: not K positive values that sum to one.
+    Elsewhere a copy into the layer rounds a wider one. `metadata` is the third argument of
+    ``_load_from_state_dict``.
     """
-    wide = (dtype or torch.get_default_dtype()) == torch.float64
-    if priors is None:
-        priors = torch.full((num_contexts,), 1 / num_contexts, dtype=torch.float64, device="cpu")
-    elif not isinstance(priors, Tensor) or not _holds_numbers(priors):
-        raise ContextError(
-            f"expected `priors` as a tensor of {num_contexts} numbers, got {describe(priors)}"
-        )
-    elif (
-        priors.shape != (num_contexts,)
-        or not bool((priors > 0).all())
-        or abs(float(priors.double().sum()) - 1) > 1e-3
-    ):
-        raise ContextError(
-            f"expected `priors` of {num_contexts} positive values that sum to one, "
-            f"got {describe(priors.tolist())}; normswap.contexts.check_priors scales counts"
-        )
-    # A copy: layers of a float64 model would share one tensor with each other and the caller.
-    return priors.to(device=device, dtype=torch.float64 if wide else torch.float32, copy=True)
+    assigned = (metadata or {}).get("assign_to_params_buffers", False)
+    return value.to(like.device, like.dtype) if assigned else value
+
+
+def counted_nothing(count: Tensor) -> Tensor:
+    """Return a count of batches for a base that has none: as it is, zeros without values."""
+    return torch.zeros_like(count, device="cpu") if count.is_meta else count
+
+
+def load_shared(
+    state: dict[str, Any], prefix: str, targets: dict[str, Tensor], scales: dict[str, Tensor]
+) -> None:
+    """Broadcast entries of a base's state dict, (C,) or (), to one row per context, in place.
+
+    `targets` are this layer's tensors by name, (K, *base shape); `scales` a factor per context for
+    some of them, (K, 1).
+    """
+    for name, target in targets.items():
+        value = state.get(prefix + name)
+        if isinstance(value, Tensor) and value.shape == target.shape[1:]:
+            value = value.unsqueeze(0).expand(target.shape).clone()
+            state[prefix + name] = value * scales[name].to(value) if name in scales else value
+
+
+def fill_affine(state: dict[str, Any], prefix: str, num_features: int) -> None:
+    """Complete the state dict of a base norm that has no weight or no bias, in place."""
+    mean = state.get(prefix + "running_mean")
+    if isinstance(mean, Tensor) and mean.shape == (num_features,):
+        state.setdefault(prefix + "weight", torch.ones_like(mean))
+        state.setdefault(prefix + "bias", torch.zeros_like(mean))

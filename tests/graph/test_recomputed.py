@@ -9,25 +9,10 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import normswap
 from normswap.errors import ContextError
-from tests.graph.behave import LABELS, Block, Holder, images, separate
+from tests.graph.behave import LABELS, Block, Both, Holder, Own, images, separate
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
 TRAINING = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-
-
-class Both(Holder):
-    def forward(self, x):
-        return self.b(self.a(x))
-
-
-class Own(Holder):
-    """Keeps its own forward."""
-
-    def forward(self, x):
-        try:
-            return self.b(self.a(x))
-        except ZeroDivisionError:
-            return x
 
 
 class Inside(Holder):

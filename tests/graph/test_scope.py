@@ -17,22 +17,7 @@ from torch import nn
 import normswap
 from normswap.errors import ContextError, MissingContextError
 from normswap.graph import scope as scope_module
-from tests.graph.behave import LABELS, Block, Holder, images, separate
-
-
-class Own(Holder):
-    """Keeps its own forward."""
-
-    def forward(self, x):
-        try:
-            return self.b(self.a(x))
-        except ZeroDivisionError:
-            return x
-
-
-class Both(Holder):
-    def forward(self, x):
-        return self.b(self.a(x))
+from tests.graph.behave import LABELS, Block, Both, Holder, Own, images, separate
 
 
 def make(model=None):

@@ -4,16 +4,17 @@ import dis
 import itertools
 import types
 import weakref
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _SKIPPED = ("CACHE", "PRECALL", "EXTENDED_ARG", "NOP", "PUSH_NULL")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _FREE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
-_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
+_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _STORES_OUTSIDE = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
 _CATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")
-_ENDS = ("STORE_", "POP_TOP", "JUMP", "RESUME", "FOR_ITER", "POP_JUMP", "GEN_START")
-_COMPARES = ("IS_OP", "COMPARE_OP", "CONTAINS_OP")
+_ENDS = ("STORE_", "POP_TOP", "POP_JUMP", "JUMP", "FOR_ITER", "RETURN", "RAISE", "RESUME")
+COMPARES = {"IS_OP", "COMPARE_OP", "CONTAINS_OP"}
 
 
 class Load(NamedTuple):
@@ -46,6 +47,14 @@ class Test(NamedTuple):
     calls: bool
 
 
+class Statement(NamedTuple):
+    """A statement, or part of one: what it loads from outside, looks up on anything, and does."""
+
+    loads: list[Load]
+    attributes: set[str]
+    operations: set[str]
+
+
 class Code(NamedTuple):
     """What a function does that matters to a trace, by offset of the instruction.
 
@@ -54,12 +63,14 @@ class Code(NamedTuple):
         tests: of identity.
         refused: what may not run, and what it would do.
         catches: whether it handles exceptions.
+        statements: in order.
     """
 
     loads: dict[int, Load]
     tests: dict[int, Test]
     refused: dict[int, str]
     catches: bool
+    statements: list[Statement]
 
 
 _KNOWN: "weakref.WeakKeyDictionary[types.CodeType, Code]" = weakref.WeakKeyDictionary()
@@ -70,8 +81,29 @@ def read_code(code: types.CodeType) -> Code:
     if code not in _KNOWN:
         steps = [s for s in dis.get_instructions(code) if s.opname not in _SKIPPED]
         loads, refused = _find_loads(code, steps), _find_refused(code, steps)
-        _KNOWN[code] = Code(loads, _find_tests(steps), refused, _catches(steps))
+        statements = list(_split(steps, loads))
+        _KNOWN[code] = Code(loads, _find_tests(steps), refused, _catches(steps), statements)
     return _KNOWN[code]
+
+
+def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield the code of a function, and of the functions it makes."""
+    yield code
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            yield from codes_of(part)
+
+
+def _split(steps: list[dis.Instruction], loads: dict[int, Load]) -> Iterator[Statement]:
+    start = 0
+    for end, step in enumerate(steps, 1):
+        if step.opname.startswith(_ENDS):
+            part, start = steps[start:end], end
+            yield Statement(
+                [loads[s.offset] for s in part if s.offset in loads],
+                {str(s.argval) for s in part if s.opname in _ATTRIBUTE},
+                {s.argrepr if s.opname == "BINARY_OP" else s.opname for s in part},
+            )
 
 
 def _find_loads(code: types.CodeType, steps: list[dis.Instruction]) -> dict[int, Load]:
@@ -115,11 +147,11 @@ def _find_tests(steps: list[dis.Instruction]) -> dict[int, Test]:
 def _find_refused(code: types.CodeType, steps: list[dis.Instruction]) -> dict[int, str]:
     refused = {}
     for step in steps:
-        if step.opname in _STORES_OUTSIDE and step.argval not in code.co_cellvars:
-            refused[step.offset] = f"sets {step.argval} outside of it"
-        elif step.opname == "IMPORT_NAME":
-            if step.argval.partition(".")[0] not in ("torch", "math"):
-                refused[step.offset] = f"imports {step.argval}"
+        name, given = step.opname, step.argval
+        if name in _STORES_OUTSIDE and given not in code.co_cellvars:
+            refused[step.offset] = f"sets {given} outside of it"
+        elif name == "IMPORT_NAME" and given.partition(".")[0] not in ("torch", "math"):
+            refused[step.offset] = f"imports {given}"
     return refused
 
 
@@ -134,7 +166,7 @@ def is_compared(frame: types.FrameType) -> bool:
     steps = [s for s in dis.get_instructions(frame.f_code) if s.opname not in _SKIPPED]
     after = [s.opname for s in steps if s.offset > frame.f_lasti][:8]
     for place, name in enumerate(after):
-        if name in _COMPARES:
+        if name in COMPARES:
             return True
         # Before it may come what it is compared with: a name and its attributes, or a tuple.
         if not name.startswith(("LOAD_GLOBAL", "LOAD_FAST", "LOAD_DEREF", "LOAD_CONST", "BUILD_")):

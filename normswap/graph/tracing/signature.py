@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from normswap.graph.tracing.bytecode import codes_of
 from normswap.graph.tracing.failure import is_torch
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+# How a value of a parameter of each kind is passed on.
+_PASSED = ("{}", "{}", "*{}", "{0}={0}", "**{}")
 # Stands for a required argument until a real one is seen: most are tensors.
 EXAMPLE = torch.empty(0)
 
@@ -34,39 +37,29 @@ class Forward(NamedTuple):
     examples: Callable[[], tuple[Any, ...]]
 
 
-def parameters_of(function: Callable[..., Any]) -> list[Parameter]:
+def parameters_of(function: Callable[..., Any], follow_wrapped: bool = False) -> list[Parameter]:
     """Return the parameters of an unbound method after self; ``*args, **kwargs`` if unknown.
 
     Of a decorated one they are the decorator's, which may tell what was given from what was not.
     """
-    return _parameters(function, False)
+    try:
+        signature = inspect.signature(function, follow_wrapped=follow_wrapped)
+    except (TypeError, ValueError):
+        return any_parameters()
+    parameters = list(signature.parameters.values())
+    known = parameters and parameters[0].kind in _POSITIONAL
+    return parameters[1:] if known else any_parameters()
 
 
 def declared_parameters(function: Callable[..., Any]) -> list[Parameter]:
     """Return the parameters that a decorated method shows to `inspect`, after self."""
-    return _parameters(function, True)
-
-
-def _parameters(function: Callable[..., Any], follow_wrapped: bool) -> list[Parameter]:
-    try:
-        signature = inspect.signature(function, follow_wrapped=follow_wrapped)
-        parameters = list(signature.parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    if parameters and parameters[0].kind in (
-        Parameter.POSITIONAL_ONLY,
-        Parameter.POSITIONAL_OR_KEYWORD,
-    ):
-        return parameters[1:]
-    return any_parameters()
+    return parameters_of(function, True)
 
 
 def any_parameters() -> list[Parameter]:
     """Return the parameters ``*args, **kwargs``."""
-    return [
-        Parameter("args", Parameter.VAR_POSITIONAL),
-        Parameter("kwargs", Parameter.VAR_KEYWORD),
-    ]
+    kinds = {"args": Parameter.VAR_POSITIONAL, "kwargs": Parameter.VAR_KEYWORD}
+    return [Parameter(name, kind) for name, kind in kinds.items()]
 
 
 def free_argument(module: nn.Module, override: Callable[..., Any] | None = None) -> str:
@@ -98,14 +91,23 @@ def free_argument(module: nn.Module, override: Callable[..., Any] | None = None)
 
 def _names(function: Any) -> set[str]:
     """Return the names of a function's parameters and the strings it contains, nested ones too."""
-    if not isinstance(function, types.CodeType):
-        function = inspect.unwrap(getattr(function, "__func__", function))
-    code = getattr(function, "__code__", function)
-    if not isinstance(code, types.CodeType):
-        return set()
-    names = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-    strings = {c for c in code.co_consts if isinstance(c, str)}
-    return names.union(strings, *(_names(c) for c in code.co_consts if not isinstance(c, str)))
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    code = getattr(function, "__code__", None)
+    names: set[str] = set()
+    for part in codes_of(code) if isinstance(code, types.CodeType) else ():
+        names.update(part.co_varnames[: part.co_argcount + part.co_kwonlyargcount])
+        names.update(c for c in part.co_consts if isinstance(c, str))
+    return names
+
+
+class _Written:
+    """A default in a signature that is written as code."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 def write_forward(
@@ -121,53 +123,27 @@ def write_forward(
     decorated forward shows.
     """
     scope: dict[str, Any] = {"_dispatch": dispatch}
-    head: list[str] = ["self"]
-    passed: list[str] = []
-    written = False
-
-    def write_context() -> None:
-        nonlocal written
-        if argument is not None and not written:
-            head.append(f"{argument}=None")
-            written = True
-
-    for index, parameter in enumerate(parameters):
-        name, kind = parameter.name, parameter.kind
-        default = ""
-        if parameter.default is not Parameter.empty:
-            scope[f"_default_{index}"] = parameter.default
-            default = f"=_default_{index}"
-        if kind is Parameter.VAR_POSITIONAL:
-            head.append(f"*{name}")
-            write_context()
-            passed.append(f"*{name}")
-        elif kind is Parameter.KEYWORD_ONLY:
-            if not any(h.startswith("*") for h in head):
-                write_context()
-                head.append("*")
-            head.append(f"{name}{default}")
-            passed.append(f"{name}={name}")
-        elif kind is Parameter.VAR_KEYWORD:
-            write_context()
-            head.append(f"**{name}")
-            passed.append(f"**{name}")
-        else:
-            head.append(f"{name}{default}")
-            passed.append(name)
-            following = parameters[index + 1].kind if index + 1 < len(parameters) else None
-            if kind is Parameter.POSITIONAL_ONLY and following is not kind:
-                head.append("/")
-    write_context()
+    head = [Parameter("self", min([_POSITIONAL[1], *(p.kind for p in parameters)]))]
+    for p in parameters:
+        head.append(p.replace(annotation=p.empty))
+        if p.default is not p.empty:
+            scope[f"_default_{p.name}"] = p.default
+            head[-1] = head[-1].replace(default=_Written(f"_default_{p.name}"))
+    if argument is not None:
+        starred = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        kind = Parameter.KEYWORD_ONLY if starred else Parameter.POSITIONAL_OR_KEYWORD
+        place = sum(p.kind <= Parameter.VAR_POSITIONAL for p in head)
+        head.insert(place, Parameter(argument, kind, default=None))
     names = "".join(f"{p.name}, " for p in parameters)
-    unpack = f"    {names}= values\n" if names else ""
+    passed = ", ".join(["self", *(_PASSED[p.kind].format(p.name) for p in parameters)])
     source = (
-        f"def forward({', '.join(head)}):\n"
+        f"def forward{inspect.Signature(head)}:\n"
         f"    return _dispatch(self, ({names}), {argument})\n"
-        f"def bind({', '.join(head)}):\n"
+        f"def bind{inspect.Signature(head)}:\n"
         f"    return ({names})\n"
-        f"def spread(function, self, values):\n"
-        f"{unpack}"
-        f"    return function({', '.join(['self', *passed])})\n"
+        "def spread(function, self, values):\n"
+        f"    {names or '()'} = values\n"
+        f"    return function({passed})\n"
     )
     exec(compile(source, "<normswap forward>", "exec"), scope)
 
@@ -185,12 +161,9 @@ def write_forward(
 def _show(own: list[Parameter], shown: list[Parameter], argument: str | None) -> inspect.Signature:
     """Return the signature a decorated forward shows, the context added."""
     first = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
-    named = [p for p in own if p.kind in _POSITIONAL]
-    rest = [p for p in shown if p.kind is not Parameter.VAR_KEYWORD]
     context = [Parameter(argument, Parameter.KEYWORD_ONLY, default=None)] if argument else []
-    last = [p for p in shown if p.kind is Parameter.VAR_KEYWORD]
-    order = sorted([first, *named, *rest], key=lambda p: p.kind)
-    return inspect.Signature([*order, *context, *last])
+    named = [p for p in own if p.kind in _POSITIONAL]
+    return inspect.Signature(sorted([first, *named, *shown, *context], key=lambda p: p.kind))
 
 
 def _example(parameter: Parameter, required: tuple[Any, ...]) -> Any:

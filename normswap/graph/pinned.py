@@ -1,6 +1,5 @@
 """What functions hold: a copy of a model shares its functions with the original, and so these."""
 
-import dis
 import functools
 import types
 import weakref
@@ -9,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_SIMPLE = {bool, int, float, str, bytes, type(None)}
-_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
+from normswap.graph.tracing.bytecode import codes_of, read_code
 
 
 def find_pinned(value: Any) -> Iterator[nn.Module | Tensor]:
@@ -26,29 +24,29 @@ def find_pinned(value: Any) -> Iterator[nn.Module | Tensor]:
             if pinned:
                 yield item
             continue
-        if type(item) in _SIMPLE or (id(item), pinned) in met:
+        if (id(item), pinned) in met:
             continue
         met.add((id(item), pinned))
-        if isinstance(item, types.FunctionType):
-            waiting += [(part, True) for part in _parts_of(item)]
-        else:
-            waiting += [(part, pinned) for part in _items_of(item)]
+        function = isinstance(item, types.FunctionType)
+        parts = _parts_of(item) if function else _items_of(item)
+        waiting += [(part, pinned or function) for part in parts]
+
+
+def closure_of(function: types.FunctionType) -> dict[str, Any]:
+    """Return what a function's free variables hold, where they hold something."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
 
 
 def _parts_of(function: types.FunctionType) -> Iterator[Any]:
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     yield from vars(function).values()
-    for cell in function.__closure__ or ():
-        if cell != types.CellType():  # an empty one
-            yield cell.cell_contents
-    codes = [function.__code__]
-    while codes:
-        code = codes.pop()
-        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-        for step in dis.get_instructions(code):
-            if step.opname in _GLOBAL and step.argval in function.__globals__:
-                yield function.__globals__[step.argval]
+    yield from closure_of(function).values()
+    loads = [
+        load for code in codes_of(function.__code__) for load in read_code(code).loads.values()
+    ]
+    yield from (function.__globals__.get(load.name) for load in loads if not load.free)
 
 
 def _items_of(item: Any) -> Iterator[Any]:
