@@ -43,8 +43,8 @@ def find_question(module: nn.Module, changed: dict[type, type]) -> str:
     kinds = {k for old, new in changed.items() for k in old.__mro__ if k not in new.__mro__}
     for function in reachable(cls.forward, cls):
         expressions = list(_expressions(function))
-        asks_type = any(type in e.values or "__class__" in e.names for e in expressions)
-        asks_kind = any(isinstance in e.values for e in expressions)
+        asks_type = any(_has(e.values, type) or "__class__" in e.names for e in expressions)
+        asks_kind = any(_has(e.values, isinstance) for e in expressions)
         for values, _, operations in expressions:
             found = [c for value in values for c in _classes(value)]
             known = [c for c in found if c in changed]
@@ -53,14 +53,19 @@ def find_question(module: nn.Module, changed: dict[type, type]) -> str:
             if asks_type and compares and known:
                 return f"{function.__qualname__} compares a type with {known[0].__name__}"
             known = [c for c in found if c in kinds]
-            if asks_type and issubclass in values and known:
+            if asks_type and _has(values, issubclass) and known:
                 return f"{function.__qualname__} compares a type with {known[0].__name__}"
             built = any(o.startswith(_BUILDS) for o in operations)
-            alone = isinstance in values and not built and all(c in values for c in found)
+            alone = _has(values, isinstance) and not built and all(_has(values, c) for c in found)
             if asks_kind and known and not alone:
                 several = f"asks whether something is of several classes, {known[0].__name__} among"
                 return f"{function.__qualname__} {several} them"
     return ""
+
+
+def _has(values: list[Any], value: Any) -> bool:
+    # By identity: arrays and tensors answer == with what has no truth.
+    return any(found is value for found in values)
 
 
 def reachable(forward: Any, cls: type) -> Iterator[types.FunctionType]:

@@ -17,11 +17,18 @@ from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.list_effects import Writes, hand_on, may_be_changed, take_back
 from normswap.graph.tracing.method_calls import Outlined, methods_running
 from normswap.graph.tracing.names import Names, returns_tensor
-from normswap.graph.tracing.reads import MISSING, Reads
+from normswap.graph.tracing.reads import MISSING, Of, Reads
 from normswap.graph.tracing.region import Region
 from normswap.graph.tracing.symbol import MOST_QUESTIONS, Value, question_key, unpack
 
-_BASE = set(vars(nn.Module())) - {"training"}
+# What every module holds, and what reads of it without changing anything.
+_BASE = {"__dict__", *vars(nn.Module())} - {"training"}
+_HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_READERS = {
+    *("forward", "children", "named_children", "modules", "named_modules", "parameters"),
+    *("named_parameters", "buffers", "named_buffers", "get_submodule", "get_parameter"),
+    *("get_buffer", "extra_repr", "_get_name"),
+}
 _LOOPS = "loops over, or takes apart, a value whose length is known only when it runs"
 # From a call to (its arguments, one a parameter; which it changes), None if that is unknown.
 WritesOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Writes] | None]
@@ -156,7 +163,7 @@ class ContainerTracer(fx.Tracer):
         if isinstance(a, Tensor):
             if id(a) not in self._tensors:
                 raise TraceFailure("uses a tensor that is not an attribute of the module")
-            return self.create_node("get_attr", self._tensors[id(a)], (), {})
+            return self._get(a).node
         if isinstance(a, nn.Module):
             raise TraceFailure(f"passes a module ({type(a).__name__}) as an argument")
         if isinstance(a, dict) and type(a) is not dict:
@@ -224,19 +231,28 @@ class ContainerTracer(fx.Tracer):
         if path is not None:
             self.reads.attributes.setdefault((path, name), MISSING)
 
+    def _get(self, tensor: Tensor) -> fx.Proxy:
+        """Read a parameter or buffer; the graph stands for a forward as long as there is one."""
+        target = self._tensors[id(tensor)]
+        path, _, name = target.rpartition(".")
+        self.reads.attributes.setdefault((path, name), Of(Tensor))
+        return self.create_proxy("get_attr", target, (), {})
+
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Note an attribute the forward saw; parameters and buffers become symbolic."""
         path = self._paths.get(id(module))
         if path is None:
             raise TraceFailure(f"reads .{name} of a {type(module).__name__} outside of it")
         if isinstance(value, Tensor):
-            known = id(value) in self._tensors
-            return (
-                self.create_proxy("get_attr", self._tensors[id(value)], (), {}) if known else value
-            )
-        if name in ("__dict__", "__class__"):
+            return self._get(value) if id(value) in self._tensors else value
+        if name == "_modules":
+            self.reads.children[path] = tuple(value)
+            return types.MappingProxyType(value)
+        if name in _BASE or name == "__class__":
             raise TraceFailure(f"looks into its own {name}")
-        if name in _BASE or isinstance(value, nn.Module):
+        if isinstance(value, nn.Module):
+            if isinstance(value, _HOLDERS) and id(value) in self._paths:
+                self.reads.children[self._paths[id(value)]] = tuple(value._modules)
             return value
         function = getattr(value, "__func__", value)
         builtin = isinstance(value, types.BuiltinMethodType | types.MethodWrapperType)
@@ -244,6 +260,8 @@ class ContainerTracer(fx.Tracer):
             return self.reads.attribute(path, name, value)
         if builtin:
             return value
+        if vars(nn.Module).get(name) is function and name not in _READERS:
+            raise TraceFailure(f"calls .{name}() inside forward")
         if module is self.root and name in self.outlined:
             return functools.partial(self._call_method, Outlined(name))
         if not is_torch(function.__module__):
