@@ -109,7 +109,45 @@ class AGradientOrNone(Reader):
         self.last.weight.grad = torch.ones_like(self.last.weight)
 
 
-READERS = [Inherited, InheritedMethod, LookedUp, GivenAnotherName, AnObjectOrNone, HowMany]
+class AnAttributeByName(Reader):
+    def read(self, x):
+        return x * 2 if hasattr(self.last, "kept") else x
+
+    def change(self):
+        self.last.kept = 1
+
+
+class ASettingByName(Reader):
+    def read(self, x):
+        return x * getattr(self.options, "scale", 1.0)
+
+    def change(self):
+        self.options.scale = 5.0
+
+
+class HowManyParameters(Reader):
+    def __init__(self):
+        super().__init__()
+        self.gains = nn.ParameterList()
+
+    def read(self, x):
+        return x * (1 + len(self.gains))
+
+    def change(self):
+        self.gains.append(nn.Parameter(torch.ones(1)))
+
+
+READERS = [
+    AnAttributeByName,
+    ASettingByName,
+    HowManyParameters,
+    Inherited,
+    InheritedMethod,
+    LookedUp,
+    GivenAnotherName,
+    AnObjectOrNone,
+    HowMany,
+]
 READERS += [ATensorOrNone, AGradientOrNone]
 
 
@@ -179,6 +217,25 @@ def test_what_a_forward_writes_is_written_by_runs_alone(kind, monkeypatch):
             call(model, (images(),))
             counts[-1].append(model.count())
     assert counts[0] == counts[1]
+
+
+def test_what_a_method_left_out_of_the_graph_changes():
+    class Counter(Block):
+        def __init__(self):
+            super().__init__()
+            self.met = []
+
+        def count(self):
+            self.met.append(1)
+
+        def forward(self, x):
+            self.count()
+            return super().forward(x) * len(self.met)
+
+    model = Counter().eval()
+    converted = normswap.convert(model, "cn", contexts=3, verify=False)
+    for _ in range(2):
+        close(call(converted, (images(),)), call(model, (images(),)))
 
 
 def test_an_array_is_no_question():

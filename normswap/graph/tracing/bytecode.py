@@ -4,6 +4,7 @@ import dis
 import itertools
 import types
 import weakref
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _SKIPPED = ("CACHE", "PRECALL", "EXTENDED_ARG", "NOP", "PUSH_NULL")
@@ -75,6 +76,14 @@ def read_code(code: types.CodeType) -> Code:
         loads, refused = _find_loads(code, steps), _find_refused(code, steps)
         _KNOWN[code] = Code(loads, _find_tests(steps), refused, _catches(steps))
     return _KNOWN[code]
+
+
+def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield the code of a function, and of the functions it makes."""
+    yield code
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            yield from codes_of(part)
 
 
 def _find_loads(code: types.CodeType, steps: list[dis.Instruction]) -> dict[int, Load]:

@@ -172,7 +172,11 @@ class Settings:
 
     def __getattr__(self, name: str) -> Any:
         value, path, reads = object.__getattribute__(self, "_normswap")
-        found = getattr(value, name)
+        try:
+            found = getattr(value, name)
+        except AttributeError:
+            reads.attributes.setdefault((path, name), MISSING)
+            raise
         if callable(found) and not isinstance(found, type):
             raise TraceFailure(f"calls a method of .{path}, a {type(value).__name__} that it holds")
         return reads.attribute(path, name, found)

@@ -15,7 +15,7 @@ from torch.fx.proxy import TracerBase
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.list_effects import Writes, hand_on, may_be_changed, take_back
-from normswap.graph.tracing.method_calls import Outlined, methods_running
+from normswap.graph.tracing.method_calls import Outlined, find_changes, methods_running
 from normswap.graph.tracing.names import Names, returns_tensor
 from normswap.graph.tracing.reads import MISSING, Of, Reads
 from normswap.graph.tracing.region import Region
@@ -106,6 +106,9 @@ class ContainerTracer(fx.Tracer):
         self.wrote = False
         self._known: dict[Any, bool] = {}
         self._reshaped = 0
+        # By methods that were called, and have not run.
+        self._looked_up: set[str] = set()
+        self._stored: set[str] = set()
         self._paths, self._tensors = names.paths, names.tensors
         self._modes = _modes()
         self._writes_of = writes_of
@@ -220,6 +223,9 @@ class ContainerTracer(fx.Tracer):
     def _call_method(self, method: Outlined, *args: Any, **kwargs: Any) -> Any:
         if any(map(may_be_changed, (*args, *kwargs.values()))):
             raise TraceFailure(f"hands a list or dict to .{method.name}, which may change it")
+        looked_up, stored = find_changes(type(self.root), method.name)
+        self._looked_up |= looked_up
+        self._stored |= stored
         itself = self.create_proxy("get_attr", "converted_container", (), {})
         value = self.create_proxy("call_function", method, (itself, *args), kwargs)
         self.result.outlined.append(value.node)
@@ -253,7 +259,13 @@ class ContainerTracer(fx.Tracer):
         if isinstance(value, nn.Module):
             if isinstance(value, _HOLDERS) and id(value) in self._paths:
                 self.reads.children[self._paths[id(value)]] = tuple(value._modules)
+            size = "_size" if isinstance(value, nn.ParameterList) else "_keys"
+            if isinstance(value, nn.ParameterList | nn.ParameterDict) and id(value) in self._paths:
+                self.reads.attribute(self._paths[id(value)], size, getattr(value, size))
             return value
+        changeable = name in self._looked_up and isinstance(value, list | dict | set)
+        if changeable or name in self._stored:
+            raise TraceFailure(f"reads .{name}, which a method it called may have changed")
         function = getattr(value, "__func__", value)
         builtin = isinstance(value, types.BuiltinMethodType | types.MethodWrapperType)
         if name in vars(module) or not (builtin or isinstance(function, types.FunctionType)):
