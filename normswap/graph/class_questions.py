@@ -32,22 +32,27 @@ def find_question(module: nn.Module, changed: dict[type, type]) -> str:
     kinds = {k for old, new in changed.items() for k in old.__mro__ if k not in new.__mro__}
     for function in reachable(cls.forward, cls):
         parts = list(_statements(function))
-        asks_type = any(type in values or "__class__" in s.attributes for values, s in parts)
-        asks_kind = any(isinstance in values for values, _ in parts)
+        asks_type = any(_has(values, type) or "__class__" in s.attributes for values, s in parts)
+        asks_kind = any(_has(values, isinstance) for values, _ in parts)
         for values, (_, _, operations) in parts:
             found = [c for value in values for c in _classes(value)]
             exact = next((c for c in found if c in changed), None)
             kind = next((c for c in found if c in kinds), None)
             compares = operations & COMPARES or any(isinstance(v, dict) for v in values)
-            asked = (exact if compares else None) or (kind if issubclass in values else None)
+            asked = (exact if compares else None) or (kind if _has(values, issubclass) else None)
             if asks_type and asked:
                 return f"{function.__qualname__} compares a type with {asked.__name__}"
             built = operations & _BUILDS
-            alone = isinstance in values and not built and all(c in values for c in found)
+            alone = _has(values, isinstance) and not built and all(_has(values, c) for c in found)
             if asks_kind and kind and not alone:
                 several = f"asks whether something is of several classes, {kind.__name__} among"
                 return f"{function.__qualname__} {several} them"
     return ""
+
+
+def _has(values: list[Any], value: Any) -> bool:
+    # By identity: arrays and tensors answer == with what has no truth.
+    return any(found is value for found in values)
 
 
 def reachable(forward: Any, cls: type) -> Iterator[types.FunctionType]:

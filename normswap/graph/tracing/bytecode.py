@@ -13,6 +13,8 @@ _FREE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _STORES_OUTSIDE = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
 _CATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")
+# After these, a class is known by another name, or has an attribute of it set.
+_RENAMES = ("STORE_ATTR", "DELETE_ATTR", "COPY", "DUP_TOP", "JUMP", "RETURN", "YIELD", "LIST_")
 _ENDS = ("STORE_", "POP_TOP", "POP_JUMP", "JUMP", "FOR_ITER", "RETURN", "RAISE", "RESUME")
 COMPARES = {"IS_OP", "COMPARE_OP", "CONTAINS_OP"}
 
@@ -23,7 +25,8 @@ class Load(NamedTuple):
     Attributes:
         name: of a global, a builtin or a free variable.
         free: whether it is a free variable.
-        chain: attributes looked up on it at once, as in ``settings.model.width``.
+        chain: attributes looked up on it at once, as in ``settings.model.width``; for ``super``,
+            what is looked up on what it returns.
         stored: whether it is given another name, or an attribute of it is set.
     """
 
@@ -112,16 +115,29 @@ def _find_loads(code: types.CodeType, steps: list[dis.Instruction]) -> dict[int,
         free = step.opname in _FREE and step.argval in code.co_freevars
         if not free and step.opname not in _GLOBAL:
             continue
+        if step.argval == "super":
+            loads[step.offset] = Load("super", free, _find_inherited(steps[place:]), False)
+            continue
         end = place + 1
         while end < len(steps) and steps[end].opname in _ATTRIBUTE:
             end += 1
         chain = tuple(str(s.argval) for s in steps[place + 1 : end])
         after = steps[end].opname if end < len(steps) else ""
-        stored = after in ("STORE_ATTR", "DELETE_ATTR") or (
+        stored = after.startswith(_RENAMES) or (
             not chain and after in ("STORE_FAST", "STORE_DEREF")
         )
         loads[step.offset] = Load(str(step.argval), free, chain, stored)
     return loads
+
+
+def _find_inherited(steps: list[dis.Instruction]) -> tuple[str, ...]:
+    """Return the name that is looked up on ``super()``, where these steps start."""
+    for before, step in itertools.pairwise(steps):
+        if step.opname.startswith("LOAD_SUPER") or (
+            step.opname in _ATTRIBUTE and before.opname.startswith("CALL")
+        ):
+            return (str(step.argval),)
+    return ()
 
 
 def _find_tests(steps: list[dis.Instruction]) -> dict[int, Test]:

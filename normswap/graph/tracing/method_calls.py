@@ -5,10 +5,14 @@ blocks keep a graph for layers to be inserted into.
 """
 
 import dis
+import inspect
 import types
 from typing import Any
 
 from torch import nn
+
+from normswap.graph.tracing.bytecode import codes_of
+from normswap.graph.tracing.failure import is_torch
 
 
 class Outlined:
@@ -22,6 +26,27 @@ class Outlined:
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Call it."""
         return getattr(module, self.name)(*args, **kwargs)
+
+
+def find_changes(cls: type, method: str) -> tuple[set[str], set[str]]:
+    """Return the names a method, with what it calls of its class, looks up, and those it sets."""
+    looked_up: set[str] = set()
+    stored: set[str] = set()
+    waiting, met = [method], set[str]()
+    while waiting:
+        name = waiting.pop()
+        function = getattr(cls, name, None)
+        function = inspect.unwrap(getattr(function, "fget", function))  # type: ignore[arg-type]
+        own = isinstance(function, types.FunctionType) and not is_torch(function.__module__)
+        if name in met or not own:
+            continue
+        met.add(name)
+        for code in codes_of(function.__code__):
+            steps = dis.get_instructions(code)
+            stored |= {str(s.argval) for s in steps if s.opname in ("STORE_ATTR", "DELETE_ATTR")}
+            looked_up |= set(code.co_names)
+            waiting += code.co_names
+    return looked_up, stored
 
 
 def methods_running(root: nn.Module, frame: types.FrameType | None) -> list[str]:

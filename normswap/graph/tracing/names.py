@@ -1,5 +1,6 @@
 """What is known of the modules below a container before it is traced."""
 
+import itertools
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,9 +27,10 @@ class Names:
             self.types.append((name, type(module)))
             prefix = f"{name}." if name else ""
             table = vars(module)
-            for key, value in (*table["_parameters"].items(), *table["_buffers"].items()):
-                if value is not None:
-                    self.tensors.setdefault(id(value), prefix + key)
+            # Scripted modules keep theirs elsewhere.
+            own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+            for key, value in itertools.chain(*own):
+                self.tensors.setdefault(id(value), prefix + key)
             for key, value in table.items():
                 if isinstance(value, Tensor):
                     self.tensors.setdefault(id(value), prefix + key)

@@ -12,6 +12,14 @@ from normswap.graph.tracing.whitelist import CONSTANTS, FUNCTIONS, is_constant
 _MOST_PARTS = 256
 # Stands for an attribute that is not there.
 MISSING = object()
+
+
+class Of(NamedTuple):
+    """Stands for any object of a class: what is read of it is compared by itself."""
+
+    cls: type
+
+
 Path = tuple[str, ...]
 
 
@@ -56,6 +64,8 @@ def alike(now: Any, then: Any) -> bool:
     """Return whether a value is what it was: constants and containers by value, others by name."""
     if now is then:
         return True
+    if isinstance(then, Of):
+        return isinstance(now, Tensor) if then.cls is Tensor else type(now) is then.cls
     if type(now) is not type(then) or isinstance(then, (Tensor, nn.Module)):
         return False
     if isinstance(then, (list, tuple)):
@@ -110,6 +120,7 @@ class Reads:
             raise TraceFailure(
                 f"reads .{name}, a {type(value).__name__}, which may have changed unnoticed"
             )
+        self.attributes.setdefault((path, name), Of(type(value)))
         return Settings(value, f"{path}.{name}".lstrip("."), self)
 
     def name(self, holder: Any, name: str, value: Any) -> None:
@@ -161,7 +172,11 @@ class Settings:
 
     def __getattr__(self, name: str) -> Any:
         value, path, reads = object.__getattribute__(self, "_normswap")
-        found = getattr(value, name)
+        try:
+            found = getattr(value, name)
+        except AttributeError:
+            reads.attributes.setdefault((path, name), MISSING)
+            raise
         if callable(found) and not isinstance(found, type):
             raise TraceFailure(f"calls a method of .{path}, a {type(value).__name__} that it holds")
         return reads.attribute(path, name, found)

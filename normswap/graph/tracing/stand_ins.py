@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from normswap.graph.tracing.bytecode import is_compared
-from normswap.graph.tracing.failure import TraceFailure
+from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.patches import stand_for
 from normswap.graph.tracing.symbol import is_input
 from normswap.util.looks import class_of
@@ -48,6 +48,7 @@ def symbolic_isinstance(value: Any, kinds: Any) -> bool:
 def symbolic_hasattr(value: Any, name: str) -> bool:
     """Answer for a tensor argument; a symbolic value has every attribute."""
     if not isinstance(value, fx.Proxy):
+        _check_holder(value, name)
         return hasattr(value, name)
     if is_input(value) and hasattr(Tensor, name):
         return True
@@ -58,7 +59,15 @@ def symbolic_getattr(value: Any, name: str, *default: Any) -> Any:
     """Look up an attribute; a symbolic value would never give the default."""
     if default and not symbolic_hasattr(value, name):
         return default[0]
+    _check_holder(value, name)
     return getattr(value, name)
+
+
+def _check_holder(value: Any, name: str) -> None:
+    """Raise where what is looked up lies outside of the module, by a name only known now."""
+    known = isinstance(value, types.ModuleType) and is_torch(value.__name__)
+    if isinstance(value, type | types.ModuleType | types.FunctionType) and not known:
+        raise TraceFailure(f"looks up .{name} of {value.__name__} by getattr or hasattr")
 
 
 def symbolic_callable(value: Any) -> bool:

@@ -55,6 +55,8 @@ class Value(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name != "node" and is_input(self) and not hasattr(Tensor, name):
             raise TraceFailure(f"reads .{name} of its input, which no tensor has by itself")
+        if name in ("grad", "grad_fn"):
+            raise TraceFailure(f"reads .{name}, which may be None")
         return super().__getattr__(name)
 
 

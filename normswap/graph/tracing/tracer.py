@@ -15,14 +15,20 @@ from torch.fx.proxy import TracerBase
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.list_effects import Writes, hand_on, may_be_changed, take_back
-from normswap.graph.tracing.method_calls import Outlined, methods_running
+from normswap.graph.tracing.method_calls import Outlined, find_changes, methods_running
 from normswap.graph.tracing.names import Names, returns_tensor
-from normswap.graph.tracing.reads import MISSING
+from normswap.graph.tracing.reads import MISSING, Of
 from normswap.graph.tracing.region import Region
 from normswap.graph.tracing.symbol import MOST_QUESTIONS, Value, question_key, unpack
 from normswap.graph.tracing.traced import Traced
 
-_BASE = set(vars(nn.Module())) - {"training"}
+# What every module holds, and what reads of it without changing anything.
+_BASE = {"__dict__", *vars(nn.Module())} - {"training"}
+_READERS = {
+    *("forward", "children", "named_children", "modules", "named_modules", "parameters"),
+    *("named_parameters", "buffers", "named_buffers", "get_submodule", "get_parameter"),
+    *("get_buffer", "extra_repr", "_get_name"),
+}
 _LOOPS = "loops over, or takes apart, a value whose length is known only when it runs"
 # From a call to (its arguments, one a parameter; which it changes), None if that is unknown.
 WritesOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Writes] | None]
@@ -58,6 +64,9 @@ class ContainerTracer(fx.Tracer):
         self.texts: list[str] = []  # of symbolic values, so far for nothing known
         self._known: dict[Any, bool] = {}
         self._reshaped = 0
+        # By methods that were called, and have not run.
+        self._looked_up: set[str] = set()
+        self._stored: set[str] = set()
         self._paths, self._tensors = names.paths, names.tensors
         self._modes = _modes()
         self._writes_of = writes_of
@@ -120,7 +129,7 @@ class ContainerTracer(fx.Tracer):
         if isinstance(a, Tensor):
             if id(a) not in self._tensors:
                 raise TraceFailure("uses a tensor that is not an attribute of the module")
-            return self.create_node("get_attr", self._tensors[id(a)], (), {})
+            return self._get(a).node
         if isinstance(a, nn.Module):
             raise TraceFailure(f"passes a module ({type(a).__name__}) as an argument")
         if isinstance(a, dict) and type(a) is not dict:
@@ -184,6 +193,9 @@ class ContainerTracer(fx.Tracer):
     def _call_method(self, method: Outlined, *args: Any, **kwargs: Any) -> Any:
         if any(map(may_be_changed, (*args, *kwargs.values()))):
             raise TraceFailure(f"hands a list or dict to .{method.name}, which may change it")
+        looked_up, stored = find_changes(type(self.root), method.name)
+        self._looked_up |= looked_up
+        self._stored |= stored
         itself = self.create_proxy("get_attr", "converted_container", (), {})
         value = self.create_proxy("call_function", method, (itself, *args), kwargs)
         self.result.outlined.append(value.node)
@@ -195,32 +207,42 @@ class ContainerTracer(fx.Tracer):
         if path is not None:
             self.reads.attributes.setdefault((path, name), MISSING)
 
+    def _get(self, tensor: Tensor) -> fx.Proxy:
+        """Read a parameter or buffer; the graph stands for a forward as long as there is one."""
+        target = self._tensors[id(tensor)]
+        path, _, name = target.rpartition(".")
+        self.reads.attributes.setdefault((path, name), Of(Tensor))
+        return self.create_proxy("get_attr", target, (), {})
+
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Note an attribute the forward saw; parameters and buffers become symbolic."""
         path = self._paths.get(id(module))
         if path is None:
             raise TraceFailure(f"reads .{name} of a {type(module).__name__} outside of it")
         if isinstance(value, Tensor):
-            known = id(value) in self._tensors
-            return (
-                self.create_proxy("get_attr", self._tensors[id(value)], (), {}) if known else value
-            )
-        if name in ("__dict__", "__class__"):
-            raise TraceFailure(f"looks into its own {name}")
-        if isinstance(value, nn.Module):
-            self._note_children(module, value)
-            return value
+            return self._get(value) if id(value) in self._tensors else value
         if name == "_modules":
             self._note_children(module)
             return types.MappingProxyType(value)
-        if name in _BASE:
+        if name in _BASE or name == "__class__":
             raise TraceFailure(f"looks into its own {name}")
+        if isinstance(value, nn.Module):
+            self._note_children(module, value)
+            size = "_size" if isinstance(value, nn.ParameterList) else "_keys"
+            if isinstance(value, nn.ParameterList | nn.ParameterDict) and id(value) in self._paths:
+                self.reads.attribute(self._paths[id(value)], size, getattr(value, size))
+            return value
+        changeable = name in self._looked_up and isinstance(value, list | dict | set)
+        if changeable or name in self._stored:
+            raise TraceFailure(f"reads .{name}, which a method it called may have changed")
         function = getattr(value, "__func__", value)
         builtin = isinstance(value, types.BuiltinMethodType | types.MethodWrapperType)
         if name in vars(module) or not (builtin or isinstance(function, types.FunctionType)):
             return self.reads.attribute(path, name, value)
         if builtin:
             return value
+        if vars(nn.Module).get(name) is function and name not in _READERS:
+            raise TraceFailure(f"calls .{name}() inside forward")
         if module is self.root and name in self.outlined:
             return functools.partial(self._call_method, Outlined(name))
         if not is_torch(function.__module__):

@@ -107,6 +107,8 @@ class Watch:
         holder: Any = table
         key, value = load.name, _unwrap(table[load.name])
         if table is frame.f_builtins or value is getattr(builtins, key, _MISSING):
+            if value is super:
+                return self._why_unfit_inherited(frame, load)
             inner = next((name for name in load.chain if name.startswith("__")), None)
             return why_unfit(value, key) if inner is None else f"goes by {key}.{inner}"
         steps = [(holder, key, value)]
@@ -130,6 +132,21 @@ class Watch:
                 table = vars(holder) if isinstance(holder, types.ModuleType) else holder
                 self._reads.name(table, key, value)
         return why
+
+    def _why_unfit_inherited(self, frame: types.FrameType, load: Load) -> str:
+        """Return why what ``super()`` finds may not be read; note what it is."""
+        code, own = frame.f_code, frame.f_locals.get("__class__")
+        order = type(frame.f_locals.get(code.co_varnames[0])).__mro__ if code.co_varnames else ()
+        if own not in order or not load.chain:
+            return "uses super() of another class than its own"
+        name = load.chain[0]
+        later = order[order.index(own) + 1 :]
+        base = next((base for base in later if name in vars(base)), None)
+        if base is None or is_torch(base.__module__):
+            return ""
+        self._reads.name(base, name, getattr(base, name))
+        kinds = (types.FunctionType, property, classmethod, staticmethod)
+        return "" if isinstance(vars(base)[name], kinds) else why_unfit(vars(base)[name], name)
 
     def _why_unfit_cell(self, frame: types.FrameType, load: Load) -> str:
         """Return why a variable of an enclosing function may not be read."""
