@@ -4,7 +4,7 @@ import copy
 import random
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 # Of a module's own table: what holds modules and parameters, and what this package keeps there.
 _LEFT_ALONE = ("_modules", "_parameters", "_normswap", "_normswap_record", "scope", "training")
 
-
-_COLLECTIONS = (list, dict, set, deque)
+_COLLECTIONS = (list, OrderedDict, dict, set, deque)
 
 
 class Dice(NamedTuple):
@@ -56,12 +55,12 @@ def remember(module: nn.Module, slots: Iterable[Any] = ()) -> Callable[..., bool
             if isinstance(value, Tensor):
                 tensors[id(value)] = (value, value.detach().clone())
             elif isinstance(value, _COLLECTIONS):
-                contents.append((value, copy.copy(value)))
+                contents.append((value, _plain(value)))
             elif isinstance(value, torch.Generator):
                 dice.append(Dice(value.get_state, value.set_state, value.manual_seed))
             elif isinstance(value, random.Random):
                 dice.append(Dice(value.getstate, value.setstate, value.seed))
-            elif hasattr(value, "__dict__") and not callable(value):
+            elif _has_table(value) and not callable(value):
                 contents.append((vars(value), dict(vars(value))))
     outside = [(slot, slot.read()) for slot in slots]
     for _, value in outside:
@@ -84,8 +83,9 @@ def remember(module: nn.Module, slots: Iterable[Any] = ()) -> Callable[..., bool
             slot.write(copy.copy(iterator))
         for value, before in contents:
             if not _same(value, before):
-                value.clear()
-                value.update(before) if hasattr(value, "update") else value.extend(before)
+                kind: Any = type(before)  # a class of the user's may store in another way
+                kind.clear(value)
+                (kind.update if hasattr(kind, "update") else kind.extend)(value, before)
         with torch.no_grad():
             for tensor, values in tensors.values():
                 # Writing counts as a change to what backward saved, so only where there is one.
@@ -108,13 +108,23 @@ def _changeable(value: Any, depth: int = 3) -> list[tuple[Any, Any]]:
     skip = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType)
     if isinstance(value, _COLLECTIONS):
         parts = [*value.values()] if isinstance(value, dict) else [*value]
-    elif hasattr(value, "__dict__") and not isinstance(value, skip):
+    elif _has_table(value) and not isinstance(value, skip):
         value = vars(value)
         parts = [*value.values()]
     else:
         return []
     inner = [found for part in parts if depth for found in _changeable(part, depth - 1)]
-    return [(value, copy.copy(value)), *inner]
+    return [(value, _plain(value)), *inner]
+
+
+def _plain(value: Any) -> Any:
+    """Return a collection of the same contents, of no class of the user's."""
+    return next(kind for kind in _COLLECTIONS if isinstance(value, kind))(value)
+
+
+def _has_table(value: Any) -> bool:
+    """Return whether a value has attributes of its own: ``list[int]`` shows those of list."""
+    return isinstance(getattr(value, "__dict__", None), dict)
 
 
 def _is_copyable(value: Any) -> bool:

@@ -290,3 +290,12 @@ def test_a_function_of_nothing_may_handle_exceptions():
             return self.a(x) if _is_installed() else self.b(self.a(x))
 
     check(Model())
+
+
+def test_a_size_made_a_tensor():
+    class Model(Holder):
+        def forward(self, x):
+            y = self.a(x) / torch.sqrt(torch.tensor(x.shape[1], dtype=x.dtype))
+            return self.b(y) + torch.as_tensor([x.shape[2], 1.0]).sum()
+
+    check(Model())

@@ -130,7 +130,32 @@ class Watch:
             if load.name in outer.f_code.co_cellvars and outer.f_locals.get(load.name) is value:
                 return ""  # a variable of this forward
             outer = outer.f_back
+        cell = self._find_cell(frame.f_code, load.name, value)
+        if cell is not None:
+            self._reads.name(cell, "cell_contents", value)
+            return why_unfit(value, load.name)
         return f"reads {load.name}, a variable of a function that made it"
+
+    def _find_cell(self, code: types.CodeType, name: str, value: Any) -> Any:
+        """Return the cell of a variable that is a function, as in a decorator; None for another.
+
+        Serves the decorated forwards of transformers.
+        """
+        waiting = [v for _, _, v in self._reads.names.values()] + [*self._reads.methods.values()]
+        while waiting and isinstance(value, types.FunctionType):
+            function = waiting.pop()
+            if not isinstance(function, types.FunctionType):
+                continue
+            names, found = function.__code__.co_freevars, function.__closure__ or ()
+            cells = {key: cell for key, cell in zip(names, found, strict=True) if _is_filled(cell)}
+            if function.__code__ is code and cells[name].cell_contents is value:
+                return cells[name]
+            waiting += [cell.cell_contents for cell in cells.values()]
+        return None
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    return cell != types.CellType()
 
 
 def _check_test(test: Test, values: Any) -> None:
