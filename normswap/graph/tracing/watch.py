@@ -2,6 +2,7 @@
 
 import builtins
 import enum
+import importlib
 import inspect
 import sys
 import types
@@ -19,6 +20,7 @@ from normswap.graph.tracing.values import symbolic_parts
 from normswap.graph.tracing.whitelist import needs_guard, why_unfit
 
 _MISSING = object()
+_LOADS = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
 _MUTABLE = (list, dict, set)
 
 
@@ -41,6 +43,7 @@ class Watch:
         self._refused: dict[types.CodeType, dict[int, str]] = {}
         self._outer: Any = None
         self._start: types.FrameType | None = None
+        self._loading = 0
 
     def methods_naming(self, name: str) -> list[str]:
         """Return the methods of the container that ran and look up a name."""
@@ -57,7 +60,9 @@ class Watch:
     def _enter_frame(
         self, frame: types.FrameType, event: str, arg: Any
     ) -> Callable[..., Any] | None:
-        if not self._enter(frame.f_globals):
+        if frame.f_code is _LOADS:
+            return self._let_load(frame)
+        if self._loading or not self._enter(frame.f_globals):
             return None
         method = method_of(self._root, frame)
         if method:
@@ -83,6 +88,17 @@ class Watch:
                 test = code.tests.get(frame.f_lasti)
                 if test is not None:
                     _check_test(test, frame.f_locals)
+            return step
+
+        return step
+
+    def _let_load(self, frame: types.FrameType) -> Callable[..., Any]:
+        """Let a module that torch loads late run, as torch.onnx.is_in_onnx_export does."""
+        self._loading += 1
+        frame.f_trace_lines = False
+
+        def step(frame: types.FrameType, event: str, arg: Any) -> Callable[..., Any]:
+            self._loading -= event == "return"
             return step
 
         return step
