@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from normswap.errors import ConversionError, NormswapError, VerificationError
 from normswap.examples import Inputs, guess_inputs
+from normswap.graph.snapshot import Snapshot
 from normswap.report import Verification
 from normswap.streams import modes_kept
-from normswap.util.restore_state import remember
 
 # Output differences allowed, as a share of the largest output; rounding is far below, a wrong
 # statistic or affine far above.
@@ -76,14 +76,14 @@ def _brief(error: Exception) -> str:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     with modes_kept(model):
-        undo = remember(model)
+        before = Snapshot(model)
         model.eval()
         try:
             with torch.no_grad(), torch.random.fork_rng(enabled=True, devices=[]):
                 torch.manual_seed(0)
                 yield
         finally:
-            undo()
+            before.restore()
 
 
 def eval_outputs(model: nn.Module, inputs: Inputs, **extra: Any) -> list[Tensor]:

@@ -64,7 +64,7 @@ def _centred(
 
     A shift of everything changes nothing but rounding.
     """
-    origin = instances.mean.detach().sum(0) / max(len(instances.mean), 1)
+    origin = instances.mean.detach().sum(0) / max(instances.mean.shape[0], 1)
     return origin, instances._replace(mean=instances.mean - origin), mu - origin, mean - origin
 
 

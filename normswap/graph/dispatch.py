@@ -136,7 +136,7 @@ def _is_single(context: Context, values: tuple[Any, ...]) -> bool:
     labels = context.labels
     if context.unknown is None or context.whole or labels.device.type != "cpu" or len(labels) < 2:
         return False
-    if torch._C._is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if not any(len(labels) in _batch_sizes(value) for value in values):
         return False

@@ -21,7 +21,7 @@ class Step:
         site: name of the norm.
         training: whether it was in training mode.
         rows: how many it was given.
-        how: how rows follow from samples: one of the constants; "" where `cause` says why not.
+        how: how rows follow from samples: one of the constants; "" where nothing tells.
         times: rows a sample, where regular; None for any number.
         index: the sample of each row, (rows,), where permuted.
         cause: what keeps rows from following samples.
@@ -38,25 +38,21 @@ class Step:
     @property
     def regular(self) -> bool:
         """Whether it holds for any number of samples."""
-        return self.how in (ONE, FOLDED, REPEATED)
+        return not self.cause and self.how in (ONE, FOLDED, REPEATED)
 
     def fits(self, site: str, rows: int, samples: int) -> bool:
         """Return whether it stands for a norm that is given so many rows."""
-        if site != self.site:
-            return False
-        if not self.regular:
-            return rows == self.rows
+        if site != self.site or not self.regular:
+            return site == self.site and rows == self.rows
         if self.times is None:
             return rows == samples if self.how == ONE else rows > 0 and rows % samples == 0
         return rows == self.times * samples
 
-    def refuse(self, cause: str) -> None:
-        """Say that labels cannot follow after all."""
-        self.how, self.times, self.index, self.cause = "", None, None, cause
-
     def __str__(self) -> str:
         """Return the words of a summary."""
-        return f"{self.how} x{self.times}" if self.how in (FOLDED, REPEATED) else self.how
+        return self.cause or (
+            self.how if self.how in (ONE, PERMUTED) else f"{self.how} x{self.times}"
+        )
 
 
 @dataclass
@@ -69,7 +65,7 @@ class Plan:
         reason: why nothing was measured; "" where it was.
     """
 
-    steps: list[Step]
+    steps: list[Step] = field(default_factory=list)
     samples: int | None = None
     reason: str = ""
 
@@ -87,31 +83,31 @@ class Plan:
         step = self.steps[at] if at < len(self.steps) else None
         return step if step is not None and step.fits(site, rows, samples) else None
 
+    def follow(self, path: list[tuple[str, int]], samples: int) -> Step | None:
+        """Return what it says of the last norm of a path; None where it met others before."""
+        steps = [self.step(at, *met, samples) for at, met in enumerate(path)]
+        return None if None in steps else steps[-1]
+
 
 @dataclass
 class Family:
     """What was measured for calls that differ in sizes and numbers only.
 
     Attributes:
-        plans: regular ones, by sizes and numbers.
+        plans: by sizes and numbers, the newest first; by None those declared to hold for any.
         general: for those not met yet, once enough others were found alike.
-        fixed: irregular ones that are taken to hold for more than one call.
-        steps: regular ones of all plans, by sizes and numbers, norm and rows a sample.
         detours: how many runs met norms in a sequence that no measurement followed.
     """
 
     plans: dict[Any, list[Plan]] = field(default_factory=dict)
     general: Plan | None = None
-    fixed: list[Plan] = field(default_factory=list)
-    steps: dict[Any, Step] = field(default_factory=dict)
     detours: int = 0
 
     def find(self, numbers: Any, samples: int) -> list[Plan]:
         """Return the plans that may hold, the likeliest first."""
-        found = [p for p in self.plans.get(numbers, ()) if p.samples in (None, samples)]
-        if not found and self.general is not None:
-            found = [self.general]
-        return [*found, *(p for p in self.fixed if p.samples == samples)]
+        kept = [*self.plans.get(numbers, ()), *self.plans.get(None, ())]
+        found = [p for p in kept if p.samples in (None, samples)]
+        return found or ([] if self.general is None else [self.general])
 
     def keep(self, numbers: Any, plan: Plan) -> None:
         """Keep a plan; make the general one where enough of them are alike."""

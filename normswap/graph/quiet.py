@@ -1,16 +1,20 @@
-"""Run a model on the side: nothing of it stays, and norms treat samples apart."""
+"""Run a model on the side: nothing of it stays or is heard, and norms treat samples apart."""
 
+import io
+import logging
+import sys
+import threading
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 from torch import nn
 
 from normswap.functional.backward import in_backward
-from normswap.graph.outside import find_slots, silence
+from normswap.graph.snapshot import Snapshot
 from normswap.sites import looks_like_norm
-from normswap.util.restore_state import remember
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _PARALLEL = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
@@ -29,7 +33,7 @@ def find_obstacle(module: nn.Module) -> str:
 
 
 @contextmanager
-def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Callable[..., bool], dict[int, bool]]]:
+def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Snapshot, dict[int, bool]]]:
     """Have norms and other leaves in eval mode, where they treat samples apart, and leave no trace.
 
     Containers keep their mode, on which what they fold may depend. Hooks are left out, but for
@@ -40,30 +44,54 @@ def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Callable[..., bool],
     """
     parts = list(module.modules())
     modes = {id(part): part.training for part in parts}
-    tables = [(vars(p), name, p.__dict__[name]) for p in parts for name in _HOOKS if vars(p)[name]]
+    tables = [(vars(p), {name: vars(p)[name] for name in ("training", *_HOOKS)}) for p in parts]
     try:
-        for table, name, own in tables if not hooks else ():
-            kept = [(k, h) for k, h in own.items() if _is_of_torch(h)]
-            table[name] = OrderedDict(kept)
-        undo = remember(module, find_slots(module))
-        try:
-            for part in parts:
-                if part.training and (not part._modules or _is_norm(part)):
-                    part.__dict__["training"] = False
-            with silence():
-                yield undo, modes
-        finally:
-            for part in parts:
-                part.__dict__["training"] = modes[id(part)]
-            undo()
+        for part in parts:
+            if not part._modules or looks_like_norm(part) or "running_mean" in part._buffers:
+                part.__dict__["training"] = False
+            for name in () if hooks else _HOOKS:
+                kept = [(k, hook) for k, hook in vars(part)[name].items() if _is_of_torch(hook)]
+                part.__dict__[name] = OrderedDict(kept)
+        with _silence():
+            snapshot = Snapshot(module)
+            try:
+                yield snapshot, modes
+            finally:
+                snapshot.restore()
     finally:
-        for table, name, own in tables:
-            table[name] = own
+        for table, own in tables:
+            table.update(own)
 
 
 def _is_of_torch(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return looks_like_norm(module) or "running_mean" in module._buffers
+class _Silent(io.TextIOBase):
+    """Drops what one thread writes; others write to where they did."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        here = threading.get_ident() == self._thread
+        return len(text) if here or self._stream is None else self._stream.write(text)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what this thread prints, logs and warns of."""
+    thread, handle = threading.get_ident(), logging.Logger.handle
+
+    def handle_others(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if threading.get_ident() != thread:
+            handle(logger, record)
+
+    out, err = _Silent(sys.stdout), _Silent(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.Logger.handle = handle_others  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            logging.Logger.handle = handle  # type: ignore[method-assign]

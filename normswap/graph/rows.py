@@ -9,12 +9,10 @@ rows a sample; any other holds for the one call it was measured for.
 What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
 order that leaves three samples in place and moves those of a larger batch; an order that a later
 call of the same kind changes, by a counter or by a hook of the user's, which does not run here.
-What a forward changes outside the model, as a global counter, changes in a measurement, too.
+What a forward changes where `snapshot` does not look, as a file, changes in a measurement, too.
 """
 
-import threading
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,72 +20,14 @@ from torch import Tensor, nn
 
 from normswap.errors import ContextError, ConversionError, expect_module
 from normswap.functional.labels import Context
-from normswap.graph.measure import Measurement
+from normswap.graph.kinds import kind_of
 from normswap.graph.plans import ANY, ONE, Family, Plan, Step
-from normswap.graph.quiet import find_obstacle, quiet
-from normswap.graph.samples import describe_arguments, first, rebuild
+from normswap.graph.run import RUN, Run
 
-Call = Callable[[Any, Context], Any]
 # Samples of a measurement: fewer leave more orders that look alike.
 _FEW = 3
 _MOST_DETOURS = 3
-_LOCK = threading.RLock()
-_FLAGS, _NUMBERS = {bool, str, type(None)}, {int, float}
-
-
-class Run:
-    """One call of a model, from where the labels entered it."""
-
-    def __init__(
-        self, rows: "Rows", module: nn.Module, scope: Any, call: Call, values: Any, context: Context
-    ) -> None:
-        self.rows, self.module, self.scope = rows, module, scope
-        self.call, self.values, self.context = call, values, context
-        self.samples = context.labels.shape[0]
-        self.family = Family()
-        self.numbers: Any = None
-        self.plan = Plan([])
-        self.path: list[tuple[str, int]] = []
-        self.astray = False
-        self.measurement: Measurement | None = None
-
-    def measure(self, count: int, hooks: bool = False) -> Plan:
-        """Measure on the first samples of this call; hooks of the user's run only if asked."""
-        obstacle = find_obstacle(self.module)
-        if obstacle:
-            return Plan([], reason=obstacle)
-        # One label for all, whichever: rows that nothing is known of can take it.
-        whole = Context(self.context.labels[:1].clamp(min=0), False, True)
-        try:
-            values = rebuild(self.values, self.samples, first(count))
-            # Checkpointing around this call would count what is saved for backward.
-            unhooked = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
-            with _LOCK, unhooked, quiet(self.module, hooks) as (undo, modes):
-                found = Measurement(lambda v: self.call(v, whole), undo, values, count, modes)
-                if not found.possible:
-                    return Plan([], reason=f"no argument has {self.samples} samples")
-                self.measurement = found
-                return Plan(found.steps())
-        except Exception as error:
-            # The model's own code, given samples that it may not be made for.
-            what = f"{type(error).__name__}: {error}".split("\n")[0]
-            return Plan([], reason=f"the model raises on other samples, {what:.120}")
-        finally:
-            self.measurement = None
-
-    def follow(self, plan: Plan) -> Step | None:
-        """Return what a plan says of the norm met last; None where it met others before."""
-        steps = [plan.step(at, *met, self.samples) for at, met in enumerate(self.path)]
-        return None if None in steps else steps[-1]
-
-
-_RUN: ContextVar[Run | None] = ContextVar("normswap_run", default=None)
-
-
-def is_measuring() -> bool:
-    """Return whether this code runs on the side, to be forgotten."""
-    run = _RUN.get()
-    return run is not None and run.measurement is not None
+_MIXED = "rows whose order is another in each of several calls"
 
 
 class Rows:
@@ -95,8 +35,8 @@ class Rows:
 
     Attributes:
         families: by what runs, the kinds of its arguments and the modes and flags of its modules.
-        known: by norm, mode and rows a sample: the one finding; for compiled programs, which
-            cannot tell how they got to a norm, and for summaries.
+        known: by norm, mode and rows a sample: the one finding; for calls that no plan tells of,
+            as compiled programs, which cannot tell how they got to a norm, and for summaries.
         reason: why the last measurement that failed did.
         fixed: whether an irregular order is taken to be the same in every call of a kind.
     """
@@ -107,31 +47,33 @@ class Rows:
         self.reason = "no batch of several contexts has run"
         self.fixed = False
 
-    def run(self, module: nn.Module, state: Any, call: Call, values: Any, context: Context) -> Any:
+    def run(
+        self,
+        module: nn.Module,
+        state: Any,
+        call: Callable[[Any, Context], Any],
+        values: Any,
+        context: Context,
+    ) -> Any:
         """Run a container that labels entered at, its norms' rows measured before if need be."""
-        outer = _RUN.get()
+        outer = RUN.get()
         if outer is not None and outer.scope.model is state.scope.model:
             return call(values, context)
-        run = Run(self, module, state.scope, call, values, context)
+        run = Run(module, state.scope, call, values, context)
+        kind, run.numbers = kind_of(module, values, run.samples)
         few = min(run.samples, _FEW)
-        key, run.numbers = _key(module, values, run.samples)
-        key = (state.fqn, few, torch.is_grad_enabled(), key)
+        key = (state.fqn, few, torch.is_grad_enabled(), kind)
         run.family = self.families.setdefault(key, Family())
-        token = _RUN.set(run)
+        token = RUN.set(run)
         try:
             found = run.family.find(run.numbers, run.samples)
-            if found:
-                run.plan = found[0]
-            else:
-                run.plan = plan = self._plan(run, few)
-                self._keep(run, plan)
+            run.plan = found[0] if found else self._measure(run, few)
             return call(values, context)
         finally:
-            _RUN.reset(token)
+            RUN.reset(token)
 
-    def _plan(self, run: Run, few: int) -> Plan:
+    def _measure(self, run: Run, count: int) -> Plan:
         """Measure the first samples of a call, or all where their order is irregular."""
-        count = few
         plan = run.measure(count)
         # Where each sample has as many rows as there are samples, or twice as many, an order
         # transposed again looks like none.
@@ -142,6 +84,7 @@ class Rows:
             plan = run.measure(run.samples)
             square = True
         plan.samples = run.samples if square else None
+        self._keep(run, plan)
         return plan
 
     def find(self, layer: Any, site: str, x: Tensor, context: Context) -> Step | None:
@@ -153,14 +96,15 @@ class Rows:
         Raises:
             ContextError: labels cannot follow the rows, or nothing tells how.
         """
-        run = None if torch.compiler.is_compiling() else _RUN.get()
+        run = None if torch.compiler.is_compiling() else RUN.get()
         if run is not None and run.scope.model is layer.scope.model:
             if run.measurement is not None:
                 run.measurement.listen(layer, site, x)
                 return None
             run.path.append((site, x.shape[0]))
             if run.samples == context.labels.shape[0]:
-                return run.rows._follow(run, layer, site, x.shape[0])
+                rows: Rows = run.scope.rows
+                return rows._follow(run, layer, site, x.shape[0])
         if context.whole or context.labels.shape[0] == 1:
             return None
         return self._recall(layer, site, x.shape[0], context)
@@ -169,7 +113,7 @@ class Rows:
         """Return what the plan of a run says; measure anew where it takes another path."""
         step = run.plan.step(len(run.path) - 1, site, rows, run.samples)
         if step is None and not run.plan.reason:
-            step = self._detour(run, site, rows)
+            step = self._detour(run, layer, site, rows)
         if step is None:
             return self._recall(layer, site, rows, run.context, run)
         if step.cause:
@@ -180,51 +124,48 @@ class Rows:
             )
         return step
 
-    def _detour(self, run: Run, site: str, rows: int) -> Step | None:
+    def _detour(self, run: Run, layer: Any, site: str, rows: int) -> Step | None:
         """Return what is known of a norm met on another path than planned; measure that path."""
         family = run.family
         for plan in family.find(run.numbers, run.samples):
-            if (step := run.follow(plan)) is not None:
+            if (step := plan.follow(run.path, run.samples)) is not None:
                 run.plan = plan
                 return step
-        key = (run.numbers, site, rows / run.samples)
-        if key in family.steps and (run.astray or family.detours >= _MOST_DETOURS):
-            return family.steps[key]
-        plan = run.measure(run.samples, hooks=True)
-        self._keep(run, plan)
-        step = run.follow(plan)
-        if step is not None or plan.reason:
-            run.plan = plan
+        key = (site, layer.training, rows / run.samples)
+        if key not in self.known or family.detours < _MOST_DETOURS:
+            plan = run.measure(run.samples, hooks=True)
+            self._keep(run, plan)
+            step = plan.follow(run.path, run.samples)
+            if step is not None or plan.reason:
+                run.plan = plan
+                return step
+            # Layers skipped at random: what each was given so far tells.
+            family.detours += 1
+        step = self.known.get(key)
+        if step is not None and (step.regular or step.cause):
             return step
-        # Layers skipped at random: what each was given so far tells.
-        run.astray = True
-        family.detours += 1
-        unmet = Step(site, False, rows, cause="rows that the same call has at some times only")
-        return family.steps.get(key, unmet)
+        return Step(site, False, rows, cause="rows that the same call has at some times only")
 
     def _keep(self, run: Run, plan: Plan) -> None:
         """Keep what holds for other calls."""
-        if plan.reason:
-            self.reason = plan.reason
+        self.reason = plan.reason or self.reason
         for step in plan.steps:
-            times = step.times if step.regular else step.rows / run.samples
+            keys: list[tuple[Any, ...]] = [(step.site, step.training, step.rows / run.samples)]
             if step.regular:
-                run.family.steps[run.numbers, step.site, times] = step
-            keys: list[tuple[Any, ...]] = [(step.site, step.training, times)]
-            if self.fixed and not step.regular:
+                keys = [(step.site, step.training, step.times)]
+            elif self.fixed:
                 keys.append((step.site, step.training, step.rows, run.samples))
             for key in keys:
                 before = self.known.get(key)
-                if before is None or not before.how:
+                if before is None or (before.cause and before.cause != _MIXED):
                     self.known[key] = step
-                elif step.how and before.how != step.how:
-                    cause = "rows whose order is another in each of several calls"
-                    self.known[key] = Step(step.site, step.training, step.rows, cause=cause)
+                elif not step.cause and before.how != step.how:
+                    self.known[key] = Step(step.site, step.training, step.rows, cause=_MIXED)
         if plan.reason or plan.regular:
             run.family.keep(run.numbers, plan)
         elif self.fixed and not any(step.cause for step in plan.steps):
             plan.samples = run.samples
-            run.family.fixed.append(plan)
+            run.family.keep(None, plan)
 
     def _recall(
         self, layer: Any, site: str, rows: int, context: Context, run: Run | None = None
@@ -238,7 +179,7 @@ class Rows:
             return Step(site, layer.training, 0, ONE, 1)
         if step is None or not step.regular:
             step = self.known.get((site, layer.training, rows, samples))
-        if step is not None and step.how:
+        if step is not None and not step.cause:
             return step
         why = self.reason
         if run is not None:
@@ -255,9 +196,7 @@ class Rows:
 
     def describe(self, site: str) -> str:
         """Say for a summary where the rows of a norm come from."""
-        found = {
-            step.cause or str(step): None for key, step in self.known.items() if key[0] == site
-        }
+        found = {str(step): None for key, step in self.known.items() if key[0] == site}
         return ", ".join(found) or f"not measured: {self.reason}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -277,31 +216,6 @@ def _refuse(context: Context, message: str) -> Step:
         if bool((labels == labels[0]).all()):
             return Step("", False, 0, ANY)
     raise ContextError(message)
-
-
-def _key(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
-    """Return what the order of rows may depend on: kinds and flags, sizes and numbers."""
-    kinds: list[Any] = []
-    numbers: list[Any] = []
-    describe_arguments(values, samples, kinds, numbers)
-    seen: set[int] = set()
-    stack = [module]
-    while stack:
-        part = stack.pop()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        kinds.append(part.training)
-        children = part._modules
-        if children:
-            for value in part.__dict__.values():
-                kind = type(value)
-                if kind in _FLAGS:
-                    kinds.append(value)
-                elif kind in _NUMBERS:
-                    numbers.append(value)
-            stack += [child for child in children.values() if child is not None]
-    return tuple(kinds), tuple(numbers)
 
 
 def fix_rows(model: nn.Module, fixed: bool = True) -> None:

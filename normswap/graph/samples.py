@@ -1,7 +1,6 @@
-"""The samples in the arguments of a forward: describe them, copy them, exchange some of them."""
+"""The samples in the arguments of a forward: copy them, exchange some of them."""
 
 import copy
-import enum
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -24,42 +23,15 @@ def is_list_of_samples(value: Any, samples: int) -> bool:
     return all(isinstance(v, dict) or is_dataclass(v) for v in value)
 
 
-def _parts(value: Any) -> list[tuple[Any, Any]] | None:
+def parts_of(value: Any) -> dict[Any, Any] | None:
     """Return what an argument is made of, by name; None where it cannot be taken apart."""
     if isinstance(value, dict | UserDict):
-        return list(value.items())
+        return dict(value)
     if isinstance(value, list | tuple):
-        return list(enumerate(value))
+        return dict(enumerate(value))
     if is_dataclass(value) and not isinstance(value, type):
-        return [(f.name, getattr(value, f.name)) for f in fields(value) if hasattr(value, f.name)]
+        return {f.name: getattr(value, f.name) for f in fields(value) if hasattr(value, f.name)}
     return None
-
-
-def describe_arguments(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) -> None:
-    """Describe an argument: what it is to `kinds`, its sizes and numbers to `numbers`."""
-    if isinstance(value, Tensor):
-        batch = value.dim() > 0 and value.shape[0] == samples
-        kinds.append((value.dtype, value.dim(), batch))
-        numbers.append(value.shape[1:] if batch else value.shape)
-    elif value is None or isinstance(value, bool | str | enum.Enum):
-        kinds.append(str(value) if isinstance(value, str | enum.Enum) else value)
-    elif isinstance(value, int | float):
-        kinds.append("number")
-        numbers.append(value)
-    elif (parts := _parts(value)) is None:
-        kinds.append(type(value).__qualname__)
-    elif is_list_of_samples(value, samples):
-        found = set()
-        for _, part in parts:
-            described: tuple[list[Any], list[Any]] = ([], [])
-            describe_arguments(part, samples, *described)
-            found.add(tuple(map(tuple, described)))
-        kinds.append(frozenset(kind for kind, _ in found))
-        numbers.append(frozenset(number for _, number in found))
-    else:
-        kinds.append((type(value).__qualname__, tuple(str(key) for key, _ in parts)))
-        for _, part in parts:
-            describe_arguments(part, samples, kinds, numbers)
 
 
 def rebuild(value: Any, samples: int, change: Callable[[Any], Any]) -> Any:
@@ -69,20 +41,19 @@ def rebuild(value: Any, samples: int, change: Callable[[Any], Any]) -> Any:
         TypeError: a part that cannot be copied, as an iterator.
     """
     if isinstance(value, Tensor):
-        batch = value.dim() > 0 and value.shape[0] == samples
-        return change(value) if batch else fresh(value)
-    if isinstance(value, nn.Module):
-        return value
-    parts = _parts(value)
-    if parts is None:
-        return copy.deepcopy(value)
+        return change(value) if value.dim() > 0 and value.shape[0] == samples else fresh(value)
     if is_list_of_samples(value, samples):
         return type(value)(change(value))
-    new = [rebuild(part, samples, change) for _, part in parts]
+    parts = parts_of(value)
+    if parts is None:
+        return value if isinstance(value, nn.Module) else copy.deepcopy(value)
+    new = {key: rebuild(part, samples, change) for key, part in parts.items()}
     if isinstance(value, list | tuple):
-        return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+        return (
+            type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
+        )
     clone: Any = copy.copy(value)
-    for (key, _), part in zip(parts, new, strict=True):
+    for key, part in new.items():
         if isinstance(value, dict | UserDict):
             clone[key] = part
         else:
@@ -95,29 +66,14 @@ def fresh(value: Any) -> Any:
     if not isinstance(value, Tensor):
         # No batch is of size -1: this copies everything.
         return rebuild(value, -1, fresh)
-    clone = value.detach().clone()
-    if value.requires_grad:
-        clone.requires_grad_()
-        # A leaf could not be changed in place.
-        return clone.clone() if torch.is_grad_enabled() else clone
-    return clone
-
-
-def copied(batch: Any) -> Any:
-    """Return a copy of a batch."""
-    return fresh(batch) if isinstance(batch, Tensor) else [fresh(part) for part in batch]
-
-
-def first(count: int) -> Callable[[Any], Any]:
-    """Return what takes the first samples of a batch."""
-    return lambda batch: copied(batch[:count])
+    clone = value.detach().clone().requires_grad_(value.requires_grad)
+    # A leaf could not be changed in place.
+    return clone.clone() if value.requires_grad and torch.is_grad_enabled() else clone
 
 
 def rolled(batch: Any) -> Any:
     """Return the batch with its last sample first."""
-    if isinstance(batch, Tensor):
-        return fresh(batch.roll(1, 0))
-    return copied([*batch[-1:], *batch[:-1]])
+    return fresh(batch.roll(1, 0) if isinstance(batch, Tensor) else [*batch[-1:], *batch[:-1]])
 
 
 def is_content(batch: Any, least: int) -> bool:
@@ -138,6 +94,8 @@ def exchange(batch: Any, picked: list[int], how: str, generator: torch.Generator
             elements in another order; "noise": values between the least and the largest.
         generator: what they are drawn from.
     """
+    if isinstance(batch, Tensor) and batch.is_complex():
+        return torch.view_as_complex(exchange(torch.view_as_real(batch), picked, how, generator))
     plain = [part.detach() for part in batch]
     new = [part.clone() for part in plain]
     for i in picked:
@@ -149,30 +107,20 @@ def exchange(batch: Any, picked: list[int], how: str, generator: torch.Generator
         elif how == "shuffle":
             order = torch.randperm(new[i].numel(), generator=generator).to(new[i].device)
             new[i] = plain[i].flatten()[order].view(plain[i].shape)
-        else:
-            new[i] = _noise(plain, i, generator)
+        elif new[i].numel():
+            new[i] = _noise(plain, plain[i], generator)
     if not isinstance(batch, Tensor):
         return new
     # In the memory format of the batch.
     return torch.empty_like(batch.detach()).copy_(torch.stack(new))
 
 
-def _noise(batch: list[Tensor], index: int, generator: torch.Generator) -> Tensor:
-    """Return values drawn between the least and the largest of a batch, none as before."""
-    like = batch[index]
-    if not like.dtype.is_floating_point and not like.numel():
-        return like.clone()
-    values = torch.cat([part.flatten() for part in batch])
+def _noise(batch: list[Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return values drawn between the least and the largest of a batch."""
+    values = torch.cat([part.flatten() for part in batch]).cpu().double()
+    values = values[values.isfinite()]
+    low, high = map(float, values.aminmax()) if values.numel() else (0.0, 0.0)
+    draw = torch.rand(like.shape, generator=generator, dtype=torch.float64)
     if like.is_floating_point():
-        values = values[values.isfinite()]
-        low, high = values.aminmax() if values.numel() else (like.new_zeros(()),) * 2
-        spread = torch.where(high > low, high - low, 1.0)
-        draw = torch.rand(like.shape, generator=generator).to(like)
-        return (low + spread * draw).to(like.dtype)
-    if like.is_complex():
-        return like * torch.rand(like.shape, generator=generator).to(like.device)
-    least, size = int(values.min()), int(values.max() - values.min()) + 1
-    if size == 1:
-        return like.clone()
-    step = torch.randint(1, size, like.shape, generator=generator).to(like)
-    return least + (like - least + step).remainder(size)
+        return (low + (high - low or 1.0) * draw).to(like)
+    return (low + (high - low + 1) * draw).floor().clamp(max=high).to(like)

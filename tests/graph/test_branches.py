@@ -222,3 +222,20 @@ def test_an_insertion_is_never_left_out_in_silence():
     call(converted, (sized(6),))
     with pytest.raises(normswap.ConversionError, match="no graph stands for"):
         call(converted, (sized(8),))
+
+
+def test_text_for_an_assertion_is_no_result():
+    class Model(Holder):
+        def forward(self, x):
+            torch._assert(x.shape[2] == x.shape[3], f"square images, not {x.shape[2:]}")
+            return self.b(self.a(x))
+
+    check(Model())
+
+
+def test_text_of_a_value_that_is_used():
+    class Model(Holder):
+        def forward(self, x):
+            return self.b(self.a(x)) * len(f"{x.shape[2]}")
+
+    check(Model(), opaque="writes, as text, a value known only when it runs")

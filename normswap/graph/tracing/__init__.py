@@ -20,7 +20,7 @@ from normswap.graph.tracing.signature import write_forward as write_forward
 from normswap.graph.tracing.symbol import is_something as is_something
 from normswap.graph.tracing.trace import TraceSession as TraceSession
 from normswap.graph.tracing.trace import tracing as tracing
-from normswap.graph.tracing.tracer import Traced as Traced
+from normswap.graph.tracing.traced import Traced as Traced
 from normswap.graph.tracing.values import Kind as Kind
 from normswap.graph.tracing.values import describe as describe
 from normswap.graph.tracing.values import example_of as example_of

@@ -13,7 +13,8 @@ from torch import fx
 from normswap.graph.tracing.failure import TraceFailure, is_library
 from normswap.graph.tracing.method_calls import is_raised, methods_failed
 from normswap.graph.tracing.symbol import is_pure
-from normswap.graph.tracing.tracer import ContainerTracer, Traced
+from normswap.graph.tracing.traced import Traced
+from normswap.graph.tracing.tracer import ContainerTracer
 
 MOST_PATHS = 16
 Run = Callable[..., Any]
@@ -144,8 +145,10 @@ def in_words(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, TraceFailure):
         return text
-    if isinstance(error, TypeError) and "Value" in text:
-        return f"needs to know, before it runs, a value of its computation ({text[:100]})"
+    if isinstance(error, TypeError) and "as an integer" in text:
+        return "counts, or picks, by a number that is known only when it runs"
+    if isinstance(error, TypeError) and "'Value'" in text:
+        return "needs, as a plain Python value, one that is known only when it runs"
     return f"cannot be followed without values ({type(error).__name__}: {text[:120]})"
 
 

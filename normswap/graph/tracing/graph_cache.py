@@ -7,7 +7,7 @@ from torch import nn
 
 from normswap.graph.tracing.names import Names, returns_tensor
 from normswap.graph.tracing.reads import NO_GUARDS, Guards, merge
-from normswap.graph.tracing.tracer import Traced
+from normswap.graph.tracing.traced import Traced
 
 
 @dataclass

@@ -43,7 +43,7 @@ class Value(fx.Proxy):
 
     def __str__(self) -> str:
         # It may be for the message of an error; if the forward goes on, the text is used.
-        cast(Any, self.tracer).wrote = True
+        cast(Any, self.tracer).texts.append(repr(self))
         return repr(self)
 
     def __format__(self, spec: str) -> str:

@@ -16,20 +16,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
 from normswap.graph.tracing import patches as p
 from normswap.graph.tracing.branches import end_at_question, explore
-from normswap.graph.tracing.constant_calls import SWITCHES, ConstantCalls
-from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
+from normswap.graph.tracing.constant_calls import ConstantCalls
+from normswap.graph.tracing.failure import TraceFailure, is_library
 from normswap.graph.tracing.graph_cache import GraphCache, Paths
 from normswap.graph.tracing.list_effects import Writes, find_writes, snapshot_lists
-from normswap.graph.tracing.region import trace_checkpointed
-from normswap.graph.tracing.stand_ins import STAND_INS, symbolic_isinstance
-from normswap.graph.tracing.tracer import ContainerTracer, Traced
-from normswap.graph.tracing.values import TENSOR, Kind, any_leaf, leaf_kinds, rebuild
+from normswap.graph.tracing.stand_ins import STAND_INS
+from normswap.graph.tracing.torch_patches import patch_torch
+from normswap.graph.tracing.traced import Traced
+from normswap.graph.tracing.tracer import ContainerTracer
+from normswap.graph.tracing.values import TENSOR, Kind, leaf_kinds, rebuild
 from normswap.graph.tracing.watch import Watch
-from normswap.util.looks import class_of
 
 _MOST_OUTLINED = 4
 _LOCK = threading.RLock()
@@ -76,98 +76,16 @@ class TraceSession:
     def __enter__(self) -> "TraceSession":
         _LOCK.acquire()
         _OPEN.append(self)
-        original_call, original_getattr = nn.Module.__call__, nn.Module.__getattr__
-        original_setattr, original_delattr = nn.Module.__setattr__, nn.Module.__delattr__
-
-        @functools.wraps(original_call)
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.tracer is None:
-                return original_call(module, *args, **kwargs)
-            return self.tracer.call(module, args, kwargs)
-
-        def getattribute(module: nn.Module, name: str) -> Any:
-            value = object.__getattribute__(module, name)
-            if self.tracer is None or is_torch(sys._getframe(1).f_globals.get("__name__")):
-                return value
-            if name == "__class__":
-                return class_of(module)
-            return self.tracer.read(module, name, value)
-
-        def fallback(module: nn.Module, name: str) -> Any:
-            try:
-                value = original_getattr(module, name)
-            except AttributeError:
-                if self.tracer is not None:
-                    self.tracer.miss(module, name)
-                raise
-            if self.tracer is None:
-                return value
-            return self.tracer.read(module, name, value)
-
-        def setattribute(module: nn.Module, name: str, value: Any) -> None:
-            if self.tracer is not None:
-                raise TraceFailure(f"sets .{name} of {type(module).__name__} inside forward")
-            original_setattr(module, name, value)
-
-        def delattribute(module: nn.Module, name: str) -> None:
-            if self.tracer is not None:
-                raise TraceFailure(f"deletes .{name} of {type(module).__name__} inside forward")
-            original_delattr(module, name)
-
-        apply = vars(torch.autograd.Function)["apply"]
-
-        def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.tracer is None or not any_leaf((args, kwargs), (fx.Proxy,)):
-                return apply.__get__(None, cls)(*args, **kwargs)
-            return self.tracer.create_proxy("call_function", p.named_apply(cls), args, kwargs)
-
-        def checkpoint(function: Any = None, *args: Any, **kwargs: Any) -> Any:
-            if self.tracer is None:
-                return _CHECKPOINT(function, *args, **kwargs)
-            return trace_checkpointed(self.tracer, function, args, kwargs)
-
-        self._checkpoint = p.stand_for(checkpoint, _CHECKPOINT)
-        self._patches.set(nn.Module, "__call__", call)
-        self._patches.set(nn.Module, "__getattribute__", getattribute)
-        self._patches.set(nn.Module, "__getattr__", fallback)
-        self._patches.set(nn.Module, "__setattr__", setattribute)
-        self._patches.set(nn.Module, "__delattr__", delattribute)
-        self._patches.set(torch.autograd.Function, "apply", classmethod(apply_function))
-        self._patches.set(torch.utils.checkpoint, "checkpoint", self._checkpoint)
-        self._patches.set(torch.jit, "isinstance", symbolic_isinstance)
-        for switch in (torch.autocast, torch.inference_mode):
-            for name in ("__init__", "__enter__"):
-                self._patches.set(switch, name, self._refuse_switch(vars(switch)[name]))
-        self._patches.set(torch, "is_tensor", lambda v: symbolic_isinstance(v, Tensor))
-        for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"):
-            self._patches.set(torch, name, p.ask_user_only(getattr(torch, name), name))
+        self._checkpoint = patch_torch(self._patches, self, _CHECKPOINT)
         for name in p.MATH:
             wrapped = p.wrap_leaf(getattr(math, name), self._record, self._enter_globals)
             self._patches.set(math, name, wrapped)
-        for layer in self.layers:
-            self._patches.set(layer, "forward", self._layer_forward(layer.forward))
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._patches.undo()
         _OPEN.pop()
         _LOCK.release()
-
-    def _layer_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.tracer is None:
-                return original(module, *args, **kwargs)
-            return self.tracer.call(module, args, kwargs)
-
-        return forward
-
-    def _refuse_switch(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def switch(*args: Any, **kwargs: Any) -> Any:
-            if self.tracer is not None:
-                raise TraceFailure(SWITCHES)
-            return original(*args, **kwargs)
-
-        return switch
 
     def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         assert self.tracer is not None
@@ -274,7 +192,7 @@ class TraceSession:
                 self._enter_globals(table)
             with ConstantCalls(tracer), watch:
                 output = call(forward, root, values)
-                if tracer.wrote:
+                if tracer.texts:
                     raise TraceFailure("writes, as text, a value known only when it runs")
                 writes = tracer.result.writes = find_writes(values, lists, output)
                 if writes:

@@ -5,7 +5,7 @@ import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -17,56 +17,15 @@ from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.list_effects import Writes, hand_on, may_be_changed, take_back
 from normswap.graph.tracing.method_calls import Outlined, methods_running
 from normswap.graph.tracing.names import Names, returns_tensor
-from normswap.graph.tracing.reads import MISSING, Reads
+from normswap.graph.tracing.reads import MISSING
 from normswap.graph.tracing.region import Region
 from normswap.graph.tracing.symbol import MOST_QUESTIONS, Value, question_key, unpack
+from normswap.graph.tracing.traced import Traced
 
 _BASE = set(vars(nn.Module())) - {"training"}
 _LOOPS = "loops over, or takes apart, a value whose length is known only when it runs"
 # From a call to (its arguments, one a parameter; which it changes), None if that is unknown.
 WritesOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Writes] | None]
-
-
-@dataclass
-class Traced:
-    """A path through a forward as a graph.
-
-    Attributes:
-        graph: its placeholders are the symbolic parts of the arguments, in order.
-        reads: what must still hold for it to stand for the forward.
-        regions: checkpointed parts, each with the node of the graph that calls it.
-        children: path of a submodule that is called -> whether it certainly returns a tensor.
-        alike: whether it stands for containers of the same structure, too.
-        outlined: nodes that call a method of the container.
-        questions: nodes whose truth the forward branched on.
-        answers: the truth this trace took them for.
-        asked_in: methods of the container that asked.
-        writes: what it changes of the lists and dicts it is given; where there is any, the graph
-            returns (output, their new contents).
-        failure: why this path ends after its last question; "" where the forward returns.
-    """
-
-    graph: fx.Graph
-    reads: Reads = field(default_factory=Reads)
-    regions: list[tuple[fx.Node, Region]] = field(default_factory=list)
-    children: dict[str, bool] = field(default_factory=dict)
-    alike: bool = True
-    outlined: list[fx.Node] = field(default_factory=list)
-    questions: list[fx.Node] = field(default_factory=list)
-    answers: tuple[bool, ...] = ()
-    asked_in: list[str] = field(default_factory=list)
-    writes: Writes = ()
-    failure: str = ""
-
-    def copy(self) -> "Traced":
-        """Return a path with a graph of its own, to be changed; one without checkpointed parts."""
-        graph = fx.Graph(tracer_cls=self.graph._tracer_cls)
-        nodes: dict[fx.Node, Any] = {}
-        output = graph.graph_copy(self.graph, nodes)
-        if not self.failure:
-            graph.output(output)
-        mapped = [[nodes[node] for node in found] for found in (self.outlined, self.questions)]
-        return replace(self, graph=graph, outlined=mapped[0], questions=mapped[1])
 
 
 class ContainerTracer(fx.Tracer):
@@ -96,7 +55,7 @@ class ContainerTracer(fx.Tracer):
         self.result = Traced(self.graph)
         self.reads = self.result.reads
         self.region: Region | None = None
-        self.wrote = False
+        self.texts: list[str] = []  # of symbolic values, so far for nothing known
         self._known: dict[Any, bool] = {}
         self._reshaped = 0
         self._paths, self._tensors = names.paths, names.tensors
@@ -143,6 +102,11 @@ class ContainerTracer(fx.Tracer):
             raise TraceFailure(SWITCHES)
         if args[0] == "call_method" and args[1].endswith("_"):
             self._reshaped += 1  # what was asked of its shape may have another answer now
+        if args[1] is torch._assert:
+            message = str(args[2][1:])
+            for text in [text for text in self.texts if text in message]:
+                self.texts.remove(text)
+                message = message.replace(text, "", 1)
         return self.graph.create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -210,6 +174,13 @@ class ContainerTracer(fx.Tracer):
         """Record the call of a free function."""
         return self.create_proxy("call_function", function, args, kwargs)
 
+    def _note_children(self, *modules: nn.Module) -> None:
+        """Note which children modules have: a forward may count them, or go through them."""
+        for module in modules:
+            path = self._paths.get(id(module))
+            if path is not None:
+                self.reads.children[path] = tuple(module._modules)
+
     def _call_method(self, method: Outlined, *args: Any, **kwargs: Any) -> Any:
         if any(map(may_be_changed, (*args, *kwargs.values()))):
             raise TraceFailure(f"hands a list or dict to .{method.name}, which may change it")
@@ -236,8 +207,14 @@ class ContainerTracer(fx.Tracer):
             )
         if name in ("__dict__", "__class__"):
             raise TraceFailure(f"looks into its own {name}")
-        if name in _BASE or isinstance(value, nn.Module):
+        if isinstance(value, nn.Module):
+            self._note_children(module, value)
             return value
+        if name == "_modules":
+            self._note_children(module)
+            return types.MappingProxyType(value)
+        if name in _BASE:
+            raise TraceFailure(f"looks into its own {name}")
         function = getattr(value, "__func__", value)
         builtin = isinstance(value, types.BuiltinMethodType | types.MethodWrapperType)
         if name in vars(module) or not (builtin or isinstance(function, types.FunctionType)):

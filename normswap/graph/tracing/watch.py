@@ -67,6 +67,7 @@ class Watch:
         method = method_of(self._root, frame)
         if method:
             self._methods[method] = frame.f_code.co_names
+        self._note_method(frame)
         code = read_code(frame.f_code)
         if code.catches and not _is_given_nothing(frame.f_code):
             raise TraceFailure("handles exceptions, which only a run raises")
@@ -103,6 +104,15 @@ class Watch:
 
         return step
 
+    def _note_method(self, frame: types.FrameType) -> None:
+        """Note which function a class has where it is called by ``super()`` or by itself."""
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
+        for cls in type(first).__mro__ if isinstance(first, nn.Module) else ():
+            found = vars(cls).get(code.co_name)
+            if getattr(found, "__code__", None) is code:
+                self._reads.name(cls, code.co_name, found)
+
     def _why_unfit(self, frame: types.FrameType, load: Load) -> str:
         """Return why a name may not be read; note what it means where that may change."""
         if load.free:
@@ -113,7 +123,8 @@ class Watch:
         holder: Any = table
         key, value = load.name, _unwrap(table[load.name])
         if table is frame.f_builtins or value is getattr(builtins, key, _MISSING):
-            return why_unfit(value, key)
+            inner = next((name for name in load.chain if name.startswith("__")), None)
+            return why_unfit(value, key) if inner is None else f"goes by {key}.{inner}"
         steps = [(holder, key, value)]
         for name in load.chain:
             if not isinstance(value, types.ModuleType | type) or isinstance(value, enum.EnumMeta):

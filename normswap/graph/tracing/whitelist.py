@@ -53,7 +53,7 @@ _EXCEPTIONS = (BaseException,)
 def is_constant(value: Any) -> bool:
     """Return whether a value is immutable and can be compared."""
     if isinstance(value, tuple | frozenset):
-        return all(map(is_constant, value))
+        return all(isinstance(part, type) or is_constant(part) for part in value)
     return isinstance(value, CONSTANTS)
 
 

@@ -1,0 +1,114 @@
+"""What tracing replaces in torch: calls of modules and reads of their attributes go to a tracer."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from normswap.graph.tracing.bytecode import is_compared
+from normswap.graph.tracing.constant_calls import SWITCHES
+from normswap.graph.tracing.failure import TraceFailure, is_torch
+from normswap.graph.tracing.patches import Patches, ask_user_only, named_apply, stand_for
+from normswap.graph.tracing.region import trace_checkpointed
+from normswap.graph.tracing.stand_ins import symbolic_isinstance
+from normswap.graph.tracing.tracer import ContainerTracer
+from normswap.graph.tracing.values import any_leaf
+from normswap.util.looks import class_of
+
+_MODES = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
+
+
+class Session(Protocol):
+    """Where the tracer of the trace under way is found."""
+
+    layers: tuple[Any, ...]
+
+    @property
+    def tracer(self) -> ContainerTracer | None:
+        """None where no trace is under way in this thread."""
+
+
+def patch_torch(patches: Patches, session: Session, original: Any) -> Callable[..., Any]:
+    """Replace it; return what stands for `original`, torch's checkpoint."""
+
+    def checkpoint(function: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if session.tracer is None:
+            return original(function, *args, **kwargs)
+        return trace_checkpointed(session.tracer, function, args, kwargs)
+
+    apply = vars(torch.autograd.Function)["apply"]
+
+    def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if session.tracer is None or not any_leaf((args, kwargs), (fx.Proxy,)):
+            return apply.__get__(None, cls)(*args, **kwargs)
+        return session.tracer.create_proxy("call_function", named_apply(cls), args, kwargs)
+
+    stand_in = stand_for(checkpoint, original)
+    patches.set(torch.utils.checkpoint, "checkpoint", stand_in)
+    patches.set(torch.autograd.Function, "apply", classmethod(apply_function))
+    patches.set(torch.jit, "isinstance", symbolic_isinstance)
+    patches.set(torch, "is_tensor", lambda v: symbolic_isinstance(v, Tensor))
+    for name in _MODES:
+        patches.set(torch, name, ask_user_only(getattr(torch, name), name))
+    for switch in (torch.autocast, torch.inference_mode):
+        for name in ("__init__", "__enter__"):
+            patches.set(switch, name, _refuse(session, vars(switch)[name], lambda *_: SWITCHES))
+    _patch_modules(patches, session)
+    return stand_in
+
+
+def _patch_modules(patches: Patches, session: Session) -> None:
+    original_getattr = nn.Module.__getattr__
+
+    def getattribute(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        frame = sys._getframe(1)
+        if session.tracer is None or is_torch(frame.f_globals.get("__name__")):
+            return value
+        if name == "__class__" and is_compared(frame):
+            return class_of(module)
+        return session.tracer.read(module, name, value)
+
+    def fallback(module: nn.Module, name: str) -> Any:
+        try:
+            value = original_getattr(module, name)
+        except AttributeError:
+            if session.tracer is not None:
+                session.tracer.miss(module, name)
+            raise
+        return value if session.tracer is None else session.tracer.read(module, name, value)
+
+    def what(verb: str) -> Callable[..., str]:
+        return lambda module, name, *_: f"{verb} .{name} of {type(module).__name__} inside forward"
+
+    patches.set(nn.Module, "__getattribute__", getattribute)
+    patches.set(nn.Module, "__getattr__", fallback)
+    for name, verb in (("__setattr__", "sets"), ("__delattr__", "deletes")):
+        patches.set(nn.Module, name, _refuse(session, getattr(nn.Module, name), what(verb)))
+    patches.set(nn.Module, "__call__", _call(session, nn.Module.__call__))
+    for layer in session.layers:
+        patches.set(layer, "forward", _call(session, layer.forward))
+
+
+def _call(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if session.tracer is None:
+            return original(module, *args, **kwargs)
+        return session.tracer.call(module, args, kwargs)
+
+    return call
+
+
+def _refuse(
+    session: Session, original: Callable[..., Any], why: Callable[..., str]
+) -> Callable[..., Any]:
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        if session.tracer is not None:
+            raise TraceFailure(why(*args))
+        return original(*args, **kwargs)
+
+    return refused
