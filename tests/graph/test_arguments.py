@@ -82,6 +82,53 @@ def test_a_dataclass():
     check(Model(), Batch(images()), opaque="takes a Batch")
 
 
+class Output(OrderedDict):
+    """What forwards of transformers return: it looks at what it is made of."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            try:
+                len(getattr(self, field.name))
+            except TypeError:
+                continue
+            self[field.name] = getattr(self, field.name)
+
+    def __getitem__(self, key):
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+
+@dataclasses.dataclass
+class Encoded(Output):
+    last: torch.Tensor = None
+    states: tuple = None
+
+
+def test_a_dict_that_is_a_dataclass_is_made_anew_in_each_run():
+    class Model(Holder):
+        def forward(self, x):
+            y = self.a(x)
+            inner = Encoded(last=y, states=(x, y))
+            return Encoded(last=self.b(inner.last) + inner[1][0] + inner["last"])
+
+    converted = check(Model())
+    found = converted(images(), context=LABELS)
+    assert type(found) is Encoded
+    assert list(found) == ["last"]
+    assert found.states is None
+    assert "__new__" not in vars(Encoded)
+
+
+def test_a_dict_that_is_a_dataclass_and_holds_a_list_is_no_call():
+    class Model(Holder):
+        def forward(self, x):
+            states = [self.a(x)]
+            output = Encoded(last=self.b(x), states=states)
+            states.append(x)
+            return output
+
+    check(Model(), opaque="handles exceptions")
+
+
 def test_a_namedtuple_result():
     class Model(Holder):
         def forward(self, x):
@@ -157,9 +204,34 @@ def test_a_decorator_sees_only_what_was_given():
             y = self.b(self.a(x))
             return y * 2 if twice else y
 
-    converted = check(Model(), opaque="reads function, a variable of a function that made it")
+    converted = check(Model())
     shown = list(inspect.signature(converted.forward).parameters)
     assert shown == ["x", "skip", "twice", "context"]
+
+
+def test_a_function_that_a_decorator_calls_may_become_another():
+    def calling(function):
+        def wrapper(self, x):
+            return function(self, x)
+
+        def replace(other):
+            nonlocal function
+            function = other
+
+        wrapper.replace = replace
+        return wrapper
+
+    class Model(Holder):
+        @calling
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    converted = check(Model())
+    x = images()
+    expected = converted.b(converted.a(x, context=LABELS), context=LABELS) * 3
+    assert not torch.equal(converted(x, context=LABELS), expected)
+    Model.forward.replace(lambda self, x: self.b(self.a(x)) * 3)
+    assert torch.equal(converted(x, context=LABELS), expected)
 
 
 def test_labels_match_the_items_of_a_list_when_other_arguments_are_given():

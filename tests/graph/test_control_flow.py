@@ -1,11 +1,13 @@
 """What a forward decides while it runs is never decided once and for all by a trace."""
 
 import random
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+import normswap
 from tests.graph.behave import CHANNELS, Block, Holder, check
 
 
@@ -290,3 +292,25 @@ def test_a_function_of_nothing_may_handle_exceptions():
             return self.a(x) if _is_installed() else self.b(self.a(x))
 
     check(Model())
+
+
+def test_a_size_made_a_tensor():
+    class Model(Holder):
+        def forward(self, x):
+            y = self.a(x) / torch.sqrt(torch.tensor(x.shape[1], dtype=x.dtype))
+            return self.b(y) + torch.as_tensor([x.shape[2], 1.0]).sum()
+
+    check(Model())
+
+
+def test_a_module_that_torch_loads_late(monkeypatch):
+    class Model(Holder):
+        def forward(self, x):
+            return self.b(self.a(x)) if torch.onnx.is_in_onnx_export() else self.a(self.b(x))
+
+    torch.onnx.is_in_onnx_export()
+    package = sys.modules["torch.onnx._internal.exporter"]
+    monkeypatch.delitem(sys.modules, f"{package.__name__}._flags")
+    monkeypatch.delattr(package, "_flags")
+    converted = normswap.convert(Model(), "cn", contexts=3, verify=False)
+    assert not normswap.summary(converted).opaque

@@ -280,15 +280,18 @@ def _twice(size):
 
 
 @pytest.mark.parametrize(
-    "ask",
-    [lambda n: 2 if n in {6, 8} else 3, lambda n: {6: 2, 8: 3}.get(n, 5), _twice],
+    ("ask", "reason"),
+    [
+        (lambda n: 2 if n in {6, 8} else 3, "in a set, dict or cache"),
+        (lambda n: {6: 2, 8: 3}.get(n, 5), "in a set, dict or cache"),
+        (_twice, "a variable of a function that made it"),
+    ],
     ids=["set", "dict", "cache"],
 )
-def test_a_size_looked_up(ask):
+def test_a_size_looked_up(ask, reason):
     class Model(Holder):
         def forward(self, x):
             return self.b(self.a(x) * ask(x.shape[2]))
 
-    reason = "a variable of a function that made it"
     check(Model(), opaque=reason)
     check(Model(), torch.nn.functional.interpolate(images(), (8, 6)), opaque=reason)

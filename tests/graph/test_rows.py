@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 from contextlib import contextmanager
+from typing import ClassVar
 
 import pytest
 import torch
@@ -852,3 +853,30 @@ def test_a_first_call_under_checkpointing_saves_for_backward_what_it_would():
     (found,) = torch.autograd.grad(y.sin().sum(), x)
     (expected,) = torch.autograd.grad(model(x, context=LABELS).sin().sum(), x)
     assert torch.allclose(found, expected)
+
+
+class Registry(dict):
+    """Stores under another key than it is given, as that of transformers does."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(f"<{key}>", value)
+
+
+REGISTRY = Registry()
+REGISTRY["known"] = 2.0
+
+
+class Looking(Rows):
+    sizes: ClassVar = list[int]
+
+    def forward(self, x):
+        return super().forward(x) * REGISTRY["<known>"]
+
+
+def test_what_a_forward_looks_up_stays_and_may_name_a_generic_type():
+    model = normswap.convert(
+        Looking(lambda s, x: s.norm(s.linear(x))).double().eval(), "cn", contexts=K, verify=False
+    )
+    check(apart(model))
+    assert rows_of(model) == {"norm": "one per sample"}
+    assert REGISTRY == {"<known>": 2.0}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import normswap
-from tests.graph.behave import Block, check, images
+from tests.graph.behave import Block, Holder, check, images
 
 GIVEN = torch.full((4, 1, 1, 1), 0.5)
 
@@ -130,3 +130,16 @@ def test_the_converted_root_of_an_outer_model_is_named_before_its_children_chang
     converted = check(Twice(), x=images(), context=GIVEN)
     names = {type(m).context_argument for m in (converted, converted.first, converted.second)}
     assert names == {"norm_context"}
+
+
+def test_an_input_that_may_be_left_out_is_taken_to_be_given():
+    class Model(Holder):
+        def forward(self, x=None, mask=None):
+            if x is None:
+                raise ValueError("expected an input")
+            y = self.b(self.a(x))
+            return y if mask is None else y * mask
+
+    report = normswap.summary(normswap.convert(Model(), "cn", contexts=3))
+    assert not report.opaque
+    check(Model())

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
@@ -9,6 +10,10 @@ from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.values import any_leaf
 
 SWITCHES = "switches gradients or autocast on or off inside forward"
+
+# They look into what they are given, so that a symbolic value has no say; torchvision's RAFT
+# makes a tensor of its channels.
+_OF_DATA = (torch.tensor, torch.as_tensor)
 
 
 class ConstantCalls(TorchFunctionMode):
@@ -23,7 +28,7 @@ class ConstantCalls(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if any_leaf((args, kwargs), (fx.Proxy,)):
+        if any_leaf((args, kwargs), (fx.Proxy,)) and func not in _OF_DATA:
             return func(*args, **kwargs)
         if "grad_enabled" in name or "autocast" in name:
             if "set" in name:

@@ -153,7 +153,10 @@ def write_forward(
     required = tuple(EXAMPLE for p in shown if p.default is p.empty and p.kind in _POSITIONAL)
 
     def examples() -> tuple[Any, ...]:
-        return tuple(_example(p, required) for p in parameters)
+        given = [_example(p, required) for p in parameters]
+        if given and given[0] is None:  # forwards of transformers may do without their input
+            given[0] = EXAMPLE
+        return tuple(given)
 
     return Forward(scope["forward"], scope["bind"], scope["spread"], examples)
 

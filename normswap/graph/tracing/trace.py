@@ -63,7 +63,7 @@ class TraceSession:
         self._thread = threading.get_ident()
         self._patches = p.Patches()
         self._local = p.Patches()
-        self._tables: dict[int, list[tuple[str, Any]]] = {}
+        self._tables: dict[int, list[tuple[Any, str, Any]]] = {}
         self._globals: dict[Any, list[dict[str, Any]]] = {}
         self._entered: set[int] = set()
         self._library: set[int] = set()
@@ -110,11 +110,14 @@ class TraceSession:
         self._entered.add(key)
         if key not in self._tables:
             self._tables[key] = [
-                (name, p.wrap_leaf(function, self._record, self._enter_globals))
+                (table, name, p.wrap_leaf(function, self._record, self._enter_globals))
                 for name, function in p.leaf_names(table)
             ]
-        for name, wrapped in self._tables[key]:
-            self._local.set(table, name, wrapped)
+            self._tables[key] += [
+                (cls, "__new__", p.wrap_new(cls, self._record)) for cls in p.mapping_classes(table)
+            ]
+        for owner, name, wrapped in self._tables[key]:
+            self._local.set(owner, name, wrapped)
         for name, value in list(table.items()):
             if value is _CHECKPOINT:
                 self._local.set(table, name, self._checkpoint)

@@ -2,6 +2,7 @@
 
 import builtins
 import enum
+import importlib
 import inspect
 import sys
 import types
@@ -19,6 +20,7 @@ from normswap.graph.tracing.values import symbolic_parts
 from normswap.graph.tracing.whitelist import needs_guard, why_unfit
 
 _MISSING = object()
+_LOADS = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
 _MUTABLE = (list, dict, set)
 
 
@@ -41,6 +43,7 @@ class Watch:
         self._refused: dict[types.CodeType, dict[int, str]] = {}
         self._outer: Any = None
         self._start: types.FrameType | None = None
+        self._loading = 0
 
     def methods_naming(self, name: str) -> list[str]:
         """Return the methods of the container that ran and look up a name."""
@@ -57,7 +60,9 @@ class Watch:
     def _enter_frame(
         self, frame: types.FrameType, event: str, arg: Any
     ) -> Callable[..., Any] | None:
-        if not self._enter(frame.f_globals):
+        if frame.f_code is _LOADS:
+            return self._let_load(frame)
+        if self._loading or not self._enter(frame.f_globals):
             return None
         method = method_of(self._root, frame)
         if method:
@@ -84,6 +89,17 @@ class Watch:
                 test = code.tests.get(frame.f_lasti)
                 if test is not None:
                     _check_test(test, frame.f_locals)
+            return step
+
+        return step
+
+    def _let_load(self, frame: types.FrameType) -> Callable[..., Any]:
+        """Let a module that torch loads late run, as torch.onnx.is_in_onnx_export does."""
+        self._loading += 1
+        frame.f_trace_lines = False
+
+        def step(frame: types.FrameType, event: str, arg: Any) -> Callable[..., Any]:
+            self._loading -= event == "return"
             return step
 
         return step
@@ -158,7 +174,32 @@ class Watch:
             if load.name in outer.f_code.co_cellvars and outer.f_locals.get(load.name) is value:
                 return ""  # a variable of this forward
             outer = outer.f_back
+        cell = self._find_cell(frame.f_code, load.name, value)
+        if cell is not None:
+            self._reads.name(cell, "cell_contents", value)
+            return why_unfit(value, load.name)
         return f"reads {load.name}, a variable of a function that made it"
+
+    def _find_cell(self, code: types.CodeType, name: str, value: Any) -> Any:
+        """Return the cell of a variable that is a function, as in a decorator; None for another.
+
+        Serves the decorated forwards of transformers.
+        """
+        waiting = [v for _, _, v in self._reads.names.values()] + [*self._reads.methods.values()]
+        while waiting and isinstance(value, types.FunctionType):
+            function = waiting.pop()
+            if not isinstance(function, types.FunctionType):
+                continue
+            names, found = function.__code__.co_freevars, function.__closure__ or ()
+            cells = {key: cell for key, cell in zip(names, found, strict=True) if _is_filled(cell)}
+            if function.__code__ is code and cells[name].cell_contents is value:
+                return cells[name]
+            waiting += [cell.cell_contents for cell in cells.values()]
+        return None
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    return cell != types.CellType()
 
 
 def _check_test(test: Test, values: Any) -> None:
