@@ -205,3 +205,23 @@ def test_own_state_round_trip(kind):
 def test_bad_priors_of_a_layer(kind, priors):
     with pytest.raises(normswap.ContextError, match="expected `priors` of 3 positive values"):
         MAKERS[kind](4, 3, priors)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3),
+    "batch last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "sliced": lambda x: x[:, :, ::2],
+    "expanded": lambda x: x[:1].expand(3, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", ["cn", "cn-x", "acn"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_output_lies_in_memory_as_batch_norms_does(layout, method, training):
+    norm = nn.BatchNorm2d(4).train(training)
+    x = LAYOUTS[layout](torch.randn(3, 4, 6, 5))
+    layer = normswap.convert(norm, method, verify=False)
+    assert layer(x).stride() == norm(x).stride()

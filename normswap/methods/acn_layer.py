@@ -155,7 +155,7 @@ class AdaptiveContextNorm(NormLayer):
         """
         if isinstance(x, fx.Proxy):
             return self._record(x)
-        self._check_input(x)
+        x = self._accept(x)
         if not torch.is_autocast_enabled(x.device.type):
             return self._finish(self.normalize(x))
         with torch.autocast(x.device.type, enabled=False):

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from normswap.arguments import MOST_CONTEXTS, MOST_FEATURES, check_count, describe
 from normswap.errors import ContextError, MissingContextError, refuse_scripting
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
-from normswap.methods.values import Resettable, WithPriors
+from normswap.methods.values import Resettable, WithPriors, lay_out
 from normswap.methods.values import load_shared as load_shared
 from normswap.sites import Site
 from normswap.util.looks import AsBefore
@@ -78,7 +78,8 @@ class NormLayer(AsBefore, Resettable):
         given = {name: value for name, value in given.items() if value is not None}
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), given)
 
-    def _check_input(self, x: Tensor) -> None:
+    def _accept(self, x: Tensor) -> Tensor:
+        """Check the input; return it laid out in memory as batch norm would return it."""
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ContextError(
                 f"expected input (N, {self.num_features}, *) at {self._where()}, "
@@ -89,6 +90,7 @@ class NormLayer(AsBefore, Resettable):
                 f"expected input of {' or '.join(map(str, self.dims))} dimensions at "
                 f"{self._where()}, got {x.dim()}"
             )
+        return lay_out(x)
 
     def _where(self) -> str:
         return self.site or type(self).__name__
@@ -147,7 +149,7 @@ class ContextLayer(WithPriors, NormLayer):
         """
         if isinstance(x, fx.Proxy):
             return self._record(x, context=context)
-        self._check_input(x)
+        x = self._accept(x)
         labels, unlabelled = self._labels(x, context)
         return self._finish(self.normalize(x, labels, unlabelled))
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 
 from normswap.arguments import check_flag, check_number, describe
 from normswap.errors import ContextError
@@ -154,3 +155,14 @@ def fill_affine(state: dict[str, Any], prefix: str, num_features: int) -> None:
     if isinstance(mean, Tensor) and mean.shape == (num_features,):
         state.setdefault(prefix + "weight", torch.ones_like(mean))
         state.setdefault(prefix + "bias", torch.zeros_like(mean))
+
+
+def lay_out(x: Tensor) -> Tensor:
+    """Return an input as batch norm lays out what it returns: contiguous, or channels last.
+
+    What follows may draw a mask, or take a view, by the order in memory.
+    """
+    if torch.compiler.is_compiling():
+        return x  # the compiler lays out what it computes
+    plain = torch._C._functorch.is_functorch_wrapped_tensor(x) or x.layout != torch.strided
+    return x if plain or x.is_contiguous() else x.contiguous(memory_format=suggest_memory_format(x))
