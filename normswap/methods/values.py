@@ -157,6 +157,9 @@ def fill_affine(state: dict[str, Any], prefix: str, num_features: int) -> None:
         state.setdefault(prefix + "bias", torch.zeros_like(mean))
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def lay_out(x: Tensor) -> Tensor:
     """Return an input as batch norm lays out what it returns: contiguous, or channels last.
 
@@ -165,4 +168,9 @@ def lay_out(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return x  # the compiler lays out what it computes
     plain = torch._C._functorch.is_functorch_wrapped_tensor(x) or x.layout != torch.strided
-    return x if plain or x.is_contiguous() else x.contiguous(memory_format=suggest_memory_format(x))
+    if plain or x.is_contiguous():
+        return x
+    last = _CHANNELS_LAST.get(x.dim())
+    if last is not None and x.is_contiguous(memory_format=last):
+        return x
+    return x.contiguous(memory_format=suggest_memory_format(x))
