@@ -70,7 +70,7 @@ def _patch_modules(patches: Patches, session: Session) -> None:
         asker = frame.f_globals.get("__name__")
         if session.tracer is None or (is_torch(asker) and asker != stand_ins.__name__):
             return value
-        if name == "__class__" and is_compared(frame):
+        if name == "__class__" and (asker == stand_ins.__name__ or is_compared(frame)):
             return class_of(module)
         return session.tracer.read(module, name, value)
 
