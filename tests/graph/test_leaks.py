@@ -13,7 +13,7 @@ from torch import nn
 import normswap
 from tests.graph.behave import CHANNELS, LABELS, Block, images
 
-CONVERSIONS = int(os.environ.get("NORMSWAP_CONVERSIONS", "150"))
+CONVERSIONS = int(os.environ.get("NORMSWAP_CONVERSIONS", "80"))
 METHODS = ["cn", "cn-x", "acn", "crossnorm"]
 
 

@@ -134,7 +134,7 @@ class Program(nn.Module):
         return h.unflatten(0, x.shape[:2])
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(80))
 def test_a_mixed_batch_equals_its_samples_one_by_one_or_is_refused(seed):
     draw = random.Random(seed)
     torch.manual_seed(seed)
