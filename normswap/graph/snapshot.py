@@ -32,7 +32,7 @@ class Snapshot:
     Tables, which have names, are put back with what they held: attributes of modules, classes,
     functions and plain objects, dicts, the environment, variables of functions around others, and
     the globals that forwards and the functions they call name. So are collections with their
-    entries, tensors but parameters with their values, and with their states iterators and
+    entries, tensors with their values, parameters included, and with their states iterators and
     generators of random numbers, those of Python, NumPy and torch included.
     """
 
@@ -40,7 +40,7 @@ class Snapshot:
         # Holders of names, the names that matter, where not all, and what they mean.
         self._tables: list[tuple[Any, Collection[str] | None, dict[Any, Any]]] = []
         self._collections: list[tuple[Any, Any]] = []
-        self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._tensors: list[tuple[Tensor, Tensor, Tensor]] = []
         # Of each generator: what reads its state, what sets it, what starts it anew.
         self._dice: list[tuple[Any, Any, Any]] = [
             (random.getstate, random.setstate, random.seed),
@@ -54,6 +54,7 @@ class Snapshot:
             self._keep(torch.cuda.default_generators[torch.cuda.current_device()])
         self._keep_table(os.environ)
         level = [part for module in model.modules() for part in self._keep_table(vars(module))]
+        level += list(model.parameters())
         classes: set[Any] = {class_of(module) for module in model.modules()}
         for cls in classes:
             if not is_library(cls.__module__):
@@ -85,8 +86,8 @@ class Snapshot:
         elif isinstance(value, random.Random):
             self._dice.append((value.getstate, value.setstate, value.seed))
         elif isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter):
-                self._tensors.append((value, value.detach().clone()))
+            # With its data, which a forward may exchange: a momentum encoder does.
+            self._tensors.append((value, value.data, value.detach().clone()))
         elif isinstance(value, list | set | deque | dict):
             kept = dict(value) if isinstance(value, dict) else list(value)
             self._collections.append((value, kept))
@@ -114,7 +115,9 @@ class Snapshot:
                 collection.clear()
                 (collection.update if hasattr(collection, "update") else collection.extend)(kept)
         with torch.no_grad():
-            for tensor, values in self._tensors:
+            for tensor, data, values in self._tensors:
+                if tensor.data_ptr() != data.data_ptr():
+                    tensor.data = data
                 # Writing counts as a change to what backward saved, so only where there is one.
                 if not torch.equal(tensor, values):
                     tensor.copy_(values)

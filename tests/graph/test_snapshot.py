@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+import normswap
 from normswap.graph.snapshot import Snapshot
+from tests.graph.behave import LABELS, Holder, close, images
 
 COUNTS = {"calls": 0, "of": {"each": [0]}}
 TOTAL = torch.zeros(2)
@@ -118,3 +120,30 @@ def test_only_generators_that_moved_are_said_to_have_moved():
     with torch.random.fork_rng(devices=[]):
         snapshot.restore(seed=3)
         assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(3))
+
+
+class Momentum(Holder):
+    """Moves one block's weights towards the other's in each forward, as momentum encoders do."""
+
+    def __init__(self, exchange):
+        super().__init__()
+        self.exchange = exchange
+
+    def forward(self, x):
+        for slow, fast in zip(self.b.parameters(), self.a.parameters(), strict=True):
+            if self.exchange:
+                slow.data = slow.data * 0.9 + fast.data * 0.1
+            else:
+                slow.data.mul_(0.9).add_(fast.data, alpha=0.1)
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("trace", [True, False])
+def test_weights_that_a_forward_moves_move_once_a_call(exchange, trace):
+    model = Momentum(exchange).eval()
+    converted = normswap.convert(model, "cn", contexts=3, verify=False, trace=trace)
+    with torch.no_grad():
+        for _ in range(2):
+            close([converted(images(), context=LABELS)], [model(images())])
+    assert torch.equal(converted.b.conv.weight, model.b.conv.weight)
