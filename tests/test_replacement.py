@@ -225,3 +225,19 @@ def test_the_output_lies_in_memory_as_batch_norms_does(layout, method, training)
     x = LAYOUTS[layout](torch.randn(3, 4, 6, 5))
     layer = normswap.convert(norm, method, verify=False)
     assert layer(x).stride() == norm(x).stride()
+
+
+@pytest.mark.parametrize("method", ["cn", "cn-x", "acn"])
+def test_the_input_has_the_name_that_torch_gives_it(method):
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(input=x)
+
+    model, x = ByName().eval(), torch.randn(2, 4, 3, 3)
+    for trace in (True, False):
+        converted = normswap.convert(model, method, verify=False, trace=trace)
+        torch.testing.assert_close(converted(x), model(x))

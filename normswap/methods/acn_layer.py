@@ -147,15 +147,15 @@ class AdaptiveContextNorm(NormLayer):
         logits, mu, log_sigma = (t.to(dtype or t.dtype) for t in own)
         return Mixture(bounded_log_prior(logits), mu, bounded_log_sigma(log_sigma, self.eps))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x, (N, C, *), to a tensor of the same shape, dtype and memory format.
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise the input, (N, C, *), to a tensor of the same shape, dtype and memory format.
 
         Raises:
             ContextError: another number of channels or of dimensions.
         """
-        if isinstance(x, fx.Proxy):
-            return self._record(x)
-        x = self._accept(x)
+        if isinstance(input, fx.Proxy):
+            return self._record(input)
+        x = self._accept(input)
         if not torch.is_autocast_enabled(x.device.type):
             return self._finish(self.normalize(x))
         with torch.autocast(x.device.type, enabled=False):

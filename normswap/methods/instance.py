@@ -106,12 +106,12 @@ class ContextInstanceNorm(ContextLayer):
         layer.dims = site.dims[-1:]
         return layer
 
-    def forward(self, x: Tensor, context: Any = None) -> Tensor:
-        """Normalise x; an input without a batch dimension counts as one sample."""
-        known = isinstance(x, Tensor)
-        if known and self.dims and x.dim() == self.dims[0] - 1:
-            return super().forward(x.unsqueeze(0), context).squeeze(0)
-        return super().forward(x, context)
+    def forward(self, input: Tensor, context: Any = None) -> Tensor:
+        """Normalise input; an input without a batch dimension counts as one sample."""
+        known = isinstance(input, Tensor)
+        if known and self.dims and input.dim() == self.dims[0] - 1:
+            return super().forward(input.unsqueeze(0), context).squeeze(0)
+        return super().forward(input, context)
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""

@@ -133,23 +133,23 @@ class ContextLayer(WithPriors, NormLayer):
         self.names = tuple(str(k) for k in range(num_contexts))
         self.scope: Scope | None = None
 
-    def forward(self, x: Tensor, context: Labels | None = None) -> Tensor:
-        """Normalise x with the statistics of each sample's context.
+    def forward(self, input: Tensor, context: Labels | None = None) -> Tensor:
+        """Normalise the input with the statistics of each sample's context.
 
         Args:
-            x: input, (N, C, *).
+            input: (N, C, *), by the name that torch's norms give it.
             context: labels (N,) in [0, K), -1 for unknown; names; one name for all; or None.
 
         Returns:
-            A tensor of the shape, dtype and memory format of x.
+            A tensor of the shape, dtype and memory format of the input.
 
         Raises:
             ContextError: a shape, length, dtype, device or value that does not fit.
             MissingContextError: no label where the mode or the policy needs one.
         """
-        if isinstance(x, fx.Proxy):
-            return self._record(x, context=context)
-        x = self._accept(x)
+        if isinstance(input, fx.Proxy):
+            return self._record(input, context=context)
+        x = self._accept(input)
         labels, unlabelled = self._labels(x, context)
         return self._finish(self.normalize(x, labels, unlabelled))
 
