@@ -185,3 +185,14 @@ def test_functions_that_are_copied_or_hold_nothing_are_not(kind):
         close([converted(images())], [expected])
     original = {id(m) for m in model.modules()}
     assert not original & {id(m) for m in converted.modules()}
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("given", [lambda norm: ((norm,), {}), lambda norm: ((), {"norm": norm})])
+def test_a_partial_that_holds_the_norm_itself_is_refused(given, inplace):
+    model = Acting()
+    args, named = given(model.norm)
+    model.act = functools.partial(lambda *values, norm=None: values[-1], *args, **named)
+    with pytest.raises(normswap.ConversionError, match=r"act holds a norm.*exclude="):
+        normswap.convert(model, "cn", inplace=inplace, verify=False)
+    assert type(model.norm) is nn.BatchNorm2d

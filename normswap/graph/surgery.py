@@ -1,5 +1,6 @@
 """Change a model's modules in place, with a way back."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -84,7 +85,10 @@ class Surgery:
                 for part in (value, *(part for _, part in items)):
                     function = getattr(part, "func", part)
                     owner = getattr(function, "__self__", function)
-                    if id(owner) in layers and owner is not part:
+                    bound = part.args if isinstance(part, functools.partial) else ()
+                    named = part.keywords.values() if isinstance(part, functools.partial) else ()
+                    held = any(id(given) in layers for given in (*bound, *named))
+                    if held or (id(owner) in layers and owner is not part):
                         what = "a function of the norm"
                         raise ConversionError(_HELD.format(f"{name}.{key}".lstrip("."), what))
 
