@@ -33,15 +33,15 @@ class Random(Net):
 
 
 class TypeAsking(Net):
-    """Computes something else once its norms are of another class."""
+    """Computes something else once the class of its norms has another name."""
 
     def forward(self, x):
         y = super().forward(x)
-        return y if isinstance(self.first[1], nn.BatchNorm2d) else 2 * y
+        return y if type(self.first[1]).__name__ == "BatchNorm2d" else 2 * y
 
 
 class Reordering(Net):
-    """Its norms see the samples in another order than the labels have."""
+    """Its norms see the samples in another order than the check of training takes them to have."""
 
     def forward(self, x):
         return super().forward(x.flip(0)).flip(0)

@@ -49,7 +49,7 @@ EXPECTED = {
     "of-batch": ("undecided", "depends on the rest of the batch"),
     "random": ("undecided", "output in eval is random"),
     "type-asking": ("wrong", "unlabelled: outputs differ"),
-    "reordering": ("wrong", "one by one: outputs differ"),
+    "reordering": ("wrong", "training output: outputs differ"),
     "deaf": ("failed", "outputs the same for different samples"),
     "chaotic": ("failed", "rounding errors of the input alone"),
     "raising": ("failed", "no forward today"),
