@@ -111,7 +111,7 @@ class Average:
     @torch.no_grad()
     def observe(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run as a forward pre-hook of the layer."""
-        x = args[0] if args else kwargs["x"]
+        x = args[0] if args else kwargs["input"]
         given = args[1] if len(args) > 1 else kwargs.get("context")
         given = layer.scope.lookup() if given is None else layer.scope.resolve(given, x.device)
         if given is None or not bool((given.labels == self.index).all()):

@@ -184,8 +184,12 @@ def is_direct(module: nn.Module) -> bool:
     context among them: it is in scope instead.
     """
     table = module.__dict__
-    hooked = table["_forward_pre_hooks_with_kwargs"] or table["_forward_hooks_with_kwargs"]
-    return not hooked and "forward" not in table
+    if "forward" in table:
+        return False
+    before, after = table["_forward_pre_hooks"], table["_forward_hooks"]
+    hooks = [before[key] for key in table["_forward_pre_hooks_with_kwargs"] if key in before]
+    hooks += [after[key] for key in table["_forward_hooks_with_kwargs"] if key in after]
+    return all([str(getattr(hook, "__module__", "")).startswith("normswap.") for hook in hooks])
 
 
 def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
