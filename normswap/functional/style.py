@@ -184,16 +184,19 @@ def cross_norm(
         hand = None
         if fire is None and style_box is None:
             hand = partial(ExchangeGlue, permutation, axis, x.shape[2:].numel(), eps)
-        return stat_affine(x, glue, *given, hand=hand)
+        y = stat_affine(x, glue, *given, hand=hand)
+        # The map of what does not fire is the identity but for rounding about its centre.
+        return y if fire is None else torch.where(fire, y, x)
     content = instance_style(x, content_box, eps)
     style = content if content_box is style_box else instance_style(x, style_box, eps)
     mean, std = (t.index_select(axis, permutation) for t in style)
     table = Centred(content.mean, std / content.std, mean)
     identity = Centred(content.mean, torch.ones_like(std), content.mean)
+    rewritten = box_mask(content_box, x.shape[2:])
     if fire is not None:
-        # On the (N, C) tables, so that nothing the size of x is chosen between.
         table = table.where(fire.expand(x.shape[0]), identity)
-    return torch.where(box_mask(content_box, x.shape[2:]), apply_centred(x, table), x)
+        rewritten = rewritten & fire
+    return torch.where(rewritten, apply_centred(x, table), x)
 
 
 def _exchange(
