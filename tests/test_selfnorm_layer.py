@@ -97,9 +97,9 @@ def test_parameters_exist_before_the_first_forward_and_meta_allocates_nothing():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ConversionError, match="num_features of at least 1, got 0"):
+    with pytest.raises(ConversionError, match="num_features= of at least 1, got 0"):
         SelfNorm(0)
-    with pytest.raises(ConversionError, match="gates of 1 or 2, got 3"):
+    with pytest.raises(ConversionError, match=r"gates= in \[1, 2\], got 3"):
         SelfNorm(3, 3)
     with pytest.raises(UnknownNameError, match="identity, paper"):
         SelfNorm(3, init="ones")
