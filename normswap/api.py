@@ -7,30 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.arguments import check_flag
-from normswap.checks import check_copyable, check_model
 from normswap.contexts.assigner import Assigner
-from normswap.conversion import (
+from normswap.conversion.checks import check_copyable, check_model
+from normswap.conversion.inputs import read_inputs
+from normswap.conversion.replacement import (
     Record,
     convert_bare,
     find_targets,
     is_bare,
     operate,
 )
-from normswap.converted import find_root
-from normswap.copies import copy_model, copy_structure
+from normswap.conversion.select import Selector
+from normswap.conversion.settings import read_settings
+from normswap.conversion.summary import summarise
+from normswap.conversion.verification import Reference, compare, run_original
 from normswap.errors import ConversionError, expect_module
-from normswap.examples import read_inputs
-from normswap.fingerprint import checksums, other_tensors
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
+from normswap.lifecycle.record import find_root
+from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import get_method
 from normswap.report import Report, Verification
-from normswap.select import Selector
-from normswap.settings import read_settings
-from normswap.summarise import summarise
-from normswap.training import exempt_norms
-from normswap.verification import Reference, compare, run_original
+from normswap.saving.fingerprint import checksums, other_tensors
+from normswap.util.arguments import check_flag
+from normswap.util.copies import copy_model, copy_structure
 
 
 def convert(

@@ -14,7 +14,7 @@ from normswap.graph.pinned import find_pinned
 from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
-from normswap.util.looks import ORIGINAL
+from normswap.util.original_class import ORIGINAL
 
 _PLAIN = (bool, int, float, str, type(None), torch.Size)
 _OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "scope", ORIGINAL}

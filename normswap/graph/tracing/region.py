@@ -13,7 +13,7 @@ from torch import fx
 
 from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.list_effects import find_writes, snapshot_lists
-from normswap.graph.tracing.values import describe, find_other, rebuild
+from normswap.graph.tracing.value_kinds import describe, find_other, rebuild
 
 _CHECKPOINT = torch.utils.checkpoint.checkpoint
 _OPTIONS = {
