@@ -11,7 +11,6 @@ from normswap.contexts.assigner import Assigner
 from normswap.conversion.checks import check_copyable, check_model
 from normswap.conversion.inputs import read_inputs
 from normswap.conversion.replacement import (
-    Record,
     convert_bare,
     find_targets,
     is_bare,
@@ -24,7 +23,7 @@ from normswap.conversion.verification import Reference, compare, run_original
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
-from normswap.lifecycle.record import find_root
+from normswap.lifecycle.record import Record, find_root
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import get_method
 from normswap.report import Report, Verification
