@@ -1,0 +1,194 @@
+"""Where a method could insert its layers, and what chose or refused each place."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.module import _forward_unimplemented
+
+from normswap.conversion.select import Selector, matches
+from normswap.errors import ConversionError
+from normswap.graph.blocks.channels import LAST, Features, Reader
+from normswap.graph.blocks.insert import PLACEMENTS
+from normswap.graph.blocks.residual import features_of, find_residuals, input_channels
+from normswap.graph.dispatch import dispatch
+from normswap.graph.tracing import (
+    Paths,
+    TraceFailure,
+    TraceSession,
+    describe,
+    parameters_of,
+    write_forward,
+)
+from normswap.methods.base import InsertedMethod
+from normswap.report import Row
+from normswap.sites import Place, find_norms, is_instance_norm, norm_channels
+from normswap.util.arguments import meant
+
+ALL_PLACEMENTS = ("norm", *PLACEMENTS, "input")
+_UNREAD = "unread"
+
+
+def find_places(
+    model: nn.Module,
+    method: InsertedMethod,
+    placement: str | None,
+    options: Any,
+    select: Selector,
+    exclude: Selector,
+) -> tuple[list[Row], list[Place]]:
+    """Return a row for every place a method's layers could go, and the places chosen.
+
+    Args:
+        model: the model.
+        method: whose layers are inserted.
+        placement: where; None is the method's own in a model that has such places, else "norm".
+        options: of the method.
+        select: matched against the container of a block, or the norm.
+        exclude: likewise.
+
+    Raises:
+        ConversionError: an unknown placement, or no place at all.
+    """
+    find = functools.cache(functools.partial(_find, model, select, exclude))
+    own = placement or method.placement
+    if placement is None and not any(row.action not in ("kept", _UNREAD) for row in find(own)[0]):
+        own = "norm"
+    rows: list[Row] = []
+    places: list[Place] = []
+    for wanted in method.placements(own, options):
+        asked = f"placement {wanted!r}" + ("" if wanted == own else f", an option of {method.name}")
+        if wanted not in ALL_PLACEMENTS:
+            raise ConversionError(
+                f"unknown {asked}; the choices are {', '.join(ALL_PLACEMENTS)}"
+                + meant(wanted, ALL_PLACEMENTS)
+            )
+        found = find(wanted)
+        if not found[1]:
+            listed = "; ".join(f"{r.fqn or '(root)'}: {r.reason}" for r in found[0][:10])
+            raise ConversionError(
+                f"found no place for a layer in {type(model).__name__} at {asked}"
+                + (f": {listed}" if listed else "; placement='norm' puts one after each norm")
+            )
+        rows += [row for row in found[0] if row.action != _UNREAD]
+        places += found[1]
+    return rows, places
+
+
+def place_at_input(model: nn.Module) -> tuple[Row, Place]:
+    """Return the place before a model, and a row for it."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    place = Place("", "input", input_channels(model), like.device, like.dtype)
+    return Row("", "the first argument", "inserted"), place
+
+
+def _find(
+    model: nn.Module, select: Selector, exclude: Selector, placement: str
+) -> tuple[list[Row], list[Place]]:
+    if placement == "input":
+        row, place = place_at_input(model)
+        return [row], [place]
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    finder = _norm_places if placement == "norm" else _block_places
+    rows: list[Row] = []
+    places: list[Place] = []
+    for module, row, place in finder(model, placement, like):
+        rows.append(row)
+        names = (row.fqn, *row.aliases)
+        if row.action == _UNREAD:
+            continue
+        if select is not None and not matches(select, names, module):
+            row.action, row.reason = "kept", "not selected"
+        elif exclude is not None and matches(exclude, names, module):
+            row.action, row.reason = "kept", "excluded"
+        elif place is not None:
+            row.action = "inserted"
+            row.channels = place.channels or 0
+            places.append(place)
+    return rows, places
+
+
+def _norm_places(model: nn.Module, placement: str, like: Any) -> Any:
+    for fqn, module, aliases in find_norms(model):
+        row = Row(fqn, type(module).__name__, "refused", aliases)
+        channels = norm_channels(module)
+        if channels is None:
+            row.reason = f"{type(module).__name__} is neither a batch nor an instance norm"
+            yield module, row, None
+            continue
+        before = is_instance_norm(module)
+        row.reason = "before the norm" if before else "after the norm"
+        own = next((t for t in module.state_dict().values() if t.is_floating_point()), like)
+        place = Place(fqn, placement, channels, own.device, own.dtype, before=before)
+        yield module, row, place
+
+
+def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
+    with TraceSession() as session:
+        planned_of = functools.cache(functools.partial(_trace, session))
+
+        def graphs_of(module: nn.Module) -> list[fx.Graph]:
+            return [path.graph for path in planned_of(module)[1].traced if not path.failure]
+
+        for fqn, module in model.named_modules():
+            if not any(module.children()):
+                continue
+            graphs = graphs_of(module)
+            if not graphs:
+                # Most such containers hold no residual add, so that this counts only where no
+                # block is found.
+                why = planned_of(module)[2]
+                if why:
+                    row = Row(fqn, type(module).__name__, _UNREAD, reason=f"it {why}")
+                    yield module, row, None
+                continue
+            ways = [find_residuals(graph, module) for graph in graphs]
+            counts = {len(found) for found, _ in ways}
+            if len(counts) > 1:
+                why = f"has {sorted(counts)} residual adds, depending on its input"
+                yield module, Row(fqn, type(module).__name__, "refused", reason=why), None
+                continue
+            for why in ways[0][1]:
+                yield module, Row(fqn, type(module).__name__, "refused", reason=why), None
+            readers = [Reader(module, graphs_of) for _ in graphs]
+            for block, residual in enumerate(ways[0][0]):
+                row = Row(fqn, type(module).__name__, "refused", reason=residual.reason)
+                features = {
+                    features_of(found[block], reader, placement)
+                    for (found, _), reader in zip(ways, readers, strict=True)
+                }
+                channels, why = _read(features)
+                if channels is None:
+                    row.reason = f"{why} ({residual.reason})"
+                    yield module, row, None
+                    continue
+                where = (fqn, placement, channels, like.device, like.dtype)
+                ends = (block, len(ways[0][0]))
+                place = Place(*where, *ends, reason=residual.reason, planned=planned_of(module)[:2])
+                yield module, row, place
+
+
+def _read(found: set[Features]) -> tuple[int | None, str]:
+    """Return the channels of a place, or None and why there is to be no layer."""
+    if len(found) > 1:
+        return None, "its features depend on the way through its forward"
+    (features,) = found
+    if not features.known:
+        return None, "nothing tells the channels of its features"
+    if features.dimension == LAST:
+        return None, "its features have their channels last"
+    return features.channels, ""
+
+
+def _trace(session: TraceSession, module: nn.Module) -> tuple[Any, Paths, str]:
+    """Trace a module; return the kinds of its arguments, its paths, and why there are none."""
+    forward = type(module).forward
+    if type(module).__module__.startswith("torch.nn.") or forward is _forward_unimplemented:
+        return (), Paths([]), ""
+    written = write_forward(parameters_of(forward), dispatch)
+    kinds = tuple(describe(value, []) for value in written.examples())
+    try:
+        return kinds, session.paths(module, written.spread, kinds), ""
+    except TraceFailure as failure:
+        return kinds, Paths([]), str(failure)
