@@ -84,8 +84,8 @@ def convert(
     Raises:
         ConversionError: a model, option or selection that cannot be converted.
         UnknownNameError: an unknown method or context.
-        VerificationError: the converted model computes something else. Whatever is raised, `model`
-            is as it was.
+        VerificationError: the converted model computes something else, with a method that keeps
+            the function. Whatever is raised, `model` is as it was.
     """
     asked = read_settings(
         convert, method, contexts, select, exclude, placement, preset, unknown, priors, options
@@ -189,7 +189,7 @@ def verify(model: nn.Module, original: nn.Module, example_inputs: Any = None) ->
     Raises:
         ConversionError: `model` is not converted, or `original` is; no inputs that the original
             runs on, or none of its outputs finite, so that nothing was compared.
-        VerificationError: they differ beyond rounding.
+        VerificationError: they differ beyond rounding, with a method that keeps the function.
     """
     root, record = find_root(model)
     expect_module(original)
@@ -212,7 +212,7 @@ def _compare(model: nn.Module, reference: Reference | Verification, record: Reco
     """Compare a converted model with the original's outputs, where there are any."""
     if isinstance(reference, Verification):
         return reference
-    contexts = record.contexts
-    argument = context_argument(model) if get_method(record.method).needs_context else None
+    contexts, method = record.contexts, get_method(record.method)
+    argument = context_argument(model) if method.needs_context else None
     may_omit = contexts.unknown != "error" or contexts.count == 1
-    return compare(model, reference, contexts.names, argument, may_omit)
+    return compare(model, reference, contexts.names, argument, may_omit, method.keeps_function)

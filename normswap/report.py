@@ -58,11 +58,13 @@ class Verification:
         differences: what was given as context -> largest absolute difference.
         scale: largest absolute output.
         reason: why nothing, or not everything asked for, was compared; "" where it was.
+        keeps: whether the method promises that there is none but rounding.
     """
 
     differences: dict[str, float] = field(default_factory=dict)
     scale: float = 0.0
     reason: str = ""
+    keeps: bool = True
 
     @property
     def largest(self) -> float:
@@ -74,7 +76,8 @@ class Verification:
         if self.reason:
             return f"not verified: {self.reason}"
         parts = ", ".join(f"{name} {value:.1e}" for name, value in self.differences.items())
-        return f"largest output difference (outputs up to {self.scale:.3g}): {parts}"
+        lead = "" if self.keeps else "does not keep the function: "
+        return f"{lead}largest output difference (outputs up to {self.scale:.3g}): {parts}"
 
 
 @dataclass

@@ -150,6 +150,9 @@ def read_site(
     own = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     like = own if like is None or own.numel() else like
     base = next((c.__name__ for c in type(module).__mro__ if c.__name__[-2:] in _DIMS), "")
+    dims = _DIMS.get(base[-2:], ())
+    if kind == "instance":  # it also takes one dimension fewer, an input without a batch
+        dims = dims[-1:]
     # A check of its own may take other inputs than the base class does.
     own_check = kind == "batch" and not _is_torchs(type(module)._check_input_dim)
     return Site(
@@ -165,7 +168,7 @@ def read_site(
         device=like.device,
         dtype=like.dtype,
         synced=isinstance(module, nn.SyncBatchNorm),
-        dims=() if own_check or isinstance(module, nn.SyncBatchNorm) else _DIMS.get(base[-2:], ()),
+        dims=() if own_check or isinstance(module, nn.SyncBatchNorm) else dims,
         fused=("drop", "act") if fused else (),
     )
 

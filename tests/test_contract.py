@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.functional import Affine, Moments, apply_affine, fold_norm
 from normswap.methods.base import _REGISTRY, Contexts, Method, affine_tensors, get_method
-from normswap.methods.layer import ContextLayer, adopt, load_shared
+from normswap.methods.layer import ContextLayer, load_shared
 from normswap.methods.norm_values import Plain, added_prior, pick
 from normswap.sites import Site
 from tests.contract import Contract
@@ -34,7 +34,6 @@ class ShiftNorm(ContextLayer):
             self.register_buffer("running_var", norm.running_var.clone())
             self.register_buffer("num_batches_tracked", norm.num_batches_tracked.clone())
         self.add_priors(contexts.priors, site.device, site.dtype)
-        adopt(self, norm, site)
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         if self.tracked:
@@ -76,9 +75,7 @@ class Shift(Method):
     title = "a method of this test"
 
     def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
-        layer = ShiftNorm(source, site, contexts)
-        layer.names = contexts.names
-        return layer
+        return ShiftNorm(source, site, contexts)
 
     def statistics(self, layer: nn.Module) -> Moments | None:
         return None

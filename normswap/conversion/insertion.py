@@ -13,6 +13,7 @@ from normswap.graph.state import ContainerState
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record
 from normswap.methods.base import InsertedMethod, Method
+from normswap.methods.layer import NormLayer
 from normswap.report import Row
 from normswap.sites import Place, Site, read_site
 
@@ -99,8 +100,8 @@ class InputNorm:
         scope = Scope(record.contexts.count, record.contexts.names)
         layer = build_layer(self.method, site, source, record, scope, self.rows[0])
         child = surgery.add(model, "input_norm", layer)
-        if self.method.needs_context:
-            layer.site = child  # type: ignore[assignment]
+        if isinstance(layer, NormLayer):
+            layer.site = child
         _describe_layer(self.rows[0], place, child, layer)
         self.rows[0].statistics = "identity"
         state = ContainerState("", scope, (), child)

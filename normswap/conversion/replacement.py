@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from normswap.conversion.adopt import adopt
 from normswap.conversion.select import Selector, matches
 from normswap.errors import ConversionError
 from normswap.graph.scope import Scope
 from normswap.graph.surgery import Surgery
-from normswap.lifecycle.original import remember_original
+from normswap.lifecycle.original import make_layer, remember_original
 from normswap.lifecycle.record import Record
 from normswap.methods.base import Method
 from normswap.report import Row
@@ -72,7 +73,8 @@ def build_layer(
     method: Method, site: Site, source: nn.Module, record: Record, scope: Scope, row: Row
 ) -> nn.Module:
     """Build the layer that replaces a norm, and note in the row what became of it."""
-    layer = method.build(site, source, record.contexts, record.options)
+    layer = make_layer(method, site, source, record.contexts, record.options)
+    adopt(layer, source, site)
     remember_original(layer, source, site)
     if method.needs_context:
         layer.scope = scope  # type: ignore[assignment]

@@ -9,9 +9,9 @@ from torch import nn
 from normswap.functional.moments import gaussian_divergence
 from normswap.graph.reach import find_reach
 from normswap.graph.state import context_argument
+from normswap.lifecycle.original import original_of
 from normswap.lifecycle.record import Record
 from normswap.methods.base import Method, get_method
-from normswap.methods.layer import NormLayer
 from normswap.report import Report
 
 
@@ -21,10 +21,11 @@ def summarise(root: nn.Module, record: Record) -> Report:
     method = get_method(record.method)
     rows = [copy.copy(row) for row in record.rows]
     # By the names they had at conversion: what holds them may have been wrapped since.
-    layers = {m.site: m for m in root.modules() if isinstance(m, NormLayer)}
+    found = ((original_of(module), module) for module in root.modules())
+    layers = {original.site.fqn: module for original, module in found if original is not None}
     for row in rows:
         if row.action in ("replaced", "inserted") and isinstance(method, Method):
-            layer = layers.get(row.layer or row.fqn)
+            layer = layers.get(row.fqn)
             if layer is None:
                 row.delivery = "unreached"
                 continue

@@ -7,9 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from normswap.errors import ConversionError
 from normswap.methods.base import Contexts, Method
+from normswap.methods.layer import ContextLayer, NormLayer
 from normswap.methods.norm_values import Plain
 from normswap.sites import Site
+from normswap.util.arguments import describe
 from normswap.util.distributed import group_name
 from normswap.util.original_class import ORIGINAL
 
@@ -41,6 +44,33 @@ class Original:
     buffers: dict[str, Tensor | None]
     modules: dict[str, nn.Module | None]
     group: str | None
+
+
+def make_layer(
+    method: Method, site: Site, source: nn.Module, contexts: Contexts, options: Any
+) -> nn.Module:
+    """Return what a method builds for a norm, checked, before it takes over anything else.
+
+    Raises:
+        ConversionError: it is no new layer, or none that takes the context its method needs.
+    """
+    layer = method.build(site, source, contexts, options)
+    if not isinstance(layer, nn.Module) or layer is source:
+        raise ConversionError(
+            f"method {method.name!r}: expected build() to return a new module for {site.fqn!r}, "
+            f"got {'the norm itself' if layer is source else describe(layer)}"
+        )
+    if method.needs_context:
+        if not isinstance(layer, ContextLayer):
+            raise ConversionError(
+                f"method {method.name!r}: expected a subclass of ContextLayer for {site.fqn!r}, to "
+                f"which labels are handed, got {type(layer).__name__}; without labels, set "
+                "needs_context = False"
+            )
+        layer.names = contexts.names
+    elif not isinstance(layer, NormLayer):
+        layer.to(site.device, site.dtype)
+    return layer
 
 
 def remember_original(layer: nn.Module, source: nn.Module, site: Site) -> None:
@@ -154,7 +184,8 @@ def is_untouched(layer: nn.Module, method: Method, contexts: Contexts, options: 
     device = torch.device("cpu") if gone else there
     site = replace(original.site, device=device, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
-        fresh = _tensors(method.build(site, rebuild(layer, device), contexts, options))
+        built = make_layer(method, site, rebuild(layer, device), contexts, options)
+        fresh = _tensors(built)
     return fresh.keys() == own.keys() and all(
         t.shape == own[name].shape and torch.equal(t, own[name].to(device))
         for name, t in fresh.items()
@@ -163,7 +194,8 @@ def is_untouched(layer: nn.Module, method: Method, contexts: Contexts, options: 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a layer, without those of the children it took over."""
-    fused = tuple(f"{name}." for name in getattr(layer, "tail", ()))
+    original = original_of(layer)
+    fused = () if original is None else tuple(f"{name}." for name in original.site.fused)
     named = (*layer.named_parameters(), *layer.named_buffers())
     return {name: t.detach() for name, t in named if not name.startswith(fused)}
 

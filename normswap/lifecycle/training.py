@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.state import RECORD
+from normswap.lifecycle.original import original_of
 from normswap.methods.layer import NormLayer
 from normswap.sites import looks_like_norm
 from normswap.util.arguments import check_choice, check_number, describe
@@ -195,7 +196,8 @@ def _layer_scales(model: nn.Module, layer_decay: float) -> dict[int, float]:
 
 def is_ours(module: nn.Module) -> bool:
     """Return whether a module is a layer of this package, or of a method of the user's own."""
-    return isinstance(module, NormLayer) or type(module).__module__.startswith("normswap.")
+    ours = isinstance(module, NormLayer) or original_of(module) is not None
+    return ours or type(module).__module__.startswith("normswap.")
 
 
 def _has_statistics(module: nn.Module) -> bool:

@@ -16,10 +16,8 @@ from normswap.methods.base import (
     affine_tensors,
     register_method,
 )
-from normswap.methods.layer import adopt
 from normswap.methods.norm_values import Plain
 from normswap.sites import Site
-from normswap.util.distributed import group_name
 
 
 @register_method
@@ -29,6 +27,7 @@ class AdaptiveContextNormalization(Method):
     name = "acn"
     title = "a learned Gaussian mixture for each channel, no labels"
     needs_context = False
+    input_dependent = True
     options: ClassVar[type] = AdaptiveOptions
 
     def refuse(self, site: Site) -> str | None:
@@ -57,10 +56,6 @@ class AdaptiveContextNormalization(Method):
         tracked = getattr(source, "num_batches_tracked", None)
         if tracked is not None and layer.num_batches_tracked is not None:
             layer.num_batches_tracked.copy_(tracked)
-        layer.frozen = site.frozen
-        layer.synced = site.synced
-        layer.process_group = group_name(source) if site.synced else None
-        adopt(layer, source, site)
         return layer
 
     def statistics(self, layer: nn.Module) -> Moments | None:

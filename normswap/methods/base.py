@@ -46,21 +46,35 @@ class BaseMethod(ABC):
     Attributes:
         name: what users call it by.
         title: one line on what it is for.
-        needs_context: whether its layers' forward takes ``context``.
         options: frozen dataclass of what users may set, with defaults.
+        needs_context: whether its layers' forward takes ``context``; they are then of a subclass
+            of `normswap.methods.layer.ContextLayer`.
+        keeps_function: whether the converted model computes in eval mode what the original did,
+            for every context, until it is trained. Without, a conversion says how far they differ
+            in place of an error.
+        input_dependent: whether what a trained layer computes in eval mode depends on statistics
+            of its input, so that no plain norm equals it.
+        stochastic: whether a forward in training draws random numbers, of torch.
+        scheduled: whether one schedule, which `InsertedMethod.connect` returns, steers the layers
+            of a model.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    needs_context: ClassVar[bool] = True
     options: ClassVar[type] = NoOptions
+    needs_context: ClassVar[bool] = True
+    keeps_function: ClassVar[bool] = True
+    input_dependent: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = False
+    scheduled: ClassVar[bool] = False
 
 
 class Method(BaseMethod):
     """How one method replaces a normalisation layer.
 
-    Subclass, set the class attributes, implement `build` and `statistics`, and decorate with
-    `register_method`. Nothing else needs to know the method.
+    Subclass, set the class attributes, implement `build`, and decorate with `register_method`.
+    Nothing else needs to know the method; `normswap.testing.check_method` tells whether it does
+    what the package relies on.
     """
 
     def refuse(self, site: Site) -> str | None:
@@ -69,15 +83,23 @@ class Method(BaseMethod):
 
     @abstractmethod
     def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
-        """Return a layer that computes what `source` computes in eval mode, for every context.
+        """Return a new layer for the place of `source`, with what it starts from.
 
-        The result takes ``forward(x, context=None)`` where `needs_context`, sits on the device
-        and in the dtype of `source`, and keeps its ``requires_grad``.
+        With `keeps_function` it computes what `source` computes in eval mode, for every context.
+        Mode, hooks, ``requires_grad``, fused children (timm's ``BatchNormAct2d``), the names of the
+        contexts and further attributes of `source` are carried over to it afterwards, whatever its
+        class.
+
+        Args:
+            site: what was read of the norm.
+            source: the norm.
+            contexts: of the conversion.
+            options: of the method, as the user set them.
         """
 
-    @abstractmethod
     def statistics(self, layer: nn.Module) -> Moments | None:
         """Return the mean and variance of each context, (K, C), None where there are none."""
+        return None
 
     def weights(self, layer: nn.Module) -> Tensor | None:
         """Return the weight of each context, (K, C), None where the given priors hold."""

@@ -9,9 +9,7 @@ from normswap.functional.moments import Moments
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.cn_layer import ContextNorm
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import adopt
 from normswap.sites import Site
-from normswap.util.distributed import group_name
 
 
 @register_method
@@ -34,7 +32,6 @@ class ContextNormalization(Method):
             contexts.unknown,
             site.device,
             site.dtype,
-            site.synced,
         )
         weight, bias = affine_tensors(source, site)
         root = contexts.priors.sqrt().unsqueeze(1).to(site.device)
@@ -46,10 +43,6 @@ class ContextNormalization(Method):
             tracked = getattr(source, "num_batches_tracked", None)
             if tracked is not None:
                 layer.num_batches_tracked.copy_(tracked)
-        layer.frozen = site.frozen
-        layer.process_group = group_name(source) if site.synced else None
-        layer.names = contexts.names
-        adopt(layer, source, site)
         return layer
 
     def statistics(self, layer: nn.Module) -> Moments | None:

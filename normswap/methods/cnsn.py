@@ -103,6 +103,9 @@ class CNSNMethod(InsertedMethod):
     name = "cnsn"
     title = "CrossNorm, then SelfNorm: augments in training, recalibrates always"
     options = CNSNOptions
+    input_dependent = True
+    stochastic = True
+    scheduled = True
 
     def placements(self, placement: str, options: CNSNOptions) -> tuple[str, ...]:
         """Add CrossNorm's where it has its own.

@@ -19,7 +19,7 @@ from normswap.functional.moments import (
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import RUNNING, ContextLayer, adopt
+from normswap.methods.layer import RUNNING, ContextLayer
 from normswap.methods.layer_tensors import check_settings, fill_affine, fitting
 from normswap.methods.norm_values import Plain, added_prior, pick_moments
 from normswap.sites import Site
@@ -238,8 +238,6 @@ class ContextNormalizationX(Method):
             layer.mu.copy_(source.running_mean)  # type: ignore[arg-type]
             layer.log_sigma.copy_(log_spread(source.running_var, site.eps))  # type: ignore[arg-type]
         layer.fresh = False
-        layer.names = contexts.names
-        adopt(layer, source, site)
         return layer
 
     def statistics(self, layer: nn.Module) -> Moments | None:

@@ -172,6 +172,8 @@ class CrossNormMethod(InsertedMethod):
     name = "crossnorm"
     title = "exchanges channel statistics between samples in training: an augmentation"
     options = CrossNormOptions
+    stochastic = True
+    scheduled = True
 
     def insert(self, place: Place, options: CrossNormOptions) -> nn.Module:
         """Return a layer; it needs no channels."""

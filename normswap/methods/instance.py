@@ -12,7 +12,7 @@ from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
-from normswap.methods.layer import RUNNING, ContextLayer, adopt
+from normswap.methods.layer import RUNNING, ContextLayer
 from normswap.methods.layer_tensors import check_settings, load_shared
 from normswap.methods.norm_values import Plain, added_prior, pick
 from normswap.sites import Site
@@ -100,10 +100,6 @@ class ContextInstanceNorm(ContextLayer):
             layer.bias.copy_(bias.expand_as(layer.bias))
             for name, buffer in source.named_buffers(recurse=False) if site.tracked else ():
                 layer.get_buffer(name).copy_(buffer)
-        layer.names = contexts.names
-        adopt(layer, source, site)
-        # One dimension fewer is an input without a batch, which instance norms also take.
-        layer.dims = site.dims[-1:]
         return layer
 
     def forward(self, input: Tensor, context: Any = None) -> Tensor:

@@ -4,18 +4,15 @@ from abc import abstractmethod
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from normswap.errors import ContextError, MissingContextError, refuse_scripting
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
 from normswap.methods.layer_tensors import Resettable, WithPriors, lay_out
 from normswap.methods.layer_tensors import load_shared as load_shared
-from normswap.sites import Site
 from normswap.util.arguments import MOST_CONTEXTS, MOST_FEATURES, check_count, describe
 from normswap.util.original_class import AsBefore
 
-# What code that reads a norm may ask of it; the answer is that of the norm replaced.
-_SETTINGS = ("affine", "track_running_stats")
 RUNNING = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
 POLICIES = ("error", "pooled", "posterior")
 
@@ -221,31 +218,3 @@ class ContextLayer(WithPriors, NormLayer):
         """List the settings, non-default ones last."""
         text = f"{self.num_features}, num_contexts={self.num_contexts}"
         return text if self.unknown == "pooled" else f"{text}, unknown={self.unknown!r}"
-
-
-def _keep_requires_grad(layer: nn.Module, source: nn.Module, site: Site) -> None:
-    """Freeze what replaces a frozen weight or bias, and the whole layer where both are."""
-    affine = {name: getattr(source, name, None) for name in ("weight", "bias")}
-    given = {name: t.requires_grad for name, t in affine.items() if t is not None}
-    if site.frozen or (given and not any(given.values())):
-        layer.requires_grad_(False)
-        return
-    for name, required in given.items():
-        layer.get_parameter(name).requires_grad_(required)
-
-
-def adopt(layer: NormLayer, source: nn.Module, site: Site) -> None:
-    """Carry over from the layer being replaced: place, mode, hooks, fused children, freezing."""
-    layer.site, layer.dims = site.fqn, site.dims
-    _keep_requires_grad(layer, source, site)
-    for name in site.fused:
-        layer.add_module(name, getattr(source, name))
-    layer.tail = site.fused
-    layer.training = source.training
-    hooks = [n for n in vars(nn.Module()) if "hook" in n and "state_dict" not in n]
-    for name in (*hooks, "_state_dict_hooks", "_state_dict_pre_hooks"):
-        layer.__dict__[name] = source.__dict__[name]
-    known = set(vars(layer)) | set(vars(nn.Module()))
-    for name, value in vars(source).items():
-        if name in _SETTINGS or (name not in known and not hasattr(type(layer), name)):
-            layer.__dict__[name] = value

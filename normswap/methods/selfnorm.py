@@ -157,6 +157,7 @@ class SelfNormMethod(InsertedMethod):
     name = "selfnorm"
     title = "recalibrates each channel by its own statistics, starting as the identity"
     options = SelfNormOptions
+    input_dependent = True
 
     def insert(self, place: Place, options: SelfNormOptions) -> nn.Module:
         """Return a layer of the place's channels."""
