@@ -1,11 +1,5 @@
-"""The methods, one file each; importing the package registers them."""
+"""The methods, one file each, found in this folder when a method is first asked for by name."""
 
-from normswap.methods import acn as acn
-from normswap.methods import cn as cn
-from normswap.methods import cnsn as cnsn
-from normswap.methods import cnx as cnx
-from normswap.methods import crossnorm as crossnorm
-from normswap.methods import selfnorm as selfnorm
 from normswap.methods.base import Contexts as Contexts
 from normswap.methods.base import Method as Method
 from normswap.methods.base import get_method as get_method

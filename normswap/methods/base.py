@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normswap.errors import ConversionError
 from normswap.functional.moments import Moments
+from normswap.methods.found import import_installed, import_own
 from normswap.methods.norm_values import Plain
 from normswap.sites import Place, Site
 from normswap.util.arguments import check_choice, meant
@@ -202,6 +203,8 @@ def register_method(cls: M) -> M:
     Raises:
         ConversionError: the name is taken by another class, or `options` is not a dataclass.
     """
+    if not cls.__module__.startswith(f"{__package__}."):
+        import_own()
     taken = _REGISTRY.get(cls.name)
     if taken is not None and type(taken).__qualname__ != cls.__qualname__:
         raise ConversionError(f"a method {cls.name!r} is registered already: {type(taken)}")
@@ -214,7 +217,9 @@ def register_method(cls: M) -> M:
 
 
 def methods() -> list[str]:
-    """Return the names of the registered methods."""
+    """Return the names of all methods: the package's, those registered, other packages'."""
+    import_own()
+    import_installed()
     return sorted(_REGISTRY)
 
 
@@ -224,7 +229,9 @@ def get_method(name: str) -> BaseMethod:
     Raises:
         UnknownNameError: no such method; the message lists the names.
     """
-    check_choice("method", name, methods())
+    import_own()
+    if not isinstance(name, str) or name not in _REGISTRY:
+        check_choice("method", name, methods())
     return _REGISTRY[name]
 
 

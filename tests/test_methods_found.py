@@ -1,0 +1,91 @@
+"""Methods are found: as files of the package's folder, and as entry points of other packages."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import normswap
+from normswap.methods.found import GROUP
+
+ROOT = Path(normswap.__file__).parents[1]
+METHOD = """
+from torch import nn
+import normswap
+from normswap.methods.base import Method
+
+@normswap.register_method
+class Groups(Method):
+    name = "group"
+    title = "group norm, of another package"
+    needs_context = False
+    keeps_function = False
+
+    def build(self, site, source, contexts, options):
+        return nn.GroupNorm(1, site.num_features)
+"""
+
+
+def run(folder, *command):
+    """Run Python where the folder's packages are installed too."""
+    environment = {"PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1", "PATH": ""}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=True
+    )
+
+
+def install(folder, package, entry, source=METHOD):
+    """Install a package of one module with one entry point."""
+    module = package.replace("-", "_")
+    (folder / f"{module}.py").write_text(source)
+    about = folder / f"{module}-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[{GROUP}]\n{entry}\n")
+
+
+@pytest.mark.parametrize("entry", ["group = other_norms", "group = other_norms:Groups"])
+def test_another_packages_method_is_listed_and_converts(tmp_path, entry):
+    install(tmp_path, "other-norms", entry)
+    listed = run(tmp_path, "-m", "normswap", "methods").stdout
+    assert "group norm, of another package" in listed
+    assert "cn-x" in listed
+    said = run(tmp_path, "-m", "normswap", "inspect", "test_resnet", "--method", "group").stdout
+    assert "GroupNorm" in said
+    code = "import normswap; print(normswap.get_method('group').title)"
+    assert "another package" in run(tmp_path, "-c", code).stdout
+
+
+def test_an_entry_point_that_fails_is_a_warning_that_names_its_package(tmp_path):
+    install(tmp_path, "broken-norms", "broken = broken_norms", "import nothing_there")
+    install(tmp_path, "other-norms", "group = other_norms")
+    found = run(tmp_path, "-m", "normswap", "methods")
+    assert "group norm, of another package" in found.stdout
+    assert "the method 'broken' of broken-norms is not there" in found.stderr
+    assert "ModuleNotFoundError: No module named 'nothing_there'" in found.stderr
+
+
+def test_a_name_of_this_package_is_not_taken_over(tmp_path):
+    install(tmp_path, "other-norms", "cn = other_norms", METHOD.replace('"group"', '"cn"'))
+    found = run(tmp_path, "-m", "normswap", "methods")
+    assert "of another package" not in found.stdout
+    assert "a method 'cn' is registered already" in found.stderr
+
+
+def test_no_entry_point_is_loaded_before_an_unknown_name_is_asked_for(tmp_path):
+    install(tmp_path, "broken-norms", "broken = broken_norms", "import nothing_there")
+    code = (
+        "import normswap; from normswap.methods.base import _REGISTRY as r; "
+        "normswap.get_method('cn'); print(sorted(r))"
+    )
+    found = run(tmp_path, "-c", code)
+    assert "'cn', 'cn-x'" in found.stdout
+    assert not found.stderr
+
+
+def test_every_file_with_a_method_is_found():
+    folder = Path(normswap.__file__).parent / "methods"
+    holding = [p for p in folder.glob("*.py") if "\n@register_method\n" in p.read_text()]
+    code = "import normswap; print(*normswap.methods())"
+    assert len(run(folder.parent, "-c", code).stdout.split()) == len(holding)
