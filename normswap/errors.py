@@ -37,6 +37,10 @@ class VerificationError(NormswapError, RuntimeError):
     """The converted model computes another function than the original."""
 
 
+class ContractError(NormswapError, AssertionError):
+    """A method does something else than the package relies on."""
+
+
 class InputError(NormswapError, ValueError):
     """A tensor given to a layer has another shape than the layer takes."""
 

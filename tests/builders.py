@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import normswap
+from normswap.testing.models import random_
 from tests.oracles import Running
 
 SKEWED = [0.7, 0.2, 0.1]
@@ -20,14 +21,6 @@ def make_batch(
     rows = torch.arange(shape[0], dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 1))
     channels = torch.arange(shape[1], dtype=torch.float64).reshape(1, -1, *[1] * (len(shape) - 2))
     return (x * (1 + 0.2 * channels) + offset * channels + 0.1 * rows).to(dtype)
-
-
-def random_(tensor: Tensor, seed: int, low: float, high: float) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-        tensor.copy_(low + (high - low) * values)
-    return tensor
 
 
 def make_cn(

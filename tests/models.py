@@ -1,123 +1,40 @@
-"""Small models, one for each way a label can travel from the batch to a norm."""
+"""Small models, and conversions of them whose contexts differ."""
 
 import torch
-from torch import Tensor, nn
 
-from tests.builders import random_
+import normswap
+from normswap.methods.layer import ContextLayer
+from normswap.testing.case import PRIORS
+from normswap.testing.case import move as train  # noqa: F401
+from normswap.testing.models import MODELS as MODELS
+from normswap.testing.models import ConvNet as ConvNet
+from normswap.testing.models import Windows as Windows
+from normswap.testing.models import make_inputs as make_inputs
+from normswap.testing.models import make_model as make_model
+from normswap.testing.models import random_
 
-
-class Residual(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-        self.bn = nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.bn(self.conv(x)).relu()
-
-
-class ConvNet(nn.Module):
-    """Norms on images, nested containers, a norm on vectors before the head."""
-
-    shape = (3, 6, 6)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-        self.blocks = nn.ModuleList([Residual(4), Residual(4)])
-        self.neck = nn.BatchNorm1d(4)
-        self.head = nn.Linear(4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.neck(x.mean((2, 3))))
+K = 3
+NAMES = ["a", "b", "c"]
+MIXED = torch.tensor([2, 0, 1, 0, -1, 2])
 
 
-class Volume(nn.Module):
-    """Norms on sequences and on volumes."""
-
-    shape = (2, 3, 4, 4)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(2, 4, 3, padding=1)
-        self.bn3 = nn.BatchNorm3d(4)
-        self.bn1 = nn.BatchNorm1d(4, affine=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn3(self.conv(x)).relu()
-        return self.bn1(x.flatten(2)).mean(2)
+def convert(model, method, **settings):
+    return normswap.convert(model, method, **{"contexts": K, "priors": PRIORS, **settings})
 
 
-class Windows(nn.Module):
-    """Cuts each image in four windows, which a norm sees as samples."""
-
-    shape = (3, 4, 4)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, 4, 1)
-        self.bn = nn.BatchNorm1d(4)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x).unflatten(2, (2, 2)).unflatten(4, (2, 2))
-        windows = x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        windows = self.bn(windows.mean((2, 3)))
-        return self.head(windows).unflatten(0, (-1, 4)).mean(1)
+def separate(model, seed=0):
+    """Give every context its own random statistics and affine."""
+    layers = [m for m in model.modules() if isinstance(m, ContextLayer)]
+    for layer in layers:
+        for tensor in layer.state_dict().values():
+            if tensor.is_floating_point() and tensor.dim() == 2:
+                seed += 1
+                offset = random_(torch.empty_like(tensor), seed, 0, 0.7)
+                with torch.no_grad():
+                    tensor.add_(offset)
+    assert layers
+    return model
 
 
-class Opaque(nn.Module):
-    """Branches on values, so that no graph stands for its forward."""
-
-    shape = (3, 5, 5)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Residual(3)
-        self.bn = nn.BatchNorm2d(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.inner(x)
-        if x.abs().mean() > 1e6:
-            return x
-        return self.bn(x).mean((2, 3))
-
-
-class Instance(nn.Module):
-    """Instance norms, with and without an affine."""
-
-    shape = (3, 6, 6)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.first = nn.InstanceNorm2d(4, affine=True)
-        self.second = nn.InstanceNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(self.conv(x)).relu()
-        return self.second(x.square()).amax((2, 3))
-
-
-MODELS = {cls.__name__: cls for cls in (ConvNet, Volume, Windows, Opaque, Instance)}
-
-
-def make_model(name: str = "ConvNet", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a model in eval mode, the same each time, every tensor of its norms random."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = MODELS[name]()
-    for seed, (key, tensor) in enumerate(model.state_dict().items()):
-        if tensor.dim() == 1 and tensor.is_floating_point():
-            low, high = (-1, 1) if key.endswith(("bias", "mean")) else (0.5, 2)
-            random_(tensor, seed, low, high)
-    return model.to(dtype).eval()
-
-
-def make_inputs(model: nn.Module, samples: int = 6, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    dtype = next(model.parameters()).dtype
-    return torch.randn(samples, *model.shape, generator=generator, dtype=torch.float64).to(dtype)
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)

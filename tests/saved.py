@@ -6,9 +6,7 @@ import json
 import normswap
 from normswap.saving.folder import DESCRIPTION
 from tests.builders import SKEWED
-from tests.contract import separate
-from tests.lifecycle import NAMES
-from tests.models import make_model
+from tests.models import NAMES, make_model, separate
 
 
 def make(method="cn", **settings):

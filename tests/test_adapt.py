@@ -13,9 +13,7 @@ from normswap import ConversionError
 from normswap.graph.use_context import scopes_of
 from normswap.methods.layer import ContextLayer
 from tests.builders import SKEWED, assert_close
-from tests.contract import separate
-from tests.lifecycle import same
-from tests.models import make_inputs, make_model
+from tests.models import make_inputs, make_model, same, separate
 
 EACH = pytest.mark.parametrize("method", ["cn", "cn-x"])
 NAMES = ["a", "b", "c"]

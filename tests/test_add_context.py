@@ -10,9 +10,7 @@ from torch import nn
 import normswap
 from normswap import ConversionError
 from tests.builders import SKEWED, assert_close
-from tests.contract import separate
-from tests.lifecycle import same
-from tests.models import make_inputs, make_model
+from tests.models import make_inputs, make_model, same, separate
 
 pytestmark = pytest.mark.filterwarnings("ignore:samples without a label are now answered")
 EACH = pytest.mark.parametrize("method", ["cn", "cn-x"])

@@ -15,7 +15,7 @@ from torch import nn
 import normswap
 from normswap import NormswapError
 from normswap.util.arguments import check_callable, describe, meant
-from tests.lifecycle import same
+from tests.models import same
 
 
 class Net(nn.Module):

@@ -7,16 +7,14 @@ import torch
 from torch import Tensor, nn
 
 import normswap
+from normswap.errors import ContractError
 from normswap.functional import Affine, Moments, apply_affine, fold_norm
-from normswap.methods.base import _REGISTRY, Contexts, Method, affine_tensors, get_method
+from normswap.methods.base import _REGISTRY, Contexts, Method, affine_tensors
 from normswap.methods.layer import ContextLayer, load_shared
 from normswap.methods.norm_values import Plain, added_prior, pick
 from normswap.sites import Site
-from tests.contract import Contract
-from tests.lifecycle import Lifecycle
+from normswap.testing import check_method, method_checks
 from tests.models import make_model
-
-CONTEXT_METHODS = [name for name in normswap.methods() if get_method(name).needs_context]
 
 
 class ShiftNorm(ContextLayer):
@@ -81,23 +79,93 @@ class Shift(Method):
         return None
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _registered():
+class ForgetsBias(Shift):
+    name = "forgets-bias"
+
+    def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
+        layer = ShiftNorm(source, site, contexts)
+        nn.init.zeros_(layer.bias)
+        return layer
+
+
+class MixesSamples(Shift):
+    name = "mixes-samples"
+
+    def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
+        return Mixing(source, site, contexts)
+
+
+class Mixing(ShiftNorm):
+    def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
+        y = super().normalize(x, labels, unlabelled)
+        return y + 1e-9 * y.mean(0, keepdim=True)
+
+
+class Groups(Method):
+    name = "groups"
+    title = "group norm, a plain layer"
+    needs_context = False
+    keeps_function = False
+    input_dependent = True
+
+    def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
+        return nn.GroupNorm(1, site.num_features, site.eps)
+
+
+EVERY = [
+    check
+    for method in (*normswap.methods(), Shift, Groups)
+    for check in method_checks(method, processes=True)
+]
+
+
+# torch's own decompositions for forward mode, and its gloo, warn of themselves.
+@pytest.mark.parametrize("check", EVERY, ids=str)
+def test_contract(check):
+    check()
+
+
+def test_a_method_that_breaks_the_contract_is_named_with_the_numbers():
+    with pytest.raises(
+        ContractError,
+        match=r"'forgets-bias' fails function_is_kept\. Required: In eval mode .* Found: .*differ",
+    ):
+        check_method(ForgetsBias)
+    (check,) = [
+        c
+        for c in method_checks(MixesSamples)
+        if str(c) == "mixes-samples-a_batch_equals_its_samples"
+    ]
+    with pytest.raises(ContractError, match=r"ConvNet, labels .*: differ by .*e-\d+, allowed"):
+        check()
+
+
+def test_a_class_is_registered_for_its_checks_only():
+    method_checks(Shift)[0]()
+    assert "shift" not in normswap.methods()
+
+
+def test_what_is_asked_follows_the_flags():
+    names = {m: {c.name for c in method_checks(m)} for m in (Shift, Groups)}
+    assert names[Shift] - names[Groups] >= {"function_is_kept", "labels_in_scope_are_labels_given"}
+    assert names[Groups] - names[Shift] == {"a_change_of_function_is_said", "refuses_to_specialise"}
+
+
+def test_what_is_no_method_is_refused():
+    with pytest.raises(normswap.ConversionError, match="expected a method by name or class, got"):
+        check_method(nn.GroupNorm)
+    with pytest.raises(normswap.UnknownNameError, match="unknown method 'cnx'"):
+        check_method("cnx")
+
+
+@pytest.fixture
+def _shift():
     normswap.register_method(Shift)
     yield
     del _REGISTRY["shift"]
 
 
-@pytest.mark.parametrize("method", [*CONTEXT_METHODS, "shift"])
-class TestEveryMethod(Contract):
-    pass
-
-
-@pytest.mark.parametrize("method", [*CONTEXT_METHODS, "shift"])
-class TestEveryLife(Lifecycle):
-    pass
-
-
+@pytest.mark.usefixtures("_shift")
 def test_a_registered_method_is_listed():
     assert "shift" in normswap.methods()
 
@@ -115,6 +183,7 @@ def test_options_must_be_a_dataclass():
     assert "other" not in normswap.methods()
 
 
+@pytest.mark.usefixtures("_shift")
 def test_a_method_that_does_not_say_what_its_layers_equal_is_refused_by_name(monkeypatch):
     monkeypatch.delattr(ShiftNorm, "plain")
     model = normswap.convert(make_model(), "shift", contexts=2)

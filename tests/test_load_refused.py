@@ -12,8 +12,7 @@ from torch import nn
 import normswap
 from normswap import CheckpointError, ConversionError
 from normswap.saving.folder import DESCRIPTION, FORMAT
-from tests.lifecycle import same
-from tests.models import ConvNet, make_model
+from tests.models import ConvNet, make_model, same
 from tests.saved import describe, make, rewrite
 
 

@@ -13,8 +13,7 @@ import normswap
 from normswap import ConversionError
 from normswap.methods.layer import ContextLayer
 from tests.builders import SKEWED, assert_close, make_batch, random_, trained_norm
-from tests.contract import separate
-from tests.lifecycle import same
+from tests.models import same, separate
 
 METHODS = ["cn", "cn-x"]
 EACH = pytest.mark.parametrize("method", METHODS)

@@ -18,9 +18,7 @@ import normswap
 from normswap import CheckpointError
 from normswap.saving.folder import DESCRIPTION
 from tests.builders import SKEWED, trained_norm
-from tests.contract import separate
-from tests.lifecycle import NAMES, same, train
-from tests.models import ConvNet, make_inputs, make_model
+from tests.models import NAMES, ConvNet, make_inputs, make_model, same, separate, train
 from tests.saved import describe, make, tensors_in
 
 

@@ -7,8 +7,7 @@ import torch
 
 import normswap
 from tests.builders import assert_close
-from tests.contract import MIXED, K, convert, separate
-from tests.models import MODELS, make_inputs, make_model
+from tests.models import MIXED, MODELS, K, convert, make_inputs, make_model, separate
 
 
 @pytest.mark.parametrize("name", MODELS)

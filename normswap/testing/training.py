@@ -1,0 +1,116 @@
+"""Checks of what training does to a converted model."""
+
+import copy
+
+import torch
+from torch.autograd import gradcheck
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from normswap.lifecycle.record import method_layers
+from normswap.methods.layer import ContextLayer
+from normswap.testing.case import (
+    LABELS,
+    MIXED,
+    Case,
+    backward,
+    check,
+    labelled,
+    require,
+    require_close,
+)
+from normswap.testing.models import make_inputs
+
+
+@check()
+def check_gradients(case: Case) -> None:
+    """Gradients of input and parameters are those that differences give; in training too."""
+    for training in (False,) if case.method.stochastic else (False, True):
+        model = case.trained().train(training)
+        x = make_inputs(model).requires_grad_()
+        names, values = zip(*model.named_parameters(), strict=True)
+
+        def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+            tensors = dict(zip(names, values, strict=True))  # noqa: B023
+            y: torch.Tensor = functional_call(copy.deepcopy(model), tensors, (x,), case.given())  # noqa: B023
+            return y
+
+        gradcheck(run, (x, *values), fast_mode=True)
+
+
+@check(labelled)
+def check_absent_contexts_and_single_samples(case: Case) -> None:
+    """A training step reaches every context in the batch, of one sample too, and no other."""
+    for trace in case.traces:
+        model = case.trained(trace=trace).train()
+        labels = torch.tensor([0, 2, 0, 0, 0, 0])
+        y = case.run(model, make_inputs(model), labels)
+        require(bool(y.isfinite().all()), f"trace={trace}: outputs are not finite")
+        backward(y)
+        for name, layer in model.named_modules():
+            for key in layer.context_parameters if isinstance(layer, ContextLayer) else ():
+                grad = layer.get_parameter(key).grad
+                where = f"{name}.{key}, trace={trace}"
+                assert grad is not None
+                absent, present = float(grad[1].abs().max()), float(grad[0].abs().max())
+                require(absent == 0, f"{where}: the absent context has a gradient of {absent:.3g}")
+                require(present > 0, f"{where}: a context in the batch has no gradient")
+                require(bool(grad.isfinite().all()), f"{where}: gradients are not finite")
+
+
+@check()
+def check_every_parameter_trains(case: Case) -> None:
+    """In training every parameter that requires a gradient gets a finite one."""
+    model = case.trained().train()
+    for seed in range(8):
+        y = case.run(model, make_inputs(model, seed=seed), LABELS if case.labelled else None)
+        backward(y)
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        require(grad is not None and bool(grad.isfinite().all()), f"{name}: gradient {grad}")
+
+
+@check()
+def check_modes(case: Case) -> None:
+    """Layers take part in ``train()`` and ``eval()``; in eval mode their state stays."""
+    model = case.trained().train()
+    layers = method_layers(model)
+    require(all(m.training for m in layers.values()), "train() does not reach every layer")
+    for layer in layers.values():
+        layer.eval().requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    labels = MIXED if case.labelled else None
+    backward(case.run(model, make_inputs(model), labels))
+    own = [n for n in before if any(n.startswith(f"{name}.") for name in layers)]
+    moved = [n for n in own if not torch.equal(model.state_dict()[n], before[n])]
+    require(not moved, f"layers in eval mode moved {moved} while the rest trains")
+
+
+@check()
+def check_checkpointing(case: Case) -> None:
+    """Gradient checkpointing changes no output, gradient or statistic; labels are the forward's."""
+    for trace in case.traces:
+        for reentrant in (True, False):
+            model = case.trained(trace=trace).train()
+            twin = copy.deepcopy(model)
+            x = make_inputs(model).requires_grad_()
+            given = [LABELS, LABELS.flip(0)] if case.labelled else [None, None]
+            where = f"trace={trace}, use_reentrant={reentrant}"
+            for each, wrapped in ((model, False), (twin, True)):
+                torch.manual_seed(0)
+                outputs = [
+                    checkpoint(case.run, each, x, labels, use_reentrant=reentrant)
+                    if wrapped
+                    else case.run(each, x, labels)
+                    for labels in given
+                ]
+                backward(torch.stack(outputs))
+            pairs = zip(model.named_parameters(), twin.parameters(), strict=True)
+            for (name, one), other in pairs:
+                assert one.grad is not None
+                assert other.grad is not None
+                require_close(other.grad, one.grad, f"{where}: gradient of {name}", 1e-10)
+            for (name, buffer), other_buffer in zip(
+                model.named_buffers(), twin.buffers(), strict=True
+            ):
+                require_close(other_buffer, buffer, f"{where}: {name}", 1e-10)
