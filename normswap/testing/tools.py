@@ -205,7 +205,7 @@ def _work(rank: int, folder: str, data: bytes) -> None:
     distributed.destroy_process_group()
 
 
-@check()
+@check(lambda method: not method.stochastic)
 def check_synchronised(case: Case) -> None:
     """Two processes with batches of unequal size train as one process with both batches does."""
     model = normswap.convert_sync_batchnorm(case.trained(), others=False)
