@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-import normswap
+from normswap.api import convert, plan
 from normswap.errors import ContractError, ConversionError
 from normswap.lifecycle.record import method_layers
 from normswap.methods.base import BaseMethod, InsertedMethod
@@ -55,7 +55,7 @@ class Case:
     def fits(self, base: nn.Module) -> bool:
         """Return whether the method can change something of a model."""
         try:
-            return bool(normswap.plan(base, self.method.name).rows)
+            return bool(plan(base, self.method.name).rows)
         except ConversionError:
             return False
 
@@ -68,7 +68,7 @@ class Case:
     def convert(self, base: nn.Module, **settings: Any) -> nn.Module:
         """Convert with three contexts of unequal priors, where the method takes contexts."""
         given = {"contexts": NAMES, "priors": PRIORS} if self.labelled else {}
-        return normswap.convert(base, self.method.name, **{**given, **settings})
+        return convert(base, self.method.name, **{**given, **settings})
 
     def trained(self, name: str = "ConvNet", **settings: Any) -> nn.Module:
         """Return a float64 model in eval mode, every tensor of the method's layers moved."""

@@ -1,14 +1,19 @@
 """Checks of what comes after conversion: back again, specialised, saved, one context more."""
 
 import copy
+import pickle
 import tempfile
 import warnings
 
 import torch
 from torch import nn
 
-import normswap
+from normswap.api import summary
 from normswap.errors import ContextWarning, ConversionError, NormswapError
+from normswap.lifecycle.add_context import add_context
+from normswap.lifecycle.revert import revert, specialize
+from normswap.lifecycle.unknown import set_unknown
+from normswap.saving.checkpoint import load, save
 from normswap.testing.case import (
     LABELS,
     NAMES,
@@ -34,9 +39,12 @@ def check_reverts_to_the_bit(case: Case) -> None:
         for base, x in case.bases(dtype):
             name, model = type(base).__name__, case.convert(base)
             converted = copy.deepcopy(model.state_dict())
-            back = normswap.revert(model)
+            back = revert(model)
             require_same_state(model, converted, f"{name}: the converted model, left alone")
-            for twin in (back, normswap.revert(copy.deepcopy(model), inplace=True)):
+            own, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+            require(revert(own, inplace=True) is own, f"{name}: inplace=True makes another object")
+            for twin in (back, own, revert(pickled)):
+                require("context" not in str(twin.forward.__doc__), f"{name}: forward is converted")
                 require_same_state(twin, base.state_dict(), name)
                 for (fqn, one), (other, two) in zip(
                     base.named_modules(), twin.named_modules(), strict=True
@@ -57,7 +65,7 @@ def check_specialises_to_plain_norms(case: Case) -> None:
         name = type(base).__name__
         model = case.trained(name)
         for context in [*NAMES, "pooled"] if case.labelled else [None]:
-            plain = normswap.specialize(model, context)
+            plain = specialize(model, context)
             kinds = [type(m) for m in base.modules()], [type(m) for m in plain.modules()]
             require(kinds[0] == kinds[1], f"{name}: classes {kinds[1]}, not {kinds[0]}")
             label = None if context == "pooled" else context
@@ -71,9 +79,7 @@ def check_refuses_to_specialise(case: Case) -> None:
     model = case.trained()
     before = copy.deepcopy(model.state_dict())
     context = NAMES[0] if case.labelled else None
-    require_raises(
-        lambda: normswap.specialize(model, context, inplace=True), ConversionError, "trained"
-    )
+    require_raises(lambda: specialize(model, context, inplace=True), ConversionError, "trained")
     require_same_state(model, before, "after the error")
 
 
@@ -82,16 +88,16 @@ def check_reverts_to_a_context_or_on_discard(case: Case) -> None:
     """Trained, `revert` asks whose norms to take; ``discard=True`` takes those of conversion."""
     model, base = case.trained(), make_model(dtype=torch.float64)
     if not case.labelled:
-        require_raises(lambda: normswap.revert(model, "b"), ConversionError, "without contexts")
+        require_raises(lambda: revert(model, "b"), ConversionError, "without contexts")
     elif not case.method.input_dependent:
-        require_raises(lambda: normswap.revert(model), ConversionError, "contexts that differ")
+        require_raises(lambda: revert(model), ConversionError, "contexts that differ")
         x = make_inputs(model)
-        found = case.in_eval(normswap.revert(model, "b"), x)
+        found = case.in_eval(revert(model, "b"), x)
         require_close(found, case.in_eval(model, x, "b"), "reverted to a context")
-    require_same_state(normswap.revert(model, discard=True), base.state_dict(), "discard=True")
+    require_same_state(revert(model, discard=True), base.state_dict(), "discard=True")
     with torch.no_grad():
         model.get_parameter("head.weight").fill_(3)
-    kept = normswap.revert(model, discard=True).get_parameter("head.weight")
+    kept = revert(model, discard=True).get_parameter("head.weight")
     require_equal(kept, torch.full_like(kept, 3), "weights of other layers")
 
 
@@ -101,10 +107,10 @@ def check_saves_and_loads(case: Case) -> None:
     for base, x in case.bases():
         name, model = type(base).__name__, case.trained(type(base).__name__)
         with tempfile.TemporaryDirectory() as folder:
-            normswap.save(model, folder)
-            twin = normswap.load(base, folder)
-            normswap.save(twin, f"{folder}/again")
-            again = normswap.load(base, f"{folder}/again")
+            save(model, folder)
+            twin = load(base, folder)
+            save(twin, f"{folder}/again")
+            again = load(base, f"{folder}/again")
         require_same_state(twin, model.state_dict(), name)
         require_same_state(again, model.state_dict(), f"{name}, saved again")
         for label in case.labels:
@@ -123,8 +129,8 @@ def check_adds_contexts(case: Case) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ContextWarning)
         indices = [
-            normswap.add_context(model, "d"),
-            normswap.add_context(model, "e", like="b", share=0.1),
+            add_context(model, "d"),
+            add_context(model, "e", like="b", share=0.1),
         ]
     require(indices == [3, 4], f"expected indices 3 and 4, got {indices}")
     for label, expected in zip(given, before, strict=True):
@@ -139,11 +145,9 @@ def check_adds_a_context_whole_or_not_at_all(case: Case) -> None:
     model = case.convert(make_model())
     before = copy.deepcopy(model.state_dict())
     stranger = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
-    require_raises(
-        lambda: normswap.add_context(model, "d", optimizer=stranger), NormswapError, "a stranger"
-    )
+    require_raises(lambda: add_context(model, "d", optimizer=stranger), NormswapError, "a stranger")
     require_same_state(model, before, "after the error")
-    names = normswap.summary(model).contexts
+    names = summary(model).contexts
     require(names == (NAMES if case.labelled else ()), f"contexts {names}")
 
 
@@ -154,11 +158,11 @@ def check_policies_for_unknown_labels(case: Case) -> None:
     unlabelled = torch.full((len(x),), -1)
     for policy in ("pooled", "posterior", "b"):
         twin = move(case.convert(make_model(dtype=torch.float64), unknown=policy))
-        normswap.set_unknown(model, policy)
+        set_unknown(model, policy)
         either: list[Labels] = [unlabelled, None]
         for label in either:
             found, expected = (case.in_eval(m, x, label) for m in (model, twin))
             require_equal(found, expected, f"unknown={policy!r}, labels {label}")
     require_equal(found, case.in_eval(model, x, "b"), "unknown='b'")
-    normswap.set_unknown(model, "error")
+    set_unknown(model, "error")
     require_raises(lambda: case.in_eval(model, x, unlabelled), NormswapError, "unknown='error'")

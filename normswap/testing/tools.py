@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-import normswap
+from normswap.api import plan
+from normswap.graph.reach import state_of
 from normswap.lifecycle.record import method_layers
+from normswap.lifecycle.sync_batchnorm import convert_sync_batchnorm
 from normswap.testing.case import (
     LABELS,
     MIXED,
@@ -61,6 +63,8 @@ def check_copies_have_a_schedule_of_their_own(case: Case) -> None:
     )
     require(len(own) == len(other) == 1, f"{len(own)} and {len(other)} schedules")
     require(own != other, "a copy shares the schedule of the original")
+    state: Any = state_of(twin)
+    require({id(state.schedule)} == other, "the copy begins another schedule than its layers have")
 
 
 @check()
@@ -176,7 +180,7 @@ def check_plan_needs_no_values(case: Case) -> None:
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     given: dict[str, Any] = {"contexts": 3} if case.labelled else {}
     if case.fits(model):
-        rows = normswap.plan(model, case.method.name, **given).rows
+        rows = plan(model, case.method.name, **given).rows
         require(any(row.action in ("replaced", "inserted") for row in rows), "nothing planned")
 
 
@@ -208,7 +212,7 @@ def _work(rank: int, folder: str, data: bytes) -> None:
 @check(lambda method: not method.stochastic)
 def check_synchronised(case: Case) -> None:
     """Two processes with batches of unequal size train as one process with both batches does."""
-    model = normswap.convert_sync_batchnorm(case.trained(), others=False)
+    model = convert_sync_batchnorm(case.trained(), others=False)
     if not any(hasattr(m, "synced") for m in model.modules()):
         return
     data = pickle.dumps((case, model))
