@@ -131,8 +131,8 @@ def check_contexts_differ_once_trained(case: Case) -> None:
     for name in case.models:
         model = case.convert(make_model(name))
         for row in summary(model).rows:
-            found = row.divergence or 0.0
-            require(found < 1e-6, f"{name}: {row.fqn}: divergence {found} before training")
+            before = row.divergence or 0.0
+            require(before < 1e-6, f"{name}: {row.fqn}: divergence {before} before training")
         model = case.trained(name)
         x = make_inputs(model)
         outputs = [case.in_eval(model, x, k) for k in range(len(NAMES))]
