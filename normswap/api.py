@@ -59,10 +59,10 @@ def convert(
         select: which norms to replace: glob, compiled regular expression, type,
             ``fn(name, module)``, or several; all by default.
         exclude: which to leave alone, in the same forms.
-        placement: where a method that adds layers puts them: "norm" (after each norm), "pre",
-            "residual", "identity" or "post" in residual blocks, or "input"; each method has its
-            default. A method that replaces norms takes "input" for one more norm before the model
-            instead.
+        placement: where a method that adds layers puts them: "norm" (after each norm), "output"
+            (after each module that `select` names, such as a stage), "pre", "residual", "identity"
+            or "post" in residual blocks, or "input"; each method has its default. A method that
+            replaces norms takes "input" for one more norm before the model instead.
         preset: name of settings for the method, see `normswap.PRESETS`; what is given besides
             wins over them.
         unknown: what a sample without a label gets in eval: "pooled" (the mixture's one Gaussian),

@@ -63,7 +63,7 @@ class Place:
 
     Attributes:
         fqn: qualified name of the norm, of the residual block's container, or "" for the input.
-        placement: "norm", "pre", "residual", "identity", "post" or "input".
+        placement: "norm", "output", "pre", "residual", "identity", "post" or "input".
         channels: C there; None where no layer around tells.
         device, dtype: where and in what a layer is allocated.
         block: which residual add of the container.

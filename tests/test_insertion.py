@@ -76,7 +76,7 @@ def test_select_chooses_blocks():
 
 
 def test_unknown_placement_lists_the_placements():
-    with pytest.raises(ConversionError, match="norm, pre, residual, identity, post, input"):
+    with pytest.raises(ConversionError, match="norm, output, pre, residual, identity, post, input"):
         normswap.plan(Basic(), "scale", placement="middle")
 
 
@@ -205,3 +205,28 @@ def test_blocks_that_hand_on_lists_that_are_changed_are_named_where_no_place_is_
         normswap.convert(model, "scale", placement="post")
     report = normswap.plan(model, "scale", placement=None)
     assert [row.fqn for row in report.rows if row.action == "inserted"] == ["1"]
+
+
+def test_a_layer_after_the_output_of_modules_that_select_names():
+    model = timm.create_model("resnet10t").eval()
+    report = normswap.plan(model, "mixstyle", placement="output", select=["layer1", "layer2"])
+    assert [(row.fqn, row.action) for row in report.rows] == [
+        *(("layer1", "inserted"), ("layer2", "inserted"))
+    ]
+    settings = {"placement": "output", "select": ["layer1", "layer2"], "p": 1.0}
+    converted = normswap.convert(model, "mixstyle", **settings)
+    seen = []
+    converted.layer1[-1].register_forward_hook(lambda *given: seen.append(given[2]))
+    converted.layer2[0].register_forward_pre_hook(lambda *given: seen.append(given[1][0]))
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.equal(converted(x), model(x))
+    assert torch.equal(*seen)
+    seen.clear()
+    converted.train()(x)
+    assert not torch.equal(*seen)
+    assert isinstance(normswap.revert(converted).layer1, torch.nn.Sequential)
+
+
+def test_the_output_of_modules_has_to_be_selected():
+    with pytest.raises(normswap.ConversionError, match="expected select= with placement 'output'"):
+        normswap.plan(timm.create_model("resnet10t"), "mixstyle", placement="output")

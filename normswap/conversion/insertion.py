@@ -54,7 +54,7 @@ class Insertion:
             _describe_layer(row, place, child, layer)
             if place.placement == "input" or place.before:
                 state.before = child
-            elif place.placement == "norm":
+            elif place.placement in ("norm", "output"):
                 state.after = child
             else:
                 state.insertions += (InsertedLayer(place.placement, place.block, child),)

@@ -26,7 +26,7 @@ from normswap.report import Row
 from normswap.sites import Place, find_norms, is_instance_norm, norm_channels
 from normswap.util.arguments import meant
 
-ALL_PLACEMENTS = ("norm", *PLACEMENTS, "input")
+ALL_PLACEMENTS = ("norm", "output", *PLACEMENTS, "input")
 _UNREAD = "unread"
 
 
@@ -49,7 +49,7 @@ def find_places(
         exclude: likewise.
 
     Raises:
-        ConversionError: an unknown placement, or no place at all.
+        ConversionError: an unknown placement, "output" without `select`, or no place at all.
     """
     find = functools.cache(functools.partial(_find, model, select, exclude))
     own = placement or method.placement
@@ -63,6 +63,11 @@ def find_places(
             raise ConversionError(
                 f"unknown {asked}; the choices are {', '.join(ALL_PLACEMENTS)}"
                 + meant(wanted, ALL_PLACEMENTS)
+            )
+        if wanted == "output" and select is None:
+            raise ConversionError(
+                f"expected select= with {asked}, which is after the modules that it names, such as "
+                'select=["layer1", "layer2"]'
             )
         found = find(wanted)
         if not found[1]:
@@ -90,7 +95,7 @@ def _find(
         row, place = place_at_input(model)
         return [row], [place]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    finder = _norm_places if placement == "norm" else _block_places
+    finder = {"norm": _norm_places, "output": _outputs}.get(placement, _block_places)
     rows: list[Row] = []
     places: list[Place] = []
     for module, row, place in finder(model, placement, like):
@@ -100,6 +105,8 @@ def _find(
             continue
         if select is not None and not matches(select, names, module):
             row.action, row.reason = "kept", "not selected"
+            if placement == "output":  # any module could have been
+                rows.pop()
         elif exclude is not None and matches(exclude, names, module):
             row.action, row.reason = "kept", "excluded"
         elif place is not None:
@@ -122,6 +129,14 @@ def _norm_places(model: nn.Module, placement: str, like: Any) -> Any:
         own = next((t for t in module.state_dict().values() if t.is_floating_point()), like)
         place = Place(fqn, placement, channels, own.device, own.dtype, before=before)
         yield module, row, place
+
+
+def _outputs(model: nn.Module, placement: str, like: Any) -> Any:
+    for fqn, module in model.named_modules():
+        if fqn:
+            place = Place(fqn, placement, None, like.device, like.dtype)
+            row = Row(fqn, type(module).__name__, "refused", reason="after its forward")
+            yield module, row, place
 
 
 def _block_places(model: nn.Module, placement: str, like: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normswap.functional.affine import Affine, Centred
+from normswap.functional.draws import draw_beta
 from normswap.functional.fused import stat_affine
 from normswap.functional.glue import ExchangeGlue
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
@@ -108,7 +109,7 @@ def draw_box(
     never returns on maps where every box is empty or too small: 1 x 1, 2 x 2); any number of
     spatial dimensions.
     """
-    side = _draw_beta(beta, tries, device, generator).sqrt()
+    side = draw_beta(beta, tries, device, generator).sqrt()
     corners, total = [], 1
     for extent in size:
         half = (side * extent).long() // 2
@@ -122,18 +123,6 @@ def draw_box(
     large = 10 * (boxes[1] - boxes[0]).prod(0) > total
     first = large.int().argmax().reshape(1)
     return boxes.index_select(2, first).squeeze(2)
-
-
-def _draw_beta(
-    beta: float, count: int, device: torch.device | None, generator: torch.Generator | None
-) -> Tensor:
-    if beta == 1:
-        return torch.rand(count, device=device, generator=generator)
-    shape = torch.full((2, count), float(beta), device=device)
-    gamma = torch._standard_gamma(shape, generator=generator)
-    # Both draws of a small beta can underflow.
-    gamma = gamma.clamp(min=torch.finfo(gamma.dtype).tiny)
-    return gamma[0] / gamma.sum(0)
 
 
 def cross_norm(

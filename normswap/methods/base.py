@@ -189,7 +189,12 @@ class InsertedMethod(BaseMethod):
         return None
 
     def effect(self, layer: nn.Module) -> str | None:
-        """Return what a layer does in eval mode that dropping it would lose, None for nothing."""
+        """Return what a layer does in eval mode that dropping it would lose, None for nothing.
+
+        By default None for a layer without parameters and buffers, which can have learned nothing.
+        """
+        if not layer.state_dict():
+            return None
         return f"method {self.name!r} does not say whether its layer is the identity"
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import InputError
+from normswap.functional.draws import draw_permutation
 from normswap.functional.schedule import Schedule
 from normswap.functional.style import cross_norm, draw_box
 from normswap.methods.base import InsertedMethod, register_method
@@ -78,7 +79,7 @@ class CrossNorm(nn.Module):
         axis = 0 if self.instances == 2 else 1
         if fire is False or x.shape[axis] < 2 or x.shape[2:].numel() < 2:
             return x
-        permutation = self._draw_permutation(x.shape[axis], x.device)
+        permutation = draw_permutation(x.shape[axis], x.device)
         content_box = style_box = None
         if self.crop in ("style", "both"):
             style_box = draw_box(x.shape[2:], self.beta, x.device)
@@ -86,13 +87,6 @@ class CrossNorm(nn.Module):
             content_box = draw_box(x.shape[2:], self.beta, x.device)
         condition = fire if isinstance(fire, Tensor) else None
         return cross_norm(x, permutation, self.instances, content_box, style_box, condition)
-
-    def _draw_permutation(self, count: int, device: torch.device) -> Tensor:
-        permutation = torch.randperm(count, device=device)
-        if torch.compiler.is_compiling():
-            # The same again: Inductor of torch 2.9 fails on what is indexed by torch.randperm.
-            return permutation.argsort().argsort()
-        return permutation
 
     def _draw_fire(self, x: Tensor) -> bool | Tensor:
         if self.p in (0, 1):
@@ -182,7 +176,3 @@ class CrossNormMethod(InsertedMethod):
     def connect(self, layers: list[nn.Module], options: CrossNormOptions) -> Schedule:
         """Share one schedule between the layers."""
         return options.connect([m for m in layers if isinstance(m, ScheduledCrossNorm)])
-
-    def effect(self, layer: nn.Module) -> str | None:
-        """Return None: CrossNorm is the identity in eval."""
-        return None

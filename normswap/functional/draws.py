@@ -1,0 +1,45 @@
+"""Random draws of augmentations, by torch's generators, for which the host never waits."""
+
+import torch
+from torch import Tensor
+
+
+def draw_beta(
+    beta: float,
+    count: int,
+    device: torch.device | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw from Beta(beta, beta), (count,) float32."""
+    if beta == 1:
+        return torch.rand(count, device=device, generator=generator)
+    shape = torch.full((2, count), float(beta), device=device)
+    gamma = torch._standard_gamma(shape, generator=generator)
+    # Both draws of a small beta can underflow.
+    gamma = gamma.clamp(min=torch.finfo(gamma.dtype).tiny)
+    return gamma[0] / gamma.sum(0)
+
+
+def draw_permutation(count: int, device: torch.device | None = None) -> Tensor:
+    """Draw a permutation, (count,) int64."""
+    permutation = torch.randperm(count, device=device)
+    if torch.compiler.is_compiling():
+        # The same again: Inductor of torch 2.9 fails on what is indexed by torch.randperm.
+        return permutation.argsort().argsort()
+    return permutation
+
+
+def draw_partners(count: int, mix: str, device: torch.device | None = None) -> Tensor:
+    """Draw a partner for each sample, a permutation, (count,) int64.
+
+    Args:
+        count: of samples.
+        mix: "random", any sample; or "crossdomain", one of the other half of the batch, whose
+            halves are then of two domains.
+        device: where to draw.
+    """
+    if mix == "random":
+        return draw_permutation(count, device)
+    low = count // 2
+    halves = (low + draw_permutation(count - low, device), draw_permutation(low, device))
+    return torch.cat(halves)

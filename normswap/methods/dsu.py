@@ -1,0 +1,105 @@
+"""DSU: in training, mean and spread of instances are drawn anew, as far apart as the batch is."""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from normswap.functional.affine import Affine
+from normswap.functional.fused import stat_affine
+from normswap.functional.moments import Moments, compute_dtype
+from normswap.functional.style import style_of
+from normswap.methods.augmentation import Augmentation
+from normswap.methods.base import InsertedMethod, register_method
+from normswap.sites import Place
+from normswap.util.arguments import check_number
+
+
+class DSU(Augmentation):
+    """Uncertainty of feature statistics; identity in eval, no parameters and no state.
+
+    ``y = (x - mu) / sigma * (sigma + e_2 S(sigma)) + mu + e_1 S(mu)`` with ``sigma = sqrt(var +
+    eps)`` of each instance and channel, ``S(v) = sqrt(var_N(v) + eps)`` over the instances of the
+    batch, both variances unbiased, and e ~ N(0, 1) for each instance and channel. Gradients go
+    through all of them.
+
+    Args:
+        p: in [0, 1]; probability that a batch is changed.
+        eps: added to the variances.
+
+    Shape:
+        x: (N, C, *), at least one trailing dimension; result: as x.
+
+    Raises:
+        ConversionError: `p` or `eps` out of range.
+
+    Source: Li et al., "Uncertainty Modeling for Out-of-Distribution Generalization", ICLR 2022,
+    arXiv 2202.03958, and the code published with it.
+    Differs from source: every draw is torch's, on the device of x; a batch of one, and maps of one
+    position, are left alone (NaN in the source); any number of spatial dimensions; statistics
+    accumulate in float32.
+    """
+
+    def __init__(self, p: float = 0.5, eps: float = 1e-6) -> None:
+        super().__init__(p)
+        DSUOptions(p, eps)
+        self.eps = eps
+
+    def augment(self, x: Tensor) -> Tensor:
+        """Give each instance statistics drawn about its own; see the class."""
+        noise = torch.randn((2, *x.shape[:2]), device=x.device, dtype=compute_dtype(x))
+        return stat_affine(x, partial(_perturb, noise, x.shape[2:].numel(), self.eps))
+
+    def extra_repr(self) -> str:
+        """List the settings."""
+        return f"p={self.p}"
+
+
+def _perturb(
+    noise: Tensor, positions: int, eps: float, instances: Moments, *, replay: bool
+) -> Affine:
+    """Return the map of each instance; see `normswap.functional.fused`."""
+    mean, std = style_of(instances, positions, eps)
+    spread_mean, spread_std = (torch.sqrt(t.var(0) + eps) for t in (mean, std))
+    return Affine(1 + noise[1] * spread_std / std, mean + noise[0] * spread_mean)
+
+
+@dataclass(frozen=True)
+class DSUOptions:
+    """Options of the method "dsu"; see `DSU`.
+
+    Attributes:
+        p: probability that a batch is changed.
+        eps: added to the variances.
+    """
+
+    p: float = 0.5
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check them.
+
+        Raises:
+            ConversionError: a number out of range.
+        """
+        check_number("p", self.p, 0, 1)
+        check_number("eps", self.eps, 0, open_low=True)
+
+
+@register_method
+class DSUMethod(InsertedMethod):
+    """DSU at places of a model.
+
+    The authors have it after the first convolution, the pooling that follows, and every stage:
+    ``normswap.convert(model, "dsu", placement="output", select=["conv1", "maxpool", "layer?"])``.
+    """
+
+    name = "dsu"
+    title = "draws channel statistics anew in training, as far apart as the batch's"
+    options = DSUOptions
+    stochastic = True
+
+    def insert(self, place: Place, options: DSUOptions) -> nn.Module:
+        """Return a layer; it needs no channels."""
+        return DSU(**asdict(options))

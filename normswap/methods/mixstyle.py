@@ -1,0 +1,109 @@
+"""MixStyle: in training, instances take on mixtures of each other's mean and spread."""
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor, nn
+
+from normswap.functional.affine import Centred
+from normswap.functional.draws import draw_beta, draw_partners
+from normswap.functional.style import instance_style
+from normswap.functional.tables import apply_centred
+from normswap.methods.augmentation import MIXES, Augmentation
+from normswap.methods.base import InsertedMethod, register_method
+from normswap.sites import Place
+from normswap.util.arguments import check_choice, check_number
+
+
+class MixStyle(Augmentation):
+    """MixStyle: an augmentation of features; identity in eval, no parameters and no state.
+
+    ``y = (x - mu) / sigma * sigma' + mu'`` with ``mu' = l mu + (1 - l) mu_B``, sigma' likewise,
+    ``sigma = sqrt(var + eps)``, var unbiased, of each instance and channel; B is a partner in the
+    batch, l ~ Beta(alpha, alpha) one for each instance. No gradient goes through mu and sigma.
+
+    Args:
+        p: in [0, 1]; probability that a batch is changed.
+        alpha: positive; below 1 most l are near 0 or 1.
+        mix: "random", where B is any instance; or "crossdomain", one of the other half of the
+            batch: its halves then have to be of two domains, as the authors' sampler makes them.
+        eps: added to the variance.
+
+    Shape:
+        x: (N, C, *), at least one trailing dimension; result: as x.
+
+    Raises:
+        ConversionError: `p`, `alpha` or `eps` out of range.
+        UnknownNameError: `mix` is neither of the two.
+
+    Source: Zhou et al., "Domain Generalization with MixStyle", ICLR 2021, and the code published
+    with it (also in Dassl and tllib).
+    Differs from source: every draw is torch's, on the device of x; maps of one position are left
+    alone (NaN in the source), as is a batch of one; any number of spatial dimensions; statistics
+    accumulate in float32.
+    """
+
+    def __init__(
+        self, p: float = 0.5, alpha: float = 0.1, mix: str = "random", eps: float = 1e-6
+    ) -> None:
+        super().__init__(p)
+        MixStyleOptions(p, alpha, mix, eps)
+        self.alpha, self.mix, self.eps = alpha, mix, eps
+
+    def augment(self, x: Tensor) -> Tensor:
+        """Give each instance its mixture; see the class."""
+        mean, std = instance_style(x.detach(), eps=self.eps)
+        share = draw_beta(self.alpha, len(x), x.device).to(mean.dtype).unsqueeze(1)
+        partners = draw_partners(len(x), self.mix, x.device)
+        new_mean, new_std = (t[partners].lerp(t, share) for t in (mean, std))
+        return apply_centred(x, Centred(mean, new_std / std, new_mean))
+
+    def extra_repr(self) -> str:
+        """List the settings."""
+        return f"p={self.p}, alpha={self.alpha}, mix={self.mix!r}"
+
+
+@dataclass(frozen=True)
+class MixStyleOptions:
+    """Options of the method "mixstyle"; see `MixStyle`.
+
+    Attributes:
+        p: probability that a batch is changed.
+        alpha: of the Beta distribution.
+        mix: "random" or "crossdomain".
+        eps: added to the variance.
+    """
+
+    p: float = 0.5
+    alpha: float = 0.1
+    mix: str = "random"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check them.
+
+        Raises:
+            ConversionError: a number out of range.
+            UnknownNameError: another mix.
+        """
+        check_number("p", self.p, 0, 1)
+        check_number("alpha", self.alpha, 0, open_low=True)
+        check_choice("mix", self.mix, MIXES)
+        check_number("eps", self.eps, 0, open_low=True)
+
+
+@register_method
+class MixStyleMethod(InsertedMethod):
+    """MixStyle at places of a model.
+
+    The authors have it after the first stages of a ResNet:
+    ``normswap.convert(model, "mixstyle", placement="output", select=["layer1", "layer2"])``.
+    """
+
+    name = "mixstyle"
+    title = "mixes channel statistics between samples in training: an augmentation"
+    options = MixStyleOptions
+    stochastic = True
+
+    def insert(self, place: Place, options: MixStyleOptions) -> nn.Module:
+        """Return a layer; it needs no channels."""
+        return MixStyle(**asdict(options))
