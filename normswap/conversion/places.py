@@ -1,10 +1,11 @@
 """Where a method could insert its layers, and what chose or refused each place."""
 
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.conversion.select import Selector, matches
@@ -27,7 +28,22 @@ from normswap.sites import Place, find_norms, is_instance_norm, norm_channels
 from normswap.util.arguments import meant
 
 ALL_PLACEMENTS = ("norm", "output", *PLACEMENTS, "input")
-_UNREAD = "unread"
+
+
+class Found(NamedTuple):
+    """A norm, or a container that is or may be a residual block.
+
+    Attributes:
+        module: the norm or container.
+        row: for the report.
+        place: of the layer; None where there is to be none.
+        read: whether a graph told what the container holds; else it may be no block at all.
+    """
+
+    module: nn.Module
+    row: Row
+    place: Place | None = None
+    read: bool = True
 
 
 def find_places(
@@ -53,7 +69,7 @@ def find_places(
     """
     find = functools.cache(functools.partial(_find, model, select, exclude))
     own = placement or method.placement
-    if placement is None and not any(row.action not in ("kept", _UNREAD) for row in find(own)[0]):
+    if placement is None and not any(f.read and f.row.action != "kept" for f in find(own)):
         own = "norm"
     rows: list[Row] = []
     places: list[Place] = []
@@ -70,14 +86,15 @@ def find_places(
                 'select=["layer1", "layer2"]'
             )
         found = find(wanted)
-        if not found[1]:
-            listed = "; ".join(f"{r.fqn or '(root)'}: {r.reason}" for r in found[0][:10])
+        chosen = [f.place for f in found if f.row.action == "inserted" and f.place is not None]
+        if not chosen:
+            listed = "; ".join(f"{f.row.fqn or '(root)'}: {f.row.reason}" for f in found[:10])
             raise ConversionError(
                 f"found no place for a layer in {type(model).__name__} at {asked}"
                 + (f": {listed}" if listed else "; placement='norm' puts one after each norm")
             )
-        rows += [row for row in found[0] if row.action != _UNREAD]
-        places += found[1]
+        rows += [f.row for f in found]
+        places += chosen
     return rows, places
 
 
@@ -88,58 +105,49 @@ def place_at_input(model: nn.Module) -> tuple[Row, Place]:
     return Row("", "the first argument", "inserted"), place
 
 
-def _find(
-    model: nn.Module, select: Selector, exclude: Selector, placement: str
-) -> tuple[list[Row], list[Place]]:
+def _find(model: nn.Module, select: Selector, exclude: Selector, placement: str) -> list[Found]:
     if placement == "input":
-        row, place = place_at_input(model)
-        return [row], [place]
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        return [Found(model, *place_at_input(model))]
     finder = {"norm": _norm_places, "output": _outputs}.get(placement, _block_places)
-    rows: list[Row] = []
-    places: list[Place] = []
-    for module, row, place in finder(model, placement, like):
-        rows.append(row)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    found = list(finder(model, placement, like))
+    for module, row, place, _ in found:
         names = (row.fqn, *row.aliases)
-        if row.action == _UNREAD:
-            continue
         if select is not None and not matches(select, names, module):
             row.action, row.reason = "kept", "not selected"
-            if placement == "output":  # any module could have been
-                rows.pop()
         elif exclude is not None and matches(exclude, names, module):
             row.action, row.reason = "kept", "excluded"
         elif place is not None:
             row.action = "inserted"
             row.channels = place.channels or 0
-            places.append(place)
-    return rows, places
+    if placement == "output":  # any module could be one
+        return [f for f in found if f.row.reason != "not selected"]
+    return found
 
 
-def _norm_places(model: nn.Module, placement: str, like: Any) -> Any:
+def _norm_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
     for fqn, module, aliases in find_norms(model):
         row = Row(fqn, type(module).__name__, "refused", aliases)
         channels = norm_channels(module)
         if channels is None:
             row.reason = f"{type(module).__name__} is neither a batch nor an instance norm"
-            yield module, row, None
+            yield Found(module, row)
             continue
         before = is_instance_norm(module)
         row.reason = "before the norm" if before else "after the norm"
         own = next((t for t in module.state_dict().values() if t.is_floating_point()), like)
         place = Place(fqn, placement, channels, own.device, own.dtype, before=before)
-        yield module, row, place
+        yield Found(module, row, place)
 
 
-def _outputs(model: nn.Module, placement: str, like: Any) -> Any:
+def _outputs(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
     for fqn, module in model.named_modules():
         if fqn:
-            place = Place(fqn, placement, None, like.device, like.dtype)
             row = Row(fqn, type(module).__name__, "refused", reason="after its forward")
-            yield module, row, place
+            yield Found(module, row, Place(fqn, placement, None, like.device, like.dtype))
 
 
-def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
+def _block_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
     with TraceSession() as session:
         planned_of = functools.cache(functools.partial(_trace, session))
 
@@ -151,21 +159,19 @@ def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
                 continue
             graphs = graphs_of(module)
             if not graphs:
-                # Most such containers hold no residual add, so that this counts only where no
-                # block is found.
                 why = planned_of(module)[2]
                 if why:
-                    row = Row(fqn, type(module).__name__, _UNREAD, reason=f"it {why}")
-                    yield module, row, None
+                    row = Row(fqn, type(module).__name__, "refused", reason=f"it {why}")
+                    yield Found(module, row, read=False)
                 continue
             ways = [find_residuals(graph, module) for graph in graphs]
             counts = {len(found) for found, _ in ways}
             if len(counts) > 1:
                 why = f"has {sorted(counts)} residual adds, depending on its input"
-                yield module, Row(fqn, type(module).__name__, "refused", reason=why), None
+                yield Found(module, Row(fqn, type(module).__name__, "refused", reason=why))
                 continue
             for why in ways[0][1]:
-                yield module, Row(fqn, type(module).__name__, "refused", reason=why), None
+                yield Found(module, Row(fqn, type(module).__name__, "refused", reason=why))
             readers = [Reader(module, graphs_of) for _ in graphs]
             for block, residual in enumerate(ways[0][0]):
                 row = Row(fqn, type(module).__name__, "refused", reason=residual.reason)
@@ -176,12 +182,12 @@ def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
                 channels, why = _read(features)
                 if channels is None:
                     row.reason = f"{why} ({residual.reason})"
-                    yield module, row, None
+                    yield Found(module, row)
                     continue
                 where = (fqn, placement, channels, like.device, like.dtype)
                 ends = (block, len(ways[0][0]))
                 place = Place(*where, *ends, reason=residual.reason, planned=planned_of(module)[:2])
-                yield module, row, place
+                yield Found(module, row, place)
 
 
 def _read(found: set[Features]) -> tuple[int | None, str]:
