@@ -33,7 +33,6 @@ from .data import DomainData, Loader
 from .domain_rows import JOINT, tabulated
 from .errors import RecipeError
 from .finetune import check_image_size, check_model_name, load_data, pick_device
-from .mixstyle import add_mixstyle
 from .nearest import NearestDomain
 from .points import draw_points
 from .training import fill_statistics, make_arm, takes_context, train_epoch
@@ -131,14 +130,29 @@ def make_loader(config: Config, data: DomainData, model: nn.Module, device: torc
 def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Module:
     """Convert the model; every method computes the same function before it is trained."""
     name = frozen.name_of(method)
-    if name == "mixstyle":
-        model = add_mixstyle(model)
-    elif name != "bn":
+    if name != "bn":
         settings: dict[str, Any] = {"assignment": "instance"} if name == "acn" else {}
+        if name == "mixstyle":
+            settings = after_early_stages(model)
         if normswap.get_method(name).needs_context:
             settings["contexts"] = contexts
         model = normswap.convert(model, name, verify=False, **settings)
     return frozen.freeze_if_asked(method, model)
+
+
+def after_early_stages(model: nn.Module) -> dict[str, Any]:
+    """Return where MixStyle's authors have it: after layer1 and layer2 of a ResNet.
+
+    Raises:
+        RecipeError: the model does not say which its stages are.
+    """
+    stages = [i["module"] for i in getattr(model, "feature_info", ()) if i["reduction"] in (4, 8)]
+    if not stages:
+        raise RecipeError(
+            f"expected a timm model with stages of reduction 4 and 8 for mixstyle, got "
+            f"{type(model).__name__}; leave mixstyle out of --methods"
+        )
+    return {"placement": "output", "select": stages}
 
 
 def train_one(
