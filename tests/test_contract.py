@@ -110,7 +110,10 @@ class Groups(Method):
     input_dependent = True
 
     def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
-        return nn.GroupNorm(1, site.num_features, site.eps)
+        layer = nn.GroupNorm(1, site.num_features, site.eps)
+        if site.affine:
+            layer.load_state_dict({"weight": source.weight, "bias": source.bias})
+        return layer
 
 
 EVERY = [

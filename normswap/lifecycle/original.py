@@ -1,5 +1,6 @@
 """What a norm was before a layer replaced it, and how the layer becomes that norm again."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +55,9 @@ def make_layer(
     Raises:
         ConversionError: it is no new layer, or none that takes the context its method needs.
     """
-    layer = method.build(site, source, contexts, options)
+    # A norm without values has none to copy into a layer on another device.
+    with torch.device("meta") if site.device.type == "meta" else nullcontext():
+        layer = method.build(site, source, contexts, options)
     if not isinstance(layer, nn.Module) or layer is source:
         raise ConversionError(
             f"method {method.name!r}: expected build() to return a new module for {site.fqn!r}, "
