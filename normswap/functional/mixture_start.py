@@ -53,7 +53,7 @@ def start_components(
     Returns:
         logits of lambda (K,), offsets delta (K,), both float64, and gamma' / gamma.
     """
-    place = torch.arange(count, dtype=torch.float64)
+    place = torch.arange(count, dtype=torch.float64, device="cpu")
     logits, offsets, shrink = -strength * place, torch.zeros_like(place), 1.0
     if start == "jitter":
         logits = torch.zeros_like(place)
