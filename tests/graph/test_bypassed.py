@@ -36,7 +36,7 @@ FAILING = {
     "functional": lambda m, x: F.batch_norm(x, m.norm.running_mean, m.norm.running_var),
     "alias": use_alias,
     "helper": lambda m, x: use_helper(x, m.norm),
-    "getattr": lambda m, x: F.batch_norm(x, None, getattr(m.norm, "running_var")),  # noqa: B009
+    "getattr": lambda m, x: F.instance_norm(x, weight=getattr(m.norm, "weight")),  # noqa: B009
     "list": lambda m, x: F.batch_norm(x, m.norms[0].running_mean, m.norms[0].running_var),
     "operator": lambda m, x: torch.batch_norm(
         x, None, None, m.norm.running_mean, m.norm.running_var, False, 0.1, 1e-5, False
