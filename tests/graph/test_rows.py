@@ -128,11 +128,34 @@ def test_what_was_measured_is_copied_and_pickled(fold, unfold, never_again):
 @FOLDS
 def test_what_was_measured_holds_for_any_number_of_samples(fold, unfold, never_again):
     model = converted(fold, unfold)
-    x = torch.randn(7, 5, 6, dtype=torch.float64)
-    model(x[:3], context=torch.tensor([0, 1, 2]))
+    x = torch.randn(7, 4, 6, dtype=torch.float64)
+    model(x[:5], context=torch.tensor([0, 1, 2, 0, 1]))
     never_again()
     labels = torch.tensor([0, 1, 2, 0, 1, 2, -1])
     assert torch.allclose(model(x, context=labels), singly(model, x, labels), rtol=1e-12)
+
+
+TAILS = {
+    "swapped": lambda n: [*range(n - 2), n - 1, n - 2],
+    "turned around": lambda n: [0, 1, 2, *range(n - 1, 2, -1)],
+}
+
+
+@pytest.mark.parametrize("trace", [True, False])
+@pytest.mark.parametrize(("tail", "samples"), [("swapped", 5), ("turned around", 9)])
+def test_orders_that_leave_the_first_three_samples_in_place(tail, samples, trace):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            return self.norm(x[TAILS[tail](len(x))])
+
+    model = apart(normswap.convert(Model().eval(), "cn", contexts=K, trace=trace))
+    x, labels = torch.randn(samples, 6), torch.arange(samples) % K
+    order = TAILS[tail](samples)
+    assert model(x, context=labels).equal(model.norm(x[order], context=labels[order]))
 
 
 def test_measuring_updates_statistics_once_and_draws_nothing():
@@ -558,7 +581,7 @@ def test_layers_skipped_at_random_are_one_per_sample():
 
 def test_sizes_stop_to_matter_after_some_were_alike(never_again):
     model = converted(outermost, from_outermost)
-    for length in (2, 3, 4):
+    for length in (2, 3, 6):
         model(torch.randn(N, length, 6, dtype=torch.float64), context=LABELS)
     never_again()
     x = torch.randn(N, 9, 6, dtype=torch.float64)
