@@ -9,7 +9,7 @@ from torch import nn
 from normswap.errors import ConversionError
 from normswap.graph.class_questions import reachable
 from normswap.graph.tracing.bytecode import codes_of, steps_of
-from normswap.util.looks import CALL, ORIGINAL, class_of
+from normswap.util.original_class import CALL, ORIGINAL, class_of
 
 _LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CONST")
 _LOOKS_UP = ("LOAD_ATTR", "LOAD_METHOD")

@@ -18,7 +18,7 @@ from normswap.errors import ConversionError
 from normswap.graph.pinned import closure_of
 from normswap.graph.tracing.bytecode import COMPARES, Statement, codes_of, read_code
 from normswap.graph.tracing.failure import is_library
-from normswap.util.looks import class_of
+from normswap.util.original_class import class_of
 
 _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
 

@@ -16,7 +16,7 @@ from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.method_calls import method_of
 from normswap.graph.tracing.reads import Reads
 from normswap.graph.tracing.symbol import is_something
-from normswap.graph.tracing.values import symbolic_parts
+from normswap.graph.tracing.value_kinds import symbolic_parts
 from normswap.graph.tracing.whitelist import needs_guard, why_unfit
 
 _MISSING = object()
