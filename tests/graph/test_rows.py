@@ -158,6 +158,23 @@ def test_orders_that_leave_the_first_three_samples_in_place(tail, samples, trace
     assert model(x, context=labels).equal(model.norm(x[order], context=labels[order]))
 
 
+@pytest.mark.parametrize("trace", [True, False])
+def test_compiled_training_of_what_flips_in_eval_is_refused(trace):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            return self.norm(x.flip(0))
+
+    x = torch.randn(N, 6)
+    model = normswap.convert(Model(), "cn", contexts=K, trace=trace, example_inputs=x)
+    torch._dynamo.reset()
+    with pytest.raises(ContextError, match="nothing that tells"):
+        torch.compile(model.train(), backend="eager")(x, context=LABELS)
+
+
 def test_measuring_updates_statistics_once_and_draws_nothing():
     model = converted(innermost, from_innermost).train()
     reference = copy.deepcopy(model)

@@ -175,7 +175,9 @@ class Rows:
         # In a program for any batch the sizes are symbols; their ratio is a number all the same.
         times = 0 if rows % samples else int(rows // samples)
         step = self.known.get((site, layer.training, times))
-        if step is None and times == 1:
+        # An order that the other mode has is likely this one's, too.
+        other = self.known.get((site, not layer.training, times))
+        if step is None and times == 1 and (other is None or other.regular):
             return Step(site, layer.training, 0, ONE, 1)
         if (step is None or not step.regular) and not isinstance(rows, torch.SymInt):
             step = self.known.get((site, layer.training, rows, samples))
