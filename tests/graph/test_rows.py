@@ -514,6 +514,20 @@ def test_labels_that_cannot_follow_are_an_error_that_names_norm_cause_and_way_ou
     assert torch.isfinite(model(x, context="1")).all()
 
 
+@pytest.mark.parametrize(("step", "told"), [(1e-15, True), (1e-6, False)])
+def test_rows_of_dead_activations_are_equal_but_for_rounding(step, told):
+    def dead(s, x):
+        return s.norm((-x.abs()).relu() + 1 + step * torch.arange(len(x)).unsqueeze(1))
+
+    model, x = ordered(dead), torch.randn(4, 6, dtype=torch.float64)
+    if not told:
+        with pytest.raises(ContextError, match="4 rows from no sample of 4"):
+            model(x, context=LABELS)
+        return
+    y = model.norm(torch.ones_like(x), context=LABELS)
+    torch.testing.assert_close(model(x, context=LABELS), y)
+
+
 @contextmanager
 def refusal(part):
     """Take a ContextError that says this; another error, or none, passes."""
