@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from normswap.graph.tracing.failure import TraceFailure, is_library
-from normswap.graph.tracing.whitelist import CONSTANTS, FUNCTIONS, is_constant
+from normswap.graph.tracing.failure import TraceFailure
+from normswap.graph.tracing.parts import Part, parts_of, parts_of_class
+from normswap.graph.tracing.whitelist import FUNCTIONS, is_built_in, is_constant, is_plain
 
 _MOST_PARTS = 256
 # Stands for an attribute that is not there.
@@ -103,6 +104,7 @@ class Reads:
         self.children: dict[str, tuple[str, ...]] = {}
         self.methods: dict[tuple[str, str], Any] = {}
         self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        self._functions: dict[types.CodeType, types.FunctionType] = {}
         self._live: list[tuple[str, Any, Any]] = []
 
     def attribute(self, path: str, name: str, value: Any) -> Any:
@@ -113,6 +115,7 @@ class Reads:
         """
         if _is_comparable(value):
             if (path, name) not in self.attributes:
+                self._add_parts(parts_of(value))
                 self.attributes[path, name] = _copy(value)
                 self._live += [(name, part, _shallow(part)) for part in _mutable(value)]
             return value
@@ -125,7 +128,32 @@ class Reads:
 
     def name(self, holder: Any, name: str, value: Any) -> None:
         """Note what a global, or an attribute of a class, means."""
-        self.names.setdefault((id(holder), name), (holder, name, _function(value)))
+        if (id(holder), name) not in self.names:
+            self.names[id(holder), name] = (holder, name, _function(value))
+            self._add_parts(parts_of(_function(value)))
+
+    def method(self, path: str, name: str, function: Any) -> None:
+        """Note which function the class of a module has."""
+        self.methods[path, name] = function
+        self._add_parts(parts_of(function))
+
+    def made(self, cls: type) -> None:
+        """Note all attributes of a class of which an object is made."""
+        self._add_parts(parts_of_class(cls))
+
+    def default_of(self, code: types.CodeType, value: Any) -> bool:
+        """Return whether a value is the default of an argument of a function that was read."""
+        function = self._functions.get(code)
+        if function is None:
+            return False
+        kept = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        return any(value is default for default in kept)
+
+    def _add_parts(self, parts: Iterable[Part]) -> None:
+        for holder, name, value in parts:
+            if name == "__code__":
+                self._functions[value] = holder
+            self.names.setdefault((id(holder), name), (holder, name, _copy(_function(value))))
 
     def holds(self, value: Any) -> bool:
         """Return whether a list, dict or set is an attribute that was read."""
@@ -200,21 +228,23 @@ def _split(path: str) -> Path:
 
 
 def _is_comparable(value: Any) -> bool:
-    if isinstance(value, list | tuple | set | frozenset):
-        return len(value) <= _MOST_PARTS and all(map(_is_comparable, value))
-    if isinstance(value, dict):
-        return len(value) <= _MOST_PARTS and all(map(_is_comparable, value.values()))
+    if isinstance(value, list | tuple | set | frozenset | dict):
+        parts = value.values() if isinstance(value, dict) else value
+        fit = is_built_in(value) and len(value) <= _MOST_PARTS
+        return fit and all(map(_is_comparable, parts))
     if isinstance(value, types.MethodType):
         return isinstance(value.__self__, nn.Module)
     if isinstance(value, type):
-        return is_library(value.__module__)
-    return is_constant(value) or isinstance(value, (*FUNCTIONS, *CONSTANTS, Tensor, nn.Module))
+        return is_plain(value)
+    return is_constant(value) or isinstance(value, (*FUNCTIONS, Tensor, nn.Module))
 
 
 def _copy(value: Any) -> Any:
     """Copy the lists, dicts and sets of a value."""
-    if type(value) in (list, tuple):
-        return type(value)([_copy(part) for part in value])
+    if type(value) is list:
+        return [_copy(part) for part in value]
+    if isinstance(value, tuple):
+        return tuple.__new__(type(value), [_copy(part) for part in value])
     if isinstance(value, dict):
         copy = value.copy()
         copy.update((key, _copy(part)) for key, part in value.items())

@@ -246,7 +246,7 @@ class ContainerTracer(fx.Tracer):
         if module is self.root and name in self.outlined:
             return functools.partial(self._call_method, Outlined(name))
         if not is_torch(function.__module__):
-            self.reads.methods[path, name] = function
+            self.reads.method(path, name, function)
         return value
 
 
