@@ -15,15 +15,12 @@ from normswap.graph.tracing.whitelist import is_constant, is_plain
 # A holder, the name of an attribute of it, and its value.
 Part = tuple[Any, str, Any]
 _MADE = ("_field_defaults", "_abc_impl")  # by Python, of a named tuple, of an abstract class
-_FIELD = type(collections.namedtuple("_Field", "field").field)  # type: ignore[attr-defined]
-_BOUND = (
-    types.FunctionType,
-    classmethod,
-    staticmethod,
-    property,
+# What finds a field of a named tuple, or a slot: Python's, and nothing that a compiler follows.
+_FIELDS = (
+    type(collections.namedtuple("_Field", "field").field),  # type: ignore[attr-defined]
     types.MemberDescriptorType,
-    _FIELD,
 )
+_METHODS = (types.FunctionType, classmethod, staticmethod)
 
 
 def parts_of(value: Any) -> Iterator[Part]:
@@ -67,15 +64,14 @@ def parts_of_class(cls: type) -> Iterator[Part]:
         yield from ((member, name, part) for name, part in attributes_of(member))
     for base in [base for base in cls.__mro__ if not is_plain(base)]:
         for name, raw in vars(base).items():
-            fit = isinstance(raw, _BOUND) or is_constant(raw) or name in _MADE or name in members
-            if name.startswith("_") and name.endswith("_") and not isinstance(raw, _BOUND):
+            method = isinstance(raw, _METHODS)
+            known = name in (*_MADE, *members) or isinstance(raw, _FIELDS)
+            if known or (not method and name.startswith("_") and name.endswith("_")):
                 continue
-            if not fit:
+            if not (method or is_constant(raw)):
                 raise TraceFailure(f"makes or uses a {cls.__name__}, whose .{name} may change")
-            if name not in _MADE:
-                yield cls, name, getattr(cls, name)
-                function = raw.fget if isinstance(raw, property) else raw
-                yield from parts_of(getattr(function, "__func__", function))
+            yield cls, name, getattr(cls, name)
+            yield from parts_of(getattr(raw, "__func__", raw))
 
 
 def attributes_of(member: enum.Enum) -> Iterator[tuple[str, Any]]:

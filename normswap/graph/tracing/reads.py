@@ -53,7 +53,8 @@ class Guards(NamedTuple):
                 return False
         for holder, name, value in self.names:
             now = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
-            if not alike(_function(now), value):
+            # A compiler, once it saw a number change, knows no attributes of it.
+            if not alike(now if isinstance(value, (int, float)) else _function(now), value):
                 return False
         return True
 
