@@ -6,6 +6,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from normswap.graph.tracing.containers import (
+    copy_alone,
+    copy_parts,
+    find_mutable,
+    restore,
+    same_parts,
+)
 from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.parts import Part, parts_of, parts_of_class
 from normswap.graph.tracing.whitelist import FUNCTIONS, is_built_in, is_constant, is_plain
@@ -117,8 +124,8 @@ class Reads:
         if _is_comparable(value):
             if (path, name) not in self.attributes:
                 self._add_parts(parts_of(value))
-                self.attributes[path, name] = _copy(value)
-                self._live += [(name, part, _shallow(part)) for part in _mutable(value)]
+                self.attributes[path, name] = copy_parts(value)
+                self._live += [(name, part, copy_alone(part)) for part in find_mutable(value)]
             return value
         if callable(value) or not isinstance(getattr(value, "__dict__", None), dict):
             raise TraceFailure(
@@ -154,7 +161,7 @@ class Reads:
         for holder, name, value in parts:
             if name == "__code__":
                 self._functions[value] = holder
-            self.names.setdefault((id(holder), name), (holder, name, _copy(_function(value))))
+            self.names.setdefault((id(holder), name), (holder, name, copy_parts(_function(value))))
 
     def holds(self, value: Any) -> bool:
         """Return whether a list, dict or set is an attribute that was read."""
@@ -164,9 +171,9 @@ class Reads:
         """Undo what the forward changed in the containers it read; return which, or ""."""
         changed = ""
         for name, live, before in self._live:
-            if not _same_parts(live, before):
+            if not same_parts(live, before):
                 changed = changed or name
-                _restore(live, before)
+                restore(live, before)
         return changed
 
 
@@ -238,42 +245,3 @@ def _is_comparable(value: Any) -> bool:
     if isinstance(value, type):
         return is_plain(value)
     return is_constant(value) or isinstance(value, (*FUNCTIONS, Tensor, nn.Module))
-
-
-def _copy(value: Any) -> Any:
-    """Copy the lists, dicts and sets of a value."""
-    if type(value) is list:
-        return [_copy(part) for part in value]
-    if isinstance(value, tuple):
-        return tuple.__new__(type(value), [_copy(part) for part in value])
-    if isinstance(value, dict):
-        copy = value.copy()
-        copy.update((key, _copy(part)) for key, part in value.items())
-        return copy
-    return value.copy() if isinstance(value, set) else value
-
-
-def _shallow(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else value.copy()
-
-
-def _mutable(value: Any) -> list[Any]:
-    """Return every list, dict and set that a value is or holds."""
-    parts = value.values() if isinstance(value, dict) else value
-    found = [value] if isinstance(value, list | dict | set) else []
-    if isinstance(value, list | tuple | dict):
-        found += [inner for part in parts for inner in _mutable(part)]
-    return found
-
-
-def _same_parts(live: Any, before: Any) -> bool:
-    if isinstance(live, set):
-        return bool(live == before)
-    if isinstance(live, dict):
-        return list(live) == list(before) and all(live[k] is before[k] for k in before)
-    return len(live) == len(before) and all(a is b for a, b in zip(live, before, strict=True))
-
-
-def _restore(live: Any, before: Any) -> None:
-    live.clear()
-    live.extend(before) if isinstance(live, list) else live.update(before)

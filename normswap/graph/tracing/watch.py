@@ -74,7 +74,7 @@ class Watch:
         self._check_arguments(frame)
         refused = self._refused.get(frame.f_code)
         if refused is None or frame.f_code.co_freevars:
-            found = {at: self._why_unfit(frame, load) for at, load in code.loads.items()}
+            found = {at: self._judge(frame, load) for at, load in code.loads.items()}
             refused = {at: why for at, why in found.items() if why} | code.refused
             self._refused[frame.f_code] = refused
         if not refused and not code.tests:
@@ -124,32 +124,35 @@ class Watch:
             if isinstance(value, type) and not is_plain(value):
                 raise TraceFailure(f"hands the class {value.__name__} to {code.co_name}")
 
-    def _why_unfit(self, frame: types.FrameType, load: Load) -> str:
+    def _judge(self, frame: types.FrameType, load: Load) -> str:
         """Return why a name may not be read; note what it means where that may change."""
-        if load.free:
-            return self._why_unfit_cell(frame, load)
+        try:
+            return (self._why_unfit_cell if load.free else self._why_unfit)(frame, load)
+        except TraceFailure as failure:  # it may never be read
+            return str(failure)
+
+    def _why_unfit(self, frame: types.FrameType, load: Load) -> str:
+        """Return why a global or a builtin may not be read."""
         table = frame.f_globals if load.name in frame.f_globals else frame.f_builtins
         if load.name not in table:
             return ""  # an error of the forward's own
-        holder: Any = table
-        key, value = load.name, _unwrap(table[load.name])
-        if table is frame.f_builtins or value is getattr(builtins, key, _MISSING):
+        value = _unwrap(table[load.name])
+        if table is frame.f_builtins or value is getattr(builtins, load.name, _MISSING):
             if value is super:
                 return self._why_unfit_inherited(frame, load)
             inner = next((name for name in load.chain if name.startswith("__")), None)
-            return why_unfit(value, key) if inner is None else f"goes by {key}.{inner}"
-        return self._why_unfit_chain(load, holder, value)
+            return f"goes by {load.name}.{inner}" if inner else why_unfit(value, load.name)
+        return self._why_unfit_chain(load, table, value)
 
-    def _why_unfit_chain(self, load: Load, holder: Any, value: Any) -> str:
+    def _why_unfit_chain(self, load: Load, table: Any, value: Any) -> str:
         """Return why what a name and its attributes lead to may not be read; note each step."""
-        key = load.name
-        steps = [(holder, key, value)]
+        steps = [(table, key := load.name, value)]
         for name in load.chain:
             if not isinstance(value, types.ModuleType | type | enum.Enum):
                 if isinstance(value, types.FunctionType) and not name.startswith("__"):
                     return f"reads {key}.{name}, an attribute of a function"
                 break
-            if is_torch(getattr(value, "__module__", None)):
+            if isinstance(value, type) and is_torch(value.__module__):
                 break
             holder, key, value = value, name, _unwrap(getattr(value, name, _MISSING))
             if value is _MISSING or isinstance(value, property):
