@@ -143,7 +143,7 @@ class ContainerTracer(fx.Tracer):
         try:
             return TracerBase.create_arg(self, a)
         except NotImplementedError:
-            raise TraceFailure(f"hands on a {type(a).__name__}, which no graph can hold") from None
+            raise TraceFailure(f"hands on an object of class {type(a).__name__}") from None
 
     def _create_mapping(self, a: Any) -> fx.Node:
         if is_dataclass(a):
