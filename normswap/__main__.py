@@ -1,6 +1,6 @@
 """``python -m normswap``."""
 
-from normswap.cli import main
+from normswap.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

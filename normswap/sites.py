@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normswap.measure_eps import measure_eps
+from normswap.util.measure_eps import measure_eps
 
 # Classes of libraries this package does not import, by qualified name; each computes batch norm,
 # then its children `drop` and `act`.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.converted import method_layers
+from normswap.lifecycle.record import method_layers
 from normswap.methods.base import get_method
 from tests.builders import SKEWED, assert_close, random_
 from tests.models import MODELS, make_inputs, make_model

@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import normswap
-from normswap.files import DESCRIPTION
+from normswap.saving.folder import DESCRIPTION
 from tests.builders import SKEWED
 from tests.contract import separate
 from tests.lifecycle import NAMES

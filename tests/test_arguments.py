@@ -14,7 +14,7 @@ from torch import nn
 
 import normswap
 from normswap import NormswapError
-from normswap.arguments import check_callable, describe, meant
+from normswap.util.arguments import check_callable, describe, meant
 from tests.lifecycle import same
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import normswap
 from normswap import AdaptiveContextNorm, ConversionError
-from normswap.streams import Reservoir
+from normswap.util.batches import Reservoir
 from tests.acn import EVERY_KIND, make_bimodal
 from tests.builders import assert_close
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import normswap
-from normswap.cli import main
+from normswap.cli.main import main
 
 
 def test_methods_lists_the_registry(capsys):

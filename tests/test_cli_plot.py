@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 import normswap
 from normswap import plot
-from normswap.cli import main
-from normswap.plot import files
+from normswap.cli.main import main
+from normswap.plot import run_files
 from normswap.plot.divergence import model_divergences
 from tests.models import make_inputs, make_model
 
@@ -83,7 +83,7 @@ def test_where_crossnorm_would_fire_is_drawn_of_a_timm_model(tmp_path, monkeypat
 
 
 def test_curves_of_a_run_leave_the_held_out_domain_out(run):
-    given = files.read_curves(run)
+    given = run_files.read_curves(run)
     assert given["x"] == [1, 2]
     loss, accuracy = given["panels"].values()
     assert loss == {"bn": [2.0, 1.0], "cn": [3.0, 1.5]}
@@ -98,7 +98,7 @@ def test_other_records_have_a_panel_for_each_number(tmp_path):
     lines = [{"step": 10, "loss": 1.0, "note": "x"}, {"step": 20, "loss": 0.5, "top1": 3}]
     path = tmp_path / "log.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    given = files.read_curves(path)
+    given = run_files.read_curves(path)
     assert (given["x"], given["xlabel"]) == ([10, 20], "step")
     assert given["panels"] == {"loss": {"loss": [1.0, 0.5]}, "top1": {"top1": [None, 3]}}
 
@@ -109,7 +109,7 @@ def test_divergences_of_a_file_are_those_of_the_model(method, prefix, tmp_path):
     model = convert(method)
     save(model, tmp_path / "some.safetensors", prefix)
     order = [name for name, _ in model.named_modules()]
-    rows = files.divergences_in(files.read_tensors(tmp_path), order)
+    rows = run_files.divergences_in(run_files.read_tensors(tmp_path), order)
     report = normswap.summary(model)
     assert list(rows) == [row.fqn for row in report.rows]
     shown = plot.divergence(model).axes[0].get_images()[0].get_array()
@@ -120,7 +120,7 @@ def test_layers_of_unknown_order_are_sorted_with_numbers_by_size(tmp_path):
     norm = {"running_mean": torch.zeros(2, 3), "running_var": torch.ones(2, 3)}
     tensors = {f"layer{k}.{n}": v for k in (10, 9, 1) for n, v in norm.items()}
     tensors |= {f"layer{k}.priors": torch.full((2,), 0.5) for k in (10, 9, 1)}
-    assert list(files.divergences_in(tensors)) == ["layer1", "layer9", "layer10"]
+    assert list(run_files.divergences_in(tensors)) == ["layer1", "layer9", "layer10"]
 
 
 @pytest.mark.parametrize(

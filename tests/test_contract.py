@@ -10,7 +10,7 @@ import normswap
 from normswap.functional import Affine, Moments, apply_affine, fold_norm
 from normswap.methods.base import _REGISTRY, Contexts, Method, affine_tensors, get_method
 from normswap.methods.layer import ContextLayer, adopt, load_shared
-from normswap.methods.plain import Plain, added_prior, pick
+from normswap.methods.norm_values import Plain, added_prior, pick
 from normswap.sites import Site
 from tests.contract import Contract
 from tests.lifecycle import Lifecycle

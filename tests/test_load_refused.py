@@ -11,7 +11,7 @@ from torch import nn
 
 import normswap
 from normswap import CheckpointError, ConversionError
-from normswap.files import DESCRIPTION, FORMAT
+from normswap.saving.folder import DESCRIPTION, FORMAT
 from tests.lifecycle import same
 from tests.models import ConvNet, make_model
 from tests.saved import describe, make, rewrite

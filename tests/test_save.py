@@ -16,7 +16,7 @@ from torch import nn
 
 import normswap
 from normswap import CheckpointError
-from normswap.files import DESCRIPTION
+from normswap.saving.folder import DESCRIPTION
 from tests.builders import SKEWED, trained_norm
 from tests.contract import separate
 from tests.lifecycle import NAMES, same, train

@@ -10,7 +10,7 @@ from normswap.contexts.clusters import ClusterAssigner, GaussianMixtureAssigner,
 from normswap.contexts.feature_stream import Blocks, FeatureStream
 from normswap.contexts.features import PIXELS, Features
 from normswap.errors import ContextError, ContextWarning
-from normswap.extras import need
+from normswap.util.extras import need
 
 BLOCK = 1024
 LEAST_SPREAD = 1e-3

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normswap.contexts.assigner import UNKNOWN, Assigner
-from normswap.contexts.rows import Row, Rows, as_text, read_rows
+from normswap.contexts.read_rows import Row, Rows, as_text, read_rows
 from normswap.contexts.tally import Tally
 from normswap.errors import ContextError, UnknownNameError
 

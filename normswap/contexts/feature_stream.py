@@ -10,7 +10,7 @@ from normswap.contexts.clusters import ClusterAssigner
 from normswap.contexts.features import Extractor, Features, targets_of
 from normswap.contexts.tally import Tally
 from normswap.errors import ContextError
-from normswap.streams import Reservoir, show_progress, undisturbed
+from normswap.util.batches import Reservoir, show_progress, undisturbed
 
 A = TypeVar("A", bound=ClusterAssigner)
 # The squares of larger ones overflow float32.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.errors import ContextError
-from normswap.streams import undisturbed
+from normswap.util.batches import undisturbed
 
 PIXELS = "pixels"
 # Images up to this side are taken pixel by pixel, larger ones averaged down to it: neighbouring

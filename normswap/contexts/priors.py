@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normswap.arguments import describe
 from normswap.errors import ConversionError
 from normswap.functional.labels import Labels, resolve_labels
+from normswap.util.arguments import describe
 
 _LEAST = 1e-12
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from normswap.arguments import describe
 from normswap.errors import ContextError
-from normswap.extras import need
+from normswap.util.arguments import describe
+from normswap.util.extras import need
 from normswap.util.read_file import read_file
 
 NAME = "contexts.json"

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from normswap.arguments import describe, listed, unknown_name
 from normswap.errors import ContextError
+from normswap.util.arguments import describe, listed, unknown_name
 
 
 class Context(NamedTuple):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.arguments import check_count, check_number
 from normswap.errors import ConversionError, NormswapError
 from normswap.functional.backward import in_backward
+from normswap.util.arguments import check_count, check_number
 
 REMEMBERED = 4096
 

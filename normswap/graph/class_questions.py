@@ -19,7 +19,7 @@ from normswap.graph.pinned import closure_of
 from normswap.graph.tracing.bytecode import Statement, codes_of, read_code
 from normswap.graph.tracing.failure import is_library
 from normswap.graph.tracing.uses import COMPARES
-from normswap.util.looks import class_of
+from normswap.util.original_class import class_of
 
 _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 from normswap.errors import ConversionError, refuse_scripting
 from normswap.graph.class_questions import check_question
 from normswap.graph.state import ContainerState, context_argument, own_forward
-from normswap.graph.tracing.values import any_leaf
+from normswap.graph.tracing.value_kinds import any_leaf
 
 # Methods by which models fold their batch norms into convolutions: torchvision's, timm's and
 # ultralytics' names, where they need no argument.

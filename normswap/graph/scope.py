@@ -11,8 +11,8 @@ from normswap.errors import ContextError
 from normswap.functional.backward import UNKNOWN, Remembered, may_run_again
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.graph.entries import SEVERAL, Entry, Local
-from normswap.graph.rows import Rows
-from normswap.graph.run import is_measuring
+from normswap.graph.rows.check import Rows
+from normswap.graph.rows.run import is_measuring
 
 # Before that, compiled code can read what belongs to a thread, but not what belongs to a task.
 _COMPILES_CONTEXTVARS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from normswap.distributed import group_name
 from normswap.errors import ConversionError
 from normswap.functional.moments import Moments
 from normswap.methods.acn_layer import AdaptiveContextNorm
@@ -18,8 +17,9 @@ from normswap.methods.base import (
     register_method,
 )
 from normswap.methods.layer import adopt
-from normswap.methods.plain import Plain
+from normswap.methods.norm_values import Plain
 from normswap.sites import Site
+from normswap.util.distributed import group_name
 
 
 @register_method

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.distributed import sum_over
 from normswap.functional.backward import in_backward
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_positions
 from normswap.functional.mixture_fused import norm_elements
@@ -17,7 +16,8 @@ from normswap.functional.mixture_synced import shared_moments
 from normswap.functional.moments import Moments, compute_dtype, log_spread
 from normswap.methods.acn_options import AdaptiveOptions
 from normswap.methods.layer import RUNNING, NormLayer
-from normswap.methods.values import check_settings, counted_nothing, fill_affine, fitting
+from normswap.methods.layer_tensors import check_settings, counted_nothing, fill_affine, fitting
+from normswap.util.distributed import sum_over
 
 _NORMALIZE: dict[str, Callable[..., Normalized]] = {
     "channel": norm_elements,

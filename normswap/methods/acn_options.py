@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from normswap.arguments import MOST_CONTEXTS, check_choice, check_count, describe
 from normswap.errors import ConversionError
+from normswap.util.arguments import MOST_CONTEXTS, check_choice, check_count, describe
 
 _CHOICES = {
     "statistics": ("batch", "learned"),

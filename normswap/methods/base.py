@@ -8,11 +8,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from normswap.arguments import check_choice, meant
 from normswap.errors import ConversionError
 from normswap.functional.moments import Moments
-from normswap.methods.plain import Plain
+from normswap.methods.norm_values import Plain
 from normswap.sites import Place, Site
+from normswap.util.arguments import check_choice, meant
 
 
 @dataclass(frozen=True)

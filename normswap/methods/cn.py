@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.distributed import group_name
 from normswap.functional.moments import Moments
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.cn_layer import ContextNorm
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import adopt
 from normswap.sites import Site
+from normswap.util.distributed import group_name
 
 
 @register_method

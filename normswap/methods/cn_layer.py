@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.distributed import sum_over, sum_over_ddp
 from normswap.functional.affine import Centred, centre_norm, pool_norm
 from normswap.functional.backward import in_backward
 from normswap.functional.context import norm_contexts
@@ -21,6 +20,7 @@ from normswap.functional.moments import (
 )
 from normswap.functional.tables import apply_centred
 from normswap.methods.cn_tables import ContextTables
+from normswap.util.distributed import sum_over, sum_over_ddp
 
 
 class ContextNorm(ContextTables):

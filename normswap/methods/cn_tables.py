@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from normswap.functional.moments import Moments
 from normswap.methods.layer import ContextLayer
-from normswap.methods.plain import Plain, added_prior, pick, pick_moments
-from normswap.methods.values import check_settings, counted_nothing, fill_affine, load_shared
+from normswap.methods.layer_tensors import check_settings, counted_nothing, fill_affine, load_shared
+from normswap.methods.norm_values import Plain, added_prior, pick, pick_moments
 
 
 class ContextTables(ContextLayer):

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from normswap.arguments import describe
 from normswap.errors import ConversionError
 from normswap.functional.schedule import Schedule
 from normswap.methods.base import InsertedMethod, register_method
 from normswap.methods.crossnorm import CrossNormOptions, ScheduledCrossNorm
 from normswap.methods.selfnorm import SelfNorm, SelfNormOptions
 from normswap.sites import Place
+from normswap.util.arguments import describe
 
 
 class CNSN(nn.Module):

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.distributed import sum_over, sum_over_ddp
 from normswap.functional.affine import Centred, centre_norm, pool_norm
 from normswap.functional.labels import one_label
 from normswap.functional.moments import (
@@ -21,9 +20,10 @@ from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import RUNNING, ContextLayer, adopt
-from normswap.methods.plain import Plain, added_prior, pick_moments
-from normswap.methods.values import check_settings, fill_affine, fitting
+from normswap.methods.layer_tensors import check_settings, fill_affine, fitting
+from normswap.methods.norm_values import Plain, added_prior, pick_moments
 from normswap.sites import Site
+from normswap.util.distributed import sum_over, sum_over_ddp
 
 
 class ContextNormX(ContextLayer):

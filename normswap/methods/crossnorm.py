@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normswap.arguments import check_choice, check_count, check_number
 from normswap.errors import InputError
 from normswap.functional.schedule import Schedule
 from normswap.functional.style import cross_norm, draw_box
 from normswap.methods.base import InsertedMethod, register_method
 from normswap.sites import Place
+from normswap.util.arguments import check_choice, check_count, check_number
 
 CROPS = ("neither", "style", "content", "both")
 

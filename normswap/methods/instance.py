@@ -13,8 +13,8 @@ from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
 from normswap.methods.layer import RUNNING, ContextLayer, adopt
-from normswap.methods.plain import Plain, added_prior, pick
-from normswap.methods.values import check_settings, load_shared
+from normswap.methods.layer_tensors import check_settings, load_shared
+from normswap.methods.norm_values import Plain, added_prior, pick
 from normswap.sites import Site
 
 

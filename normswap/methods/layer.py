@@ -6,13 +6,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.arguments import MOST_CONTEXTS, MOST_FEATURES, check_count, describe
 from normswap.errors import ContextError, MissingContextError, refuse_scripting
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
-from normswap.methods.values import Resettable, WithPriors, lay_out
-from normswap.methods.values import load_shared as load_shared
+from normswap.methods.layer_tensors import Resettable, WithPriors, lay_out
+from normswap.methods.layer_tensors import load_shared as load_shared
 from normswap.sites import Site
-from normswap.util.looks import AsBefore
+from normswap.util.arguments import MOST_CONTEXTS, MOST_FEATURES, check_count, describe
+from normswap.util.original_class import AsBefore
 
 # What code that reads a norm may ask of it; the answer is that of the norm replaced.
 _SETTINGS = ("affine", "track_running_stats")

@@ -6,7 +6,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normswap.arguments import MOST_FEATURES, check_choice, check_count
 from normswap.errors import ConversionError, InputError
 from normswap.functional.affine import Affine
 from normswap.functional.fused import stat_affine
@@ -15,6 +14,7 @@ from normswap.functional.style import style_of
 from normswap.methods.base import InsertedMethod, register_method
 from normswap.methods.selfnorm_gate import STD_EPS, Gate
 from normswap.sites import Place
+from normswap.util.arguments import MOST_FEATURES, check_choice, check_count
 
 INITS = ("identity", "paper")
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normswap.distributed import sum_over
 from normswap.functional.backward import in_backward
 from normswap.functional.gate import GateGlue
 from normswap.functional.mixture_synced import shared_batch_norm
 from normswap.functional.moments import Moments, wide_dtype
 from normswap.functional.style import Style
-from normswap.methods.values import Resettable
+from normswap.methods.layer_tensors import Resettable
+from normswap.util.distributed import sum_over
 
 # Under the root of an instance's standard deviation.
 STD_EPS = 1e-12

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from normswap.errors import NormswapError
-from normswap.extras import need
+from normswap.util.extras import need
 
 # Okabe and Ito's colours, which all kinds of colour vision tell apart, the dark ones first.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4c4c4c")

@@ -14,7 +14,7 @@ from normswap.graph.state import RECORD
 from normswap.methods.acn_layer import AdaptiveContextNorm
 from normswap.methods.base import Method, get_method
 from normswap.plot.canvas import COLOURS, Axes, Figure, check_path, close, open_axes
-from normswap.streams import Reservoir, forward_batch, keep_values, show_progress, undisturbed
+from normswap.util.batches import Reservoir, forward_batch, keep_values, show_progress, undisturbed
 
 BINS = 60
 

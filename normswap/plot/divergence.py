@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError
-from normswap.extras import need
 from normswap.functional.moments import gaussian_divergences
 from normswap.graph.state import RECORD
 from normswap.methods.base import Method, get_method
 from normswap.plot.canvas import Axes, Figure, check_path, close, open_axes, shorten
+from normswap.util.extras import need
 
 FEW_COLUMNS = 8
 MANY_LAYERS = 120

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError, expect_module
-from normswap.extras import need
 from normswap.functional.schedule import Schedule
 from normswap.methods.crossnorm import ScheduledCrossNorm
 from normswap.plot.canvas import COLOURS, GREY, Axes, Figure, check_path, close, open_axes, shorten
+from normswap.util.extras import need
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import nn
 
 import normswap
 from normswap import ContextError
-from normswap.graph import rows
+from normswap.graph.rows.run import Run
 from tests.graph import behave
 
 K, N = 3, 4
@@ -109,7 +109,7 @@ def never_again(monkeypatch):
         def measure(*args, **kwargs):
             raise AssertionError("measured again")
 
-        monkeypatch.setattr(rows.Run, "measure", measure)
+        monkeypatch.setattr(Run, "measure", measure)
 
     return refuse
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.graph.snapshot import Snapshot
+from normswap.graph.rows.snapshot import Snapshot
 from tests.graph.behave import LABELS, Holder, close, images
 
 COUNTS = {"calls": 0, "of": {"each": [0]}}

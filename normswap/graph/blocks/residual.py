@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from normswap.graph.blocks.features import Features, Reader, agree
+from normswap.graph.blocks.channels import Features, Reader, agree
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _WORK = (F.conv1d, F.conv2d, F.conv3d, F.linear, torch.matmul, operator.matmul, torch.bmm)

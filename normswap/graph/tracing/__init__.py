@@ -21,8 +21,8 @@ from normswap.graph.tracing.symbol import is_something as is_something
 from normswap.graph.tracing.trace import TraceSession as TraceSession
 from normswap.graph.tracing.trace import tracing as tracing
 from normswap.graph.tracing.traced import Traced as Traced
-from normswap.graph.tracing.values import Kind as Kind
-from normswap.graph.tracing.values import describe as describe
-from normswap.graph.tracing.values import example_of as example_of
-from normswap.graph.tracing.values import find_other as find_other
-from normswap.graph.tracing.values import rebuild as rebuild
+from normswap.graph.tracing.value_kinds import Kind as Kind
+from normswap.graph.tracing.value_kinds import describe as describe
+from normswap.graph.tracing.value_kinds import example_of as example_of
+from normswap.graph.tracing.value_kinds import find_other as find_other
+from normswap.graph.tracing.value_kinds import rebuild as rebuild

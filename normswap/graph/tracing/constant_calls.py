@@ -7,7 +7,7 @@ from torch import fx
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from normswap.graph.tracing.failure import TraceFailure
-from normswap.graph.tracing.values import any_leaf
+from normswap.graph.tracing.value_kinds import any_leaf
 
 SWITCHES = "switches gradients or autocast on or off inside forward"
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from normswap.graph.tracing.failure import TraceFailure, is_torch
-from normswap.graph.tracing.values import any_leaf, find_lists
+from normswap.graph.tracing.value_kinds import any_leaf, find_lists
 
 # Position of an argument, and the keys its object has after the forward.
 Writes = tuple[tuple[int, tuple[Any, ...]], ...]

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
 from normswap.graph.tracing.list_effects import may_be_changed
-from normswap.graph.tracing.values import any_leaf
+from normswap.graph.tracing.value_kinds import any_leaf
 
 _MISSING = object()
 # Builtins that turn into calls in the graph when given symbolic values.

@@ -2,7 +2,8 @@
 
 Entering the checkpointed function would lose the recomputation; leaving it a call would lose the
 context. So it is traced apart, and the outer graph calls it with the context as an argument, which
-checkpoint keeps for the recomputation.
+checkpoint keeps for the recomputation. Serves timm's models under ``set_grad_checkpointing`` whose
+stages are compiled one by one: compiled code cannot ask which forward it is computed again for.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import fx
 
 from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.list_effects import find_writes, snapshot_lists
-from normswap.graph.tracing.values import describe, find_other, rebuild
+from normswap.graph.tracing.value_kinds import describe, find_other, rebuild
 
 _CHECKPOINT = torch.utils.checkpoint.checkpoint
 _OPTIONS = {

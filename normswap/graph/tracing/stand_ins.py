@@ -13,7 +13,7 @@ from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.patches import stand_for
 from normswap.graph.tracing.symbol import is_input
 from normswap.graph.tracing.whitelist import is_plain
-from normswap.util.looks import class_of
+from normswap.util.original_class import class_of
 
 
 class IsInstance:

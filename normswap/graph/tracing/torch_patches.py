@@ -16,8 +16,8 @@ from normswap.graph.tracing.patches import Patches, ask_user_only, named_apply, 
 from normswap.graph.tracing.region import trace_checkpointed
 from normswap.graph.tracing.stand_ins import symbolic_isinstance
 from normswap.graph.tracing.tracer import ContainerTracer
-from normswap.graph.tracing.values import any_leaf
-from normswap.util.looks import class_of
+from normswap.graph.tracing.value_kinds import any_leaf
+from normswap.util.original_class import class_of
 
 _MODES = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
 

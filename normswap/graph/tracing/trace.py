@@ -28,7 +28,7 @@ from normswap.graph.tracing.stand_ins import STAND_INS
 from normswap.graph.tracing.torch_patches import patch_torch
 from normswap.graph.tracing.traced import Traced
 from normswap.graph.tracing.tracer import ContainerTracer
-from normswap.graph.tracing.values import TENSOR, Kind, leaf_kinds, rebuild
+from normswap.graph.tracing.value_kinds import TENSOR, Kind, leaf_kinds, rebuild
 from normswap.graph.tracing.watch import Watch
 
 _MOST_OUTLINED = 4

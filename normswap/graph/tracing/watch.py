@@ -17,7 +17,7 @@ from normswap.graph.tracing.method_calls import method_of
 from normswap.graph.tracing.reads import Reads
 from normswap.graph.tracing.symbol import is_something
 from normswap.graph.tracing.uses import CALLS, HANDS_ON, RENAMES, SETS
-from normswap.graph.tracing.values import symbolic_parts
+from normswap.graph.tracing.value_kinds import symbolic_parts
 from normswap.graph.tracing.whitelist import is_plain, needs_guard, why_unfit
 
 _MISSING = object()

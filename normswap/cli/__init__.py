@@ -1,0 +1,3 @@
+"""The command line: `normswap` or `python -m normswap`."""
+
+from normswap.cli.main import main as main

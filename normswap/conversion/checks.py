@@ -1,0 +1,78 @@
+"""Models that cannot be converted as a whole, found before anything is changed."""
+
+import torch
+from torch import fx, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from normswap.errors import ConversionError, expect_module
+from normswap.graph.pinned import find_pinned
+from normswap.graph.state import RECORD, context_argument
+from normswap.util.copies import attributes_of
+
+_WRAPPERS = {
+    "OptimizedModule": "is compiled; convert the original module (._orig_mod), then compile it",
+    "FullyShardedDataParallel": "is sharded; convert first, then shard",
+    "FSDPModule": "is sharded; convert first, then shard",
+}
+# What float models carry to be quantised later; they compute in float.
+_STUBS = ("FloatFunctional", "QuantStub", "DeQuantStub")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise if a model, or a part of it, is of a kind that surgery cannot change.
+
+    Raises:
+        ConversionError: not a module; lazy, scripted, compiled, traced, wrapped for distribution,
+            prepared for quantisation, or converted already.
+    """
+    expect_module(model)
+    for name, module in model.named_modules():
+        where = f"its submodule {name}" if name else "the model"
+        why = _obstacle(module)
+        if why is not None:
+            raise ConversionError(f"cannot convert: {where} ({type(module).__name__}) {why}")
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is scripted; convert the Python module, then script or export it"
+    if module._compiled_call_impl is not None:
+        return "was compiled in place by .compile(); convert first, then compile"
+    if isinstance(module, DataParallel | DistributedDataParallel):
+        return "is wrapped for parallel training; convert .module, then wrap it"
+    # By name: importing torch._dynamo for its class would take seconds.
+    kinds = {cls.__name__ for cls in type(module).__mro__}
+    for wrapper, why in _WRAPPERS.items():
+        if wrapper in kinds:
+            return why
+    if isinstance(module, fx.GraphModule):
+        return "is a traced graph (fx.GraphModule); convert the module it was traced from"
+    quantised = type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torchao."))
+    if quantised and type(module).__name__ not in _STUBS:
+        return "is prepared for quantisation; convert first, then prepare"
+    if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
+        return "is lazy: its shapes are unknown until a first forward; run one, then convert"
+    if context_argument(module) is not None or RECORD in vars(module):
+        return "is converted already; convert the original model with the method wanted"
+    return None
+
+
+def check_copyable(model: nn.Module) -> None:
+    """Raise if a copy of a model would go on using the original's modules.
+
+    Raises:
+        ConversionError: a function among the attributes or hooks of a module holds some.
+    """
+    names = {id(m): f"the module {name or 'itself'}" for name, m in model.named_modules()}
+    names |= {
+        id(t): f"the tensor {name}"
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+    }
+    for where, value in attributes_of(model):
+        held = next((names[id(h)] for h in find_pinned(value) if id(h) in names), None)
+        if held is not None:
+            raise ConversionError(
+                f"cannot convert a copy: {where} holds a function that uses {held} of the "
+                "original, and would in the copy; pass inplace=True"
+            )

@@ -1,0 +1,133 @@
+"""Norms that layers of a method replace."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from normswap.conversion.select import Selector, matches
+from normswap.errors import ConversionError
+from normswap.graph.scope import Scope
+from normswap.graph.surgery import Surgery
+from normswap.lifecycle.original import remember_original
+from normswap.lifecycle.record import Record
+from normswap.methods.base import Method
+from normswap.report import Row
+from normswap.sites import Site, find_norms, read_site
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Norms of a model, each replaced at every name it has."""
+
+    method: Method
+    rows: list[Row]
+    sites: list[Site]
+
+    def on(self, device: torch.device) -> "Replacement":
+        """Return the same with layers on another device."""
+        return replace(self, sites=[replace(site, device=device) for site in self.sites])
+
+    def apply(self, surgery: Surgery, record: Record) -> nn.Module:
+        """Swap every chosen norm and thread the context to it.
+
+        Raises:
+            ConversionError: a norm that something else goes on running.
+        """
+        scope = Scope(record.contexts.count, record.contexts.names)
+        rows = {row.fqn: row for row in self.rows}
+        sources = [surgery.model.get_submodule(site.fqn) for site in self.sites]
+        layers = [
+            build_layer(self.method, site, source, record, scope, rows[site.fqn])
+            for site, source in zip(self.sites, sources, strict=True)
+        ]
+        for site, layer in zip(self.sites, layers, strict=True):
+            surgery.swap((site.fqn, *site.aliases), layer)
+        surgery.replace_held({id(s): layer for s, layer in zip(sources, layers, strict=True)})
+        if self.method.needs_context:
+            names = [name for site in self.sites for name in (site.fqn, *site.aliases)]
+            surgery.install(names, scope, tuple({type(layer) for layer in layers}))
+        return surgery.model
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A model that is itself the norm to replace; the layer is the converted model."""
+
+    method: Method
+    rows: list[Row]
+    site: Site
+
+    def on(self, device: torch.device) -> "Bare":
+        """Return the same with its layer on another device."""
+        return replace(self, site=replace(self.site, device=device))
+
+    def apply(self, surgery: Surgery, record: Record) -> nn.Module:
+        """Build the layer."""
+        scope = Scope(record.contexts.count, record.contexts.names)
+        return build_layer(self.method, self.site, surgery.model, record, scope, self.rows[0])
+
+
+def build_layer(
+    method: Method, site: Site, source: nn.Module, record: Record, scope: Scope, row: Row
+) -> nn.Module:
+    """Build the layer that replaces a norm, and note in the row what became of it."""
+    layer = method.build(site, source, record.contexts, record.options)
+    remember_original(layer, source, site)
+    if method.needs_context:
+        layer.scope = scope  # type: ignore[assignment]
+    row.target = type(layer).__name__
+    row.contexts = record.contexts.count if method.needs_context else 0
+    row.parameters_after = sum(p.numel() for p in layer.parameters())
+    row.statistics = "transferred" if site.tracked else "of each instance"
+    return layer
+
+
+def find_replacement(
+    model: nn.Module, method: Method, select: Selector, exclude: Selector
+) -> Replacement | Bare:
+    """Return the norms to replace, with a row for every norm of the model.
+
+    Raises:
+        ConversionError: none; the message lists the norms found.
+    """
+    rows: list[Row] = []
+    chosen: list[Site] = []
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    for fqn, module, aliases in find_norms(model):
+        size = sum(p.numel() for p in module.parameters())
+        row = Row(fqn, type(module).__name__, "refused", aliases, parameters_before=size)
+        row.parameters_after = size
+        rows.append(row)
+        names = (fqn, *aliases)
+        site = read_site(fqn, module, aliases, like)
+        if select is not None and not matches(select, names, module):
+            row.action, row.reason = "kept", "not selected"
+        elif exclude is not None and matches(exclude, names, module):
+            row.action, row.reason = "kept", "excluded"
+        elif isinstance(site, str):
+            row.reason = site
+        else:
+            row.channels = site.num_features
+            row.reason = method.refuse(site) or ""
+            if not row.reason:
+                row.action = "replaced"
+                chosen.append(site)
+    if not chosen:
+        raise ConversionError(_nothing_to_replace(model, rows))
+    if chosen[0].fqn == "":
+        return Bare(method, rows, chosen[0])
+    return Replacement(method, rows, chosen)
+
+
+def _nothing_to_replace(model: nn.Module, rows: list[Row]) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        by_reason.setdefault(f"{row.source}: {row.reason}", []).append(row.fqn or "(root)")
+    listed = "; ".join(
+        f"{len(names)} {why} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        for why, names in by_reason.items()
+    )
+    return f"found no norm to replace in {type(model).__name__}: " + (
+        listed or "it has none at all"
+    )

@@ -1,0 +1,82 @@
+"""Which norms a user means: globs, regular expressions, types, predicates."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from normswap.errors import ConversionError
+from normswap.util.arguments import check_callable, describe
+
+Selector: TypeAlias = (
+    str | re.Pattern[str] | type | Callable[[str, nn.Module], bool] | Iterable[Any] | None
+)
+
+
+_FORMS = (
+    "a glob, a compiled regular expression, a module type, fn(name, module) or a sequence of these"
+)
+
+
+def read_selector(name: str, selector: Any) -> Selector:
+    """Check a selector, and keep what an iterator would yield only once.
+
+    Args:
+        name: of the argument.
+        selector: what a user gave; see `matches`.
+
+    Raises:
+        ConversionError: of another kind, or a function that does not take a name and a module.
+    """
+    try:
+        return None if selector is None else _read(name, selector)
+    except RecursionError:
+        raise ConversionError(f"expected {name}= as {_FORMS}, got one that holds itself") from None
+
+
+def _read(name: str, selector: Any) -> Selector:
+    if isinstance(selector, str | re.Pattern | type):
+        return selector
+    if isinstance(selector, Iterable) and not isinstance(selector, nn.Module | Tensor | Mapping):
+        return tuple(_read(name, part) for part in selector)
+    if not callable(selector) or isinstance(selector, nn.Module):
+        raise ConversionError(f"expected {name}= as {_FORMS}, got {describe(selector)}")
+    check_callable(name, selector, "fn(name, module)", 2)
+    return selector  # type: ignore[no-any-return]
+
+
+def matches(selector: Selector, names: tuple[str, ...], module: nn.Module) -> bool:
+    """Return whether a module, under any of its names, is what a selector means.
+
+    Args:
+        selector: a glob on the qualified name, a compiled regular expression (searched), a module
+            type, ``fn(name, module)``, or an iterable of these, any of which may match.
+        names: the module's qualified names.
+        module: the module.
+
+    Raises:
+        ConversionError: a function that returns something else than whether.
+    """
+    if isinstance(selector, str):
+        return any(fnmatch.fnmatchcase(name, selector) for name in names)
+    if isinstance(selector, re.Pattern):
+        return any(selector.search(name) for name in names)
+    if isinstance(selector, type):
+        return isinstance(module, selector)
+    if isinstance(selector, Iterable):
+        return any(matches(part, names, module) for part in selector)
+    assert selector is not None
+    return any(_ask(selector, name, module) for name in names)
+
+
+def _ask(selector: Callable[[str, nn.Module], Any], name: str, module: nn.Module) -> bool:
+    answer = selector(name, module)
+    # What a pattern's match or a count returns is meant as yes or no; a tensor is a mistake.
+    if not isinstance(answer, bool | int | str | re.Match | None):
+        raise ConversionError(
+            "expected the function given as select= or exclude= to return True or False, got "
+            f"{describe(answer)} for {name}"
+        )
+    return bool(answer)

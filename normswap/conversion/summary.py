@@ -1,0 +1,58 @@
+"""Put together what a conversion did with how the converted model stands now."""
+
+import copy
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from normswap.functional.moments import gaussian_divergence
+from normswap.graph.reach import find_reach
+from normswap.graph.state import context_argument
+from normswap.lifecycle.record import Record
+from normswap.methods.base import Method, get_method
+from normswap.methods.layer import NormLayer
+from normswap.report import Report
+
+
+def summarise(root: nn.Module, record: Record) -> Report:
+    """Return the report of a converted model: its record, deliveries and divergences."""
+    reach = find_reach(root)
+    method = get_method(record.method)
+    rows = [copy.copy(row) for row in record.rows]
+    # By the names they had at conversion: what holds them may have been wrapped since.
+    layers = {m.site: m for m in root.modules() if isinstance(m, NormLayer)}
+    for row in rows:
+        if row.action in ("replaced", "inserted") and isinstance(method, Method):
+            layer = layers.get(row.layer or row.fqn)
+            if layer is None:
+                row.delivery = "unreached"
+                continue
+            if method.needs_context and not row.layer:
+                row.delivery = reach.delivery.get(id(layer), "unreached")
+                if record.contexts.count > 1 and record.verification is not None:
+                    scope: Any = layer.scope
+                    row.rows = scope.rows.describe(row.fqn)
+            statistics = method.statistics(layer)
+            if statistics is not None and not method.needs_context:
+                row.components = statistics.mean.shape[0]
+            if statistics is not None and not statistics.mean.is_meta:
+                weights = method.weights(layer)
+                if weights is None:
+                    weights = record.contexts.priors.to(statistics.mean.device)
+                row.divergence = gaussian_divergence(statistics, weights)
+    unknown = record.contexts.unknown
+    return Report(
+        model=record.model,
+        method=record.method,
+        options=asdict(record.options),
+        contexts=record.contexts.names if method.needs_context else (),
+        priors=tuple(record.contexts.priors.tolist()) if method.needs_context else (),
+        unknown=record.contexts.names[unknown] if isinstance(unknown, int) else unknown,
+        rows=rows,
+        opaque=reach.opaque,
+        traced=reach.traced,
+        direct=reach.direct,
+        verification=record.verification,
+        argument=context_argument(root),
+    )

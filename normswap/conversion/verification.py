@@ -1,0 +1,193 @@
+"""Compare a converted model with the original: same function, for every context."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from normswap.conversion.inputs import Inputs, guess_inputs
+from normswap.errors import ConversionError, NormswapError, VerificationError
+from normswap.graph.rows.snapshot import Snapshot
+from normswap.report import Verification
+from normswap.util.batches import modes_kept
+
+# Output differences allowed, as a share of the largest output; rounding is far below, a wrong
+# statistic or affine far above.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the original outputs, in eval mode, for inputs that it runs on."""
+
+    inputs: Inputs
+    outputs: list[Tensor]
+
+
+def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Reference | Verification:
+    """Run the original on what the user gave, else on a guess; else say why nothing is compared.
+
+    Args:
+        model: the original.
+        given: the user's inputs, if any.
+        labels: how many contexts are to be compared; 0 for a method without.
+
+    Raises:
+        ConversionError: the original fails on the user's inputs, or they have no batch to label.
+    """
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return Verification(reason="the model has no values (meta device)")
+    if given is not None:
+        try:
+            reference = _refer(model, given, labels)
+        except Exception as error:
+            raise ConversionError(
+                f"the original model itself fails on example_inputs ({_brief(error)}); expected "
+                "what its forward takes in eval mode, batch first"
+            ) from error
+        if labels and given.batch == 0:
+            raise ConversionError("expected example_inputs with a batch dimension, got none")
+        return reference
+    reason = "pass example_inputs= to compare outputs"
+    for guess in guess_inputs(model):
+        try:
+            return _refer(model, guess, labels)
+        except Exception as error:
+            reason = (
+                f"the model did not run on a guessed input {tuple(guess.args[0].shape)} "
+                f"({_brief(error)}); pass example_inputs="
+            )
+    return Verification(reason=reason)
+
+
+def _refer(model: nn.Module, given: Inputs, labels: int) -> Reference:
+    inputs = given.widen(labels)
+    return Reference(inputs, eval_outputs(model, inputs))
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    with modes_kept(model):
+        before = Snapshot(model)
+        model.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(enabled=True, devices=[]):
+                torch.manual_seed(0)
+                yield
+        finally:
+            before.restore()
+
+
+def eval_outputs(model: nn.Module, inputs: Inputs, **extra: Any) -> list[Tensor]:
+    """Return the tensors a model outputs in eval mode, its modes and torch's generator kept."""
+    inputs = inputs.copy()
+    with _evaluating(model):
+        output = model(*inputs.args, **inputs.kwargs, **extra)
+        # Copies: what a model returns may be a buffer, which is put back.
+        return [leaf.detach().clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def compare(
+    model: nn.Module,
+    reference: Reference,
+    names: tuple[str, ...],
+    argument: str | None,
+    allow_unknown: bool,
+) -> Verification:
+    """Compare outputs for every context, mixed in one batch, and for unknown labels.
+
+    Args:
+        model: the converted model.
+        reference: what the original outputs.
+        names: of the contexts.
+        argument: name of the model's context argument; None where it takes none.
+        allow_unknown: whether to compare without labels.
+
+    Returns:
+        The differences; with a reason where no finite output tells one.
+
+    Raises:
+        VerificationError: a difference beyond rounding, or a forward that fails.
+    """
+    inputs, expected = reference.inputs, reference.outputs
+    result = Verification()
+    if argument is None or allow_unknown:
+        name = "eval" if argument is None else "unknown"
+        _record(result, name, _run(model, inputs), expected)
+    batch = inputs.batch
+    for start in range(0, 0 if argument is None else len(names), batch or 1):
+        chosen = list(range(start, min(start + batch, len(names))))
+        labels = torch.tensor([chosen[i % len(chosen)] for i in range(batch)], device=inputs.device)
+        outputs = _run(model, inputs, **{str(argument): labels})
+        for label in chosen:
+            _record(result, names[label], outputs, expected, labels == label)
+    if not result.reason and result.scale == 0:
+        result.reason = "every output is zero"
+    return result
+
+
+def _run(model: nn.Module, inputs: Inputs, **extra: Any) -> list[Tensor]:
+    try:
+        return eval_outputs(model, inputs, **extra)
+    except NormswapError:
+        raise
+    except Exception as error:
+        raise VerificationError(
+            f"the converted model fails where the original runs ({_brief(error)}); the model is "
+            "unchanged"
+        ) from error
+
+
+def _record(
+    result: Verification, name: str, after: list[Tensor], before: list[Tensor], rows: Any = None
+) -> None:
+    """Note the largest difference; of these rows only, where an output has one a sample."""
+    if [(t.shape, t.dtype) for t in after] != [(t.shape, t.dtype) for t in before]:
+        raise VerificationError(
+            f"the converted model's outputs have other shapes or dtypes ({name}): expected "
+            f"{_shapes(before)}, got {_shapes(after)}"
+        )
+    compared = False
+    for new, old in zip(after, before, strict=True):
+        if not (old.is_floating_point() or old.is_complex()):
+            continue
+        tolerance = TOLERANCE.get(old.dtype, 5e-2)
+        new, old = _as_doubles(new), _as_doubles(old)
+        scale = float(old[old.isfinite()].abs().max()) if old.isfinite().any() else 0.0
+        if rows is not None and old.dim() and old.shape[0] == rows.shape[0]:
+            new, old = new[rows.to(new.device)], old[rows.to(old.device)]
+        finite = old.isfinite()
+        # Infinities of one sign are equal, which their difference would not show.
+        same = torch.where(finite, new.isfinite(), (new == old) | (new.isnan() & old.isnan()))
+        difference = float((new - old)[finite].abs().nan_to_num().max()) if finite.any() else 0.0
+        if not same.all() or difference > scale * tolerance:
+            odd = "" if same.all() else f", {int((~same).sum())} where either is not finite"
+            raise VerificationError(
+                f"the converted model computes another function for context {name}: outputs up to "
+                f"{scale:.3g} differ by {difference:.3g}{odd}; the model is unchanged"
+            )
+        if finite.any():
+            compared = True
+            result.scale = max(result.scale, scale)
+            result.differences[name] = max(result.differences.get(name, 0.0), difference)
+    if not compared and not result.reason:
+        result.reason = f"nothing finite was compared (context {name})"
+
+
+def _as_doubles(t: Tensor) -> Tensor:
+    """Return real numbers, strided, so wide that comparing adds no rounding."""
+    t = t.to_dense() if t.layout != torch.strided else t
+    return (torch.view_as_real(t) if t.is_complex() else t).double()
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    return ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors) or "no tensor"

@@ -1,0 +1,1 @@
+"""Which sample each row of a norm's input comes from, measured."""

@@ -1,0 +1,249 @@
+"""Which row of a norm's input belongs to which sample: measured once for each kind of call.
+
+A model may fold windows or tokens into the batch, repeat it, or put it in another order before a
+norm, and no shape tells. So the first call of a kind with mixed labels is preceded by a
+measurement (see `measure`) on its first three samples. An order that is regular holds for any
+number of samples from then on, as long as the norms are met in the same sequence with as many
+rows a sample; any other holds for the one call it was measured for.
+
+What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
+order that leaves three samples in place and moves those of a larger batch; an order that a later
+call of the same kind changes, by a counter or by a hook of the user's, which does not run here.
+What a forward changes where `snapshot` does not look, as a file, changes in a measurement, too.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import ContextError, ConversionError, expect_module
+from normswap.functional.labels import Context
+from normswap.graph.rows.key import kind_of
+from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
+from normswap.graph.rows.run import RUN, Run
+
+# Samples of a measurement: fewer leave more orders that look alike.
+_FEW = 3
+_MOST_DETOURS = 3
+_MIXED = "rows whose order is another in each of several calls"
+
+
+class Rows:
+    """What a converted model knows of the rows of its norms.
+
+    Attributes:
+        families: by what runs, the kinds of its arguments and the modes and flags of its modules.
+        known: by norm, mode and rows a sample: the one finding; for calls that no plan tells of,
+            as compiled programs, which cannot tell how they got to a norm, and for summaries.
+        reason: why the last measurement that failed did.
+        fixed: whether an irregular order is taken to be the same in every call of a kind.
+    """
+
+    def __init__(self) -> None:
+        self.families: dict[Any, Family] = {}
+        self.known: dict[tuple[Any, ...], Step] = {}
+        self.reason = "no batch of several contexts has run"
+        self.fixed = False
+
+    def run(
+        self,
+        module: nn.Module,
+        state: Any,
+        call: Callable[[Any, Context], Any],
+        values: Any,
+        context: Context,
+    ) -> Any:
+        """Run a container that labels entered at, its norms' rows measured before if need be."""
+        outer = RUN.get()
+        if outer is not None and outer.scope.model is state.scope.model:
+            return call(values, context)
+        run = Run(module, state.scope, call, values, context)
+        kind, run.numbers = kind_of(module, values, run.samples)
+        few = min(run.samples, _FEW)
+        key = (state.fqn, few, torch.is_grad_enabled(), kind)
+        run.family = self.families.setdefault(key, Family())
+        token = RUN.set(run)
+        try:
+            found = run.family.find(run.numbers, run.samples)
+            run.plan = found[0] if found else self._measure(run, few)
+            return call(values, context)
+        finally:
+            RUN.reset(token)
+
+    def _measure(self, run: Run, count: int) -> Plan:
+        """Measure the first samples of a call, or all where their order is irregular."""
+        plan = run.measure(count)
+        # Where each sample has as many rows as there are samples, or twice as many, an order
+        # transposed again looks like none.
+        while (square := plan.is_square(count)) and plan.regular and count < run.samples:
+            count += 1
+            plan = run.measure(count)
+        if not plan.regular and count < run.samples:
+            plan = run.measure(run.samples)
+            square = True
+        plan.samples = run.samples if square else None
+        self._keep(run, plan)
+        return plan
+
+    def find(self, layer: Any, site: str, x: Tensor, context: Context) -> Step | None:
+        """Return how the rows of x, given to a norm, follow from the samples.
+
+        Returns:
+            None where one label holds for all rows.
+
+        Raises:
+            ContextError: labels cannot follow the rows, or nothing tells how.
+        """
+        run = None if torch.compiler.is_compiling() else RUN.get()
+        if run is not None and run.scope.model is layer.scope.model:
+            if run.measurement is not None:
+                run.measurement.listen(layer, site, x)
+                return None
+            run.path.append((site, x.shape[0]))
+            if run.samples == context.labels.shape[0]:
+                rows: Rows = run.scope.rows
+                return rows._follow(run, layer, site, x.shape[0])
+        if context.whole or context.labels.shape[0] == 1:
+            return None
+        return self._recall(layer, site, x.shape[0], context)
+
+    def _follow(self, run: Run, layer: Any, site: str, rows: int) -> Step | None:
+        """Return what the plan of a run says; measure anew where it takes another path."""
+        step = run.plan.step(len(run.path) - 1, site, rows, run.samples)
+        if step is None and not run.plan.reason:
+            step = self._detour(run, layer, site, rows)
+        if step is None:
+            return self._recall(layer, site, rows, run.context, run)
+        if step.cause:
+            return _refuse(
+                run.context,
+                f"expected each row of the input of {site} to be of one sample, got {step.cause}, "
+                f"so that labels cannot follow; leave the norm out with exclude={site!r}",
+            )
+        return step
+
+    def _detour(self, run: Run, layer: Any, site: str, rows: int) -> Step | None:
+        """Return what is known of a norm met on another path than planned; measure that path."""
+        family = run.family
+        for plan in family.find(run.numbers, run.samples):
+            if (step := plan.follow(run.path, run.samples)) is not None:
+                run.plan = plan
+                return step
+        key = (site, layer.training, rows / run.samples)
+        if key not in self.known or family.detours < _MOST_DETOURS:
+            plan = run.measure(run.samples, hooks=True)
+            self._keep(run, plan)
+            step = plan.follow(run.path, run.samples)
+            if step is not None or plan.reason:
+                run.plan = plan
+                return step
+            # Layers skipped at random: what each was given so far tells.
+            family.detours += 1
+        step = self.known.get(key)
+        if step is not None and (step.regular or step.cause):
+            return step
+        return Step(site, False, rows, cause="rows that the same call has at some times only")
+
+    def _keep(self, run: Run, plan: Plan) -> None:
+        """Keep what holds for other calls."""
+        self.reason = plan.reason or self.reason
+        for step in plan.steps:
+            keys: list[tuple[Any, ...]] = [(step.site, step.training, step.rows / run.samples)]
+            if step.regular:
+                keys = [(step.site, step.training, step.times)]
+            elif self.fixed:
+                keys.append((step.site, step.training, step.rows, run.samples))
+            for key in keys:
+                before = self.known.get(key)
+                if before is None or (before.cause and before.cause != _MIXED):
+                    self.known[key] = step
+                elif not step.cause and before.how != step.how:
+                    self.known[key] = Step(step.site, step.training, step.rows, cause=_MIXED)
+        if plan.reason or plan.regular:
+            run.family.keep(run.numbers, plan)
+        elif self.fixed and not any(step.cause for step in plan.steps):
+            plan.samples = run.samples
+            run.family.keep(None, plan)
+
+    def _recall(
+        self, layer: Any, site: str, rows: int, context: Context, run: Run | None = None
+    ) -> Step | None:
+        """Return what is known of a norm where no plan tells."""
+        samples = context.labels.shape[0]
+        # In a program for any batch the sizes are symbols; their ratio is a number all the same.
+        times = 0 if rows % samples else int(rows // samples)
+        step = self.known.get((site, layer.training, times))
+        if step is None and times == 1:
+            return Step(site, layer.training, 0, ONE, 1)
+        if (step is None or not step.regular) and not isinstance(rows, torch.SymInt):
+            step = self.known.get((site, layer.training, rows, samples))
+        if step is not None and not step.cause:
+            return step
+        why = self.reason
+        if run is not None:
+            # Another batch may tell.
+            why = run.plan.reason
+            run.family.plans.pop(run.numbers, None)
+        return _refuse(
+            context,
+            f"expected to know which of the {rows} rows of the input of {site} belong to which of "
+            f"{samples} samples, got nothing that tells ({why}); run the whole model in this mode, "
+            "not compiled, on samples that differ, or leave the norm out with "
+            f"exclude={site!r}",
+        )
+
+    def describe(self, site: str) -> str:
+        """Say for a summary where the rows of a norm come from."""
+        found = {str(step): None for key, step in self.known.items() if key[0] == site}
+        return ", ".join(found) or f"not measured: {self.reason}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies keep: all, in dicts of their own."""
+        return {**self.__dict__, "families": dict(self.families), "known": dict(self.known)}
+
+
+def _refuse(context: Context, message: str) -> Step:
+    """Raise, unless all labels are the same.
+
+    Raises:
+        ContextError: the message.
+    """
+    labels = context.labels
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if not traced and type(labels) is Tensor and not labels.is_meta:
+        if bool((labels == labels[0]).all()):
+            return Step("", False, 0, ANY)
+    raise ContextError(message)
+
+
+def fix_rows(model: nn.Module, fixed: bool = True) -> None:
+    """Declare that the order in which samples reach the norms is the same in every call.
+
+    A forward that flips or permutes its samples has the order measured in each call, which costs
+    several forwards, since another call may have another. Declared fixed, it is measured once for
+    each batch size and kind of call, and compiled programs can use it.
+
+    Args:
+        model: a converted model, or a module that holds one.
+        fixed: False takes it back.
+
+    Raises:
+        ConversionError: no converted model in `model`.
+    """
+    expect_module(model)
+    found = {id(rows): rows for m in model.modules() if (rows := _rows_of(m)) is not None}
+    if not found:
+        raise ConversionError(
+            f"expected a converted model, got {type(model).__name__} without any context-aware "
+            "norm; call normswap.convert first"
+        )
+    for rows in found.values():
+        rows.fixed = fixed
+        rows.families.clear()
+
+
+def _rows_of(module: nn.Module) -> Rows | None:
+    rows = getattr(getattr(module, "scope", None), "rows", None)
+    return rows if isinstance(rows, Rows) else None

@@ -1,0 +1,155 @@
+"""Measure which sample each row at each norm is from, by exchanging samples; see `decode`."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normswap.graph.rows.decode import change_of, code, is_open, moves_others, settle
+from normswap.graph.rows.plans import Step
+from normswap.graph.rows.samples import HOWS, exchange, fresh, is_content, rebuild, rolled
+
+# None that a program is likely to have started from.
+_OTHER_SEEDS = range(0x5EED0000, 0x5EED0008)
+
+# What the norms met in a run, and what each was given.
+_Met = list[tuple[Step, Tensor]]
+
+
+class Measurement:
+    """Runs of a model on variations of one batch, and what its norms were given in them.
+
+    Args:
+        call: runs the model on arguments; its norms call `listen`.
+        restore: puts the model's state and the random generators back, or seeds those; returns
+            whether they had moved.
+        values: arguments.
+        samples: N.
+        modes: id of a norm -> its mode outside of the measurement.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[Any], Any],
+        restore: Callable[..., bool],
+        values: Any,
+        samples: int,
+        modes: dict[int, bool],
+    ) -> None:
+        self.call, self.restore, self.values, self.samples = call, restore, values, samples
+        self.modes = modes
+        # Of the random generators in each run; by default they start as they are.
+        self.seed: int | None = None
+        self._before: Iterator[tuple[Step, Tensor]] | None = None
+        self._found: list[Any] = []
+        batches: list[Any] = []
+
+        def note(batch: Any) -> Any:
+            batches.append(batch)
+            return batch
+
+        rebuild(values, samples, note)
+        # Vectors are lengths or labels, unless there is nothing else.
+        self.least = 2 if any(is_content(batch, 2) for batch in batches) else 1
+        self.possible = any(is_content(batch, self.least) for batch in batches)
+
+    def listen(self, layer: Any, site: str, x: Tensor) -> None:
+        """Keep what a norm is given, or compare it with what it was given before."""
+        x = x.detach().reshape(x.shape[0], -1)
+        if self._before is None:
+            step = Step(site, self.modes.get(id(layer), False), len(x))
+            self._found.append((step, x.clone()))
+            return
+        step, before = next(self._before, (Step("", False, 0), x))
+        if step.site == site and before.shape == x.shape:
+            self._found.append(change_of(before, x).cpu())
+        else:
+            self._before = iter(())
+
+    def _run(self, change: Callable[[Any], Any] = fresh, before: _Met | None = None) -> list[Any]:
+        """Run the model; return what each norm is given.
+
+        Where that of another run is given, return how much each row moved instead, as far as the
+        path is the same.
+        """
+        self.restore(self.seed)
+        self._before, self._found = None if before is None else iter(before), []
+        self.call(rebuild(self.values, self.samples, change))
+        return self._found
+
+    def _exchange(self, met: _Met, picked: list[int], how: str, order: Any = fresh) -> list[Tensor]:
+        """Return how much each row moves when some samples, of a batch in an order, change."""
+        generator = torch.Generator().manual_seed(len(how) + 31 * sum(picked))
+
+        def change(batch: Any) -> Any:
+            batch = order(batch)
+            if not is_content(batch, self.least):
+                return batch
+            return exchange(batch, picked, how, generator)
+
+        return self._run(change, met)
+
+    def steps(self) -> list[Step]:
+        """Return every call of a norm, with what was found of its rows.
+
+        Raises:
+            Exception: whatever the model raises on its own inputs, or on all variations.
+        """
+        met: _Met = self._run()
+        if not met:
+            return []
+        drawn = self.restore()
+        again = self._run(fresh, met)
+        steady = not drawn and len(again) == len(met) and not any(m.any() for m in again)
+        noise = [8 * float(m.max()) if m.numel() else 0.0 for m in again]
+        noise += [math.inf] * (len(met) - len(noise))
+        for (step, x), moves, least in zip(met, self._moves(met, noise), noise, strict=True):
+            settle(step, x, moves, self.samples, least)
+        if steady:
+            try:
+                self._check(met, noise, 0, rolled, "rows whose order depends on their values")
+            except Exception:
+                # Some orders are not the model's to take, as that of samples sorted by length.
+                return [step for step, _ in met]
+        for sample, self.seed in enumerate(() if steady else _OTHER_SEEDS):
+            cause = "rows in an order that changes from call to call"
+            self._check(met, noise, sample % self.samples, fresh, cause)
+        return [step for step, _ in met]
+
+    def _moves(self, met: _Met, noise: list[float]) -> list[Tensor | None]:
+        """Return how much each word's runs move each row; None where the path depends on values."""
+        length, words = code(self.samples)
+        moves = [torch.zeros(length, step.rows) for step, _ in met]
+        reach, failure = len(met), None
+        for how in HOWS:
+            for bit in range(length):
+                picked = [i for i, word in enumerate(words) if bit in word]
+                try:
+                    moved = self._exchange(met, picked, how)
+                except Exception as error:
+                    # Some models take no such values; what another way tells may do.
+                    failure = error
+                    break
+                reach = min(reach, len(moved))
+                for total, one in zip(moves, moved, strict=False):
+                    total[bit] = torch.maximum(total[bit], one)
+            if not any(map(is_open, moves[:reach], [self.samples] * reach, noise)):
+                break
+        if failure is not None and not any(bool(m.any()) for m in moves):
+            raise failure
+        return [m if at < reach else None for at, m in enumerate(moves)]
+
+    def _check(self, met: _Met, noise: list[float], sample: int, order: Any, cause: str) -> None:
+        """Exchange a sample once more, in another order or after another seed.
+
+        Rows that are not its own must not move.
+        """
+        new: _Met = self._run(order)
+        moves = self._exchange(new, [sample], "others", order)
+        for (step, _), (other, _), moved, least in zip(met, new, moves, noise, strict=False):
+            if (step.site, step.rows) != (other.site, other.rows):
+                break
+            if not step.cause and moves_others(step, moved, sample, self.samples, least):
+                step.cause = cause

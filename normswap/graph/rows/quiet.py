@@ -1,0 +1,97 @@
+"""Run a model on the side: nothing of it stays or is heard, and norms treat samples apart."""
+
+import io
+import logging
+import sys
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+from torch import nn
+
+from normswap.functional.backward import in_backward
+from normswap.graph.rows.snapshot import Snapshot
+from normswap.sites import looks_like_norm
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_PARALLEL = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
+def find_obstacle(module: nn.Module) -> str:
+    """Return why a module cannot be run on the side; "" where it can."""
+    if in_backward():
+        return "this runs in backward"
+    for part in module.modules():
+        if {cls.__name__ for cls in type(part).__mro__} & _PARALLEL:
+            return "a part is wrapped for parallel training"
+    if any(type(p).__name__ == "DTensor" for p in module.parameters()):
+        return "its parameters are sharded"
+    return ""
+
+
+@contextmanager
+def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Snapshot, dict[int, bool]]]:
+    """Have norms and other leaves in eval mode, where they treat samples apart, and leave no trace.
+
+    Containers keep their mode, on which what they fold may depend. Hooks are left out, but for
+    those of torch itself, which compute weights.
+
+    Yields:
+        What puts the state back, and the modes by id.
+    """
+    parts = list(module.modules())
+    modes = {id(part): part.training for part in parts}
+    tables = [(vars(p), {name: vars(p)[name] for name in ("training", *_HOOKS)}) for p in parts]
+    try:
+        for part in parts:
+            if not part._modules or looks_like_norm(part) or "running_mean" in part._buffers:
+                part.__dict__["training"] = False
+            for name in () if hooks else _HOOKS:
+                kept = [(k, hook) for k, hook in vars(part)[name].items() if _is_of_torch(hook)]
+                part.__dict__[name] = OrderedDict(kept)
+        with _silence():
+            snapshot = Snapshot(module)
+            try:
+                yield snapshot, modes
+            finally:
+                snapshot.restore()
+    finally:
+        for table, own in tables:
+            table.update(own)
+
+
+def _is_of_torch(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
+
+
+class _Silent(io.TextIOBase):
+    """Drops what one thread writes; others write to where they did."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        here = threading.get_ident() == self._thread
+        return len(text) if here or self._stream is None else self._stream.write(text)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what this thread prints, logs and warns of."""
+    thread, handle = threading.get_ident(), logging.Logger.handle
+
+    def handle_others(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if threading.get_ident() != thread:
+            handle(logger, record)
+
+    out, err = _Silent(sys.stdout), _Silent(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.Logger.handle = handle_others  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            logging.Logger.handle = handle  # type: ignore[method-assign]

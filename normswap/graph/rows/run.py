@@ -1,0 +1,74 @@
+"""One call of a model, from where the labels entered it, and measurements for it."""
+
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.functional.labels import Context
+from normswap.graph.rows.measure import Measurement
+from normswap.graph.rows.plans import Family, Plan
+from normswap.graph.rows.quiet import find_obstacle, quiet
+from normswap.graph.rows.samples import fresh, rebuild
+
+_LOCK = threading.RLock()
+
+
+@dataclass
+class Run:
+    """A call of a container, the plan it follows, and the norms it has met with their rows."""
+
+    module: nn.Module
+    scope: Any
+    call: Callable[[Any, Context], Any]
+    values: Any
+    context: Context
+    family: Family = field(default_factory=Family)
+    numbers: Any = None
+    plan: Plan = field(default_factory=Plan)
+    path: list[tuple[str, int]] = field(default_factory=list)
+    measurement: Measurement | None = None
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return self.context.labels.shape[0]
+
+    def measure(self, count: int, hooks: bool = False) -> Plan:
+        """Measure on the first samples of this call; hooks of the user's run only if asked."""
+        obstacle = find_obstacle(self.module)
+        if obstacle:
+            return Plan(reason=obstacle)
+        # One label for all, whichever: rows that nothing is known of can take it.
+        whole = Context(self.context.labels[:1].clamp(min=0), False, True)
+        try:
+            values = rebuild(self.values, self.samples, lambda batch: fresh(batch[:count]))
+            # Checkpointing around this call would count what is saved for backward.
+            unhooked = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
+            with _LOCK, unhooked, quiet(self.module, hooks) as (before, modes):
+                found = Measurement(
+                    lambda v: self.call(v, whole), before.restore, values, count, modes
+                )
+                if not found.possible:
+                    return Plan(reason=f"no argument has {self.samples} samples")
+                self.measurement = found
+                return Plan(found.steps())
+        except Exception as error:
+            # The model's own code, given samples that it may not be made for.
+            what = f"{type(error).__name__}: {error}".split("\n")[0]
+            return Plan(reason=f"the model raises on other samples, {what:.120}")
+        finally:
+            self.measurement = None
+
+
+RUN: ContextVar[Run | None] = ContextVar("normswap_run", default=None)
+
+
+def is_measuring() -> bool:
+    """Return whether this code runs on the side, to be forgotten."""
+    run = RUN.get()
+    return run is not None and run.measurement is not None

@@ -1,0 +1,188 @@
+"""A snapshot of all that a forward may change, to be put back after runs that leave no trace."""
+
+import copy
+import operator
+import os
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.graph.class_questions import reachable
+from normswap.graph.tracing.failure import is_library
+from normswap.util.original_class import class_of
+
+# Levels of what attributes and globals hold.
+_DEPTH = 3
+_MISSING = object()
+# Modules of Python with classes of plain objects.
+_NAMESPACES = ("types", "argparse", "collections")
+# Iterators whose state a copy keeps.
+_COPYABLE = ("builtins",) if sys.version_info >= (3, 14) else ("builtins", "itertools")
+
+
+class Snapshot:
+    """What is seen from the modules of a model and from the code of their forwards, as it is now.
+
+    Tables, which have names, are put back with what they held: attributes of modules, classes,
+    functions and plain objects, dicts, the environment, variables of functions around others, and
+    the globals that forwards and the functions they call name. So are collections with their
+    entries, tensors with their values, parameters included, and with their states iterators and
+    generators of random numbers, those of Python, NumPy and torch included.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # Holders of names, the names that matter, where not all, and what they mean.
+        self._tables: list[tuple[Any, Collection[str] | None, dict[Any, Any]]] = []
+        self._collections: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, Tensor, Tensor]] = []
+        # Of each generator: what reads its state, what sets it, what starts it anew.
+        self._dice: list[tuple[Any, Any, Any]] = [
+            (random.getstate, random.setstate, random.seed),
+            (torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed),
+        ]
+        # NumPy is no dependency: only where the program has imported it.
+        if numpy := sys.modules.get("numpy.random"):
+            self._dice.append((numpy.get_state, numpy.set_state, numpy.seed))
+        self._met: set[int] = set()
+        if any(parameter.is_cuda for parameter in model.parameters()):
+            self._keep(torch.cuda.default_generators[torch.cuda.current_device()])
+        self._keep_table(os.environ)
+        level = [part for module in model.modules() for part in self._keep_table(vars(module))]
+        level += list(model.parameters())
+        classes: set[Any] = {class_of(module) for module in model.modules()}
+        for cls in classes:
+            if not is_library(cls.__module__):
+                level += [part for base in cls.__mro__ for part in self._keep(base)]
+                level += [part for f in reachable(cls.forward, cls) for part in self._see(f)]
+        for _ in range(_DEPTH):
+            level = [part for value in level for part in self._keep(value)]
+        self._states = [read() for read, _, _ in self._dice]
+
+    def _see(self, function: types.FunctionType) -> list[Any]:
+        """Keep what a function names: globals, and variables of functions around it."""
+        parts = self._keep(function)
+        for cell in function.__closure__ or ():
+            parts += self._keep(cell)
+        return parts + self._keep_table(function.__globals__, _names(function.__code__))
+
+    def _keep_table(self, holder: Any, names: Collection[str] | None = None) -> list[Any]:
+        kept = {k: _copied(v) for k, v in _table(holder).items() if names is None or k in names}
+        self._tables.append((holder, names, kept))
+        return list(kept.values())
+
+    def _keep(self, value: Any) -> list[Any]:
+        """Keep a value that can change; return what it holds."""
+        if id(value) in self._met or isinstance(value, nn.Module | types.ModuleType):
+            return []
+        self._met.add(id(value))
+        if isinstance(value, torch.Generator):
+            self._dice.append((value.get_state, value.set_state, value.manual_seed))
+        elif isinstance(value, random.Random):
+            self._dice.append((value.getstate, value.setstate, value.seed))
+        elif isinstance(value, Tensor):
+            # With its data, which a forward may exchange: a momentum encoder does.
+            self._tensors.append((value, value.data, value.detach().clone()))
+        elif isinstance(value, list | set | deque | dict):
+            kept = dict(value) if isinstance(value, dict) else list(value)
+            self._collections.append((value, kept))
+            return [*kept.values()] if isinstance(kept, dict) else kept
+        elif isinstance(value, types.CellType):
+            return self._keep_table(value)
+        elif not _is_of_library(value):
+            table = value if isinstance(value, type) else getattr(value, "__dict__", None)
+            return self._keep_table(table) if isinstance(table, dict | type) else []
+        return []
+
+    def restore(self, seed: int | None = None) -> bool:
+        """Put everything back.
+
+        Args:
+            seed: what generators of random numbers start from instead.
+
+        Returns:
+            Whether any of those had moved.
+        """
+        for holder, names, kept in self._tables:
+            _restore_table(holder, names, kept)
+        for collection, kept in self._collections:
+            if not _holds(collection, kept):
+                collection.clear()
+                (collection.update if hasattr(collection, "update") else collection.extend)(kept)
+        with torch.no_grad():
+            for tensor, data, values in self._tensors:
+                if tensor.data_ptr() != data.data_ptr():
+                    tensor.data = data
+                # Writing counts as a change to what backward saved, so only where there is one.
+                if not torch.equal(tensor, values):
+                    tensor.copy_(values)
+        moved = False
+        for (read, write, start), state in zip(self._dice, self._states, strict=True):
+            if not _equal(read(), state):
+                moved = True
+                write(state)
+            if seed is not None:
+                start(seed)
+        return moved
+
+
+def _is_of_library(value: Any) -> bool:
+    """Return whether a class, function or object is none of the user's, as a logger or queue."""
+    module = getattr(value, "__module__", None)
+    return is_library(module) and module not in _NAMESPACES
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _table(holder: Any) -> Any:
+    """Return what the names of a dict, class or cell mean now."""
+    if isinstance(holder, types.CellType):
+        return {} if holder == types.CellType() else {"cell_contents": holder.cell_contents}
+    if isinstance(holder, type):
+        return {name: value for name, value in vars(holder).items() if name[:2] != "__"}
+    return holder
+
+
+def _restore_table(holder: Any, names: Collection[str] | None, kept: dict[Any, Any]) -> None:
+    now = _table(holder)
+    if names is None and _holds(now, kept):
+        return
+    for name in kept.keys() | (now.keys() if names is None else now.keys() & names):
+        value, other = _copied(kept.get(name, _MISSING)), now.get(name, _MISSING)
+        if value is other or (isinstance(value, str) and value == other):
+            continue
+        if isinstance(holder, type | types.CellType):
+            delattr(holder, name) if value is _MISSING else setattr(holder, name, value)
+        elif value is _MISSING:
+            del holder[name]
+        else:
+            holder[name] = value
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of an iterator, where one keeps its state; anything else as it is."""
+    iterates = isinstance(value, Iterator) and type(value).__module__ in _COPYABLE
+    return copy.copy(value) if iterates and not isinstance(value, types.GeneratorType) else value
+
+
+def _holds(collection: Any, kept: Any) -> bool:
+    """Return whether a collection holds the same objects in the same order as another."""
+    if len(collection) != len(kept) or not all(map(operator.is_, collection, kept)):
+        return False
+    return not isinstance(kept, dict) or all(map(operator.is_, collection.values(), kept.values()))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Return whether two states of a generator are equal: tensors, or tuples with arrays."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    parts = zip(one, other, strict=True)
+    return all(bool((a == b).all()) if hasattr(a, "all") else a == b for a, b in parts)

@@ -1,0 +1,1 @@
+"""What is done with a converted model, and what it remembers of its conversion."""

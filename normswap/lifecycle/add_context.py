@@ -1,0 +1,208 @@
+"""One more context in a converted model: `add_context`."""
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from normswap.errors import ContextWarning, ConversionError
+from normswap.graph.use_context import scopes_of
+from normswap.lifecycle.optimizer_rows import hand_over, plan_growth
+from normswap.lifecycle.record import Record, context_or_pooled, find_root, method_layers
+from normswap.methods.base import Contexts, Method, get_method
+from normswap.methods.layer import POLICIES
+from normswap.methods.layer_tensors import has_no_values
+from normswap.methods.norm_values import pick
+from normswap.util.arguments import describe
+
+# A share far smaller rounds to zero in the layers, which divide by its root.
+_LEAST = 1e-6
+
+
+def add_context(
+    model: nn.Module,
+    name: str | None = None,
+    *,
+    like: str | int = "pooled",
+    share: float | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> int:
+    """Add a context to a converted model, in place.
+
+    In eval mode the new context computes what `like` computes. For given labels nothing else
+    changes, to the bit. Answers without a label do change where the policy looks at all contexts:
+    under ``unknown="pooled"`` the mixture has one more part (with ``like="pooled"`` its mean,
+    variance and affine stay what they are until the new context is trained), under "posterior" one
+    more candidate. A warning says so; `set_unknown` chooses another policy.
+
+    Parameters with a row a context are replaced by new ones: pass the `optimizer`, or make it
+    anew, else it goes on with the old ones in silence. In its state the new row is that of `like`,
+    or for "pooled" the mean over contexts. A model with one context, for which no label was
+    needed, needs labels in training from now on.
+
+    Args:
+        model: a converted model whose method takes contexts; not wrapped in DDP.
+        name: of the new context; its number by default.
+        like: the context to start from, by name or index, or "pooled".
+        share: prior probability of the new context, 1 / (K + 1) by default, at least 1e-6 away from
+            0 and 1; the others keep their ratios. The layers' buffers `priors` are appended to and
+            not scaled, since CN divides by their roots; their sum is then no longer one.
+        optimizer: one that trains these parameters; torch's, timm's, or any that keeps its state
+            by parameter and row.
+
+    Returns:
+        The index of the new context.
+
+    Raises:
+        ConversionError: not a converted model; a method without contexts; a name that is taken;
+            an optimizer, or a hook on a parameter, that cannot follow. Nothing is changed then.
+        UnknownNameError, ContextError: no such context as `like`.
+
+    Warns:
+        ContextWarning: samples without a label get other answers from now on.
+    """
+    root, record = find_root(model)
+    method, contexts = _check(model, root, record)
+    name = str(contexts.count) if name is None else name
+    _check_name(name, contexts)
+    index = context_or_pooled(record, like)
+    count = contexts.count
+    share = 1 / (count + 1) if share is None else share
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not number or not _LEAST <= share <= 1 - _LEAST:
+        raise ConversionError(
+            f"expected share= in (0, 1), got {describe(share)}; at least {_LEAST} from both ends"
+        )
+    layers = method_layers(root)
+    tables = {where: _grow(where, layer, method, index, share) for where, layer in layers.items()}
+    weights = contexts.priors
+
+    def mix(table: Tensor) -> Tensor:
+        return pick(table, index, weights.to(table.device))
+
+    parameters: dict[nn.Parameter, str] = {}
+    grown: dict[nn.Parameter, nn.Parameter] = {}
+    for where, layer in layers.items():
+        for key, table in tables[where].items():
+            old = layer._parameters.get(key)
+            if old is not None:
+                _check_parameter(old, f"{where}.{key}")
+                parameters[old] = f"{where}.{key}"
+                grown[old] = _grown_parameter(old, table)
+    plans = [] if optimizer is None else plan_growth(optimizer, parameters, mix)
+    priors = torch.cat([weights * (1 - share), weights.new_tensor([share])])
+    after = replace(contexts, names=(*contexts.names, name), priors=priors)
+    # Nothing below can fail.
+    for where, layer in layers.items():
+        _write(layer, tables[where], grown, after)
+    hand_over(plans, grown)
+    for scope in scopes_of(root):
+        scope.num_contexts, scope.names = after.count, after.names
+    _note(record, after, layers)
+    policy = contexts.unknown
+    # The mixture stays the same function where all its parts are like one.
+    if count > 1 and (policy == "posterior" or (policy == "pooled" and index is not None)):
+        warnings.warn(
+            f"samples without a label are now answered by context {name!r} too, for a share of "
+            f"{share:.3g} (unknown={policy!r}); normswap.set_unknown chooses a policy that does "
+            "not look at all contexts",
+            ContextWarning,
+            stacklevel=2,
+        )
+    return count
+
+
+def _check(model: nn.Module, root: nn.Module, record: Record) -> tuple[Method, Contexts]:
+    method = get_method(record.method)
+    if not isinstance(method, Method) or not method.needs_context:
+        raise ConversionError(f"method {record.method!r} has no contexts to add to")
+    if has_no_values(root):
+        raise ConversionError(
+            "cannot add a context to a model without values (meta device); load them first"
+        )
+    if any(isinstance(m, DataParallel | DistributedDataParallel) for m in model.modules()):
+        raise ConversionError(
+            "cannot add a context to a model wrapped for parallel training, which holds on to the "
+            "parameters it was given; add it to .module and wrap that anew"
+        )
+    return method, record.contexts
+
+
+def _check_name(name: Any, contexts: Contexts) -> None:
+    if not isinstance(name, str) or not name:
+        raise ConversionError(
+            f"expected the name of the new context as a string, got {describe(name)}"
+        )
+    if name in contexts.names:
+        raise ConversionError(
+            f"there is a context {name!r} already; the contexts are {', '.join(contexts.names)}"
+        )
+    if name in POLICIES:
+        raise ConversionError(f"{name!r} is a policy for unknown labels; choose another name")
+
+
+def _grow(
+    where: str, layer: nn.Module, method: Method, like: int | None, share: float
+) -> dict[str, Tensor]:
+    """Return the tables of a layer with the row of the new context appended."""
+    grown: dict[str, Tensor] = {}
+    for key, row in method.added_rows(layer, like, share).items():
+        if key not in layer._parameters and key not in layer._buffers:
+            raise ConversionError(
+                f"{where}.{key} is neither a parameter nor a buffer (parametrized?), so that no "
+                "row can be added to it"
+            )
+        table = getattr(layer, key).detach()
+        if table.shape[1:] != row.shape:
+            raise ConversionError(
+                f"expected a row {tuple(table.shape[1:])} for {where}.{key}, got {tuple(row.shape)}"
+            )
+        grown[key] = torch.cat([table, row.detach().to(table).unsqueeze(0)])
+    return grown
+
+
+def _check_parameter(parameter: nn.Parameter, name: str) -> None:
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise ConversionError(
+            f"{name} has hooks, which a new parameter would not run; remove them first"
+        )
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+        raise ConversionError(
+            f"expected {name} as a plain parameter, got {type(parameter.data).__name__}; add "
+            "contexts before the model is sharded"
+        )
+
+
+def _grown_parameter(old: nn.Parameter, table: Tensor) -> nn.Parameter:
+    new = nn.Parameter(table, old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    if old.grad is not None:
+        new.grad = torch.cat([old.grad, torch.zeros_like(old.grad[:1])])
+    return new
+
+
+def _write(
+    layer: nn.Module,
+    tables: dict[str, Tensor],
+    grown: dict[nn.Parameter, nn.Parameter],
+    contexts: Contexts,
+) -> None:
+    for key, table in tables.items():
+        old = layer._parameters.get(key)
+        if old is not None:
+            layer._parameters[key] = grown[old]
+        else:
+            layer._buffers[key] = table
+    layer.__dict__.update(num_contexts=contexts.count, names=contexts.names)
+
+
+def _note(record: Record, contexts: Contexts, layers: dict[str, nn.Module]) -> None:
+    record.contexts = contexts
+    for row in record.rows:
+        layer = layers.get(row.layer or row.fqn)
+        if layer is not None and row.action in ("replaced", "inserted"):
+            row.contexts = contexts.count
+            row.parameters_after = sum(p.numel() for p in layer.parameters())

@@ -1,0 +1,193 @@
+"""What a norm was before a layer replaced it, and how the layer becomes that norm again."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from normswap.methods.base import Contexts, Method
+from normswap.methods.norm_values import Plain
+from normswap.sites import Site
+from normswap.util.distributed import group_name
+from normswap.util.original_class import ORIGINAL
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+@dataclass
+class Original:
+    """A norm that was replaced: its class, settings and values, but no module.
+
+    The values take 4 C numbers on the CPU; they make going back exact where nothing was learned.
+
+    Attributes:
+        cls: its class.
+        site: as it was read.
+        settings: its plain attributes, hooks among them.
+        adopted: names of those that the layer carried on; a change made there since then counts.
+        parameters: its parameters by name, None where it lacks one.
+        buffers: its buffers by name, likewise.
+        modules: its children, but for those the layer applies itself.
+        group: name of its process group, if it has one.
+    """
+
+    cls: type[nn.Module]
+    site: Site
+    settings: dict[str, Any]
+    adopted: frozenset[str]
+    parameters: dict[str, Tensor | None]
+    buffers: dict[str, Tensor | None]
+    modules: dict[str, nn.Module | None]
+    group: str | None
+
+
+def remember_original(layer: nn.Module, source: nn.Module, site: Site) -> None:
+    """Keep in a layer what it replaced."""
+    settings = {k: v for k, v in vars(source).items() if k not in _TABLES}
+    if "process_group" in settings:
+        settings["process_group"] = None  # can be neither copied nor pickled; its name can
+    layer.__dict__[ORIGINAL] = Original(
+        cls=type(source),
+        site=site,
+        settings=settings,
+        adopted=frozenset(k for k, v in settings.items() if vars(layer).get(k, settings) is v),
+        parameters={k: _copy(v) for k, v in source._parameters.items()},
+        buffers={k: _copy(v) for k, v in source._buffers.items()},
+        modules={k: v for k, v in source._modules.items() if k not in site.fused},
+        group=group_name(source),
+    )
+
+
+def original_of(layer: nn.Module) -> Original | None:
+    """Return what a layer replaced, None for other modules."""
+    return vars(layer).get(ORIGINAL)
+
+
+def _copy(value: Tensor | None) -> Tensor | None:
+    if value is None:
+        return None
+    kept = value.detach().clone()
+    return kept if kept.is_meta else kept.cpu()
+
+
+def rebuild(layer: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """Return the norm that a layer replaced, with the values it had then.
+
+    Its mode, hooks, dtype, what is frozen and, by default, its device are the layer's.
+    """
+    original = original_of(layer)
+    assert original is not None
+    norm = original.cls.__new__(original.cls)
+    nn.Module.__init__(norm)
+    for name, value in original.settings.items():
+        norm.__dict__[name] = vars(layer).get(name, value) if name in original.adopted else value
+    if original.group is not None:
+        norm.__dict__["process_group"] = _find_group(original.group)
+    place = _placement(layer, original.site, device)
+    for name, value in original.parameters.items():
+        parameter = None
+        if value is not None:
+            required = value.is_floating_point() and _requires_grad(layer, name)
+            parameter = nn.Parameter(place(value), required)
+        norm.register_parameter(name, parameter)
+    kept = norm._non_persistent_buffers_set
+    for name, value in original.buffers.items():
+        norm.register_buffer(name, None if value is None else place(value), name not in kept)
+    norm._modules.update({n: layer._modules[n] for n in original.site.fused} | original.modules)
+    return norm
+
+
+def _find_group(name: str) -> Any:
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    if name == "":
+        return dist.GroupMember.NON_GROUP_MEMBER
+    registry: Any = dist.distributed_c10d
+    return registry._resolve_process_group(name)
+
+
+def _placement(layer: nn.Module, site: Site, device: torch.device | None) -> Any:
+    """Return a function that puts a tensor where the layer is now, in its dtype if that changed."""
+    tensors = (*layer.parameters(), *layer.buffers())
+    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    dtype = None if like.dtype == site.dtype else like.dtype
+
+    def place(value: Tensor) -> Tensor:
+        if value.is_meta:  # it had no values at conversion
+            return torch.empty_like(value, device=device or like.device, dtype=dtype or value.dtype)
+        to = dtype if value.is_floating_point() else None
+        return value.to(device=device or like.device, dtype=to, copy=True)
+
+    return place
+
+
+def _requires_grad(layer: nn.Module, name: str) -> bool:
+    parameter = layer._parameters.get(name)
+    if parameter is not None:
+        return parameter.requires_grad
+    return any(p.requires_grad for p in layer.parameters(recurse=False))
+
+
+def lacks_values(layer: nn.Module) -> bool:
+    """Return whether the norm that a layer replaced was on the meta device, without values."""
+    original = original_of(layer)
+    assert original is not None
+    kept = (*original.parameters.values(), *original.buffers.values())
+    return any(value is not None and value.is_meta for value in kept)
+
+
+def is_untouched(layer: nn.Module, method: Method, contexts: Contexts, options: Any) -> bool:
+    """Return whether a layer is, bit for bit, what conversion makes of the norm it replaced."""
+    own = _tensors(layer)
+    if any(t.is_meta for t in own.values()):
+        return True
+    original = original_of(layer)
+    assert original is not None
+    dtype = next((t.dtype for t in own.values() if t.is_floating_point()), original.site.dtype)
+    # Where conversion computed: logarithms of another device may differ in the last bit.
+    if lacks_values(layer):
+        return False
+    there = original.site.device
+    gone = there.type == "meta" or (there.type == "cuda" and not torch.cuda.is_available())
+    device = torch.device("cpu") if gone else there
+    site = replace(original.site, device=device, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        fresh = _tensors(method.build(site, rebuild(layer, device), contexts, options))
+    return fresh.keys() == own.keys() and all(
+        t.shape == own[name].shape and torch.equal(t, own[name].to(device))
+        for name, t in fresh.items()
+    )
+
+
+def _tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a layer, without those of the children it took over."""
+    fused = tuple(f"{name}." for name in getattr(layer, "tail", ()))
+    named = (*layer.named_parameters(), *layer.named_buffers())
+    return {name: t.detach() for name, t in named if not name.startswith(fused)}
+
+
+@torch.no_grad()
+def write(norm: nn.Module, plain: Plain, layer: nn.Module) -> None:
+    """Give a rebuilt norm the values of a plain one, and the layer's eps.
+
+    A norm without weight and bias gets them where they are needed.
+    """
+    affine = {"weight": plain.weight, "bias": plain.bias}
+    slots = {name: getattr(norm, name, None) for name in affine}
+    missing = [name for name, slot in slots.items() if slot is None]
+    like = next(t for t in (*layer.parameters(), plain.weight) if t.is_floating_point())
+    rounding = 8 * torch.finfo(like.dtype).eps
+    if any(bool(((affine[n] - float(n == "weight")).abs() > rounding).any()) for n in missing):
+        for name in missing:
+            tensor = affine[name].to(like.device, like.dtype, copy=True)
+            setattr(norm, name, nn.Parameter(tensor, _requires_grad(layer, name)))
+        norm.__dict__["affine"] = True
+        missing = []
+    statistics = {"running_mean": plain.mean, "running_var": plain.var}
+    values = {name: value for name, value in affine.items() if name not in missing} | statistics
+    for name, value in (values | {"num_batches_tracked": plain.batches}).items():
+        slot = getattr(norm, name, None)
+        if slot is not None and value is not None:
+            slot.copy_(value)

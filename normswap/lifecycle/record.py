@@ -1,0 +1,146 @@
+"""What a converted model remembers of its conversion, and which context a caller means."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from normswap.errors import ContextError, ConversionError
+from normswap.graph.reach import state_of
+from normswap.graph.state import RECORD
+from normswap.lifecycle.original import original_of
+from normswap.methods.base import Contexts
+from normswap.methods.layer import POLICIES
+from normswap.report import Row, Verification
+from normswap.util.arguments import check_choice, describe, listed, unknown_name
+
+
+@dataclass
+class Record:
+    """What a converted model remembers of its conversion; kept on its root.
+
+    Attributes:
+        method, options, contexts, placement: as asked.
+        rows: what was considered, and what became of it.
+        model: class name of the original.
+        verification: how far the outputs differed.
+        sums: a checksum of every tensor of the model that is not of a layer of the method, as it
+            was at conversion; tells what was trained since.
+    """
+
+    method: str
+    options: Any
+    contexts: Contexts
+    rows: list[Row]
+    model: str
+    verification: Verification | None = None
+    placement: str | None = None
+    sums: dict[str, int] | None = None
+
+
+def find_root(model: nn.Module) -> tuple[nn.Module, Record]:
+    """Return the converted model that a caller gave, perhaps compiled or in DDP, and its record.
+
+    Raises:
+        ConversionError: it is none; the message names one inside, if there is one.
+    """
+    root: Any = model
+    while isinstance(root, DataParallel | DistributedDataParallel) or hasattr(root, "_orig_mod"):
+        root = root.module if hasattr(root, "module") else root._orig_mod
+    if isinstance(root, nn.Module):
+        record: Record | None = vars(root).get(RECORD)
+        if record is not None:
+            return root, record
+        inner = [name for name, module in root.named_modules() if RECORD in vars(module)]
+        if inner:
+            raise ConversionError(
+                f"expected a converted model, got {type(root).__name__}, which holds one: pass its "
+                f".{inner[0]}"
+            )
+    raise ConversionError(
+        f"expected a converted model, got {type(root).__name__}; call normswap.convert first"
+    )
+
+
+def replaced_layers(root: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that stand for a norm, by their first names."""
+    added = set(map(id, inserted_layers(root).values()))
+    return {
+        name: module
+        for name, module in root.named_modules()
+        if original_of(module) is not None and id(module) not in added
+    }
+
+
+def inserted_layers(root: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that were added, by name."""
+    found: dict[str, nn.Module] = {}
+    for name, module in root.named_modules():
+        state = state_of(module)
+        for child in () if state is None else state.children():
+            found[f"{name}.{child}".lstrip(".")] = module.get_submodule(child)
+    return found
+
+
+def method_layers(root: nn.Module) -> dict[str, nn.Module]:
+    """Return every layer of the method, replaced or inserted."""
+    return replaced_layers(root) | inserted_layers(root)
+
+
+def context_index(record: Record, context: str | int) -> int:
+    """Return the index of a context.
+
+    Raises:
+        UnknownNameError: no such name.
+        ContextError: an index out of range, or neither a name nor an index.
+    """
+    names = record.contexts.names
+    if isinstance(context, str):
+        if context in names:
+            return names.index(context)
+        raise unknown_name("context", context, names)
+    if isinstance(context, bool) or not isinstance(context, int):
+        raise ContextError(f"expected a context by name or index, got {describe(context)}")
+    if context not in range(len(names)):
+        raise ContextError(
+            f"expected a context in [0, {len(names)}), got {describe(context)}; the contexts are "
+            f"{listed(names)}"
+        )
+    return context
+
+
+def context_or_pooled(record: Record, context: str | int) -> int | None:
+    """Return the index of a context, None for "pooled".
+
+    Raises:
+        ConversionError: a policy that is no fixed map, or "pooled" where a context is called so.
+        UnknownNameError, ContextError: no such context.
+    """
+    names = record.contexts.names
+    if not isinstance(context, str):
+        return context_index(record, context)
+    if context == "pooled" and "pooled" in names:
+        raise ConversionError(
+            f"'pooled' is a context here and also means the mixture of all; pass the index "
+            f"{names.index('pooled')} for the context"
+        )
+    if context == "pooled":
+        return None
+    if context == "posterior" and "posterior" not in names:
+        raise ConversionError(
+            "unknown='posterior' weighs the contexts by each input, so that no plain norm equals "
+            f"it; name 'pooled' or a context: {', '.join(names)}"
+        )
+    return context_index(record, context)
+
+
+def policy_of(unknown: str, names: Sequence[str]) -> str | int:
+    """Return the policy for unknown labels as the layers take it: a context's name as its index.
+
+    Raises:
+        UnknownNameError: neither a policy nor a context.
+    """
+    check_choice("policy for unknown labels", unknown, (*POLICIES, *names))
+    return unknown if unknown in POLICIES else names.index(unknown)

@@ -1,0 +1,206 @@
+"""What the command line draws from: the files of a run, a file of tensors."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from torch import Tensor
+
+from normswap.errors import NormswapError
+from normswap.functional.mixture_start import bounded_log_prior
+from normswap.functional.moments import Moments, gaussian_divergences
+from normswap.plot.densities import Components
+from normswap.util.extras import need
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.json"
+TENSORS = ("model.safetensors", "checkpoint.safetensors")
+STEPS = ("epoch", "step", "iteration")
+
+
+def read_curves(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the arguments of `curves` for a run's metrics.jsonl: a record a line.
+
+    A record of the fine-tuning recipe gives loss and mean accuracy over the trained domains for
+    each model; any other gives a panel for each of its numbers, over epoch or step if it has one.
+
+    Raises:
+        NormswapError: no such file, or lines that are no such records.
+    """
+    path = Path(folder) / METRICS if Path(folder).is_dir() else Path(folder)
+    try:
+        records = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+    except OSError as error:
+        raise NormswapError(f"expected a run with {METRICS} at {folder}: {error}") from error
+    except ValueError as error:
+        raise NormswapError(f"{path} is not one JSON record a line: {error}") from error
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise NormswapError(f"expected records, one a line, in {path}, got {len(records)}")
+    found = next((name for name in STEPS if name in records[0]), None)
+    x = None if found is None else [record.get(found) for record in records]
+    try:
+        if all("arms" in record for record in records):
+            panels, log = _recipe_panels(records, _settings(path.parent).get("held_out"))
+        else:
+            panels, log = _plain_panels(records), []
+    except (KeyError, TypeError, AttributeError) as error:
+        raise NormswapError(f"{path} holds other records than a run writes: {error!r}") from error
+    title = f"{path.absolute().parent.name}"
+    return {"panels": panels, "x": x, "xlabel": found or "record", "log": log, "title": title}
+
+
+def _recipe_panels(
+    records: list[dict[str, Any]], held_out: str | None
+) -> tuple[dict[str, dict[str, list[float | None]]], list[str]]:
+    loss, accuracy = "training loss", "test accuracy, mean of trained domains, %"
+    panels: dict[str, dict[str, list[float | None]]] = {loss: {}, accuracy: {}}
+    for arm in records[0]["arms"]:
+        series = [record["arms"][arm] for record in records]
+        panels[loss][arm] = [entry["loss"] for entry in series]
+        kinds = sorted(series[0]["accuracy"])  # known before unknown
+        for kind in kinds:
+            name = f"{arm}, label {kind}" if len(kinds) > 1 else arm
+            panels[accuracy][name] = [
+                mean(v for domain, v in entry["accuracy"][kind].items() if domain != held_out)
+                for entry in series
+            ]
+    positive = all(entry["loss"] > 0 for r in records for entry in r["arms"].values())
+    return panels, [loss] if positive else []
+
+
+def _plain_panels(records: list[dict[str, Any]]) -> dict[str, dict[str, list[float | None]]]:
+    numbers = dict.fromkeys(
+        key
+        for record in records
+        for key, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and key not in STEPS
+    )
+    return {key: {key: [record.get(key) for record in records]} for key in numbers}
+
+
+def read_tensors(source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, or of the one in a run's folder, by name.
+
+    Raises:
+        NormswapError: no such file, or a damaged one.
+    """
+    path = Path(source)
+    if path.is_dir():
+        named = [path / name for name in TENSORS if (path / name).exists()]
+        others = sorted(path.glob("*.safetensors"))
+        if not named and len(others) != 1:
+            raise NormswapError(
+                f"expected {' or '.join(TENSORS)}, or one safetensors file, in {path}, found "
+                f"{', '.join(p.name for p in others) or 'none'}"
+            )
+        path = (named or others)[0]
+    safe = need("safetensors", "plot", "reading tensors")
+    try:
+        with safe.safe_open(path, framework="pt") as file:
+            # The recipe's checkpoint holds its models as ARM/model/NAME.
+            return {name.rpartition("/model/")[2]: file.get_tensor(name) for name in file.keys()}
+    except (OSError, safe.SafetensorError) as error:
+        raise NormswapError(f"cannot read tensors from {path}: {error}") from error
+
+
+def components_in(tensors: Mapping[str, Tensor]) -> dict[str, Components]:
+    """Return the statistics of each layer of CN, CN-X or ACN among a model's tensors, by layer.
+
+    They are told by name and shape, (K, C): of ACN those that values are assigned by.
+    """
+    found: dict[str, Components] = {}
+    for name in tensors:
+        layer, _, last = name.rpartition(".")
+        prefix = f"{layer}." if layer else ""
+        if last not in ("running_mean", "mu") or tensors[name].dim() != 2 or layer in found:
+            continue
+        get = {
+            key: tensors[prefix + key].double()
+            for key in ("mu", "log_sigma", "running_mean", "running_var", "priors", "prior_logits")
+            if prefix + key in tensors
+        }
+        learned = "mu" in get
+        spread = get.get("log_sigma" if learned else "running_var")
+        if spread is None or not ("priors" in get or "prior_logits" in get):
+            continue
+        center = get["mu" if learned else "running_mean"]
+        sigma = spread.exp() if learned else spread.clamp(min=1e-12).sqrt()
+        if "prior_logits" in get:
+            weight = bounded_log_prior(get["prior_logits"]).exp().expand_as(center)
+        else:
+            priors = get["priors"] / get["priors"].sum()  # the sum is not one after add_context
+            weight = priors.reshape(-1, 1).expand_as(center)
+        found[layer] = Components(weight, center, sigma)
+    return found
+
+
+def divergences_in(
+    tensors: Mapping[str, Tensor], order: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Return the divergences of each layer, (K,), of the components that values are normalised by.
+
+    Args:
+        tensors: of a converted model.
+        order: names of its modules in their order; by default layers are sorted by name, numbers
+            by size.
+
+    Raises:
+        NormswapError: no layer with statistics of contexts.
+    """
+    rows: dict[str, Tensor] = {}
+    for layer, parts in components_in(tensors).items():
+        prefix = f"{layer}." if layer else ""
+        moments = Moments(parts.mean, parts.sigma.square())
+        if prefix + "running_mean" in tensors and prefix + "running_var" in tensors:
+            both = (tensors[prefix + name].double() for name in ("running_mean", "running_var"))
+            moments = Moments(*both)
+        rows[layer or "(root)"] = gaussian_divergences(moments, parts.weight).mean(1)
+    if not rows:
+        raise NormswapError(
+            "found no layer of CN, CN-X or ACN with statistics of contexts among these tensors"
+        )
+    place = {name: k for k, name in enumerate(order or ())}
+    return {
+        name: rows[name]
+        for name in sorted(rows, key=lambda n: (place.get(n, len(place)), _natural(n)))
+    }
+
+
+def context_names(folder: str | os.PathLike[str], count: int) -> list[str] | None:
+    """Return the names of the contexts of a run, as its metrics have them, if they are `count`."""
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        return None
+    try:
+        first = json.loads(path.read_text("utf-8").partition("\n")[0] or "{}")
+        arms = [arm.get("accuracy", {}) for arm in first.get("arms", {}).values()]
+        known = [list(accuracy["known"]) for accuracy in arms if "known" in accuracy]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise NormswapError(f"{path} holds other records than a run writes: {error!r}") from error
+    return known[-1] if known and len(known[-1]) == count else None
+
+
+def model_of(folder: str | os.PathLike[str]) -> str | None:
+    """Return the name of the timm model a run trained, if its settings tell."""
+    name = _settings(Path(folder)).get("model")
+    return name if isinstance(name, str) else None
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text("utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NormswapError(f"cannot read the settings in {path}: {error!r}") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]

@@ -1,0 +1,1 @@
+"""Converted models in folders: JSON and safetensors, never pickle."""

@@ -1,0 +1,226 @@
+"""Save what a conversion and the training after it changed, and load it onto the base."""
+
+from dataclasses import asdict
+from importlib import metadata
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.conversion.checks import check_copyable, check_model
+from normswap.conversion.settings import make_contexts
+from normswap.conversion.target import Target, carry_out, find_target
+from normswap.errors import CheckpointError, UnknownNameError, expect_module
+from normswap.graph.state import RECORD
+from normswap.graph.surgery import Surgery
+from normswap.lifecycle.record import Record, find_root
+from normswap.lifecycle.training import exempt_norms
+from normswap.methods.base import Contexts, get_method, methods, parse_options
+from normswap.report import Verification
+from normswap.saving.fingerprint import (
+    checksums,
+    describe,
+    describe_base,
+    describe_original,
+    differences,
+    layer_tensors,
+    other_tensors,
+    shorten,
+)
+from normswap.saving.folder import as_folder, read_folder, write_folder
+from normswap.util.arguments import check_choice, check_flag
+from normswap.util.copies import copy_model
+
+_STATES = ("changed", "norms", "all")
+
+
+def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed") -> None:
+    """Write what a conversion made of a model, and what was trained since, to a folder.
+
+    ``normswap.json`` says how to convert the base and what the base looks like; a safetensors file
+    holds the layers of the method, running statistics included, and by default every other tensor
+    that is no longer what it was at conversion: a trained head, fine-tuned convolutions, running
+    statistics of norms that were kept. Training the norms alone leaves a small file; after
+    fine-tuning everything it is as large as the model. `load` puts it onto the base.
+
+    A save is whole or not there: a process killed at any moment leaves the one before readable.
+    Of several processes that train together, let one save.
+
+    Args:
+        model: a converted model.
+        folder: made if it is not there; an earlier save in it is replaced.
+        state: "changed", as above; "norms", the layers of the method alone, so that OTHER TRAINED
+            WEIGHTS ARE NOT SAVED; or "all", every tensor.
+
+    Raises:
+        ConversionError: not a converted model.
+        NormswapError: safetensors is missing.
+        CheckpointError: sharded parameters, or none with values; an option of the method that
+            JSON cannot hold; a folder that cannot be written to.
+        UnknownNameError: another `state`.
+    """
+    check_choice("state", state, _STATES)
+    root, record = find_root(model)
+    path = as_folder(folder)
+    layers, others = layer_tensors(root), other_tensors(root)
+    for name, tensor in (layers | others).items():
+        if tensor.is_meta or hasattr(tensor, "full_tensor"):
+            what = "without values" if tensor.is_meta else "sharded; gather the model first"
+            raise CheckpointError(f"cannot save {name}: it is {what}")
+    before, now = record.sums or {}, checksums(others) or {}
+    stored = {
+        name: tensor
+        for name, tensor in others.items()
+        if state == "all" or (state == "changed" and before.get(name) != now[name])
+    }
+    content = {
+        "normswap": _version(),
+        "method": record.method,
+        "options": asdict(record.options),
+        "placement": record.placement,
+        "contexts": list(record.contexts.names),
+        "priors": record.contexts.priors.tolist(),
+        "unknown": record.contexts.unknown,
+        "sites": sorted({row.fqn for row in record.rows if _is_site(row)}),
+        "base": describe_original(root),
+        "values": {n: before.get(n, now[n]) for n in others if n not in stored},
+        "layers": describe(layers),
+        "others": sorted(stored),
+    }
+    write_folder(path, content, layers | stored)
+
+
+def _is_site(row: Any) -> bool:
+    """Return whether selecting the name of a row leads to its layer; the input is not selected."""
+    return row.action == "replaced" or (
+        row.action == "inserted" and not row.target.endswith("(input)")
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("normswap")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def load(
+    base: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    inplace: bool = False,
+    check_values: bool = True,
+    trace: bool = True,
+) -> nn.Module:
+    """Convert a base model as a saved one was, and give it what was saved.
+
+    The result computes what the saved model did. Layers go where the base is; modes, hooks and
+    what is frozen are the base's. Nothing in the folder is run as code.
+
+    Args:
+        base: the model that was converted, before conversion, with the weights it had then; what
+            was saved besides the layers replaces its own.
+        folder: that `save` wrote.
+        inplace: change `base` itself instead of a copy.
+        check_values: whether the base's tensors that were not saved must have the values they had
+            when the saved model was converted. False takes them as they are.
+        trace: as for `convert`.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        NormswapError: safetensors is missing.
+        CheckpointError: files that are missing, cut short, changed, or of
+            a newer version; a base of another architecture or dtype, or with other values. The
+            message names what differs.
+        ConversionError: a base that cannot be converted, or is already.
+        UnknownNameError: a method that is not registered here.
+        Whatever is raised, `base` is as it was.
+    """
+    expect_module(base)
+    check_flag("inplace", inplace)
+    check_flag("check_values", check_values)
+    content, tensors = read_folder(as_folder(folder))
+    if content["method"] not in methods():
+        raise UnknownNameError(
+            f"{folder} was saved with method {content['method']!r}, which is not registered here; "
+            f"the methods are {', '.join(methods())}: import the file that defines it first"
+        )
+    check_model(base)
+    if not inplace:
+        check_copyable(base)
+    sites = set(content["sites"])
+    replaced = list(content["base"]["norms"])
+    apart = differences(content["base"], describe_base(base, replaced))
+    if apart:
+        raise CheckpointError(f"expected the model that {folder} was made from; {shorten(apart)}")
+    target, record = _decide(base, content, sites)
+    with Surgery(base if inplace else copy_model(base), trace) as surgery:
+        model = carry_out(target, surgery, record)
+        others = other_tensors(model)
+        record.sums = checksums(others)
+        _check_values(record.sums, content, folder, check_values)
+        wanted = layer_tensors(model)
+        if describe(wanted) != content["layers"]:
+            raise CheckpointError(
+                f"converting this model makes other layers than {folder} holds; it was saved by "
+                f"normswap {content['normswap']}, this is {_version()}"
+            )
+        _copy(tensors, wanted | {name: others[name] for name in content["others"]})
+    vars(model)[RECORD] = record
+    exempt_norms(model)
+    return model
+
+
+def _decide(base: nn.Module, content: dict[str, Any], sites: set[str]) -> tuple[Target, Record]:
+    """Return what the description says is to be changed, and the record of it."""
+    method = get_method(content["method"])
+    options = parse_options(method, content["options"])
+    contexts = make_contexts(method, None, None, "pooled")
+    if method.needs_context:
+        contexts = Contexts(
+            tuple(content["contexts"]),
+            torch.tensor(content["priors"], dtype=torch.float64),
+            content["unknown"],
+        )
+    placement = content["placement"]
+    target = find_target(base, method, options, placement, lambda name, _: name in sites, None)
+    record = Record(method.name, options, contexts, target.rows, type(base).__name__)
+    record.placement = placement
+    record.verification = Verification(reason="loaded")
+    return target, record
+
+
+def _check_values(
+    sums: dict[str, int] | None,
+    content: dict[str, Any],
+    folder: Any,
+    wanted: bool,
+) -> None:
+    if sums is None:
+        raise CheckpointError("expected a base with values, got one on the meta device")
+    strange = [name for name in (*content["values"], *content["others"]) if name not in sums]
+    if strange:
+        raise CheckpointError(f"{folder} names tensors that its base has not: {shorten(strange)}")
+    unlike = [name for name, value in content["values"].items() if sums[name] != value]
+    if wanted and unlike:
+        raise CheckpointError(
+            f"expected the base with the weights it had at conversion, since {folder} holds only "
+            f"what changed; {len(unlike)} tensors have other values: {shorten(unlike)}; give the "
+            "same pretrained weights or seed, save with state='all', or pass check_values=False to "
+            "take them as they are"
+        )
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    if source.keys() != target.keys():
+        apart = sorted(source.keys() ^ target.keys())
+        raise CheckpointError(f"expected tensors for the names in the description, not {apart[:6]}")
+    for name, tensor in target.items():
+        if source[name].shape != tensor.shape:
+            raise CheckpointError(f"{name} is {tuple(source[name].shape)} in the file")
+    for name, tensor in target.items():
+        tensor.copy_(source[name])

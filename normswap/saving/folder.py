@@ -1,0 +1,201 @@
+"""A folder with a description and tensors that a kill at any byte leaves whole.
+
+    normswap.json                 the description; names the file below and its digest
+    tensors-RANDOM.safetensors    written first, under a name of its own
+
+The description is replaced last and at once, so that it always names tensors that are complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from normswap.errors import CheckpointError
+from normswap.saving.schema import find_wrong
+from normswap.util.extras import need
+from normswap.util.read_file import read_file
+
+DESCRIPTION = "normswap.json"
+FORMAT = 1
+_TENSORS = re.compile(r"tensors-[0-9a-f]{16}\.safetensors")
+_LEFTOVER = re.compile(rf"\.?({_TENSORS.pattern}|{re.escape(DESCRIPTION)})(\.[0-9a-f]{{16}}\.tmp)?")
+_AN_HOUR = 3600.0
+_MOST_DESCRIPTION = 1 << 28
+
+
+def as_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return a path.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        raise CheckpointError(f"expected a folder as a path, got {type(folder).__name__}")
+    return Path(folder)
+
+
+def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a description and tensors; what was there stays readable until both are on disk.
+
+    Raises:
+        NormswapError: safetensors is missing.
+        CheckpointError: `folder` is a file or cannot be written to, or the description holds what
+            JSON cannot.
+    """
+    library: Any = need("safetensors.torch", "save", "saving and loading a conversion")
+    data: bytes = library.save({k: t.cpu().contiguous().clone() for k, t in tensors.items()})
+    name = f"tensors-{secrets.token_hex(8)}.safetensors"
+    file = {"name": name, "bytes": len(data), "sha256": _digest(data)}
+    try:
+        # As it will be read: JSON knows no tuples, and no keys but strings.
+        content = json.loads(json.dumps({"format": FORMAT, **content, "file": file}))
+    except TypeError as error:
+        raise CheckpointError(f"expected options that JSON can hold: {error}") from error
+    content["digest"] = _digest(_canonical(content))
+    try:
+        _write(folder, name, data, content)
+    except FileExistsError as error:
+        raise CheckpointError(f"expected a folder to save to, got the file {folder}") from error
+    except (OSError, ValueError) as error:  # no right to write, no space, no such path
+        raise CheckpointError(f"cannot save to {folder}: {error}") from error
+
+
+def _write(folder: Path, name: str, data: bytes, content: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    before = _file_in_use(folder)
+    _replace(folder / name, data)
+    try:
+        _replace(folder / DESCRIPTION, json.dumps(content, indent=1).encode())
+    except BaseException:
+        if _file_in_use(folder) != name:
+            (folder / name).unlink(missing_ok=True)
+        raise
+    _sweep(folder, before, name)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a description and its tensors, without running code from them.
+
+    Raises:
+        CheckpointError: a file that is missing, cut short, changed, or of a newer format.
+    """
+    library: Any = need("safetensors.torch", "save", "saving and loading a conversion")
+    content = read_description(folder)
+    while True:
+        named = content["file"]
+        try:
+            data = read_file(folder / named["name"], named["bytes"])
+            break
+        except FileNotFoundError:
+            # A save may have finished meanwhile and removed it.
+            again = read_description(folder)
+            if again["file"]["name"] == named["name"]:
+                raise CheckpointError(
+                    f"expected {named['name']} beside {folder / DESCRIPTION}, which names it; "
+                    "copy both"
+                ) from None
+            content = again
+        except OSError as error:
+            raise CheckpointError(f"cannot read {folder / named['name']}: {error}") from error
+    if len(data) != named["bytes"] or _digest(data) != named["sha256"]:
+        raise CheckpointError(
+            f"expected {named['bytes']} bytes with the digest in {DESCRIPTION}, got {len(data)} "
+            f"others: {folder / named['name']} is cut short or was changed"
+        )
+    try:
+        return content, library.load(data)
+    except Exception as error:  # of a library's own type, or none in particular
+        raise CheckpointError(
+            f"{folder / named['name']} does not read as safetensors: {error}"
+        ) from error
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Read and check the description alone.
+
+    Raises:
+        CheckpointError: as `read_folder`.
+    """
+    path = folder / DESCRIPTION
+    try:
+        content = json.loads(read_file(path, _MOST_DESCRIPTION))
+        digest = _digest(_canonical(content)) if isinstance(content, dict) else None
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"expected a folder that normswap.save wrote, found no {path}"
+        ) from None
+    except (OSError, ValueError, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    version = content.get("format") if isinstance(content, dict) else None
+    if type(version) is not int or version < 1 or "digest" not in content:
+        raise CheckpointError(f"{path} is not a description that normswap.save wrote")
+    if version > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {version}, of normswap {content.get('normswap')}; this version "
+            f"knows formats up to {FORMAT}: upgrade normswap"
+        )
+    if content["digest"] != digest:
+        raise CheckpointError(f"{path} was changed after it was written; save again")
+    wrong = find_wrong(content)
+    if wrong is not None:
+        raise CheckpointError(f"{path} is not a description that normswap.save wrote: {wrong}")
+    if not _TENSORS.fullmatch(content["file"]["name"]):
+        raise CheckpointError(f"{path} names a file of another kind: {content['file']['name']!r}")
+    found: dict[str, Any] = content
+    return found
+
+
+def _file_in_use(folder: Path) -> str | None:
+    try:
+        return str(read_description(folder)["file"]["name"])
+    except CheckpointError:
+        return None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file that is either there whole or not at all, even if the machine stops."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _sweep(folder: Path, before: str | None, name: str) -> None:
+    """Remove the tensors just replaced, and what saves killed over an hour ago left.
+
+    Younger files may belong to a save under way in another process.
+    """
+    for path in folder.iterdir():
+        if _LEFTOVER.fullmatch(path.name) and path.name not in (DESCRIPTION, name):
+            with contextlib.suppress(FileNotFoundError):
+                if path.name == before or time.time() - path.stat().st_mtime > _AN_HOUR:
+                    path.unlink()
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    return json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,79 @@
+"""Copies of models: on the side, what cannot be copied as it is."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import ConversionError
+from normswap.util.arguments import describe
+from normswap.util.distributed import shared_groups
+
+
+def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return a copy that shares process groups; tensors computed with gradients are detached.
+
+    Args:
+        model: the model.
+        memo: further objects that have their copies already, by id.
+
+    Raises:
+        ConversionError: an attribute that cannot be copied; the message names it.
+    """
+    memo = {**shared_groups(model), **(memo or {})}
+    for tensor in _attribute_tensors(model):
+        # Cached by a forward (LeViT's biases), or by a hook (pruning): deepcopy refuses them.
+        if not tensor.is_leaf:
+            memo.setdefault(id(tensor), tensor.detach().clone())
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ConversionError(
+            f"cannot copy the model: {_culprit(model)}{type(error).__name__}: {error}; pass "
+            "inplace=True where there is one, or take that out of the model"
+        ) from error
+
+
+def copy_structure(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose parameters and buffers hold no values (meta device)."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy_model(model, memo)
+
+
+def _attribute_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the buffers, and the tensors in attributes and in the lists and dicts there."""
+    yield from model.buffers()
+    seen: set[int] = set()
+    found: list[Any] = [v for m in model.modules() for v in vars(m).values()]
+    while found:
+        value = found.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            found.extend(value.values() if isinstance(value, dict) else value)
+
+
+def attributes_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what each attribute of each module of a model holds, by qualified name."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            yield f"{name}.{key}".lstrip("."), value
+
+
+def _culprit(model: nn.Module) -> str:
+    """Return the name of the first attribute that cannot be copied alone, for a message."""
+    known = {**shared_groups(model), **{id(module): module for module in model.modules()}}
+    for where, value in attributes_of(model):
+        try:
+            copy.deepcopy(value, dict(known))
+        except Exception:
+            return f"its attribute {where} ({describe(value)}): "
+    return ""
