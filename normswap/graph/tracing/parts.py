@@ -20,7 +20,7 @@ _FIELDS = (
     type(collections.namedtuple("_Field", "field").field),  # type: ignore[attr-defined]
     types.MemberDescriptorType,
 )
-_METHODS = (types.FunctionType, classmethod, staticmethod)
+_METHODS = (types.FunctionType, classmethod, staticmethod, property)
 
 
 def parts_of(value: Any) -> Iterator[Part]:
@@ -71,7 +71,8 @@ def parts_of_class(cls: type) -> Iterator[Part]:
             if not (method or is_constant(raw)):
                 raise TraceFailure(f"makes or uses a {cls.__name__}, whose .{name} may change")
             yield cls, name, getattr(cls, name)
-            yield from parts_of(getattr(raw, "__func__", raw))
+            function = raw.fget if isinstance(raw, property) else raw
+            yield from parts_of(getattr(function, "__func__", function))
 
 
 def attributes_of(member: enum.Enum) -> Iterator[tuple[str, Any]]:

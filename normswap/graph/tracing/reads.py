@@ -4,6 +4,7 @@ import types
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from normswap.graph.tracing.containers import (
@@ -39,12 +40,14 @@ class Guards(NamedTuple):
         children: (path of a module, names of its children).
         methods: (path of a module, name, the function its class has there).
         names: (dict of globals or a class, name, value), of what lies outside of the module.
+        properties: those of classes, likewise; a compiler cannot look at them.
     """
 
     attributes: tuple[tuple[Path, str, Any], ...] = ()
     children: tuple[tuple[Path, tuple[str, ...]], ...] = ()
     methods: tuple[tuple[Path, str, Any], ...] = ()
     names: tuple[tuple[Any, str, Any], ...] = ()
+    properties: tuple[tuple[Any, str, Any], ...] = ()
 
     def hold(self, module: nn.Module) -> bool:
         """Return whether everything is as it was."""
@@ -63,7 +66,9 @@ class Guards(NamedTuple):
             # A compiler, once it saw a number change, knows no attributes of it.
             if not alike(now if isinstance(value, (int, float)) else _function(now), value):
                 return False
-        return True
+        if torch.compiler.is_dynamo_compiling():
+            return True
+        return all([getattr(cls, name, None) is value for cls, name, value in self.properties])
 
 
 NO_GUARDS = Guards()
@@ -112,7 +117,7 @@ class Reads:
         self.children: dict[str, tuple[str, ...]] = {}
         self.methods: dict[tuple[str, str], Any] = {}
         self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-        self._functions: dict[types.CodeType, types.FunctionType] = {}
+        self._defaults: dict[types.CodeType, tuple[Any, ...]] = {}
         self._live: list[tuple[str, Any, Any]] = []
 
     def attribute(self, path: str, name: str, value: Any) -> Any:
@@ -151,16 +156,13 @@ class Reads:
 
     def default_of(self, code: types.CodeType, value: Any) -> bool:
         """Return whether a value is the default of an argument of a function that was read."""
-        function = self._functions.get(code)
-        if function is None:
-            return False
-        kept = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        return any(value is default for default in kept)
+        return any(value is default for default in self._defaults.get(code, ()))
 
     def _add_parts(self, parts: Iterable[Part]) -> None:
         for holder, name, value in parts:
             if name == "__code__":
-                self._functions[value] = holder
+                named = (holder.__kwdefaults__ or {}).values()
+                self._defaults[value] = (*(holder.__defaults__ or ()), *named)
             self.names.setdefault((id(holder), name), (holder, name, copy_parts(_function(value))))
 
     def holds(self, value: Any) -> bool:
@@ -189,7 +191,8 @@ def merge(reads: Iterable[Reads]) -> Guards:
         tuple((_split(path), name, value) for (path, name), value in attributes.items()),
         tuple((_split(path), children[path]) for path in sorted(children)),
         tuple((_split(path), name, f) for (path, name), f in methods.items()),
-        tuple(names.values()),
+        tuple(entry for entry in names.values() if not isinstance(entry[2], property)),
+        tuple(entry for entry in names.values() if isinstance(entry[2], property)),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from normswap.graph.tracing.bytecode import Load, Test, read_code
-from normswap.graph.tracing.failure import TraceFailure, is_torch
+from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
 from normswap.graph.tracing.method_calls import method_of
 from normswap.graph.tracing.reads import Reads
 from normswap.graph.tracing.symbol import is_something
@@ -119,8 +119,7 @@ class Watch:
         for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
             value = frame.f_locals.get(name)
             if self._reads.default_of(code, value) and why_unfit(value, name, HANDS_ON):
-                where = f"{name} in {code.co_name}"
-                raise TraceFailure(f"takes the default of {where}, which may change")
+                raise TraceFailure(f"may change the default of {name} in {code.co_name}")
             if isinstance(value, type) and not is_plain(value):
                 raise TraceFailure(f"hands the class {value.__name__} to {code.co_name}")
 
@@ -183,7 +182,7 @@ class Watch:
         name = load.chain[0]
         later = order[order.index(own) + 1 :]
         base = next((base for base in later if name in vars(base)), None)
-        if base is None or is_torch(base.__module__):
+        if base is None or is_library(base.__module__):
             return ""
         self._reads.name(base, name, getattr(base, name))
         kinds = (types.FunctionType, property, classmethod, staticmethod)
