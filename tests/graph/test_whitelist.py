@@ -165,13 +165,32 @@ class OfMember(Base):
         return super().forward(x) * Mode.LOUD.gain
 
 
+class Renaming:
+    gain = 1.0
+    names = {"scale": "gain"}  # noqa: RUF012
+
+    def __getattribute__(self, name):
+        return super().__getattribute__(super().__getattribute__("names").get(name, name))
+
+
+class OfSettings(Base):
+    def __init__(self):
+        super().__init__()
+        self.settings = Renaming()
+
+    def forward(self, x):
+        return super().forward(x) * self.settings.scale
+
+
 class Unused(Base):
     def forward(self, x):
         y = super().forward(x)
         return y * Options().table["gain"] if self.extra else y
 
 
-@pytest.mark.parametrize("cls", [Made, Default, OfMember, Unused], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", [Made, Default, OfMember, OfSettings, Unused], ids=lambda cls: cls.__name__
+)
 def test_what_can_be_compared_as_a_whole_has_a_graph(cls):
     check(cls())
 
