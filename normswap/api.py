@@ -95,6 +95,7 @@ def convert(
     )
     check_flag("inplace", inplace)
     check_flag("verify", verify)
+    check_flag("trace", trace)
     inputs = None if example_inputs is None else read_inputs(example_inputs)
     check_model(model)
     if not inplace:
@@ -138,6 +139,7 @@ def plan(
     asked = read_settings(
         plan, method, contexts, select, exclude, placement, preset, unknown, priors, options
     )
+    check_flag("trace", trace)
     check_model(model)
     target = find_target(
         model, asked.method, asked.options, asked.placement, asked.select, asked.exclude
