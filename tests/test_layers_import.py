@@ -10,7 +10,7 @@ import normswap
 ROOT = Path(normswap.__file__).parent
 # A file imports from its own house or from an earlier one.
 HOUSES = [
-    *("errors", "util", "functional", "sites", "methods", "contexts", "graph", "report"),
+    *("_version", "errors", "util", "functional", "sites", "methods", "contexts", "graph", "report"),
     *("lifecycle", "conversion", "saving", "plot", "api", "testing", "cli", "__main__"),
 ]
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
