@@ -10,8 +10,8 @@ import normswap
 ROOT = Path(normswap.__file__).parent
 # A file imports from its own house or from an earlier one.
 HOUSES = [
-    *("_version", "errors", "util", "functional", "sites", "methods", "contexts", "graph", "report"),
-    *("lifecycle", "conversion", "saving", "plot", "api", "testing", "cli", "__main__"),
+    *("_version", "errors", "util", "functional", "sites", "methods", "contexts", "graph"),
+    *("report", "lifecycle", "conversion", "saving", "plot", "api", "testing", "cli", "__main__"),
 ]
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 HEAVY = ["timm", "torchvision", "matplotlib", "sklearn", "skimage", "pandas", "PIL", "recipes"]
