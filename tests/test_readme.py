@@ -122,6 +122,14 @@ def test_links_lead_to_files(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_that_are_named_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    folders = [ROOT, ROOT / "normswap", (ROOT / document).parent]
+    for name in re.findall(r"`(?:pytest )?([\w./]+\.py)`", text):
+        assert any((folder / name).exists() for folder in folders), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_names_of_the_package_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     for dotted in re.findall(r"`normswap\.([a-zA-Z_.]+)\b(?!\.md)", text):
