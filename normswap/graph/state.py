@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from normswap.errors import ConversionError
-from normswap.graph.blocks.insert import Insertion
+from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.class_questions import check_question
 from normswap.graph.scope import Scope, scope_of
 from normswap.graph.tracing import NO_GUARDS, Guards, Kind, Writes, describe, rebuild
@@ -108,7 +108,7 @@ class ContainerState:
         self.variants: dict[tuple[Kind, ...], list[Variant]] = {}
         self.assumed: set[tuple[Kind, ...]] = set()
         self.planned: dict[tuple[Kind, ...], Any] = {}
-        self.insertions: tuple[Insertion, ...] = ()
+        self.insertions: tuple[InsertedLayer, ...] = ()
         self.blocks = 0
         self.before: str | None = None
         self.after: str | None = None
