@@ -71,7 +71,10 @@ def convert(
         priors: probability of each context, or counts; uniform by default.
         inplace: change `model` itself instead of a copy.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, batch first.
-            Guessed for models that state their input size.
+            Guessed for models that state their input size. They tell, too, which row of a norm is
+            of which sample. Without, the first mixed batch tells that, unless it is compiled:
+            compiled code takes norms with one row a sample, of which nothing was measured, to be
+            in the order of the batch.
         verify: compare outputs before and after on the example inputs, in eval mode; the summary
             says how far they differ, or why nothing was compared.
         trace: run graphs in place of forwards that they stand for. Without, every module runs its
