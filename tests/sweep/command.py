@@ -13,9 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 import normswap
+from recipes.errors import RecipeError
+from recipes.runs import write_text
 
-from ..errors import RecipeError
-from ..runs import write_text
 from . import report, store
 from .one import sweep_model
 from .prepare import GIB, Limits
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     try:
-        return run(options, shlex.join(["python", "-m", "recipes", "sweep", *argv]))
+        return run(options, shlex.join(["python", "-m", "tests.sweep", *argv]))
     except (RecipeError, normswap.NormswapError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -138,7 +138,7 @@ def _memory() -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m recipes sweep", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.sweep", description=__doc__)
     add = parser.add_argument
     add(
         "--source",
