@@ -8,13 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import normswap
-
-from . import gan
+from . import folders, gan
 from .data import stratified_mask
 from .digits import draw
 from .errors import RecipeError
-from .folders import decode
 from .frechet import Judge, frechet_distance, imagenet_judge, small_judge
 
 DIGITS_HELD_OUT, FOLDER_HELD_OUT = 0.3, 0.2
@@ -103,26 +100,12 @@ def load_folder(root: Path) -> tuple[Tensor, Tensor, list[str]]:
     Raises:
         RecipeError: no such folder, one of another layout, or an image that cannot be read.
     """
-    if not root.is_dir():
-        raise RecipeError(f"expected --data to be a folder CLASS/image, found none at {root}")
-    try:
-        found = normswap.contexts.list_images(root)
-    except normswap.ContextError as error:
-        raise RecipeError(f"expected images as CLASS/image: {error}") from error
-    for name, paths in found.items():
-        for path in paths:
-            if path.parent != root / name:
-                raise RecipeError(
-                    f"expected images as CLASS/image in {root}, found {path}; of a folder "
-                    f"DOMAIN/CLASS/image, give one domain, such as --data {root / name}"
-                )
-        if len(paths) < 2:
-            raise RecipeError(
-                f"expected two images or more a class, to train and to hold out, got one in "
-                f"{root / name}"
-            )
-    if len(found) < 2:
-        raise RecipeError(f"expected two folders of classes or more in {root}, got {list(found)}")
-    images = decode([path for paths in found.values() for path in paths], gan.SIZE, 2)
-    labels = torch.tensor([i for i, paths in enumerate(found.values()) for _ in paths])
-    return images.float() / 127.5 - 1, labels, list(found)
+    data = folders.load_folder(root, gan.SIZE, flat=True)
+    if len(data.domain_names) > 1:
+        raise RecipeError(
+            f"expected images as CLASS/image in {root}; of a folder DOMAIN/CLASS/image, give one "
+            f"domain, such as --data {root / data.domain_names[0]}"
+        )
+    if len(data.classes) < 2:
+        raise RecipeError(f"expected two folders of classes or more in {root}, got {data.classes}")
+    return data.images.float() / 127.5 - 1, data.labels, data.classes

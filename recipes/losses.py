@@ -15,15 +15,11 @@ Source: Tang et al., ICCV 2021, arXiv 2102.02811, section 5; Hendrycks et al., I
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data.auto_augment import augment_and_mix_transform
 from torch import Tensor, nn
 
 import normswap
@@ -122,48 +118,6 @@ def firing(layers: Sequence[normswap.CrossNorm]) -> Iterator[None]:
     finally:
         for holder, p in zip(holders, before, strict=True):
             holder.p = p
-
-
-class AugMix:
-    """timm's AugMix at the authors' severity 3 and width 3, on uint8 tensors.
-
-    Args:
-        mean: of the model's images, per channel in [0, 1]: what a rotation or a shift uncovers.
-        without: timm's names of operations to leave out, such as those a test is made of.
-    """
-
-    def __init__(self, mean: tuple[float, ...], without: Sequence[str] = ()) -> None:
-        fill = tuple(min(255, round(255 * value)) for value in mean)
-        self._transform = augment_and_mix_transform("augmix-m3-w3", {"img_mean": fill})
-        names = [op.name for op in self._transform.ops]
-        if unknown := sorted(set(without) - set(names)):
-            raise ValueError(f"expected operations of {', '.join(names)}, got {unknown}")
-        self._transform.ops = [op for op in self._transform.ops if op.name not in without]
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Mix each of (N, 3, S, S) uint8 images with augmented versions of itself.
-
-        The generator alone decides the result.
-        """
-        with seeded(int(torch.randint(2**32, (), generator=generator))):
-            return torch.stack([self._mix(image) for image in images])
-
-    def _mix(self, image: Tensor) -> Tensor:
-        mixed = self._transform(Image.fromarray(image.permute(1, 2, 0).numpy()))
-        return torch.from_numpy(np.array(mixed)).permute(2, 0, 1)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the generators of Python and NumPy, which timm draws from, and put them back."""
-    before, before_numpy = random.getstate(), np.random.get_state()
-    try:
-        random.seed(seed)
-        np.random.seed(seed)
-        yield
-    finally:
-        random.setstate(before)
-        np.random.set_state(before_numpy)
 
 
 def _holders(

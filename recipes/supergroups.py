@@ -73,13 +73,12 @@ def with_clusters(
         warnings.simplefilter("ignore", normswap.ContextWarning)  # of small clusters: reported
         assigner = normswap.contexts.kmeans(trains, clusters, features, seed=seed, progress=False)
     found = torch.cat([assigner(part).cpu() for part in every])
-    counts = torch.zeros(clusters, len(data.domain_names), dtype=torch.int64)
-    counts.index_put_(
-        (found[data.train], data.domains[data.train]), torch.tensor(1), accumulate=True
-    )
     shown = []
-    for cluster, row in enumerate(counts.tolist()):
-        kinds = zip(row, data.domain_names, strict=True)
+    for cluster in range(clusters):
+        inside = data.domains[data.train & (found == cluster)]
+        kinds = zip(
+            inside.bincount(minlength=len(data.domain_names)), data.domain_names, strict=True
+        )
         shown.append(f"cluster {cluster}: " + ", ".join(f"{n} {name}" for n, name in kinds))
     names = [f"cluster {k}" for k in range(clusters)]
     return replace(data, domains=found, domain_names=names), "; ".join(shown)

@@ -1,11 +1,14 @@
-"""The tables a run ends with."""
+"""The tables and the picture a fine-tuning ends with."""
 
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+from normswap import plot
 
 from .data import DomainData
 from .training import Arm
@@ -105,3 +108,28 @@ def epoch_line(record: dict[str, Any], arms: list[Arm], data: DomainData) -> str
         parts.append(f"{heading} {mean:.1f} %")
     losses = ", ".join(f"{arm.name} {record['arms'][arm.name]['loss']:.3f}" for arm in arms)
     return f"epoch {record['epoch']}: loss {losses}; accuracy {'; '.join(parts)}"
+
+
+def draw_curves(
+    path: Path, history: list[dict[str, Any]], arms: list[Arm], data: DomainData, title: str
+) -> None:
+    """Draw the training loss and the mean test accuracy over the trained domains.
+
+    Args:
+        path: the PNG to write.
+        history: one record an epoch.
+        arms: the models of the run.
+        data: the data set, for its domains.
+        title: heading of the picture.
+    """
+    losses = {arm.name: [record["arms"][arm.name]["loss"] for record in history] for arm in arms}
+    means = {
+        heading: [
+            statistics.mean(record["arms"][arm]["accuracy"][kind][d] for d in data.contexts)
+            for record in history
+        ]
+        for arm, kind, heading in columns(arms)
+    }
+    panels = {"training loss": losses, "test accuracy, mean of trained domains, %": means}
+    epochs = [record["epoch"] for record in history]
+    plot.curves(panels, epochs, log=["training loss"], title=title, path=path)

@@ -5,9 +5,10 @@ import torch
 
 from recipes import corruptions, images
 from recipes.__main__ import main
+from recipes.augment import AugMix
 from recipes.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
 from recipes.digits import load_digits
-from recipes.losses import AugMix
+from recipes.options import Parser
 
 
 def run(tmp_path, *given, name="run"):
@@ -115,9 +116,12 @@ def test_what_cannot_be_done_is_said_before_a_run_is_made(tmp_path, capsys, give
 def test_few_training_images_leave_the_test_as_it_was():
     loaded = []
     for given in ([], ["--train-per-class", "7"]):
-        options = corruptions._parser().parse_args(given)
-        images.resolve(options)
-        loaded.append(images.load(options, seed=3))
+        parser = Parser("corruptions", "")
+        parser.share("smoke")
+        corruptions.add_options(parser)
+        options = parser.parse_args(given)
+        images.settle(options)
+        loaded.append(images.load_mixed(options, seed=3))
     every, few = loaded
 
     assert torch.equal(few.test, every.test)
