@@ -173,7 +173,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> list
         {n: tuple(t.shape) for n, t in state.items() if not n.endswith("num_batches_tracked")}
         for state in (fitting, wanted)
     )
-    wrong = sorted(n for n in there.keys() | here if there.get(n) != here.get(n))
+    wrong = [n for n in {**here, **there} if there.get(n) != here.get(n)]
     if wrong:
         name = wrong[0]
         what = f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} in the model"
