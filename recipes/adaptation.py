@@ -55,11 +55,7 @@ def run(options: Namespace) -> None:
 
 
 def load(options: Namespace) -> DomainData:
-    """Load the two domains, the source first.
-
-    Raises:
-        RecipeError: if they are not named, or are one.
-    """
+    """Load the two domains, the source first."""
     if options.data is None:
         options.source, options.target = options.source or ANGLES[0], options.target or ANGLES[1]
     names = (options.source, options.target)

@@ -28,13 +28,7 @@ class Augmentation:
 
 
 def draw_windows(n: int, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Draw a window for each of n images: an affine map of coordinates, (n, 2, 3).
-
-    Args:
-        n: how many.
-        how: the range of the windows.
-        generator: a CPU generator; the choice is the same on every device.
-    """
+    """Draw a window for each of n images: an affine map of coordinates, (n, 2, 3)."""
     uniform = torch.rand(n, 4, generator=generator)
     low, high = how.side
     side = low + (high - low) * uniform[:, 0]
@@ -82,12 +76,7 @@ def colour(mean: Sequence[float]) -> tuple[int, ...]:
 
 
 class AugMix:
-    """timm's AugMix at the authors' severity 3 and width 3, on uint8 tensors.
-
-    Args:
-        mean: of the model's images, per channel in [0, 1]: what a rotation or a shift uncovers.
-        without: timm's names of operations to leave out, such as those a test is made of.
-    """
+    """timm's AugMix at the authors' severity 3 and width 3, on uint8 tensors."""
 
     def __init__(self, mean: tuple[float, ...], without: Sequence[str] = ()) -> None:
         self._transform = augment_and_mix_transform("augmix-m3-w3", {"img_mean": colour(mean)})

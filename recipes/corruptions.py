@@ -129,9 +129,6 @@ def relative(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], s
 
     A family in which bn of that seed makes no error has no ratio; it is left out for all methods of
     the seed.
-
-    Returns:
-        The records with it, None where bn did not run; and what was left out, to print.
     """
     plain = {r["cell"]["seed"]: r for r in records if r["cell"]["method"] == "bn"}
     found, left_out = [], {}

@@ -67,16 +67,7 @@ class Batch:
 
 
 def stratified_mask(groups: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Pick `fraction` of each group at random, at least one and never all of a group.
-
-    Args:
-        groups: (N,) int64, the group of each sample (its class, or its domain and class).
-        fraction: share of each group to pick, in (0, 1).
-        generator: source of the choice.
-
-    Returns:
-        (N,) bool, true where picked.
-    """
+    """Mark `fraction` of each group at random, at least one and never all: (N,) bool."""
     picked = torch.zeros(len(groups), dtype=torch.bool)
     for group in groups.unique():
         members = (groups == group).nonzero().flatten()

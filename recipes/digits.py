@@ -38,14 +38,9 @@ def rotate(images: Tensor, degrees: float) -> Tensor:
 
 
 def draw(pixels: Tensor, size: int) -> Tensor:
-    """Enlarge 8 x 8 digits to `size`, with a margin so that turning cuts off next to nothing.
+    """Enlarge 8 x 8 digits, in [0, 16], to `size`: (N, 1, size, size) in [0, 1].
 
-    Args:
-        pixels: (N, 8, 8) float in [0, 16].
-        size: side of the result in pixels; the digit fills three quarters of it.
-
-    Returns:
-        (N, 1, size, size) float in [0, 1].
+    They fill three quarters of it, so that turning cuts off next to nothing.
     """
     inner = round(size * 0.75)
     before = (size - inner) // 2
@@ -61,18 +56,7 @@ def load_digits(
     limit: int | None = None,
     angles: Sequence[int] | None = None,
 ) -> DomainData:
-    """Load the digits, split them, and turn them into one domain an angle.
-
-    Args:
-        size: side of the images in pixels, at least 16.
-        seed: decides the split and which training digit goes to which angle.
-        held_out: name of a domain (its angle, such as "60") that does not train.
-        limit: use about so many digits in all, for a quick trial.
-        angles: in degrees, one a domain; `ANGLES` if left out.
-
-    Raises:
-        RecipeError: if `size` is too small or `held_out` is not a domain.
-    """
+    """Load the digits, split them, and turn them into one domain an angle."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     angles = ANGLES if angles is None else angles

@@ -156,6 +156,7 @@ def _stem(options: Namespace) -> str:
 
 def add_options(parser: Parser) -> None:
     """Add the recipe's own options."""
+    runs.add_options(parser)
     parser.share(
         "data", "model", "pretrained", "weights",
         image_size=ByData(32, None), epochs=ByData(12, 10), batch_size=64, lr=TUNED,

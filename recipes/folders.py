@@ -32,20 +32,6 @@ def load_folder(
     """Load a folder of domains; images are resized and centre-cropped to a square.
 
     A fifth of each class of each domain is the test split; of the held-out domain, all of it.
-
-    Args:
-        root: a folder with one folder a domain, and in each the same class folders.
-        size: side of the images in pixels.
-        seed: decides the split.
-        held_out: name of a domain that does not train.
-        limit: use about so many images of each class of each domain, for a quick trial.
-        workers: threads that decode.
-        domains: load these alone, in this order.
-        flat: take a folder CLASS/image too, as one domain.
-
-    Raises:
-        RecipeError: if the folder, a class of a domain, one of `domains` or the held-out domain is
-            missing, a class has a single image, or an image cannot be read.
     """
     files = list_folder(root, flat)
     domain_names = sorted(files) if domains is None else list(dict.fromkeys(domains))

@@ -45,16 +45,7 @@ class Images:
 
 
 def load(root: Path | None, smoke: bool, device: torch.device) -> Images:
-    """Load the images, hold some out and make the judge: the same for every training.
-
-    Args:
-        root: a folder CLASS/image; None for the digits.
-        smoke: take few.
-        device: of the judge.
-
-    Raises:
-        RecipeError: no such folder, one of another layout, or too few images.
-    """
+    """Load the images, hold some out and make the judge: the same for every training."""
     images, labels, classes = load_digits() if root is None else load_folder(root)
     generator = torch.Generator().manual_seed(0)
     if smoke and len(images) > SMOKE_IMAGES:
@@ -95,11 +86,7 @@ def load_digits() -> tuple[Tensor, Tensor, list[str]]:
 
 
 def load_folder(root: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Give the images of a folder CLASS/image likewise, cropped to squares.
-
-    Raises:
-        RecipeError: no such folder, one of another layout, or an image that cannot be read.
-    """
+    """Give the images of a folder CLASS/image likewise, cropped to squares."""
     data = folders.load_folder(root, gan.SIZE, flat=True)
     if len(data.domain_names) > 1:
         raise RecipeError(

@@ -42,18 +42,9 @@ def command(
     run: Callable[[argparse.Namespace], None],
     argv: list[str],
 ) -> int:
-    """Run a recipe; give 0, 2 for something the user can fix, 130 when interrupted.
-
-    Args:
-        recipe: its name.
-        text: what its help says.
-        add_options: gives a parser the recipe's own options.
-        run: does it.
-        argv: the command line.
-    """
+    """Run a recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
     try:
         parser = Parser(recipe, text)
-        parser.share("name", "resume", "smoke", out=Path("runs"), device="auto")
         add_options(parser)
         run(runs.parse(parser, argv))
     except (RecipeError, normswap.NormswapError) as error:
@@ -66,25 +57,19 @@ def command(
 
 
 def add_methods(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     methods: Sequence[str],
     known: Sequence[str] = (),
     seeds: int = 3,
 ) -> None:
-    """Add the options that make a grid.
-
-    Args:
-        parser: of the recipe.
-        methods: those that run by default.
-        known: all that the recipe knows; `methods` by default.
-        seeds: how many by default.
-    """
+    """Add the options that make a grid."""
     known = known or methods
     parser.add_argument(
         "--methods", nargs="+", default=list(methods), choices=known, metavar="METHOD",
         help=f"of {', '.join(known)}; bn is the model as it is",
     )  # fmt: skip
     parser.add_argument("--seeds", type=count, default=seeds, help="how many, from 0 on")
+    runs.add_options(parser)
 
 
 def open_run(options: argparse.Namespace, recipe: str, free: tuple[str, ...] = runs.FREE) -> Path:
@@ -101,13 +86,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def run_cells(folder: Path, wanted: Sequence[Cell], train: Train) -> list[dict[str, Any]]:
-    """Run every cell that has no result yet; give the records of all, in their order.
-
-    Args:
-        folder: of the run.
-        wanted: settings that tell the trainings apart, as JSON takes them.
-        train: runs one and gives its figures; told a function that notes an epoch.
-    """
+    """Run every cell that has no result yet; give the records of all, in their order."""
     done = read_lines(folder / RESULTS)
     finished = [record["cell"] for record in done]
     epochs = [e for e in read_lines(folder / EPOCHS) if e["cell"] in finished]
@@ -151,12 +130,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def table(records: Sequence[dict[str, Any]], figures: dict[str, str]) -> str:
-    """Tabulate figures of each method as mean and standard deviation over its seeds.
-
-    Args:
-        records: of `run_cells`.
-        figures: key of a figure -> heading; a record may lack it.
-    """
+    """Tabulate figures of each method as mean and standard deviation over its seeds."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         rows.setdefault(record["cell"]["method"], []).append(record)

@@ -102,11 +102,7 @@ def load(
 
 
 def pick(data: DomainData, count: int, seed: int, option: str) -> Tensor:
-    """Pick so many training images of each class at random; give their indices.
-
-    Raises:
-        RecipeError: if a class has fewer; it names the option.
-    """
+    """Pick so many training images of each class at random; give their indices."""
     generator = torch.Generator().manual_seed(seed)
     picked = []
     for label, name in enumerate(data.classes):

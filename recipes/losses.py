@@ -42,14 +42,7 @@ def loss_of(model: nn.Module, loss: str) -> str:
 
 
 def training_loss(loss: str, model: nn.Module, forward: Forward, batch: Batch) -> Tensor:
-    """Compute a loss on a batch; the predictions come with torch's random state as it is.
-
-    Args:
-        loss: one of `LOSSES`.
-        model: the model, in training.
-        forward: maps images and their context labels to the model's logits.
-        batch: the batch, with AugMix versions if the loss asks for them.
-    """
+    """Compute a loss on a batch; the predictions come with torch's random state as it is."""
     layers = crossnorm_layers(model)
     crosses = loss != WITHOUT_CROSSNORM[loss]
     with switched_off(layers) if crosses else nullcontext():
@@ -76,9 +69,6 @@ def jsd(logits: Sequence[Tensor]) -> Tensor:
 
     ``mean_i KL(p_i || M)`` with ``M = clamp(mean_i p_i, 1e-7, 1)``: the value of
     `timm.loss.JsdCrossEntropy`, whose gradient is NaN once a probability underflows to 0.
-
-    Args:
-        logits: for each version of the samples, (N, classes).
     """
     # At least float32: under autocast logits can be bfloat16.
     dtype = torch.promote_types(logits[0].dtype, torch.float32)

@@ -28,14 +28,7 @@ def base_of(method: str) -> str:
 def convert(
     model: nn.Module, method: str, contexts: Sequence[str] | int | None, **settings: Any
 ) -> nn.Module:
-    """Convert a model; as long as it is not trained, it computes the same function.
-
-    Args:
-        model: left as it is, but for methods that are none of normswap's: they are the model.
-        method: its name, as a recipe has it.
-        contexts: told to methods that take labels, and to no others.
-        settings: of `normswap.convert`.
-    """
+    """Convert a model; as long as it is not trained, it computes the same function."""
     name = base_of(method)
     if name in normswap.methods():
         labelled = normswap.get_method(name).needs_context

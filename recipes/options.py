@@ -102,15 +102,10 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
 
 def resolve(options: argparse.Namespace, packaged: bool = False, **smoke: Any) -> None:
-    """Decide what was left to data and weights, so that the record of a run says it, and check it.
+    """Decide what was left to data and weights, so that a run's record says it, and check it.
 
-    Args:
-        options: changed in place.
-        packaged: start the packaged model from its packaged weights unless told otherwise.
-        smoke: values of a smoke test.
-
-    Raises:
-        RecipeError: a value out of range, two that exclude each other, or an unknown model.
+    With `packaged`, the packaged model starts from its packaged weights unless told otherwise;
+    `smoke` has the values of a smoke test.
     """
     given = vars(options)
     if options.smoke:
@@ -137,11 +132,7 @@ def resolve(options: argparse.Namespace, packaged: bool = False, **smoke: Any) -
 
 
 def check_rates(options: argparse.Namespace) -> None:
-    """Refuse a learning rate or a weight decay that nothing can be trained with.
-
-    Raises:
-        RecipeError: naming the option.
-    """
+    """Refuse a learning rate or a weight decay that nothing can be trained with."""
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
         if name.startswith("lr") and value is not None and not value > 0:

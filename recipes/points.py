@@ -19,15 +19,7 @@ def draw_points(
     title: str,
     unit: str = "accuracy, %",
 ) -> None:
-    """Draw a column a figure, and in it, for each method, its runs and their mean.
-
-    Args:
-        path: the PNG to write.
-        records: of `grid.run_cells`.
-        figures: key of a figure -> heading; a record may lack it.
-        title: heading of the picture.
-        unit: what the axis measures.
-    """
+    """Draw a column a figure, and in it, for each method, its runs and their mean."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(record["cell"]["method"] for record in records))

@@ -28,11 +28,7 @@ RAND_AUGMENT = "rand-m10-n2"
 
 
 class Views:
-    """Weak and strong versions of a data set's images, ready for a model.
-
-    Args:
-        loader: of the images.
-    """
+    """Weak and strong versions of a data set's images, ready for a model."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -52,17 +48,7 @@ class Views:
 
 
 def draw(indices: Tensor, size: int, steps: int, generator: torch.Generator) -> Tensor:
-    """Draw the batches of a whole training: passes over `indices`, shuffled anew each time.
-
-    Args:
-        indices: (N,) samples to draw from, fewer than a batch or more.
-        size: samples a batch.
-        steps: batches.
-        generator: decides the order.
-
-    Returns:
-        (steps, size), rows are batches.
-    """
+    """Draw the batches of a whole training: passes over `indices`, shuffled anew each time."""
     passes = math.ceil(steps * size / len(indices))
     order = [indices[torch.randperm(len(indices), generator=generator)] for _ in range(passes)]
     return torch.cat(order)[: steps * size].view(steps, size)
@@ -83,13 +69,9 @@ class Pseudo:
 def pseudo_loss(
     targets: Tensor, strong: Tensor, threshold: float | Tensor, one_hot: bool
 ) -> Pseudo:
-    """Teach predictions on strong views the confident ones among those on weak views.
+    """Teach logits of strong views the confident ones among probabilities from weak views.
 
-    Args:
-        targets: (N, classes) probabilities from weak views; no gradient flows through them.
-        strong: (N, classes) logits of the strong views of the same images.
-        threshold: confidence from which on a sample counts.
-        one_hot: take the likeliest class instead of the probabilities.
+    With `one_hot` they learn the likeliest class, else the probabilities.
     """
     targets = targets.detach()
     confidence, labels = targets.max(1)
@@ -103,10 +85,6 @@ class Alignment:
 
     ``normalise(p * E[p_source] / E[p_target])``, expectations as running averages over batches (a
     batch of some thirty images is too few to know the share of each of ten classes).
-
-    Args:
-        classes: how many.
-        momentum: weight of the newest batch.
     """
 
     def __init__(self, classes: int, momentum: float = 0.1) -> None:

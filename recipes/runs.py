@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .errors import RecipeError
+from .options import Parser
 from .training import Arm
 
 FORMAT = "normswap-recipe-2"
@@ -61,14 +62,15 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Read the command line; what it leaves out of a run to be resumed is as it was there.
+def add_options(parser: Parser) -> None:
+    """Add the options of every command that makes a run."""
+    parser.share("name", "resume", "smoke", out=Path("runs"), device="auto")
 
-    Raises:
-        RecipeError: there is no such run.
-    """
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Read the command line; what it leaves out of a run to be resumed is as it was there."""
     options = parser.parse_args(argv)
-    if options.resume:
+    if getattr(options, "resume", False):
         if options.name is None:
             raise RecipeError("expected --name with --resume, to know which run to continue")
         saved = read_config(options.out / options.name)
@@ -87,17 +89,7 @@ def settings_of(options: argparse.Namespace, recipe: str) -> dict[str, Any]:
 def folder_of(
     options: argparse.Namespace, recipe: str, stem: str, free: tuple[str, ...] = FREE
 ) -> Path:
-    """Give the folder of a new run, or of one to be resumed; nothing is written yet.
-
-    Args:
-        options: of the command.
-        recipe: its name.
-        stem: of the folder's name where none is given.
-        free: options that a resumed run may have otherwise.
-
-    Raises:
-        RecipeError: there is such a run already, or one to be resumed has other settings.
-    """
+    """Give the folder of a new run, or of one to be resumed; nothing is written yet."""
     folder: Path = options.out / (options.name or free_name(options.out, stem))
     if not options.resume:
         if folder.exists():
@@ -141,11 +133,7 @@ def write_config(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def read_config(folder: Path, part: str = "settings") -> dict[str, Any]:
-    """Read the settings of a run, or the versions it ran with.
-
-    Raises:
-        RecipeError: if there is no such run.
-    """
+    """Read the settings of a run, or the versions it ran with."""
     try:
         return json.loads((folder / CONFIG).read_text(encoding="utf-8"))[part]
     except FileNotFoundError as error:
@@ -166,11 +154,7 @@ def save_checkpoint(folder: Path, arms: list[Arm], history: list[dict[str, Any]]
 
 
 def load_checkpoint(folder: Path, arms: list[Arm]) -> list[dict[str, Any]]:
-    """Restore models and optimizers; give the history so far.
-
-    Raises:
-        RecipeError: if the file is damaged or belongs to other models.
-    """
+    """Restore models and optimizers; give the history so far."""
     path = folder / CHECKPOINT
     if not path.exists():  # killed within the first epoch: there is nothing to lose yet
         return []

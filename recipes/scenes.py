@@ -124,18 +124,7 @@ def make_scenes(
     seed: int = 0,
     counts: tuple[int, int, int] = COUNTS,
 ) -> Scenes:
-    """Make scenes of digits on textures.
-
-    Args:
-        sources: names in `LOOKS`, to train on.
-        targets: likewise, only to test on.
-        size: side of the images in pixels, at least 32.
-        seed: decides which digits are for what, and the scenes.
-        counts: scenes of a domain for training, validation and test.
-
-    Raises:
-        RecipeError: an unknown domain, or a size too small to read a digit.
-    """
+    """Make scenes of digits on textures."""
     from sklearn.datasets import load_digits
 
     if unknown := [name for name in (*sources, *targets) if name not in LOOKS]:

@@ -31,18 +31,7 @@ def read_scenes(
     size: int,
     limit: int | None = None,
 ) -> Scenes:
-    """Read a folder; every scene of a source trains until `split`.
-
-    Args:
-        root: the folder.
-        sources: domains to train on; all but the targets by default.
-        targets: domains only to test on; all but the sources by default.
-        size: side of the images in pixels.
-        limit: take so many of each domain, the first by name.
-
-    Raises:
-        RecipeError: something is missing, unreadable, or not as the layout has it.
-    """
+    """Read a folder; every scene of a source trains until `split`."""
     if not root.is_dir():
         raise RecipeError(f"expected --data to be a folder DOMAIN/images/NAME.png, none at {root}")
     domains = sorted(path.name for path in root.iterdir() if (path / "images").is_dir())
@@ -111,11 +100,7 @@ def choose(
 
 
 def pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """List the images of a domain with their masks.
-
-    Raises:
-        RecipeError: no images, or one without a mask.
-    """
+    """List the images of a domain with their masks."""
     images = sorted(p for p in (folder / "images").iterdir() if p.suffix.lower() in KINDS)
     if not images:
         raise RecipeError(f"expected images ({', '.join(KINDS)}) in {folder / 'images'}, got none")
@@ -127,11 +112,7 @@ def pairs(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def read_mask(image: Path, mask: Path, size: int) -> Tensor:
-    """Read a mask as (size, size) uint8.
-
-    Raises:
-        RecipeError: not readable, not of one channel of 8 bits, or of another size than its image.
-    """
+    """Read a mask as (size, size) uint8."""
     try:
         with Image.open(mask) as opened, Image.open(image) as beside:
             if opened.mode not in ("L", "P", "1"):

@@ -42,13 +42,6 @@ def logits(
     """Give scores and labels of images, as they are, on the loader's device.
 
     Of several processes each gives its part.
-
-    Args:
-        model: put into eval mode.
-        loader: of the images.
-        indices: which of them.
-        label: what the model is told of their contexts; nothing by default.
-        amp: under bfloat16 autocast.
     """
     model.eval()
     classes = len(loader.data.classes)
@@ -78,11 +71,9 @@ def accuracy(
 def by_label(
     model: nn.Module, loader: Loader, indices: Tensor, label: Label = own
 ) -> dict[str, float]:
-    """Measure the accuracy by what the model is told.
+    """Measure the accuracy by what a model is told: `known`, and by policy for what is not.
 
-    Returns:
-        For a model that takes contexts, `known`: with the label; `pooled`, `posterior`: with none,
-        by that policy. For another, `plain`.
+    Of a model that takes no contexts there is `plain` alone.
     """
     if not takes_context(model):
         return {"plain": accuracy(model, loader, indices)}
@@ -101,9 +92,8 @@ def unknown(model: nn.Module, loader: Loader, indices: Tensor) -> dict[str, floa
 def evaluate(arm: Arm, loader: Loader, config: Namespace) -> dict[str, dict[str, float]]:
     """Measure the accuracy on the test images of each domain.
 
-    Returns:
-        `unknown`: by domain, without a label, as when it is not to be had; `known`: by domain, with
-        the domain as label, for arms that take one. The held-out domain is under `unknown` only.
+    `unknown` is without a label, as when it is not to be had; `known`, for arms that take one, with
+    the domain as label. The held-out domain is under `unknown` only.
     """
     parallel.agree_on_buffers(arm.model)
     kinds: dict[str, Label | None] = {"unknown": None}

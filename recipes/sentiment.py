@@ -43,15 +43,7 @@ SMOKE_SENTENCES = 200
 
 
 class SentenceCNN(nn.Module):
-    """Word vectors, convolutions over 3, 4 and 5 words, norm, maximum over the sentence.
-
-    Args:
-        words: size of the vocabulary.
-        width: of a word vector.
-        maps: of each convolution.
-        classes: how many.
-        dropout: probability, on the sentence vector.
-    """
+    """Word vectors, convolutions over 3, 4 and 5 words, norm, maximum over the sentence."""
 
     def __init__(
         self, words: int, width: int = 128, maps: int = 100, classes: int = 2, dropout: float = 0.5

@@ -21,15 +21,7 @@ PACS = ("animals=dog,elephant,giraffe,horse", "others=guitar,house,person")
 
 
 def with_superclasses(data: DomainData, given: Sequence[str]) -> DomainData:
-    """Make a domain of each superclass.
-
-    Args:
-        data: images of one domain.
-        given: ``NAME=CLASS,CLASS`` each, or "cifar100" alone.
-
-    Raises:
-        RecipeError: not of that form, a class unknown, in two superclasses or in none.
-    """
+    """Make a domain of each superclass."""
     mapping: str | dict[str, str] = {}
     if list(given) == ["cifar100"]:
         mapping = "cifar100"
@@ -53,17 +45,7 @@ def with_superclasses(data: DomainData, given: Sequence[str]) -> DomainData:
 def with_clusters(
     loader: Loader, features: Literal["pixels"] | nn.Module, clusters: int, seed: int
 ) -> tuple[DomainData, str]:
-    """Make a domain of each cluster of the training images; every image is assigned by itself.
-
-    Args:
-        loader: of images whose domains are superclasses.
-        features: "pixels", or a model, of which a copy is kept as it is.
-        clusters: how many.
-        seed: of k-means.
-
-    Returns:
-        The data, and how many training images of each superclass each cluster has.
-    """
+    """Make a domain of each cluster of the training images; every image is assigned by itself."""
     data = loader.data
     every = [loader.normalised(part) for part in data.images.split(TEST_BATCH)]
     trains = [loader.normalised(part) for part in data.images[data.train].split(TEST_BATCH)]

@@ -113,15 +113,7 @@ def epoch_line(record: dict[str, Any], arms: list[Arm], data: DomainData) -> str
 def draw_curves(
     path: Path, history: list[dict[str, Any]], arms: list[Arm], data: DomainData, title: str
 ) -> None:
-    """Draw the training loss and the mean test accuracy over the trained domains.
-
-    Args:
-        path: the PNG to write.
-        history: one record an epoch.
-        arms: the models of the run.
-        data: the data set, for its domains.
-        title: heading of the picture.
-    """
+    """Draw the training loss and the mean test accuracy over the trained domains."""
     losses = {arm.name: [record["arms"][arm.name]["loss"] for record in history] for arm in arms}
     means = {
         heading: [

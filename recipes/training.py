@@ -116,13 +116,6 @@ def train_epoch(
     Nothing random outlives a step: batches come from the seed and the epoch, draws inside a model
     from the seed and the step. A run resumed after any epoch therefore repeats what an
     uninterrupted one does, with no random state to store.
-
-    Returns:
-        By arm: the mean loss, the learning rate, the median step in milliseconds, and the ratio of
-        the step to that of the first arm on the same batch (median and 10 % and 90 % points).
-
-    Raises:
-        RecipeError: if a loss is not finite; it names the gradients that were so first.
     """
     losses: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}
     norms: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}

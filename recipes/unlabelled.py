@@ -33,14 +33,7 @@ Step = Callable[[nn.Module, int], Loss]
 
 
 def add_options(parser: Parser, plain: str, steps: int, batch: int) -> None:
-    """Add the options that these recipes have in common, defaults of the digits given.
-
-    Args:
-        parser: of the recipe.
-        plain: name of the method that does without unlabelled images.
-        steps: of training.
-        batch: labelled images a step.
-    """
+    """Add the options that these recipes have in common, defaults of the digits given."""
     frozen = [f"{name}{methods.FROZEN}" for name in (plain, "bn", "cn")]
     known = (plain, "bn", *normswap.methods(), *frozen)
     shown = ("bn", "cnsn", "cn", "cn-x") if plain == "labels-only" else ("bn", "cn", "cn-x")
@@ -84,18 +77,7 @@ def run(
     headings: dict[str, str],
     title: str,
 ) -> None:
-    """Train every method with every seed, and tabulate.
-
-    Args:
-        options: as `settle` left them.
-        recipe: its name.
-        data: the images, of which the same test always.
-        contexts: told to the methods that have some.
-        plan: gives what a cell is trained with.
-        measure: gives the accuracies of a trained model.
-        headings: of these accuracies.
-        title: of the picture.
-    """
+    """Train every method with every seed, and tabulate."""
     device = images.pick_device(options.device)
     # What is wrong with images, model or weights is said before a run is made.
     images.build(options, data, 0, device, fill=False)
@@ -148,11 +130,7 @@ def counted(pseudo: Pseudo, truth: Tensor) -> dict[str, Tensor]:
 def fit(
     model: nn.Module, step: Step, options: Namespace, seed: int, log: grid.Log
 ) -> tuple[nn.Module, dict[str, float]]:
-    """Take the steps; give the moving average of the model, and the figures of the last tenth.
-
-    Raises:
-        RecipeError: if the loss is not finite.
-    """
+    """Take the steps; give the moving average of the model, and the figures of the last tenth."""
     optimizer, schedule = make_optimizer(model, options.lr, options.weight_decay, options.steps)
     ema = ModelEmaV3(model, decay=options.ema, use_warmup=True)
     every = max(1, options.steps // NOTES)

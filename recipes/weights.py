@@ -107,10 +107,6 @@ def rename_in_order(
     """Give the tensors of `source` the names of `target`, pair by pair in their order.
 
     Counters of batches (`num_batches_tracked`) are left out on both sides.
-
-    Raises:
-        RecipeError: if the numbers of tensors differ, or a pair differs in shape or in the last
-            part of its name (weight, bias, running_mean, running_var).
     """
     old, new = ([k for k in d if not k.endswith("num_batches_tracked")] for d in (source, target))
     if len(old) != len(new):
@@ -151,19 +147,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> list[str]:
-    """Load a state dict into a timm model; a head of another size starts at zero.
-
-    Args:
-        model: a timm model, changed in place.
-        state: names and tensors.
-        where: the file, for messages.
-
-    Returns:
-        One line for each thing left out, to show to the user.
-
-    Raises:
-        RecipeError: if any other tensor is missing, unexpected or of another shape.
-    """
+    """Load a state dict into a timm model; a head of another size starts at zero."""
     wanted = model.state_dict()
     heads = [name for name in wanted if name.startswith(_head_names(model)) and name in state]
     resized = [name for name in heads if state[name].shape != wanted[name].shape]

@@ -117,7 +117,6 @@ def test_few_training_images_leave_the_test_as_it_was():
     loaded = []
     for given in ([], ["--train-per-class", "7"]):
         parser = Parser("corruptions", "")
-        parser.share("smoke")
         corruptions.add_options(parser)
         options = parser.parse_args(given)
         images.settle(options)

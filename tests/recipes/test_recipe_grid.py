@@ -1,6 +1,5 @@
 import json
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from recipes.points import draw_points
 
 def options(tmp_path, *given: str) -> Namespace:
     parser = Parser("toy", "")
-    parser.share("name", "resume", "smoke", out=Path("runs"), lr=0.1)
+    parser.share(lr=0.1)
     grid.add_methods(parser, ["bn"], ["bn", "cn"], seeds=2)
     return runs.parse(parser, ["--out", str(tmp_path), *given])
 

@@ -1,15 +1,12 @@
-from pathlib import Path
-
 import pytest
 
-from recipes import finetune, images, runs
+from recipes import corruptions, finetune, images, runs
 from recipes.errors import RecipeError
 from recipes.options import ByData, Parser, count, resolve
 
 
 def parser_of(add_options) -> Parser:
     parser = Parser("toy", "")
-    parser.share("name", "resume", "smoke", out=Path("runs"), device="auto")
     add_options(parser)
     return parser
 
@@ -21,7 +18,7 @@ def tuned(*given: str):
 
 
 def mixed(*given: str):
-    options = parser_of(images.add_options).parse_args(given)
+    options = parser_of(corruptions.add_options).parse_args(given)
     images.settle(options)
     return options
 
@@ -121,7 +118,7 @@ def test_another_recipe_does_not_resume_a_run(tmp_path):
 
 
 def test_a_default_by_data_is_decided_by_the_data():
-    parser = parser_of(lambda parser: parser.share("data", "weights", "model", lr=0.1, epochs=None))
+    parser = parser_of(lambda parser: parser.share("data", "weights", "model", "smoke", lr=0.1))
     parser.add_argument("--parts", type=count, default=ByData(2, 5))
     parser.add_argument("--image-size", default=24)
     for given, parts in (([], 2), (["--data", "here"], 5), (["--parts", "7"], 7)):
