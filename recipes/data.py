@@ -117,10 +117,7 @@ class Loader:
         self._std = torch.tensor(std, device=device)[:, None, None]
 
     def batch(
-        self,
-        indices: Tensor,
-        generator: torch.Generator | None = None,
-        part: slice = slice(None),
+        self, indices: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
     ) -> Batch:
         """Build the batch of these samples, augmented if a generator is given.
 
@@ -140,10 +137,7 @@ class Loader:
         )
 
     def normalised(
-        self,
-        images: Tensor,
-        generator: torch.Generator | None = None,
-        part: slice = slice(None),
+        self, images: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
     ) -> Tensor:
         """Make uint8 images ready for a model, windows of them if a generator is given.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Augmentation, DomainData, stratified_mask
-from .errors import RecipeError
+from .errors import RecipeError, check_names
 
 ANGLES = (0, 30, 60, 90)
 TEST_FRACTION = 0.3
@@ -28,10 +28,7 @@ def rotate(images: Tensor, degrees: float) -> Tensor:
     """
     angle = math.radians(degrees)
     theta = torch.tensor(
-        [
-            [math.cos(angle), -math.sin(angle), 0.0],
-            [math.sin(angle), math.cos(angle), 0.0],
-        ]
+        [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
     )
     grid = F.affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
@@ -61,10 +58,8 @@ def load_digits(
 
     angles = ANGLES if angles is None else angles
     names = [str(angle) for angle in angles]
-    if held_out is not None and held_out not in names:
-        raise RecipeError(
-            f"expected --held-out to be one of the domains {', '.join(names)}, got {held_out!r}"
-        )
+    if held_out is not None:
+        check_names("--held-out to be one of the domains", [held_out], names)
     if size < 16:
         raise RecipeError(f"expected --image-size of at least 16 for the digits, got {size}")
     source = sklearn_digits()

@@ -57,10 +57,7 @@ def command(
 
 
 def add_methods(
-    parser: Parser,
-    methods: Sequence[str],
-    known: Sequence[str] = (),
-    seeds: int = 3,
+    parser: Parser, methods: Sequence[str], known: Sequence[str] = (), seeds: int = 3
 ) -> None:
     """Add the options that make a grid."""
     known = known or methods

@@ -110,9 +110,7 @@ def firing(layers: Sequence[normswap.CrossNorm]) -> Iterator[None]:
             holder.p = p
 
 
-def _holders(
-    layers: Sequence[normswap.CrossNorm],
-) -> list[normswap.Schedule | normswap.CrossNorm]:
+def _holders(layers: Sequence[normswap.CrossNorm]) -> list[normswap.Schedule | normswap.CrossNorm]:
     """List what holds the firing probability: the schedule the layers share, else each layer."""
     holders = []
     for layer in layers:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .data import Augmentation, stratified_mask
-from .errors import RecipeError
+from .errors import RecipeError, check_names
 from .folders import decode
 from .scenes import IGNORED, TEST, TRAIN, VALID, Scenes
 
@@ -78,10 +78,7 @@ def split(scenes: Scenes, seed: int) -> Scenes:
 
 
 def choose(
-    root: Path,
-    domains: Sequence[str],
-    sources: Sequence[str] | None,
-    targets: Sequence[str] | None,
+    root: Path, domains: Sequence[str], sources: Sequence[str] | None, targets: Sequence[str] | None
 ) -> tuple[Sequence[str], Sequence[str]]:
     """Fill in what was not named, and check what was."""
     listed = ", ".join(domains) or "none"
@@ -90,12 +87,10 @@ def choose(
     sources = [d for d in domains if d not in targets] if sources is None else sources
     targets = [d for d in domains if d not in sources] if targets is None else targets
     for option, names in (("--source", sources), ("--target", targets)):
-        if unknown := [name for name in names if name not in domains]:
-            raise RecipeError(f"expected {option} among {listed} ({root}), got {unknown[0]!r}")
+        check_names(f"{option} of {root} among", names, domains)
         if not names:
             raise RecipeError(f"expected a domain for {option}; {root} has {listed}")
-    if twice := [n for n in (*sources, *targets) if [*sources, *targets].count(n) > 1]:
-        raise RecipeError(f"expected each domain once, as source or as target, got {twice[0]!r}")
+    check_names("domains among", (*sources, *targets), domains)
     return sources, targets
 
 

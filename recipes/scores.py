@@ -33,11 +33,7 @@ def own(batch: Batch) -> Tensor:
 
 @torch.inference_mode()
 def logits(
-    model: nn.Module,
-    loader: Loader,
-    indices: Tensor,
-    label: Label | None = None,
-    amp: bool = False,
+    model: nn.Module, loader: Loader, indices: Tensor, label: Label | None = None, amp: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Give scores and labels of images, as they are, on the loader's device.
 
@@ -56,11 +52,7 @@ def logits(
 
 
 def accuracy(
-    model: nn.Module,
-    loader: Loader,
-    indices: Tensor,
-    label: Label | None = None,
-    amp: bool = False,
+    model: nn.Module, loader: Loader, indices: Tensor, label: Label | None = None, amp: bool = False
 ) -> float:
     """Measure the accuracy in per cent, over all processes; arguments as of `logits`."""
     found, labels = logits(model, loader, indices, label, amp)

@@ -22,7 +22,7 @@ SCRATCH = "none"
 # weights of the ResNet-10-T will do.
 NARROW = "resnet10t_narrow"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    NARROW: ("resnet10t", {"channels": (16, 32, 64, 128), "stem_width": 8}),
+    NARROW: ("resnet10t", {"channels": (16, 32, 64, 128), "stem_width": 8})
 }
 
 
