@@ -65,6 +65,10 @@ def joined(device: str) -> Iterator[None]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield
+    except (RecipeError, normswap.NormswapError) as error:
+        if is_first():
+            raise
+        raise RecipeError(f"{error} (process {rank()})") from error
     finally:
         dist.destroy_process_group()
 

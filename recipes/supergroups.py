@@ -57,10 +57,8 @@ def with_clusters(
     found = torch.cat([assigner(part).cpu() for part in every])
     shown = []
     for cluster in range(clusters):
-        inside = data.domains[data.train & (found == cluster)]
-        kinds = zip(
-            inside.bincount(minlength=len(data.domain_names)), data.domain_names, strict=True
-        )
-        shown.append(f"cluster {cluster}: " + ", ".join(f"{n} {name}" for n, name in kinds))
+        inside = data.domains[data.train & (found == cluster)].tolist()
+        kinds = [f"{inside.count(i)} {name}" for i, name in enumerate(data.domain_names)]
+        shown.append(f"cluster {cluster}: " + ", ".join(kinds))
     names = [f"cluster {k}" for k in range(clusters)]
     return replace(data, domains=found, domain_names=names), "; ".join(shown)

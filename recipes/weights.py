@@ -111,14 +111,15 @@ def rename_in_order(
     old, new = ([k for k in d if not k.endswith("num_batches_tracked")] for d in (source, target))
     if len(old) != len(new):
         raise RecipeError(f"expected {len(new)} tensors in {where}, got {len(old)}")
-    for ours, theirs in zip(new, old, strict=True):
+    pairs = list(zip(new, old, strict=True))
+    for ours, theirs in pairs:
         same_role = ours.rpartition(".")[2] == theirs.rpartition(".")[2]
         if not same_role or source[theirs].shape != target[ours].shape:
             raise RecipeError(
                 f"expected a tensor for {ours} of shape {tuple(target[ours].shape)} in {where}, "
                 f"got {theirs} of shape {tuple(source[theirs].shape)}"
             )
-    return {ours: source[theirs] for ours, theirs in zip(new, old, strict=True)}
+    return {ours: source[theirs] for ours, theirs in pairs}
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

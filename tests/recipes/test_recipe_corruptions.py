@@ -21,7 +21,7 @@ def results(tmp_path, name="run"):
 
 
 def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys):
-    assert run(tmp_path, "--smoke") == 0
+    assert run(tmp_path, "--smoke", "--image-size", "16") == 0
 
     found = results(tmp_path)
     assert [r["cell"]["method"] for r in found] == list(corruptions.METHODS)
@@ -35,10 +35,10 @@ def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys):
 
 
 def test_a_training_is_the_same_again_and_more_methods_may_join_it(tmp_path):
-    smoke = ("--smoke", "--methods", "cnsn+augmix+jsd")
-    assert run(tmp_path, *smoke, name="one") == 0
-    assert run(tmp_path, "--smoke", "--methods", "bn", name="two") == 0
-    assert run(tmp_path, *smoke, "bn", "--resume", name="two") == 0
+    smoke = ("--smoke", "--image-size", "16", "--methods")
+    assert run(tmp_path, *smoke, "cnsn+augmix+jsd", name="one") == 0
+    assert run(tmp_path, *smoke, "bn", name="two") == 0
+    assert run(tmp_path, *smoke, "cnsn+augmix+jsd", "bn", "--resume", name="two") == 0
 
     one, two = results(tmp_path, "one")[0], results(tmp_path, "two")[1]
     del one["seconds"], two["seconds"]

@@ -50,7 +50,7 @@ def read(path):
 
 
 def test_the_recipe_runs_every_method_end_to_end_and_reports(tmp_path, capsys):
-    assert main(["segment", "--smoke", "--out", str(tmp_path)]) == 0
+    assert main(["segment", "--smoke", "--image-size", "32", "--out", str(tmp_path)]) == 0
 
     run = tmp_path / "segment-smoke"
     assert [r["cell"]["method"] for r in read(run / "results.jsonl")] == list(segment.METHODS)
