@@ -45,7 +45,6 @@ HEADINGS = {k: f"target, {text}" for k, text in scores.HEADINGS.items()} | {"sou
 
 
 def run(options: Namespace) -> None:
-    """Train every method with every seed, and tabulate."""
     unlabelled.settle(options)
     data = load(options)
     title = f"source {data.domain_names[SOURCE]}, target {data.domain_names[TARGET]}"
@@ -98,8 +97,7 @@ def plan_of(options: Namespace, cell: grid.Cell, views: Views) -> unlabelled.Pla
         weight = 0.5 - 0.5 * math.cos(min(math.pi, 2 * math.pi * index / options.steps))
         return F.cross_entropy(source, labels) + weight * pseudo.loss, figures
 
-    start = [torch.cat(pair) for pair in zip(sources[:8], targets[:8], strict=True)]
-    return unlabelled.Plan(start, step)
+    return [torch.cat(pair) for pair in zip(sources[:8], targets[:8], strict=True)], step
 
 
 def measure(model: nn.Module, loader: Loader) -> dict[str, Any]:
@@ -117,7 +115,6 @@ def without_trace(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def add_options(parser: Parser) -> None:
-    """Add the recipe's own options."""
     unlabelled.add_options(parser, "source-only", steps=500, batch=32)
     add = parser.add_argument
     add("--source", help="domain with labels; an angle for the digits (0)")

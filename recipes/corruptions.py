@@ -150,7 +150,6 @@ def relative(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], s
 
 
 def add_options(parser: Parser) -> None:
-    """Add the recipe's own options."""
     grid.add_methods(parser, tuple(METHODS))
     images.add_options(parser)
 

@@ -146,7 +146,6 @@ def measure(model: nn.Module, loader: Loader, nearest: NearestDomain) -> Accurac
 
 
 def add_options(parser: Parser) -> None:
-    """Add the recipe's own options."""
     grid.add_methods(parser, METHODS)
     parser.share(
         "data", "model", "weights", "pretrained",

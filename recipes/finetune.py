@@ -155,7 +155,6 @@ def _stem(options: Namespace) -> str:
 
 
 def add_options(parser: Parser) -> None:
-    """Add the recipe's own options."""
     runs.add_options(parser)
     parser.share(
         "data", "model", "pretrained", "weights",

@@ -37,7 +37,6 @@ HEADINGS = {**scores.HEADINGS, "known": "context: unlabelled"}
 
 
 def run(options: Namespace) -> None:
-    """Train every method with every seed, and tabulate."""
     unlabelled.settle(options)
     data = images.load(options, angles=(0,), domains=options.domains, flat=True)
     images.pick(data, options.labels, 0, "--labels")
@@ -69,7 +68,7 @@ def plan_of(options: Namespace, cell: grid.Cell, views: Views) -> unlabelled.Pla
         figures = unlabelled.counted(pseudo, data.labels[others].to(device))
         return F.cross_entropy(known, targets) + options.share * pseudo.loss, figures
 
-    return unlabelled.Plan(list(drawn[:8]), step)
+    return list(drawn[:8]), step
 
 
 def measure(model: nn.Module, loader: Loader) -> dict[str, float]:
@@ -78,7 +77,6 @@ def measure(model: nn.Module, loader: Loader) -> dict[str, float]:
 
 
 def add_options(parser: Parser) -> None:
-    """Add the recipe's own options."""
     unlabelled.add_options(parser, "labels-only", steps=800, batch=20)
     add = parser.add_argument
     add("--domains", nargs="+", help="of the folder, those to use (all)")

@@ -64,10 +64,8 @@ def load(root: Path | None, smoke: bool, device: torch.device) -> Images:
     held_out = judge.features(others)
     shown = torch.randperm(len(images), generator=generator)[:GENERATED]
     copied, asked = judge.features(images[shown]), labels[shown]
-    real = {
-        "distance": frechet_distance(held_out, copied),
-        "accuracy": judge.accuracy(copied, asked),
-    }
+    distance, accuracy = frechet_distance(held_out, copied), judge.accuracy(copied, asked)
+    real = {"distance": distance, "accuracy": accuracy}
     note = (
         f"{len(images):,} training images of {len(classes)} classes, {len(others)} held out; "
         f"judge: {judge.name}, {judge.accuracy(held_out, truth):.1f} % right on held-out images"

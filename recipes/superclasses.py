@@ -58,7 +58,6 @@ FIGURES = {
 
 
 def run(options: Namespace) -> None:
-    """Train every method with every seed, and tabulate."""
     if options.data is None and options.train_per_class is None:
         options.train_per_class = DIGITS_PER_CLASS
     images.settle(options)
@@ -138,7 +137,6 @@ def masked(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def add_options(parser: Parser) -> None:
-    """Add the recipe's own options."""
     grid.add_methods(parser, tuple(METHODS))
     images.add_options(parser, DIGITS_EPOCHS)
     parser.add_argument(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +29,8 @@ COUNTED = {"kept": "pseudo-labels kept, %", "right": "of them right, %"}
 # Loss of a step, and figures for the record that are means over its samples.
 Loss = tuple[Tensor, dict[str, Tensor]]
 Step = Callable[[nn.Module, int], Loss]
+# Indices of the images that give the norms of random weights their statistics, and the step.
+Plan = tuple[Sequence[Tensor], Step]
 
 
 def add_options(parser: Parser, plain: str, steps: int, batch: int) -> None:
@@ -54,19 +55,6 @@ def settle(options: Namespace) -> None:
     resolve(options, packaged=True, seeds=1, steps=4, batch_size=10, limit=8)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a model is trained with.
-
-    Attributes:
-        start: indices of the images that give the norms of random weights their statistics.
-        step: gives the loss of a step.
-    """
-
-    start: list[Tensor]
-    step: Step
-
-
 def run(
     options: Namespace,
     recipe: str,
@@ -77,7 +65,6 @@ def run(
     headings: dict[str, str],
     title: str,
 ) -> None:
-    """Train every method with every seed, and tabulate."""
     device = images.pick_device(options.device)
     # What is wrong with images, model or weights is said before a run is made.
     images.build(options, data, 0, device, fill=False)
@@ -93,17 +80,17 @@ def run(
         seed = cell["seed"]
         model, loader, _ = images.build(options, data, seed, device, fill=False)
         views = Views(loader)
-        planned = plan(cell, views)
+        start, step = plan(cell, views)
         if options.weights == SCRATCH:
             # Norms that learn their statistics would otherwise start from those of no data.
             generator = torch.Generator().manual_seed(seed)
-            batches = [views.weak(part, generator) for part in planned.start]
+            batches = [views.weak(part, generator) for part in start]
             normswap.update_stats(model, batches, progress=False)
         inputs = (images.example(loader),)
         model = methods.convert(
             model, cell["method"], contexts, example_inputs=inputs, verify=False
         )
-        averaged, figures = fit(model, planned.step, options, seed, log)
+        averaged, figures = fit(model, step, options, seed, log)
         return {**measure(averaged, loader), **figures}
 
     records = grid.run_cells(folder, grid.cells(options), train)
