@@ -2,6 +2,7 @@ import json
 from argparse import Namespace
 
 import pytest
+from matplotlib.figure import Figure
 
 from recipes import grid, runs
 from recipes.errors import RecipeError
@@ -123,10 +124,20 @@ def test_the_report_names_command_and_versions(tmp_path):
     assert report.endswith("a table\n")
 
 
-def test_a_picture_shows_every_run(tmp_path):
+def test_a_picture_shows_every_run(tmp_path, monkeypatch):
+    shown = []
+    save = Figure.savefig
+
+    def spy(figure, *args, **kwargs):
+        dots = [line for line in figure.axes[0].lines if line.get_marker() == "."]
+        shown.extend(y for line in dots for y in line.get_ydata())
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
     records = [{"cell": cell, **train(cell, lambda _: None)} for cell in CELLS]
     path = tmp_path / "points.png"
     draw_points(path, records, {"accuracy": "right", "none": "missing"}, "toy")
 
+    assert sorted(shown) == [20, 20, 21, 21]
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]
