@@ -86,7 +86,7 @@ def load_digits() -> tuple[Tensor, Tensor, list[str]]:
 def load_folder(root: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Give the images of a folder CLASS/image likewise, cropped to squares."""
     data = folders.load_folder(root, gan.SIZE, flat=True)
-    if len(data.domain_names) > 1:
+    if data.domain_names != [root.resolve().name]:
         raise RecipeError(
             f"expected images as CLASS/image in {root}; of a folder DOMAIN/CLASS/image, give one "
             f"domain, such as --data {root / data.domain_names[0]}"

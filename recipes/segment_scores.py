@@ -79,7 +79,7 @@ def draw_predictions(
     for axis, (name, images) in zip(
         canvas.subplots(len(pictures), squeeze=False)[:, 0], pictures.items(), strict=True
     ):
-        axis.imshow(make_grid(images, len(scenes), pad_value=1).permute(1, 2, 0))
+        axis.imshow(make_grid(images, len(scenes), pad_value=1).permute(1, 2, 0).numpy())
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         axis.set(xticks=[], yticks=[])
     titles = dict.fromkeys(names[int(domain)] for domain in data.domains[scenes])

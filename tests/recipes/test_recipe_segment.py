@@ -253,7 +253,7 @@ def test_a_spoilt_folder_is_an_error_that_names_the_file(folder, spoil, message)
     ("sources", "targets", "message"),
     [
         (None, None, "--source or --target of the domains .*: day, night"),
-        (["dusk"], None, "--source among day, night .*got 'dusk'"),
+        (["dusk"], None, "--source of .* among day, night, got 'dusk'"),
         (["day"], ["day"], "each domain once"),
         (["day", "night"], None, "a domain for --target"),
     ],
