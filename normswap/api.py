@@ -1,7 +1,6 @@
 """The steps of the public functions, in order."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,15 +9,10 @@ from torch import Tensor, nn
 from normswap.contexts.assigner import Assigner
 from normswap.conversion.checks import check_copyable, check_model
 from normswap.conversion.inputs import read_inputs
-from normswap.conversion.replacement import (
-    convert_bare,
-    find_targets,
-    is_bare,
-    operate,
-)
 from normswap.conversion.select import Selector
-from normswap.conversion.settings import read_settings
+from normswap.conversion.settings import Settings, read_settings
 from normswap.conversion.summary import summarise
+from normswap.conversion.target import Target, carry_out, find_target
 from normswap.conversion.verification import Reference, compare, run_original
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.state import RECORD, context_argument
@@ -77,7 +71,10 @@ def convert(
         priors: probability of each context, or counts; uniform by default.
         inplace: change `model` itself instead of a copy.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, batch first.
-            Guessed for models that state their input size.
+            Guessed for models that state their input size. They tell, too, which row of a norm is
+            of which sample. Without, the first mixed batch tells that, unless it is compiled:
+            compiled code takes norms with one row a sample, of which nothing was measured, to be
+            in the order of the batch.
         verify: compare outputs before and after on the example inputs, in eval mode; the summary
             says how far they differ, or why nothing was compared.
         trace: run graphs in place of forwards that they stand for. Without, every module runs its
@@ -103,31 +100,19 @@ def convert(
     if not inplace:
         check_copyable(model)
     chosen = asked.method
-    rows, found = find_targets(
-        model, chosen, asked.options, asked.placement, asked.select, asked.exclude
-    )
+    target = find_target(model, chosen, asked.options, asked.placement, asked.select, asked.exclude)
     reference: Reference | Verification = Verification(reason="verify=False")
     if verify:
         labels = asked.contexts.count if chosen.needs_context else 0
         reference = run_original(model, inputs, labels)
-    target = model if inplace else copy_model(model)
-    record = Record(method, asked.options, asked.contexts, rows, type(model).__name__)
-    record.placement = asked.placement
-    if is_bare(found):
-        layer = convert_bare(target, chosen, record, found[0])
-        exempt_norms(layer)
-        return layer
-    surgery = Surgery(target, trace)
-    try:
-        operate(surgery, chosen, record, found)
-        record.verification = _compare(target, reference, record)
-    except BaseException:
-        surgery.undo()
-        raise
-    target.__dict__[RECORD] = record
-    record.sums = checksums(other_tensors(target))
-    exempt_norms(target)
-    return target
+    record = _record(model, asked, target)
+    with Surgery(model if inplace else copy_model(model), trace) as surgery:
+        converted = carry_out(target, surgery, record)
+        record.verification = _compare(converted, reference, record)
+    converted.__dict__[RECORD] = record
+    record.sums = checksums(other_tensors(converted))
+    exempt_norms(converted)
+    return converted
 
 
 def plan(
@@ -154,17 +139,23 @@ def plan(
         plan, method, contexts, select, exclude, placement, preset, unknown, priors, options
     )
     check_model(model)
-    chosen = asked.method
-    rows, found = find_targets(
-        model, chosen, asked.options, asked.placement, asked.select, asked.exclude
+    target = find_target(
+        model, asked.method, asked.options, asked.placement, asked.select, asked.exclude
     )
-    found = [replace(place, device=torch.device("meta")) for place in found]
-    shell = copy_structure(model)
-    record = Record(method, asked.options, asked.contexts, rows, type(model).__name__)
-    if is_bare(found):
-        return summarise(convert_bare(shell, chosen, record, found[0]), record)
-    operate(Surgery(shell, trace), chosen, record, found)
-    return summarise(shell, record)
+    record = _record(model, asked, target)
+    surgery = Surgery(copy_structure(model), trace)
+    return summarise(carry_out(target.on(torch.device("meta")), surgery, record), record)
+
+
+def _record(model: nn.Module, asked: Settings, target: Target) -> Record:
+    return Record(
+        asked.method.name,
+        asked.options,
+        asked.contexts,
+        target.rows,
+        type(model).__name__,
+        placement=asked.placement,
+    )
 
 
 def summary(model: nn.Module) -> Report:

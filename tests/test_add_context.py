@@ -208,7 +208,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "change", "match"), REFUSED, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(
+    ("arguments", "change", "match"), REFUSED, ids=lambda v: getattr(v, "__name__", str(v))[:30]
+)
 def test_what_is_refused_changes_nothing(arguments, change, match):
     model = separate(make("cn"))
     changed = model if change is None else change(model)

@@ -199,7 +199,9 @@ class Aggregates(nn.Module):
         return self.last(self.layers(x, found)) + found[0]
 
 
-def test_blocks_that_hand_on_lists_that_are_changed_take_no_layer():
+def test_blocks_that_hand_on_lists_that_are_changed_are_named_where_no_place_is_found():
     model = nn.Sequential(Aggregates(), nn.BatchNorm2d(2), Aggregates()).eval()
-    with pytest.raises(ConversionError, match="found no place for a layer in Sequential"):
+    with pytest.raises(ConversionError, match=r"at placement 'post': 0: it hands a list .*; 2: it"):
         normswap.convert(model, "scale", placement="post")
+    report = normswap.plan(model, "scale", placement=None)
+    assert [row.fqn for row in report.rows if row.action == "inserted"] == ["1"]

@@ -1,269 +1,115 @@
-"""Where a method inserts its layers, and the surgery that does it."""
+"""Layers joined to a model: at places in it, or one norm before it."""
 
-import functools
-from contextlib import suppress
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import fx, nn
-from torch.nn.modules.module import _forward_unimplemented
+from torch import nn
 
-from normswap.conversion.select import Selector, matches
+from normswap.conversion.replacement import build_layer
 from normswap.errors import ConversionError
-from normswap.graph.blocks.channels import LAST, Features, Reader
-from normswap.graph.blocks.insert import PLACEMENTS, Insertion
-from normswap.graph.blocks.residual import features_of, find_residuals, input_channels
-from normswap.graph.dispatch import dispatch
+from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
 from normswap.graph.surgery import Surgery
-from normswap.graph.tracing import (
-    Paths,
-    TraceFailure,
-    TraceSession,
-    describe,
-    parameters_of,
-    write_forward,
-)
-from normswap.lifecycle.original import remember_original
-from normswap.methods.base import BaseMethod, Contexts, InsertedMethod, Method
+from normswap.lifecycle.record import Record
+from normswap.methods.base import InsertedMethod, Method
 from normswap.report import Row
-from normswap.sites import Place, Site, find_norms, is_instance_norm, norm_channels, read_site
-from normswap.util.arguments import meant
-
-ALL_PLACEMENTS = ("norm", *PLACEMENTS, "input")
+from normswap.sites import Place, Site, read_site
 
 
-def find_places(
-    model: nn.Module,
-    method: InsertedMethod,
-    placement: str | None,
-    options: Any,
-    select: Selector,
-    exclude: Selector,
-) -> tuple[list[Row], list[Place]]:
-    """Return a row for every place a method's layers could go, and the places chosen.
+@dataclass(frozen=True)
+class Insertion:
+    """Layers of a method at places of a model, whose norms stay."""
 
-    Args:
-        model: the model.
-        method: whose layers are inserted.
-        placement: where; None is the method's own in a model that has such places, else "norm".
-        options: of the method.
-        select: matched against the container of a block, or the norm.
-        exclude: likewise.
+    method: InsertedMethod
+    rows: list[Row]
+    places: list[Place]
 
-    Raises:
-        ConversionError: an unknown placement, or no place at all.
-    """
-    find = functools.cache(functools.partial(_find, model, select, exclude))
-    own = placement or method.placement
-    if placement is None and not any(row.action != "kept" for row in find(own)[0]):
-        own = "norm"
-    rows: list[Row] = []
-    places: list[Place] = []
-    for wanted in method.placements(own, options):
-        asked = f"placement {wanted!r}" + ("" if wanted == own else f", an option of {method.name}")
-        if wanted not in ALL_PLACEMENTS:
-            raise ConversionError(
-                f"unknown {asked}; the choices are {', '.join(ALL_PLACEMENTS)}"
-                + meant(wanted, ALL_PLACEMENTS)
-            )
-        found = find(wanted)
-        if not found[1]:
-            listed = "; ".join(f"{r.fqn or '(root)'}: {r.reason}" for r in found[0][:10])
-            raise ConversionError(
-                f"found no place for a layer in {type(model).__name__} at {asked}"
-                + (f": {listed}" if listed else "; placement='norm' puts one after each norm")
-            )
-        rows += found[0]
-        places += found[1]
-    return rows, places
+    def on(self, device: torch.device) -> "Insertion":
+        """Return the same with layers on another device."""
+        return replace(self, places=[replace(place, device=device) for place in self.places])
 
+    def apply(self, surgery: Surgery, record: Record) -> nn.Module:
+        """Build a layer for each place and put it there.
 
-def place_at_input(model: nn.Module) -> tuple[list[Row], list[Place]]:
-    """Return the one place before a model."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    place = Place("", "input", input_channels(model), like.device, like.dtype)
-    return [Row("", "the first argument", "inserted")], [place]
+        Raises:
+            ConversionError: a layer cannot be built, or a container cannot be traced with it.
+        """
+        layers = [self.method.insert(place, record.options) for place in self.places]
+        states: dict[nn.Module, ContainerState] = {}
+        scope = Scope(1, ("0",))
+
+        def state_of(fqn: str) -> tuple[nn.Module, ContainerState]:
+            module = surgery.model.get_submodule(fqn)
+            if module not in states:
+                states[module] = ContainerState(fqn, scope, (), self.places[0].fqn)
+            return module, states[module]
+
+        chosen = [row for row in self.rows if row.action == "inserted"]
+        for row, place, layer in zip(chosen, self.places, layers, strict=True):
+            module, state = state_of(place.fqn)
+            layer.train(module.training)
+            child = surgery.add(module, self.method.name.replace("-", "_"), layer)
+            _describe_layer(row, place, child, layer)
+            if place.placement == "input" or place.before:
+                state.before = child
+            elif place.placement == "norm":
+                state.after = child
+            else:
+                state.insertions += (InsertedLayer(place.placement, place.block, child),)
+                state.blocks = place.blocks
+                kinds, paths = place.planned
+                if all(path.alike for path in paths.traced):
+                    state.planned[kinds] = paths
+        schedule = self.method.connect(layers, record.options)
+        if schedule is not None:
+            state_of("")[1].schedule = schedule
+        surgery.install_inserted(states)
+        return surgery.model
 
 
-def _find(
-    model: nn.Module, select: Selector, exclude: Selector, placement: str
-) -> tuple[list[Row], list[Place]]:
-    if placement == "input":
-        return place_at_input(model)
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    finder = _norm_places if placement == "norm" else _block_places
-    rows: list[Row] = []
-    places: list[Place] = []
-    for module, row, place in finder(model, placement, like):
-        rows.append(row)
-        names = (row.fqn, *row.aliases)
-        if select is not None and not matches(select, names, module):
-            row.action, row.reason = "kept", "not selected"
-        elif exclude is not None and matches(exclude, names, module):
-            row.action, row.reason = "kept", "excluded"
-        elif place is not None:
-            row.action = "inserted"
-            row.channels = place.channels or 0
-            places.append(place)
-    return rows, places
+@dataclass(frozen=True)
+class InputNorm:
+    """One more norm, before the model, that starts as the identity in eval mode."""
+
+    method: Method
+    rows: list[Row]
+    place: Place
+
+    def on(self, device: torch.device) -> "InputNorm":
+        """Return the same with its layer on another device."""
+        return replace(self, place=replace(self.place, device=device))
+
+    def apply(self, surgery: Surgery, record: Record) -> nn.Module:
+        """Build the norm and put it there.
+
+        Raises:
+            ConversionError: nothing tells the channels of the input.
+        """
+        place, model = self.place, surgery.model
+        if place.channels is None:
+            raise ConversionError("cannot tell the channels of the input: no convolution or norm")
+        source = nn.BatchNorm2d(place.channels, device=place.device, dtype=place.dtype)
+        source.train(model.training)
+        with torch.no_grad():
+            source.running_var.fill_(1 - source.eps)  # type: ignore[union-attr]
+        site = read_site("", source)
+        assert isinstance(site, Site)
+        site = replace(site, dims=())
+        scope = Scope(record.contexts.count, record.contexts.names)
+        layer = build_layer(self.method, site, source, record, scope, self.rows[0])
+        child = surgery.add(model, "input_norm", layer)
+        if self.method.needs_context:
+            layer.site = child  # type: ignore[assignment]
+        _describe_layer(self.rows[0], place, child, layer)
+        self.rows[0].statistics = "identity"
+        state = ContainerState("", scope, (), child)
+        state.before = child
+        surgery.install_around(model, state, self.method.needs_context)
+        return model
 
 
-def _norm_places(model: nn.Module, placement: str, like: Any) -> Any:
-    for fqn, module, aliases in find_norms(model):
-        row = Row(fqn, type(module).__name__, "refused", aliases)
-        channels = norm_channels(module)
-        if channels is None:
-            row.reason = f"{type(module).__name__} is neither a batch nor an instance norm"
-            yield module, row, None
-            continue
-        before = is_instance_norm(module)
-        row.reason = "before the norm" if before else "after the norm"
-        own = next((t for t in module.state_dict().values() if t.is_floating_point()), like)
-        place = Place(fqn, placement, channels, own.device, own.dtype, before=before)
-        yield module, row, place
-
-
-def _block_places(model: nn.Module, placement: str, like: Any) -> Any:
-    with TraceSession() as session:
-        planned_of = functools.cache(functools.partial(_trace, session))
-
-        def graphs_of(module: nn.Module) -> list[fx.Graph]:
-            return [path.graph for path in planned_of(module)[1].traced if not path.failure]
-
-        for fqn, module in model.named_modules():
-            if not any(module.children()):
-                continue
-            graphs = graphs_of(module)
-            if not graphs:
-                # Most such containers hold no add; one that does shows as a block never found.
-                continue
-            ways = [find_residuals(graph, module) for graph in graphs]
-            counts = {len(found) for found, _ in ways}
-            if len(counts) > 1:
-                why = f"has {sorted(counts)} residual adds, depending on its input"
-                yield module, Row(fqn, type(module).__name__, "refused", reason=why), None
-                continue
-            for why in ways[0][1]:
-                yield module, Row(fqn, type(module).__name__, "refused", reason=why), None
-            readers = [Reader(module, graphs_of) for _ in graphs]
-            for block, residual in enumerate(ways[0][0]):
-                row = Row(fqn, type(module).__name__, "refused", reason=residual.reason)
-                features = {
-                    features_of(found[block], reader, placement)
-                    for (found, _), reader in zip(ways, readers, strict=True)
-                }
-                channels, why = _read(features)
-                if channels is None:
-                    row.reason = f"{why} ({residual.reason})"
-                    yield module, row, None
-                    continue
-                where = (fqn, placement, channels, like.device, like.dtype)
-                ends = (block, len(ways[0][0]))
-                place = Place(*where, *ends, reason=residual.reason, planned=planned_of(module))
-                yield module, row, place
-
-
-def _read(found: set[Features]) -> tuple[int | None, str]:
-    """Return the channels of a place, or None and why there is to be no layer."""
-    if len(found) > 1:
-        return None, "its features depend on the way through its forward"
-    (features,) = found
-    if not features.known:
-        return None, "nothing tells the channels of its features"
-    if features.dimension == LAST:
-        return None, "its features have their channels last"
-    return features.channels, ""
-
-
-def _trace(session: TraceSession, module: nn.Module) -> tuple[Any, Paths]:
-    """Trace a module; return the kinds of its arguments, and its paths, none if untraceable."""
-    forward = type(module).forward
-    if (
-        not type(module).__module__.startswith("torch.nn.")
-        and forward is not _forward_unimplemented
-    ):
-        written = write_forward(parameters_of(forward), dispatch)
-        kinds = tuple(describe(value, []) for value in written.examples())
-        with suppress(TraceFailure):
-            return kinds, session.paths(module, written.spread, kinds)
-    return (), Paths([])
-
-
-def insert(
-    surgery: Surgery,
-    method: InsertedMethod,
-    rows: list[Row],
-    places: list[Place],
-    options: Any,
-) -> None:
-    """Build a layer for each place and put it there.
-
-    Raises:
-        ConversionError: a layer cannot be built, or a container cannot be traced with it.
-    """
-    layers = [method.insert(place, options) for place in places]
-    states: dict[nn.Module, ContainerState] = {}
-    scope = Scope(1, ("0",))
-
-    def state_of(fqn: str) -> tuple[nn.Module, ContainerState]:
-        module = surgery.model.get_submodule(fqn)
-        if module not in states:
-            states[module] = ContainerState(fqn, scope, (), places[0].fqn)
-        return module, states[module]
-
-    chosen = [row for row in rows if row.action == "inserted"]
-    for row, place, layer in zip(chosen, places, layers, strict=True):
-        module, state = state_of(place.fqn)
-        layer.train(module.training)
-        child = surgery.add(module, method.name.replace("-", "_"), layer)
-        describe_layer(row, place, child, layer)
-        if place.placement == "input" or place.before:
-            state.before = child
-        elif place.placement == "norm":
-            state.after = child
-        else:
-            state.insertions += (Insertion(place.placement, place.block, child),)
-            state.blocks = place.blocks
-            kinds, paths = place.planned
-            if all(path.alike for path in paths.traced):
-                state.planned[kinds] = paths
-    schedule = method.connect(layers, options)
-    if schedule is not None:
-        state_of("")[1].schedule = schedule
-    surgery.install_inserted(states)
-
-
-def insert_at_input(
-    surgery: Surgery, method: BaseMethod, row: Row, place: Place, contexts: Contexts, options: Any
-) -> None:
-    """Put a norm in front of the model that starts as the identity in eval mode."""
-    assert isinstance(method, Method)
-    if place.channels is None:
-        raise ConversionError("cannot tell the channels of the input: no convolution or norm")
-    source = nn.BatchNorm2d(place.channels, device=place.device, dtype=place.dtype)
-    with torch.no_grad():
-        source.running_var.fill_(1 - source.eps)  # type: ignore[union-attr]
-    site = read_site("", source)
-    assert isinstance(site, Site)
-    site = replace(site, dims=())
-    layer = method.build(site, source, contexts, options)
-    remember_original(layer, source, site)
-    scope = Scope(contexts.count, contexts.names)
-    layer.train(surgery.model.training)
-    child = surgery.add(surgery.model, "input_norm", layer)
-    if method.needs_context:
-        layer.scope = scope  # type: ignore[assignment]
-        layer.site = child  # type: ignore[assignment]
-    describe_layer(row, place, child, layer)
-    state = ContainerState("", scope, (), child)
-    state.before = child
-    surgery.install_around(surgery.model, state, method.needs_context)
-
-
-def describe_layer(row: Row, place: Place, child: str, layer: nn.Module) -> None:
+def _describe_layer(row: Row, place: Place, child: str, layer: nn.Module) -> None:
     """Note in a row what was inserted."""
     row.layer = f"{place.fqn}.{child}".lstrip(".")
     row.target = f"{type(layer).__name__} ({place.placement})"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from normswap.errors import ConversionError
-from normswap.graph.blocks.insert import Insertion
+from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.class_questions import check_question
 from normswap.graph.scope import Scope, scope_of
 from normswap.graph.tracing import NO_GUARDS, Guards, Kind, Writes, describe, rebuild
@@ -24,7 +24,6 @@ class Variant:
         reason: why there is no graph; "" where there is one.
         guards: what of the module, and outside of it, must be as it was.
         calls: (path, class, whether `is_direct`) of the submodules the graph calls.
-        direct: paths of tensors the graph reads itself.
         something: whether it certainly returns a tensor, not None.
         writes: what it changes of the lists and dicts it is given; where there is any, `run`
             returns its output and their new contents.
@@ -37,7 +36,6 @@ class Variant:
     reason: str = ""
     guards: Guards = NO_GUARDS
     calls: tuple[tuple[tuple[str, ...], type, bool], ...] = ()
-    direct: tuple[str, ...] = ()
     something: bool = False
     writes: Writes = ()
     rest: bool = False
@@ -108,7 +106,7 @@ class ContainerState:
         self.variants: dict[tuple[Kind, ...], list[Variant]] = {}
         self.assumed: set[tuple[Kind, ...]] = set()
         self.planned: dict[tuple[Kind, ...], Any] = {}
-        self.insertions: tuple[Insertion, ...] = ()
+        self.insertions: tuple[InsertedLayer, ...] = ()
         self.blocks = 0
         self.before: str | None = None
         self.after: str | None = None

@@ -25,7 +25,7 @@ _HELD = (
 
 
 class Surgery:
-    """Swaps layers and installs forwards; `undo` restores the model exactly.
+    """Swaps layers and installs forwards; a ``with`` block that fails leaves the model as it was.
 
     Args:
         model: changed in place.
@@ -39,6 +39,13 @@ class Surgery:
         self._installed: list[nn.Module] = []
         self._added: list[tuple[nn.Module, str]] = []
         self._held: list[tuple[Any, Any, nn.Module]] = []
+
+    def __enter__(self) -> "Surgery":
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is not None:
+            self._undo()
 
     def swap(self, names: Iterable[str], layer: nn.Module) -> None:
         """Put one layer at every name of a module."""
@@ -156,7 +163,7 @@ class Surgery:
         install(module, state, contextual)
         self._installed.append(module)
 
-    def undo(self) -> None:
+    def _undo(self) -> None:
         """Take everything back."""
         while self._installed:
             uninstall(self._installed.pop())

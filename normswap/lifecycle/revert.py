@@ -141,17 +141,13 @@ def _restore(
     norms = {name: _norm(name, layers[name], record, index, alike, discard) for name in layers}
     if "" in norms:
         return norms[""]
-    surgery = Surgery(target)
     replaced = {id(layers[name]): norm for name, norm in norms.items()}
-    for parent, module in list(target.named_modules(remove_duplicate=False)):
-        for leaf, child in list(module._modules.items()):
-            if id(child) in replaced:
-                surgery.swap([f"{parent}.{leaf}".lstrip(".")], replaced[id(child)])
-    try:
+    with Surgery(target) as surgery:
+        for parent, module in list(target.named_modules(remove_duplicate=False)):
+            for leaf, child in list(module._modules.items()):
+                if id(child) in replaced:
+                    surgery.swap([f"{parent}.{leaf}".lstrip(".")], replaced[id(child)])
         surgery.replace_held(replaced)
-    except BaseException:
-        surgery.undo()
-        raise
     restore_forwards(target)
     release(target)
     for name in (RECORD, "no_weight_decay"):  # what `convert` put there

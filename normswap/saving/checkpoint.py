@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.conversion.checks import check_copyable, check_model
-from normswap.conversion.replacement import convert_bare, find_targets, is_bare, operate
 from normswap.conversion.settings import make_contexts
+from normswap.conversion.target import Target, carry_out, find_target
 from normswap.errors import CheckpointError, UnknownNameError, expect_module
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
@@ -156,12 +156,12 @@ def load(
     apart = differences(content["base"], describe_base(base, replaced))
     if apart:
         raise CheckpointError(f"expected the model that {folder} was made from; {shorten(apart)}")
-    target = base if inplace else copy_model(base)
-    model, undo = _convert(target, content, sites, trace)
-    try:
+    target, record = _decide(base, content, sites)
+    with Surgery(base if inplace else copy_model(base), trace) as surgery:
+        model = carry_out(target, surgery, record)
         others = other_tensors(model)
-        sums = checksums(others)
-        _check_values(sums, content, folder, check_values)
+        record.sums = checksums(others)
+        _check_values(record.sums, content, folder, check_values)
         wanted = layer_tensors(model)
         if describe(wanted) != content["layers"]:
             raise CheckpointError(
@@ -169,49 +169,28 @@ def load(
                 f"normswap {content['normswap']}, this is {_version()}"
             )
         _copy(tensors, wanted | {name: others[name] for name in content["others"]})
-    except BaseException:
-        undo()
-        raise
-    vars(model)[RECORD].sums = sums
+    vars(model)[RECORD] = record
     exempt_norms(model)
     return model
 
 
-def _convert(
-    target: nn.Module, content: dict[str, Any], sites: set[str], trace: bool
-) -> tuple[nn.Module, Any]:
-    """Convert a model as the description says; return it, and what takes that back."""
-    chosen = get_method(content["method"])
-    options = parse_options(chosen, content["options"])
-    contexts = make_contexts(chosen, None, None, "pooled")
-    if chosen.needs_context:
+def _decide(base: nn.Module, content: dict[str, Any], sites: set[str]) -> tuple[Target, Record]:
+    """Return what the description says is to be changed, and the record of it."""
+    method = get_method(content["method"])
+    options = parse_options(method, content["options"])
+    contexts = make_contexts(method, None, None, "pooled")
+    if method.needs_context:
         contexts = Contexts(
             tuple(content["contexts"]),
             torch.tensor(content["priors"], dtype=torch.float64),
             content["unknown"],
         )
     placement = content["placement"]
-    rows, found = find_targets(
-        target, chosen, options, placement, lambda name, _: name in sites, None
-    )
-    record = Record(chosen.name, options, contexts, rows, type(target).__name__)
+    target = find_target(base, method, options, placement, lambda name, _: name in sites, None)
+    record = Record(method.name, options, contexts, target.rows, type(base).__name__)
     record.placement = placement
     record.verification = Verification(reason="loaded")
-    if is_bare(found):
-        return convert_bare(target, chosen, record, found[0]), lambda: None
-    surgery = Surgery(target, trace)
-    try:
-        operate(surgery, chosen, record, found)
-    except BaseException:
-        surgery.undo()
-        raise
-    target.__dict__[RECORD] = record
-
-    def undo() -> None:
-        surgery.undo()
-        del target.__dict__[RECORD]
-
-    return target, undo
+    return target, record
 
 
 def _check_values(

@@ -10,7 +10,7 @@ from normswap.graph.tracing import TraceFailure
 PLACEMENTS = ("pre", "residual", "identity", "post")
 
 
-class Insertion(NamedTuple):
+class InsertedLayer(NamedTuple):
     """A layer inserted in a residual block.
 
     Attributes:
@@ -27,7 +27,7 @@ class Insertion(NamedTuple):
 
 
 def insert_layers(
-    graph: fx.Graph, module: nn.Module, insertions: tuple[Insertion, ...], blocks: int
+    graph: fx.Graph, module: nn.Module, insertions: tuple[InsertedLayer, ...], blocks: int
 ) -> None:
     """Insert calls into a graph.
 

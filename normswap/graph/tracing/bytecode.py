@@ -82,11 +82,16 @@ _KNOWN: "weakref.WeakKeyDictionary[types.CodeType, Code]" = weakref.WeakKeyDicti
 def read_code(code: types.CodeType) -> Code:
     """Read the instructions of a function."""
     if code not in _KNOWN:
-        steps = [s for s in dis.get_instructions(code) if s.opname not in _SKIPPED]
+        steps = steps_of(code)
         loads, refused = _find_loads(code, steps), _find_refused(code, steps)
         statements = list(_split(steps, loads))
         _KNOWN[code] = Code(loads, _find_tests(steps), refused, _catches(steps), statements)
     return _KNOWN[code]
+
+
+def steps_of(code: types.CodeType) -> list[dis.Instruction]:
+    """Return the instructions of a function that do something."""
+    return [step for step in dis.get_instructions(code) if step.opname not in _SKIPPED]
 
 
 def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -179,8 +184,7 @@ def _catches(steps: list[dis.Instruction]) -> bool:
 
 def is_compared(frame: types.FrameType) -> bool:
     """Return whether what the call under way in a frame returns is only compared."""
-    steps = [s for s in dis.get_instructions(frame.f_code) if s.opname not in _SKIPPED]
-    after = [s.opname for s in steps if s.offset > frame.f_lasti][:8]
+    after = [s.opname for s in steps_of(frame.f_code) if s.offset > frame.f_lasti][:8]
     for place, name in enumerate(after):
         if name in COMPARES:
             return True

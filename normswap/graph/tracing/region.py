@@ -2,7 +2,8 @@
 
 Entering the checkpointed function would lose the recomputation; leaving it a call would lose the
 context. So it is traced apart, and the outer graph calls it with the context as an argument, which
-checkpoint keeps for the recomputation.
+checkpoint keeps for the recomputation. Serves timm's models under ``set_grad_checkpointing`` whose
+stages are compiled one by one: compiled code cannot ask which forward it is computed again for.
 """
 
 from collections.abc import Callable

@@ -38,9 +38,6 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=1, help="programs to shrink for each kind")
     parser.add_argument("--replay", type=Path, help="file with one program, as printed")
     parser.add_argument("--alone", nargs="*", metavar="NAME", help="constructs by themselves")
-    parser.add_argument(
-        "--known", action="store_true", help="also constructs that are known to fail alone"
-    )
     parser.add_argument("--chunk", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -53,7 +50,7 @@ def main() -> int:
         return _alone(given.alone or list(CONSTRUCTS))
     if given.out:
         numbers = range(given.chunk, given.chunk + given.programs)
-        given.out.write_bytes(pickle.dumps(campaign(numbers, given.known)))
+        given.out.write_bytes(pickle.dumps(campaign(numbers)))
         return 0
     tally = _spread(given)
     print(tally, flush=True)
@@ -95,7 +92,6 @@ def _spread(given: argparse.Namespace) -> Tally:
             out = Path(folder, str(start))
             count = min(_CHUNK, given.programs - start)
             words = ["--programs", count, "--chunk", given.seed * _SEEDS + start, "--out", out]
-            words += ["--known"] if given.known else []
             command = [sys.executable, "-m", "tests.graph.fuzz", *map(str, words)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tests.graph.fuzz.constructs import CONSTRUCTS
 from tests.graph.fuzz.generate import programs
 from tests.graph.fuzz.judge import MODES, judge
-from tests.graph.fuzz.known import CONSTRUCTS_KNOWN, covering
 from tests.graph.fuzz.program import Program
 from tests.graph.fuzz.verdict import Failure, Verdict
 
@@ -24,11 +23,10 @@ class Tally:
     """What became of many programs.
 
     Attributes:
-        status: how many were right, refused, invalid (the original itself fails), wrong, known.
+        status: how many were right, refused, invalid (the original itself fails), wrong.
         containers: how many were traced, and scoped, by reason.
         refusals, invalid: how often each was met; errors of the original.
         failed, failures: how many failed, and the smallest few of them, by kind.
-        known: how many failures each known kind covers.
     """
 
     status: collections.Counter = field(default_factory=collections.Counter)
@@ -37,27 +35,20 @@ class Tally:
     invalid: collections.Counter = field(default_factory=collections.Counter)
     failed: collections.Counter = field(default_factory=collections.Counter)
     failures: dict[str, list[Program]] = field(default_factory=dict)
-    known: collections.Counter = field(default_factory=collections.Counter)
 
     def add(self, program: Program, verdict: Verdict) -> None:
         """Count a program."""
-        text = str(program)
         self.containers["traced"] += verdict.traced
         self.containers.update(f"scoped: {reason}" for reason in verdict.scoped.values())
         self.refusals.update({_short(refusal) for refusal in verdict.refusals})
-        status = verdict.status
-        if verdict.failures:
-            causes = [covering(text, failure.kind) for failure in verdict.failures]
-            self.known.update(cause for cause in causes if cause)
-            status = "known" if all(causes) else "wrong"
-            untraced = {f.kind.removeprefix("un") for f in verdict.failures if f.kind[:2] == "un"}
-            for failure, cause in zip(verdict.failures, causes, strict=True):
-                if not cause and failure.kind not in untraced:
-                    self.failed[failure.kind] += 1
-                    self._keep(failure.kind, program)
-        self.status[status] += 1
-        if status == "invalid":
+        self.status[verdict.status] += 1
+        if verdict.status == "invalid":
             self.invalid[verdict.invalid[:150]] += 1
+        untraced = {f.kind.removeprefix("un") for f in verdict.failures if f.kind[:2] == "un"}
+        for failure in verdict.failures:
+            if failure.kind not in untraced:
+                self.failed[failure.kind] += 1
+                self._keep(failure.kind, program)
 
     def _keep(self, kind: str, program: Program) -> None:
         found = [*self.failures.get(kind, []), program]
@@ -65,7 +56,7 @@ class Tally:
 
     def merge(self, other: "Tally") -> None:
         """Add another tally."""
-        for name in ("status", "containers", "refusals", "invalid", "failed", "known"):
+        for name in ("status", "containers", "refusals", "invalid", "failed"):
             getattr(self, name).update(getattr(other, name))
         for kind, found in other.failures.items():
             for program in found:
@@ -78,7 +69,6 @@ class Tally:
             ("containers", self.containers),
             ("refusals", self.refusals),
             ("invalid", self.invalid),
-            ("known failures", self.known),
             ("failures", self.failed),
         ):
             lines += [f"{title}:", *(f"  {n:6d}  {k}" for k, n in counter.most_common())]
@@ -89,14 +79,8 @@ def _short(refusal: str) -> str:
     return re.sub(r"\b[a-z]+\d+(\.\w+)*|\d+", "#", refusal)[:150]
 
 
-def generate(number: int, known: bool = False) -> Program:
-    """Return the program of a number, always the same.
-
-    Args:
-        number: any.
-        known: whether it may hold constructs that are known to fail alone.
-    """
-    allowed = tuple(name for name in CONSTRUCTS if known or name not in CONSTRUCTS_KNOWN)
+def generate(number: int) -> Program:
+    """Return the program of a number, always the same."""
     drawn: list[Program] = []
 
     # Of several, hypothesis makes variants of one another; the first is always the simplest.
@@ -108,7 +92,7 @@ def generate(number: int, known: bool = False) -> Program:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(programs(allowed))
+    @given(programs(tuple(CONSTRUCTS)))
     def draw(program: Program) -> None:
         drawn.append(program)
 
@@ -133,21 +117,19 @@ def safely(program: Program, modes: tuple[str, ...] = MODES) -> Verdict:
 
 
 def fails_alike(kind: str) -> Callable[[Program], bool]:
-    """Return a function that tells whether a program fails in this way, and not in a known one."""
-
+    """Return a function that tells whether a program fails in this way."""
     modes = tuple(mode for mode in MODES if kind.startswith(f"{mode} ")) or MODES
 
     def fails(program: Program) -> bool:
-        found = any(failure.kind == kind for failure in safely(program, modes).failures)
-        return found and covering(str(program), kind) is None
+        return any(failure.kind == kind for failure in safely(program, modes).failures)
 
     return fails
 
 
-def campaign(numbers: Iterable[int], known: bool = False) -> Tally:
+def campaign(numbers: Iterable[int]) -> Tally:
     """Judge the programs of these numbers; see `generate`."""
     tally = Tally()
     for number in numbers:
-        program = generate(number, known)
+        program = generate(number)
         tally.add(program, safely(program))
     return tally

@@ -1,0 +1,201 @@
+"""Where a method could insert its layers, and what chose or refused each place."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import _forward_unimplemented
+
+from normswap.conversion.select import Selector, matches
+from normswap.errors import ConversionError
+from normswap.graph.blocks.channels import LAST, Features, Reader
+from normswap.graph.blocks.insert import PLACEMENTS
+from normswap.graph.blocks.residual import features_of, find_residuals, input_channels
+from normswap.graph.dispatch import dispatch
+from normswap.graph.tracing import (
+    Paths,
+    TraceFailure,
+    TraceSession,
+    describe,
+    parameters_of,
+    write_forward,
+)
+from normswap.methods.base import InsertedMethod
+from normswap.report import Row
+from normswap.sites import Place, find_norms, is_instance_norm, norm_channels
+from normswap.util.arguments import meant
+
+ALL_PLACEMENTS = ("norm", *PLACEMENTS, "input")
+
+
+class Found(NamedTuple):
+    """A norm, or a container that is or may be a residual block.
+
+    Attributes:
+        module: the norm or container.
+        row: for the report.
+        place: of the layer; None where there is to be none.
+        read: whether a graph told what the container holds; else it may be no block at all.
+    """
+
+    module: nn.Module
+    row: Row
+    place: Place | None = None
+    read: bool = True
+
+
+def find_places(
+    model: nn.Module,
+    method: InsertedMethod,
+    placement: str | None,
+    options: Any,
+    select: Selector,
+    exclude: Selector,
+) -> tuple[list[Row], list[Place]]:
+    """Return a row for every place a method's layers could go, and the places chosen.
+
+    Args:
+        model: the model.
+        method: whose layers are inserted.
+        placement: where; None is the method's own in a model that has such places, else "norm".
+        options: of the method.
+        select: matched against the container of a block, or the norm.
+        exclude: likewise.
+
+    Raises:
+        ConversionError: an unknown placement, or no place at all.
+    """
+    find = functools.cache(functools.partial(_find, model, select, exclude))
+    own = placement or method.placement
+    if placement is None and not any(f.read and f.row.action != "kept" for f in find(own)):
+        own = "norm"
+    rows: list[Row] = []
+    places: list[Place] = []
+    for wanted in method.placements(own, options):
+        asked = f"placement {wanted!r}" + ("" if wanted == own else f", an option of {method.name}")
+        if wanted not in ALL_PLACEMENTS:
+            raise ConversionError(
+                f"unknown {asked}; the choices are {', '.join(ALL_PLACEMENTS)}"
+                + meant(wanted, ALL_PLACEMENTS)
+            )
+        found = find(wanted)
+        chosen = [f.place for f in found if f.row.action == "inserted" and f.place is not None]
+        if not chosen:
+            listed = "; ".join(f"{f.row.fqn or '(root)'}: {f.row.reason}" for f in found[:10])
+            raise ConversionError(
+                f"found no place for a layer in {type(model).__name__} at {asked}"
+                + (f": {listed}" if listed else "; placement='norm' puts one after each norm")
+            )
+        rows += [f.row for f in found]
+        places += chosen
+    return rows, places
+
+
+def place_at_input(model: nn.Module) -> tuple[Row, Place]:
+    """Return the place before a model, and a row for it."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    place = Place("", "input", input_channels(model), like.device, like.dtype)
+    return Row("", "the first argument", "inserted"), place
+
+
+def _find(model: nn.Module, select: Selector, exclude: Selector, placement: str) -> list[Found]:
+    if placement == "input":
+        return [Found(model, *place_at_input(model))]
+    finder = _norm_places if placement == "norm" else _block_places
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    found = list(finder(model, placement, like))
+    for module, row, place, _ in found:
+        names = (row.fqn, *row.aliases)
+        if select is not None and not matches(select, names, module):
+            row.action, row.reason = "kept", "not selected"
+        elif exclude is not None and matches(exclude, names, module):
+            row.action, row.reason = "kept", "excluded"
+        elif place is not None:
+            row.action = "inserted"
+            row.channels = place.channels or 0
+    return found
+
+
+def _norm_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
+    for fqn, module, aliases in find_norms(model):
+        row = Row(fqn, type(module).__name__, "refused", aliases)
+        channels = norm_channels(module)
+        if channels is None:
+            row.reason = f"{type(module).__name__} is neither a batch nor an instance norm"
+            yield Found(module, row)
+            continue
+        before = is_instance_norm(module)
+        row.reason = "before the norm" if before else "after the norm"
+        own = next((t for t in module.state_dict().values() if t.is_floating_point()), like)
+        place = Place(fqn, placement, channels, own.device, own.dtype, before=before)
+        yield Found(module, row, place)
+
+
+def _block_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
+    with TraceSession() as session:
+        planned_of = functools.cache(functools.partial(_trace, session))
+
+        def graphs_of(module: nn.Module) -> list[fx.Graph]:
+            return [path.graph for path in planned_of(module)[1].traced if not path.failure]
+
+        for fqn, module in model.named_modules():
+            if not any(module.children()):
+                continue
+            graphs = graphs_of(module)
+            if not graphs:
+                why = planned_of(module)[2]
+                if why:
+                    row = Row(fqn, type(module).__name__, "refused", reason=f"it {why}")
+                    yield Found(module, row, read=False)
+                continue
+            ways = [find_residuals(graph, module) for graph in graphs]
+            counts = {len(found) for found, _ in ways}
+            if len(counts) > 1:
+                why = f"has {sorted(counts)} residual adds, depending on its input"
+                yield Found(module, Row(fqn, type(module).__name__, "refused", reason=why))
+                continue
+            for why in ways[0][1]:
+                yield Found(module, Row(fqn, type(module).__name__, "refused", reason=why))
+            readers = [Reader(module, graphs_of) for _ in graphs]
+            for block, residual in enumerate(ways[0][0]):
+                row = Row(fqn, type(module).__name__, "refused", reason=residual.reason)
+                features = {
+                    features_of(found[block], reader, placement)
+                    for (found, _), reader in zip(ways, readers, strict=True)
+                }
+                channels, why = _read(features)
+                if channels is None:
+                    row.reason = f"{why} ({residual.reason})"
+                    yield Found(module, row)
+                    continue
+                where = (fqn, placement, channels, like.device, like.dtype)
+                ends = (block, len(ways[0][0]))
+                place = Place(*where, *ends, reason=residual.reason, planned=planned_of(module)[:2])
+                yield Found(module, row, place)
+
+
+def _read(found: set[Features]) -> tuple[int | None, str]:
+    """Return the channels of a place, or None and why there is to be no layer."""
+    if len(found) > 1:
+        return None, "its features depend on the way through its forward"
+    (features,) = found
+    if not features.known:
+        return None, "nothing tells the channels of its features"
+    if features.dimension == LAST:
+        return None, "its features have their channels last"
+    return features.channels, ""
+
+
+def _trace(session: TraceSession, module: nn.Module) -> tuple[Any, Paths, str]:
+    """Trace a module; return the kinds of its arguments, its paths, and why there are none."""
+    forward = type(module).forward
+    if type(module).__module__.startswith("torch.nn.") or forward is _forward_unimplemented:
+        return (), Paths([]), ""
+    written = write_forward(parameters_of(forward), dispatch)
+    kinds = tuple(describe(value, []) for value in written.examples())
+    try:
+        return kinds, session.paths(module, written.spread, kinds), ""
+    except TraceFailure as failure:
+        return kinds, Paths([]), str(failure)
