@@ -49,7 +49,8 @@ def run(options: argparse.Namespace, command: str) -> int:
     done = store.open_sweep(folder, settings, options.resume, options.restart)
     if settings["smallest_per_family"]:
         names = smallest_members(names, options.workers, options.timeout, memory)
-    methods, limits = settings["methods"], Limits(memory, settings["seed"], settings["structure"])
+    methods = settings["methods"]
+    limits = Limits(memory, settings["seed"], settings["structure"], settings["blocks"])
     tasks = []
     for name in names:
         left = tuple(m for m in methods if (name, m) not in done)
@@ -107,6 +108,8 @@ def resolve(options: argparse.Namespace) -> dict[str, Any]:
         if not getattr(options, name) > 0:
             flag = name.replace("_", "-")
             raise RecipeError(f"expected --{flag} above 0, got {getattr(options, name)}")
+    if options.blocks < 0:
+        raise RecipeError(f"expected --blocks of 0 or more, got {options.blocks}")
     if options.resume and options.restart:
         raise RecipeError("expected --resume or --restart, got both")
     for method in options.methods:
@@ -126,6 +129,7 @@ def resolve(options: argparse.Namespace) -> dict[str, Any]:
         "methods": list(dict.fromkeys(options.methods)),
         "seed": options.seed,
         "structure": options.structure,
+        "blocks": options.blocks,
     }
 
 
@@ -157,6 +161,12 @@ def _parser() -> argparse.ArgumentParser:
         "--structure",
         action="store_true",
         help="plan on the meta device only: minutes for all of timm, but no numbers",
+    )
+    add(
+        "--blocks",
+        type=int,
+        default=0,
+        help="keep so many of each run of equal blocks of a model (default: all that fit)",
     )
     add("--methods", nargs="+", default=["cn"], help=", ".join(normswap.methods()))
     add("--workers", type=int, default=1, help="processes of one thread each (default: 1)")
