@@ -71,7 +71,10 @@ def convert(
         priors: probability of each context, or counts; uniform by default.
         inplace: change `model` itself instead of a copy.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, batch first.
-            Guessed for models that state their input size.
+            Guessed for models that state their input size. They tell, too, which row of a norm is
+            of which sample. Without, the first mixed batch tells that, unless it is compiled:
+            compiled code takes norms with one row a sample, of which nothing was measured, to be
+            in the order of the batch.
         verify: compare outputs before and after on the example inputs, in eval mode; the summary
             says how far they differ, or why nothing was compared.
         trace: run graphs in place of forwards that they stand for. Without, every module runs its
@@ -92,6 +95,7 @@ def convert(
     )
     check_flag("inplace", inplace)
     check_flag("verify", verify)
+    check_flag("trace", trace)
     inputs = None if example_inputs is None else read_inputs(example_inputs)
     check_model(model)
     if not inplace:
@@ -135,6 +139,7 @@ def plan(
     asked = read_settings(
         plan, method, contexts, select, exclude, placement, preset, unknown, priors, options
     )
+    check_flag("trace", trace)
     check_model(model)
     target = find_target(
         model, asked.method, asked.options, asked.placement, asked.select, asked.exclude

@@ -25,8 +25,8 @@ COMMANDS = {
     "segment": "train a segmentation on some domains, test it on others",
     "sentiment": "train a sentence classifier on films, test it on product reviews",
     "bench": "time a model with other norms beside the model as it is",
-    "sweep": "convert every model of a zoo (timm, torchvision, yours) and check each result",
 }
+MOVED = {"sweep": "python -m tests.sweep"}
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +38,9 @@ def main(argv: list[str]) -> int:
     lines += ["", "python -m recipes COMMAND --help lists the options of one."]
     asked_for_help = not argv or argv[0] in ("-h", "--help")
     if not asked_for_help:
-        lines.insert(0, f"error: unknown command {argv[0]!r}; choose from {', '.join(COMMANDS)}")
+        where = f"it is now `{MOVED[argv[0]]}`; " if argv[0] in MOVED else ""
+        choices = ", ".join(COMMANDS)
+        lines.insert(0, f"error: unknown command {argv[0]!r}; {where}choose from {choices}")
     print("\n".join(lines), file=sys.stdout if asked_for_help else sys.stderr)
     return 0 if asked_for_help else 2
 

@@ -20,22 +20,19 @@ brightness, colour, sharpness. What stays and comes near to a test: autocontrast
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import normswap
-
-from . import grid, images
+from . import grid, images, methods
 from .corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
 from .data import TEST_BATCH, DomainData, Loader
-from .finetune import pick_device
-from .points import draw_points
+from .options import Parser, of_cell
 
 # Each method, with the norms and the loss it stands for.
 METHODS = {
@@ -54,19 +51,14 @@ FIGURES = {"clean": "clean", **{group: group for group in GROUPS}, "corrupted": 
 RELATIVE = "mCE, bn = 100"
 
 
-def main(argv: list[str]) -> int:
-    """Run the recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
-    return grid.command(_parser(), run, argv)
-
-
-def run(options: argparse.Namespace) -> None:
+def run(options: Namespace) -> None:
     """Train every method with every seed, and tabulate the errors."""
-    images.resolve(options)
-    device = pick_device(options.device)
+    images.settle(options)
+    device = images.pick_device(options.device)
 
     @lru_cache(maxsize=1)  # the seed is the outer loop
     def data_of(seed: int) -> tuple[DomainData, dict[str, dict[int, Tensor]]]:
-        data = images.load(options, seed)
+        data = images.load_mixed(options, seed)
         clean = data.images[data.test]
         return data, {
             name: {severity: corrupt(clean, name, severity, seed) for severity in SEVERITIES}
@@ -74,33 +66,33 @@ def run(options: argparse.Namespace) -> None:
         }
 
     # What is wrong with images, model or weights is said before a run is made.
-    images.build(options, data_of(0)[0], images.settings(options, 0), device)
+    images.build(options, data_of(0)[0], 0, device)
     folder = grid.open_run(options, "corruptions")
-    cells = grid.cells(options)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         data, corrupted = data_of(cell["seed"])
         norms, loss = METHODS[cell["method"]]
-        config = images.settings(options, cell["seed"], loss)
-        model, loader = images.build(options, data, config, device, without=OVERLAP)
-        if norms != "bn":
-            example = loader.batch(loader.train_indices[:2]).images
-            model = normswap.convert(model, norms, example_inputs=(example,))
+        config = of_cell(options, seed=cell["seed"], loss=loss)
+        model, loader, _ = images.build(config, data, cell["seed"], device, without=OVERLAP)
+        inputs = (images.example(loader),)
+        model = methods.convert(model, norms, None, example_inputs=inputs)
         images.train(cell["method"], model, loader, config, log)
         return errors(model, loader, corrupted)
 
-    records = grid.run_cells(folder, cells, train)
+    records = grid.run_cells(folder, grid.cells(options), train)
     compared, aside = relative(records)
     shown = dict(FIGURES)
     if any(record.get("mce") is not None for record in compared):
         shown["mce"] = RELATIVE
-    draw_points(folder / "results.png", compared, "method", FIGURES, _title(options), "error, %")
+    source = "digits" if options.data is None else options.data.resolve().name
+    title = f"error on corrupted images: {source}, {options.model}, {options.image_size} px"
+    grid.draw_points(folder / "results.png", compared, FIGURES, title, "error, %")
     text = "errors in %, means over families and severities; "
     text += "mean +- standard deviation over seeds\n"
     text += "mCE is a mean of ratios: a family in which bn is hardly ever wrong weighs as much as "
     text += "any, so a few more errors there can outweigh fewer errors in all\n\n"
-    text += grid.table(compared, ["method"], shown) + "\n\nby family, severities together\n\n"
-    text += grid.table(compared, ["method"], {name: name for name in FAMILIES})
+    text += grid.table(compared, shown) + "\n\nby family, severities together\n\n"
+    text += grid.table(compared, {name: name for name in FAMILIES})
     grid.finish(folder, text + aside)
 
 
@@ -137,9 +129,6 @@ def relative(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], s
 
     A family in which bn of that seed makes no error has no ratio; it is left out for all methods of
     the seed.
-
-    Returns:
-        The records with it, None where bn did not run; and what was left out, to print.
     """
     plain = {r["cell"]["seed"]: r for r in records if r["cell"]["method"] == "bn"}
     found, left_out = [], {}
@@ -160,16 +149,9 @@ def relative(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], s
     return found, "".join(f"\n\n{note}" for note in notes)
 
 
-def _title(options: argparse.Namespace) -> str:
-    source = "digits" if options.data is None else options.data.resolve().name
-    return f"error on corrupted images: {source}, {options.model}, {options.image_size} px"
+def add_options(parser: Parser) -> None:
+    grid.add_methods(parser, tuple(METHODS))
+    images.add_options(parser)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes corruptions", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    grid.add_arguments(parser, tuple(METHODS), tuple(METHODS), seeds=3)
-    images.add_arguments(parser)
-    return parser
+main = partial(grid.command, "corruptions", __doc__, add_options, run)

@@ -11,26 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import parallel
+from .augment import Augmentation, cut_windows, draw_windows
 from .errors import RecipeError
 
 UNKNOWN = -1
 TEST_BATCH = 256
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random window of a square image: its side, how far its centre may move, and mirroring.
-
-    All are fractions of the image. A window beyond the image shows its edge drawn out.
-    """
-
-    side: tuple[float, float]
-    shift: float
-    flip: bool
 
 
 @dataclass(frozen=True)
@@ -79,16 +67,7 @@ class Batch:
 
 
 def stratified_mask(groups: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Pick `fraction` of each group at random, at least one and never all of a group.
-
-    Args:
-        groups: (N,) int64, the group of each sample (its class, or its domain and class).
-        fraction: share of each group to pick, in (0, 1).
-        generator: source of the choice.
-
-    Returns:
-        (N,) bool, true where picked.
-    """
+    """Mark `fraction` of each group at random, at least one and never all: (N,) bool."""
     picked = torch.zeros(len(groups), dtype=torch.bool)
     for group in groups.unique():
         members = (groups == group).nonzero().flatten()
@@ -96,34 +75,6 @@ def stratified_mask(groups: Tensor, fraction: float, generator: torch.Generator)
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         picked[members[:count]] = True
     return picked
-
-
-def draw_windows(n: int, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Draw a window for each of n images: an affine map of coordinates, (n, 2, 3).
-
-    Args:
-        n: how many.
-        how: the range of the windows.
-        generator: a CPU generator; the choice is the same on every device.
-    """
-    uniform = torch.rand(n, 4, generator=generator)
-    low, high = how.side
-    side = low + (high - low) * uniform[:, 0]
-    # A window smaller than the image may sit anywhere inside it, and `shift` beyond that.
-    reach = (1 - side).clamp(min=0) + how.shift
-    theta = torch.zeros(n, 2, 3)
-    theta[:, 0, 0] = torch.where((uniform[:, 3] < 0.5) & how.flip, -side, side)
-    theta[:, 1, 1] = side
-    theta[:, :, 2] = (2 * uniform[:, 1:3] - 1) * reach[:, None]
-    return theta
-
-
-def cut_windows(images: Tensor, windows: Tensor) -> Tensor:
-    """Cut a window out of each image (N, C, S, S) and resize it back to the image's size."""
-    grid = F.affine_grid(windows, list(images.shape), align_corners=False)
-    return F.grid_sample(
-        images, grid.to(images.device), "bilinear", padding_mode="border", align_corners=False
-    )
 
 
 class Loader:
@@ -148,6 +99,7 @@ class Loader:
         mix: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ) -> None:
         self.data = data
+        self.mean = mean
         self.batch_size = batch_size
         self.device = device
         self.mix = mix
@@ -165,10 +117,7 @@ class Loader:
         self._std = torch.tensor(std, device=device)[:, None, None]
 
     def batch(
-        self,
-        indices: Tensor,
-        generator: torch.Generator | None = None,
-        part: slice = slice(None),
+        self, indices: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
     ) -> Batch:
         """Build the batch of these samples, augmented if a generator is given.
 
@@ -177,13 +126,9 @@ class Loader:
         versions = [self.data.images[indices]]
         if generator is not None and self.mix is not None:
             versions += [self.mix(versions[0], generator) for _ in range(2)]
-        # Side by side as channels, so that all versions of an image get the same window.
-        images = torch.cat(versions, 1)[part].to(self.device).float() / 255
-        if generator is not None:
-            windows = draw_windows(len(indices), self.data.augmentation, generator)
-            images = cut_windows(images, windows[part])
+        images = self.normalised(torch.cat(versions, 1), generator, part)
+        clean, *mixed = images.chunk(len(versions), 1)
         indices = indices[part]
-        clean, *mixed = (self._normalise(v) for v in images.chunk(len(versions), 1))
         return Batch(
             clean,
             self.data.labels[indices].to(self.device),
@@ -191,12 +136,19 @@ class Loader:
             tuple(mixed),
         )
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """Make uint8 images ready for a model, as they are."""
-        return self._normalise(images.to(self.device).float() / 255)
+    def normalised(
+        self, images: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
+    ) -> Tensor:
+        """Make uint8 images ready for a model, windows of them if a generator is given.
 
-    def _normalise(self, images: Tensor) -> Tensor:
-        return (images - self._mean) / self._std
+        Versions of an image, side by side as channels, get the same window.
+        """
+        count = len(images)
+        images = images[part].to(self.device).float() / 255
+        if generator is not None:
+            windows = draw_windows(count, self.data.augmentation, generator)
+            images = cut_windows(images, windows[part])
+        return ((images.unflatten(1, (-1, 3)) - self._mean) / self._std).flatten(1, 2)
 
     def train_epoch(self, seed: int, epoch: int, whole: bool = False) -> Iterator[Batch]:
         """Give the augmented training batches of an epoch; seed and epoch alone decide them.
@@ -210,8 +162,12 @@ class Loader:
             part = slice(None) if whole else parallel.part_of(len(indices))
             yield self.batch(indices, generator, part)
 
-    def domain_test(self, domain: int) -> Iterator[Batch]:
-        """Give the test batches of one domain, as they are; of several processes each has some."""
-        chosen = (self.data.test & (self.data.domains == domain)).nonzero().flatten()
-        for indices in chosen.split(TEST_BATCH)[parallel.rank() :: parallel.size()]:
-            yield self.batch(indices)
+    def test_indices(self, domain: int | None = None) -> Tensor:
+        """Give the indices of the images that test, of one domain or of all."""
+        test = self.data.test
+        return (test if domain is None else test & (self.data.domains == domain)).nonzero()[:, 0]
+
+    def whole(self, indices: Tensor) -> Iterator[Batch]:
+        """Give batches of images as they are; of several processes each has some."""
+        for part in indices.split(TEST_BATCH)[parallel.rank() :: parallel.size()]:
+            yield self.batch(part)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Augmentation, DomainData, stratified_mask
-from .errors import RecipeError
+from .errors import RecipeError, check_names
 
 ANGLES = (0, 30, 60, 90)
 TEST_FRACTION = 0.3
@@ -28,24 +28,16 @@ def rotate(images: Tensor, degrees: float) -> Tensor:
     """
     angle = math.radians(degrees)
     theta = torch.tensor(
-        [
-            [math.cos(angle), -math.sin(angle), 0.0],
-            [math.sin(angle), math.cos(angle), 0.0],
-        ]
+        [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
     )
     grid = F.affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
 
 
 def draw(pixels: Tensor, size: int) -> Tensor:
-    """Enlarge 8 x 8 digits to `size`, with a margin so that turning cuts off next to nothing.
+    """Enlarge 8 x 8 digits, in [0, 16], to `size`: (N, 1, size, size) in [0, 1].
 
-    Args:
-        pixels: (N, 8, 8) float in [0, 16].
-        size: side of the result in pixels; the digit fills three quarters of it.
-
-    Returns:
-        (N, 1, size, size) float in [0, 1].
+    They fill three quarters of it, so that turning cuts off next to nothing.
     """
     inner = round(size * 0.75)
     before = (size - inner) // 2
@@ -61,26 +53,13 @@ def load_digits(
     limit: int | None = None,
     angles: Sequence[int] | None = None,
 ) -> DomainData:
-    """Load the digits, split them, and turn them into one domain an angle.
-
-    Args:
-        size: side of the images in pixels, at least 16.
-        seed: decides the split and which training digit goes to which angle.
-        held_out: name of a domain (its angle, such as "60") that does not train.
-        limit: use about so many digits in all, for a quick trial.
-        angles: in degrees, one a domain; `ANGLES` if left out.
-
-    Raises:
-        RecipeError: if `size` is too small or `held_out` is not a domain.
-    """
+    """Load the digits, split them, and turn them into one domain an angle."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     angles = ANGLES if angles is None else angles
     names = [str(angle) for angle in angles]
-    if held_out is not None and held_out not in names:
-        raise RecipeError(
-            f"expected --held-out to be one of the domains {', '.join(names)}, got {held_out!r}"
-        )
+    if held_out is not None:
+        check_names("--held-out to be one of the domains", [held_out], names)
     if size < 16:
         raise RecipeError(f"expected --image-size of at least 16 for the digits, got {size}")
     source = sklearn_digits()

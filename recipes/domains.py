@@ -17,53 +17,50 @@ statistics too, and what comes of that is not to be put down to contexts.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from argparse import Namespace
+from functools import partial
 from typing import Any
 
-import timm.data
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import normswap
-
-from . import frozen, grid
-from .config import Config
+from . import grid, images, methods, runs, scores
 from .data import DomainData, Loader
 from .domain_rows import JOINT, tabulated
 from .errors import RecipeError
-from .finetune import check_image_size, check_model_name, load_data, pick_device
 from .nearest import NearestDomain
-from .points import draw_points
-from .training import fill_statistics, make_arm, takes_context, train_epoch
-from .weights import EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_TIMM, make_backbone
+from .options import ByData, ByStart, Parser, of_cell, resolve
+from .training import make_arm, takes_context, train_epoch
 
 METHODS = (
     *("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn"),
     *("cn", "cn-frozen", "cn-x", "acn"),
 )
-POLICIES = ("pooled", "posterior")
 Accuracy = dict[str, dict[str, float]]  # by kind of label, by domain, in per cent
 
 
-def main(argv: list[str]) -> int:
-    """Run the recipe; give its exit code."""
-    return grid.command(_parser(), run, argv)
-
-
-def run(options: argparse.Namespace) -> None:
+def run(options: Namespace) -> None:
     """Train every method with every domain held out and every seed, and tabulate."""
-    device = pick_device(options.device)
-    seeds = range(1 if options.smoke else options.seeds)
-    names = check(options).domain_names
+    if options.joint and options.held_out:
+        raise RecipeError(
+            f"expected --joint or --held-out, got both ({' '.join(options.held_out)}); a joint "
+            "training holds no domain out"
+        )
+    resolve(options, seeds=1, epochs=1, limit=6)
+    device = images.pick_device(options.device)
+    joint = config_of(options, JOINT, 0)
+    data = images.load(joint)
+    images.build(joint, data, 0, device)  # what is wrong is said before anything is written
+    names = data.domain_names
     held = [JOINT] if options.joint else (options.held_out or names)
     for domain in held:
         if domain not in (JOINT, *names):
-            load_data(_config(options, domain, 0))  # says which there are
-    folder = grid.open_run(options, "domains-joint" if options.joint else "domains")
+            images.load(config_of(options, domain, 0))  # says which there are
+    recipe = "domains-joint" if options.joint else "domains"
+    folder = grid.open_run(options, recipe, free=(*runs.FREE, "held_out"))
     cells = [
         {"held_out": domain, "method": method, "seed": seed}
-        for seed in seeds
+        for seed in range(options.seeds)
         for domain in held
         for method in options.methods
     ]
@@ -71,73 +68,36 @@ def run(options: argparse.Namespace) -> None:
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         key = (cell["held_out"], cell["seed"])
-        config = _config(options, *key)
+        config = config_of(options, *key)
         if key not in cache:
             cache.clear()
-            data = load_data(config)
-            start = make_model(config, data)
-            cache[key] = data, NearestDomain(start, make_loader(config, data, start, device))
+            data = images.load(config, config.seed)
+            start, loader, _ = images.build(config, data, config.seed, device, fill=False)
+            cache[key] = data, NearestDomain(start, loader)
         return train_one(cell["method"], config, *cache[key], device, log)
 
     records = grid.run_cells(folder, cells, train)
-    epochs = grid.read_lines(folder / grid.EPOCHS)
-    rows = tabulated(records, epochs, options.reach)
+    rows = tabulated(records, grid.read_lines(folder / grid.EPOCHS), options.reach)
     headings = {domain: domain for domain in (names if options.joint else held)}
     if len(headings) > 1:
         headings["mean"] = "mean"
-    draw_points(folder / "results.png", rows, "method", headings, "accuracy by domain")
+    more = {"trained": "domains trained on"}
     if options.joint:
-        headings |= {"first": "mean after 1 epoch", "reached": f"epochs to {options.reach:g} %"}
-    else:
-        headings["trained"] = "domains trained on"
-    grid.finish(folder, grid.table(rows, ["method"], headings))
+        more = {"first": "mean after 1 epoch", "reached": f"epochs to {options.reach:g} %"}
+    grid.show(folder, rows, headings, "accuracy by domain", more)
 
 
-def check(options: argparse.Namespace) -> DomainData:
-    """Refuse what cannot be trained before anything is written; give the data of the first seed.
-
-    Raises:
-        RecipeError: a rate that is not above 0, a domain held out of a joint training, no such
-            data, model or weights, or images the model cannot take.
-    """
-    if options.lr is not None and not options.lr > 0:
-        raise RecipeError(f"expected --lr above 0, got {options.lr}")
-    if options.joint and options.held_out:
-        raise RecipeError(
-            f"expected --joint or --held-out, got both ({' '.join(options.held_out)}); a joint "
-            "training holds no domain out"
-        )
-    config = _config(options, None, 0)
-    check_model_name(config.model)
-    data = load_data(config)
-    model = make_model(config, data)
-    check_image_size(model, make_loader(config, data, model, torch.device("cpu")), config)
-    return data
-
-
-def make_model(config: Config, data: DomainData) -> nn.Module:
-    """Build the backbone with its weights, the same for every method."""
-    torch.manual_seed(config.seed)
-    return make_backbone(config.model, len(data.classes), config.pretrained, config.weights)[0]
-
-
-def make_loader(config: Config, data: DomainData, model: nn.Module, device: torch.device) -> Loader:
-    """Build the loader with the model's mean and standard deviation."""
-    images = timm.data.resolve_model_data_config(model)
-    return Loader(data, images["mean"], images["std"], config.batch_size, device)
+def config_of(options: Namespace, held_out: str, seed: int) -> Namespace:
+    """Give the settings of one training."""
+    return of_cell(options, held_out=None if held_out == JOINT else held_out, seed=seed)
 
 
 def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Module:
     """Convert the model; every method computes the same function before it is trained."""
-    name = frozen.name_of(method)
-    if name != "bn":
-        settings: dict[str, Any] = {"assignment": "instance"} if name == "acn" else {}
-        if name == "mixstyle":
-            settings = after_early_stages(model)
-        if normswap.get_method(name).needs_context:
-            settings["contexts"] = contexts
-        model = normswap.convert(model, name, verify=False, **settings)
-    return frozen.freeze_if_asked(method, model)
+    settings: dict[str, Any] = {"assignment": "instance"} if method == "acn" else {}
+    if method == "mixstyle":
+        settings = after_early_stages(model)
+    return methods.convert(model, method, contexts, verify=False, **settings)
 
 
 def after_early_stages(model: nn.Module) -> dict[str, Any]:
@@ -157,17 +117,14 @@ def after_early_stages(model: nn.Module) -> dict[str, Any]:
 
 def train_one(
     method: str,
-    config: Config,
+    config: Namespace,
     data: DomainData,
     nearest: NearestDomain,
     device: torch.device,
     log: grid.Log,
 ) -> dict[str, Any]:
     """Train one model and give the accuracies of its last epoch."""
-    model = make_model(config, data)
-    loader = make_loader(config, data, model, device)
-    if not (config.pretrained or config.weights):
-        fill_statistics(model, loader, config)
+    model, loader, _ = images.build(config, data, config.seed, device)
     model = apply_method(method, model, data.contexts)
     model.to(device, memory_format=torch.channels_last)
     arm = make_arm(method, model, config, loader.batches_per_epoch)
@@ -180,76 +137,38 @@ def train_one(
     return {"accuracy": accuracy, "step_ms": report["step_ms"]}
 
 
-@torch.inference_mode()
 def measure(model: nn.Module, loader: Loader, nearest: NearestDomain) -> Accuracy:
     """Measure the accuracy on the test images of each domain.
 
     With contexts also by kind of label; a held-out domain has none, and those it was trained with
     are then tested with theirs.
     """
-    model.eval()
-    if not takes_context(model):
-        return {"": _accuracy(model, loader, lambda batch: {}, loader.data.domain_names)}
     data = loader.data
-    known = _accuracy(model, loader, lambda batch: {"context": batch.context}, data.contexts)
-    found = {"label known": known}
-    domains = data.domain_names if data.held_out is None else [data.held_out]
-    for policy in POLICIES:
-        normswap.set_unknown(model, policy)
-        found[policy] = _accuracy(model, loader, lambda batch: {"context": None}, domains)
-    found["nearest"] = _accuracy(
-        model, loader, lambda batch: {"context": nearest(batch.images)}, domains
-    )
+    tests = {name: loader.test_indices(domain) for domain, name in enumerate(data.domain_names)}
+    if not takes_context(model):
+        return {"": {name: scores.accuracy(model, loader, tests[name]) for name in tests}}
+    known = {d: scores.accuracy(model, loader, tests[d], scores.own) for d in data.contexts}
+    found: Accuracy = {"label known": known}
+    for name in data.domain_names if data.held_out is None else [data.held_out]:
+        kinds = scores.unknown(model, loader, tests[name])
+        kinds["nearest"] = scores.accuracy(
+            model, loader, tests[name], lambda batch: nearest(batch.images)
+        )
+        for kind, accuracy in kinds.items():
+            found.setdefault(kind, {})[name] = accuracy
     return found
 
 
-def _accuracy(
-    model: nn.Module, loader: Loader, labels: Any, domains: list[str]
-) -> dict[str, float]:
-    found = {}
-    for domain in domains:
-        right: list[Tensor] = []
-        for batch in loader.domain_test(loader.data.domain_names.index(domain)):
-            right.append(model(batch.images, **labels(batch)).argmax(1) == batch.labels)
-        found[domain] = 100 * torch.cat(right).float().mean().item()
-    return found
-
-
-def _config(options: argparse.Namespace, held_out: str | None, seed: int) -> Config:
-    """Give the settings of one training, as the fine-tuning recipe's parts take them."""
-    digits = options.data is None
-    model = options.model
-    if model is None:
-        lite = options.weights == EFFICIENTNET_LITE0
-        model = EFFICIENTNET_LITE0_TIMM if lite else "resnet10t"
-    epochs = options.epochs or (12 if digits else 3)
-    return Config(
-        data=None if digits else str(options.data),
-        held_out=None if held_out == JOINT else held_out,
-        image_size=options.image_size or (32 if digits else 64),
-        model=model,
-        pretrained=options.pretrained,
-        weights=options.weights,
-        epochs=1 if options.smoke else epochs,
-        lr=options.lr or (5e-4 if options.pretrained or options.weights else 2e-3),
-        seed=seed,
-        smoke=options.smoke,
-    )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m recipes domains", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def add_options(parser: Parser) -> None:
+    grid.add_methods(parser, METHODS)
+    parser.share(
+        "data", "model", "weights", "pretrained",
+        image_size=ByData(32, 64), epochs=ByData(12, 3), lr=ByStart(2e-3, 5e-4),
+    )  # fmt: skip
     add = parser.add_argument
-    add("--data", type=Path, help="folder DOMAIN/CLASS/image (default: rotated digits)")
     add("--joint", action="store_true", help="train on all domains, and hold none out")
-    add("--held-out", nargs="+", metavar="DOMAIN", help="(default: each domain in turn)")
-    add("--image-size", type=int, help="pixels a side (default: 32 for digits, else 64)")
-    add("--model", help="any timm model with BatchNorm (default: resnet10t, or the weights')")
-    add("--weights", help=f"a safetensors or torch file, or {EFFICIENTNET_LITE0}")
-    add("--pretrained", action="store_true", help="timm's weights (downloads them)")
-    add("--epochs", type=grid.count, help="(default: 12 for digits, else 3)")
-    add("--lr", type=float, help="AdamW's peak (default: 2e-3; from given weights 5e-4)")
-    add("--reach", type=float, default=90.0, help="with --joint: epochs to this accuracy (90)")
-    grid.add_arguments(parser, METHODS, METHODS, seeds=3)
-    return parser
+    add("--held-out", nargs="+", metavar="DOMAIN", help="these alone, instead of each in turn")
+    add("--reach", type=float, default=90.0, help="with --joint: epochs to this accuracy")
+
+
+main = partial(grid.command, "domains", __doc__, add_options, run)

@@ -9,15 +9,7 @@ from torch import Tensor, nn
 
 
 class FCN(nn.Module):
-    """Scores of every feature map, enlarged and added up (Long et al., CVPR 2015).
-
-    Args:
-        name: of the timm model that is the backbone.
-        classes: how many.
-        levels: which of its feature maps, finest first.
-        pretrained: with timm's weights.
-        width: channels of the layer before the scores.
-    """
+    """Scores of every feature map, enlarged and added up (Long et al., CVPR 2015)."""
 
     def __init__(
         self, name: str, classes: int, levels: list[int], pretrained: bool, width: int = 64

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from normswap import ContextError, contexts
 
 from .data import Augmentation, DomainData, stratified_mask
-from .errors import RecipeError
+from .errors import RecipeError, check_names
 
 TEST_FRACTION = 0.2
 
@@ -32,45 +33,23 @@ def load_folder(
     """Load a folder of domains; images are resized and centre-cropped to a square.
 
     A fifth of each class of each domain is the test split; of the held-out domain, all of it.
-
-    Args:
-        root: a folder with one folder a domain, and in each the same class folders.
-        size: side of the images in pixels.
-        seed: decides the split.
-        held_out: name of a domain that does not train.
-        limit: use about so many images of each class of each domain, for a quick trial.
-        workers: threads that decode.
-        domains: load these alone, in this order.
-        flat: take a folder CLASS/image too, as one domain.
-
-    Raises:
-        RecipeError: if the folder, a class of a domain, one of `domains` or the held-out domain is
-            missing, a class has a single image, or an image cannot be read.
     """
     files = list_folder(root, flat)
     domain_names = sorted(files) if domains is None else list(dict.fromkeys(domains))
-    if missing := [name for name in domain_names if name not in files]:
-        raise RecipeError(
-            f"expected domains of {root}, which are {', '.join(sorted(files))}, got {missing[0]!r}"
-        )
+    check_names(f"domains of {root}, which are", domain_names, sorted(files))
     classes = sorted(files[domain_names[0]])
-    if held_out is not None and held_out not in domain_names:
-        raise RecipeError(
-            f"expected --held-out to be one of the domains {', '.join(domain_names)} of {root}, "
-            f"got {held_out!r}"
-        )
-    if held_out is not None and len(domain_names) == 1:
-        raise RecipeError(f"expected a second domain in {root} to train on beside {held_out!r}")
-    paths: list[Path] = []
-    labels_of: list[int] = []
-    domains_of: list[int] = []
-    for domain, domain_name in enumerate(domain_names):
-        for label, class_name in enumerate(classes):
-            found = files[domain_name][class_name][:limit]
-            paths += found
-            labels_of += [label] * len(found)
-            domains_of += [domain] * len(found)
-    labels, homes = torch.tensor(labels_of), torch.tensor(domains_of)
+    if held_out is not None:
+        check_names("--held-out to be one of the domains", [held_out], domain_names)
+        if len(domain_names) == 1:
+            raise RecipeError(f"expected a second domain in {root} to train on beside {held_out!r}")
+    found = [
+        (path, label, domain)
+        for domain, domain_name in enumerate(domain_names)
+        for label, class_name in enumerate(classes)
+        for path in files[domain_name][class_name][:limit]
+    ]
+    paths, *numbers = zip(*found, strict=True)
+    labels, homes = map(torch.tensor, numbers)
     generator = torch.Generator().manual_seed(seed)
     test = stratified_mask(homes * len(classes) + labels, TEST_FRACTION, generator)
     if held_out is not None:
@@ -95,9 +74,7 @@ def list_folder(root: Path, flat: bool = False) -> dict[str, dict[str, list[Path
     With `flat`, a folder CLASS/image is one domain of the folder's name.
     """
     if not root.is_dir():
-        raise RecipeError(
-            f"expected --data to be a folder DOMAIN/CLASS/image, found none at {root}"
-        )
+        raise RecipeError(f"expected --data to be a folder DOMAIN/CLASS/image, none at {root}")
     try:
         found = contexts.list_images(root)
     except ContextError as error:
@@ -131,10 +108,8 @@ def list_folder(root: Path, flat: bool = False) -> dict[str, dict[str, list[Path
     return files
 
 
-def decode(paths: list[Path], size: int, workers: int) -> Tensor:
+def decode(paths: Sequence[Path], size: int, workers: int) -> Tensor:
     """Decode images into one uint8 tensor (N, 3, size, size), in the order of `paths`."""
-    from PIL import Image, ImageOps
-
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
 
     def read(index: int) -> None:
@@ -147,6 +122,5 @@ def decode(paths: list[Path], size: int, workers: int) -> Tensor:
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         done = pool.map(read, range(len(paths)))
-        for _ in tqdm(done, total=len(paths), desc="decoding", unit="image", disable=None):
-            pass
+        list(tqdm(done, total=len(paths), desc="decoding", unit="image", disable=None))
     return images

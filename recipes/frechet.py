@@ -8,6 +8,7 @@ those of another, such as the Inception net of published figures.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -62,29 +63,22 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Judge:
-    """A network of features, and a linear classifier on them.
-
-    Attributes:
-        name: what it is, for the report.
-        body: gives features (N, D) of images (N, C, S, S) in [-1, 1].
-        head: gives scores of the classes.
-    """
+    """A network of features (N, D), and a linear classifier that predicts classes from them."""
 
     name: str
     body: nn.Module
-    head: nn.Module
+    predict: Callable[[Tensor], Tensor]
+    device: torch.device
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Give features (N, D) of images on any device, on the CPU."""
-        device = next(self.head.parameters()).device
-        return torch.cat([self.body(part.to(device)).cpu() for part in images.split(BATCH)])
+        """Give features (N, D) of images (N, C, S, S) in [-1, 1] on any device, on the CPU."""
+        return torch.cat([self.body(part.to(self.device)).cpu() for part in images.split(BATCH)])
 
     @torch.no_grad()
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """Give the percentage of features (N, D) that the classifier gives these labels."""
-        scores = self.head(features.to(next(self.head.parameters()).device)).cpu()
-        return 100 * (scores.argmax(1) == labels).double().mean().item()
+        return 100 * (self.predict(features) == labels).double().mean().item()
 
 
 def small_judge(images: Tensor, labels: Tensor, classes: int, device: torch.device) -> Judge:
@@ -99,7 +93,8 @@ def small_judge(images: Tensor, labels: Tensor, classes: int, device: torch.devi
         body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU()).to(device)
         head = nn.Linear(64, classes).to(device)
         _fit(body, head, images.to(device), labels.to(device))
-    return Judge("a classifier trained on the training images", body.eval(), head.eval())
+    name = "a classifier trained on the training images"
+    return Judge(name, body.eval(), lambda x: head(x.to(device)).argmax(1).cpu(), device)
 
 
 def _fit(body: nn.Module, head: nn.Module, images: Tensor, labels: Tensor) -> None:
@@ -143,17 +138,12 @@ def imagenet_judge(images: Tensor, labels: Tensor, classes: int, device: torch.d
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    body = ImageNetFeatures().eval().to(device)
-    judge = Judge("EfficientNet-Lite0 of ImageNet", body, nn.Linear(320, classes).to(device))
     fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    judge = Judge(
+        "EfficientNet-Lite0 of ImageNet",
+        ImageNetFeatures().eval().to(device),
+        lambda features: torch.from_numpy(fitted.predict(features.numpy())),
+        device,
+    )
     fitted.fit(judge.features(images).numpy(), labels.numpy())
-    scaler, regression = fitted
-    # One linear layer that standardises and scores. Of two classes, scikit-learn scores the second.
-    weight = torch.tensor(regression.coef_ / scaler.scale_)
-    bias = torch.tensor(regression.intercept_) - weight @ torch.tensor(scaler.mean_)
-    if classes == 2:
-        weight, bias = torch.cat((-weight, weight)), torch.cat((-bias, bias))
-    with torch.no_grad():
-        judge.head.weight.copy_(weight)
-        judge.head.bias.copy_(bias)
     return judge

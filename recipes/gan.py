@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import normswap
 
+from . import methods
 from .training import takes_context
 
 NOISE, SIZE, BATCH = 64, 32, 64
@@ -120,10 +121,7 @@ def build(
     measure = partial(normswap.update_stats, progress=False)
     measure(generator, [noise], forward=lambda _, z: plain.make(z, labels))
     measure(discriminator, [images], forward=lambda _, x: plain.score(x, labels))
-    if method in ("bn", ONEHOT):
-        return plain
-    contexts = classes if normswap.get_method(method).needs_context else None
-    convert = partial(normswap.convert, method=method, contexts=contexts, verify=False)
+    convert = partial(methods.convert, method=method, contexts=classes, verify=False)
     return Pair(method, len(classes), convert(generator), convert(discriminator))
 
 

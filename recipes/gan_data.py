@@ -8,13 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import normswap
-
-from . import gan
+from . import folders, gan
 from .data import stratified_mask
 from .digits import draw
 from .errors import RecipeError
-from .folders import decode
 from .frechet import Judge, frechet_distance, imagenet_judge, small_judge
 
 DIGITS_HELD_OUT, FOLDER_HELD_OUT = 0.3, 0.2
@@ -48,16 +45,7 @@ class Images:
 
 
 def load(root: Path | None, smoke: bool, device: torch.device) -> Images:
-    """Load the images, hold some out and make the judge: the same for every training.
-
-    Args:
-        root: a folder CLASS/image; None for the digits.
-        smoke: take few.
-        device: of the judge.
-
-    Raises:
-        RecipeError: no such folder, one of another layout, or too few images.
-    """
+    """Load the images, hold some out and make the judge: the same for every training."""
     images, labels, classes = load_digits() if root is None else load_folder(root)
     generator = torch.Generator().manual_seed(0)
     if smoke and len(images) > SMOKE_IMAGES:
@@ -76,10 +64,8 @@ def load(root: Path | None, smoke: bool, device: torch.device) -> Images:
     held_out = judge.features(others)
     shown = torch.randperm(len(images), generator=generator)[:GENERATED]
     copied, asked = judge.features(images[shown]), labels[shown]
-    real = {
-        "distance": frechet_distance(held_out, copied),
-        "accuracy": judge.accuracy(copied, asked),
-    }
+    distance, accuracy = frechet_distance(held_out, copied), judge.accuracy(copied, asked)
+    real = {"distance": distance, "accuracy": accuracy}
     note = (
         f"{len(images):,} training images of {len(classes)} classes, {len(others)} held out; "
         f"judge: {judge.name}, {judge.accuracy(held_out, truth):.1f} % right on held-out images"
@@ -98,31 +84,13 @@ def load_digits() -> tuple[Tensor, Tensor, list[str]]:
 
 
 def load_folder(root: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Give the images of a folder CLASS/image likewise, cropped to squares.
-
-    Raises:
-        RecipeError: no such folder, one of another layout, or an image that cannot be read.
-    """
-    if not root.is_dir():
-        raise RecipeError(f"expected --data to be a folder CLASS/image, found none at {root}")
-    try:
-        found = normswap.contexts.list_images(root)
-    except normswap.ContextError as error:
-        raise RecipeError(f"expected images as CLASS/image: {error}") from error
-    for name, paths in found.items():
-        for path in paths:
-            if path.parent != root / name:
-                raise RecipeError(
-                    f"expected images as CLASS/image in {root}, found {path}; of a folder "
-                    f"DOMAIN/CLASS/image, give one domain, such as --data {root / name}"
-                )
-        if len(paths) < 2:
-            raise RecipeError(
-                f"expected two images or more a class, to train and to hold out, got one in "
-                f"{root / name}"
-            )
-    if len(found) < 2:
-        raise RecipeError(f"expected two folders of classes or more in {root}, got {list(found)}")
-    images = decode([path for paths in found.values() for path in paths], gan.SIZE, 2)
-    labels = torch.tensor([i for i, paths in enumerate(found.values()) for _ in paths])
-    return images.float() / 127.5 - 1, labels, list(found)
+    """Give the images of a folder CLASS/image likewise, cropped to squares."""
+    data = folders.load_folder(root, gan.SIZE, flat=True)
+    if data.domain_names != [root.resolve().name]:
+        raise RecipeError(
+            f"expected images as CLASS/image in {root}; of a folder DOMAIN/CLASS/image, give one "
+            f"domain, such as --data {root / data.domain_names[0]}"
+        )
+    if len(data.classes) < 2:
+        raise RecipeError(f"expected two folders of classes or more in {root}, got {data.classes}")
+    return data.images.float() / 127.5 - 1, data.labels, data.classes

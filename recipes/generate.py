@@ -19,9 +19,9 @@ norms in eval mode; classes are asked for as often as they occur.
 
 from __future__ import annotations
 
-import argparse
-import math
 import statistics
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ from torchvision.utils import save_image
 
 from normswap import plot
 
-from . import gan, grid, runs
-from .errors import RecipeError
-from .finetune import pick_device
+from . import gan, grid, images, runs
 from .frechet import frechet_distance
 from .gan_data import Images, load
+from .options import Parser, check_rates, count
+from .training import check_finite
 
 METHODS = ("bn", gan.ONEHOT, "cn", "cn-x", "acn")
 HEADINGS = {"distance": "Frechet distance", "accuracy": "class as asked, %"}
@@ -43,26 +43,16 @@ SMOKE_EPOCHS, SMOKE_WIDTH = 2, 8
 COLUMNS = 10
 
 
-def main(argv: list[str]) -> int:
-    """Run the recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
-    return grid.command(_parser(), run, argv)
-
-
-def run(options: argparse.Namespace) -> None:
-    """Train every method with every seed, and tabulate."""
-    for name in ("lr", "lr_discriminator"):
-        rate = getattr(options, name)
-        if rate is not None and not rate > 0:
-            raise RecipeError(f"expected --{name.replace('_', '-')} above 0, got {rate}")
+def run(options: Namespace) -> None:
+    check_rates(options)
     if options.smoke:
         options.epochs, options.every, options.width = SMOKE_EPOCHS, 1, SMOKE_WIDTH
-    device = pick_device(options.device)
+    device = images.pick_device(options.device)
     data = load(options.data, options.smoke, device)
     print(data.note)
     folder = grid.open_run(options, "generate")
     rows = [(data.labels == c).nonzero().flatten()[:COLUMNS] for c in range(len(data.classes))]
     save_samples(folder / "samples-real.png", data.images[torch.cat(rows)])
-    cells = grid.cells(options)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         pair = gan.build(
@@ -71,19 +61,19 @@ def run(options: argparse.Namespace) -> None:
         figures = train_one(pair, cell["seed"], data, options, log)
         if cell["seed"] == 0:
             asked = torch.arange(len(data.classes)).repeat_interleave(COLUMNS)
-            images = generate(pair, asked, seed=1)
-            save_samples(folder / f"samples-{cell['method']}.png", images)
+            made = generate(pair, asked, seed=1)
+            save_samples(folder / f"samples-{cell['method']}.png", made)
         return figures
 
-    records = grid.run_cells(folder, cells, train)
+    records = grid.run_cells(folder, grid.cells(options), train)
     draw_epochs(folder, records, data.real)
     real = {"cell": {"method": "real"}, **data.real}
-    table = grid.table([real, *records], ["method"], HEADINGS)
+    table = grid.table([real, *records], HEADINGS)
     grid.finish(folder, f"{data.note}\n\n{table}")
 
 
 def train_one(
-    pair: gan.Pair, seed: int, data: Images, options: argparse.Namespace, log: grid.Log
+    pair: gan.Pair, seed: int, data: Images, options: Namespace, log: grid.Log
 ) -> dict[str, Any]:
     """Train both networks; give the figures of the last epoch."""
     nets = (pair.generator, pair.discriminator)
@@ -106,11 +96,7 @@ def train_one(
             batch = (t.to(device) for t in (data.images[chosen], data.labels[chosen], noise))
             losses.append(gan.train_step(pair, optimizers[0], optimizers[1], *batch))
         loss = torch.stack(losses).mean(0).tolist()
-        if not all(map(math.isfinite, loss)):
-            raise RecipeError(
-                f"the losses of {pair.method} are {loss} in epoch {epoch + 1}; try a smaller --lr "
-                f"than {options.lr:g}"
-            )
+        check_finite(sum(loss), pair.method, epoch, options.lr)
         line = {"epoch": epoch + 1, "discriminator": loss[0], "generator": loss[1]}
         if (epoch + 1) % options.every == 0 or epoch + 1 == options.epochs:
             figures = judge(pair, data)
@@ -138,10 +124,10 @@ def generate(pair: gan.Pair, labels: Tensor, seed: int) -> Tensor:
     return torch.cat([pair.make(z.to(device), y.to(device)).cpu() for z, y in parts])
 
 
-def save_samples(path: Path, images: Tensor) -> None:
+def save_samples(path: Path, pictures: Tensor) -> None:
     """Write images as one picture, `COLUMNS` a row."""
     with runs.atomic(path) as temporary:
-        save_image(images, temporary, "png", nrow=COLUMNS, normalize=True, value_range=(-1, 1))
+        save_image(pictures, temporary, "png", nrow=COLUMNS, normalize=True, value_range=(-1, 1))
 
 
 def draw_epochs(folder: Path, records: list[dict[str, Any]], real: dict[str, float]) -> None:
@@ -163,17 +149,13 @@ def draw_epochs(folder: Path, records: list[dict[str, Any]], real: dict[str, flo
     plot.curves(panels, epochs, log=[HEADINGS["distance"]], path=folder / "results.png")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data", type=Path, help="a folder CLASS/image (default: the digits)")
-    grid.add_arguments(parser, METHODS, METHODS, seeds=3)
-    parser.add_argument("--epochs", type=grid.count, default=100, help="(default: 100)")
-    parser.add_argument("--every", type=grid.count, default=10, help="epochs a judgement (10)")
-    parser.add_argument("--width", type=grid.count, default=16, help="of both networks (16)")
-    parser.add_argument("--lr", type=float, default=2e-4, help="Adam's (default: 2e-4)")
-    parser.add_argument("--lr-discriminator", type=float, help="of that alone (default: --lr)")
-    return parser
+def add_options(parser: Parser) -> None:
+    grid.add_methods(parser, METHODS)
+    parser.share("data", epochs=100, lr=2e-4)
+    add = parser.add_argument
+    add("--every", type=count, default=10, help="epochs a judgement")
+    add("--width", type=count, default=16, help="of both networks")
+    add("--lr-discriminator", type=float, help="of that alone, instead of --lr")
+
+
+main = partial(grid.command, "generate", __doc__, add_options, run)

@@ -1,174 +1,166 @@
-"""What the recipes on one set of images share: the images, the network, the training.
+"""What the recipes on images start from: the images, and a network that takes them.
 
-The default is scikit-learn's handwritten digits, upright, and a ResNet-10-T from scratch; a folder
-DOMAIN/CLASS/image is taken as one set, its domains mixed, and tunes EfficientNet-Lite0 from the
-ImageNet weights that a dependency ships. Every method starts from the same weights and sees the
-same images in the same order (`recipes.training`); the figures are those of the last epoch, so
-nothing is chosen on test images.
+Every method of a recipe starts from the same weights and sees the same images in the same order;
+the figures are those of the last epoch, so nothing is chosen on test images.
 """
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import timm.data
 import torch
 from torch import Tensor, nn
 
-from . import grid
-from .config import DIGITS_MODEL, SCRATCH_LR, TUNE_LR, Config
+from .augment import AugMix
 from .data import DomainData, Loader
-from .digits import load_digits
+from .digits import ANGLES, load_digits
 from .errors import RecipeError
-from .finetune import check_image_size, check_model_name
 from .folders import load_folder
-from .losses import AugMix
+from .options import DIGITS_MODEL, TUNED, ByData, Parser, count, of_cell, resolve
+from .parallel import local_device
 from .training import fill_statistics, make_arm, train_epoch
-from .weights import EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_TIMM, make_backbone
-
-DIGITS_EPOCHS, FOLDER_EPOCHS = 6, 4
-DIGITS_SIZE, FOLDER_SIZE = 24, 64
-SMOKE_DIGITS, SMOKE_IMAGES_PER_CLASS = 100, 3
-SCRATCH = "none"
+from .weights import EFFICIENTNET_LITE0_TIMM, SCRATCH, make_backbone
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of images, network and training."""
-    option = parser.add_argument
-    option("--data", type=Path, help="folder DOMAIN/CLASS/image (default: handwritten digits)")
-    option(
-        "--images-per-class", type=grid.count, metavar="N",
-        help="of each domain, training and test together (default: all)",
+def pick_device(name: str) -> torch.device:
+    """Give the device of this name; `auto` is the first accelerator, else the CPU."""
+    if name == "auto":
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
+        name = "cpu" if found is None else found.type
+    try:
+        device = torch.device(local_device(name))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"expected --device to be usable, got {name!r}: {reason}") from error
+    return device
+
+
+def add_options(parser: Parser, digits_epochs: int = 6) -> None:
+    """Add the options of recipes on one set of images, mixed of all domains."""
+    parser.share(
+        "data", "weights",
+        image_size=ByData(24, 64), model=ByData(DIGITS_MODEL, EFFICIENTNET_LITE0_TIMM),
+        epochs=ByData(digits_epochs, 4), batch_size=64, lr=TUNED,
     )  # fmt: skip
-    option(
-        "--train-per-class", type=grid.count, metavar="N",
-        help="train on so many of each class, drawn at random (default: all that do not test)",
+    parser.add_argument(
+        "--images-per-class", dest="limit", type=count, metavar="N",
+        help="of each domain, training and test together",
     )  # fmt: skip
-    option(
-        "--image-size", type=grid.count,
-        help=f"pixels a side (default: {DIGITS_SIZE} for digits, else {FOLDER_SIZE})",
+    parser.add_argument(
+        "--train-per-class", type=count, metavar="N",
+        help="train on so many of each class, drawn at random, instead of all that do not test",
     )  # fmt: skip
-    option(
-        "--model",
-        help=f"any timm model with BatchNorm (default: {DIGITS_MODEL} for digits, else "
-        f"{EFFICIENTNET_LITE0_TIMM})",
-    )
-    option(
-        "--weights",
-        help=f"a safetensors or torch file, {EFFICIENTNET_LITE0}, or {SCRATCH} (default: "
-        f"{EFFICIENTNET_LITE0} for {EFFICIENTNET_LITE0_TIMM}, else {SCRATCH})",
-    )
-    option(
-        "--epochs", type=grid.count,
-        help=f"(default: of the recipe for digits, else {FOLDER_EPOCHS})",
-    )  # fmt: skip
-    option("--batch-size", type=grid.count, default=64, help="(default: 64)")
-    option("--lr", type=float, help=f"AdamW's peak (default: {SCRATCH_LR}; tuning {TUNE_LR})")
 
 
-def resolve(options: argparse.Namespace, digits_epochs: int = DIGITS_EPOCHS) -> None:
-    """Decide what was left to the data, so that the record of the run says it; check the model."""
-    digits = options.data is None
-    options.image_size = options.image_size or (DIGITS_SIZE if digits else FOLDER_SIZE)
-    options.model = options.model or (DIGITS_MODEL if digits else EFFICIENTNET_LITE0_TIMM)
-    if options.weights is None:
-        lite = options.model == EFFICIENTNET_LITE0_TIMM
-        options.weights = EFFICIENTNET_LITE0 if lite else SCRATCH
-    options.epochs = options.epochs or (digits_epochs if digits else FOLDER_EPOCHS)
-    if options.lr is None:
-        options.lr = SCRATCH_LR if options.weights == SCRATCH else TUNE_LR
-    if not options.lr > 0:
-        raise RecipeError(f"expected --lr above 0, got {options.lr}")
-    if options.smoke:
-        options.seeds, options.epochs, options.batch_size = 1, 1, 16
-    check_model_name(options.model)
-    _backbone(options, classes=2)
+def settle(options: Namespace) -> None:
+    """Decide what was left open and check it."""
+    few = ByData(10, 3)
+    resolve(options, packaged=True, seeds=1, epochs=1, batch_size=16, limit=few)
 
 
-def _backbone(options: argparse.Namespace, classes: int) -> nn.Module:
-    weights = None if options.weights == SCRATCH else options.weights
-    return make_backbone(options.model, classes, weights=weights)[0]
-
-
-def load(options: argparse.Namespace, seed: int) -> DomainData:
+def load_mixed(options: Namespace, seed: int) -> DomainData:
     """Load the images as one domain; the seed decides which of them test."""
-    few = options.images_per_class
-    if options.data is None:
-        limit = SMOKE_DIGITS if options.smoke else None if few is None else 10 * few
-        data = load_digits(options.image_size, seed, limit=limit, angles=(0,))
-    else:
-        limit = SMOKE_IMAGES_PER_CLASS if options.smoke else few
-        data = load_folder(options.data, options.image_size, seed, limit=limit)
-        data = replace(data, domains=torch.zeros_like(data.domains), domain_names=["all"])
+    data = load(options, seed, angles=(0,))
+    data = replace(data, domains=torch.zeros_like(data.domains), domain_names=["all"])
     if options.train_per_class is None or options.smoke:
         return data
-    return replace(data, train=_some(data, options.train_per_class, seed))
-
-
-def _some(data: DomainData, count: int, seed: int) -> Tensor:
-    """Mark `count` training images of each class."""
-    generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros_like(data.train)
+    chosen[pick(data, options.train_per_class, seed, "--train-per-class")] = True
+    return replace(data, train=chosen)
+
+
+def train(name: str, model: nn.Module, loader: Loader, config: Namespace, log: Any) -> None:
+    """Train a model, with the loss that the settings name as far as its layers allow."""
+    arm = make_arm(name, model, config, loader.batches_per_epoch)
+    for epoch in range(config.epochs):
+        report = train_epoch([arm], loader, config, epoch)[name]
+        log({"epoch": epoch + 1, "loss": report["loss"]})
+    model.eval()
+
+
+def load(
+    options: Namespace,
+    seed: int = 0,
+    angles: Sequence[int] = ANGLES,
+    domains: Sequence[str] | None = None,
+    flat: bool = False,
+) -> DomainData:
+    """Load the folder, or without one the digits at these angles; the seed decides which test."""
+    given = of_cell(options)
+    size, held_out, limit = given.image_size, given.held_out, given.limit
+    if given.data is None:
+        limit = limit and 10 * len(angles) * limit
+        return load_digits(size, seed, held_out, limit, angles)
+    return load_folder(given.data, size, seed, held_out, limit, given.workers, domains, flat)
+
+
+def pick(data: DomainData, count: int, seed: int, option: str) -> Tensor:
+    """Pick so many training images of each class at random; give their indices."""
+    generator = torch.Generator().manual_seed(seed)
+    picked = []
     for label, name in enumerate(data.classes):
-        found = (data.train & (data.labels == label)).nonzero().flatten()
-        if len(found) < count:
+        members = (data.train & (data.labels == label)).nonzero().flatten()
+        if len(members) < count:
             raise RecipeError(
-                f"expected --train-per-class of at most {len(found)}, the training images of "
-                f"{name}, got {count}"
+                f"expected {option} of at most {len(members)}, the training images of class "
+                f"{name!r}, got {count}"
             )
-        chosen[found[torch.randperm(len(found), generator=generator)[:count]]] = True
-    return chosen
-
-
-def settings(options: argparse.Namespace, seed: int, loss: str = "ce") -> Config:
-    """Give the settings of one training."""
-    return Config(
-        image_size=options.image_size,
-        model=options.model,
-        loss=loss,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        lr=options.lr,
-        seed=seed,
-    )
+        picked.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    return torch.cat(picked)
 
 
 def build(
-    options: argparse.Namespace,
+    options: Namespace,
     data: DomainData,
-    config: Config,
+    seed: int,
     device: torch.device,
     without: tuple[str, ...] = (),
-) -> tuple[nn.Module, Loader]:
+    fill: bool = True,
+) -> tuple[nn.Module, Loader, list[str]]:
     """Make the network that every method starts from, and what makes its batches.
 
     Args:
-        options: as `resolve` left them.
+        options: as `options.resolve` left them.
         data: the images.
-        config: of the training; its seed decides the random weights.
+        seed: of random weights.
         device: where to.
         without: operations that AugMix leaves out.
+        fill: give random weights the statistics of the first batches.
+
+    Returns:
+        The model, its loader, and one line for each thing to tell the user.
+
+    Raises:
+        RecipeError: the weights are not the model's, or it cannot take images of this size.
     """
-    torch.manual_seed(config.seed)
-    model = _backbone(options, len(data.classes))
-    images = timm.data.resolve_model_data_config(model)
-    mix = AugMix(images["mean"], without) if config.loss.startswith("augmix") else None
-    loader = Loader(data, images["mean"], images["std"], config.batch_size, device, mix)
+    given = of_cell(options)
+    torch.manual_seed(seed)
+    scratch = not given.pretrained and given.weights == SCRATCH
+    model, notes = make_backbone(given.model, len(data.classes), given.pretrained, given.weights)
     model.to(device)
-    check_image_size(model, loader, config)
-    if options.weights == SCRATCH:
-        fill_statistics(model, loader, config)
-    return model, loader
+    images = timm.data.resolve_model_data_config(model)
+    mix = AugMix(images["mean"], without) if given.loss.startswith("augmix") else None
+    loader = Loader(data, images["mean"], images["std"], given.batch_size, device, mix)
+    try:
+        with torch.inference_mode():
+            model.eval()(example(loader))
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"{given.model} cannot take images of {given.image_size} px "
+            f"({str(error).splitlines()[0]}); set another --image-size"
+        ) from error
+    if fill and scratch:
+        fill_statistics(model, loader, seed)
+    return model, loader, notes
 
 
-def train(name: str, model: nn.Module, loader: Loader, config: Config, log: grid.Log) -> None:
-    """Train a model, with the loss that the settings name as far as its layers allow."""
-    arm = make_arm(name, model, config, loader.batches_per_epoch)
-    for epoch in range(config.epochs or 0):
-        report = train_epoch([arm], loader, config, epoch)[name]
-        figures: dict[str, Any] = {"epoch": epoch + 1, "loss": report["loss"]}
-        log(figures)
-    model.eval()
+def example(loader: Loader) -> Tensor:
+    """Give two training images, for a first forward."""
+    return loader.batch(loader.train_indices[:2]).images

@@ -15,15 +15,11 @@ Source: Tang et al., ICCV 2021, arXiv 2102.02811, section 5; Hendrycks et al., I
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data.auto_augment import augment_and_mix_transform
 from torch import Tensor, nn
 
 import normswap
@@ -46,14 +42,7 @@ def loss_of(model: nn.Module, loss: str) -> str:
 
 
 def training_loss(loss: str, model: nn.Module, forward: Forward, batch: Batch) -> Tensor:
-    """Compute a loss on a batch; the predictions come with torch's random state as it is.
-
-    Args:
-        loss: one of `LOSSES`.
-        model: the model, in training.
-        forward: maps images and their context labels to the model's logits.
-        batch: the batch, with AugMix versions if the loss asks for them.
-    """
+    """Compute a loss on a batch; the predictions come with torch's random state as it is."""
     layers = crossnorm_layers(model)
     crosses = loss != WITHOUT_CROSSNORM[loss]
     with switched_off(layers) if crosses else nullcontext():
@@ -80,9 +69,6 @@ def jsd(logits: Sequence[Tensor]) -> Tensor:
 
     ``mean_i KL(p_i || M)`` with ``M = clamp(mean_i p_i, 1e-7, 1)``: the value of
     `timm.loss.JsdCrossEntropy`, whose gradient is NaN once a probability underflows to 0.
-
-    Args:
-        logits: for each version of the samples, (N, classes).
     """
     # At least float32: under autocast logits can be bfloat16.
     dtype = torch.promote_types(logits[0].dtype, torch.float32)
@@ -124,51 +110,7 @@ def firing(layers: Sequence[normswap.CrossNorm]) -> Iterator[None]:
             holder.p = p
 
 
-class AugMix:
-    """timm's AugMix at the authors' severity 3 and width 3, on uint8 tensors.
-
-    Args:
-        mean: of the model's images, per channel in [0, 1]: what a rotation or a shift uncovers.
-        without: timm's names of operations to leave out, such as those a test is made of.
-    """
-
-    def __init__(self, mean: tuple[float, ...], without: Sequence[str] = ()) -> None:
-        fill = tuple(min(255, round(255 * value)) for value in mean)
-        self._transform = augment_and_mix_transform("augmix-m3-w3", {"img_mean": fill})
-        names = [op.name for op in self._transform.ops]
-        if unknown := sorted(set(without) - set(names)):
-            raise ValueError(f"expected operations of {', '.join(names)}, got {unknown}")
-        self._transform.ops = [op for op in self._transform.ops if op.name not in without]
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Mix each of (N, 3, S, S) uint8 images with augmented versions of itself.
-
-        The generator alone decides the result.
-        """
-        with seeded(int(torch.randint(2**32, (), generator=generator))):
-            return torch.stack([self._mix(image) for image in images])
-
-    def _mix(self, image: Tensor) -> Tensor:
-        mixed = self._transform(Image.fromarray(image.permute(1, 2, 0).numpy()))
-        return torch.from_numpy(np.array(mixed)).permute(2, 0, 1)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the generators of Python and NumPy, which timm draws from, and put them back."""
-    before, before_numpy = random.getstate(), np.random.get_state()
-    try:
-        random.seed(seed)
-        np.random.seed(seed)
-        yield
-    finally:
-        random.setstate(before)
-        np.random.set_state(before_numpy)
-
-
-def _holders(
-    layers: Sequence[normswap.CrossNorm],
-) -> list[normswap.Schedule | normswap.CrossNorm]:
+def _holders(layers: Sequence[normswap.CrossNorm]) -> list[normswap.Schedule | normswap.CrossNorm]:
     """List what holds the firing probability: the schedule the layers share, else each layer."""
     holders = []
     for layer in layers:

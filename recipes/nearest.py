@@ -16,10 +16,6 @@ class NearestDomain:
     Style is what early features are like: the mean and the logarithm of the spread of every channel
     that enters the model's first batch norm, standardised over the training images. It is fitted
     on training images and sees nothing but the image when it is asked.
-
-    Args:
-        model: as it is before training; only its layers before the first norm are used.
-        loader: whose training images are known by domain.
     """
 
     def __init__(self, model: nn.Module, loader: Loader) -> None:

@@ -50,11 +50,7 @@ def local_device(kind: str) -> str:
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did, and leave them afterwards.
-
-    Raises:
-        RecipeError: one GPU asked for by number, which all processes would share.
-    """
+    """Join the processes that torchrun started, if it did, and leave them afterwards."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
@@ -69,6 +65,10 @@ def joined(device: str) -> Iterator[None]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield
+    except (RecipeError, normswap.NormswapError) as error:
+        if is_first():
+            raise
+        raise RecipeError(f"{error} (process {rank()})") from error
     finally:
         dist.destroy_process_group()
 

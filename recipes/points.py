@@ -15,24 +15,14 @@ MARKERS = "Ds^v"
 def draw_points(
     path: Path,
     records: Sequence[dict[str, Any]],
-    by: str,
     figures: dict[str, str],
     title: str,
     unit: str = "accuracy, %",
 ) -> None:
-    """Draw a column a figure, and in it, for each value of a setting, its runs and their mean.
-
-    Args:
-        path: the PNG to write.
-        records: of `grid.run_cells`.
-        by: setting that makes a colour, such as "method".
-        figures: key of a figure -> heading; a record may lack it.
-        title: heading of the picture.
-        unit: what the axis measures.
-    """
+    """Draw a column a figure, and in it, for each method, its runs and their mean."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(record["cell"][by] for record in records))
+    names = list(dict.fromkeys(record["cell"]["method"] for record in records))
     wide = max(6.0, 1.5 + 0.2 * (len(names) + 1) * len(figures))
     canvas = Figure(figsize=(wide, 4.2), dpi=120)
     axes = canvas.subplots()
@@ -40,7 +30,9 @@ def draw_points(
     for index, name in enumerate(names):
         colour, label, marker = f"C{index % 10}", str(name), MARKERS[index // 10 % len(MARKERS)]
         for column, key in enumerate(figures):
-            values = [r[key] for r in records if r["cell"][by] == name and r.get(key) is not None]
+            values = [
+                r[key] for r in records if r["cell"]["method"] == name and r.get(key) is not None
+            ]
             if not values:
                 continue
             x = column + (index - (len(names) - 1) / 2) * step
@@ -58,6 +50,6 @@ def draw_points(
     axes.grid(axis="y", color="0.9")
     axes.set_ylabel(unit)
     axes.set_title(title)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), title=by)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), title="method")
     with atomic(path) as temporary:
         canvas.savefig(temporary, format="png", bbox_inches="tight")

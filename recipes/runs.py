@@ -1,11 +1,10 @@
 """The folder of a run: settings, metrics and a checkpoint that a kill cannot spoil.
 
-    runs/NAME/config.json              every setting, and the versions it ran with
-    runs/NAME/metrics.jsonl            one line an epoch
-    runs/NAME/curves.png
-    runs/NAME/report.txt               the final tables, and the summary of the trained model
-    runs/NAME/checkpoint.safetensors   models, optimizers, history: all a resumed run needs
-    runs/NAME/model.safetensors        the trained model's state dict, when the run is finished
+    runs/NAME/config.json       every setting, and the versions it ran with
+    runs/NAME/report.txt        the final tables, with the command
+    runs/NAME/metrics.jsonl     of `finetune`: one line an epoch, and
+    runs/NAME/checkpoint.pt     models, optimizers, history: all a resumed run needs
+    runs/NAME/model.safetensors the trained model's state dict, when the run is finished
 
 Each file is written beside its place and moved there whole. The checkpoint is one file that also
 holds the history, and metrics.jsonl is written from that history: no two files can disagree.
@@ -13,27 +12,32 @@ holds the history, and metrics.jsonl is written from that history: no two files 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import pickle
 import platform
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import nn
 
 from .errors import RecipeError
+from .options import Parser
 from .training import Arm
 
-FORMAT = "normswap-recipe-1"
-CHECKPOINT = "checkpoint.safetensors"
-CONFIG = "config.json"
-METRICS = "metrics.jsonl"
+FORMAT = "normswap-recipe-2"
+CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.json", "metrics.jsonl"
+# What has no say in the figures of a run, and what a resumed one may have more or less of.
+NOT_SETTINGS = ("out", "name", "resume", "device")
+FREE = ("methods", "seeds", "workers")
 
 
 @contextmanager
@@ -53,6 +57,58 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines, the whole file at once."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of every command that makes a run."""
+    parser.share("name", "resume", "smoke", out=Path("runs"), device="auto")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Read the command line; what it leaves out of a run to be resumed is as it was there."""
+    options = parser.parse_args(argv)
+    if getattr(options, "resume", False):
+        if options.name is None:
+            raise RecipeError("expected --name with --resume, to know which run to continue")
+        saved = read_config(options.out / options.name)
+        parser.set_defaults(**{k: v for k, v in saved.items() if k in vars(options)})
+        options = parser.parse_args(argv)
+    return options
+
+
+def settings_of(options: argparse.Namespace, recipe: str) -> dict[str, Any]:
+    """Give what decides a run, as JSON keeps it."""
+    settings = {k: v for k, v in vars(options).items() if k not in NOT_SETTINGS}
+    found: dict[str, Any] = json.loads(json.dumps({"recipe": recipe, **settings}, default=str))
+    return found
+
+
+def folder_of(
+    options: argparse.Namespace, recipe: str, stem: str, free: tuple[str, ...] = FREE
+) -> Path:
+    """Give the folder of a new run, or of one to be resumed; nothing is written yet."""
+    folder: Path = options.out / (options.name or free_name(options.out, stem))
+    if not options.resume:
+        if folder.exists():
+            raise RecipeError(
+                f"expected a new run, but {folder} exists; add --resume to continue it, or choose "
+                "another --name"
+            )
+        return folder
+    before, now = read_config(folder), settings_of(options, recipe)
+    for key in sorted(before.keys() | now):
+        if key not in free and before.get(key) != now.get(key):
+            raise RecipeError(
+                f"expected --{key.replace('_', '-')} to be {before.get(key)!r}, as in the run to "
+                f"resume, got {now.get(key)!r}; leave it out, or start a new run with another "
+                "--name"
+            )
+    return folder
+
+
 def free_name(out: Path, stem: str) -> str:
     """Give `stem`, or `stem-2`, `stem-3`, ..., the first that is no run in `out` yet."""
     name, number = stem, 1
@@ -62,45 +118,24 @@ def free_name(out: Path, stem: str) -> str:
     return name
 
 
-def check_new(folder: Path) -> None:
-    """Refuse a folder that is already there."""
-    if folder.exists():
-        raise RecipeError(
-            f"expected a new run, but {folder} exists; add --resume to continue it, or choose "
-            "another --name"
-        )
-
-
-def create(folder: Path, settings: dict[str, Any], versions: dict[str, str]) -> None:
-    """Make the folder of a new run and record its settings."""
-    folder.mkdir(parents=True)
-    write_config(folder, settings, versions)
-
-
-def write_config(folder: Path, settings: dict[str, Any], versions: dict[str, str]) -> None:
-    """Record the settings of a run."""
-    record = {"settings": settings, "versions": versions}
-    write_text(folder / CONFIG, json.dumps(record, indent=2) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Record what the run ran with."""
-    return {
+def write_config(folder: Path, settings: dict[str, Any]) -> None:
+    """Record the settings of a run and what it runs with."""
+    versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "threads": str(torch.get_num_threads()),
+        "command": shlex.join(["python", "-m", "recipes", *sys.argv[1:]]),
     }
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"settings": settings, "versions": versions}
+    write_text(folder / CONFIG, json.dumps(record, indent=2) + "\n")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the settings of a run that is to be resumed.
-
-    Raises:
-        RecipeError: if there is no such run.
-    """
+def read_config(folder: Path, part: str = "settings") -> dict[str, Any]:
+    """Read the settings of a run, or the versions it ran with."""
     try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))["settings"]
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))[part]
     except FileNotFoundError as error:
         raise RecipeError(
             f"expected a run to resume at {folder}, found no {CONFIG}; leave out --resume to "
@@ -112,87 +147,40 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def save_checkpoint(folder: Path, arms: list[Arm], history: list[dict[str, Any]]) -> None:
     """Write the state after the last epoch of `history`, then the metrics."""
-    tensors: dict[str, Tensor] = {}
-    optimizers = {}
-    for arm in arms:
-        for name, value in arm.model.state_dict().items():
-            tensors[f"{arm.name}/model/{name}"] = value
-        state = arm.optimizer.state_dict()
-        scalars: dict[str, dict[str, Any]] = {}
-        for index, values in state["state"].items():
-            for key, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{arm.name}/optimizer/{index}/{key}"] = value
-                else:
-                    scalars.setdefault(str(index), {})[key] = value
-        optimizers[arm.name] = {"groups": state["param_groups"], "scalars": scalars}
-    metadata = {
-        "format": FORMAT,
-        "history": json.dumps(history),
-        "optimizers": json.dumps(optimizers),
-    }
+    states = {a.name: (a.model.state_dict(), a.optimizer.state_dict()) for a in arms}
     with atomic(folder / CHECKPOINT) as temporary:
-        # Copies, since safetensors refuses tensors that share memory (a norm under two names).
-        save_file({k: _own(v) for k, v in tensors.items()}, temporary, metadata)
-    write_metrics(folder, history)
+        torch.save({"format": FORMAT, "history": history, "states": states}, temporary)
+    write_lines(folder / METRICS, history)
 
 
 def load_checkpoint(folder: Path, arms: list[Arm]) -> list[dict[str, Any]]:
-    """Restore models and optimizers; give the history so far.
-
-    Raises:
-        RecipeError: if the file is damaged or belongs to other models.
-    """
+    """Restore models and optimizers; give the history so far."""
     path = folder / CHECKPOINT
     if not path.exists():  # killed within the first epoch: there is nothing to lose yet
         return []
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise RecipeError(f"cannot read the checkpoint {path}: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise RecipeError(
-            f"expected a checkpoint of format {FORMAT} at {path}, got {metadata.get('format')!r}"
-        )
-    optimizers = json.loads(metadata["optimizers"])
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise RecipeError(f"expected a checkpoint of format {FORMAT} at {path}, got another")
     for arm in arms:
-        prefix = f"{arm.name}/model/"
-        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        model, optimizer = saved["states"][arm.name]
         try:
-            arm.model.load_state_dict(state)
+            arm.model.load_state_dict(model)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise RecipeError(f"{path} does not fit the model {arm.name}: {reason}") from error
-        arm.optimizer.load_state_dict(_optimizer_state(arm.name, tensors, optimizers[arm.name]))
-    return json.loads(metadata["history"])
+        arm.optimizer.load_state_dict(optimizer)
+    return saved["history"]
 
 
-def save_model(folder: Path, arm: Arm) -> Path:
+def save_model(folder: Path, model: nn.Module) -> None:
     """Write the state dict of the trained model alone."""
-    path = folder / "model.safetensors"
-    with atomic(path) as temporary:
-        save_file({k: _own(v) for k, v in arm.model.state_dict().items()}, temporary)
-    return path
-
-
-def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
-    """Write one JSON line an epoch."""
-    write_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in history))
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _optimizer_state(
-    name: str, tensors: dict[str, Tensor], saved: dict[str, Any]
-) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in saved["scalars"].items()}
-    prefix = f"{name}/optimizer/"
-    for full, value in tensors.items():
-        if full.startswith(prefix):
-            index, _, key = full.removeprefix(prefix).partition("/")
-            state.setdefault(int(index), {})[key] = value
-    return {"state": state, "param_groups": saved["groups"]}
+    # Copies, since safetensors refuses tensors that share memory (a norm under two names).
+    state = {
+        k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for k, v in model.state_dict().items()
+    }
+    with atomic(folder / "model.safetensors") as temporary:
+        save_file(state, temporary)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Augmentation, draw_windows, stratified_mask
-from .errors import RecipeError
+from .errors import RecipeError, check_names
 
 IGNORED = 255
 TRAIN, VALID, TEST = range(3)
@@ -124,24 +124,10 @@ def make_scenes(
     seed: int = 0,
     counts: tuple[int, int, int] = COUNTS,
 ) -> Scenes:
-    """Make scenes of digits on textures.
-
-    Args:
-        sources: names in `LOOKS`, to train on.
-        targets: likewise, only to test on.
-        size: side of the images in pixels, at least 32.
-        seed: decides which digits are for what, and the scenes.
-        counts: scenes of a domain for training, validation and test.
-
-    Raises:
-        RecipeError: an unknown domain, or a size too small to read a digit.
-    """
+    """Make scenes of digits on textures."""
     from sklearn.datasets import load_digits
 
-    if unknown := [name for name in (*sources, *targets) if name not in LOOKS]:
-        raise RecipeError(f"expected domains among {', '.join(LOOKS)}, got {unknown[0]!r}")
-    if twice := [n for n in (*sources, *targets) if [*sources, *targets].count(n) > 1]:
-        raise RecipeError(f"expected each domain once, as source or as target, got {twice[0]!r}")
+    check_names("domains among", (*sources, *targets), LOOKS)
     if size < 32:
         raise RecipeError(f"expected --image-size of at least 32 for the digits, got {size}")
     digits = load_digits()
@@ -159,13 +145,16 @@ def make_scenes(
             chosen = (use == part).nonzero()[:, 0]
             # The right third of each photograph is kept for test scenes.
             wide = texture.shape[2]
-            ground = (
-                texture[..., 2 * wide // 3 :] if part == TEST else texture[..., : 2 * wide // 3]
-            )
+            left, right = texture.split([2 * wide // 3, wide - 2 * wide // 3], 2)
             for _ in range(counts[part]):
                 at = torch.randint(len(chosen), (DIGITS_A_SCENE,), generator=generator)
                 image, mask = draw_scene(
-                    pixels[chosen[at]], labels[chosen[at]], ground, LOOKS[name], size, generator
+                    pixels[chosen[at]],
+                    labels[chosen[at]],
+                    right if part == TEST else left,
+                    LOOKS[name],
+                    size,
+                    generator,
                 )
                 made.append((image, mask, domain, part))
     images, masks, domains, parts = zip(*made, strict=True)

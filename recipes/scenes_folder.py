@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .data import Augmentation, stratified_mask
-from .errors import RecipeError
+from .errors import RecipeError, check_names
 from .folders import decode
 from .scenes import IGNORED, TEST, TRAIN, VALID, Scenes
 
@@ -31,18 +31,7 @@ def read_scenes(
     size: int,
     limit: int | None = None,
 ) -> Scenes:
-    """Read a folder; every scene of a source trains until `split`.
-
-    Args:
-        root: the folder.
-        sources: domains to train on; all but the targets by default.
-        targets: domains only to test on; all but the sources by default.
-        size: side of the images in pixels.
-        limit: take so many of each domain, the first by name.
-
-    Raises:
-        RecipeError: something is missing, unreadable, or not as the layout has it.
-    """
+    """Read a folder; every scene of a source trains until `split`."""
     if not root.is_dir():
         raise RecipeError(f"expected --data to be a folder DOMAIN/images/NAME.png, none at {root}")
     domains = sorted(path.name for path in root.iterdir() if (path / "images").is_dir())
@@ -89,10 +78,7 @@ def split(scenes: Scenes, seed: int) -> Scenes:
 
 
 def choose(
-    root: Path,
-    domains: Sequence[str],
-    sources: Sequence[str] | None,
-    targets: Sequence[str] | None,
+    root: Path, domains: Sequence[str], sources: Sequence[str] | None, targets: Sequence[str] | None
 ) -> tuple[Sequence[str], Sequence[str]]:
     """Fill in what was not named, and check what was."""
     listed = ", ".join(domains) or "none"
@@ -101,21 +87,15 @@ def choose(
     sources = [d for d in domains if d not in targets] if sources is None else sources
     targets = [d for d in domains if d not in sources] if targets is None else targets
     for option, names in (("--source", sources), ("--target", targets)):
-        if unknown := [name for name in names if name not in domains]:
-            raise RecipeError(f"expected {option} among {listed} ({root}), got {unknown[0]!r}")
+        check_names(f"{option} of {root} among", names, domains)
         if not names:
             raise RecipeError(f"expected a domain for {option}; {root} has {listed}")
-    if twice := [n for n in (*sources, *targets) if [*sources, *targets].count(n) > 1]:
-        raise RecipeError(f"expected each domain once, as source or as target, got {twice[0]!r}")
+    check_names("domains among", (*sources, *targets), domains)
     return sources, targets
 
 
 def pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """List the images of a domain with their masks.
-
-    Raises:
-        RecipeError: no images, or one without a mask.
-    """
+    """List the images of a domain with their masks."""
     images = sorted(p for p in (folder / "images").iterdir() if p.suffix.lower() in KINDS)
     if not images:
         raise RecipeError(f"expected images ({', '.join(KINDS)}) in {folder / 'images'}, got none")
@@ -127,11 +107,7 @@ def pairs(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def read_mask(image: Path, mask: Path, size: int) -> Tensor:
-    """Read a mask as (size, size) uint8.
-
-    Raises:
-        RecipeError: not readable, not of one channel of 8 bits, or of another size than its image.
-    """
+    """Read a mask as (size, size) uint8."""
     try:
         with Image.open(mask) as opened, Image.open(image) as beside:
             if opened.mode not in ("L", "P", "1"):

@@ -15,10 +15,9 @@ call everything background scores next to nothing, as the report says.
 
 from __future__ import annotations
 
-import argparse
-import functools
-import math
+from argparse import Namespace
 from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,16 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid
+from . import grid, images, methods
 from .errors import RecipeError
 from .fcn import FCN
-from .finetune import check_model_name, pick_device
-from .points import draw_points
+from .options import Parser, check_rates, count
 from .runs import atomic
 from .scenes import COUNTS, IGNORED, TEST, TRAIN, VALID, Scenes, make_scenes
 from .scenes_folder import read_scenes, split
 from .segment_scores import background, draw_predictions, evaluate, predict
+from .training import check_finite, takes_context
+from .weights import check_model_name
 
 METHODS = ("bn", "crossnorm", "selfnorm", "cnsn", "cn", "cn-x")
 STYLE = {"crop": "style", "p": 0.5, "active": 1}
@@ -58,61 +58,53 @@ SMOKE_COUNTS, SMOKE_BATCH = (32, 8, 8), 16
 SHOWN = 3  # test scenes of each domain in predictions.png
 
 
-def main(argv: list[str]) -> int:
-    """Run the recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
-    return grid.command(_parser(), run, argv)
-
-
-def run(options: argparse.Namespace) -> None:
-    """Train every method with every seed, and tabulate."""
+def run(options: Namespace) -> None:
     check_model_name(options.model)
-    device = pick_device(options.device)
+    check_rates(options)
+    device = images.pick_device(options.device)
     if options.smoke:
         options.batch, options.epochs, options.seeds = SMOKE_BATCH, 1, 1
     scenes = loader(options)
     for method in options.methods:  # what cannot be converted shows now, not in an hour
         build(method, scenes(0), 0, options)
     folder = grid.open_run(options, "segment")
-    cells = grid.cells(options)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         return train_one(cell, scenes(cell["seed"]), options, device, log, folder)
 
-    records = grid.run_cells(folder, cells, train)
+    records = grid.run_cells(folder, grid.cells(options), train)
     data = scenes(0)
     title = f"sources {', '.join(data.sources)}; targets {', '.join(data.targets)}"
     targets = {f"on_{name}": name for name in data.targets}
     points = {"source": "sources", "target": "targets", **(targets if len(targets) > 1 else {})}
-    draw_points(folder / "results.png", records, "method", points, title, "mean IoU, %")
-    rows = {
-        method: torch.from_numpy(np.load(masks_of(folder, method))) for method in options.methods
-    }
+    grid.draw_points(folder / "results.png", records, points, title, "mean IoU, %")
+    rows = {m: torch.from_numpy(np.load(masks_of(folder, m))) for m in options.methods}
     draw_predictions(folder / "predictions.png", data, shown(data), rows, "test scenes, seed 0")
     each = {f"on_{name}": name for name in data.sources} | targets
     parts = [
         f"mean IoU, %; {title}; label unknown unless said",
-        grid.table(records, ["method"], HEADINGS),
-        grid.table(records, ["method"], {"valid": "sources, validation", **each}),
+        grid.table(records, HEADINGS),
+        grid.table(records, {"valid": "sources, validation", **each}),
         background(data, TEST),
     ]
     grid.finish(folder, "\n\n".join(parts))
 
 
-def loader(options: argparse.Namespace) -> Callable[[int], Scenes]:
+def loader(options: Namespace) -> Callable[[int], Scenes]:
     """Give a function that gives the scenes of a seed."""
     if options.data is not None:
         limit = sum(SMOKE_COUNTS) if options.smoke else None
         read = read_scenes(options.data, options.source, options.target, options.image_size, limit)
-        return functools.partial(split, read)
+        return partial(split, read)
     sources = options.source or ["gravel", "grass"]
     targets = options.target or ["brick", "moon"]
     counts = SMOKE_COUNTS if options.smoke else COUNTS
-    return functools.lru_cache(1)(
+    return lru_cache(1)(
         lambda seed: make_scenes(sources, targets, options.image_size, seed, counts)
     )
 
 
-def build(method: str, data: Scenes, seed: int, options: argparse.Namespace) -> nn.Module:
+def build(method: str, data: Scenes, seed: int, options: Namespace) -> nn.Module:
     """Build the network and convert it; every method starts as the same function."""
     torch.manual_seed(seed)
     try:
@@ -128,23 +120,18 @@ def build(method: str, data: Scenes, seed: int, options: argparse.Namespace) -> 
             f"{options.image_size} px ({str(error).splitlines()[0]}); try other --levels, "
             "--image-size or --model"
         ) from error
-    if method == "bn":
-        return model
-    if normswap.get_method(method).needs_context:
-        return normswap.convert(model, method, contexts=data.sources, verify=False)
-    arguments = dict(PLACED.get(method, {}))
-    if arguments:
-        arguments["select"] = "backbone*"
-        if options.placement:
-            arguments["placement"] = options.placement
-            arguments.pop("crossnorm_at", None)
-    return normswap.convert(model, method, verify=False, **arguments)
+    placed = dict(PLACED.get(method, {}))
+    if placed and options.placement:
+        placed["placement"] = options.placement
+        placed.pop("crossnorm_at", None)
+    where = {"select": "backbone*"} if placed else {}
+    return methods.convert(model, method, data.sources, verify=False, **placed, **where)
 
 
 def train_one(
     cell: grid.Cell,
     data: Scenes,
-    options: argparse.Namespace,
+    options: Namespace,
     device: torch.device,
     log: grid.Log,
     folder: Path,
@@ -152,7 +139,7 @@ def train_one(
     """Train one model; give its scores after the last epoch."""
     method, seed = cell["method"], cell["seed"]
     model = build(method, data, seed, options).to(device)
-    labelled = method != "bn" and normswap.get_method(method).needs_context
+    labelled = takes_context(model)
     optimizer = torch.optim.AdamW(normswap.param_groups(model, options.lr, options.weight_decay))
     train = data.where(TRAIN)
     steps = options.epochs * max(len(train) // options.batch, 1)
@@ -162,9 +149,9 @@ def train_one(
         torch.manual_seed(seed * 1000 + epoch)
         model.train()
         losses = []
-        for images, masks, domains in data.batches(train, options.batch, generator):
+        for pictures, masks, domains in data.batches(train, options.batch, generator):
             given = {"context": domains.to(device)} if labelled else {}
-            scores = model(images.to(device), **given)
+            scores = model(pictures.to(device), **given)
             masks = masks.to(device)
             loss = F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum")
             loss = loss / (masks != IGNORED).sum().clamp(min=1)
@@ -174,8 +161,7 @@ def train_one(
             schedule.step()
             losses.append(loss.detach())
         mean = torch.stack(losses).mean().item()
-        if not math.isfinite(mean):
-            raise RecipeError(f"the loss of {method} is {mean}; try a smaller --lr")
+        check_finite(mean, method, epoch, options.lr)
         log({"epoch": epoch + 1, "loss": mean, "valid": evaluate(model, data, VALID)["source"]})
     figures = {"valid": evaluate(model, data, VALID)["source"], **evaluate(model, data, TEST)}
     if labelled:
@@ -201,22 +187,17 @@ def masks_of(folder: Path, method: str) -> Path:
     return folder / f"masks-{method}.npy"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m recipes segment", description=__doc__)
-    grid.add_arguments(parser, METHODS, ("bn", *normswap.methods()), seeds=3)
-    parser.add_argument("--data", type=Path, help="DOMAIN/images/NAME.png, DOMAIN/masks/NAME.png")
-    parser.add_argument("--source", nargs="+", help="domains to train on (gravel grass)")
-    parser.add_argument("--target", nargs="+", help="domains to test on (brick moon)")
-    parser.add_argument("--model", default="resnet10t", help="of timm (default: resnet10t)")
-    parser.add_argument("--pretrained", action="store_true", help="with timm's weights")
-    parser.add_argument(
-        "--levels", nargs="+", type=int, default=[1, 2, 3],
-        help="feature maps, finest first (default: 1 2 3, strides 4, 8, 16)",
-    )  # fmt: skip
-    parser.add_argument("--placement", help="of crossnorm, selfnorm and cnsn, for theirs")
-    parser.add_argument("--image-size", type=int, default=64, help="(default: 64)")
-    parser.add_argument("--batch", type=grid.count, default=16, help="(default: 16)")
-    parser.add_argument("--epochs", type=grid.count, default=8, help="(default: 8)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's (default: 3e-3)")
-    parser.add_argument("--weight-decay", type=float, default=0.05, help="(default: 0.05)")
-    return parser
+def add_options(parser: Parser) -> None:
+    grid.add_methods(parser, METHODS, ("bn", *normswap.methods()))
+    parser.share("pretrained", model="resnet10t", image_size=64, epochs=8, lr=3e-3)
+    parser.share(weight_decay=0.05)
+    add = parser.add_argument
+    add("--data", type=Path, help="DOMAIN/images/NAME.png, DOMAIN/masks/NAME.png")
+    add("--source", nargs="+", help="domains to train on (gravel grass)")
+    add("--target", nargs="+", help="domains to test on (brick moon)")
+    add("--levels", nargs="+", type=int, default=[1, 2, 3], help="feature maps, finest first")
+    add("--placement", help="of crossnorm, selfnorm and cnsn, for theirs")
+    add("--batch", type=count, default=16, help="images a step")
+
+
+main = partial(grid.command, "segment", __doc__, add_options, run)

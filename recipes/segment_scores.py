@@ -6,30 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 
 from .runs import atomic
 from .scenes import IGNORED, Scenes
 
 
-def confusion(truth: Tensor, found: Tensor, classes: int) -> Tensor:
-    """Count pixels by true class (rows) and found class, (classes, classes) int64.
-
-    Args:
-        truth: integers of any shape; 255 is left out.
-        found: likewise, in [0, classes).
-        classes: how many.
-    """
-    counted = truth != IGNORED
-    pairs = truth[counted].long() * classes + found[counted].long()
-    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
-
-def mean_iou(counts: Tensor) -> float:
+def mean_iou(truth: Tensor, found: Tensor) -> float:
     """Give the mean of intersection over union of the classes that occur or were found, in %."""
-    hits = counts.diagonal()
-    union = counts.sum(0) + counts.sum(1) - hits
-    return 100 * (hits[union > 0] / union[union > 0]).mean().item()
+    known = truth != IGNORED
+    return 100 * float(jaccard_score(truth[known], found[known], average="macro"))
 
 
 @torch.no_grad()
@@ -56,7 +43,7 @@ def evaluate(model: nn.Module, data: Scenes, part: int, known: bool = False) -> 
         if len(chosen) and not (known and domain >= len(data.sources)):
             context = data.domains[chosen] if known else None
             found = predict(model, data.images[chosen], context)
-            scores[f"on_{name}"] = mean_iou(confusion(data.masks[chosen], found, data.classes))
+            scores[f"on_{name}"] = mean_iou(data.masks[chosen], found)
     for kind, names in (("source", data.sources), ("target", data.targets)):
         if values := [scores[f"on_{name}"] for name in names if f"on_{name}" in scores]:
             scores[kind] = sum(values) / len(values)
@@ -68,55 +55,42 @@ def background(data: Scenes, part: int) -> str:
     lines = []
     for domain, name in enumerate((*data.sources, *data.targets)):
         truth = data.masks[data.where(part, domain)]
-        counts = confusion(truth, torch.zeros_like(truth), data.classes)
-        pixels = 100 * (counts[0, 0] / counts.sum()).item()
-        lines.append(f"{name}: {pixels:.1f} % of pixels, mean IoU {mean_iou(counts):.1f} %")
+        score = mean_iou(truth, torch.zeros_like(truth))
+        pixels = 100 * (truth[truth != IGNORED] == 0).float().mean().item()
+        lines.append(f"{name}: {pixels:.1f} % of pixels, mean IoU {score:.1f} %")
     return "everything called class 0: " + "; ".join(lines)
 
 
 def draw_predictions(
     path: Path, data: Scenes, scenes: Tensor, rows: dict[str, Tensor], title: str
 ) -> None:
-    """Draw images, truth, and what each method found, a column a scene.
-
-    Args:
-        path: the PNG to write.
-        data: of which the scenes are.
-        scenes: (n,) indices.
-        rows: method -> masks (n, S, S).
-        title: heading of the picture.
-    """
-    from matplotlib.colors import ListedColormap
+    """Draw images, truth, and what each method found, a column a scene."""
     from matplotlib.figure import Figure
+    from torchvision.utils import make_grid
 
+    colours = torch.tensor([(0.0, 0.0, 0.0), *_colours(data.classes)])
+    # Where no class is known: white.
+    colours = torch.cat([colours, torch.ones(256 - data.classes, 3)])
+    shown = {"truth": data.masks[scenes], **rows}
+    pictures = {name: colours[masks.long()].permute(0, 3, 1, 2) for name, masks in shown.items()}
+    pictures = {"image": data.images[scenes] / 255, **pictures}
     names: Sequence[str] = (*data.sources, *data.targets)
-    colours = ListedColormap(_colours(data.classes))
-    pictures: dict[str, Tensor] = {"image": data.images[scenes], "truth": data.masks[scenes]}
-    pictures.update(rows)
     canvas = Figure(figsize=(1.1 * len(scenes) + 1.2, 1.1 * len(pictures) + 0.6), dpi=120)
-    axes = canvas.subplots(len(pictures), len(scenes), squeeze=False)
-    for line, (name, shown) in zip(axes, pictures.items(), strict=True):
-        for column, (axis, scene) in enumerate(zip(line, shown, strict=True)):
-            if name == "image":
-                axis.imshow(scene.permute(1, 2, 0).numpy())
-                domain = int(data.domains[scenes[column]])
-                kind = "source" if domain < len(data.sources) else "target"
-                axis.set_title(f"{names[domain]}\n({kind})", fontsize=7)
-            else:
-                mask = scene.float().masked_fill(scene == IGNORED, torch.nan).numpy()
-                axis.imshow(mask, colours, vmin=0, vmax=data.classes - 1, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    canvas.suptitle(title, fontsize=9, y=1.0)
-    canvas.subplots_adjust(hspace=0.04, wspace=0.04)
+    for axis, (name, images) in zip(
+        canvas.subplots(len(pictures), squeeze=False)[:, 0], pictures.items(), strict=True
+    ):
+        axis.imshow(make_grid(images, len(scenes), pad_value=1).permute(1, 2, 0).numpy())
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set(xticks=[], yticks=[])
+    titles = dict.fromkeys(names[int(domain)] for domain in data.domains[scenes])
+    canvas.suptitle(f"{title}: {', '.join(titles)}", fontsize=9)
     with atomic(path) as temporary:
         canvas.savefig(temporary, format="png", bbox_inches="tight")
 
 
 def _colours(classes: int) -> list[tuple[float, float, float]]:
-    """Give black, then colours around the wheel, neighbours apart."""
+    """Give colours around the wheel, neighbours apart."""
     from matplotlib.colors import hsv_to_rgb
 
     hues = [(0.381966 * i % 1, 0.75, 1.0 - 0.25 * (i % 2)) for i in range(classes - 1)]
-    return [(0.0, 0.0, 0.0), *(tuple(hsv_to_rgb(hue)) for hue in hues)]
+    return [tuple(map(float, hsv_to_rgb(hue))) for hue in hues]

@@ -10,7 +10,8 @@ that the mean of the two classes' accuracies stands beside the accuracy.
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, text
-from .finetune import pick_device
-from .points import draw_points
+from . import grid, images, methods, text
+from .options import Parser, check_rates
 
 FILES = {
     "train": "stsa.binary.train.txt",
@@ -32,20 +32,18 @@ FILES = {
     "target": "custrev.all.txt",
 }
 METHODS = ("bn", "crossnorm", "selfnorm", "cnsn")
+ACCURACIES = {
+    "valid": "films, validation",
+    "source": "films, test",
+    "target": "products",
+    "balanced": "products, mean of classes",
+}
 BATCH = 50
 SMOKE_SENTENCES = 200
 
 
 class SentenceCNN(nn.Module):
-    """Word vectors, convolutions over 3, 4 and 5 words, norm, maximum over the sentence.
-
-    Args:
-        words: size of the vocabulary.
-        width: of a word vector.
-        maps: of each convolution.
-        classes: how many.
-        dropout: probability, on the sentence vector.
-    """
+    """Word vectors, convolutions over 3, 4 and 5 words, norm, maximum over the sentence."""
 
     def __init__(
         self, words: int, width: int = 128, maps: int = 100, classes: int = 2, dropout: float = 0.5
@@ -66,61 +64,43 @@ class SentenceCNN(nn.Module):
         return self.head(self.dropout(torch.cat(found, 1)))
 
 
-def main(argv: list[str]) -> int:
-    """Run the recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
-    return grid.command(_parser(), run, argv)
-
-
-def run(options: argparse.Namespace) -> None:
-    """Train every method with every seed, and tabulate."""
+def run(options: Namespace) -> None:
+    check_rates(options)
     files = {part: text.read(options.data / name) for part, name in FILES.items()}
     if options.smoke:
+        options.epochs = 1
         files = {
             part: lines[:: max(len(lines) // SMOKE_SENTENCES, 1)] for part, lines in files.items()
         }
     words = text.vocabulary(files["train"])
     data = {part: text.encode(lines, words) for part, lines in files.items()}
-    device = pick_device(options.device)
+    device = images.pick_device(options.device)
     folder = grid.open_run(options, "sentiment")
-    cells = grid.cells(options)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         return train_one(cell, data, len(words) + 2, options, device, log)
 
-    records = grid.run_cells(folder, cells, train)
-    headings = {
-        "valid": "films, validation",
-        "source": "films, test",
-        "target": "products",
-        "balanced": "products, mean of classes",
-        "best_epoch": "epoch",
-    }
-    accuracies = {key: text for key, text in headings.items() if key != "best_epoch"}
-    draw_points(folder / "results.png", records, "method", accuracies, "sentences, by norm")
+    records = grid.run_cells(folder, grid.cells(options), train)
+    grid.draw_points(folder / "results.png", records, ACCURACIES, "sentences, by norm")
     most = data["target"].labels.bincount().max().item() / len(data["target"].labels)
     note = f"Of the product sentences {100 * most:.1f} % are of the larger class."
-    grid.finish(folder, grid.table(records, ["method"], headings) + f"\n\n{note}")
+    table = grid.table(records, {**ACCURACIES, "best_epoch": "epoch"})
+    grid.finish(folder, f"{table}\n\n{note}")
 
 
 def build(method: str, words: int, seed: int) -> nn.Module:
     """Build the classifier and convert it; every method starts from the same weights."""
     torch.manual_seed(seed)
-    model = SentenceCNN(words)
-    if method == "bn":
-        return model
-    placed: dict[str, Any] = {}
-    if not normswap.get_method(method).needs_context:
-        placed["placement"] = "norm"
-    if method == "acn":
-        placed = {}
-    return normswap.convert(model, method, verify=False, **placed)
+    inserted = method in ("crossnorm", "selfnorm", "cnsn")
+    placed = {"placement": "norm"} if inserted else {}
+    return methods.convert(SentenceCNN(words), method, None, verify=False, **placed)
 
 
 def train_one(
     cell: grid.Cell,
     data: dict[str, text.Sentences],
     words: int,
-    options: argparse.Namespace,
+    options: Namespace,
     device: torch.device,
     log: grid.Log,
 ) -> dict[str, Any]:
@@ -129,7 +109,7 @@ def train_one(
     groups = normswap.param_groups(model, options.lr, options.weight_decay)
     optimizer = torch.optim.AdamW(groups)
     best: dict[str, Any] = {"valid": -1.0}
-    for epoch in range(1 if options.smoke else options.epochs):
+    for epoch in range(options.epochs):
         generator = torch.Generator().manual_seed(cell["seed"] * 1000 + epoch)
         torch.manual_seed(cell["seed"] * 1000 + epoch)
         model.train()
@@ -158,13 +138,11 @@ def predict(model: nn.Module, data: text.Sentences, device: torch.device) -> Ten
     return torch.cat(found)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m recipes sentiment", description=__doc__)
-    parser.add_argument(
-        "--data", type=Path, required=True, help=f"folder with {', '.join(FILES.values())}"
-    )
-    grid.add_arguments(parser, METHODS, ("bn", *normswap.methods()), seeds=5)
-    parser.add_argument("--epochs", type=int, default=8, help="(default: 8)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's (default: 1e-3)")
-    parser.add_argument("--weight-decay", type=float, default=0.01, help="(default: 0.01)")
-    return parser
+def add_options(parser: Parser) -> None:
+    grid.add_methods(parser, METHODS, ("bn", *normswap.methods()), seeds=5)
+    files = f"folder with {', '.join(FILES.values())}"
+    parser.add_argument("--data", type=Path, required=True, help=files)
+    parser.share(epochs=8, lr=1e-3, weight_decay=0.01)
+
+
+main = partial(grid.command, "sentiment", __doc__, add_options, run)

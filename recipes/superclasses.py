@@ -25,22 +25,18 @@ Source of the protocol: Faye et al., arXiv 2403.16798, and its notebooks.
 
 from __future__ import annotations
 
-import argparse
-import copy
+from argparse import Namespace
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, Literal
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-import normswap
-
-from . import grid, images
-from .data import TEST_BATCH, DomainData, Loader
-from .finetune import pick_device
-from .points import draw_points
+from . import grid, images, methods, scores
+from .data import DomainData
+from .options import Parser, count, of_cell
 from .supergroups import DIGITS, PACS, with_clusters, with_superclasses
+from .weights import SCRATCH
 
 # Few enough that BatchNorm leaves errors, which a leak can mend: with 126 a class it makes few.
 DIGITS_PER_CLASS, DIGITS_EPOCHS = 10, 60
@@ -61,39 +57,32 @@ FIGURES = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Run the recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
-    return grid.command(_parser(), run, argv)
-
-
-def run(options: argparse.Namespace) -> None:
-    """Train every method with every seed, and tabulate."""
+def run(options: Namespace) -> None:
     if options.data is None and options.train_per_class is None:
         options.train_per_class = DIGITS_PER_CLASS
-    images.resolve(options, digits_epochs=DIGITS_EPOCHS)
-    device = pick_device(options.device)
+    images.settle(options)
+    device = images.pick_device(options.device)
     if options.superclasses is None:
         options.superclasses = list(DIGITS if options.data is None else PACS)
 
     @lru_cache(maxsize=1)  # the seed is the outer loop
     def data_of(seed: int) -> DomainData:
-        return with_superclasses(images.load(options, seed), options.superclasses)
+        return with_superclasses(images.load_mixed(options, seed), options.superclasses)
 
     # What is wrong with images, model or weights is said before a run is made.
-    images.build(options, data_of(0), images.settings(options, 0), device)
+    images.build(options, data_of(0), 0, device)
     options.clusters = options.clusters or len(data_of(0).domain_names)
     folder = grid.open_run(options, "superclasses")
-    cells = grid.cells(options)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         return train_one(cell, data_of(cell["seed"]), options, device, log)
 
-    records = grid.run_cells(folder, cells, train)
+    records = grid.run_cells(folder, grid.cells(options), train)
     rows = [*records, *masked(records)]
     title = f"superclasses as contexts: {options.model}, {options.image_size} px"
-    draw_points(folder / "results.png", rows, "method", FIGURES, title)
+    grid.draw_points(folder / "results.png", rows, FIGURES, title)
     text = "test accuracy, %; mean +- standard deviation over seeds\n\n"
-    text += grid.table(rows, ["method"], FIGURES)
+    text += grid.table(rows, FIGURES)
     for record in records:
         if "clusters" in record and record["cell"]["seed"] == 0:
             text += f"\n\n{record['cell']['method']}, seed 0: {record['clusters']}"
@@ -101,74 +90,41 @@ def run(options: argparse.Namespace) -> None:
 
 
 def train_one(
-    cell: grid.Cell,
-    data: DomainData,
-    options: argparse.Namespace,
-    device: torch.device,
-    log: grid.Log,
+    cell: grid.Cell, data: DomainData, options: Namespace, device: torch.device, log: grid.Log
 ) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent, by what it is told at test time."""
     norms, source = METHODS[cell["method"]]
-    config = images.settings(options, cell["seed"])
-    superclasses = data.domains
-    member = torch.zeros(len(data.domain_names), len(data.classes), dtype=torch.bool)
-    member[superclasses, data.labels] = True
-    model, loader = images.build(options, data, config, device)
+    config = of_cell(options, seed=cell["seed"])
+    model, loader, _ = images.build(config, data, cell["seed"], device)
+    test = loader.test_indices()
+    inside = members(data)[data.domains[test]]  # the classes of each image's superclass
     figures: dict[str, Any] = {}
     if source == "kmeans":
-        data, figures["clusters"] = with_clusters(
-            loader, _features(options, model), options.clusters, cell["seed"]
+        features = "pixels" if options.weights == SCRATCH else model
+        loader.data, figures["clusters"] = with_clusters(
+            loader, features, options.clusters, cell["seed"]
         )
-        loader.data = data
-    if norms != "bn":
-        example = loader.batch(loader.train_indices[:2]).images
-        names = data.domain_names
-        model = normswap.convert(model, norms, contexts=names, example_inputs=(example,))
+    names, inputs = loader.data.domain_names, (images.example(loader),)
+    model = methods.convert(model, norms, names, example_inputs=inputs)
     images.train(cell["method"], model, loader, config, log)
 
-    def accuracy(context: Tensor | None, mask: bool = False, unknown: str = "pooled") -> float:
-        scores = logits(model, loader, context, unknown)
-        if mask:
-            scores = scores.masked_fill(~member[superclasses[data.test]], -torch.inf)
-        return 100 * (scores.argmax(1) == data.labels[data.test]).float().mean().item()
+    def within(label: scores.Label | None) -> float:
+        found, labels = scores.logits(model, loader, test, label)
+        found = found.masked_fill(~inside.to(found.device), -torch.inf)
+        return 100 * int((found.argmax(1) == labels).sum()) / len(test)
 
-    if norms == "bn":
-        return {"plain": accuracy(None), "masked": accuracy(None, mask=True)}
-    given = data.domains[data.test]
+    found = scores.by_label(model, loader, test)
     if source == "superclass":
-        figures |= {"leaky": accuracy(given), "masked": accuracy(given, mask=True)}
-    else:
-        figures["assigned"] = accuracy(given)
-    for unknown in ("pooled", "posterior"):
-        figures[unknown] = accuracy(None, unknown=unknown)
-    return figures
+        figures["masked"] = within(None if norms == "bn" else scores.own)
+    known = "leaky" if source == "superclass" else "assigned"
+    return {**{known if key == "known" else key: v for key, v in found.items()}, **figures}
 
 
-@torch.inference_mode()
-def logits(model: nn.Module, loader: Loader, context: Tensor | None, unknown: str) -> Tensor:
-    """Give the scores of the test images, on the CPU.
-
-    Args:
-        model: converted or not.
-        loader: of the images.
-        context: labels (tests,), or None, which a model without contexts needs.
-        unknown: what None means to the norms.
-    """
-    model = copy.deepcopy(model).eval()
-    layers = [
-        m for m in model.modules() if isinstance(m, (normswap.ContextNorm, normswap.ContextNormX))
-    ]
-    for layer in layers:
-        layer.unknown = unknown
-    found = []
-    indices = loader.data.test.nonzero().flatten()
-    for part, some in enumerate(indices.split(TEST_BATCH)):
-        batch = loader.batch(some).images
-        told = {}
-        if context is not None:
-            told["context"] = context.split(TEST_BATCH)[part].to(batch.device)
-        found.append(model(batch, **told).cpu())
-    return torch.cat(found)
+def members(data: DomainData) -> torch.Tensor:
+    """Tell which classes each superclass has, (superclasses, classes) bool."""
+    found = torch.zeros(len(data.domain_names), len(data.classes), dtype=torch.bool)
+    found[data.domains, data.labels] = True
+    return found
 
 
 def masked(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -180,23 +136,13 @@ def masked(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _features(options: argparse.Namespace, model: nn.Module) -> nn.Module | Literal["pixels"]:
-    """Give what k-means looks at: the given weights' features; pixels, where there are none."""
-    return "pixels" if options.weights == images.SCRATCH else model
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes superclasses", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    grid.add_arguments(parser, tuple(METHODS), tuple(METHODS), seeds=3)
-    images.add_arguments(parser)
+def add_options(parser: Parser) -> None:
+    grid.add_methods(parser, tuple(METHODS))
+    images.add_options(parser, DIGITS_EPOCHS)
     parser.add_argument(
-        "--superclasses", nargs="+", metavar="NAME=CLASS,CLASS",
-        help="or cifar100 (default: see above)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--clusters", type=grid.count, help="of k-means (default: as many as superclasses)"
+        "--superclasses", nargs="+", metavar="NAME=CLASS,CLASS", help="or cifar100; see above"
     )
-    return parser
+    parser.add_argument("--clusters", type=count, help="of k-means; as many as superclasses")
+
+
+main = partial(grid.command, "superclasses", __doc__, add_options, run)

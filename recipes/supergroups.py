@@ -21,15 +21,7 @@ PACS = ("animals=dog,elephant,giraffe,horse", "others=guitar,house,person")
 
 
 def with_superclasses(data: DomainData, given: Sequence[str]) -> DomainData:
-    """Make a domain of each superclass.
-
-    Args:
-        data: images of one domain.
-        given: ``NAME=CLASS,CLASS`` each, or "cifar100" alone.
-
-    Raises:
-        RecipeError: not of that form, a class unknown, in two superclasses or in none.
-    """
+    """Make a domain of each superclass."""
     mapping: str | dict[str, str] = {}
     if list(given) == ["cifar100"]:
         mapping = "cifar100"
@@ -53,17 +45,7 @@ def with_superclasses(data: DomainData, given: Sequence[str]) -> DomainData:
 def with_clusters(
     loader: Loader, features: Literal["pixels"] | nn.Module, clusters: int, seed: int
 ) -> tuple[DomainData, str]:
-    """Make a domain of each cluster of the training images; every image is assigned by itself.
-
-    Args:
-        loader: of images whose domains are superclasses.
-        features: "pixels", or a model, of which a copy is kept as it is.
-        clusters: how many.
-        seed: of k-means.
-
-    Returns:
-        The data, and how many training images of each superclass each cluster has.
-    """
+    """Make a domain of each cluster of the training images; every image is assigned by itself."""
     data = loader.data
     every = [loader.normalised(part) for part in data.images.split(TEST_BATCH)]
     trains = [loader.normalised(part) for part in data.images[data.train].split(TEST_BATCH)]
@@ -73,13 +55,10 @@ def with_clusters(
         warnings.simplefilter("ignore", normswap.ContextWarning)  # of small clusters: reported
         assigner = normswap.contexts.kmeans(trains, clusters, features, seed=seed, progress=False)
     found = torch.cat([assigner(part).cpu() for part in every])
-    counts = torch.zeros(clusters, len(data.domain_names), dtype=torch.int64)
-    counts.index_put_(
-        (found[data.train], data.domains[data.train]), torch.tensor(1), accumulate=True
-    )
     shown = []
-    for cluster, row in enumerate(counts.tolist()):
-        kinds = zip(row, data.domain_names, strict=True)
-        shown.append(f"cluster {cluster}: " + ", ".join(f"{n} {name}" for n, name in kinds))
+    for cluster in range(clusters):
+        inside = data.domains[data.train & (found == cluster)].tolist()
+        kinds = [f"{inside.count(i)} {name}" for i, name in enumerate(data.domain_names)]
+        shown.append(f"cluster {cluster}: " + ", ".join(kinds))
     names = [f"cluster {k}" for k in range(clusters)]
     return replace(data, domains=found, domain_names=names), "; ".join(shown)

@@ -1,11 +1,14 @@
-"""The tables a run ends with."""
+"""The tables and the picture a fine-tuning ends with."""
 
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+from normswap import plot
 
 from .data import DomainData
 from .training import Arm
@@ -13,14 +16,17 @@ from .training import Arm
 
 def columns(arms: list[Arm]) -> list[tuple[str, str, str]]:
     """List what is compared: arm, label known or not, heading."""
-    chosen = []
-    for arm in arms:
-        if arm.takes_context:
-            chosen.append((arm.name, "known", f"{arm.name}, label known"))
-            chosen.append((arm.name, "unknown", f"{arm.name}, label unknown"))
-        else:
-            chosen.append((arm.name, "unknown", arm.name))
-    return chosen
+    return [
+        (arm.name, kind, f"{arm.name}, label {kind}" if arm.takes_context else arm.name)
+        for arm in arms
+        for kind in (("known", "unknown") if arm.takes_context else ("unknown",))
+    ]
+
+
+def mean_accuracy(record: dict[str, Any], arm: str, kind: str, data: DomainData) -> float:
+    """Average an epoch's accuracy over the domains that train."""
+    accuracy = record["arms"][arm]["accuracy"][kind]
+    return statistics.mean(accuracy[domain] for domain in data.contexts)
 
 
 def accuracy_table(history: list[dict[str, Any]], arms: list[Arm], data: DomainData) -> str:
@@ -33,10 +39,7 @@ def accuracy_table(history: list[dict[str, Any]], arms: list[Arm], data: DomainD
         name = f"{domain} (held out)" if domain == data.held_out else domain
         cells = [last[arm]["accuracy"][kind].get(domain) for arm, kind, _ in chosen]
         rows.append([name, count, *cells])
-    means = [
-        statistics.mean(last[arm]["accuracy"][kind][domain] for domain in data.contexts)
-        for arm, kind, _ in chosen
-    ]
+    means = [mean_accuracy(history[-1], arm, kind, data) for arm, kind, _ in chosen]
     rows.append(["mean of trained", "", *means])
     headings = ["test accuracy, %", "images", *(heading for _, _, heading in chosen)]
     return tabulate(
@@ -50,28 +53,13 @@ def cost_table(history: list[dict[str, Any]], arms: list[Arm]) -> str:
     for arm in arms:
         reports = [record["arms"][arm.name] for record in history]
         steps = [report["step_ms"] for report in reports]
-        middle = statistics.median(report["step_ratio"][0] for report in reports)
-        low = statistics.median(report["step_ratio"][1] for report in reports)
-        high = statistics.median(report["step_ratio"][2] for report in reports)
-        parameters = sum(p.numel() for p in arm.model.parameters())
-        rows.append(
-            [
-                arm.name,
-                f"{parameters:,}",
-                f"{statistics.median(steps):.1f}",
-                f"{min(steps):.1f} to {max(steps):.1f}",
-                f"{middle:.2f}",
-                f"{low:.2f} to {high:.2f}",
-            ]
-        )
-    headings = [
-        "model",
-        "parameters",
-        "step, ms",
-        "over epochs",
-        f"step / {arms[0].name}",
-        "8 in 10 steps",
-    ]
+        ratios = zip(*(report["step_ratio"] for report in reports), strict=True)
+        middle, low, high = map(statistics.median, ratios)
+        parameters = f"{sum(p.numel() for p in arm.model.parameters()):,}"
+        times = f"{statistics.median(steps):.1f}", f"{min(steps):.1f} to {max(steps):.1f}"
+        rows.append([arm.name, parameters, *times, f"{middle:.2f}", f"{low:.2f} to {high:.2f}"])
+    headings = ["model", "parameters", "step, ms", "over epochs", f"step / {arms[0].name}"]
+    headings.append("8 in 10 steps")
     return tabulate(rows, headings, tablefmt="simple_outline", disable_numparse=True)
 
 
@@ -100,8 +88,20 @@ def epoch_line(record: dict[str, Any], arms: list[Arm], data: DomainData) -> str
     """Say how an epoch went, in one line."""
     parts = []
     for arm, kind, heading in columns(arms):
-        accuracy = record["arms"][arm]["accuracy"][kind]
-        mean = statistics.mean(accuracy[domain] for domain in data.contexts)
-        parts.append(f"{heading} {mean:.1f} %")
+        parts.append(f"{heading} {mean_accuracy(record, arm, kind, data):.1f} %")
     losses = ", ".join(f"{arm.name} {record['arms'][arm.name]['loss']:.3f}" for arm in arms)
     return f"epoch {record['epoch']}: loss {losses}; accuracy {'; '.join(parts)}"
+
+
+def draw_curves(
+    path: Path, history: list[dict[str, Any]], arms: list[Arm], data: DomainData, title: str
+) -> None:
+    """Draw the training loss and the mean test accuracy over the trained domains."""
+    losses = {arm.name: [record["arms"][arm.name]["loss"] for record in history] for arm in arms}
+    means = {
+        heading: [mean_accuracy(record, arm, kind, data) for record in history]
+        for arm, kind, heading in columns(arms)
+    }
+    panels = {"training loss": losses, "test accuracy, mean of trained domains, %": means}
+    epochs = [record["epoch"] for record in history]
+    plot.curves(panels, epochs, log=["training loss"], title=title, path=path)

@@ -24,11 +24,7 @@ class Sentences:
 
 
 def read(path: Path) -> list[tuple[int, list[str]]]:
-    """Read a file with one ``label text`` a line, label 0 or 1; says how many have no words.
-
-    Raises:
-        RecipeError: no such file, or a line of another form.
-    """
+    """Read a file with one ``label text`` a line, label 0 or 1; says how many have no words."""
     if not path.is_file():
         raise RecipeError(f"expected a file of `label text` lines at {path}, found none")
     found, empty = [], 0

@@ -19,10 +19,7 @@ class Timing(NamedTuple):
 
 
 def interleave(
-    cases: dict[str, Callable[[], object]],
-    device: torch.device,
-    repeats: int = 20,
-    warmup: int = 3,
+    cases: dict[str, Callable[[], object]], device: torch.device, repeats: int = 20, warmup: int = 3
 ) -> dict[str, Timing]:
     """Time each case once in turn, `repeats` times, so that all meet the same machine.
 

@@ -1,4 +1,4 @@
-"""Models trained side by side on the same batches, and their evaluation.
+"""Models trained side by side on the same batches.
 
 The models of a run ("arms") take each batch in turn, one step each, from the same random state. So
 a comparison is of the models alone: same start, same images, same augmentation, same dropout draws,
@@ -8,8 +8,10 @@ same schedule; and their step times are taken alternately, under the same load o
 from __future__ import annotations
 
 import inspect
+import math
 import statistics
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -25,7 +27,6 @@ from tqdm import tqdm
 import normswap
 
 from . import parallel
-from .config import Config
 from .data import Batch, Loader
 from .errors import RecipeError
 from .losses import loss_of, training_loss
@@ -47,19 +48,27 @@ class Arm:
     loss: str
 
 
-def make_arm(name: str, model: nn.Module, config: Config, steps_per_epoch: int) -> Arm:
+def make_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, steps: int
+) -> tuple[torch.optim.Optimizer, timm.scheduler.scheduler.Scheduler]:
     """Give a model AdamW and a cosine schedule with a tenth of the steps as warm-up."""
-    parallel.share_statistics(model, converted=name != "bn")
-    groups = normswap.param_groups(model, config.lr, config.weight_decay)
-    optimizer = timm.optim.create_optimizer_v2(groups, opt="adamw", lr=config.lr)
-    steps = config.epochs * steps_per_epoch
+    groups = normswap.param_groups(model, lr, weight_decay)
+    optimizer = timm.optim.create_optimizer_v2(groups, opt="adamw", lr=lr)
     schedule = timm.scheduler.CosineLRScheduler(
         optimizer,
         t_initial=steps,
         warmup_t=max(1, steps // 10),
-        warmup_lr_init=config.lr / 10,
+        warmup_lr_init=lr / 10,
         t_in_epochs=False,
     )
+    return optimizer, schedule
+
+
+def make_arm(name: str, model: nn.Module, config: Namespace, steps_per_epoch: int) -> Arm:
+    """Give a model what it trains with."""
+    parallel.share_statistics(model, converted=name != "bn")
+    steps = config.epochs * steps_per_epoch
+    optimizer, schedule = make_optimizer(model, config.lr, config.weight_decay, steps)
     loss = loss_of(model, config.loss)
     runner = parallel.wrapped(model)
     return Arm(name, model, runner, optimizer, schedule, takes_context(model), loss)
@@ -71,7 +80,7 @@ def takes_context(model: nn.Module) -> bool:
 
 
 def train_step(
-    arm: Arm, batch: Batch, config: Config, update: int, share: float = 1.0
+    arm: Arm, batch: Batch, config: Namespace, update: int, share: float = 1.0
 ) -> tuple[Tensor, float, Tensor]:
     """Take one step; give the loss, the step's seconds, and the size of each gradient.
 
@@ -100,20 +109,13 @@ def train_step(
 
 
 def train_epoch(
-    arms: list[Arm], loader: Loader, config: Config, epoch: int
+    arms: list[Arm], loader: Loader, config: Namespace, epoch: int
 ) -> dict[str, dict[str, Any]]:
     """Train every arm for an epoch, in lockstep.
 
     Nothing random outlives a step: batches come from the seed and the epoch, draws inside a model
     from the seed and the step. A run resumed after any epoch therefore repeats what an
     uninterrupted one does, with no random state to store.
-
-    Returns:
-        By arm: the mean loss, the learning rate, the median step in milliseconds, and the ratio of
-        the step to that of the first arm on the same batch (median and 10 % and 90 % points).
-
-    Raises:
-        RecipeError: if a loss is not finite; it names the gradients that were so first.
     """
     losses: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}
     norms: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}
@@ -140,7 +142,7 @@ def train_epoch(
     report = {}
     for arm in arms:
         loss = parallel.total(torch.stack(losses[arm.name])).mean().item()
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             raise RecipeError(
                 f"the loss of {arm.name} is {loss} in epoch {epoch + 1}, "
                 f"{_describe_gradients(arm.model, torch.stack(norms[arm.name]))}; try a smaller "
@@ -151,58 +153,30 @@ def train_epoch(
             "loss": loss,
             "lr": arm.optimizer.param_groups[0]["lr"],
             "step_ms": 1000 * statistics.median(seconds[arm.name]),
-            "step_ratio": _points([ours / first for ours, first in pairs]),
+            "step_ratio": torch.tensor([ours / first for ours, first in pairs])
+            .quantile(torch.tensor([0.5, 0.1, 0.9]))
+            .tolist(),
         }
     return report
 
 
-@torch.inference_mode()
-def evaluate(arm: Arm, loader: Loader, config: Config) -> dict[str, dict[str, float]]:
-    """Measure the accuracy on the test images of each domain, in per cent.
-
-    Returns:
-        `unknown`: by domain, without a label, as when it is not to be had; `known`: by domain, with
-        the domain as label, for arms that take one. The held-out domain is under `unknown` only.
-    """
-    arm.model.eval()
-    parallel.agree_on_buffers(arm.model)
-    accuracy: dict[str, dict[str, float]] = {"unknown": {}}
-    if arm.takes_context:
-        accuracy["known"] = {}
-    for index, domain in enumerate(loader.data.domain_names):
-        kinds = ["unknown"] if domain == loader.data.held_out else list(accuracy)
-        right = {kind: torch.zeros((), dtype=torch.int64, device=loader.device) for kind in kinds}
-        count = torch.zeros((), dtype=torch.int64, device=loader.device)
-        for batch in loader.domain_test(index):
-            count += len(batch.labels)
-            for kind in kinds:
-                context = batch.context if kind == "known" else None
-                with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.amp):
-                    logits = _forward(arm.model, arm.takes_context, batch.images, context)
-                right[kind] += (logits.argmax(1) == batch.labels).sum()
-        images = parallel.total(count).item()
-        for kind, hits in right.items():
-            accuracy[kind][domain] = 100 * parallel.total(hits).item() / images
-    return accuracy
+def check_finite(loss: float, what: str, epoch: int, lr: float) -> None:
+    """Refuse to go on with a loss that is not finite."""
+    if not math.isfinite(loss):
+        raise RecipeError(
+            f"the loss of {what} is {loss} in epoch {epoch + 1}; try a smaller --lr than {lr:g}"
+        )
 
 
-@torch.no_grad()
-def fill_statistics(model: nn.Module, loader: Loader, config: Config, batches: int = 8) -> None:
-    """Give a model built from scratch the running statistics of its first batches.
+def fill_statistics(model: nn.Module, loader: Loader, seed: int, batches: int = 8) -> None:
+    """Give a model built from scratch the running statistics of its first batches, averaged.
 
     A fresh BatchNorm claims mean 0 and variance 1 for every channel. A norm that learns its
     statistics instead of measuring them would start from that claim; this start is fair to both.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    torch.manual_seed(config.seed)
-    model.train()
-    for norm in norms:
-        norm.momentum = None  # a plain average of the batches
-    for batch in islice(loader.train_epoch(config.seed, -1, whole=True), batches):
-        model(batch.images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    torch.manual_seed(seed)
+    first = islice(loader.train_epoch(seed, -1, whole=True), batches)
+    torch.optim.swa_utils.update_bn((batch.images for batch in first), model)
 
 
 def _forward(model: nn.Module, contextual: bool, images: Tensor, context: Tensor | None) -> Tensor:
@@ -218,13 +192,6 @@ def _describe_gradients(model: nn.Module, norms: Tensor) -> str:
     names = [n for (n, _), bad in zip(model.named_parameters(), spoilt[step], strict=True) if bad]
     more = f" and of {len(names) - 1} more parameters" if len(names) > 1 else ""
     return f"after step {step + 1}, where the gradient of {names[0]}{more} was not finite"
-
-
-def _points(values: list[float]) -> list[float]:
-    """Give the median and the points below which 10 and 90 per cent of the values lie."""
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    return [statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]]
 
 
 def _wait_for(device: torch.device) -> None:

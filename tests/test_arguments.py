@@ -433,3 +433,10 @@ def test_a_predicate_may_return_a_match_and_no_tensor():
 def test_priors_that_vanish_or_are_none_are_refused(priors):
     with pytest.raises(NormswapError, match=r"expected .*`priors`"):
         normswap.convert(Net(), "cn", contexts=2, priors=priors)
+
+
+@pytest.mark.parametrize("call", [normswap.convert, normswap.plan])
+@pytest.mark.parametrize("given", ["no", 1, None])
+def test_trace_is_true_or_false(call, given):
+    with pytest.raises(NormswapError, match="expected trace= as True or False, got"):
+        call(Net(), "cn", contexts=2, trace=given)

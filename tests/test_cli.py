@@ -1,6 +1,7 @@
 """The command line, in this process: what it prints and how it exits."""
 
 import json
+import sys
 
 import pytest
 
@@ -57,6 +58,18 @@ def test_errors_are_one_line_and_exit_2(capsys, arguments, message):
     assert captured.out == ""
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"normswap {normswap.__version__}\n"
+
+
+def test_a_model_by_name_without_timm_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(["inspect", "resnet18"]) == 2
+    assert "pip install 'normswap[recipes]'" in capsys.readouterr().err
 
 
 def test_unknown_command_exits_2():

@@ -122,10 +122,12 @@ def test_what_cannot_be_saved(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(CheckpointError, match="it is without values"):
         normswap.save(copy.deepcopy(model).to("meta"), tmp_path / "meta")
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(normswap.NormswapError, match=r"pip install 'normswap\[save\]'"):
-        normswap.save(model, tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    for library in ("numpy", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(normswap.NormswapError, match=r"pip install 'normswap\[save\]'"):
+            normswap.save(model, tmp_path / "none")
+        assert not (tmp_path / "none").exists()
+        monkeypatch.undo()
 
 
 def test_saving_again_leaves_one_file_of_each(tmp_path):

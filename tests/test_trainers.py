@@ -46,6 +46,25 @@ def assert_same_state(actual, expected):
         torch.testing.assert_close(actual[name], value)
 
 
+def test_a_loop_that_knows_of_no_contexts_trains_through_its_loader():
+    model = make_model()
+    expected = trained_by_hand(copy.deepcopy(model))
+
+    def with_contexts():
+        for images, classes, contexts in loader():
+            with normswap.use_context(model, contexts):
+                yield images, classes
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()
+    for _ in range(2):
+        for images, classes in with_contexts():
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), classes).backward()
+            optimizer.step()
+    assert_same_state(model.state_dict(), expected)
+
+
 @pytest.mark.filterwarnings("ignore::Warning:lightning")
 def test_a_lightning_module_trains_through_use_context(tmp_path):
     lightning = pytest.importorskip("lightning")

@@ -231,3 +231,13 @@ def test_a_list_of_images_has_one_label_each():
 
     found = verification(Detector(nn.Identity()), contexts=5, example_inputs=(list(IMAGES[:2]),))
     assert set(found.differences) == {"unknown", "0", "1", "2", "3", "4"}
+
+
+@pytest.mark.parametrize("method", ["cn", "acn"])
+def test_a_norm_by_itself_is_verified(method):
+    options = {"contexts": 2} if method == "cn" else {}
+    norm = nn.BatchNorm2d(3).eval()
+    found = normswap.summary(
+        normswap.convert(norm, method, example_inputs=torch.randn(2, 3, 4, 4), **options)
+    )
+    assert found.verification.largest < 1e-5

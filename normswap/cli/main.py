@@ -11,10 +11,12 @@ from tabulate import tabulate
 from torch import nn
 
 from normswap import api
+from normswap._version import __version__
 from normswap.cli.plot import add_plot
 from normswap.errors import NormswapError, UnknownNameError
 from normswap.methods.base import get_method, methods
 from normswap.report import Report
+from normswap.util.extras import need
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="normswap", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"normswap {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     listing = commands.add_parser("methods", help="list the methods")
@@ -85,12 +88,7 @@ def build_model(name: str, device: str) -> nn.Module:
         NormswapError: timm is not installed.
         UnknownNameError: timm has no such model; the message lists near names.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise NormswapError(
-            f"models are looked up in timm, which fails to import: {error}"
-        ) from error
+    timm = need("timm", "recipes", "looking up a model by its name")
     if not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:8] or timm.list_models(f"{name[:5]}*")[:8]
         hint = f"; near: {', '.join(near)}" if near else ""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from normswap.functional.moments import gaussian_divergence
+from normswap.graph.bypassed import find_bypassed
 from normswap.graph.reach import find_reach
 from normswap.graph.state import context_argument
 from normswap.lifecycle.original import original_of
@@ -53,7 +54,7 @@ def summarise(root: nn.Module, record: Record) -> Report:
         rows=rows,
         opaque=reach.opaque,
         traced=reach.traced,
-        direct=reach.direct,
+        direct=find_bypassed(root),
         verification=record.verification,
         argument=context_argument(root),
     )

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from normswap.conversion.inputs import Inputs, guess_inputs
 from normswap.errors import ConversionError, NormswapError, VerificationError
+from normswap.graph.bypassed import find_bypassed, leave_out
 from normswap.graph.rows.snapshot import Snapshot
 from normswap.report import Verification
 from normswap.util.batches import modes_kept
@@ -120,6 +121,23 @@ def compare(
     Raises:
         VerificationError: a difference beyond rounding, or a forward that fails.
     """
+    try:
+        return _compare(model, reference, names, argument, allow_unknown)
+    except VerificationError as error:
+        found = find_bypassed(model)
+        if not found:
+            raise
+        why = f"its forwards take {', '.join(found)} past the norm; {leave_out(found)}"
+        raise VerificationError(f"{error}; {why}") from error
+
+
+def _compare(
+    model: nn.Module,
+    reference: Reference,
+    names: tuple[str, ...],
+    argument: str | None,
+    allow_unknown: bool,
+) -> Verification:
     inputs, expected = reference.inputs, reference.outputs
     result = Verification(keeps=keeps)
     if argument is None or allow_unknown:

@@ -113,12 +113,10 @@ class _StatAffine(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, glue, hand, *tensors = inputs
-        instances = kernels.stats(x)
-        if ctx.needs_input_grad[0]:
-            for t in instances:
-                t.requires_grad_()
-        found, ctx.kept = hand.forward(instances, *tensors)
+        found, ctx.kept = _run_glue(hand, x, tensors, ctx.needs_input_grad[0])
         ctx.glue, ctx.hand, ctx.scale, ctx.centre = glue, hand, found.scale, found.centre
+        # Under such hooks backward may be given another x: checkpointing computes it anew.
+        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         ctx.save_for_backward(x, *tensors)
         return kernels.affine(x, found.scale, found.offset)
 
@@ -129,12 +127,27 @@ class _StatAffine(Function):
         if torch.is_grad_enabled():
             found = _differentiate(x, ctx.glue, tensors, grads[0], needed)
             return found[0], None, None, *found[1:]
+        kept, scale, centre = ctx.kept, ctx.scale, ctx.centre
+        if ctx.hooked:
+            pairs = zip(tensors, needed[1:], strict=True)
+            tensors = [t.detach().requires_grad_(need) for t, need in pairs]
+            (scale, _, centre), kept = _run_glue(ctx.hand, x, tensors, needed[0])
         dy, dx = kernels.match(grads[0], x), None
-        dshift, dscale = kernels.dot(dy, x, ctx.centre)
-        pull = ctx.hand.backward(ctx.kept, dscale, dshift)
+        dshift, dscale = kernels.dot(dy, x, centre)
+        pull = ctx.hand.backward(kept, dscale, dshift)
         if needed[0]:
-            dx = kernels.combine(dy, x, ctx.scale, pull.spread, pull.constant, ctx.centre)
+            dx = kernels.combine(dy, x, scale, pull.spread, pull.constant, centre)
         return dx, None, None, *pull.tensors
+
+
+def _run_glue(
+    hand: HandGlue, x: Tensor, tensors: Sequence[Tensor], differentiable: bool
+) -> tuple[Map, Any]:
+    instances = kernels.stats(x)
+    if differentiable:
+        for t in instances:
+            t.requires_grad_()
+    return hand.forward(instances, *tensors)
 
 
 def _differentiate(

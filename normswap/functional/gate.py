@@ -56,7 +56,9 @@ class GateGlue:
         styles = mean.to(wide), std.to(wide)
         z = (by_mean * styles[0]).addcmul_(by_std, styles[1])
         out, *saved = _batch_norm(z, gain, bias, *self.running, self.batch, self.momentum, 1e-5)
-        for buffer, new in zip(self.kept, self.running, strict=False):
+        # Once: checkpointing may run this again, with what it computed anew.
+        kept, self.kept = self.kept, ()
+        for buffer, new in zip(kept, self.running, strict=False):
             buffer.copy_(new)
         sigmoid = out.to(mean.dtype).sigmoid_()
         g = sigmoid * self.scale

@@ -16,8 +16,9 @@ from torch import nn
 
 from normswap.errors import ConversionError
 from normswap.graph.pinned import closure_of
-from normswap.graph.tracing.bytecode import COMPARES, Statement, codes_of, read_code
+from normswap.graph.tracing.bytecode import Statement, codes_of, read_code
 from normswap.graph.tracing.failure import is_library
+from normswap.graph.tracing.uses import COMPARES
 from normswap.util.original_class import class_of
 
 _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}

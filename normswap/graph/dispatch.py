@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from normswap.errors import NormswapError
 from normswap.functional.labels import Context, wrong_length
+from normswap.graph.bypassed import explain
 from normswap.graph.class_questions import check_question
 from normswap.graph.foreign import is_symbolic, run_symbolic
 from normswap.graph.prepare import open_session, prepare
@@ -36,6 +38,22 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     state: ContainerState | None = vars(module).get("_normswap") or _adopt(module)
     if state is None:
         return own_forward(module, values)
+    if torch.compiler.is_compiling():
+        return _dispatch(module, state, values, context)
+    try:
+        return _dispatch(module, state, values, context)
+    except NormswapError:
+        raise
+    except Exception as error:
+        explained = explain(error, state.fqn)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _dispatch(
+    module: nn.Module, state: ContainerState, values: tuple[Any, ...], context: Any
+) -> Any:
     if type(context) is not Context and is_symbolic(values):
         return run_symbolic(module, state, values, context)
     if state.schedule is not None and module.training:

@@ -1,6 +1,7 @@
 """Give a container a forward that takes the context, through a subclass of its own class."""
 
 import abc
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -45,15 +46,15 @@ def uninstall(module: nn.Module) -> None:
     module.__class__ = cls.converted_from
 
 
-def _restore(
-    make: Callable[..., Any], args: tuple[Any, ...], generic: bool, argument: str | None
-) -> nn.Module:
+def _restore(make: Callable[..., Any], args: tuple[Any, ...], *kind: Any) -> nn.Module:
     module: nn.Module = make(*args)
-    module.__class__ = converted_class(type(module), generic, argument)
+    module.__class__ = converted_class(type(module), *kind)
     return module
 
 
-def converted_class(base: Any, generic: bool = False, argument: str | None = "context") -> Any:
+def converted_class(
+    base: Any, generic: bool = False, argument: str | None = "context", replaced: bool = False
+) -> Any:
     """Return the subclass of a module class whose forward ends in `dispatch`.
 
     There is one for each kind while something is of it; its base knows it as long, and no longer.
@@ -62,10 +63,11 @@ def converted_class(base: Any, generic: bool = False, argument: str | None = "co
         base: the class.
         generic: whether the forward takes any arguments, since it was replaced on an instance.
         argument: name of its context argument; None where it takes no context.
+        replaced: whether a forward that takes no context was set on the instance since.
     """
-    kind = (generic, argument)
+    kind = (generic, argument, replaced)
     alive = (cls for cls in type.__subclasses__(base) if vars(cls).get("conversion") == kind)
-    return next(alive, None) or _make_class(base, generic, argument)
+    return next(alive, None) or _make_class(base, *kind)
 
 
 class _Quiet(nn.Module):
@@ -101,7 +103,14 @@ def _subclass(base: Any, body: dict[str, Any]) -> Any:
     return cls
 
 
-def _make_class(base: Any, generic: bool, argument: str | None) -> Any:
+def _takes(function: Any, argument: str) -> bool:
+    try:
+        return argument in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some builtins tell no signature
+        return False
+
+
+def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) -> Any:
     declared = [] if generic else declared_parameters(base.forward)
     parameters = any_parameters() if generic else parameters_of(base.forward)
     written = write_forward(parameters, dispatch, argument, declared)
@@ -112,7 +121,7 @@ def _make_class(base: Any, generic: bool, argument: str | None) -> Any:
     def reduce(self: nn.Module, protocol: Any) -> Any:
         make, args, *rest = base.__reduce_ex__(self, protocol)
         args = tuple(base if arg is type(self) else arg for arg in args)
-        return (_restore, (make, args, generic, argument), *rest)
+        return (_restore, (make, args, generic, argument, replaced), *rest)
 
     def set_state(self: nn.Module, values: dict[str, Any]) -> None:
         base.__setstate__(self, values)
@@ -125,6 +134,8 @@ def _make_class(base: Any, generic: bool, argument: str | None) -> Any:
         # Graphs call submodules by name; a forward may branch on whether there is one.
         held = vars(self).get("_modules", ())
         base.__setattr__(self, name, value)
+        if name == "forward" and argument is not None:
+            self.__class__ = converted_class(base, generic, argument, not _takes(value, argument))
         if name in held or isinstance(value, nn.Module):
             state: ContainerState | None = vars(self).get("_normswap")
             if state is not None:
@@ -143,11 +154,11 @@ def _make_class(base: Any, generic: bool, argument: str | None) -> Any:
         "bind": staticmethod(written.bind),
         "spread": staticmethod(written.spread),
         "example_values": staticmethod(written.examples),
-        "conversion": (generic, argument),
+        "conversion": (generic, argument, replaced),
         "converted_from": base,
         "context_argument": argument,
         "converted_container": property(lambda self: self),
     }
-    if base.__call__ is not nn.Module.__call__:
+    if replaced or base.__call__ is not nn.Module.__call__:
         body["__call__"] = calling(base.__call__, argument)
     return _subclass(base, body)

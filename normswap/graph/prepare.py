@@ -107,13 +107,12 @@ def _thread(module: nn.Module, traced: list[Traced], paths: Paths, kinds: Any) -
     """Pass the context to the calls that take it, and compile the graphs."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     calls: list[str] = []
-    direct: list[str] = []
     for path in traced:
         context = _add_context(path.graph)
-        _pass_context(module, path.graph, context, calls, direct)
+        _pass_context(module, path.graph, context, calls)
         for node, region in path.regions:
             inner = _add_context(region.graph)
-            _pass_context(module, region.graph, inner, calls, direct)
+            _pass_context(module, region.graph, inner, calls)
             region.run = _compile(region.graph, name)
             node.args = (*node.args, context)
     writes = {path.writes for path in traced if not path.failure}
@@ -127,7 +126,6 @@ def _thread(module: nn.Module, traced: list[Traced], paths: Paths, kinds: Any) -
         run=run,
         guards=paths.guards,
         calls=tuple(_call(module, path) for path in set(calls)),
-        direct=tuple(direct),
         something=all(path.failure or _returns_something(path) for path in traced),
         writes=next(iter(writes)),
         rest=rest,
@@ -174,14 +172,10 @@ def _add_context(graph: fx.Graph) -> fx.Node:
         return graph.placeholder("normswap_context")
 
 
-def _pass_context(
-    module: nn.Module, graph: fx.Graph, context: fx.Node, calls: list[str], direct: list[str]
-) -> None:
-    """Add the context to calls that take it; collect the submodules called and tensors read."""
+def _pass_context(module: nn.Module, graph: fx.Graph, context: fx.Node, calls: list[str]) -> None:
+    """Add the context to calls that take it; collect the submodules called."""
     for node in graph.nodes:
-        if node.op == "get_attr":
-            direct.append(str(node.target))
-        elif node.op == "call_module":
+        if node.op == "call_module":
             calls.append(str(node.target))
             scope = vars(module)["_normswap"].scope
             argument = takes_context(module.get_submodule(calls[-1]), scope)

@@ -16,13 +16,11 @@ class Reach:
         delivery: id of a norm layer -> "threaded" or "scoped"; absent where no forward reaches it.
         opaque: name of a container that keeps its own forward -> why.
         traced: how many containers run a graph.
-        direct: names of tensors of norm layers that a forward reads past the layer.
     """
 
     delivery: dict[int, str] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
     traced: int = 0
-    direct: list[str] = field(default_factory=list)
 
 
 def state_of(module: nn.Module) -> ContainerState | None:
@@ -42,11 +40,6 @@ def find_reach(model: nn.Module) -> Reach:
             reach.opaque[state.fqn] = reasons[0]
         else:
             reach.traced += 1
-        for variant in state.seen():
-            for name in variant.direct:
-                owner = module.get_submodule(name.rpartition(".")[0])
-                if context_argument(owner) is not None and state_of(owner) is None:
-                    reach.direct.append(f"{state.fqn}.{name}".lstrip("."))
     seen: set[tuple[int, bool]] = set()
     queue: list[tuple[nn.Module, bool]] = [(model, True)]
     perhaps: list[nn.Module] = []

@@ -18,6 +18,11 @@ from normswap.graph.rows.run import is_measuring
 _COMPILES_CONTEXTVARS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
+_ALONE = (
+    "expected the context of compiled code that runs outside of its model's forward, perhaps again "
+    "in backward, got none; pass context=, or open normswap.use_context around it"
+)
+
 _Token: TypeAlias = Token[Entry | None]
 Left: TypeAlias = tuple[Entry | None, _Token | None]
 Opened: TypeAlias = tuple[tuple[Entry | None, Entry | None], tuple[_Token, _Token] | None]
@@ -83,6 +88,10 @@ class Scope:
                 self._checkpoints.keep(None if entry is None else entry.context)
         if entry is None:
             self._check_threads(whole)
+            if compiling and not whole and torch.is_grad_enabled() and self.model._labelled:
+                # Where this is a recomputation, which compiled code cannot tell, labels would get
+                # lost; the same code uncompiled can.
+                raise ContextError(_ALONE)
         return None if entry is None else entry.context
 
     def _find(self, compiling: bool) -> Entry | None:
@@ -135,7 +144,8 @@ class Scope:
         raise ContextError(
             "expected to know the one context of a forward that backward runs, got none or several "
             "to choose from; pass context= inside the checkpointed part, put it alone under "
-            "torch.utils.checkpoint, or open normswap.use_context in what backward runs"
+            "torch.utils.checkpoint, compile the whole model instead of that part, or open "
+            "normswap.use_context in what backward runs"
         )
 
     def enter(self, context: Context | None) -> Left:

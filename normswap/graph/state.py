@@ -24,7 +24,6 @@ class Variant:
         reason: why there is no graph; "" where there is one.
         guards: what of the module, and outside of it, must be as it was.
         calls: (path, class, whether `is_direct`) of the submodules the graph calls.
-        direct: paths of tensors the graph reads itself.
         something: whether it certainly returns a tensor, not None.
         writes: what it changes of the lists and dicts it is given; where there is any, `run`
             returns its output and their new contents.
@@ -37,7 +36,6 @@ class Variant:
     reason: str = ""
     guards: Guards = NO_GUARDS
     calls: tuple[tuple[tuple[str, ...], type, bool], ...] = ()
-    direct: tuple[str, ...] = ()
     something: bool = False
     writes: Writes = ()
     rest: bool = False

@@ -57,6 +57,8 @@ class ContextNorm(ContextTables):
     Source: Faye et al., arXiv 2403.16798, CN.
     Differs from source: channels are dimension 1; parameters exist before the first forward;
     eval uses running statistics; labels out of range are an error instead of passing through.
+    Differs from torch's norms: what gradient checkpointing computes again in backward moves the
+    running statistics no second time.
     """
 
     _first_run: Moments | None = None

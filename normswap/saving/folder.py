@@ -46,10 +46,11 @@ def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tenso
     """Write a description and tensors; what was there stays readable until both are on disk.
 
     Raises:
-        NormswapError: safetensors is missing.
+        NormswapError: safetensors or NumPy is missing.
         CheckpointError: `folder` is a file or cannot be written to, or the description holds what
             JSON cannot.
     """
+    need("numpy", "save", "saving a conversion")  # safetensors takes the bytes through it
     library: Any = need("safetensors.torch", "save", "saving and loading a conversion")
     data: bytes = library.save({k: t.cpu().contiguous().clone() for k, t in tensors.items()})
     name = f"tensors-{secrets.token_hex(8)}.safetensors"

@@ -8,7 +8,7 @@ from torch import nn
 
 # Where a layer keeps what it replaced.
 ORIGINAL = "_normswap_original"
-_CALL = nn.Module._call_impl.__code__
+CALL = nn.Module._call_impl.__code__
 
 
 def class_of(value: Any) -> type:
@@ -29,7 +29,7 @@ def in_forward(frame: types.FrameType | None) -> bool:
         return True
     if module.partition(".")[0] in ("torch", "normswap"):
         return False
-    while frame is not None and frame.f_code is not _CALL and frame.f_code.co_name != "forward":
+    while frame is not None and frame.f_code is not CALL and frame.f_code.co_name != "forward":
         frame = frame.f_back
     return frame is not None
 

@@ -79,6 +79,43 @@ def test_a_forward_replaced_on_an_instance():
     check(model, opaque="replaced on the instance")
 
 
+class Staged(Block):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(CHANNELS, 2)
+
+    def forward_features(self, x):
+        return Block.forward(self, x)
+
+    def forward(self, x):
+        return self.head(self.forward_features(x).mean((2, 3)))
+
+
+SET = {
+    "a method": lambda m: m.forward_features,
+    "a function": lambda m: lambda x: m.forward_features(x),
+    "any arguments": lambda m: lambda *args, **kwargs: m.forward_features(*args, **kwargs),
+    "around it": lambda m: lambda x, forward=m.forward: forward(x),
+    "with the context": lambda m: lambda x, context, f=m.forward: f(x, context=context),
+    "a compiled one": lambda m: torch.compile(m.forward_features, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("trace", [True, False])
+@pytest.mark.parametrize("kind", SET)
+def test_a_forward_set_after_conversion_gets_the_context(kind, trace):
+    model = normswap.convert(Staged().eval(), "cn", contexts=3, trace=trace)
+    separate(model)
+    whole = kind in ("around it", "with the context")
+    with normswap.use_context(model, LABELS):
+        expected = (model if whole else model.forward_features)(images())
+    model.forward = SET[kind](model)
+    for each in (model, copy.deepcopy(model)) if kind == "a method" else (model,):
+        close([each(images(), context=LABELS)], [expected])
+    del model.forward
+    assert model(images(), context=LABELS).shape == (len(LABELS), 2)
+
+
 def test_hooks_run():
     class Model(Holder):
         def forward(self, x):

@@ -305,3 +305,32 @@ def test_backward_runs_in_a_thread_of_the_device(reentrant):
         y.sum().backward()
         grads.append(x.grad)
     torch.testing.assert_close(grads[1], grads[0])
+
+
+@REENTRANT
+@TRAINING
+@pytest.mark.parametrize("trace", [True, False])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch.compile warns of what it cannot take
+def test_a_checkpointed_part_that_is_compiled_by_itself_loses_no_labels(reentrant, training, trace):
+    """Compiled code cannot tell that backward runs it."""
+
+    class Part(Holder):
+        def forward(self, x):
+            self.last = self.a(x)
+            return checkpoint(self.b, self.last, use_reentrant=reentrant)
+
+    torch._dynamo.reset()
+    model = normswap.convert(Part().eval(), "cn", contexts=3, trace=trace, verify=False)
+    model.train(training).b = torch.compile(model.b, backend="eager")
+    loss = model(images().requires_grad_(), context=LABELS).sum()
+    with pytest.raises(ContextError, match="compile the whole model instead of that part"):
+        loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_part_called_by_itself_after_labels_takes_none():
+    torch._dynamo.reset()
+    model = make(Inside())
+    model(images(), context=LABELS)
+    expected = model.b(images())
+    torch.testing.assert_close(torch.compile(model.b, backend="eager")(images()), expected)

@@ -128,11 +128,51 @@ def test_what_was_measured_is_copied_and_pickled(fold, unfold, never_again):
 @FOLDS
 def test_what_was_measured_holds_for_any_number_of_samples(fold, unfold, never_again):
     model = converted(fold, unfold)
-    x = torch.randn(7, 5, 6, dtype=torch.float64)
-    model(x[:3], context=torch.tensor([0, 1, 2]))
+    x = torch.randn(7, 4, 6, dtype=torch.float64)
+    model(x[:5], context=torch.tensor([0, 1, 2, 0, 1]))
     never_again()
     labels = torch.tensor([0, 1, 2, 0, 1, 2, -1])
     assert torch.allclose(model(x, context=labels), singly(model, x, labels), rtol=1e-12)
+
+
+TAILS = {
+    "swapped": lambda n: [*range(n - 2), n - 1, n - 2],
+    "turned around": lambda n: [0, 1, 2, *range(n - 1, 2, -1)],
+}
+
+
+@pytest.mark.parametrize("trace", [True, False])
+@pytest.mark.parametrize(("tail", "samples"), [("swapped", 5), ("turned around", 9)])
+def test_orders_that_leave_the_first_three_samples_in_place(tail, samples, trace):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            return self.norm(x[TAILS[tail](len(x))])
+
+    model = apart(normswap.convert(Model().eval(), "cn", contexts=K, trace=trace))
+    x, labels = torch.randn(samples, 6), torch.arange(samples) % K
+    order = TAILS[tail](samples)
+    assert model(x, context=labels).equal(model.norm(x[order], context=labels[order]))
+
+
+@pytest.mark.parametrize("trace", [True, False])
+def test_compiled_training_of_what_flips_in_eval_is_refused(trace):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            return self.norm(x.flip(0))
+
+    x = torch.randn(N, 6)
+    model = normswap.convert(Model(), "cn", contexts=K, trace=trace, example_inputs=x)
+    torch._dynamo.reset()
+    with pytest.raises(ContextError, match="nothing that tells"):
+        torch.compile(model.train(), backend="eager")(x, context=LABELS)
 
 
 def test_measuring_updates_statistics_once_and_draws_nothing():
@@ -474,6 +514,20 @@ def test_labels_that_cannot_follow_are_an_error_that_names_norm_cause_and_way_ou
     assert torch.isfinite(model(x, context="1")).all()
 
 
+@pytest.mark.parametrize(("step", "told"), [(1e-15, True), (1e-6, False)])
+def test_rows_of_dead_activations_are_equal_but_for_rounding(step, told):
+    def dead(s, x):
+        return s.norm((-x.abs()).relu() + 1 + step * torch.arange(len(x)).unsqueeze(1))
+
+    model, x = ordered(dead), torch.randn(4, 6, dtype=torch.float64)
+    if not told:
+        with pytest.raises(ContextError, match="4 rows from no sample of 4"):
+            model(x, context=LABELS)
+        return
+    y = model.norm(torch.ones_like(x), context=LABELS)
+    torch.testing.assert_close(model(x, context=LABELS), y)
+
+
 @contextmanager
 def refusal(part):
     """Take a ContextError that says this; another error, or none, passes."""
@@ -558,7 +612,7 @@ def test_layers_skipped_at_random_are_one_per_sample():
 
 def test_sizes_stop_to_matter_after_some_were_alike(never_again):
     model = converted(outermost, from_outermost)
-    for length in (2, 3, 4):
+    for length in (2, 3, 6):
         model(torch.randn(N, length, 6, dtype=torch.float64), context=LABELS)
     never_again()
     x = torch.randn(N, 9, 6, dtype=torch.float64)

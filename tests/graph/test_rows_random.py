@@ -38,7 +38,7 @@ def interleave(rows, tokens, x):
 
 
 def shuffle_steadily(rows, tokens, x):
-    # A shuffle that leaves three samples in order and moves others is a limit: see graph/rows.py.
+    # A shuffle that leaves five samples in order and moves others is a limit: see graph/rows.py.
     if tokens == 1:
         return rows
     return rows[torch.rand(len(rows), generator=torch.Generator().manual_seed(4)).argsort()]

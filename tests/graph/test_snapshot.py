@@ -6,6 +6,7 @@ import random
 import types
 from collections import OrderedDict, deque
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -43,6 +44,18 @@ def make():
 count = make()
 
 
+class Slotted:
+    __slots__ = ("calls", "new")
+
+    def __init__(self):
+        self.calls = []
+
+
+def remember(x, met=[], *, by={}):  # noqa: B006
+    met.append(1)
+    by["x"] = 1
+
+
 class Changing(nn.Module):
     """Changes what each test names."""
 
@@ -55,6 +68,12 @@ class Changing(nn.Module):
         self.namespace = types.SimpleNamespace(calls=0)
         self.last = deque([1, 2], maxlen=2)
         self.generator = random.Random(0)
+        self.slotted = Slotted()
+        self.deep = {"a": {"b": {"c": {"d": {"e": [0]}}}}}
+        self.pair = ([0], 1)
+        self.drawing = np.random.default_rng(0)
+        self.twister = np.random.Generator(np.random.MT19937(0))
+        self.older = np.random.RandomState(0)
 
     def forward(self, x):
         global N
@@ -75,6 +94,14 @@ class Changing(nn.Module):
         self.namespace.calls += 1
         self.last.append(3)
         self.generator.random()
+        self.slotted.calls.append(1)
+        self.slotted.new = 1
+        self.deep["a"]["b"]["c"]["d"]["e"].append(1)
+        self.pair[0].append(1)
+        remember(x)
+        self.drawing.random()
+        self.twister.random()
+        self.older.random_sample()
         os.environ["NORMSWAP_TEST_SNAPSHOT"] = "1"
         return x + torch.rand(())
 
@@ -96,6 +123,14 @@ LOOKS = {
     "a plain object": lambda m: m.namespace.calls,
     "a deque": lambda m: list(m.last),
     "a generator": lambda m: m.generator.getstate(),
+    "slots": lambda m: (m.slotted.calls[:], hasattr(m.slotted, "new")),
+    "nested deeply": lambda m: m.deep["a"]["b"]["c"]["d"]["e"][:],
+    "a list in a tuple": lambda m: m.pair[0][:],
+    "a default": lambda m: remember.__defaults__[0][:],
+    "a keyword's default": lambda m: dict(remember.__kwdefaults__["by"]),
+    "NumPy's generator": lambda m: str(m.drawing.bit_generator.state),
+    "NumPy's twister": lambda m: str(m.twister.bit_generator.state),
+    "an older generator of NumPy": lambda m: str(m.older.get_state()),
     "the environment": lambda m: os.environ.get("NORMSWAP_TEST_SNAPSHOT"),
     "torch's generator": lambda m: torch.get_rng_state().tolist(),
 }

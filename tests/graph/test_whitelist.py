@@ -1,6 +1,8 @@
 """What a forward may read and do, if a graph is to stand for it: later changes always count."""
 
 import copy
+import dataclasses
+import enum
 
 import pytest
 import torch
@@ -122,3 +124,112 @@ def test_what_goes_round_a_module_leaves_no_mark(cls):
         close(run(converted, context=LABELS), run(twin))
     assert torch.equal(converted.count, twin.count)
     assert isinstance(converted.a, Block)
+
+
+class Mode(enum.Enum):
+    LOUD = "loud"
+
+    def __init__(self, name):
+        self.gain = 1.0
+
+
+class Options:
+    table = {"gain": 2.0}  # noqa: RUF012
+
+
+@dataclasses.dataclass
+class Gain:
+    value: float = 1.0
+    bias = 0.0
+
+    def of(self, x):
+        return x * self.value + self.bias
+
+
+def scaled(size, by=1.0):
+    return size * by
+
+
+class Made(Base):
+    def forward(self, x):
+        return Gain().of(super().forward(x))
+
+
+class Default(Base):
+    def forward(self, x):
+        return super().forward(x) * scaled(2)
+
+
+class OfMember(Base):
+    def forward(self, x):
+        return super().forward(x) * Mode.LOUD.gain
+
+
+class Renaming:
+    gain = 1.0
+    names = {"scale": "gain"}  # noqa: RUF012
+
+    def __getattribute__(self, name):
+        return super().__getattribute__(super().__getattribute__("names").get(name, name))
+
+
+class OfSettings(Base):
+    def __init__(self):
+        super().__init__()
+        self.settings = Renaming()
+
+    def forward(self, x):
+        return super().forward(x) * self.settings.scale
+
+
+class Unused(Base):
+    def forward(self, x):
+        y = super().forward(x)
+        return y * Options().table["gain"] if self.extra else y
+
+
+@pytest.mark.parametrize(
+    "cls", [Made, Default, OfMember, OfSettings, Unused], ids=lambda cls: cls.__name__
+)
+def test_what_can_be_compared_as_a_whole_has_a_graph(cls):
+    check(cls())
+
+
+class Counting(Base):
+    def forward(self, x):
+        return super().forward([x][1])
+
+
+class Raising(Base):
+    def forward(self, x):
+        if not isinstance(x, list):
+            raise ValueError("give a list")
+        return super().forward(x[0])
+
+
+class Handing(Base):
+    def forward(self, x):
+        return self.b(self.a(x), object())
+
+
+REASONS = {
+    Counting: "does `return super().forward([x][1])`, which no graph can without values (Index",
+    Raising: "raises ValueError where its arguments have no values yet: give a list",
+    Handing: "hands on an object of class object",
+}
+
+
+@pytest.mark.parametrize("cls", REASONS, ids=lambda cls: cls.__name__)
+def test_a_reason_says_what_the_forward_does(cls):
+    reason = normswap.plan(cls(), "cn", contexts=2).opaque[""]
+    assert reason.startswith(REASONS[cls])
+
+
+def test_a_number_changed_again_counts_when_compiled(monkeypatch):
+    torch.compiler.reset()
+    converted = normswap.convert(Constant().eval(), "cn", contexts=3, verify=False)
+    compiled = torch.compile(converted, backend="eager", fullgraph=True)
+    before = run(compiled, context=LABELS)[0]
+    for scale in (3.0, 5.0):
+        monkeypatch.setitem(globals(), "SCALE", scale)
+        torch.testing.assert_close(run(compiled, context=LABELS)[0], before * scale)

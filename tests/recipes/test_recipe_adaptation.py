@@ -1,12 +1,13 @@
 import json
 
 import pytest
-import timm
 import torch
 
 import normswap
-from recipes import adaptation, unlabelled
+from recipes import adaptation, images
 from recipes.__main__ import main
+from recipes.scores import HEADINGS
+from recipes.weights import NARROW, make_backbone
 
 
 def results(folder):
@@ -18,17 +19,17 @@ def test_the_smoke_run_trains_and_tests_every_method(tmp_path, capsys):
 
     folder = tmp_path / "adaptation-smoke"
     found = {record["cell"]["method"]: record for record in results(folder)}
-    assert list(found) == list(adaptation.METHODS)
+    assert list(found) == ["source-only", "bn", "cn", "cn-x"]
     for method, record in found.items():
         contextual = method.startswith("cn")
         expected = {"known", "pooled", "posterior"} if contextual else {"plain"}
-        assert {*expected, "source"} == set(record) & set(adaptation.ACCURACIES)
+        assert {*expected, "source"} == set(record) & {*HEADINGS, "source"}
     assert "target 45" in capsys.readouterr().out
 
 
 def test_labels_of_the_target_change_no_training(tmp_path, monkeypatch):
     given = ["adaptation", "--smoke", "--methods", "bn", "cn", "--out", str(tmp_path)]
-    load = unlabelled.load
+    load = images.load
 
     def shuffled(*args, **kwargs):
         data = load(*args, **kwargs)
@@ -37,7 +38,7 @@ def test_labels_of_the_target_change_no_training(tmp_path, monkeypatch):
         return data
 
     assert main([*given, "--name", "true"]) == 0
-    monkeypatch.setattr(unlabelled, "load", shuffled)
+    monkeypatch.setattr(images, "load", shuffled)
     assert main([*given, "--name", "shuffled"]) == 0
     for one, other in zip(results(tmp_path / "true"), results(tmp_path / "shuffled"), strict=True):
         for record in (one, other):
@@ -47,7 +48,7 @@ def test_labels_of_the_target_change_no_training(tmp_path, monkeypatch):
 
 def test_images_that_test_change_no_training(tmp_path, monkeypatch):
     given = ["adaptation", "--smoke", "--methods", "bn", "cn-x", "--out", str(tmp_path)]
-    load = unlabelled.load
+    load = images.load
 
     def blackened(*args, **kwargs):
         data = load(*args, **kwargs)
@@ -55,7 +56,7 @@ def test_images_that_test_change_no_training(tmp_path, monkeypatch):
         return data
 
     assert main([*given, "--name", "true"]) == 0
-    monkeypatch.setattr(unlabelled, "load", blackened)
+    monkeypatch.setattr(images, "load", blackened)
     assert main([*given, "--name", "black"]) == 0
     lines = [(tmp_path / name / "epochs.jsonl").read_text() for name in ("true", "black")]
     assert lines[0] == lines[1]
@@ -63,7 +64,7 @@ def test_images_that_test_change_no_training(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["bn", "cnsn", "acn"])
 def test_a_second_forward_leaves_the_buffers_and_has_gradients(method):
-    model = timm.create_model("resnet10t", num_classes=4, **unlabelled.NARROW)
+    model = make_backbone(NARROW, 4)[0]
     if method != "bn":
         model = normswap.convert(model, method, verify=False)
     model.train()

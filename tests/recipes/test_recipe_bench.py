@@ -51,16 +51,11 @@ def test_the_command_prints_the_table(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--method nothing", "unknown method 'nothing'"),
-        ("--batch 0", "expected --batch of at least 1"),
+        ("--method nothing", "invalid choice: 'nothing' (choose from"),
+        ("--batch 0", "--batch: expected 1 or more, got 0"),
+        ("--model no_such_model", "got 'no_such_model'"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        bench.main(arguments.split())
+    assert bench.main(arguments.split()) == 2
     assert message in capsys.readouterr().err
-
-
-def test_an_unknown_model_is_an_error(capsys):
-    assert bench.main(["--model", "no_such_model"]) == 1
-    assert "no_such_model" in capsys.readouterr().err

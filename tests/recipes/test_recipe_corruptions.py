@@ -5,9 +5,10 @@ import torch
 
 from recipes import corruptions, images
 from recipes.__main__ import main
+from recipes.augment import AugMix
 from recipes.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
 from recipes.digits import load_digits
-from recipes.losses import AugMix
+from recipes.options import Parser
 
 
 def run(tmp_path, *given, name="run"):
@@ -20,7 +21,7 @@ def results(tmp_path, name="run"):
 
 
 def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys):
-    assert run(tmp_path, "--smoke") == 0
+    assert run(tmp_path, "--smoke", "--image-size", "16") == 0
 
     found = results(tmp_path)
     assert [r["cell"]["method"] for r in found] == list(corruptions.METHODS)
@@ -34,10 +35,10 @@ def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys):
 
 
 def test_a_training_is_the_same_again_and_more_methods_may_join_it(tmp_path):
-    smoke = ("--smoke", "--methods", "cnsn+augmix+jsd")
-    assert run(tmp_path, *smoke, name="one") == 0
-    assert run(tmp_path, "--smoke", "--methods", "bn", name="two") == 0
-    assert run(tmp_path, *smoke, "bn", "--resume", name="two") == 0
+    smoke = ("--smoke", "--image-size", "16", "--methods")
+    assert run(tmp_path, *smoke, "cnsn+augmix+jsd", name="one") == 0
+    assert run(tmp_path, *smoke, "bn", name="two") == 0
+    assert run(tmp_path, *smoke, "cnsn+augmix+jsd", "bn", "--resume", name="two") == 0
 
     one, two = results(tmp_path, "one")[0], results(tmp_path, "two")[1]
     del one["seconds"], two["seconds"]
@@ -115,9 +116,11 @@ def test_what_cannot_be_done_is_said_before_a_run_is_made(tmp_path, capsys, give
 def test_few_training_images_leave_the_test_as_it_was():
     loaded = []
     for given in ([], ["--train-per-class", "7"]):
-        options = corruptions._parser().parse_args(given)
-        images.resolve(options)
-        loaded.append(images.load(options, seed=3))
+        parser = Parser("corruptions", "")
+        corruptions.add_options(parser)
+        options = parser.parse_args(given)
+        images.settle(options)
+        loaded.append(images.load_mixed(options, seed=3))
     every, few = loaded
 
     assert torch.equal(few.test, every.test)

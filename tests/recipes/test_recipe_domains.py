@@ -139,7 +139,7 @@ def test_the_nearest_domain_is_found_from_the_image_alone():
     nearest = NearestDomain(model, loader)
 
     for domain in range(4):
-        for batch in loader.domain_test(domain):
+        for batch in loader.whole(loader.test_indices(domain)):
             assert (nearest(batch.images) == domain).float().mean() > 0.95
     assert model.training
     assert all(

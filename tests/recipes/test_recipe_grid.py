@@ -1,18 +1,20 @@
-import argparse
 import json
+from argparse import Namespace
 
 import pytest
+from matplotlib.figure import Figure
 
-from recipes import grid
+from recipes import grid, runs
 from recipes.errors import RecipeError
+from recipes.options import Parser
 from recipes.points import draw_points
 
 
-def options(tmp_path, *given: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    grid.add_arguments(parser, ["bn"], ["bn", "cn"], seeds=2)
-    parser.add_argument("--lr", type=float, default=0.1)
-    return parser.parse_args(["--out", str(tmp_path), *given])
+def options(tmp_path, *given: str) -> Namespace:
+    parser = Parser("toy", "")
+    parser.share(lr=0.1)
+    grid.add_methods(parser, ["bn"], ["bn", "cn"], seeds=2)
+    return runs.parse(parser, ["--out", str(tmp_path), *given])
 
 
 CELLS = [{"method": method, "seed": seed} for method in ("bn", "cn") for seed in (0, 1)]
@@ -71,15 +73,15 @@ def test_a_grid_of_other_settings_is_not_resumed(tmp_path):
     folder = grid.open_run(options(tmp_path), "toy")
     other = options(tmp_path, "--name", folder.name, "--resume", "--lr", "0.2")
 
-    with pytest.raises(RecipeError, match=r"expected lr to be 0\.1, .* got 0\.2"):
+    with pytest.raises(RecipeError, match=r"expected --lr to be 0\.1, .* got 0\.2"):
         grid.open_run(other, "toy")
 
 
 def test_resuming_needs_a_name_and_a_run(tmp_path):
     with pytest.raises(RecipeError, match="--name with --resume"):
-        grid.open_run(options(tmp_path, "--resume"), "toy")
+        options(tmp_path, "--resume")
     with pytest.raises(RecipeError, match="expected a run to resume"):
-        grid.open_run(options(tmp_path, "--resume", "--name", "none"), "toy")
+        options(tmp_path, "--resume", "--name", "none")
 
 
 def test_a_damaged_file_of_results_is_an_error(tmp_path):
@@ -98,15 +100,14 @@ def test_cells_are_all_methods_of_a_seed_together_and_of_one_seed_in_a_smoke_tes
     assert grid.cells(options(tmp_path, *given, "--smoke")) == [CELLS[0], CELLS[2]]
 
 
-def test_no_seeds_are_an_error(tmp_path, capsys):
-    with pytest.raises(SystemExit):
+def test_no_seeds_are_an_error(tmp_path):
+    with pytest.raises(RecipeError, match="expected 1 or more, got 0"):
         options(tmp_path, "--seeds", "0")
-    assert "expected 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_the_table_is_of_mean_and_sample_deviation(tmp_path):
     records = [{"cell": cell, **train(cell, lambda _: None)} for cell in CELLS]
-    text = grid.table(records, ["method"], {"accuracy": "right, %", "none": "missing"})
+    text = grid.table(records, {"accuracy": "right, %", "none": "missing"})
 
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert rows[0] == ["method", "runs", "right, %", "missing"]
@@ -123,10 +124,20 @@ def test_the_report_names_command_and_versions(tmp_path):
     assert report.endswith("a table\n")
 
 
-def test_a_picture_shows_every_run(tmp_path):
+def test_a_picture_shows_every_run(tmp_path, monkeypatch):
+    shown = []
+    save = Figure.savefig
+
+    def spy(figure, *args, **kwargs):
+        dots = [line for line in figure.axes[0].lines if line.get_marker() == "."]
+        shown.extend(y for line in dots for y in line.get_ydata())
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
     records = [{"cell": cell, **train(cell, lambda _: None)} for cell in CELLS]
     path = tmp_path / "points.png"
-    draw_points(path, records, "method", {"accuracy": "right", "none": "missing"}, "toy")
+    draw_points(path, records, {"accuracy": "right", "none": "missing"}, "toy")
 
+    assert sorted(shown) == [20, 20, 21, 21]
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]

@@ -1,18 +1,14 @@
 import math
-import random
 
-import numpy as np
 import pytest
 import timm.loss
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 import normswap
-from recipes import finetune, losses
-from recipes.__main__ import main
-from recipes.data import Augmentation, Batch, DomainData, Loader
+from recipes import losses
+from recipes.data import Batch
 
 QUICK = ["finetune", "--smoke", "--model", "test_resnet", "--image-size", "16"]
 
@@ -208,120 +204,3 @@ def test_a_model_without_crossnorm_keeps_what_has_a_meaning_for_it():
     left = {loss: losses.loss_of(nn.BatchNorm2d(3), loss) for loss in losses.LOSSES}
     assert left == {"ce": "ce", "jsd": "ce", "augmix": "augmix", "augmix+jsd": "augmix"}
     assert all(losses.loss_of(converted(0.5), loss) == loss for loss in losses.LOSSES)
-
-
-def pictures() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(2)
-    small = torch.rand(6, 3, 4, 4, generator=generator)
-    return (255 * F.interpolate(small, size=16, mode="bilinear")).to(torch.uint8)
-
-
-def test_augmix_is_decided_by_the_generator_and_leaves_other_generators_alone():
-    mix = losses.AugMix((0.5, 0.4, 0.3))
-    random.seed(3)
-    np.random.seed(3)
-    first = mix(pictures(), torch.Generator().manual_seed(0))
-    drawn = random.random(), np.random.rand()
-    random.seed(3)
-    np.random.seed(3)
-    assert drawn == (random.random(), np.random.rand())
-    assert torch.equal(first, mix(pictures(), torch.Generator().manual_seed(0)))
-    assert not torch.equal(first, mix(pictures(), torch.Generator().manual_seed(1)))
-    assert first.dtype == torch.uint8
-    assert first.shape == pictures().shape
-    assert not torch.equal(first, pictures())
-    # Mixed with itself: still the same pictures.
-    assert (first.float() - pictures().float()).abs().mean() < 40
-
-
-def test_a_loader_mixes_training_images_only_and_gives_all_versions_one_window():
-    images = pictures()
-    none = torch.zeros(6, dtype=torch.int64)
-    every = torch.ones(6, dtype=torch.bool)
-    how = Augmentation((0.6, 1.2), 0.2, True)
-    data = DomainData(images, none, none, every, every, ["a"], ["x"], how)
-    cpu = torch.device("cpu")
-
-    def inverted(x, generator):
-        return 255 - x
-
-    loader = Loader(data, (0.5,) * 3, (0.5,) * 3, 3, cpu, inverted)
-    plain = Loader(data, (0.5,) * 3, (0.5,) * 3, 3, cpu)
-    for ours, theirs in zip(loader.train_epoch(0, 0), plain.train_epoch(0, 0), strict=True):
-        assert torch.equal(ours.images, theirs.images)
-        assert theirs.mixed == ()
-        assert len(ours.mixed) == 2
-        for version in ours.mixed:
-            torch.testing.assert_close(version, -ours.images, atol=1e-5, rtol=0)
-    assert all(b.mixed == () for b in loader.domain_test(0))
-
-
-def run(out, *options: str) -> int:
-    return main([*QUICK, "--out", str(out), *options])
-
-
-def checkpoint(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoint.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("loss", "method", "line"),
-    [
-        ("jsd", "cnsn", "Training loss: bn ce, cnsn jsd (the rest needs CrossNorm)."),
-        (
-            "augmix+jsd",
-            "crossnorm",
-            "Training loss: bn augmix, crossnorm augmix+jsd (the rest needs CrossNorm).",
-        ),
-        ("augmix", "cn", "Training loss: bn augmix, cn augmix."),
-    ],
-)
-def test_a_run_says_its_losses_and_resumes_to_the_same_end(
-    tmp_path, monkeypatch, loss, method, line
-):
-    options = ("--loss", loss, "--method", method)
-    assert run(tmp_path, "--name", "whole", *options) == 0
-    assert line in (tmp_path / "whole" / "report.txt").read_text(encoding="utf-8")
-    train_and_test = finetune.train_and_test
-
-    def interrupted(arms, loader, config, epoch):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return train_and_test(arms, loader, config, epoch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "train_and_test", interrupted)
-        assert run(tmp_path, "--name", "parts", *options) == 130
-    assert main(["finetune", "--out", str(tmp_path), "--name", "parts", "--resume"]) == 0
-    whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_the_baseline_beside_jsd_is_that_of_cross_entropy(tmp_path):
-    for loss in ("ce", "jsd"):
-        assert run(tmp_path, "--name", loss, "--loss", loss, "--method", "crossnorm") == 0
-    ce, jsd = checkpoint(tmp_path / "ce"), checkpoint(tmp_path / "jsd")
-    same = {name: torch.equal(value, jsd[name]) for name, value in ce.items()}
-    assert all(equal for name, equal in same.items() if name.startswith("bn/"))
-    assert not all(equal for name, equal in same.items() if name.startswith("crossnorm/"))
-
-
-def test_resuming_with_another_loss_is_refused(tmp_path, capsys):
-    assert run(tmp_path, "--name", "run", "--method", "crossnorm", "--loss", "jsd") == 0
-    assert run(tmp_path, "--name", "run", "--resume", "--loss", "ce") == 2
-    assert "expected --loss to be 'jsd', as in the run" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("method", ["cn-x", "selfnorm"])
-@pytest.mark.parametrize("loss", ["jsd", "augmix+jsd"])
-def test_a_loss_that_needs_crossnorm_is_refused_before_anything_is_written(
-    tmp_path, capsys, loss, method
-):
-    assert run(tmp_path / "out", "--loss", loss, "--method", method) == 2
-    error = capsys.readouterr().err.strip()
-    assert f"expected a --method with CrossNorm, such as crossnorm or cnsn, for --loss {loss}" in (
-        error
-    )
-    assert "\n" not in error
-    assert not (tmp_path / "out").exists()

@@ -3,13 +3,14 @@ import random
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 import normswap
-from recipes import unlabelled
+from recipes import images, methods, unlabelled
+from recipes.data import Loader
 from recipes.digits import load_digits
 from recipes.pseudo import Alignment, Views, draw, pseudo_loss
+from recipes.weights import NARROW, make_backbone
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -81,7 +82,7 @@ def test_a_batch_may_be_larger_than_the_samples():
 
 
 def test_views_are_decided_by_the_generator_and_leave_other_random_states(digits):
-    views = Views(digits, MEAN, STD, torch.device("cpu"))
+    views = Views(Loader(digits, MEAN, STD, 8, torch.device("cpu")))
     indices = torch.arange(6)
     states = (random.getstate(), np.random.get_state()[1].tolist())
     strong = [views.strong(indices, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
@@ -92,25 +93,27 @@ def test_views_are_decided_by_the_generator_and_leave_other_random_states(digits
 
 
 def test_plain_views_are_the_normalised_images(digits):
-    views = Views(digits, MEAN, STD, torch.device("cpu"))
+    views = Views(Loader(digits, MEAN, STD, 8, torch.device("cpu")))
     expected = digits.images[3:5].numpy() / 255.0
     expected = (expected - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
-    np.testing.assert_allclose(views.plain(torch.tensor([3, 4])).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        views.loader.batch(torch.tensor([3, 4])).images.numpy(), expected, atol=1e-6
+    )
 
 
 def test_strong_views_are_further_from_the_image_than_weak_ones(digits):
-    views = Views(digits, MEAN, STD, torch.device("cpu"))
+    views = Views(Loader(digits, MEAN, STD, 8, torch.device("cpu")))
     indices = torch.arange(40)
     generator = torch.Generator().manual_seed(0)
     distance = [
-        (view(indices, generator) - views.plain(indices)).square().mean()
+        (view(indices, generator) - views.loader.batch(indices).images).square().mean()
         for view in (views.weak, views.strong)
     ]
     assert distance[1] > 1.5 * distance[0] > 0
 
 
 def test_each_part_of_a_batch_gets_its_own_context():
-    model = timm.create_model("resnet10t", num_classes=4, **unlabelled.NARROW).eval()
+    model = make_backbone(NARROW, 4)[0].eval()
     model = normswap.convert(model, "cn-x", contexts=["a", "b"], verify=False)
     with torch.no_grad():
         for layer in model.modules():
@@ -131,7 +134,7 @@ def test_the_average_of_the_weights_is_what_is_given_back():
         seen.append(model.weight.detach().clone())
         return model(torch.ones(4, 2)).square().mean(), {"kept": torch.tensor(float(index))}
 
-    averaged, figures = unlabelled.train(model, step, options, 0, notes.append)
+    averaged, figures = unlabelled.fit(model, step, options, 0, notes.append)
     seen.append(model.weight.detach().clone())
     weights = np.stack([w.numpy() for w in seen[1:]])
     expected = weights[0]
@@ -152,13 +155,15 @@ def test_a_figure_of_nothing_is_left_out_of_the_mean():
 
 
 def test_every_method_starts_from_the_same_weights_and_function():
-    options = argparse.Namespace(model=None, weights=None)
-    images = torch.randn(4, 3, 24, 24)
-    plain = unlabelled.build(options, 10, seed=1).eval()
+    options = argparse.Namespace(model=NARROW, weights="none", image_size=32)
+    data = load_digits(limit=100, angles=(0,))
+    cpu = torch.device("cpu")
+    pictures = torch.randn(4, 3, 32, 32)
+    plain, _, _ = images.build(options, data, 1, cpu)
     with torch.no_grad():
-        expected = plain(images)
+        expected = plain.eval()(pictures)
         frozen = ("bn-frozen", "cn-frozen")
         for method in ("bn", "cn", "cn-x", "acn", "crossnorm", "selfnorm", "cnsn", *frozen):
-            model = unlabelled.build(options, 10, seed=1)
-            model = unlabelled.converted(model, method, ("a", "b"), images, plain=("bn",))
-            torch.testing.assert_close(model.eval()(images), expected)
+            model, _, _ = images.build(options, data, 1, cpu)
+            model = methods.convert(model, method, ("a", "b"))
+            torch.testing.assert_close(model.eval()(pictures), expected)

@@ -1,4 +1,5 @@
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -6,18 +7,24 @@ from safetensors.torch import load_file
 from torch import nn
 
 from recipes import runs
-from recipes.config import resolve, resolve_resumed, to_dict
 from recipes.errors import RecipeError
+from recipes.options import of_cell
 from recipes.training import make_arm
 
+CONFIG = of_cell(Namespace(epochs=2, lr=1e-3))
 HISTORY = [{"epoch": 1, "arms": {}}]
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("this must not run",))
 
 
 def trained_arm(steps: int = 3):
     """A small model some steps into training, so that the optimizer has a state."""
     torch.manual_seed(steps)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    arm = make_arm("bn", model, resolve({"epochs": 2}), 10)
+    arm = make_arm("bn", model, CONFIG, 10)
     for update in range(steps):
         arm.schedule.step_update(update)
         model(torch.randn(5, 3)).pow(2).sum().backward()
@@ -102,34 +109,41 @@ def test_remains_of_a_killed_write_do_not_hinder_the_next(tmp_path):
 def test_a_tensor_under_two_names_is_saved_under_both(tmp_path):
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
     model.append(model[0])
-    runs.save_model(tmp_path, make_arm("bn", model, resolve({"epochs": 1}), 1))
+    runs.save_model(tmp_path, model)
     saved = load_file(tmp_path / "model.safetensors")
     assert torch.equal(saved["0.weight"], saved["2.weight"])
 
 
 def test_metrics_are_one_json_line_an_epoch(tmp_path):
     history = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
-    runs.write_metrics(tmp_path, history)
+    runs.save_checkpoint(tmp_path, [trained_arm()], history)
     lines = (tmp_path / runs.METRICS).read_text().splitlines()
     assert [json.loads(line) for line in lines] == history
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / runs.CHECKPOINT).write_bytes(b"damaged")
-    with pytest.raises(RecipeError, match=r"cannot read the checkpoint .*checkpoint\.safetensors"):
+    with pytest.raises(RecipeError, match=r"cannot read the checkpoint .*checkpoint\.pt"):
         runs.load_checkpoint(tmp_path, [trained_arm()])
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_the_code_not_run(tmp_path, capsys):
+    torch.save({"format": runs.FORMAT, "states": Payload()}, tmp_path / runs.CHECKPOINT)
+    with pytest.raises(RecipeError, match="cannot read the checkpoint"):
+        runs.load_checkpoint(tmp_path, [trained_arm()])
+    assert "must not run" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     runs.save_checkpoint(tmp_path, [trained_arm()], HISTORY)
-    other = make_arm("bn", nn.Linear(2, 2), resolve({"epochs": 2}), 10)
+    other = make_arm("bn", nn.Linear(2, 2), CONFIG, 10)
     with pytest.raises(RecipeError, match="does not fit the model bn"):
         runs.load_checkpoint(tmp_path, [other])
 
 
 def test_an_existing_run_is_refused_with_both_ways_out(tmp_path):
     with pytest.raises(RecipeError, match=r"exists; add --resume .* another --name"):
-        runs.check_new(tmp_path)
+        runs.folder_of(Namespace(out=tmp_path.parent, name=tmp_path.name, resume=False), "", "")
 
 
 def test_a_default_name_avoids_existing_runs(tmp_path):
@@ -140,49 +154,11 @@ def test_a_default_name_avoids_existing_runs(tmp_path):
 
 
 def test_settings_of_a_run_are_read_back(tmp_path):
-    settings = to_dict(resolve({"epochs": 3, "held_out": "60"}))
-    runs.create(tmp_path / "run", settings, {"torch": "0"})
-    assert runs.read_config(tmp_path / "run") == settings
+    runs.write_config(tmp_path / "run", {"epochs": 3, "held_out": "60"})
+    assert runs.read_config(tmp_path / "run") == {"epochs": 3, "held_out": "60"}
+    assert "torch" in runs.read_config(tmp_path / "run", "versions")
 
 
 def test_resuming_what_is_not_there_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"found no config\.json; leave out --resume"):
         runs.read_config(tmp_path / "none")
-
-
-def test_a_resumed_run_keeps_its_own_settings():
-    config = resolve({"epochs": 3, "lr": 0.01})
-    assert resolve_resumed({}, to_dict(config)) == config
-
-
-def test_resuming_with_another_setting_is_refused_with_both_values():
-    saved = to_dict(resolve({"epochs": 3, "lr": 0.01}))
-    with pytest.raises(RecipeError, match=r"expected --lr to be 0\.01, .* got 0\.02"):
-        resolve_resumed({"lr": 0.02}, saved)
-
-
-def test_resuming_with_other_workers_is_fine():
-    assert resolve_resumed({"workers": 1}, to_dict(resolve({"epochs": 3}))).workers == 1
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"epochs": 0}, "--epochs of 1 or more, got 0"),
-        ({"batch_size": -1}, "--batch-size of 1 or more, got -1"),
-        ({"lr": 0.0}, "--lr above 0, got 0"),
-        ({"weight_decay": -0.1}, "--weight-decay of 0 or more, got -0.1"),
-        ({"pretrained": True, "weights": "x"}, "--pretrained or --weights, got both"),
-    ],
-)
-def test_settings_out_of_range_are_refused(given, message):
-    with pytest.raises(RecipeError, match=message):
-        resolve(given)
-
-
-def test_given_weights_are_tuned_at_a_smaller_rate():
-    assert resolve({"weights": "some.pth"}).lr < resolve({}).lr
-
-
-def test_weights_of_efficientnet_lite0_choose_its_model():
-    assert resolve({"weights": "efficientnet-lite0"}).model == "tf_efficientnet_lite0"

@@ -6,7 +6,7 @@ import torch
 from sklearn.cluster import KMeans
 
 import normswap
-from recipes import superclasses
+from recipes import scores, superclasses
 from recipes.__main__ import main
 from recipes.data import Loader
 from recipes.digits import load_digits
@@ -114,9 +114,10 @@ def test_scores_are_of_the_label_that_is_told_or_of_the_policy(digits, method):
             one_by_one = [model(a[None], context=c[None]) for a, c in zip(x, contexts, strict=True)]
             wanted[unknown] = model(x)
     for unknown, expected in wanted.items():
-        found = superclasses.logits(model, loader, None, unknown)
+        normswap.set_unknown(model, unknown)
+        found, labels = scores.logits(model, loader, loader.test_indices())
         torch.testing.assert_close(found, expected)
-    found = superclasses.logits(model, loader, contexts, "pooled")
+        assert torch.equal(labels, data.labels[data.test])
+    found, _ = scores.logits(model, loader, loader.test_indices(), scores.own)
     torch.testing.assert_close(found, torch.cat(one_by_one), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(wanted["pooled"], wanted["posterior"])
-    assert model[1].unknown == "posterior"

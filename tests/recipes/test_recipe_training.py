@@ -1,15 +1,19 @@
+from argparse import Namespace
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 import normswap
-from recipes.config import resolve
-from recipes.data import Augmentation, DomainData, Loader
+from recipes.augment import Augmentation
+from recipes.data import DomainData, Loader
 from recipes.errors import RecipeError
-from recipes.training import evaluate, fill_statistics, make_arm, train_epoch
+from recipes.options import of_cell
+from recipes.scores import evaluate
+from recipes.training import fill_statistics, make_arm, train_epoch
 
-CONFIG = resolve({"epochs": 2, "batch_size": 8, "lr": 1e-3})
+CONFIG = of_cell(Namespace(epochs=2, batch_size=8, lr=1e-3, seed=0))
 CPU = torch.device("cpu")
 
 
@@ -144,7 +148,7 @@ def test_an_arm_trains_the_same_alone_as_beside_another():
 
 
 def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_nothing():
-    arm = make_arm("bn", Plain(), resolve({"epochs": 10, "lr": 1e-3}), 10)
+    arm = make_arm("bn", Plain(), of_cell(CONFIG, epochs=10), 10)
     rates = []
     for update in range(100):
         arm.schedule.step_update(update)
@@ -155,7 +159,7 @@ def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_nothing():
 
 
 def test_the_loss_falls_on_a_learnable_task():
-    arm = make_arm("bn", Plain(), resolve({"epochs": 8, "batch_size": 8, "lr": 1e-2}), 8)
+    arm = make_arm("bn", Plain(), of_cell(CONFIG, epochs=8, lr=1e-2), 8)
     losses = [
         train_epoch([arm], make_loader(coloured()), CONFIG, epoch)["bn"]["loss"]
         for epoch in range(8)
@@ -188,7 +192,7 @@ def test_the_error_names_the_first_gradient_that_was_not_finite():
 def test_statistics_are_filled_with_the_average_of_the_first_batches():
     loader = make_loader(coloured())
     norm = nn.BatchNorm2d(3)
-    fill_statistics(norm, loader, CONFIG, batches=4)
+    fill_statistics(norm, loader, 0, batches=4)
     batches = [b.images for b, _ in zip(loader.train_epoch(0, -1), range(4), strict=False)]
     means = torch.stack([images.mean((0, 2, 3)) for images in batches])
     variances = torch.stack([images.transpose(0, 1).flatten(1).var(1) for images in batches])

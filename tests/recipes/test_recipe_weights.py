@@ -108,7 +108,7 @@ def test_a_missing_tensor_is_refused():
 
 def test_an_unexpected_tensor_is_refused():
     state = {**Small().state_dict(), "neck.weight": torch.zeros(1)}
-    with pytest.raises(RecipeError, match=r"neck\.weight is not in the model"):
+    with pytest.raises(RecipeError, match=r"neck\.weight is \(1,\) there and missing in the model"):
         load_weights(Small(), state, "FILE")
 
 

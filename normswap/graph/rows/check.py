@@ -2,12 +2,12 @@
 
 A model may fold windows or tokens into the batch, repeat it, or put it in another order before a
 norm, and no shape tells. So the first call of a kind with mixed labels is preceded by a
-measurement (see `measure`) on its first three samples. An order that is regular holds for any
+measurement (see `measure`) on its first five samples. An order that is regular holds for any
 number of samples from then on, as long as the norms are met in the same sequence with as many
 rows a sample; any other holds for the one call it was measured for.
 
 What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
-order that leaves three samples in place and moves those of a larger batch; an order that a later
+order that leaves five samples in place and moves those of a larger batch; an order that a later
 call of the same kind changes, by a counter or by a hook of the user's, which does not run here.
 What a forward changes where `snapshot` does not look, as a file, changes in a measurement, too.
 """
@@ -25,7 +25,7 @@ from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
 from normswap.graph.rows.run import RUN, Run
 
 # Samples of a measurement: fewer leave more orders that look alike.
-_FEW = 3
+_FEW = 5
 _MOST_DETOURS = 3
 _MIXED = "rows whose order is another in each of several calls"
 
@@ -175,7 +175,9 @@ class Rows:
         # In a program for any batch the sizes are symbols; their ratio is a number all the same.
         times = 0 if rows % samples else int(rows // samples)
         step = self.known.get((site, layer.training, times))
-        if step is None and times == 1:
+        # An order that the other mode has is likely this one's, too.
+        other = self.known.get((site, not layer.training, times))
+        if step is None and times == 1 and (other is None or other.regular):
             return Step(site, layer.training, 0, ONE, 1)
         if (step is None or not step.regular) and not isinstance(rows, torch.SymInt):
             step = self.known.get((site, layer.training, rows, samples))
@@ -224,6 +226,10 @@ def fix_rows(model: nn.Module, fixed: bool = True) -> None:
     A forward that flips or permutes its samples has the order measured in each call, which costs
     several forwards, since another call may have another. Declared fixed, it is measured once for
     each batch size and kind of call, and compiled programs can use it.
+
+    Orders are measured in calls that are not compiled. Compiled code takes a norm that it gives
+    one row a sample, and of which nothing was measured in its mode, to be in the order of the
+    batch: where a forward reorders, run one mixed batch of each mode before compiling it.
 
     Args:
         model: a converted model, or a module that holds one.

@@ -94,16 +94,19 @@ def moves_others(step: Step, moved: Tensor, sample: int, samples: int, noise: fl
 def _find_order(rows: list[int], samples: int, x: Tensor) -> str | None:
     """Return the one regular order that explains the rows.
 
-    Rows from no sample, as padding, follow it where they are equal in every sample.
+    Rows from no sample, as padding or where activations are dead, follow it where they are equal
+    in every sample, but for rounding: products of matrices round some rows in another order.
     """
     if not rows or len(rows) % samples:
         return None
-    fits = []
+    fits, least = [], min(64 * torch.finfo(x.dtype).eps, 1e-4)
     for how in (FOLDED, REPEATED):
         slots = _slots(how, len(rows), samples).T.tolist()
         empty = [[row for row in slot if rows[row] == _NONE] for slot in slots]
         if all(rows[row] in (i, _NONE) for slot in slots for i, row in enumerate(slot)) and all(
-            not change_of(x[slot[:1]], x[[row]]).any() for slot in empty for row in slot[1:]
+            not (change_of(x[slot[:1]], x[[row]]) > least).any()
+            for slot in empty
+            for row in slot[1:]
         ):
             fits.append(how)
     if len(rows) == samples:

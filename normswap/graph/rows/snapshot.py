@@ -1,13 +1,15 @@
 """A snapshot of all that a forward may change, to be put back after runs that leave no trace."""
 
 import copy
+import copyreg
+import functools
 import operator
 import os
 import random
 import sys
 import types
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -17,8 +19,8 @@ from normswap.graph.class_questions import reachable
 from normswap.graph.tracing.failure import is_library
 from normswap.util.original_class import class_of
 
-# Levels of what attributes and globals hold.
-_DEPTH = 3
+# Values that are looked into, the nearest first: what holds more is data, not state.
+_MOST = 20_000
 _MISSING = object()
 # Modules of Python with classes of plain objects.
 _NAMESPACES = ("types", "argparse", "collections")
@@ -30,10 +32,11 @@ class Snapshot:
     """What is seen from the modules of a model and from the code of their forwards, as it is now.
 
     Tables, which have names, are put back with what they held: attributes of modules, classes,
-    functions and plain objects, dicts, the environment, variables of functions around others, and
-    the globals that forwards and the functions they call name. So are collections with their
-    entries, tensors with their values, parameters included, and with their states iterators and
-    generators of random numbers, those of Python, NumPy and torch included.
+    functions and plain objects, slots included, dicts, the environment, variables of functions
+    around others, and the globals that forwards and the functions they call name. So are
+    collections with their entries, defaults of arguments among them, tensors with their values,
+    parameters included, and with their states iterators and generators of random numbers, those of
+    Python, NumPy and torch included.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,14 +56,14 @@ class Snapshot:
         if any(parameter.is_cuda for parameter in model.parameters()):
             self._keep(torch.cuda.default_generators[torch.cuda.current_device()])
         self._keep_table(os.environ)
-        level = [part for module in model.modules() for part in self._keep_table(vars(module))]
-        level += list(model.parameters())
+        level = [*model.parameters(), *model.buffers()]
+        level += [part for module in model.modules() for part in self._keep_table(vars(module))]
         classes: set[Any] = {class_of(module) for module in model.modules()}
         for cls in classes:
             if not is_library(cls.__module__):
                 level += [part for base in cls.__mro__ for part in self._keep(base)]
                 level += [part for f in reachable(cls.forward, cls) for part in self._see(f)]
-        for _ in range(_DEPTH):
+        while level:
             level = [part for value in level for part in self._keep(value)]
         self._states = [read() for read, _, _ in self._dice]
 
@@ -69,6 +72,7 @@ class Snapshot:
         parts = self._keep(function)
         for cell in function.__closure__ or ():
             parts += self._keep(cell)
+        parts += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         return parts + self._keep_table(function.__globals__, _names(function.__code__))
 
     def _keep_table(self, holder: Any, names: Collection[str] | None = None) -> list[Any]:
@@ -78,13 +82,15 @@ class Snapshot:
 
     def _keep(self, value: Any) -> list[Any]:
         """Keep a value that can change; return what it holds."""
-        if id(value) in self._met or isinstance(value, nn.Module | types.ModuleType):
+        if (
+            id(value) in self._met
+            or len(self._met) >= _MOST
+            or isinstance(value, nn.Module | types.ModuleType)
+        ):
             return []
         self._met.add(id(value))
-        if isinstance(value, torch.Generator):
-            self._dice.append((value.get_state, value.set_state, value.manual_seed))
-        elif isinstance(value, random.Random):
-            self._dice.append((value.getstate, value.setstate, value.seed))
+        if (controls := _controls(value)) is not None:
+            self._dice.append(controls)
         elif isinstance(value, Tensor):
             # With its data, which a forward may exchange: a momentum encoder does.
             self._tensors.append((value, value.data, value.detach().clone()))
@@ -92,11 +98,14 @@ class Snapshot:
             kept = dict(value) if isinstance(value, dict) else list(value)
             self._collections.append((value, kept))
             return [*kept.values()] if isinstance(kept, dict) else kept
+        elif isinstance(value, tuple):
+            return list(value)
         elif isinstance(value, types.CellType):
             return self._keep_table(value)
         elif not _is_of_library(value):
             table = value if isinstance(value, type) else getattr(value, "__dict__", None)
-            return self._keep_table(table) if isinstance(table, dict | type) else []
+            parts = self._keep_table(table) if isinstance(table, dict | type) else []
+            return parts + (self._keep_table(value) if _slots_of(value) else [])
         return []
 
     def restore(self, seed: int | None = None) -> bool:
@@ -131,6 +140,27 @@ class Snapshot:
         return moved
 
 
+def _controls(value: Any) -> tuple[Any, Any, Any] | None:
+    """Return what reads, sets and seeds the state of a generator of random numbers."""
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state, value.manual_seed
+    if isinstance(value, random.Random):
+        return value.getstate, value.setstate, value.seed
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy and isinstance(value, numpy.RandomState):
+        return value.get_state, value.set_state, value.seed
+    if numpy and isinstance(value, numpy.Generator):
+        bits = value.bit_generator
+        write = functools.partial(setattr, bits, "state")
+        return lambda: bits.state, write, lambda seed: write(type(bits)(seed).state)
+    return None
+
+
+def _slots_of(value: Any) -> list[str]:
+    names: list[str] = [] if isinstance(value, type) else copyreg._slotnames(type(value))  # type: ignore[attr-defined]
+    return names
+
+
 def _is_of_library(value: Any) -> bool:
     """Return whether a class, function or object is none of the user's, as a logger or queue."""
     module = getattr(value, "__module__", None)
@@ -143,12 +173,14 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _table(holder: Any) -> Any:
-    """Return what the names of a dict, class or cell mean now."""
+    """Return what the names of a dict, class, cell or object with slots mean now."""
     if isinstance(holder, types.CellType):
         return {} if holder == types.CellType() else {"cell_contents": holder.cell_contents}
     if isinstance(holder, type):
         return {name: value for name, value in vars(holder).items() if name[:2] != "__"}
-    return holder
+    if isinstance(holder, MutableMapping):
+        return holder
+    return {name: getattr(holder, name) for name in _slots_of(holder) if hasattr(holder, name)}
 
 
 def _restore_table(holder: Any, names: Collection[str] | None, kept: dict[Any, Any]) -> None:
@@ -159,7 +191,7 @@ def _restore_table(holder: Any, names: Collection[str] | None, kept: dict[Any, A
         value, other = _copied(kept.get(name, _MISSING)), now.get(name, _MISSING)
         if value is other or (isinstance(value, str) and value == other):
             continue
-        if isinstance(holder, type | types.CellType):
+        if not isinstance(holder, MutableMapping):
             delattr(holder, name) if value is _MISSING else setattr(holder, name, value)
         elif value is _MISSING:
             del holder[name]
@@ -181,8 +213,9 @@ def _holds(collection: Any, kept: Any) -> bool:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Return whether two states of a generator are equal: tensors, or tuples with arrays."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    parts = zip(one, other, strict=True)
-    return all(bool((a == b).all()) if hasattr(a, "all") else a == b for a, b in parts)
+    """Return whether two states of a generator are equal: tensors, or what may hold arrays."""
+    if isinstance(one, dict):
+        return all(map(_equal, one.values(), other.values()))
+    if isinstance(one, tuple) and any(hasattr(part, "all") for part in one):
+        return all(map(_equal, one, other))
+    return bool((one == other).all()) if hasattr(one, "all") else bool(one == other)

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import fx
 
-from normswap.graph.tracing.failure import TraceFailure, is_library
-from normswap.graph.tracing.method_calls import is_raised, methods_failed
+from normswap.graph.tracing.failure import TraceFailure, in_words, is_raised
+from normswap.graph.tracing.method_calls import methods_failed
 from normswap.graph.tracing.symbol import is_pure
 from normswap.graph.tracing.traced import Traced
 from normswap.graph.tracing.tracer import ContainerTracer
@@ -140,18 +140,6 @@ def _compile(
     return make(graph), needed
 
 
-def in_words(error: Exception) -> str:
-    """Return why a trace ended, as the rest of a sentence that begins with the forward."""
-    text = " ".join(str(error).split())
-    if isinstance(error, TraceFailure):
-        return text
-    if isinstance(error, TypeError) and "as an integer" in text:
-        return "counts, or picks, by a number that is known only when it runs"
-    if isinstance(error, TypeError) and "'Value'" in text:
-        return "needs, as a plain Python value, one that is known only when it runs"
-    return f"cannot be followed without values ({type(error).__name__}: {text[:120]})"
-
-
 def end_at_question(tracer: ContainerTracer, error: Exception) -> None:
     """End a path that failed at its last question.
 
@@ -164,7 +152,7 @@ def end_at_question(tracer: ContainerTracer, error: Exception) -> None:
     result, reason, methods = tracer.result, in_words(error), methods_failed(tracer.root, error)
     nodes = list(result.graph.nodes)
     last = nodes.index(result.questions[-1]) + 1 if result.questions else 0
-    if not last or not (is_raised(error, is_library) or all(map(is_pure, nodes[:last]))):
+    if not last or not (is_raised(error) or all(map(is_pure, nodes[:last]))):
         raise TraceFailure(reason, methods) from error
     for node in reversed(nodes[last:]):
         result.graph.erase_node(node)

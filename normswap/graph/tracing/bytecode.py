@@ -7,16 +7,19 @@ import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from normswap.graph.tracing.uses import ASKS, ATTRIBUTE, COMPARES, find_uses
+
 _SKIPPED = ("CACHE", "PRECALL", "EXTENDED_ARG", "NOP", "PUSH_NULL")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _FREE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
-_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _STORES_OUTSIDE = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
 _CATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")
-# After these, a class is known by another name, or has an attribute of it set.
-_RENAMES = ("STORE_ATTR", "DELETE_ATTR", "COPY", "DUP_TOP", "JUMP", "RETURN", "YIELD", "LIST_")
+# Attributes by which a function, a class or a method is taken apart.
+_INSIDE = (
+    "__class__ __dict__ __code__ __defaults__ __kwdefaults__ __globals__ __closure__ __wrapped__ "
+    "__func__ __self__ __mro__ __bases__ __subclasses__ __args__"
+).split()
 _ENDS = ("STORE_", "POP_TOP", "POP_JUMP", "JUMP", "FOR_ITER", "RETURN", "RAISE", "RESUME")
-COMPARES = {"IS_OP", "COMPARE_OP", "CONTAINS_OP"}
 
 
 class Load(NamedTuple):
@@ -27,13 +30,13 @@ class Load(NamedTuple):
         free: whether it is a free variable.
         chain: attributes looked up on it at once, as in ``settings.model.width``; for ``super``,
             what is looked up on what it returns.
-        stored: whether it is given another name, or an attribute of it is set.
+        use: what is done with what that leads to, see `uses`.
     """
 
     name: str
     free: bool
     chain: tuple[str, ...]
-    stored: bool
+    use: str
 
 
 class Test(NamedTuple):
@@ -82,11 +85,16 @@ _KNOWN: "weakref.WeakKeyDictionary[types.CodeType, Code]" = weakref.WeakKeyDicti
 def read_code(code: types.CodeType) -> Code:
     """Read the instructions of a function."""
     if code not in _KNOWN:
-        steps = [s for s in dis.get_instructions(code) if s.opname not in _SKIPPED]
-        loads, refused = _find_loads(code, steps), _find_refused(code, steps)
+        steps, uses = steps_of(code), find_uses(list(dis.get_instructions(code)))
+        loads, refused = _find_loads(code, steps, uses), _find_refused(code, steps, uses)
         statements = list(_split(steps, loads))
         _KNOWN[code] = Code(loads, _find_tests(steps), refused, _catches(steps), statements)
     return _KNOWN[code]
+
+
+def steps_of(code: types.CodeType) -> list[dis.Instruction]:
+    """Return the instructions of a function that do something."""
+    return [step for step in dis.get_instructions(code) if step.opname not in _SKIPPED]
 
 
 def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -104,29 +112,27 @@ def _split(steps: list[dis.Instruction], loads: dict[int, Load]) -> Iterator[Sta
             part, start = steps[start:end], end
             yield Statement(
                 [loads[s.offset] for s in part if s.offset in loads],
-                {str(s.argval) for s in part if s.opname in _ATTRIBUTE},
+                {str(s.argval) for s in part if s.opname in ATTRIBUTE},
                 {s.argrepr if s.opname == "BINARY_OP" else s.opname for s in part},
             )
 
 
-def _find_loads(code: types.CodeType, steps: list[dis.Instruction]) -> dict[int, Load]:
+def _find_loads(
+    code: types.CodeType, steps: list[dis.Instruction], uses: dict[int, str]
+) -> dict[int, Load]:
     loads = {}
     for place, step in enumerate(steps):
         free = step.opname in _FREE and step.argval in code.co_freevars
         if not free and step.opname not in _GLOBAL:
             continue
         if step.argval == "super":
-            loads[step.offset] = Load("super", free, _find_inherited(steps[place:]), False)
+            loads[step.offset] = Load("super", free, _find_inherited(steps[place:]), "")
             continue
         end = place + 1
-        while end < len(steps) and steps[end].opname in _ATTRIBUTE:
+        while end < len(steps) and steps[end].opname in ATTRIBUTE:
             end += 1
         chain = tuple(str(s.argval) for s in steps[place + 1 : end])
-        after = steps[end].opname if end < len(steps) else ""
-        stored = after.startswith(_RENAMES) or (
-            not chain and after in ("STORE_FAST", "STORE_DEREF")
-        )
-        loads[step.offset] = Load(str(step.argval), free, chain, stored)
+        loads[step.offset] = Load(str(step.argval), free, chain, uses[step.offset])
     return loads
 
 
@@ -134,7 +140,7 @@ def _find_inherited(steps: list[dis.Instruction]) -> tuple[str, ...]:
     """Return the name that is looked up on ``super()``, where these steps start."""
     for before, step in itertools.pairwise(steps):
         if step.opname.startswith("LOAD_SUPER") or (
-            step.opname in _ATTRIBUTE and before.opname.startswith("CALL")
+            step.opname in ATTRIBUTE and before.opname.startswith("CALL")
         ):
             return (str(step.argval),)
     return ()
@@ -160,7 +166,9 @@ def _find_tests(steps: list[dis.Instruction]) -> dict[int, Test]:
     return tests
 
 
-def _find_refused(code: types.CodeType, steps: list[dis.Instruction]) -> dict[int, str]:
+def _find_refused(
+    code: types.CodeType, steps: list[dis.Instruction], uses: dict[int, str]
+) -> dict[int, str]:
     refused = {}
     for step in steps:
         name, given = step.opname, step.argval
@@ -168,6 +176,8 @@ def _find_refused(code: types.CodeType, steps: list[dis.Instruction]) -> dict[in
             refused[step.offset] = f"sets {given} outside of it"
         elif name == "IMPORT_NAME" and given.partition(".")[0] not in ("torch", "math"):
             refused[step.offset] = f"imports {given}"
+        elif name in ATTRIBUTE and given in _INSIDE and uses[step.offset] != ASKS:
+            refused[step.offset] = f"looks into .{given}"
     return refused
 
 
@@ -179,13 +189,12 @@ def _catches(steps: list[dis.Instruction]) -> bool:
 
 def is_compared(frame: types.FrameType) -> bool:
     """Return whether what the call under way in a frame returns is only compared."""
-    steps = [s for s in dis.get_instructions(frame.f_code) if s.opname not in _SKIPPED]
-    after = [s.opname for s in steps if s.offset > frame.f_lasti][:8]
+    after = [s.opname for s in steps_of(frame.f_code) if s.offset > frame.f_lasti][:8]
     for place, name in enumerate(after):
         if name in COMPARES:
             return True
         # Before it may come what it is compared with: a name and its attributes, or a tuple.
         if not name.startswith(("LOAD_GLOBAL", "LOAD_FAST", "LOAD_DEREF", "LOAD_CONST", "BUILD_")):
-            if name not in _ATTRIBUTE or place == 0:
+            if name not in ATTRIBUTE or place == 0:
                 return False
     return False

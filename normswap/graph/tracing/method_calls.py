@@ -83,14 +83,3 @@ def method_of(root: nn.Module, frame: types.FrameType) -> str:
         return ""
     method = getattr(type(root), code.co_name, None)
     return code.co_name if getattr(method, "__code__", None) is code else ""
-
-
-def is_raised(error: BaseException, library: Any) -> bool:
-    """Return whether a forward raised an error itself, rather than torch or Python for it."""
-    step = error.__traceback__
-    while step is not None and step.tb_next is not None:
-        step = step.tb_next
-    if step is None or library(step.tb_frame.f_globals.get("__name__")):
-        return False
-    code = step.tb_frame.f_code.co_code
-    return dis.opname[code[step.tb_lasti]] == "RAISE_VARARGS"

@@ -128,7 +128,7 @@ def wrap_new(cls: Any, record: Callable[[Callable[..., Any], Any, Any], Any]) ->
         # Being of another class, this is left as it is by __init__.
         return record(made, args, kwargs)
 
-    return staticmethod(__new__)
+    return staticmethod(stand_for(__new__, original))
 
 
 def stand_for(replacement: Callable[..., Any], original: Any) -> Callable[..., Any]:

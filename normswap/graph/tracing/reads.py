@@ -4,10 +4,19 @@ import types
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from normswap.graph.tracing.failure import TraceFailure, is_library
-from normswap.graph.tracing.whitelist import CONSTANTS, FUNCTIONS, is_constant
+from normswap.graph.tracing.containers import (
+    copy_alone,
+    copy_parts,
+    find_mutable,
+    restore,
+    same_parts,
+)
+from normswap.graph.tracing.failure import TraceFailure
+from normswap.graph.tracing.parts import Part, parts_of, parts_of_class
+from normswap.graph.tracing.whitelist import FUNCTIONS, is_built_in, is_constant, is_plain
 
 _MOST_PARTS = 256
 # Stands for an attribute that is not there.
@@ -31,12 +40,14 @@ class Guards(NamedTuple):
         children: (path of a module, names of its children).
         methods: (path of a module, name, the function its class has there).
         names: (dict of globals or a class, name, value), of what lies outside of the module.
+        properties: those of classes, likewise; a compiler cannot look at them.
     """
 
     attributes: tuple[tuple[Path, str, Any], ...] = ()
     children: tuple[tuple[Path, tuple[str, ...]], ...] = ()
     methods: tuple[tuple[Path, str, Any], ...] = ()
     names: tuple[tuple[Any, str, Any], ...] = ()
+    properties: tuple[tuple[Any, str, Any], ...] = ()
 
     def hold(self, module: nn.Module) -> bool:
         """Return whether everything is as it was."""
@@ -52,9 +63,12 @@ class Guards(NamedTuple):
                 return False
         for holder, name, value in self.names:
             now = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
-            if not alike(_function(now), value):
+            # A compiler, once it saw a number change, knows no attributes of it.
+            if not alike(now if isinstance(value, (int, float)) else _function(now), value):
                 return False
-        return True
+        if torch.compiler.is_dynamo_compiling():
+            return True
+        return all([getattr(cls, name, None) is value for cls, name, value in self.properties])
 
 
 NO_GUARDS = Guards()
@@ -103,6 +117,7 @@ class Reads:
         self.children: dict[str, tuple[str, ...]] = {}
         self.methods: dict[tuple[str, str], Any] = {}
         self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        self._defaults: dict[types.CodeType, tuple[Any, ...]] = {}
         self._live: list[tuple[str, Any, Any]] = []
 
     def attribute(self, path: str, name: str, value: Any) -> Any:
@@ -113,8 +128,9 @@ class Reads:
         """
         if _is_comparable(value):
             if (path, name) not in self.attributes:
-                self.attributes[path, name] = _copy(value)
-                self._live += [(name, part, _shallow(part)) for part in _mutable(value)]
+                self._add_parts(parts_of(value))
+                self.attributes[path, name] = copy_parts(value)
+                self._live += [(name, part, copy_alone(part)) for part in find_mutable(value)]
             return value
         if callable(value) or not isinstance(getattr(value, "__dict__", None), dict):
             raise TraceFailure(
@@ -125,7 +141,29 @@ class Reads:
 
     def name(self, holder: Any, name: str, value: Any) -> None:
         """Note what a global, or an attribute of a class, means."""
-        self.names.setdefault((id(holder), name), (holder, name, _function(value)))
+        if (id(holder), name) not in self.names:
+            self.names[id(holder), name] = (holder, name, _function(value))
+            self._add_parts(parts_of(_function(value)))
+
+    def method(self, path: str, name: str, function: Any) -> None:
+        """Note which function the class of a module has."""
+        self.methods[path, name] = function
+        self._add_parts(parts_of(function))
+
+    def made(self, cls: type) -> None:
+        """Note all attributes of a class of which an object is made."""
+        self._add_parts(parts_of_class(cls))
+
+    def default_of(self, code: types.CodeType, value: Any) -> bool:
+        """Return whether a value is the default of an argument of a function that was read."""
+        return any(value is default for default in self._defaults.get(code, ()))
+
+    def _add_parts(self, parts: Iterable[Part]) -> None:
+        for holder, name, value in parts:
+            if name == "__code__":
+                named = (holder.__kwdefaults__ or {}).values()
+                self._defaults[value] = (*(holder.__defaults__ or ()), *named)
+            self.names.setdefault((id(holder), name), (holder, name, copy_parts(_function(value))))
 
     def holds(self, value: Any) -> bool:
         """Return whether a list, dict or set is an attribute that was read."""
@@ -135,9 +173,9 @@ class Reads:
         """Undo what the forward changed in the containers it read; return which, or ""."""
         changed = ""
         for name, live, before in self._live:
-            if not _same_parts(live, before):
+            if not same_parts(live, before):
                 changed = changed or name
-                _restore(live, before)
+                restore(live, before)
         return changed
 
 
@@ -153,7 +191,8 @@ def merge(reads: Iterable[Reads]) -> Guards:
         tuple((_split(path), name, value) for (path, name), value in attributes.items()),
         tuple((_split(path), children[path]) for path in sorted(children)),
         tuple((_split(path), name, f) for (path, name), f in methods.items()),
-        tuple(names.values()),
+        tuple(entry for entry in names.values() if not isinstance(entry[2], property)),
+        tuple(entry for entry in names.values() if isinstance(entry[2], property)),
     )
 
 
@@ -200,49 +239,12 @@ def _split(path: str) -> Path:
 
 
 def _is_comparable(value: Any) -> bool:
-    if isinstance(value, list | tuple | set | frozenset):
-        return len(value) <= _MOST_PARTS and all(map(_is_comparable, value))
-    if isinstance(value, dict):
-        return len(value) <= _MOST_PARTS and all(map(_is_comparable, value.values()))
+    if isinstance(value, list | tuple | set | frozenset | dict):
+        parts = value.values() if isinstance(value, dict) else value
+        fit = is_built_in(value) and len(value) <= _MOST_PARTS
+        return fit and all(map(_is_comparable, parts))
     if isinstance(value, types.MethodType):
         return isinstance(value.__self__, nn.Module)
     if isinstance(value, type):
-        return is_library(value.__module__)
-    return is_constant(value) or isinstance(value, (*FUNCTIONS, *CONSTANTS, Tensor, nn.Module))
-
-
-def _copy(value: Any) -> Any:
-    """Copy the lists, dicts and sets of a value."""
-    if type(value) in (list, tuple):
-        return type(value)([_copy(part) for part in value])
-    if isinstance(value, dict):
-        copy = value.copy()
-        copy.update((key, _copy(part)) for key, part in value.items())
-        return copy
-    return value.copy() if isinstance(value, set) else value
-
-
-def _shallow(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else value.copy()
-
-
-def _mutable(value: Any) -> list[Any]:
-    """Return every list, dict and set that a value is or holds."""
-    parts = value.values() if isinstance(value, dict) else value
-    found = [value] if isinstance(value, list | dict | set) else []
-    if isinstance(value, list | tuple | dict):
-        found += [inner for part in parts for inner in _mutable(part)]
-    return found
-
-
-def _same_parts(live: Any, before: Any) -> bool:
-    if isinstance(live, set):
-        return bool(live == before)
-    if isinstance(live, dict):
-        return list(live) == list(before) and all(live[k] is before[k] for k in before)
-    return len(live) == len(before) and all(a is b for a, b in zip(live, before, strict=True))
-
-
-def _restore(live: Any, before: Any) -> None:
-    live.clear()
-    live.extend(before) if isinstance(live, list) else live.update(before)
+        return is_plain(value)
+    return is_constant(value) or isinstance(value, (*FUNCTIONS, Tensor, nn.Module))

@@ -6,12 +6,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from normswap.graph.tracing.bytecode import is_compared
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.patches import stand_for
 from normswap.graph.tracing.symbol import is_input
+from normswap.graph.tracing.whitelist import is_plain
 from normswap.util.original_class import class_of
 
 
@@ -49,7 +50,10 @@ def symbolic_hasattr(value: Any, name: str) -> bool:
     """Answer for a tensor argument; a symbolic value has every attribute."""
     if not isinstance(value, fx.Proxy):
         _check_holder(value, name)
-        return hasattr(value, name)
+        found = hasattr(value, name)
+        if not (found or isinstance(value, nn.Module) or is_plain(type(value))):
+            raise TraceFailure(f"asks whether a {type(value).__name__} has .{name}")
+        return found
     if is_input(value) and hasattr(Tensor, name):
         return True
     raise TraceFailure(f"asks whether a value that is only known when it runs has .{name}")

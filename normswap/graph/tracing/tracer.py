@@ -140,7 +140,10 @@ class ContainerTracer(fx.Tracer):
             return self.create_node("call_function", type(a), args, {})
         if isinstance(a, list | tuple) and type(a) not in (list, tuple) and _is_plain_subclass(a):
             raise TraceFailure(f"builds a {type(a).__name__}")
-        return TracerBase.create_arg(self, a)
+        try:
+            return TracerBase.create_arg(self, a)
+        except NotImplementedError:
+            raise TraceFailure(f"hands on an object of class {type(a).__name__}") from None
 
     def _create_mapping(self, a: Any) -> fx.Node:
         if is_dataclass(a):
@@ -246,7 +249,7 @@ class ContainerTracer(fx.Tracer):
         if module is self.root and name in self.outlined:
             return functools.partial(self._call_method, Outlined(name))
         if not is_torch(function.__module__):
-            self.reads.methods[path, name] = function
+            self.reads.method(path, name, function)
         return value
 
 

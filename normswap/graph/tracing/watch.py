@@ -12,16 +12,16 @@ from typing import Any
 from torch import nn
 
 from normswap.graph.tracing.bytecode import Load, Test, read_code
-from normswap.graph.tracing.failure import TraceFailure, is_torch
+from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
 from normswap.graph.tracing.method_calls import method_of
 from normswap.graph.tracing.reads import Reads
 from normswap.graph.tracing.symbol import is_something
+from normswap.graph.tracing.uses import CALLS, HANDS_ON, RENAMES, SETS
 from normswap.graph.tracing.value_kinds import symbolic_parts
-from normswap.graph.tracing.whitelist import needs_guard, why_unfit
+from normswap.graph.tracing.whitelist import is_plain, needs_guard, why_unfit
 
 _MISSING = object()
 _LOADS = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
-_MUTABLE = (list, dict, set)
 
 
 class Watch:
@@ -71,10 +71,10 @@ class Watch:
         code = read_code(frame.f_code)
         if code.catches and not _is_given_nothing(frame.f_code):
             raise TraceFailure("handles exceptions, which only a run raises")
-        _check_arguments(frame)
+        self._check_arguments(frame)
         refused = self._refused.get(frame.f_code)
         if refused is None or frame.f_code.co_freevars:
-            found = {at: self._why_unfit(frame, load) for at, load in code.loads.items()}
+            found = {at: self._judge(frame, load) for at, load in code.loads.items()}
             refused = {at: why for at, why in found.items() if why} | code.refused
             self._refused[frame.f_code] = refused
         if not refused and not code.tests:
@@ -113,23 +113,41 @@ class Watch:
             if getattr(found, "__code__", None) is code:
                 self._reads.name(cls, code.co_name, found)
 
-    def _why_unfit(self, frame: types.FrameType, load: Load) -> str:
+    def _check_arguments(self, frame: types.FrameType) -> None:
+        """Raise where a function is given what its code could read or change unnoticed."""
+        code = frame.f_code
+        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+            value = frame.f_locals.get(name)
+            if self._reads.default_of(code, value) and why_unfit(value, name, HANDS_ON):
+                raise TraceFailure(f"may change the default of {name} in {code.co_name}")
+            if isinstance(value, type) and not is_plain(value):
+                raise TraceFailure(f"hands the class {value.__name__} to {code.co_name}")
+
+    def _judge(self, frame: types.FrameType, load: Load) -> str:
         """Return why a name may not be read; note what it means where that may change."""
-        if load.free:
-            return self._why_unfit_cell(frame, load)
+        try:
+            return (self._why_unfit_cell if load.free else self._why_unfit)(frame, load)
+        except TraceFailure as failure:  # it may never be read
+            return str(failure)
+
+    def _why_unfit(self, frame: types.FrameType, load: Load) -> str:
+        """Return why a global or a builtin may not be read."""
         table = frame.f_globals if load.name in frame.f_globals else frame.f_builtins
         if load.name not in table:
             return ""  # an error of the forward's own
-        holder: Any = table
-        key, value = load.name, _unwrap(table[load.name])
-        if table is frame.f_builtins or value is getattr(builtins, key, _MISSING):
+        value = _unwrap(table[load.name])
+        if table is frame.f_builtins or value is getattr(builtins, load.name, _MISSING):
             if value is super:
                 return self._why_unfit_inherited(frame, load)
             inner = next((name for name in load.chain if name.startswith("__")), None)
-            return why_unfit(value, key) if inner is None else f"goes by {key}.{inner}"
-        steps = [(holder, key, value)]
+            return f"goes by {load.name}.{inner}" if inner else why_unfit(value, load.name)
+        return self._why_unfit_chain(load, table, value)
+
+    def _why_unfit_chain(self, load: Load, table: Any, value: Any) -> str:
+        """Return why what a name and its attributes lead to may not be read; note each step."""
+        steps = [(table, key := load.name, value)]
         for name in load.chain:
-            if not isinstance(value, types.ModuleType | type) or isinstance(value, enum.EnumMeta):
+            if not isinstance(value, types.ModuleType | type | enum.Enum):
                 if isinstance(value, types.FunctionType) and not name.startswith("__"):
                     return f"reads {key}.{name}, an attribute of a function"
                 break
@@ -140,14 +158,20 @@ class Watch:
                 return ""
             steps.append((holder, key, value))
         where = ".".join((load.name, *load.chain)[: len(steps)])
-        if load.stored and isinstance(value, type | types.ModuleType | types.FunctionType):
-            return f"gives {where} another name, or sets an attribute of it"
-        why = why_unfit(value, where)
-        if not why and needs_guard(value, [holder for holder, _, _ in steps]):
+        if load.use == SETS:
+            return f"sets an attribute of {where}"
+        if load.use == RENAMES and isinstance(value, types.ModuleType | types.FunctionType):
+            return f"gives {where} another name"
+        why = why_unfit(value, where, load.use)
+        if why:
+            return why
+        if load.use == CALLS and isinstance(value, type) and not is_plain(value):
+            self._reads.made(value)
+        if needs_guard(value, [holder for holder, _, _ in steps]):
             for holder, key, value in steps:
                 table = vars(holder) if isinstance(holder, types.ModuleType) else holder
                 self._reads.name(table, key, value)
-        return why
+        return ""
 
     def _why_unfit_inherited(self, frame: types.FrameType, load: Load) -> str:
         """Return why what ``super()`` finds may not be read; note what it is."""
@@ -158,7 +182,7 @@ class Watch:
         name = load.chain[0]
         later = order[order.index(own) + 1 :]
         base = next((base for base in later if name in vars(base)), None)
-        if base is None or is_torch(base.__module__):
+        if base is None or is_library(base.__module__):
             return ""
         self._reads.name(base, name, getattr(base, name))
         kinds = (types.FunctionType, property, classmethod, staticmethod)
@@ -167,8 +191,10 @@ class Watch:
     def _why_unfit_cell(self, frame: types.FrameType, load: Load) -> str:
         """Return why a variable of an enclosing function may not be read."""
         value = frame.f_locals.get(load.name, _MISSING)
-        if load.name == "__class__" or value is _MISSING:
+        if value is _MISSING:
             return ""
+        if load.name == "__class__":
+            return self._why_unfit_chain(load, {load.name: value}, value)
         outer = frame.f_back
         while outer is not None and outer is not self._start:
             if load.name in outer.f_code.co_cellvars and outer.f_locals.get(load.name) is value:
@@ -177,7 +203,7 @@ class Watch:
         cell = self._find_cell(frame.f_code, load.name, value)
         if cell is not None:
             self._reads.name(cell, "cell_contents", value)
-            return why_unfit(value, load.name)
+            return why_unfit(value, load.name, load.use)
         return f"reads {load.name}, a variable of a function that made it"
 
     def _find_cell(self, code: types.CodeType, name: str, value: Any) -> Any:
@@ -222,28 +248,3 @@ def _is_given_nothing(code: types.CodeType) -> bool:
     """Return whether no symbolic value can be in what a function tries."""
     given = code.co_argcount + code.co_kwonlyargcount + len(code.co_freevars)
     return not (given or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS))
-
-
-def _check_arguments(frame: types.FrameType) -> None:
-    """Raise where a function is given what its code could read or change unnoticed."""
-    code = frame.f_code
-    for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
-        value = frame.f_locals.get(name)
-        if isinstance(value, _MUTABLE) and _is_default(frame, value):
-            raise TraceFailure(f"may change the default of {name} in {code.co_name}")
-        if not isinstance(value, type) or is_torch(value.__module__):
-            continue
-        if value.__module__ != "builtins":
-            raise TraceFailure(f"hands the class {value.__name__} to {code.co_name}")
-
-
-def _is_default(frame: types.FrameType, value: Any) -> bool:
-    code = frame.f_code
-    first = frame.f_locals.get(code.co_varnames[0])
-    method = getattr(type(first), code.co_name, None)
-    for function in (method, frame.f_globals.get(code.co_name)):
-        function = inspect.unwrap(_unwrap(getattr(function, "__func__", function)))
-        if getattr(function, "__code__", None) is code:
-            kept = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-            return any(value is default for default in kept)
-    return False

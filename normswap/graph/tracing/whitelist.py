@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.graph.tracing.failure import is_torch
+from normswap.graph.tracing.failure import is_library, is_torch
+from normswap.graph.tracing.uses import ASKS, HANDS_ON, RENAMES
 
 CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), enum.Enum),
@@ -48,22 +49,42 @@ _TORCH_MODULES = (
     *("torch.linalg", "torch.special", "torch._ops", "torch.autograd.function", "torch.ops"),
 )
 _EXCEPTIONS = (BaseException,)
+# Of a class: whether its attributes can be set (Py_TPFLAGS_HEAPTYPE).
+_CHANGEABLE = 1 << 9
+
+
+def is_plain(cls: Any) -> bool:
+    """Return whether a class is of a library, or cannot be changed as it is written in C."""
+    return is_library(cls.__module__) or not cls.__flags__ & _CHANGEABLE
+
+
+def is_built_in(value: Any) -> bool:
+    """Return whether a tuple, list, dict or set is no more than that; a named tuple is one, too."""
+    cls = type(value)
+    return is_plain(cls) or (cls.__bases__ == (tuple,) and hasattr(cls, "_fields"))
 
 
 def is_constant(value: Any) -> bool:
     """Return whether a value is immutable and can be compared."""
+    kind = type(value)
     if isinstance(value, tuple | frozenset):
-        return all(isinstance(part, type) or is_constant(part) for part in value)
-    return isinstance(value, CONSTANTS)
+        fit = (is_plain(part) if isinstance(part, type) else is_constant(part) for part in value)
+        return is_built_in(value) and all(fit)
+    if isinstance(value, enum.Enum) and not is_plain(kind):
+        return all(is_constant(vars(value)[name]) for name in vars(value).keys() - {"__objclass__"})
+    return isinstance(value, CONSTANTS) and is_plain(kind)
 
 
-def why_unfit(value: Any, name: str) -> str:
+def why_unfit(value: Any, name: str, use: str = "") -> str:
     """Return why a forward that reads this may not become a graph; "" where it may.
 
     Args:
         value: what a name, or an attribute of what it means, leads to.
         name: that name.
+        use: what is done with it, see `uses`.
     """
+    if use == ASKS and isinstance(value, tuple) and all(isinstance(part, type) for part in value):
+        return ""
     if is_constant(value) or isinstance(value, torch.jit.ScriptFunction):
         return ""
     if isinstance(value, functools._lru_cache_wrapper):
@@ -72,7 +93,9 @@ def why_unfit(value: Any, name: str) -> str:
         root = value.__name__.partition(".")[0]
         return "" if root in ("torch", "math") else f"hands on the module {value.__name__}"
     if isinstance(value, type | types.GenericAlias | types.UnionType) or _module(value) == "typing":
-        return _unfit_class(value, name)
+        handed = isinstance(value, type) and use in (HANDS_ON, RENAMES) and not is_plain(value)
+        why = f"hands on the class {name}, whose attributes may change" if handed else ""
+        return why or _unfit_class(value, name)
     if isinstance(value, Tensor | nn.Module):
         return f"reads {name}, a {type(value).__name__} that is no attribute of it"
     owner = getattr(value, "__self__", None)
@@ -88,7 +111,9 @@ def needs_guard(value: Any, holders: list[Any]) -> bool:
     modules = [h.__name__ for h in holders if isinstance(h, types.ModuleType)]
     if any(is_torch(name) or name == "math" for name in modules):
         return False
-    return is_constant(value) or not (is_torch(_module(value)) or _module(value) == "builtins")
+    if isinstance(value, tuple) or is_constant(value):
+        return True
+    return not (is_torch(_module(value)) or _module(value) == "builtins")
 
 
 def _module(value: Any) -> str:

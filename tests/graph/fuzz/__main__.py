@@ -8,6 +8,7 @@ construct by itself instead, `--alone NAME ...` some of them.
 import argparse
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from tests.graph.fuzz.shrink import shrink
 _CHUNK = 200
 _LINES = 12
 _SEEDS = 1_000_000
+# A program made smaller may grow a list without end.
+_MOST_MEMORY = 16 * 2**30
 
 
 def main() -> int:
@@ -42,6 +45,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
     if given.replay:
         verdict = safely(parse(given.replay.read_text()))
         print(verdict.status, verdict.detail, *verdict.refusals, verdict.invalid, sep="\n")

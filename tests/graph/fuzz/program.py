@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 PREAMBLE = """\
 import collections
 import dataclasses
+import enum
 import functools
 import logging
+import operator
 import os
 import random
 import types
+import typing
 import warnings
 
 import numpy as np

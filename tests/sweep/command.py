@@ -13,9 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 import normswap
+from recipes.errors import RecipeError
+from recipes.runs import write_text
 
-from ..errors import RecipeError
-from ..runs import write_text
 from . import report, store
 from .one import sweep_model
 from .prepare import GIB, Limits
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     try:
-        return run(options, shlex.join(["python", "-m", "recipes", "sweep", *argv]))
+        return run(options, shlex.join(["python", "-m", "tests.sweep", *argv]))
     except (RecipeError, normswap.NormswapError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -49,7 +49,8 @@ def run(options: argparse.Namespace, command: str) -> int:
     done = store.open_sweep(folder, settings, options.resume, options.restart)
     if settings["smallest_per_family"]:
         names = smallest_members(names, options.workers, options.timeout, memory)
-    methods, limits = settings["methods"], Limits(memory, settings["seed"], settings["structure"])
+    methods = settings["methods"]
+    limits = Limits(memory, settings["seed"], settings["structure"], settings["blocks"])
     tasks = []
     for name in names:
         left = tuple(m for m in methods if (name, m) not in done)
@@ -107,6 +108,8 @@ def resolve(options: argparse.Namespace) -> dict[str, Any]:
         if not getattr(options, name) > 0:
             flag = name.replace("_", "-")
             raise RecipeError(f"expected --{flag} above 0, got {getattr(options, name)}")
+    if options.blocks < 0:
+        raise RecipeError(f"expected --blocks of 0 or more, got {options.blocks}")
     if options.resume and options.restart:
         raise RecipeError("expected --resume or --restart, got both")
     for method in options.methods:
@@ -126,6 +129,7 @@ def resolve(options: argparse.Namespace) -> dict[str, Any]:
         "methods": list(dict.fromkeys(options.methods)),
         "seed": options.seed,
         "structure": options.structure,
+        "blocks": options.blocks,
     }
 
 
@@ -138,7 +142,7 @@ def _memory() -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m recipes sweep", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.sweep", description=__doc__)
     add = parser.add_argument
     add(
         "--source",
@@ -157,6 +161,12 @@ def _parser() -> argparse.ArgumentParser:
         "--structure",
         action="store_true",
         help="plan on the meta device only: minutes for all of timm, but no numbers",
+    )
+    add(
+        "--blocks",
+        type=int,
+        default=0,
+        help="keep so many of each run of equal blocks of a model (default: all that fit)",
     )
     add("--methods", nargs="+", default=["cn"], help=", ".join(normswap.methods()))
     add("--workers", type=int, default=1, help="processes of one thread each (default: 1)")

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import normswap
-
-from ..errors import RecipeError
-from ..runs import write_text
+from recipes.errors import RecipeError
+from recipes.runs import write_text
 
 CONFIG, RESULTS = "config.json", "results.jsonl"
 

@@ -29,11 +29,13 @@ class Limits:
         memory: for one process, in bytes.
         seed: of the weights.
         structure: whether to plan only, without values and without running anything.
+        blocks: how many to keep of each run of equal blocks; 0: as many as fit.
     """
 
     memory: float
     seed: int = 0
     structure: bool = False
+    blocks: int = 0
 
 
 @dataclass
@@ -64,14 +66,17 @@ def choose_scale(
     None where nothing fits.
     """
     sizes = {0: parameters}
-    for keep in (2, 1):
+    for keep in (2, 1, limits.blocks or 1):
         smaller = copy.deepcopy(shell)
         trim_repeats(smaller, keep)
         sizes[keep] = count(smaller)["parameters"]
-    for keep, dtype in (
+    choices = (
         *((0, torch.float64), (2, torch.float64), (0, torch.float32)),
         *((1, torch.float64), (2, torch.float32), (1, torch.float32)),
-    ):
+    )
+    if limits.blocks:
+        choices = tuple((limits.blocks, dtype) for dtype in (torch.float64, torch.float32))
+    for keep, dtype in choices:
         if sizes[keep] * dtype.itemsize * 1.3 + _OVERHEAD <= limits.memory:
             return keep, dtype
     return None

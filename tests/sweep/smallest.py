@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from recipes.errors import RecipeError
+
 from .build import build_on_meta, count
 from .runner import Died, Task, run_tasks
 from .sources import candidate, families
 
 # What a scan of every architecture of one version of timm found: it takes minutes. Written by
-# `python -m recipes.sweep.smallest`; another version is scanned when it is asked for.
+# `python -m tests.sweep.smallest`; another version is scanned when it is asked for.
 KNOWN = Path(__file__).with_name("smallest.json")
 
 

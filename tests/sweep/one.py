@@ -8,6 +8,7 @@ import gc
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ import normswap
 from .build import count, is_norm
 from .checks import check_eval_again, check_mixed, check_preserved, check_training
 from .layers import randomise
+from .outputs import Incomparable
 from .prepare import Limits, Prepared, build_shell, choose_scale, prepare
 from .sources import candidate
 from .structure import describe, structure
@@ -50,9 +52,17 @@ def sweep_model(source: str, name: str, limits: Limits, methods: list[str]) -> I
             if not limits.structure:
                 scale = choose_scale(shell, record["parameters"], limits)
             if scale is not None:
-                record["check"] = "reduced" if scale[0] else "full"
                 shared["stage"] = "prepare"
-                prepared = prepare(chosen, scale[1], scale[0], limits.seed)
+                try:
+                    prepared = prepare(chosen, scale[1], scale[0], limits.seed)
+                except (RuntimeError, Incomparable):
+                    if not limits.blocks:
+                        raise
+                    # Code that counts on the number of its blocks.
+                    limits = replace(limits, blocks=0)
+                    scale = choose_scale(shell, record["parameters"], limits)
+                    prepared = prepare(chosen, scale[1], scale[0], limits.seed)
+                record["check"] = "reduced" if scale[0] else "full"
                 record["input"] = prepared.label
                 record["dtype"] = str(prepared.subject.dtype).removeprefix("torch.")
         shared = {}

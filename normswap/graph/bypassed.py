@@ -1,0 +1,97 @@
+"""What forwards take from a norm past its output: code that does so meets one row a context."""
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from normswap.errors import ConversionError
+from normswap.graph.class_questions import reachable
+from normswap.graph.tracing.bytecode import codes_of, steps_of
+from normswap.util.original_class import CALL, ORIGINAL, class_of
+
+_LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CONST")
+_LOOKS_UP = ("LOAD_ATTR", "LOAD_METHOD")
+# What a layer answers as the norm did.
+_SETTINGS = {"affine", "eps", "momentum", "num_features", "track_running_stats", "training"}
+_SAME = {"forward", "_call_impl", *_SETTINGS}
+# Of a tensor that has more rows.
+_KEPT = {"device", "dtype", "is_cuda", "requires_grad"}
+
+
+def find_bypassed(model: nn.Module) -> list[str]:
+    """Return the names of what forwards, by their code, take from replaced norms."""
+    found: dict[str, None] = {}
+    for module in model.modules():
+        cls: Any = class_of(module)
+        if ORIGINAL in vars(module):
+            continue
+        for function in reachable(cls.forward, cls):
+            for code in codes_of(function.__code__):
+                variables = {name: module for name in code.co_varnames[: code.co_argcount][:1]}
+                found.update(dict.fromkeys(_read(code, {"self": module, **variables})))
+    return list(found)
+
+
+def explain(error: BaseException, where: str) -> ConversionError | None:
+    """Return the error of a forward whose code takes what a replaced norm no longer has so.
+
+    Args:
+        error: what it raised.
+        where: name of its module.
+
+    Returns:
+        None where another cause is as likely: a child raised, or no norm is read.
+    """
+    trace = error.__traceback__
+    found: dict[str, None] = {}
+    while trace is not None and trace.tb_frame.f_code is not CALL:
+        frame = trace.tb_frame
+        found.update(dict.fromkeys(_read(frame.f_code, frame.f_globals | frame.f_locals)))
+        trace = trace.tb_next
+    if trace is not None or not found:
+        return None
+    return ConversionError(
+        f"expected the forward of {where or 'the model'} to call its norms, got code that takes "
+        f"{', '.join(found)}, not as it was before conversion, and fails "
+        f"({type(error).__name__}: {error}); {leave_out(list(found))}"
+    )
+
+
+def leave_out(found: list[str]) -> str:
+    """Say how to leave out the norms of what was found."""
+    norms = sorted({name.rpartition(".")[0] for name in found})
+    return f"leave the norm out with exclude={(norms[0] if len(norms) == 1 else norms)!r}"
+
+
+def _read(code: types.CodeType, names: dict[str, Any]) -> Iterator[str]:
+    """Yield what code looks up on replaced norms; `names` are its variables, where known."""
+    value: Any = None
+    indexed: Any = None
+    named = False
+    steps = steps_of(code)
+    for step, after in zip(steps, [*steps[1:], None], strict=True):
+        kind, name = step.opname, step.argval
+        index = kind == "BINARY_SUBSCR" or step.argrepr == "[]"
+        if named and (kind == "CALL" or index):  # getattr(x, "name"), or x["name"]
+            named = False
+            continue
+        named = kind == "LOAD_CONST" and isinstance(value, nn.Module) and isinstance(name, str)
+        named = named and hasattr(value, name)
+        if kind in _LOOKS_UP or named:
+            if ORIGINAL in getattr(value, "__dict__", ()):
+                kept = after is not None and after.opname in _LOOKS_UP and after.argval in _KEPT
+                if not (kept or name in _SAME or name.startswith("__")):
+                    yield f"{vars(value)[ORIGINAL].site.fqn}.{name}"
+            value = value._modules.get(name) if isinstance(value, nn.Module) else None
+        elif kind.startswith(_LOADS):
+            variable = name[-1] if isinstance(name, tuple) and name else name
+            indexed, value = value, None if kind == "LOAD_CONST" else names.get(variable)
+        elif index:  # which of them may be known when it runs
+            parts = indexed.children() if isinstance(indexed, nn.Module) else ()
+            value = next((part for part in parts if ORIGINAL in vars(part)), None)
+        else:
+            if kind == "STORE_FAST":
+                names[name] = value
+            value = None

@@ -1,0 +1,89 @@
+"""Read from the code of a function what it does with a name that it loads."""
+
+import dis
+import sys
+from collections.abc import Iterator, Sequence
+
+COMPARES = {"IS_OP", "COMPARE_OP", "CONTAINS_OP"}
+ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
+# What is done with a name, as far as it matters; anything else hands it on.
+CALLS, ASKS, SETS, HANDS_ON, RENAMES = "calls", "asks", "sets", "hands on", "renames"
+_ASKING = ("isinstance", "issubclass", "super")
+_KINDS = ("LOAD_", "BUILD_TUPLE", "BUILD_SET", "BINARY_OP", "BINARY_OR", "CACHE", "PUSH_NULL")
+_RENAMED = ("COPY", "DUP_TOP", "JUMP", "RETURN", "YIELD", "LIST_")
+
+
+def find_uses(steps: Sequence[dis.Instruction]) -> dict[int, str]:
+    """Return what is done with the value of each load, by the offset of the load.
+
+    Attributes that are looked up on it at once belong to the load.
+    """
+    uses = {}
+    asked = set(_find_asked(steps))
+    for place, step in enumerate(steps):
+        if not step.opname.startswith("LOAD_"):
+            continue
+        end = place + 1
+        while end < len(steps) and steps[end].opname in (*ATTRIBUTE, "CACHE", "EXTENDED_ARG"):
+            end += 1
+        chain = [s for s in steps[place + 1 : end] if s.opname in ATTRIBUTE]
+        after = steps[end].opname if end < len(steps) else ""
+        if after in ("STORE_ATTR", "DELETE_ATTR"):
+            use = SETS
+        elif step.offset in asked or after.startswith("CHECK_EXC"):
+            use = ASKS
+        elif after.startswith(_RENAMED) or (not chain and after.startswith("STORE_")):
+            use = RENAMES
+        elif _is_callee(steps, place, end, chain):
+            use = CALLS
+        else:
+            use = HANDS_ON
+        uses[step.offset] = use
+    return uses
+
+
+def _is_callee(
+    steps: Sequence[dis.Instruction], start: int, end: int, chain: list[dis.Instruction]
+) -> bool:
+    """Return whether what these steps load is called; before Python 3.11 that is not told."""
+    last = chain[-1] if chain else steps[start]
+    by_flag = last.opname in ("LOAD_GLOBAL", "LOAD_ATTR") and sys.version_info >= (3, 11)
+    around = [s.opname for s in (*steps[max(start - 1, 0) : start], *steps[end : end + 1])]
+    known = "NULL" in last.argrepr if by_flag else last.opname == "LOAD_METHOD"
+    return known or "PUSH_NULL" in around or sys.version_info < (3, 11)
+
+
+def _find_asked(steps: Sequence[dis.Instruction]) -> Iterator[int]:
+    """Yield the offsets of loads that only say with what class something is compared."""
+    for place, step in enumerate(steps):
+        if step.opname in COMPARES:
+            second = _start(steps, place)
+            parts = [(second, place), (_start(steps, second), second)]
+        elif step.opname.startswith("CALL") and step.arg == 2:
+            end = place - (steps[place - 1].opname == "PRECALL")
+            second = _start(steps, end)
+            first = _start(steps, second)
+            asks = first > 0 and steps[first - 1].argval in _ASKING
+            of = steps[first - 1].argval if asks else ""
+            parts = [(first, second) if of == "super" else (second, end)] if asks else []
+        elif step.opname == "LOAD_SUPER_ATTR":
+            end = _start(steps, place)
+            parts = [(_start(steps, end), end)]
+        else:
+            continue
+        for first, last in parts:
+            found = steps[first:last]
+            if all(s.opname.startswith(_KINDS) for s in found):
+                yield from (s.offset for s in found)
+
+
+def _start(steps: Sequence[dis.Instruction], end: int) -> int:
+    """Return where the expression begins whose value is on top of the stack before a step."""
+    missing = 1
+    while missing > 0 and end > 0:
+        end -= 1
+        step = steps[end]
+        if step.opname.startswith(("JUMP", "POP_JUMP", "FOR_ITER", "SEND")):
+            return 0
+        missing -= dis.stack_effect(step.opcode, step.arg)
+    return end

@@ -1,0 +1,44 @@
+"""The methods that recipes compare: normswap's, models as they are, and NAME-frozen.
+
+NAME-frozen is as NAME, but statistics stay those the weights came with. Training then normalises as
+evaluation does, and learns the affine (of `cn`, one a context). What such a row gains on NAME comes
+of doing without batch statistics; what `cn-frozen` gains on `bn-frozen` comes of contexts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import normswap
+
+from .training import takes_context
+
+FROZEN = "-frozen"
+
+
+def base_of(method: str) -> str:
+    """Give the method that this one is but for its statistics."""
+    return method.removesuffix(FROZEN)
+
+
+def convert(
+    model: nn.Module, method: str, contexts: Sequence[str] | int | None, **settings: Any
+) -> nn.Module:
+    """Convert a model; as long as it is not trained, it computes the same function."""
+    name = base_of(method)
+    if name in normswap.methods():
+        labelled = normswap.get_method(name).needs_context
+        model = normswap.convert(model, name, contexts=contexts if labelled else None, **settings)
+    if not method.endswith(FROZEN):
+        return model
+    if takes_context(model):
+        normswap.freeze(model, train="all", stats="frozen")
+        return model
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.register_forward_pre_hook(lambda norm, _: norm.train(False) and None)
+    return model

@@ -1,0 +1,101 @@
+"""How often a model is right on the images that test, by what it is told of their contexts."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import normswap
+
+from . import parallel
+from .data import Batch, Loader
+from .training import Arm, takes_context
+
+POLICIES = ("pooled", "posterior")
+# Gives the context labels that a model is told for a batch.
+Label = Callable[[Batch], Tensor | int]
+HEADINGS = {
+    "plain": "takes no context",
+    "known": "context known",
+    "pooled": "unknown: pooled",
+    "posterior": "unknown: posterior",
+}
+
+
+def own(batch: Batch) -> Tensor:
+    """Tell a model the contexts that the images have."""
+    return batch.context
+
+
+@torch.inference_mode()
+def logits(
+    model: nn.Module, loader: Loader, indices: Tensor, label: Label | None = None, amp: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Give scores and labels of images, as they are, on the loader's device.
+
+    Of several processes each gives its part.
+    """
+    model.eval()
+    classes = len(loader.data.classes)
+    found = [torch.empty(0, classes, device=loader.device)]
+    labels = [torch.empty(0, dtype=torch.int64, device=loader.device)]
+    for batch in loader.whole(indices):
+        told: dict[str, Any] = {} if label is None else {"context": label(batch)}
+        with torch.autocast(loader.device.type, torch.bfloat16, enabled=amp):
+            found.append(model(batch.images, **told).float())
+        labels.append(batch.labels)
+    return torch.cat(found), torch.cat(labels)
+
+
+def accuracy(
+    model: nn.Module, loader: Loader, indices: Tensor, label: Label | None = None, amp: bool = False
+) -> float:
+    """Measure the accuracy in per cent, over all processes; arguments as of `logits`."""
+    found, labels = logits(model, loader, indices, label, amp)
+    hits = (found.argmax(1) == labels).sum()
+    return 100 * int(parallel.total(hits)) / len(indices)
+
+
+def by_label(
+    model: nn.Module, loader: Loader, indices: Tensor, label: Label = own
+) -> dict[str, float]:
+    """Measure the accuracy by what a model is told: `known`, and by policy for what is not.
+
+    Of a model that takes no contexts there is `plain` alone.
+    """
+    if not takes_context(model):
+        return {"plain": accuracy(model, loader, indices)}
+    return {"known": accuracy(model, loader, indices, label), **unknown(model, loader, indices)}
+
+
+def unknown(model: nn.Module, loader: Loader, indices: Tensor) -> dict[str, float]:
+    """Measure the accuracy of a model that is told no context, by each policy."""
+    found = {}
+    for policy in POLICIES:
+        normswap.set_unknown(model, policy)
+        found[policy] = accuracy(model, loader, indices)
+    return found
+
+
+def evaluate(arm: Arm, loader: Loader, config: Namespace) -> dict[str, dict[str, float]]:
+    """Measure the accuracy on the test images of each domain.
+
+    `unknown` is without a label, as when it is not to be had; `known`, for arms that take one, with
+    the domain as label. The held-out domain is under `unknown` only.
+    """
+    parallel.agree_on_buffers(arm.model)
+    kinds: dict[str, Label | None] = {"unknown": None}
+    if arm.takes_context:
+        kinds["known"] = own
+    return {
+        kind: {
+            name: accuracy(arm.model, loader, loader.test_indices(domain), label, config.amp)
+            for domain, name in enumerate(loader.data.domain_names)
+            if label is None or name != loader.data.held_out
+        }
+        for kind, label in kinds.items()
+    }

@@ -1,0 +1,45 @@
+import pytest
+
+from tests.sweep.__main__ import main
+from tests.sweep.smallest import smallest_members
+from tests.sweep.test_sweep import results
+
+
+def test_torchvision_is_a_source(tmp_path):
+    out = tmp_path / "out"
+    names = ["lraspp_mobilenet_v3_large", "raft_small", "alexnet"]
+    assert main(["--source", "torchvision", "--out", str(out), "--filter", *names]) == 0
+    found = {name: r for (name, _), r in results(out).items()}
+    assert found["lraspp_mobilenet_v3_large"]["replaced"] == 47
+    # Optical flow takes two images, and is written for float32.
+    assert (found["raft_small"]["dtype"], found["raft_small"]["family"]) == (
+        "float32",
+        "optical_flow",
+    )
+    assert found["alexnet"]["status"] == "no norms"
+
+
+def test_the_smallest_member_with_norms_stands_for_a_family():
+    names = ["resnet34", "resnet18", "vit_tiny_patch16_224", "vgg11", "vgg13_bn"]
+    assert smallest_members(names, 1, 60, float("inf")) == ["resnet18", "vgg13_bn"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_one_architecture_of_every_family_of_timm_converts_right(tmp_path, capsys):
+    out = tmp_path / "out"
+    # Of equal blocks one: they are converted one by one.
+    options = ["--smallest-per-family", "--blocks", "1", "--workers", "2", "--memory-gb", "8"]
+    options += ["--out", str(out)]
+    code = main([*options])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert len(results(out)) >= 59
+
+
+@pytest.mark.slow
+def test_models_that_other_methods_got_wrong_once(tmp_path, capsys):
+    names = ["dla46x_c", "ghostnet_050", "rexnet_100", "shvit_s1", "efficientvit_m0"]
+    methods = ["--methods", "acn", "selfnorm", "--workers", "2", "--memory-gb", "8"]
+    code = main(["--filter", *names, *methods, "--out", str(tmp_path / "out")])
+    assert code == 0, capsys.readouterr().out

@@ -1,0 +1,147 @@
+"""Code in the documents runs: Python as it stands, commands too where they are quick.
+
+Long commands are read by their own parser and go no further; those in `GATE` are the gate itself.
+"""
+
+import argparse
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import recipes.__main__
+from normswap.cli.main import main
+from normswap.methods import base
+
+ROOT = Path(__file__).parents[1]
+GUIDES = ["README.md", "recipes/README.md", "normswap/README.md", ".github/CONTRIBUTING.md"]
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("", ".github", "normswap", "recipes", "tests")
+    for path in (ROOT / folder).glob("*.md")
+    if path.name != "CHANGELOG.md"
+)
+# What `.ci/run` runs, or is.
+GATE = {"pip", "pytest", "ruff", "mypy", "bash"}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Parsed(Exception):
+    """A parser took its arguments."""
+
+
+def blocks(document, language):
+    found = BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
+    assert {name for name, _ in found} <= {"python", "bash", "console", "text"}
+    return [code for name, code in found if name == language]
+
+
+def commands(document):
+    """Yield each command of the blocks as words, without comments."""
+    lines = "".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        while "&&" in words:
+            yield words[: words.index("&&")]
+            words = words[words.index("&&") + 1 :]
+        if words:
+            yield words
+
+
+def recipe_arguments(text):
+    """Yield the arguments of each command ``-m recipes ARGUMENTS`` within a text."""
+    for span in re.findall(r"`([^`]*)`", BLOCK.sub("", text).replace("\n", " ")):
+        if "-m recipes " in span and "NAME" not in span and "..." not in span:
+            yield shlex.split(span.partition("-m recipes ")[2])
+
+
+@pytest.fixture
+def only_parse(monkeypatch):
+    """Stop each command where its arguments are read; what they do not know still is an error."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args, **kwargs):
+        raise Parsed(parse(self, *args, **kwargs))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+
+
+@pytest.mark.filterwarnings("ignore::Warning:lightning", "ignore::normswap.errors.ContextWarning")
+@pytest.mark.parametrize("document", GUIDES)
+def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    # What the blocks register is gone after them.
+    monkeypatch.setattr(base, "_REGISTRY", {n: base.get_method(n) for n in base.methods()})
+    names = {"__name__": "readme"}
+    for number, code in enumerate(blocks(document, "python"), 1):
+        exec(compile(code, f"{document}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("document", GUIDES)
+def test_console_blocks_print_what_they_say(document, capsys):
+    for block in blocks(document, "console"):
+        command, _, expected = block.partition("\n")
+        program, *arguments = shlex.split(command.removeprefix("$ "))
+        assert program == "normswap"
+        assert main(arguments) == 0
+        printed = capsys.readouterr().out
+        assert [line for line in expected.splitlines() if line not in printed.splitlines()] == []
+
+
+@pytest.mark.parametrize("document", GUIDES)
+def test_shell_blocks_run_or_parse(document, only_parse, tmp_path):
+    for words in commands(document):
+        if "-m" in words and "recipes" in words:
+            arguments = words[words.index("recipes") + 1 :]
+            if arguments:
+                with pytest.raises(Parsed):
+                    recipes.__main__.main(arguments)
+        elif words[0] == "python":
+            path = {"PYTHONPATH": str(ROOT)}
+            subprocess.run([sys.executable, *words[1:]], check=True, cwd=tmp_path, env=path)
+        else:
+            assert words[0] in GATE, words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_in_sentences_parse(document, only_parse):
+    for arguments in recipe_arguments((ROOT / document).read_text(encoding="utf-8")):
+        with pytest.raises(Parsed):
+            recipes.__main__.main(arguments)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert target.startswith("https://") or (ROOT / document).parent.joinpath(target).exists()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_that_are_named_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    folders = [ROOT, ROOT / "normswap", (ROOT / document).parent]
+    for name in re.findall(r"`(?:pytest )?([\w./]+\.py)`", text):
+        assert any((folder / name).exists() for folder in folders), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_names_of_the_package_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for dotted in re.findall(r"`normswap\.([a-zA-Z_.]+)\b(?!\.md)", text):
+        pkgutil.resolve_name(f"normswap.{dotted}")
+
+
+def test_every_room_of_the_house_is_shown():
+    house = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in (ROOT / "normswap").glob("*/**/__init__.py")}
+    assert {room for room in rooms if f"  {room}/ " not in house} == set()
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
