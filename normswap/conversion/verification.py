@@ -122,7 +122,7 @@ def compare(
         VerificationError: a difference beyond rounding, or a forward that fails.
     """
     try:
-        return _compare(model, reference, names, argument, allow_unknown)
+        return _compare(model, reference, names, argument, allow_unknown, keeps)
     except VerificationError as error:
         found = find_bypassed(model)
         if not found:
@@ -137,6 +137,7 @@ def _compare(
     names: tuple[str, ...],
     argument: str | None,
     allow_unknown: bool,
+    keeps: bool,
 ) -> Verification:
     inputs, expected = reference.inputs, reference.outputs
     result = Verification(keeps=keeps)
