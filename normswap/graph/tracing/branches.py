@@ -143,16 +143,17 @@ def _compile(
 def end_at_question(tracer: ContainerTracer, error: Exception) -> None:
     """End a path that failed at its last question.
 
-    From there the module's own forward runs from its start: nothing else has run by then, or the
-    forward raises by itself.
+    From there the module's own forward runs from its start: nothing but reads has run by then.
 
     Raises:
-        TraceFailure: it may do neither.
+        TraceFailure: something else has.
     """
     result, reason, methods = tracer.result, in_words(error), methods_failed(tracer.root, error)
     nodes = list(result.graph.nodes)
     last = nodes.index(result.questions[-1]) + 1 if result.questions else 0
-    if not last or not (is_raised(error) or all(map(is_pure, nodes[:last]))):
+    if not last or not all(map(is_pure, nodes[:last])):
+        if last and is_raised(error):
+            reason = f"may raise {type(error).__name__} after it has called other modules"
         raise TraceFailure(reason, methods) from error
     for node in reversed(nodes[last:]):
         result.graph.erase_node(node)
