@@ -139,16 +139,16 @@ class Blocks:
     def __init__(self, size: int, use: Callable[[Tensor], Any]) -> None:
         self.size = size
         self.use = use
-        self.held: list[Tensor] = []
+        self.waiting: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
         """Take rows (n, D)."""
-        self.held.append(rows)
-        if sum(map(len, self.held)) >= self.size:
+        self.waiting.append(rows)
+        if sum(map(len, self.waiting)) >= self.size:
             self.finish()
 
     def finish(self) -> None:
         """Hand on what is left."""
-        if any(map(len, self.held)):
-            self.use(torch.cat(self.held))
-        self.held = []
+        if any(map(len, self.waiting)):
+            self.use(torch.cat(self.waiting))
+        self.waiting = []

@@ -70,9 +70,9 @@ def check_copyable(model: nn.Module) -> None:
         for name, t in (*model.named_parameters(), *model.named_buffers())
     }
     for where, value in attributes_of(model):
-        held = next((names[id(h)] for h in find_pinned(value) if id(h) in names), None)
-        if held is not None:
+        norm = next((names[id(h)] for h in find_pinned(value) if id(h) in names), None)
+        if norm is not None:
             raise ConversionError(
-                f"cannot convert a copy: {where} holds a function that uses {held} of the "
+                f"cannot convert a copy: {where} holds a function that uses {norm} of the "
                 "original, and would in the copy; pass inplace=True"
             )

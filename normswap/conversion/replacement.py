@@ -44,7 +44,7 @@ class Replacement:
         ]
         for site, layer in zip(self.sites, layers, strict=True):
             surgery.swap((site.fqn, *site.aliases), layer)
-        surgery.replace_held({id(s): layer for s, layer in zip(sources, layers, strict=True)})
+        surgery.replace_references({id(s): layer for s, layer in zip(sources, layers, strict=True)})
         if self.method.needs_context:
             names = [name for site in self.sites for name in (site.fqn, *site.aliases)]
             surgery.install(names, scope, tuple({type(layer) for layer in layers}))

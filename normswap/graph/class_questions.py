@@ -116,7 +116,7 @@ def check_questions(model: nn.Module) -> None:
         if state is not None:
             state.question = asked[old]
         ways = [] if state is None else state.seen()
-        if not ways or any(way.run is None or way.rest for way in ways):
+        if not ways or any(way.run is None or way.calls_user_code for way in ways):
             check_question(name, asked[old])
 
 

@@ -135,7 +135,7 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
         if state.insertions:
             raise untraced(module, variant.reason or "changes a list or dict it is given twice")
         return run_scoped(module, values, context)
-    if variant.rest:  # code of the user's runs in it
+    if variant.calls_user_code:  # code of the user's runs in it
         check_question(state.fqn, state.question)
     given = (module, *leaves, context)
     if variant.scoped or (context is None and state.layers and not state.scope.entered):

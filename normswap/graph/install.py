@@ -132,11 +132,11 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         # Graphs call submodules by name; a forward may branch on whether there is one.
-        held = vars(self).get("_modules", ())
+        children = vars(self).get("_modules", ())
         base.__setattr__(self, name, value)
         if name == "forward" and argument is not None:
             self.__class__ = converted_class(base, generic, argument, not _takes(value, argument))
-        if name in held or isinstance(value, nn.Module):
+        if name in children or isinstance(value, nn.Module):
             state: ContainerState | None = vars(self).get("_normswap")
             if state is not None:
                 state.variants.clear()

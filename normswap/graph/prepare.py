@@ -13,8 +13,8 @@ from normswap.graph.blocks.insert import insert_layers
 from normswap.graph.state import (
     ContainerState,
     Variant,
-    is_direct,
     own_forward_of,
+    takes_arguments_as_given,
     takes_context,
 )
 from normswap.graph.tracing import (
@@ -27,8 +27,8 @@ from normswap.graph.tracing import (
     describe,
     example_of,
     find_other,
+    is_certain,
     is_library,
-    is_something,
     join,
     walk,
 )
@@ -121,21 +121,21 @@ def _thread(module: nn.Module, traced: list[Traced], paths: Paths, kinds: Any) -
     own = own_forward_of(kinds, next(iter(writes)))
     run = join(traced, lambda graph: _compile(graph, name), own)
     graphs = [g for path in traced for g in (path.graph, *(r.graph for _, r in path.regions))]
-    rest = any(map(_calls_code, graphs))
+    user_code = any(map(_calls_code, graphs))
     return Variant(
         run=run,
         guards=paths.guards,
         calls=tuple(_call(module, path) for path in set(calls)),
-        something=all(path.failure or _returns_something(path) for path in traced),
+        returns_tensor=all(path.failure or _returns_tensor(path) for path in traced),
         writes=next(iter(writes)),
-        rest=rest,
-        scoped=rest or _misses_norms(module, calls),
+        calls_user_code=user_code,
+        scoped=user_code or _misses_norms(module, calls),
     )
 
 
 def _call(module: nn.Module, path: str) -> tuple[tuple[str, ...], type, bool]:
     child = module.get_submodule(path)
-    return tuple(path.split(".")), type(child), is_direct(child)
+    return tuple(path.split(".")), type(child), takes_arguments_as_given(child)
 
 
 def _calls_code(graph: fx.Graph) -> bool:
@@ -157,11 +157,11 @@ def _misses_norms(module: nn.Module, calls: list[str]) -> bool:
     return any(takes_context(norm, scope) for norm in norms)
 
 
-def _returns_something(path: Traced) -> bool:
+def _returns_tensor(path: Traced) -> bool:
     result: Any = next(n for n in reversed(path.graph.nodes) if n.op == "output").args[0]
     if path.writes:
         result = result[0]
-    return isinstance(result, fx.Node) and is_something(result)
+    return isinstance(result, fx.Node) and is_certain(result)
 
 
 def _add_context(graph: fx.Graph) -> fx.Node:

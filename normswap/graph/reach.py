@@ -64,7 +64,7 @@ def find_reach(model: nn.Module) -> Reach:
                     child = walk(module, path)
                     called.update(child.modules())
                     queue.append((child, threaded))
-                if variant.rest:
+                if variant.calls_user_code:
                     perhaps += [m for m in module.modules() if m not in called]
     for module in perhaps:  # code of the user's may reach these; where a graph does, that counts
         if state_of(module) is None and context_argument(module) is not None:

@@ -23,11 +23,12 @@ class Variant:
         run: ``run(module, *leaves, context)``; None runs the module's own forward in scope.
         reason: why there is no graph; "" where there is one.
         guards: what of the module, and outside of it, must be as it was.
-        calls: (path, class, whether `is_direct`) of the submodules the graph calls.
-        something: whether it certainly returns a tensor, not None.
+        calls: (path, class, whether `takes_arguments_as_given`) of the submodules the graph calls.
+        returns_tensor: whether that is certain; it may be None else.
         writes: what it changes of the lists and dicts it is given; where there is any, `run`
             returns its output and their new contents.
-        rest: whether it calls code of the user's, which may reach any norm.
+        calls_user_code: whether functions or methods of the user's run in it, which may reach any
+            norm.
         scoped: whether it runs with the context in scope, since it may reach norms other than by
             passing the context on.
     """
@@ -36,9 +37,9 @@ class Variant:
     reason: str = ""
     guards: Guards = NO_GUARDS
     calls: tuple[tuple[tuple[str, ...], type, bool], ...] = ()
-    something: bool = False
+    returns_tensor: bool = False
     writes: Writes = ()
-    rest: bool = False
+    calls_user_code: bool = False
     scoped: bool = False
 
     def holds(self, module: nn.Module) -> bool:
@@ -49,7 +50,7 @@ class Variant:
             child: Any = module
             for name in path:
                 child = child._modules.get(name)
-            if type(child) is not cls or direct != is_direct(child):  # type: ignore[arg-type]
+            if type(child) is not cls or direct != takes_arguments_as_given(child):  # type: ignore[arg-type]
                 return False
         return True
 
@@ -172,10 +173,10 @@ def takes_context(module: nn.Module, scope: Scope) -> str | None:
     """
     own = scope_of(module)
     foreign = own is not None and own.model is not scope.model
-    return None if foreign or not is_direct(module) else context_argument(module)
+    return None if foreign or not takes_arguments_as_given(module) else context_argument(module)
 
 
-def is_direct(module: nn.Module) -> bool:
+def takes_arguments_as_given(module: nn.Module) -> bool:
     """Return whether calls of a module go to its forward as they are.
 
     Hooks that see the keyword arguments, or a forward set on the instance, are not made for a

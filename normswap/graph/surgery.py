@@ -18,7 +18,7 @@ from normswap.util.original_class import ORIGINAL
 
 _PLAIN = (bool, int, float, str, type(None), torch.Size)
 _OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "scope", ORIGINAL}
-_HELD = (
+_REFERS = (
     "cannot convert: {} holds a norm to be replaced in {}, which would go on running it; "
     "leave that norm out with exclude="
 )
@@ -38,7 +38,7 @@ class Surgery:
         self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
         self._installed: list[nn.Module] = []
         self._added: list[tuple[nn.Module, str]] = []
-        self._held: list[tuple[Any, Any, nn.Module]] = []
+        self._references: list[tuple[Any, Any, nn.Module]] = []
 
     def __enter__(self) -> "Surgery":
         return self
@@ -55,7 +55,7 @@ class Surgery:
             self._swapped.append((parent, leaf, parent._modules[leaf]))  # type: ignore[arg-type]
             parent._modules[leaf] = layer
 
-    def replace_held(self, layers: dict[int, nn.Module]) -> None:
+    def replace_references(self, layers: dict[int, nn.Module]) -> None:
         """Replace norms that modules also hold in plain lists, dicts and attributes.
 
         Args:
@@ -71,33 +71,33 @@ class Surgery:
                     continue
                 if isinstance(value, dict | list | tuple | set) and not value:
                     continue
-                if any(id(held) in layers for held in find_pinned(value)):
-                    raise ConversionError(_HELD.format(f"{name}.{key}".lstrip("."), "a function"))
+                if any(id(part) in layers for part in find_pinned(value)):
+                    raise ConversionError(_REFERS.format(f"{name}.{key}".lstrip("."), "a function"))
                 if type(value) is set or (key.startswith("_") and isinstance(value, dict)):
                     continue
                 items: list[tuple[Any, Any]] = []
                 if id(value) in layers:
-                    self._held.append((vars(module), key, value))
+                    self._references.append((vars(module), key, value))
                     vars(module)[key] = layers[id(value)]
                 elif type(value) is list:
                     items = list(enumerate(value))
                 elif type(value) is dict:
                     items = list(value.items())
                 elif isinstance(value, tuple) and any(id(part) in layers for part in value):
-                    raise ConversionError(_HELD.format(f"{name}.{key}".lstrip("."), "a tuple"))
+                    raise ConversionError(_REFERS.format(f"{name}.{key}".lstrip("."), "a tuple"))
                 for index, part in items:
                     if id(part) in layers:
-                        self._held.append((value, index, part))
+                        self._references.append((value, index, part))
                         value[index] = layers[id(part)]
                 for part in (value, *(part for _, part in items)):
                     function = getattr(part, "func", part)
                     owner = getattr(function, "__self__", function)
                     bound = part.args if isinstance(part, functools.partial) else ()
                     named = part.keywords.values() if isinstance(part, functools.partial) else ()
-                    held = any(id(given) in layers for given in (*bound, *named))
-                    if held or (id(owner) in layers and owner is not part):
+                    given_to = any(id(given) in layers for given in (*bound, *named))
+                    if given_to or (id(owner) in layers and owner is not part):
                         what = "a function of the norm"
-                        raise ConversionError(_HELD.format(f"{name}.{key}".lstrip("."), what))
+                        raise ConversionError(_REFERS.format(f"{name}.{key}".lstrip("."), what))
 
     def install(self, sites: list[str], scope: Scope, layers: tuple[type, ...]) -> None:
         """Install a forward that takes the context in every container on the way to a site.
@@ -170,8 +170,8 @@ class Surgery:
         while self._added:
             module, name = self._added.pop()
             del module._modules[name]
-        while self._held:
-            holder, index, module = self._held.pop()
+        while self._references:
+            holder, index, module = self._references.pop()
             holder[index] = module
         while self._swapped:
             parent, leaf, module = self._swapped.pop()

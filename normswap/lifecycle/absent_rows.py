@@ -28,9 +28,9 @@ class KeptRows:
             handle.remove()
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        held = {p for group in optimizer.param_groups for p in group["params"]}
+        optimized = {p for group in optimizer.param_groups for p in group["params"]}
         self._saved = [
-            (layer, [_save(optimizer, p) for p in _tables(layer) if p in held])
+            (layer, [_save(optimizer, p) for p in _tables(layer) if p in optimized])
             for layer in self._layers
         ]
 
@@ -95,8 +95,8 @@ def keep_absent_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> Kept
             "use an optimizer that keeps its state by parameter"
         )
     layers = [m for m in model.modules() if isinstance(m, ContextLayer)]
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    if not any(p in held for layer in layers for p in _tables(layer)):
+    optimized = {p for group in optimizer.param_groups for p in group["params"]}
+    if not any(p in optimized for layer in layers for p in _tables(layer)):
         raise ConversionError(
             "expected optimizer= to hold parameters of this model's contexts, found none; pass the "
             "one that trains it, made after normswap.convert"

@@ -35,8 +35,8 @@ def plan_growth(
             f"expected optimizer= as a torch optimizer, got {type(optimizer).__name__}"
         )
     inner = [value for value in vars(optimizer).values() if isinstance(value, _Optimizer)]
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    if not held & parameters.keys():
+    optimized = {p for group in optimizer.param_groups for p in group["params"]}
+    if not optimized & parameters.keys():
         raise ConversionError(
             "expected optimizer= to hold parameters of this model's contexts, found none; pass the "
             "one that trains it, or leave it out and make a new one"
@@ -46,7 +46,7 @@ def plan_growth(
             "LBFGS keeps one flat history of all parameters, to which no row can be added; make it "
             "anew after add_context"
         )
-    grown = {old: name for old, name in parameters.items() if old in held}
+    grown = {old: name for old, name in parameters.items() if old in optimized}
     return [
         (each, {p: _grow_state(each.state[p], p, grown[p], mix) for p in grown if p in each.state})
         for each in (optimizer, *inner)

@@ -147,7 +147,7 @@ def _restore(
             for leaf, child in list(module._modules.items()):
                 if id(child) in replaced:
                     surgery.swap([f"{parent}.{leaf}".lstrip(".")], replaced[id(child)])
-        surgery.replace_held(replaced)
+        surgery.replace_references(replaced)
     restore_forwards(target)
     release(target)
     for name in (RECORD, "no_weight_decay"):  # what `convert` put there

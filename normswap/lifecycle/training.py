@@ -14,7 +14,7 @@ from normswap.lifecycle.original import original_of
 from normswap.methods.layer import NormLayer
 from normswap.sites import looks_like_norm
 from normswap.util.arguments import check_choice, check_number, describe
-from normswap.util.batches import HELD
+from normswap.util.batches import FROZEN_MODE
 from normswap.util.extras import need
 
 _TRAIN = ("norms", "contexts", "all")
@@ -94,7 +94,7 @@ def freeze(model: nn.Module, train: str = "norms", stats: str = "update") -> Non
         stats: "update": running statistics move in training mode; "frozen": every layer that has
             them, batch norms that were not replaced included, normalises with them and leaves
             them, whatever ``model.train()`` says. Layers made from a FrozenBatchNorm never move.
-            A batch norm that is held so reports ``training=False``; dropout inside it follows the
+            A batch norm that is frozen so reports ``training=False``; dropout inside it follows the
             model's mode.
 
     ``freeze(model, train="all", stats="update")`` takes it all back. The setting is part of the
@@ -139,7 +139,7 @@ def freeze(model: nn.Module, train: str = "norms", stats: str = "update") -> Non
 
 
 def release(model: nn.Module) -> None:
-    """Let the norms of a model that are held in eval mode follow the model's mode again."""
+    """Let the norms of a model that are kept in eval mode follow the model's mode again."""
     for module in model.modules():
         _hold(module, False)
 
@@ -205,21 +205,21 @@ def _has_statistics(module: nn.Module) -> bool:
     return looks_like_norm(module) and any(name.startswith("running_") for name in names)
 
 
-def _hold(module: nn.Module, held: bool) -> None:
+def _hold(module: nn.Module, frozen: bool) -> None:
     """Keep a norm in eval mode whatever mode it is set to, or let it go again."""
-    is_held = HELD in vars(module)
-    if held and not is_held:
+    is_frozen = FROZEN_MODE in vars(module)
+    if frozen and not is_frozen:
         mode = module.training
         module.__dict__["train"] = partial(_train_children, module)
         module.train(mode)
-    elif is_held and not held:
+    elif is_frozen and not frozen:
         del module.__dict__["train"]
-        module.training = module.__dict__.pop(HELD)
+        module.training = module.__dict__.pop(FROZEN_MODE)
 
 
 def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stand in for a held norm's ``train``: its dropout and activation follow the mode."""
+    """Stand in for a frozen norm's ``train``: its dropout and activation follow the mode."""
     type(module).train(module, mode)
-    module.__dict__[HELD] = mode
+    module.__dict__[FROZEN_MODE] = mode
     module.training = False
     return module

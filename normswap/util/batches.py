@@ -14,7 +14,7 @@ from normswap.errors import ConversionError, NormswapError
 from normswap.util.arguments import check_callable, check_count, check_flag, describe, listed
 
 # Where a norm that `freeze` keeps in eval mode has the mode it was set to.
-HELD = "_normswap_mode"
+FROZEN_MODE = "_normswap_mode"
 
 
 class Reservoir:
@@ -42,13 +42,13 @@ class Reservoir:
     def add(self, count: int, take: Callable[[Tensor], Tensor]) -> None:
         """Offer `count` rows; `take` returns those of the indices it is given."""
         # Each row draws a key; those with the largest keys so far are a uniform sample.
-        held = len(self.keys)
+        before = len(self.keys)
         keys = torch.cat([self.keys, torch.rand(count, generator=self.generator)])
         stays = torch.zeros(len(keys), dtype=torch.bool)
         stays[keys.topk(min(self.size, len(keys))).indices] = True
-        new = stays[held:].nonzero().flatten()
-        left = (~stays[:held]).nonzero().flatten()
-        index, fresh, rows = self.seen + new, keys[held:][new], take(new)
+        new = stays[before:].nonzero().flatten()
+        left = (~stays[:before]).nonzero().flatten()
+        index, fresh, rows = self.seen + new, keys[before:][new], take(new)
         self.seen += count
         # In place: copying the whole sample for every batch took most of the time.
         swapped = len(left)
@@ -164,13 +164,13 @@ def undisturbed(model: nn.Module | None = None, seed: int | None = None) -> Iter
 
 @contextmanager
 def modes_kept(model: nn.Module | None) -> Iterator[None]:
-    """Put the modes of a model's modules back, those that held norms would have included."""
+    """Put the modes of a model's modules back, those that frozen norms would have included."""
     modules = [] if model is None else list(model.modules())
-    modes = [(module, module.training, vars(module).get(HELD)) for module in modules]
+    modes = [(module, module.training, vars(module).get(FROZEN_MODE)) for module in modules]
     try:
         yield
     finally:
-        for module, mode, held in modes:
+        for module, mode, frozen in modes:
             module.training = mode
-            if held is not None:
-                module.__dict__[HELD] = held
+            if frozen is not None:
+                module.__dict__[FROZEN_MODE] = frozen

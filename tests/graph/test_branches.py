@@ -78,12 +78,29 @@ def test_errors_of_the_forward_stay_its_own():
                 raise ValueError(f"expected height 6, got {y.shape[2]}")
             return self.b(y)
 
-    converted = check(Model())
+    converted = check(Model(), opaque="may raise ValueError after it has called other modules")
     with pytest.raises(AssertionError, match="got 5 channels"):
         converted(torch.zeros(4, 5, 6, 6), context=LABELS)
     with pytest.raises(ValueError, match="expected height 6, got 8"):
         converted(sized(8), context=LABELS)
-    assert not normswap.summary(converted).opaque
+
+
+def test_a_forward_that_raises_has_moved_the_statistics_once():
+    class Model(Holder):
+        def forward(self, x):
+            y = self.a(x)
+            if y.shape[2] != 6:
+                raise ValueError("too large")
+            return self.b(y)
+
+    model = Model().train()
+    converted = normswap.convert(model, "cn", verify=False)
+    for one in (model, converted):
+        with pytest.raises(ValueError, match="too large"):
+            one(sized(8))
+    for before, after in ((model.a.norm, converted.a.norm), (model.b.norm, converted.b.norm)):
+        assert after.num_batches_tracked.item() == before.num_batches_tracked.item()
+        torch.testing.assert_close(after.running_mean[0], before.running_mean)
 
 
 def test_a_branch_that_cannot_be_traced_runs_as_it_was_written():

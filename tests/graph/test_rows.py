@@ -934,3 +934,23 @@ def test_what_a_forward_looks_up_stays_and_may_name_a_generic_type():
     check(apart(model))
     assert rows_of(model) == {"norm": "one per sample"}
     assert REGISTRY == {"<known>": 2.0}
+
+
+@pytest.mark.parametrize("trace", [True, False])
+def test_an_error_that_the_forward_catches_is_raised_all_the_same(trace):
+    class Catches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            try:
+                return self.norm(x + x.roll(1, 0))
+            except ValueError:
+                return x
+
+    model = normswap.convert(Catches(), "cn", contexts=2, verify=False, trace=trace).eval()
+    x = torch.randn(4, 4, 3, 3)
+    with pytest.raises(ContextError, match="exclude='norm'"):
+        model(x, context=[0, 1, 0, 1])
+    model(x, context=[1, 1, 1, 1])

@@ -63,7 +63,7 @@ def find_residuals(
     sizes = _sizes(graph)
     before = _ancestors(graph, sizes)
     unclear: list[fx.Node] = []
-    handed: set[fx.Node] = set()
+    shared_skips: set[fx.Node] = set()
     found: list[Residual] = []
     ambiguous: list[str] = []
     for node in graph.nodes:
@@ -73,8 +73,8 @@ def find_residuals(
         sides = [before[operand] | {operand} for operand in operands]
         shared = {n for n in sides[0] & sides[1] if n.op != "get_attr" and n not in sizes}
         if not shared and joined:
-            shared = _handed(operands, sides)
-            handed |= {node} if shared else set()
+            shared = _shared_skips(operands, sides)
+            shared_skips |= {node} if shared else set()
         if not shared:
             continue
         start = max(shared, key=order.__getitem__)
@@ -96,14 +96,14 @@ def find_residuals(
         reason = f"branch {', '.join(names[branch])}; skip {skip}"
         found.append(Residual(node, branch, start, tuple(paths[branch]), reason))
     # An add on the branch of another block is a part of that block, not a block's end.
-    outermost = [r for r in found if r.add not in handed]
+    outermost = [r for r in found if r.add not in shared_skips]
     inner = {r.add for r in found for outer in outermost if r.add in outer.path}
     # Nor is one that is an operand of an add that nobody can tell.
     inner |= {operand for node in unclear for operand in node.all_input_nodes}
     return [r for r in found if r.add not in inner], ambiguous
 
 
-def _handed(operands: list[fx.Node], sides: list[set[fx.Node]]) -> set[fx.Node]:
+def _shared_skips(operands: list[fx.Node], sides: list[set[fx.Node]]) -> set[fx.Node]:
     """Return where the branch starts of which one operand is an argument as it is."""
     skips = [i for i, operand in enumerate(operands) if operand.op == "placeholder"]
     return {n for i in skips for n in sides[1 - i] if n.op == "placeholder"}

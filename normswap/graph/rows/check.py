@@ -68,7 +68,10 @@ class Rows:
         try:
             found = run.family.find(run.numbers, run.samples)
             run.plan = found[0] if found else self._measure(run, few)
-            return call(values, context)
+            output = call(values, context)
+            if run.refused is not None:
+                raise run.refused
+            return output
         finally:
             RUN.reset(token)
 
@@ -104,7 +107,11 @@ class Rows:
             run.path.append((site, x.shape[0]))
             if run.samples == context.labels.shape[0]:
                 rows: Rows = run.scope.rows
-                return rows._follow(run, layer, site, x.shape[0])
+                try:
+                    return rows._follow(run, layer, site, x.shape[0])
+                except ContextError as error:
+                    run.refused = error
+                    raise
         if context.whole or context.labels.shape[0] == 1:
             return None
         return self._recall(layer, site, x.shape[0], context)

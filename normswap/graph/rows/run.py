@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.errors import ContextError
 from normswap.functional.labels import Context
 from normswap.graph.rows.measure import Measurement
 from normswap.graph.rows.plans import Family, Plan
@@ -20,7 +21,11 @@ _LOCK = threading.RLock()
 
 @dataclass
 class Run:
-    """A call of a container, the plan it follows, and the norms it has met with their rows."""
+    """A call of a container, the plan it follows, and the norms it has met with their rows.
+
+    Attributes:
+        refused: what a norm raised whose rows labels cannot follow; the forward may catch it.
+    """
 
     module: nn.Module
     scope: Any
@@ -32,6 +37,7 @@ class Run:
     plan: Plan = field(default_factory=Plan)
     path: list[tuple[str, int]] = field(default_factory=list)
     measurement: Measurement | None = None
+    refused: ContextError | None = None
 
     @property
     def samples(self) -> int:

@@ -17,7 +17,7 @@ from normswap.graph.tracing.signature import declared_parameters as declared_par
 from normswap.graph.tracing.signature import free_argument as free_argument
 from normswap.graph.tracing.signature import parameters_of as parameters_of
 from normswap.graph.tracing.signature import write_forward as write_forward
-from normswap.graph.tracing.symbol import is_something as is_something
+from normswap.graph.tracing.symbol import is_certain as is_certain
 from normswap.graph.tracing.trace import TraceSession as TraceSession
 from normswap.graph.tracing.trace import tracing as tracing
 from normswap.graph.tracing.traced import Traced as Traced

@@ -114,9 +114,11 @@ def _join(
     for answer in (False, True):
         taken = [path for path in paths if path.answers[depth] is answer]
         arms.append(_join(taken, make, own, depth + 1, stop))
-    live = list(dict.fromkeys(name for _, names in arms for name in names))
-    branch = Branch(*((run, tuple(live.index(name) for name in names)) for run, names in arms))
-    return _compile(body, (branch, head.questions[depth].name, live), make)
+    needed_names = list(dict.fromkeys(name for _, names in arms for name in names))
+    branch = Branch(
+        *((run, tuple(needed_names.index(name) for name in names)) for run, names in arms)
+    )
+    return _compile(body, (branch, head.questions[depth].name, needed_names), make)
 
 
 def _compile(
@@ -133,9 +135,9 @@ def _compile(
     for node in body:
         copies[node.name] = graph.node_copy(node, lambda n: copies[n.name])
     if end is not None:
-        branch, question, live = end
+        branch, question, needed_names = end
         itself = graph.create_node("get_attr", "converted_container", (), {})
-        values = (copies[question], *(copies[name] for name in live))
+        values = (copies[question], *(copies[name] for name in needed_names))
         graph.output(graph.call_function(branch, (itself, *values)))
     return make(graph), needed
 
@@ -143,16 +145,17 @@ def _compile(
 def end_at_question(tracer: ContainerTracer, error: Exception) -> None:
     """End a path that failed at its last question.
 
-    From there the module's own forward runs from its start: nothing else has run by then, or the
-    forward raises by itself.
+    From there the module's own forward runs from its start: nothing but reads has run by then.
 
     Raises:
-        TraceFailure: it may do neither.
+        TraceFailure: something else has.
     """
     result, reason, methods = tracer.result, in_words(error), methods_failed(tracer.root, error)
     nodes = list(result.graph.nodes)
     last = nodes.index(result.questions[-1]) + 1 if result.questions else 0
-    if not last or not (is_raised(error) or all(map(is_pure, nodes[:last]))):
+    if not last or not all(map(is_pure, nodes[:last])):
+        if last and is_raised(error):
+            reason = f"may raise {type(error).__name__} after it has called other modules"
         raise TraceFailure(reason, methods) from error
     for node in reversed(nodes[last:]):
         result.graph.erase_node(node)

@@ -30,16 +30,16 @@ def find_mutable(value: Any) -> list[Any]:
     return found
 
 
-def same_parts(live: Any, before: Any) -> bool:
+def same_parts(now: Any, before: Any) -> bool:
     """Return whether a list, dict or set holds the very same objects as before."""
-    if isinstance(live, set):
-        return bool(live == before)
-    if isinstance(live, dict):
-        return list(live) == list(before) and all(live[k] is before[k] for k in before)
-    return len(live) == len(before) and all(a is b for a, b in zip(live, before, strict=True))
+    if isinstance(now, set):
+        return bool(now == before)
+    if isinstance(now, dict):
+        return list(now) == list(before) and all(now[k] is before[k] for k in before)
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
 
 
-def restore(live: Any, before: Any) -> None:
+def restore(now: Any, before: Any) -> None:
     """Give a list, dict or set the contents it had."""
-    live.clear()
-    live.extend(before) if isinstance(live, list) else live.update(before)
+    now.clear()
+    now.extend(before) if isinstance(now, list) else now.update(before)

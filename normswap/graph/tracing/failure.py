@@ -2,6 +2,7 @@
 
 import dis
 import linecache
+import re
 import sys
 import types
 from collections.abc import Iterable
@@ -38,7 +39,10 @@ def is_library(module_name: str | None) -> bool:
 
 def in_words(error: Exception) -> str:
     """Return why a trace ended, as the rest of a sentence that begins with the forward."""
-    text, name = " ".join(str(error).split())[:120], type(error).__name__
+    text, name = (
+        re.sub(r"Proxy\(\w+\)", "...", " ".join(str(error).split()))[:120],
+        type(error).__name__,
+    )
     if isinstance(error, TraceFailure):
         return " ".join(str(error).split())
     if isinstance(error, TypeError) and "as an integer" in text:

@@ -21,7 +21,7 @@ from normswap.graph.tracing.value_kinds import any_leaf, find_lists
 Writes = tuple[tuple[int, tuple[Any, ...]], ...]
 
 
-class Handed(NamedTuple):
+class GivenLists(NamedTuple):
     """The lists and dicts of one call that the callee changes.
 
     Attributes:
@@ -104,7 +104,7 @@ def holds_objects(value: Any) -> bool:
 
 def hand_on(
     tracer: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], Handed]:
+) -> tuple[tuple[Any, ...], dict[str, Any], GivenLists]:
     """Make nodes of the lists and dicts among the arguments of a call that changes them.
 
     Raises:
@@ -112,16 +112,16 @@ def hand_on(
     """
     given: tuple[Any, ...] = (*args, *kwargs.values())
     if not any(map(may_be_changed, given)) and not any(map(tracer.reads.holds, find_lists(given))):
-        return args, kwargs, Handed()
+        return args, kwargs, GivenLists()
     if all(is_torch(_class_of(m).__module__) for m in module.modules()):
-        return args, kwargs, Handed()
+        return args, kwargs, GivenLists()
     name = _class_of(module).__name__
     found = tracer.writes_of(module, args, kwargs)
     if found is None:
         raise TraceFailure(f"hands a list or dict to a {name} that may change it")
     values, writes = found
     if not writes:
-        return args, kwargs, Handed()
+        return args, kwargs, GivenLists()
     if aliased(values):
         raise TraceFailure(f"hands a list or dict to a {name} twice")
     nodes: list[tuple[Any, Any]] = []
@@ -139,12 +139,12 @@ def hand_on(
     args = tuple(swap(value) for value in args)
     kwargs = {key: swap(value) for key, value in kwargs.items()}
     keys = {id(values[index]): keys for index, keys in writes}
-    return args, kwargs, Handed(tuple(nodes), tuple(keys[id(value)] for value, _ in nodes))
+    return args, kwargs, GivenLists(tuple(nodes), tuple(keys[id(value)] for value, _ in nodes))
 
 
-def take_back(handed: Handed) -> None:
+def take_back(given_lists: GivenLists) -> None:
     """After the call: read what it changed."""
-    for (value, node), keys in zip(handed.nodes, handed.keys, strict=True):
+    for (value, node), keys in zip(given_lists.nodes, given_lists.keys, strict=True):
         new = [(key, node[key]) for key in keys]
         write_back(value, dict(new) if isinstance(value, dict) else [part for _, part in new])
 

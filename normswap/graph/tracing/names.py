@@ -41,7 +41,7 @@ def returns_tensor(module: nn.Module) -> bool:
     """Return whether a module is certain to: a layer of torch, a norm, a graph that ends so."""
     state: Any = vars(module).get("_normswap")
     variants = [] if state is None else [v for found in state.variants.values() for v in found]
-    if variants and all(variant.something for variant in variants):
+    if variants and all(variant.returns_tensor for variant in variants):
         return True
     cls = getattr(type(module), "converted_from", type(module))
     if cls is nn.Sequential:

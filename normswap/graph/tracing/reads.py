@@ -118,7 +118,7 @@ class Reads:
         self.methods: dict[tuple[str, str], Any] = {}
         self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self._defaults: dict[types.CodeType, tuple[Any, ...]] = {}
-        self._live: list[tuple[str, Any, Any]] = []
+        self._mutable: list[tuple[str, Any, Any]] = []
 
     def attribute(self, path: str, name: str, value: Any) -> Any:
         """Note an attribute; return what the forward is to see of it.
@@ -130,7 +130,7 @@ class Reads:
             if (path, name) not in self.attributes:
                 self._add_parts(parts_of(value))
                 self.attributes[path, name] = copy_parts(value)
-                self._live += [(name, part, copy_alone(part)) for part in find_mutable(value)]
+                self._mutable += [(name, part, copy_alone(part)) for part in find_mutable(value)]
             return value
         if callable(value) or not isinstance(getattr(value, "__dict__", None), dict):
             raise TraceFailure(
@@ -167,15 +167,15 @@ class Reads:
 
     def holds(self, value: Any) -> bool:
         """Return whether a list, dict or set is an attribute that was read."""
-        return any(value is live for _, live, _ in self._live)
+        return any(value is kept for _, kept, _ in self._mutable)
 
     def put_back(self) -> str:
         """Undo what the forward changed in the containers it read; return which, or ""."""
         changed = ""
-        for name, live, before in self._live:
-            if not same_parts(live, before):
+        for name, value, before in self._mutable:
+            if not same_parts(value, before):
                 changed = changed or name
-                restore(live, before)
+                restore(value, before)
         return changed
 
 

@@ -65,14 +65,14 @@ def is_input(value: Any) -> bool:
     return value.node.op == "placeholder" and bool(value.node.meta.get("tensor"))
 
 
-def is_something(node: fx.Node) -> bool:
+def is_certain(node: fx.Node) -> bool:
     """Return whether a node's value, and all that is taken from it, is certainly not None."""
     if node.op in ("placeholder", "get_attr"):
         return True
     target = node.target
     base = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if node.op == "call_method":
-        return target not in _OPTIONAL and base is not None and is_something(base)
+        return target not in _OPTIONAL and base is not None and is_certain(base)
     if node.op == "call_module":
         return bool(node.meta.get("something"))
     name = getattr(target, "__name__", "")
@@ -81,7 +81,7 @@ def is_something(node: fx.Node) -> bool:
     if name in ("getitem", "getattr"):
         key = node.args[1] if len(node.args) > 1 else None
         optional = isinstance(key, str) and key in _OPTIONAL  # a slice is no key of a set
-        return not optional and base is not None and is_something(base)
+        return not optional and base is not None and is_certain(base)
     module = getattr(target, "__module__", None) or ""
     if module.startswith("normswap."):  # a method, a checkpointed part: what they return is theirs
         return False

@@ -167,12 +167,12 @@ class ContainerTracer(fx.Tracer):
             parent = parent.rpartition(".")[0]
             children = tuple(self.root.get_submodule(parent)._modules)
             self.reads.children[parent] = children
-        args, kwargs, handed = hand_on(self, module, args, kwargs)
-        self.result.alike &= not handed.nodes
+        args, kwargs, given_lists = hand_on(self, module, args, kwargs)
+        self.result.alike &= not given_lists.nodes
         proxy = self.create_proxy("call_module", path, args, kwargs)
         something = self.result.children[path] = returns_tensor(module)
         proxy.node.meta["something"] = something
-        take_back(handed)
+        take_back(given_lists)
         return proxy
 
     def writes_of(

@@ -15,7 +15,7 @@ from normswap.graph.tracing.bytecode import Load, Test, read_code
 from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
 from normswap.graph.tracing.method_calls import method_of
 from normswap.graph.tracing.reads import Reads
-from normswap.graph.tracing.symbol import is_something
+from normswap.graph.tracing.symbol import is_certain
 from normswap.graph.tracing.uses import CALLS, HANDS_ON, RENAMES, SETS
 from normswap.graph.tracing.value_kinds import symbolic_parts
 from normswap.graph.tracing.whitelist import is_plain, needs_guard, why_unfit
@@ -232,7 +232,7 @@ def _check_test(test: Test, values: Any) -> None:
     """Raise where only a run knows the answer."""
     for name in test.names:
         found = symbolic_parts(values.get(name))
-        certain = test.none and not test.calls and all(is_something(p.node) for p in found)
+        certain = test.none and not test.calls and all(is_certain(p.node) for p in found)
         if found and not certain:
             what = "is None" if test.none else "is another object"
             via = f"what comes of {name}" if test.calls else name
