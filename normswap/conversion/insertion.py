@@ -36,7 +36,10 @@ class Insertion:
         Raises:
             ConversionError: a layer cannot be built, or a container cannot be traced with it.
         """
-        layers = [self.method.insert(place, record.options) for place in self.places]
+        layers = [
+            self.method.insert(replace(place, planned=None), record.options)
+            for place in self.places
+        ]
         states: dict[nn.Module, ContainerState] = {}
         scope = Scope(1, ("0",))
 
