@@ -1,3 +1,3 @@
 import pytest
 
-pytest.register_assert_rewrite("tests.builders")
+pytest.register_assert_rewrite("tests.support.builders", "tests.support.behave")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import normswap
-from tests.graph.behave import CHANNELS, LABELS, Block, Holder, check, images
+from tests.support.behave import CHANNELS, LABELS, Block, Holder, check, images
 
 
 class Mode(enum.IntEnum):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import normswap
-from tests.graph.behave import Block, Holder, call, check, close, images, randomize
+from tests.support.behave import Block, Holder, call, check, close, images, randomize
 
 KINDS = (nn.BatchNorm1d, nn.BatchNorm2d)
 TABLE = {Block: 2.0, nn.Sequential: 3.0}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import normswap
-from tests.graph.behave import LABELS, Block, Holder, call, check, close, images
+from tests.support.behave import LABELS, Block, Holder, call, check, close, images
 
 SEEN: list[object] = []
 T = typing.TypeVar("T")

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import normswap
-from tests.graph.behave import LABELS, Block, Holder, call, close, images, randomize, separate
+from tests.support.behave import LABELS, Block, Holder, call, close, images, randomize, separate
 
 METHODS = ["cn", "cn-x", "acn"]
 OTHER = LABELS.flip(0)

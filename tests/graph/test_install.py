@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 import normswap
-from tests.graph.behave import CHANNELS, LABELS, Block, Holder, call, check, close, images, separate
+from tests.support.behave import (
+    CHANNELS,
+    LABELS,
+    Block,
+    Holder,
+    call,
+    check,
+    close,
+    images,
+    separate,
+)
 
 
 def _sequential():

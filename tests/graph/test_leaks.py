@@ -14,7 +14,7 @@ import weakref
 from torch import nn
 
 import normswap
-from tests.graph.behave import CHANNELS, LABELS, Block, images
+from tests.support.behave import CHANNELS, LABELS, Block, images
 
 CONVERSIONS = int(os.environ.get("NORMSWAP_CONVERSIONS", "80"))
 METHODS = ["cn", "cn-x", "acn", "crossnorm"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.graph.behave import Holder, check, images
+from tests.support.behave import Holder, check, images
 
 
 @pytest.mark.parametrize("outer", [torch.no_grad, torch.enable_grad])

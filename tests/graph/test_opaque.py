@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import normswap
-from tests.graph.behave import CHANNELS, LABELS, Block, Holder, call, check, images, separate
+from tests.support.behave import CHANNELS, LABELS, Block, Holder, call, check, images, separate
 
 
 class Opaque(Holder):

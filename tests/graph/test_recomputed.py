@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import normswap
 from normswap.errors import ContextError
-from tests.graph.behave import LABELS, Block, Both, Holder, Own, images, separate
+from tests.support.behave import LABELS, Block, Both, Holder, Own, images, separate
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
 TRAINING = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -17,7 +17,7 @@ from torch import nn
 import normswap
 from normswap.errors import ContextError, MissingContextError
 from normswap.graph import scope as scope_module
-from tests.graph.behave import LABELS, Block, Both, Holder, Own, images, separate
+from tests.support.behave import LABELS, Block, Both, Holder, Own, images, separate
 
 
 def make(model=None):

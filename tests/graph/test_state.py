@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import normswap
-from tests.graph.behave import CHANNELS, LABELS, Block, Holder, call, check, close, images
+from tests.support.behave import CHANNELS, LABELS, Block, Holder, call, check, close, images
 
 
 class Scaled(Holder):

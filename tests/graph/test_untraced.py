@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import normswap
-from tests.builders import assert_close
-from tests.models import MIXED, MODELS, K, convert, make_inputs, make_model, separate
+from tests.support.builders import assert_close
+from tests.support.models import MIXED, MODELS, K, convert, make_inputs, make_model, separate
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.nn.parallel import DataParallel
 
 import normswap
-from tests.graph.behave import CHANNELS, LABELS, Block, Holder, images, separate
+from tests.support.behave import CHANNELS, LABELS, Block, Holder, images, separate
 
 # Dynamo looks at .grad of what it is given, a leaf or not.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

@@ -1,0 +1,57 @@
+"""What a compiled converted model compiles again for: not contexts, not the batch size."""
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from tests.support.models import make_inputs, make_model
+
+BATCHES = [8, 6, 3, 11, 5]
+
+
+class Counter:
+    """A backend that runs the graph as it is and counts the graphs it was given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", ["cn", "cn-x", "selfnorm", "acn"])
+def test_another_batch_size_compiles_once_more_at_most(method, training):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    settings = {"contexts": 12} if normswap.get_method(method).needs_context else {}
+    model = normswap.convert(model, method, verify=False, placement=None, **settings)
+    counter = Counter()
+    compiled = torch.compile(model.train(training), backend=counter, fullgraph=True)
+    for step, batch in enumerate(BATCHES):
+        given = {}
+        if settings:
+            # As many contexts in a batch as there are samples, then fewer, others each time.
+            given["context"] = (torch.arange(batch) % (step + 2) + 5 * step) % 12
+        compiled(torch.randn(batch, 3, 8, 8), **given)
+    assert counter.graphs <= 2
+
+
+@pytest.mark.parametrize("method", ["cn", "cn-x"])
+def test_the_number_of_contexts_does_not_compile_a_model_again(method):
+    model = make_model("ConvNet", torch.float32)
+    x = make_inputs(model, 6)
+    model = normswap.convert(model, method, contexts=40).train()
+    counter = Counter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for present in (1, 2, 3, 4, 5, 6):
+        compiled(x, context=torch.arange(6) % present * 7)
+    assert counter.graphs == 1
