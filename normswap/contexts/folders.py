@@ -37,7 +37,7 @@ class FolderAssigner(Assigner):
         super().__init__(names)
         self.root = root
         self.paths: tuple[Path, ...] = ()
-        self._index = {_plain(name): k for k, name in enumerate(self.names)}
+        self._index = {_normalize(name): k for k, name in enumerate(self.names)}
 
     def __call__(self, batch: PathLike | Iterable[PathLike]) -> Tensor:
         """Return the domain of each path; see the class and `Assigner`."""
@@ -54,8 +54,8 @@ class FolderAssigner(Assigner):
         inside = os.path.relpath(os.path.abspath(path), self.root)
         folders = Path(inside).parts[:-1]
         if folders and folders[0] != os.pardir:
-            return self._index.get(_plain(folders[0]), UNKNOWN)
-        found = {self._index.get(_plain(part), UNKNOWN) for part in Path(path).parts[:-1]}
+            return self._index.get(_normalize(folders[0]), UNKNOWN)
+        found = {self._index.get(_normalize(part), UNKNOWN) for part in Path(path).parts[:-1]}
         found.discard(UNKNOWN)
         return found.pop() if len(found) == 1 else UNKNOWN
 
@@ -152,6 +152,6 @@ def _is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
     # File systems differ in how they store accents.
     return unicodedata.normalize("NFC", name)

@@ -16,7 +16,7 @@ from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
 from normswap.functional.glue import Map, Pull
 from normswap.functional.moments import Moments, instance_moments
-from normswap.functional.tables import apply_centred_plain, records, uses_kernels
+from normswap.functional.tables import apply_centred_by_formula, records, uses_kernels
 
 
 class Glue(Protocol):
@@ -56,7 +56,7 @@ def stat_affine(
         A tensor of the shape, dtype and memory format of x.
     """
     if not uses_kernels(x):
-        return _compute_plain(x, glue, tensors, replay=False)
+        return _compute_by_formula(x, glue, tensors, replay=False)
     chosen = _AutogradGlue(glue, x.shape[2:].numel()) if hand is None else hand()
     if not records((x, *tensors)):
         found, _ = chosen.forward(kernels.stats(x), *(t.detach() for t in tensors))
@@ -101,10 +101,10 @@ class _AutogradGlue:
         return Pull(spread, constant.mul_(share), tuple(dtensors))
 
 
-def _compute_plain(x: Tensor, glue: Glue, tensors: Sequence[Tensor], replay: bool) -> Tensor:
+def _compute_by_formula(x: Tensor, glue: Glue, tensors: Sequence[Tensor], replay: bool) -> Tensor:
     instances = instance_moments(x)
     affine = glue(instances, *tensors, replay=replay)
-    return apply_centred_plain(x, Centred(instances.mean, *affine))
+    return apply_centred_by_formula(x, Centred(instances.mean, *affine))
 
 
 class _StatAffine(Function):
@@ -157,7 +157,7 @@ def _differentiate(
     # As views: of inputs that depend on each other, each is to be held fixed for the others.
     x, *tensors = (t.view_as(t) for t in (x, *tensors))
     with torch.autocast(x.device.type, enabled=False):
-        y = _compute_plain(x, glue, tensors, replay=True)
+        y = _compute_by_formula(x, glue, tensors, replay=True)
     wanted = [t for t, need in zip((x, *tensors), needed, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needed]

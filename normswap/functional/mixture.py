@@ -102,7 +102,7 @@ def owned(mass: Tensor, batch: Moments, given: Moments) -> Moments:
     )
 
 
-def norm_elements_plain(
+def norm_elements_by_formula(
     x: Tensor,
     mixture: Mixture,
     gain: Tensor,

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_plain
+from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_by_formula
 from normswap.functional.moments import Moments
-from normswap.functional.tables import is_plain_eager
+from normswap.functional.tables import is_eager
 
 # Values of all components in hand at once: what stays in a CPU's cache, what fills a GPU.
 _BLOCK = {"cpu": 2**18}
@@ -39,12 +39,12 @@ def norm_elements(
     eps: float,
     batch: bool,
 ) -> Normalized:
-    """Compute `norm_elements_plain` with memory that does not grow with K, and faster.
+    """Compute `norm_elements_by_formula` with memory that does not grow with K, and faster.
 
     Under torch.compile, functorch and forward-mode derivatives the plain formulas run instead.
     """
-    if not is_plain_eager():
-        return norm_elements_plain(x, mixture, gain, bias, given, eps, batch)
+    if not is_eager():
+        return norm_elements_by_formula(x, mixture, gain, bias, given, eps, batch)
     y, mass, mean, var = _ElementNorm.apply(x, *mixture, gain, bias, *given, eps, batch)
     return Normalized(y, mass, Moments(mean, var))
 
@@ -203,7 +203,7 @@ def _differentiate(
     # As views: of inputs that depend on each other, each is to be held fixed for the others.
     inputs = tuple(t.view_as(t) for t in inputs)
     x, log_prior, mu, log_sigma, gain, bias, mean, var = inputs
-    y = norm_elements_plain(
+    y = norm_elements_by_formula(
         x, Mixture(log_prior, mu, log_sigma), gain, bias, Moments(mean, var), eps, batch
     ).y
     wanted = [t for t, need in zip(inputs, needed, strict=False) if need]

@@ -31,7 +31,7 @@ def norm_instances(
 ) -> Normalized:
     """Normalise; the channel mean of an instance decides for it.
 
-    Arguments as for `normswap.functional.mixture.norm_elements_plain`.
+    Arguments as for `normswap.functional.mixture.norm_elements_by_formula`.
     """
     found: list[tuple[Tensor, Moments]] = []
 

@@ -12,7 +12,7 @@ from normswap.functional.affine import Affine, Centred
 from normswap.functional.moments import compute_dtype, pick_rows, segment_sum
 
 
-def is_plain_eager() -> bool:
+def is_eager() -> bool:
     """Return whether nothing but autograd's backward looks at what runs: no compiler, no transform.
 
     A compiler, tracer, functorch transform or forward-mode derivative needs torch's operators.
@@ -25,7 +25,7 @@ def is_plain_eager() -> bool:
 
 def uses_kernels(x: Tensor) -> bool:
     """Return whether x can go through the kernels here and now."""
-    return is_plain_eager() and type(x) in (Tensor, nn.Parameter) and kernels.suits(x)
+    return is_eager() and type(x) in (Tensor, nn.Parameter) and kernels.suits(x)
 
 
 def records(tensors: Sequence[Tensor]) -> bool:
@@ -39,7 +39,7 @@ def _sums(t: Tensor, rows: int) -> Tensor:
     return total.sum(0, keepdim=True) if rows == 1 else total
 
 
-def apply_centred_plain(x: Tensor, table: Centred) -> Tensor:
+def apply_centred_by_formula(x: Tensor, table: Centred) -> Tensor:
     """Compute `apply_centred` with torch's own derivatives."""
     shape = table.scale.shape + (1,) * (x.dim() - 2)
     dtype = compute_dtype(x)
@@ -55,7 +55,7 @@ def apply_centred(x: Tensor, table: Centred, index: Tensor | None = None) -> Ten
         row of each instance, or (1,), that of all.
     """
     if not uses_kernels(x):
-        return apply_centred_plain(x, table if index is None else table.rows(index))
+        return apply_centred_by_formula(x, table if index is None else table.rows(index))
     dtype = compute_dtype(x)
     tables = tuple(t.to(dtype) for t in table)
     if not records((x, *tables)):

@@ -108,7 +108,7 @@ def _device_of(values: tuple[Any, ...]) -> torch.device | None:
 
 
 def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
-    if state.plain:
+    if state.runs_own_forward:
         check_question(state.fqn, state.question)
         return own_forward(module, values)
     leaves: list[Any] = []

@@ -115,7 +115,7 @@ class ContainerState:
         self.question = ""
 
     @property
-    def plain(self) -> bool:
+    def runs_own_forward(self) -> bool:
         """Whether the module's own forward runs untraced, between `before` and `after`."""
         return not self.layers and not self.insertions
 

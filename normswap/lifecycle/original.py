@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError
 from normswap.methods.base import Contexts, Method
 from normswap.methods.layer import ContextLayer, NormLayer
-from normswap.methods.norm_values import Plain
+from normswap.methods.norm_values import PlainNorm
 from normswap.sites import Site
 from normswap.util.arguments import describe
 from normswap.util.distributed import group_name
@@ -204,7 +204,7 @@ def _tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def write(norm: nn.Module, plain: Plain, layer: nn.Module) -> None:
+def write(norm: nn.Module, plain: PlainNorm, layer: nn.Module) -> None:
     """Give a rebuilt norm the values of a plain one, and the layer's eps.
 
     A norm without weight and bias gets them where they are needed.

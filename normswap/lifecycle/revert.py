@@ -18,7 +18,7 @@ from normswap.lifecycle.record import (
 )
 from normswap.lifecycle.training import release
 from normswap.methods.base import InsertedMethod, Method, get_method
-from normswap.methods.norm_values import Plain
+from normswap.methods.norm_values import PlainNorm
 from normswap.util.arguments import check_flag
 from normswap.util.copies import copy_model
 
@@ -209,7 +209,7 @@ def _norm(
     return norm
 
 
-def _common(name: str, layer: nn.Module, record: Record, method: Method) -> Plain:
+def _common(name: str, layer: nn.Module, record: Record, method: Method) -> PlainNorm:
     """Return the norm that every context has.
 
     Raises:

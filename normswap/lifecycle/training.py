@@ -67,8 +67,8 @@ def param_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim <= 1 or name.endswith(".bias")
-        exempt = plain or id(parameter) in norms or any(fnmatch(name, s) for s in spared)
+        flat = parameter.ndim <= 1 or name.endswith(".bias")
+        exempt = flat or id(parameter) in norms or any(fnmatch(name, s) for s in spared)
         rate = norm_lr if norm_lr is not None and id(parameter) in norms else lr
         rate *= scales.get(id(parameter), 1.0)
         groups.setdefault((rate, 0.0 if exempt else weight_decay), []).append(parameter)

@@ -16,7 +16,7 @@ from normswap.methods.base import (
     affine_tensors,
     register_method,
 )
-from normswap.methods.norm_values import Plain
+from normswap.methods.norm_values import PlainNorm
 from normswap.sites import Site
 
 
@@ -74,7 +74,7 @@ class AdaptiveContextNormalization(Method):
         return layer.mixture().log_prior.detach().exp().expand_as(layer.mu)
 
     @torch.no_grad()
-    def plain(self, layer: nn.Module, context: int | None) -> Plain:
+    def plain(self, layer: nn.Module, context: int | None) -> PlainNorm:
         """Return the batch norm that a layer is while its components are equal.
 
         Then ``tau_k = lambda_k`` for every input, and gamma takes ``sum_k sqrt(lambda_k)``.
@@ -90,7 +90,7 @@ class AdaptiveContextNormalization(Method):
                 "probably belongs to, and these have moved apart"
             )
         gain = (0.5 * mixture.log_prior).exp().expand_as(mixture.mean).sum(0)
-        return Plain(
+        return PlainNorm(
             tables[-2][0],
             tables[-1][0].clamp(min=0),
             layer.weight.double() * gain,

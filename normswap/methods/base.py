@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError
 from normswap.functional.moments import Moments
 from normswap.methods.found import import_installed, import_own
-from normswap.methods.norm_values import Plain
+from normswap.methods.norm_values import PlainNorm
 from normswap.sites import Place, Site
 from normswap.util.arguments import check_choice, meant
 
@@ -106,7 +106,7 @@ class Method(BaseMethod):
         """Return the weight of each context, (K, C), None where the given priors hold."""
         return None
 
-    def plain(self, layer: nn.Module, context: int | None) -> Plain:
+    def plain(self, layer: nn.Module, context: int | None) -> PlainNorm:
         """Return the plain norm that computes what a layer computes in eval mode.
 
         By default what the layer's own ``plain(context)`` returns.
@@ -118,7 +118,7 @@ class Method(BaseMethod):
         Raises:
             ConversionError: no plain norm does; the message says why.
         """
-        plain: Plain = self._ask(layer, "plain", "equals no plain norm")(context)
+        plain: PlainNorm = self._ask(layer, "plain", "equals no plain norm")(context)
         return plain
 
     def added_rows(self, layer: nn.Module, like: int | None, share: float) -> dict[str, Tensor]:

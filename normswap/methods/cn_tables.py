@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from normswap.functional.moments import Moments
 from normswap.methods.layer import ContextLayer
 from normswap.methods.layer_tensors import check_settings, counted_nothing, fill_affine, load_shared
-from normswap.methods.norm_values import Plain, added_prior, pick, pick_moments
+from normswap.methods.norm_values import PlainNorm, added_prior, pick, pick_moments
 
 
 class ContextTables(ContextLayer):
@@ -79,12 +79,12 @@ class ContextTables(ContextLayer):
         load_shared(state_dict, prefix, targets, {"weight": root, "bias": root})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def plain(self, context: int | None) -> Plain:
+    def plain(self, context: int | None) -> PlainNorm:
         """Return the batch norm this layer is in eval mode for a context, None for the pooled."""
         count, priors = self.num_batches_tracked, self.mixing(torch.float64)
         running = Moments(self.running_mean, self.running_var)
         scale = self.priors.double().rsqrt().unsqueeze(1)
-        return Plain(
+        return PlainNorm(
             *pick_moments(running, context, priors),
             pick(self.weight * scale, context, priors),
             pick(self.bias * scale, context, priors),

@@ -21,7 +21,7 @@ from normswap.methods.base import Contexts, Method, affine_tensors, register_met
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import RUNNING, ContextLayer
 from normswap.methods.layer_tensors import check_settings, fill_affine, fitting
-from normswap.methods.norm_values import Plain, added_prior, pick_moments
+from normswap.methods.norm_values import PlainNorm, added_prior, pick_moments
 from normswap.sites import Site
 from normswap.util.distributed import sum_over, sum_over_ddp
 
@@ -174,7 +174,7 @@ class ContextNormX(ContextLayer):
         self.fresh = self.fresh and not _is_started(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def plain(self, context: int | None) -> Plain:
+    def plain(self, context: int | None) -> PlainNorm:
         """Return the batch norm this layer is, for a context; None for the pooled.
 
         Its running variance is ``sigma^2 - eps``; where that is negative, 0, and its weight takes
@@ -183,7 +183,7 @@ class ContextNormX(ContextLayer):
         mean, var = self._learned(context)
         weight, bias = (t.detach() for t in self._affine(mean))
         weight = torch.where(var < self.eps, weight * (self.eps / var).sqrt(), weight)
-        return Plain(mean, (var - self.eps).clamp(min=0), weight, bias)
+        return PlainNorm(mean, (var - self.eps).clamp(min=0), weight, bias)
 
     def _learned(self, context: int | None) -> Moments:
         """Return mu and sigma^2 of a context, or of the mixture, (C,) float64."""

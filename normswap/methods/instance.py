@@ -14,7 +14,7 @@ from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
 from normswap.methods.layer import RUNNING, ContextLayer
 from normswap.methods.layer_tensors import check_settings, load_shared
-from normswap.methods.norm_values import Plain, added_prior, pick
+from normswap.methods.norm_values import PlainNorm, added_prior, pick
 from normswap.sites import Site
 
 
@@ -189,11 +189,11 @@ class ContextInstanceNorm(ContextLayer):
             state_dict.setdefault(prefix + name, own)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def plain(self, context: int | None) -> Plain:
+    def plain(self, context: int | None) -> PlainNorm:
         """Return the instance norm this layer is, for a context; None for the mean affine."""
         priors = self.mixing(torch.float64)
         weight, bias = (pick(t, context, priors) for t in (self.weight, self.bias))
-        return Plain(self.running_mean, self.running_var, weight, bias)
+        return PlainNorm(self.running_mean, self.running_var, weight, bias)
 
     def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
         """Return the rows of one more context; see `Method.added_rows`."""

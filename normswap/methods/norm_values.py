@@ -8,7 +8,7 @@ from torch import Tensor
 from normswap.functional.moments import Moments, pool_moments
 
 
-class Plain(NamedTuple):
+class PlainNorm(NamedTuple):
     """What a plain norm computes in eval mode: ``weight * (x - mean) / sqrt(var + eps) + bias``.
 
     Attributes:

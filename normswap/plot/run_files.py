@@ -46,7 +46,7 @@ def read_curves(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if all("arms" in record for record in records):
             panels, log = _recipe_panels(records, _settings(path.parent).get("held_out"))
         else:
-            panels, log = _plain_panels(records), []
+            panels, log = _panels(records), []
     except (KeyError, TypeError, AttributeError) as error:
         raise NormswapError(f"{path} holds other records than a run writes: {error!r}") from error
     title = f"{path.absolute().parent.name}"
@@ -72,7 +72,7 @@ def _recipe_panels(
     return panels, [loss] if positive else []
 
 
-def _plain_panels(records: list[dict[str, Any]]) -> dict[str, dict[str, list[float | None]]]:
+def _panels(records: list[dict[str, Any]]) -> dict[str, dict[str, list[float | None]]]:
     numbers = dict.fromkeys(
         key
         for record in records

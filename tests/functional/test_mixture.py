@@ -71,7 +71,7 @@ def test_output_moments_and_every_gradient_equal_the_loop(assignment, shape, bat
 def test_blocks_of_channels_equal_the_plain_formula(monkeypatch, batch):
     tables = make_tables(channels=7)
     x = make_batch((4, 7, 5)).requires_grad_()
-    plain = run(mixture.norm_elements_plain, x, tables, batch)
+    plain = run(mixture.norm_elements_by_formula, x, tables, batch)
     tensors = [x, *tables[: 5 if batch else 7]]
     expected = gradients(plain.y, tensors)
     for block in (1, 3 * 4 * 5 * 2, 10**6):
@@ -177,7 +177,7 @@ def test_what_is_saved_for_backward_does_not_grow_with_the_components():
     few, many = saved_bytes(norm_elements, 2), saved_bytes(norm_elements, 16)
     assert few < 1.01
     assert many < 1.05
-    assert saved_bytes(mixture.norm_elements_plain, 16) > 16
+    assert saved_bytes(mixture.norm_elements_by_formula, 16) > 16
     # Instances and positions keep K values for one of x's rows, not for each of its values.
     for norm in (norm_instances, norm_positions):
         assert saved_bytes(norm, 16) < saved_bytes(norm, 2) + 14 * 4 / 8
@@ -234,8 +234,8 @@ def test_float32_moments_of_components_far_apart_lose_no_digits(apart):
     modes = torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64).unsqueeze(1) * apart
     tables[3:5] = modes.expand(3, 4).clone(), torch.zeros(3, 4, dtype=torch.float64)
     x = make_batch((16, 4, 9)) + apart * torch.tensor([-1.0, 1.0]).repeat(8).view(-1, 1, 1)
-    wide = run(mixture.norm_elements_plain, x.double(), tables, True)
-    narrow = run(mixture.norm_elements_plain, x.float(), [t.float() for t in tables], True)
+    wide = run(mixture.norm_elements_by_formula, x.double(), tables, True)
+    narrow = run(mixture.norm_elements_by_formula, x.float(), [t.float() for t in tables], True)
     owned = wide.mass > 1
     assert bool(owned.any())
     assert_close(narrow.moments.var[owned].double(), wide.moments.var[owned], 2e-4)
@@ -247,7 +247,7 @@ def test_float32_moments_of_components_far_apart_lose_no_digits(apart):
 def test_the_plain_formula_of_nothing_is_nothing(shape, batch):
     tables = make_tables()
     result = run(
-        mixture.norm_elements_plain, torch.zeros(shape, dtype=torch.float64), tables, batch
+        mixture.norm_elements_by_formula, torch.zeros(shape, dtype=torch.float64), tables, batch
     )
     assert result.y.shape == shape
     assert_close(result.moments.mean, tables[5])

@@ -96,19 +96,19 @@ def exchange(batch: Any, picked: list[int], how: str, generator: torch.Generator
     """
     if isinstance(batch, Tensor) and batch.is_complex():
         return torch.view_as_complex(exchange(torch.view_as_real(batch), picked, how, generator))
-    plain = [part.detach() for part in batch]
-    new = [part.clone() for part in plain]
+    values = [part.detach() for part in batch]
+    new = [part.clone() for part in values]
     for i in picked:
         if how == "others":
-            for step in range(1, min(len(plain), _MOST_OTHERS + 1)):
-                other = plain[(i + step) % len(plain)]
+            for step in range(1, min(len(values), _MOST_OTHERS + 1)):
+                other = values[(i + step) % len(values)]
                 if other.shape == new[i].shape:
-                    new[i] = torch.where(new[i] == plain[i], other, new[i])
+                    new[i] = torch.where(new[i] == values[i], other, new[i])
         elif how == "shuffle":
             order = torch.randperm(new[i].numel(), generator=generator).to(new[i].device)
-            new[i] = plain[i].flatten()[order].view(plain[i].shape)
+            new[i] = values[i].flatten()[order].view(values[i].shape)
         elif new[i].numel():
-            new[i] = _noise(plain, plain[i], generator)
+            new[i] = _noise(values, values[i], generator)
     if not isinstance(batch, Tensor):
         return new
     # In the memory format of the batch.

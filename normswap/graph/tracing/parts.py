@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from normswap.graph.tracing.failure import TraceFailure, is_library
-from normswap.graph.tracing.whitelist import is_constant, is_plain
+from normswap.graph.tracing.whitelist import cannot_change, is_constant
 
 # A holder, the name of an attribute of it, and its value.
 Part = tuple[Any, str, Any]
@@ -32,11 +32,11 @@ def parts_of(value: Any) -> Iterator[Part]:
     if isinstance(value, types.FunctionType) and not is_library(value.__module__):
         yield from _parts_of_function(value)
     elif isinstance(value, list | tuple | set | frozenset | dict):
-        if isinstance(value, tuple) and not is_plain(type(value)):
+        if isinstance(value, tuple) and not cannot_change(type(value)):
             yield from parts_of_class(type(value))
         for part in value.values() if isinstance(value, dict) else value:
             yield from parts_of(part)
-    elif isinstance(value, enum.Enum) and not is_plain(type(value)):
+    elif isinstance(value, enum.Enum) and not cannot_change(type(value)):
         yield from parts_of_class(type(value))
 
 
@@ -62,7 +62,7 @@ def parts_of_class(cls: type) -> Iterator[Part]:
     members: Any = cls.__members__ if isinstance(cls, enum.EnumMeta) else {}
     for member in members.values():
         yield from ((member, name, part) for name, part in attributes_of(member))
-    for base in [base for base in cls.__mro__ if not is_plain(base)]:
+    for base in [base for base in cls.__mro__ if not cannot_change(base)]:
         for name, raw in vars(base).items():
             method = isinstance(raw, _METHODS)
             known = name in (*_MADE, *members) or isinstance(raw, _FIELDS)

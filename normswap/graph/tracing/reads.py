@@ -16,7 +16,7 @@ from normswap.graph.tracing.containers import (
 )
 from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.parts import Part, parts_of, parts_of_class
-from normswap.graph.tracing.whitelist import FUNCTIONS, is_built_in, is_constant, is_plain
+from normswap.graph.tracing.whitelist import FUNCTIONS, cannot_change, is_built_in, is_constant
 
 _MOST_PARTS = 256
 # Stands for an attribute that is not there.
@@ -246,5 +246,5 @@ def _is_comparable(value: Any) -> bool:
     if isinstance(value, types.MethodType):
         return isinstance(value.__self__, nn.Module)
     if isinstance(value, type):
-        return is_plain(value)
+        return cannot_change(value)
     return is_constant(value) or isinstance(value, (*FUNCTIONS, Tensor, nn.Module))

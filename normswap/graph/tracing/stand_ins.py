@@ -12,7 +12,7 @@ from normswap.graph.tracing.bytecode import is_compared
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.patches import stand_for
 from normswap.graph.tracing.symbol import is_input
-from normswap.graph.tracing.whitelist import is_plain
+from normswap.graph.tracing.whitelist import cannot_change
 from normswap.util.original_class import class_of
 
 
@@ -51,7 +51,7 @@ def symbolic_hasattr(value: Any, name: str) -> bool:
     if not isinstance(value, fx.Proxy):
         _check_holder(value, name)
         found = hasattr(value, name)
-        if not (found or isinstance(value, nn.Module) or is_plain(type(value))):
+        if not (found or isinstance(value, nn.Module) or cannot_change(type(value))):
             raise TraceFailure(f"asks whether a {type(value).__name__} has .{name}")
         return found
     if is_input(value) and hasattr(Tensor, name):

@@ -138,7 +138,7 @@ class ContainerTracer(fx.Tracer):
             # A call, since before torch 2.10 generated code does not know the class by name.
             args = tuple(self.create_arg(part) for part in a)
             return self.create_node("call_function", type(a), args, {})
-        if isinstance(a, list | tuple) and type(a) not in (list, tuple) and _is_plain_subclass(a):
+        if isinstance(a, list | tuple) and type(a) not in (list, tuple) and _has_no_fields(a):
             raise TraceFailure(f"builds a {type(a).__name__}")
         try:
             return TracerBase.create_arg(self, a)
@@ -259,7 +259,7 @@ def _overrides_call(cls: type) -> bool:
     return not is_torch(owner.__module__)
 
 
-def _is_plain_subclass(a: Any) -> bool:
+def _has_no_fields(a: Any) -> bool:
     return not hasattr(a, "_fields") and not type(a).__module__.startswith("torch.fx")
 
 

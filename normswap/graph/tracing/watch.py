@@ -18,7 +18,7 @@ from normswap.graph.tracing.reads import Reads
 from normswap.graph.tracing.symbol import is_certain
 from normswap.graph.tracing.uses import CALLS, HANDS_ON, RENAMES, SETS
 from normswap.graph.tracing.value_kinds import symbolic_parts
-from normswap.graph.tracing.whitelist import is_plain, needs_guard, why_unfit
+from normswap.graph.tracing.whitelist import cannot_change, needs_guard, why_unfit
 
 _MISSING = object()
 _LOADS = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
@@ -120,7 +120,7 @@ class Watch:
             value = frame.f_locals.get(name)
             if self._reads.default_of(code, value) and why_unfit(value, name, HANDS_ON):
                 raise TraceFailure(f"may change the default of {name} in {code.co_name}")
-            if isinstance(value, type) and not is_plain(value):
+            if isinstance(value, type) and not cannot_change(value):
                 raise TraceFailure(f"hands the class {value.__name__} to {code.co_name}")
 
     def _judge(self, frame: types.FrameType, load: Load) -> str:
@@ -165,7 +165,7 @@ class Watch:
         why = why_unfit(value, where, load.use)
         if why:
             return why
-        if load.use == CALLS and isinstance(value, type) and not is_plain(value):
+        if load.use == CALLS and isinstance(value, type) and not cannot_change(value):
             self._reads.made(value)
         if needs_guard(value, [holder for holder, _, _ in steps]):
             for holder, key, value in steps:

@@ -53,26 +53,28 @@ _EXCEPTIONS = (BaseException,)
 _CHANGEABLE = 1 << 9
 
 
-def is_plain(cls: Any) -> bool:
-    """Return whether a class is of a library, or cannot be changed as it is written in C."""
+def cannot_change(cls: Any) -> bool:
+    """Return whether nobody changes a class: it is of a library, or written in C."""
     return is_library(cls.__module__) or not cls.__flags__ & _CHANGEABLE
 
 
 def is_built_in(value: Any) -> bool:
     """Return whether a tuple, list, dict or set is no more than that; a named tuple is one, too."""
     cls = type(value)
-    return is_plain(cls) or (cls.__bases__ == (tuple,) and hasattr(cls, "_fields"))
+    return cannot_change(cls) or (cls.__bases__ == (tuple,) and hasattr(cls, "_fields"))
 
 
 def is_constant(value: Any) -> bool:
     """Return whether a value is immutable and can be compared."""
     kind = type(value)
     if isinstance(value, tuple | frozenset):
-        fit = (is_plain(part) if isinstance(part, type) else is_constant(part) for part in value)
+        fit = (
+            cannot_change(part) if isinstance(part, type) else is_constant(part) for part in value
+        )
         return is_built_in(value) and all(fit)
-    if isinstance(value, enum.Enum) and not is_plain(kind):
+    if isinstance(value, enum.Enum) and not cannot_change(kind):
         return all(is_constant(vars(value)[name]) for name in vars(value).keys() - {"__objclass__"})
-    return isinstance(value, CONSTANTS) and is_plain(kind)
+    return isinstance(value, CONSTANTS) and cannot_change(kind)
 
 
 def why_unfit(value: Any, name: str, use: str = "") -> str:
@@ -93,7 +95,7 @@ def why_unfit(value: Any, name: str, use: str = "") -> str:
         root = value.__name__.partition(".")[0]
         return "" if root in ("torch", "math") else f"hands on the module {value.__name__}"
     if isinstance(value, type | types.GenericAlias | types.UnionType) or _module(value) == "typing":
-        handed = isinstance(value, type) and use in (HANDS_ON, RENAMES) and not is_plain(value)
+        handed = isinstance(value, type) and use in (HANDS_ON, RENAMES) and not cannot_change(value)
         why = f"hands on the class {name}, whose attributes may change" if handed else ""
         return why or _unfit_class(value, name)
     if isinstance(value, Tensor | nn.Module):
