@@ -127,6 +127,9 @@ def read_site(
         return "its forward was replaced on the instance"
     if hasattr(module, "parametrizations"):
         return "its parameters are parametrized; remove the parametrization first"
+    computed = [n for n in ("weight", "bias") if isinstance(vars(module).get(n), Tensor)]
+    if computed:  # by a hook, before each forward, as pruning and weight norm do
+        return f"its {computed[0]} is computed from other tensors; make it a parameter first"
     if name.endswith(_FROZEN):
         return _read_frozen(fqn, module, aliases)
     if not isinstance(module, _NormBase):

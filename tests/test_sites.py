@@ -7,6 +7,7 @@ import timm.layers
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 import normswap
 from normswap.sites import read_site
@@ -106,6 +107,17 @@ def test_a_frozen_norm_whose_forward_needs_more_is_refused():
             return x * scale
 
     assert "cannot be run alone (TypeError" in read_site("", OddFrozenBatchNorm2d(3))
+
+
+@pytest.mark.parametrize("recompute", [prune.random_unstructured, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_norm_whose_weight_a_hook_computes_is_refused(recompute):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    given = {"amount": 1} if recompute is not nn.utils.weight_norm else {"dim": None}
+    recompute(model[0], "weight", **given)
+    assert "weight is computed from other tensors" in read_site("", model[0])
+    converted = normswap.convert(model, "cn", contexts=2, example_inputs=IMAGES)
+    torch.testing.assert_close(converted.eval()(IMAGES), model.eval()(IMAGES))
 
 
 def untracked(kind):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from normswap.errors import NormswapError
+from normswap.errors import InputError, NormswapError
 from normswap.functional.labels import Context, wrong_length
 from normswap.graph.bypassed import explain
 from normswap.graph.class_questions import check_question
@@ -95,9 +95,21 @@ def _run_around(module: nn.Module, state: ContainerState, values: Any, context: 
     if state.before is not None:
         layer = getattr(module, state.before)
         given = {} if context_argument(layer) is None else {"context": context}
-        values = (layer(values[0], **given), *values[1:])
+        values = (layer(_expect_tensor(values[0], state, "take"), **given), *values[1:])
     output = _run(module, state, values, context)
-    return output if state.after is None else getattr(module, state.after)(output)
+    if state.after is None:
+        return output
+    return getattr(module, state.after)(_expect_tensor(output, state, "return"))
+
+
+def _expect_tensor(value: Any, state: ContainerState, verb: str) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        where = "before" if verb == "take" else "after"
+        raise InputError(
+            f"expected {state.fqn or 'the model'} to {verb} a tensor, for the layer inserted "
+            f"{where} it, got a {type(value).__name__}; select another place, see placement="
+        )
+    return value
 
 
 def _device_of(values: tuple[Any, ...]) -> torch.device | None:

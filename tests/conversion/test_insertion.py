@@ -230,3 +230,16 @@ def test_a_layer_after_the_output_of_modules_that_select_names():
 def test_the_output_of_modules_has_to_be_selected():
     with pytest.raises(normswap.ConversionError, match="expected select= with placement 'output'"):
         normswap.plan(timm.create_model("resnet10t"), "mixstyle", placement="output")
+
+
+@pytest.mark.parametrize("placement", ["input", "output"])
+def test_a_layer_where_no_tensor_passes_is_an_error_that_says_so(placement):
+    class Unpacked(nn.Module):
+        def forward(self, batch):
+            return {"image": batch["image"] * 2}
+
+    model = nn.Sequential(Unpacked())
+    select = "0" if placement == "output" else None
+    model = normswap.convert(model, "mixstyle", placement=placement, select=select, verify=False)
+    with pytest.raises(normswap.InputError, match=r"to (take|return) a tensor.*got a dict"):
+        model({"image": torch.randn(2, 3, 4, 4)})
