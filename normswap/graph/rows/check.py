@@ -166,7 +166,7 @@ class Rows:
                 before = self.known.get(key)
                 if before is None or (before.cause and before.cause != _MIXED):
                     self.known[key] = step
-                elif not step.cause and before.how != step.how:
+                elif not step.cause and not before.agrees(step):
                     self.known[key] = Step(step.site, step.training, step.rows, cause=_MIXED)
         if plan.reason or plan.regular:
             run.family.keep(run.numbers, plan)
@@ -190,7 +190,7 @@ class Rows:
             step = self.known.get((site, layer.training, rows, samples))
         if step is not None and not step.cause:
             return step
-        why = self.reason
+        why = self.reason if step is None else step.cause
         if run is not None:
             # Another batch may tell.
             why = run.plan.reason
@@ -199,8 +199,8 @@ class Rows:
             context,
             f"expected to know which of the {rows} rows of the input of {site} belong to which of "
             f"{samples} samples, got nothing that tells ({why}); run the whole model in this mode, "
-            "not compiled, on samples that differ, or leave the norm out with "
-            f"exclude={site!r}",
+            "not compiled, on samples that differ, after normswap.fix_rows(model) where their "
+            f"order never changes, or leave the norm out with exclude={site!r}",
         )
 
     def describe(self, site: str) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 ONE, FOLDED, REPEATED, PERMUTED = "one per sample", "folded", "repeated", "permuted"
@@ -47,6 +48,12 @@ class Step:
         if self.times is None:
             return rows == samples if self.how == ONE else rows > 0 and rows % samples == 0
         return rows == self.times * samples
+
+    def agrees(self, other: "Step") -> bool:
+        """Return whether another call of the norm has its rows in the same order."""
+        if self.index is None or other.index is None or self.rows != other.rows:
+            return self.how == other.how
+        return torch.equal(self.index, other.index)
 
     def __str__(self) -> str:
         """Return the words of a summary."""

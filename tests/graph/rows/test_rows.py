@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import normswap
 from normswap import ContextError
@@ -793,6 +794,33 @@ def test_a_compiled_flip_is_refused_unless_fixed():
     normswap.fix_rows(model)
     expected = model(x, context=LABELS)
     assert torch.allclose(compiled(x, context=LABELS), expected)
+
+
+def test_compiled_chunks_that_share_a_norm_are_refused_though_fixed():
+    torch._dynamo.reset()
+    model = ordered(lambda s, x: torch.cat([s.norm(part) for part in x.chunk(2)]))
+    normswap.fix_rows(model)
+    x = torch.randn(N, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(model(x, context=LABELS), singly(model, x, LABELS))
+    with pytest.raises(Exception, match="another in each of several calls"):
+        torch.compile(model, backend="eager", fullgraph=True)(x, context=LABELS)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_chunks_that_share_a_norm_are_recomputed_in_their_order_or_refused(reentrant):
+    model = ordered(lambda s, x: torch.cat([s.norm(part) for part in x.chunk(2)]))
+    normswap.fix_rows(model)
+    xs = [torch.randn(N, 6, dtype=torch.float64, requires_grad=True)]
+    xs.append(xs[0].detach().clone().requires_grad_())
+    copy.deepcopy(model)(xs[0], context=LABELS).square().sum().backward()
+    y = checkpoint(lambda x: model(x, context=LABELS), xs[1], use_reentrant=reentrant)
+    if reentrant:  # without gradients the forward may have taken another way
+        with pytest.raises(ContextError, match=r"got nothing that tells.*exclude='norm'"):
+            y.square().sum().backward()
+    else:
+        y.square().sum().backward()
+        assert torch.allclose(xs[1].grad, xs[0].grad)
 
 
 def test_threads_do_not_mix_what_they_measure():
