@@ -1,5 +1,6 @@
 """Norms that layers of a method replace."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,6 +97,7 @@ def find_replacement(
     rows: list[Row] = []
     chosen: list[Site] = []
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for fqn, module, aliases in find_norms(model):
         size = sum(p.numel() for p in module.parameters())
         row = Row(fqn, type(module).__name__, "refused", aliases, parameters_before=size)
@@ -111,7 +113,7 @@ def find_replacement(
             row.reason = site
         else:
             row.channels = site.num_features
-            row.reason = method.refuse(site) or ""
+            row.reason = method.refuse(site) or _why_tied(module, holders)
             if not row.reason:
                 row.action = "replaced"
                 chosen.append(site)
@@ -120,6 +122,13 @@ def find_replacement(
     if chosen[0].fqn == "":
         return Bare(method, rows, chosen[0])
     return Replacement(method, rows, chosen)
+
+
+def _why_tied(norm: nn.Module, holders: Counter[int]) -> str:
+    """Return why a norm has to stay whose parameter another module has, too; "" where none does."""
+    tied = (n for n, p in norm._parameters.items() if p is not None and holders[id(p)] > 1)
+    name = next(tied, "")
+    return f"its {name} is tied to a parameter of another module" if name else ""
 
 
 def _nothing_to_replace(model: nn.Module, rows: list[Row]) -> str:

@@ -241,3 +241,13 @@ def test_the_input_has_the_name_that_torch_gives_it(method):
     for trace in (True, False):
         converted = normswap.convert(model, method, verify=False, trace=trace)
         torch.testing.assert_close(converted(x), model(x))
+
+
+def test_a_norm_whose_weight_is_tied_stays_and_the_report_says_so():
+    model = nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(3)))
+    model[1].weight = model[0].weight
+    converted = normswap.convert(model, "cn", contexts=2, verify=False)
+    assert converted[0].weight is converted[1].weight
+    rows = normswap.summary(converted).rows
+    assert [row.action for row in rows] == ["refused", "refused", "replaced"]
+    assert rows[0].reason == "its weight is tied to a parameter of another module"
