@@ -9,11 +9,11 @@ import torch
 
 from normswap.errors import ContractError, ConversionError
 from normswap.methods.base import _REGISTRY, BaseMethod, get_method, register_method
-from normswap.testing import function, lifecycle, tools, training
+from normswap.testing import function, lifecycle, tools, train_steps
 from normswap.testing.case import CHECKS, Case
 from normswap.util.arguments import describe
 
-_PARTS = (function, training, tools, lifecycle)  # importing them fills CHECKS
+_PARTS = (function, train_steps, tools, lifecycle)  # importing them fills CHECKS
 
 
 @dataclass(frozen=True)
