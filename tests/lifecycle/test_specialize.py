@@ -17,15 +17,15 @@ from tests.support.reverted import EACH, EVERY_NORM, NAMES, frozen, make, make_n
 
 @EACH
 @EVERY_NORM
-@pytest.mark.parametrize("context", [*NAMES, "pooled"])
-def test_every_class_of_norm_is_exact_for_each_context(kind, method, context):
+def test_every_class_of_norm_is_exact_for_each_context(kind, method):
     base, model = make(kind, method)
     separate(model.double())
     x = make_batch((5, 3, 4, 4))
-    plain = normswap.specialize(model, context)
-    assert type(plain[1]) is type(base[1])
-    label = None if context == "pooled" else context
-    assert_close(plain(x), model(x, context=label))
+    for context in [*NAMES, "pooled"]:
+        plain = normswap.specialize(model, context)
+        assert type(plain[1]) is type(base[1])
+        label = None if context == "pooled" else context
+        assert_close(plain(x), model(x, context=label))
 
 
 @EACH
@@ -83,12 +83,12 @@ def test_acn_with_equal_components_is_a_batch_norm():
     [
         lambda: timm.create_model("tf_efficientnet_lite0", num_classes=5),
         lambda: timm.create_model("resnet18", num_classes=5),
-        lambda: timm.create_model("densenet121", num_classes=5),
+        lambda: timm.models.DenseNet(8, (2, 2), num_classes=5),
         lambda: torchvision.models.mobilenet_v3_small(num_classes=5),
         lambda: torchvision.models.resnet18(num_classes=5, norm_layer=frozen),
         lambda: torchvision.models.resnet18(num_classes=5, norm_layer=nn.InstanceNorm2d),
     ],
-    ids=["lite0", "resnet18", "densenet121", "mobilenet_v3", "frozen", "instance"],
+    ids=["lite0", "resnet18", "densenet", "mobilenet_v3", "frozen", "instance"],
 )
 @EACH
 def test_real_models_specialise_and_revert(build, method):

@@ -102,6 +102,11 @@ class Mixing(ShiftNorm):
         return y + 1e-9 * y.mean(0, keepdim=True)
 
 
+class DrawsNothing(Shift):
+    name = "draws-nothing"
+    stochastic = True
+
+
 class Groups(Method):
     name = "groups"
     title = "group norm, a plain layer"
@@ -137,6 +142,9 @@ def test_a_method_that_breaks_the_contract_is_named_with_the_numbers():
     checks = {check.name: check for check in method_checks(MixesSamples)}
     with pytest.raises(ContractError, match=r"ConvNet, labels .*: differ by .*e-\d+, allowed"):
         checks["a_batch_equals_its_samples"]()
+    checks = {check.name: check for check in method_checks(DrawsNothing)}
+    with pytest.raises(ContractError, match="the same output for each of 8 seeds"):
+        checks["compiles_into_one_graph"]()
 
 
 def test_a_class_is_registered_for_its_checks_only():
