@@ -1,6 +1,7 @@
 """What an argument cannot be is an error that says what was meant."""
 
 import copy
+import functools
 import re
 import warnings
 
@@ -75,11 +76,15 @@ JUNK = {
 ARGUMENTS = [(name, argument) for name, (_, given) in FUNCTIONS.items() for argument in given]
 
 
+@functools.cache
+def converted(method):
+    return normswap.convert(BASE, method, **({"contexts": 2} if method == "cn" else {}))
+
+
 def fresh(value, tmp_path):
     """Return an argument that works, made anew where it is a model."""
     if isinstance(value, str) and value in ("converted", "adaptive"):
-        given = {"contexts": 2} if value == "converted" else {}
-        return normswap.convert(BASE, "acn" if value == "adaptive" else "cn", **given)
+        return copy.deepcopy(converted("acn" if value == "adaptive" else "cn"))
     if isinstance(value, str) and value == "saved":
         return tmp_path
     if isinstance(value, str) and value == "base":
@@ -91,7 +96,7 @@ def fresh(value, tmp_path):
 def test_what_an_argument_cannot_be_is_an_error_of_ours(name, argument, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     warnings.simplefilter("ignore")
-    normswap.save(normswap.convert(BASE, "cn", contexts=2), tmp_path)
+    normswap.save(converted("cn"), tmp_path)
     function, table = FUNCTIONS[name]
     if name == "save":
         table = {**table, "folder": (tmp_path / "new", "")}
