@@ -59,8 +59,10 @@ def test_an_affine_and_its_gradients_equal_a_loop(shape, dtype, kind, layout):
     assert_close(y, expected, 2 * FEW * ROUNDOFF[dtype])
     actual = torch.autograd.grad(y, (x, *given), cotangent)
     wanted = torch.autograd.grad(expected, reference, cotangent.double())
+    # Torch's kernel adds a thread's values one after another, which rounds like a random walk.
+    few = 64 + (x.numel() / shape[1]) ** 0.5
     for share, a, b in zip([dtype] + [wide] * 3, actual, wanted, strict=False):
-        assert_close(a, b, 64 * ROUNDOFF[share])
+        assert_close(a, b, few * ROUNDOFF[share])
 
 
 def glue(instances, weight, *, replay):
