@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from normswap.api import plan
@@ -22,6 +22,7 @@ from normswap.testing.case import (
     LABELS,
     MIXED,
     Case,
+    Labels,
     backward,
     check,
     keeps,
@@ -95,7 +96,11 @@ def check_a_checkpoint_of_the_original_loads(case: Case) -> None:
 
 @check()
 def check_compiles_into_one_graph(case: Case) -> None:
-    """`torch.compile` takes it with ``fullgraph=True``, in training too, and computes the same."""
+    """`torch.compile` takes it with ``fullgraph=True``, in training too, and computes the same.
+
+    What is drawn is compared with no other run, as compiled code may draw otherwise; it has to be
+    drawn anew in each call.
+    """
     name = "Windows" if case.labelled else "ConvNet"
     for trace in case.traces:
         for training in (False, True):
@@ -108,15 +113,27 @@ def check_compiles_into_one_graph(case: Case) -> None:
             found = case.run(compiled, x, labels)
             backward(found)
             require(bool(found.isfinite().all()), "outputs are not finite")
-            if training and case.method.stochastic:
-                continue
             where = f"trace={trace}, training={training}"
+            if training and case.method.stochastic:
+                _require_draws(case, compiled, x, labels, where)
+                continue
             require_close(found, case.run(model, x, labels), where)
             if labels is not None:
                 flipped = case.run(compiled, x, labels.flip(0))
                 require_close(flipped, case.run(model, x, labels.flip(0)), f"{where}, flipped")
             for (key, one), other in zip(model.named_buffers(), twin.buffers(), strict=True):
                 require_close(other, one, f"{where}: {key}")
+
+
+def _require_draws(case: Case, compiled: Any, x: Tensor, labels: Labels, where: str) -> None:
+    outputs = []
+    for seed in (0, 0, *range(1, 8)):
+        torch.manual_seed(seed)
+        outputs.append(case.run(compiled, x, labels))
+    first, again, *others = outputs
+    require_equal(again, first, f"{where}: a seed used twice")
+    drawn = any(not torch.equal(y, first) for y in others)
+    require(drawn, f"{where}: the same output for each of {len(others) + 1} seeds")
 
 
 @check()

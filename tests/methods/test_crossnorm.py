@@ -201,12 +201,6 @@ def test_batch_sizes_do_not_recompile_for_ever(dynamic):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-def test_exports_in_eval():
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), CrossNorm(), torch.nn.ReLU()).eval()
-    x = torch.randn(2, 3, 4, 4)
-    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("crop", CROPS)
 def test_on_a_gpu_without_waiting_for_it(crop):

@@ -1,7 +1,5 @@
 """A method of a user's own whose `build` returns a plain module: what the framework adds."""
 
-import copy
-import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -103,20 +101,6 @@ def test_it_sits_where_the_norm_was_in_its_dtype():
     with torch.device("meta"):
         model = Net()
     assert convert(model).norm.weight.is_meta
-
-
-def test_copies_pickles_compiled_and_exported_compute_the_same():
-    torch._dynamo.reset()
-    model, x = convert(Net().eval()), images()
-    y = model(x)
-    assert torch.equal(copy.deepcopy(model)(x), y)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(x), y)
-    twin = copy.deepcopy(model)
-    twin.norm.weight.data.zero_()
-    assert torch.equal(model(x), y)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), y)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), y)
 
 
 def test_it_reverts_to_the_bit_and_says_when_no_norm_equals_it():

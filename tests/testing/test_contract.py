@@ -11,7 +11,7 @@ from normswap.errors import ContractError
 from normswap.functional import Affine, Moments, apply_affine, fold_norm
 from normswap.methods.base import _REGISTRY, Contexts, Method, affine_tensors
 from normswap.methods.layer import ContextLayer, load_shared
-from normswap.methods.norm_values import Plain, added_prior, pick
+from normswap.methods.norm_values import PlainNorm, added_prior, pick
 from normswap.sites import Site
 from normswap.testing import check_method, method_checks
 from tests.support.models import make_model
@@ -51,12 +51,12 @@ class ShiftNorm(ContextLayer):
         chosen = [torch.where(rows, a, b) for a, b in zip(known, other, strict=True)]
         return apply_affine(x, fold_norm(moments, *chosen, self.eps))
 
-    def plain(self, context: int | None) -> Plain:
+    def plain(self, context: int | None) -> PlainNorm:
         priors = self.mixing(torch.float64)
         affine = [pick(t, context, priors) for t in (self.weight, self.bias)]
         if self.tracked:
-            return Plain(self.running_mean, self.running_var, *affine)
-        return Plain(None, None, *affine)
+            return PlainNorm(self.running_mean, self.running_var, *affine)
+        return PlainNorm(None, None, *affine)
 
     def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
         plain = self.plain(like)
@@ -102,6 +102,11 @@ class Mixing(ShiftNorm):
         return y + 1e-9 * y.mean(0, keepdim=True)
 
 
+class DrawsNothing(Shift):
+    name = "draws-nothing"
+    stochastic = True
+
+
 class Groups(Method):
     name = "groups"
     title = "group norm, a plain layer"
@@ -137,6 +142,9 @@ def test_a_method_that_breaks_the_contract_is_named_with_the_numbers():
     checks = {check.name: check for check in method_checks(MixesSamples)}
     with pytest.raises(ContractError, match=r"ConvNet, labels .*: differ by .*e-\d+, allowed"):
         checks["a_batch_equals_its_samples"]()
+    checks = {check.name: check for check in method_checks(DrawsNothing)}
+    with pytest.raises(ContractError, match="the same output for each of 8 seeds"):
+        checks["compiles_into_one_graph"]()
 
 
 def test_a_class_is_registered_for_its_checks_only():

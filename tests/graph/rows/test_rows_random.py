@@ -8,7 +8,7 @@ from torch import nn
 
 import normswap
 from normswap import ContextError
-from tests.graph.rows.test_rows import refusal
+from tests.support.rows import refusal
 
 K, C = 3, 5
 

@@ -1,0 +1,134 @@
+"""Samples are told apart in inputs of every form."""
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from normswap import ContextError
+from tests.support.rows import LABELS, ORDERS, K, N, Rows, apart, rows_of, singly
+
+
+class Packed(nn.Module):
+    """Norms the steps of sequences of several lengths, packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.lstm = nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        packed = packed._replace(data=self.norm(packed.data))
+        return self.lstm(packed)[1][0][0]
+
+
+def test_packed_sequences_equal_samples_one_by_one():
+    model = apart(normswap.convert(Packed().double().eval(), "cn", contexts=K, verify=False))
+    x = torch.randn(N, 7, 6, dtype=torch.float64)
+    for lengths in (torch.tensor([7, 5, 5, 2]), torch.tensor([6, 6, 3, 1])):
+        y = model(x, lengths, context=LABELS)
+        parts = [model(x[i : i + 1], lengths[i : i + 1], LABELS[i : i + 1]) for i in range(N)]
+        assert torch.allclose(y, torch.cat(parts))
+
+
+def test_values_out_of_range_are_never_given_to_a_model():
+    def bounded(s, x):
+        return s.norm(x)
+
+    class Bounded(Rows):
+        def forward(self, x):
+            assert 0 <= x.min() <= x.max() <= 1
+            return super().forward(x)
+
+    model = apart(normswap.convert(Bounded(bounded).eval(), "cn", contexts=K, verify=False))
+    x = torch.rand(N, 6)
+    assert torch.allclose(model(x, context=LABELS), singly(model, x), atol=1e-6)
+    assert rows_of(model) == {"norm": "one per sample"}
+
+
+class Fragile(nn.Module):
+    """Takes one batch only."""
+
+    def __init__(self, fold):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.only = None
+        self.fold = fold
+
+    def forward(self, x):
+        if self.only is not None and not torch.equal(x, self.only):
+            raise ValueError("another batch")
+        return self.norm(torch.cat([x, x]) if self.fold else x)
+
+
+def test_a_model_that_cannot_be_measured_goes_on_where_rows_are_samples():
+    model = normswap.convert(Fragile(False).eval(), "cn", contexts=K, verify=False)
+    model.only = torch.randn(N, 6)
+    model(model.only, context=LABELS)
+    (found,) = rows_of(model).values()
+    assert found.startswith("not measured: ")
+    assert "ValueError: another batch" in found
+
+
+def test_a_model_that_cannot_be_measured_is_an_error_where_rows_are_more():
+    model = normswap.convert(Fragile(True).eval(), "cn", contexts=K, verify=False)
+    model.only = torch.randn(N, 6)
+    with pytest.raises(ContextError, match=r"ValueError: another batch.*exclude='norm'"):
+        model(model.only, context=LABELS)
+    model.only = None
+    assert model(torch.randn(N, 6), context=LABELS).shape == (2 * N, 6)
+
+
+def test_an_argument_that_can_be_read_only_once_is_left_alone():
+    class Reading(Rows):
+        def forward(self, parts):
+            return super().forward(torch.stack(list(parts)))
+
+    model = apart(normswap.convert(Reading(ORDERS["as they are"]), "cn", contexts=K, verify=False))
+    x = torch.randn(N, 6)
+    y = model.eval()(iter(x), context=LABELS)
+    parts = [model(iter(x[i : i + 1]), context=LABELS[i : i + 1]) for i in range(N)]
+    assert torch.allclose(y, torch.cat(parts), atol=1e-6)
+    assert "not measured" in rows_of(model)["norm"]
+
+
+def test_inputs_of_every_form_are_told_apart():
+    class Taking(Rows):
+        def forward(self, batch, *, scale=None):
+            x = batch["images"] if isinstance(batch, dict) else torch.stack(batch)
+            return super().forward(x if scale is None else x * scale)
+
+    model = apart(
+        normswap.convert(Taking(ORDERS["flipped"]).double(), "cn", contexts=K, verify=False)
+    ).eval()
+    x = torch.randn(N, 6, dtype=torch.float64)
+    scale = torch.rand(N, 1, dtype=torch.float64)
+    for given in (lambda t: {"images": t}, list):
+        y = model(given(x), scale=scale, context=LABELS)
+        each = [(given(x[i : i + 1]), scale[i : i + 1], LABELS[i : i + 1]) for i in range(N)]
+        parts = [model(batch, scale=one, context=label) for batch, one, label in each]
+        assert torch.allclose(y, torch.cat(parts))
+    assert rows_of(model) == {"norm": "permuted"}
+
+
+def test_images_of_several_sizes_are_samples():
+    class Ragged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, images, targets):
+            size = [max(i.shape[d] for i in images) for d in (1, 2)]
+            batch = images[0].new_zeros(len(images), 3, *size)
+            for image, place in zip(images, batch, strict=True):
+                place[:, : image.shape[1], : image.shape[2]] = image
+            return self.norm(batch).mean((2, 3)) * torch.stack([t["w"] for t in targets])
+
+    model = apart(normswap.convert(Ragged().double().eval(), "cn", contexts=K, verify=False))
+    images = [torch.rand(3, 5 + i, 9 - i, dtype=torch.float64) for i in range(N)]
+    targets = [{"w": torch.rand(3, dtype=torch.float64)} for _ in range(N)]
+    y = model(images, targets, context=LABELS)
+    assert rows_of(model) == {"norm": "one per sample"}
+    flipped = model(images[::-1], targets[::-1], context=LABELS.flip(0))
+    assert torch.allclose(y, flipped.flip(0))

@@ -1,0 +1,117 @@
+"""Labels follow samples in whatever steady order a model puts them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from tests.support.rows import LABELS, ORDERS, K, N, apart, check, ordered, pairs, rows_of, taken
+
+TAILS = {
+    "swapped": lambda n: [*range(n - 2), n - 1, n - 2],
+    "turned around": lambda n: [0, 1, 2, *range(n - 1, 2, -1)],
+}
+
+
+@pytest.mark.parametrize("trace", [True, False])
+@pytest.mark.parametrize(("tail", "samples"), [("swapped", 5), ("turned around", 9)])
+def test_orders_that_leave_the_first_three_samples_in_place(tail, samples, trace):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            return self.norm(x[TAILS[tail](len(x))])
+
+    model = apart(normswap.convert(Model().eval(), "cn", contexts=K, trace=trace))
+    x, labels = torch.randn(samples, 6), torch.arange(samples) % K
+    order = TAILS[tail](samples)
+    assert model(x, context=labels).equal(model.norm(x[order], context=labels[order]))
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_rows_in_any_steady_order_equal_samples_one_by_one(name):
+    model = ordered(ORDERS[name])
+    check(model)
+    with torch.no_grad():
+        check(model)
+    model.train()(torch.randn(4, 6, dtype=torch.float64), context=LABELS)
+    model.flag = True
+    check(model.eval())
+
+
+@pytest.mark.parametrize("name", ["flipped", "pairs", "pieces of two"])
+def test_training_on_rows_in_a_steady_order_equals_a_loop_over_contexts(name):
+    # One call of the norm in each, with labels by hand; pieces are contexts' samples by twos.
+    model = ordered(ORDERS[name]).train()
+    hand = copy.deepcopy(model)
+    x = torch.randn(N, 6, dtype=torch.float64)
+    y = model(x, context=LABELS)
+    h = hand.linear(x)
+    if name == "flipped":
+        expected = hand.norm(h.flip(0), context=LABELS.flip(0)).flip(0)
+    elif name == "pairs":
+        one, two = hand.norm(torch.cat([h, 2 * h]), context=LABELS.repeat(2)).chunk(2)
+        expected = one * two
+    else:
+        parts = zip(h.split(2), LABELS.split(2), strict=True)
+        expected = torch.cat([hand.norm(part, context=labels) for part, labels in parts])
+    assert y.equal(expected)
+    for (key, a), (_, b) in zip(model.named_buffers(), hand.named_buffers(), strict=True):
+        assert a.equal(b), key
+
+
+def test_dropout_in_a_forward_does_not_hide_the_order():
+    model = ordered(lambda s, x: pairs(s, nn.functional.dropout(x, 0.5, s.training))).train()
+    model(torch.randn(4, 6, dtype=torch.float64), context=LABELS)
+    assert rows_of(model) == {"norm": "repeated x2"}
+
+
+def test_an_irregular_order_is_measured_in_each_call_unless_declared_fixed(never_again):
+    model = ordered(ORDERS["flipped"])
+    normswap.fix_rows(model)
+    check(model, (4, 4, 3))
+    never_again()
+    check(model, (4, 3))
+    assert rows_of(model) == {"norm": "permuted"}
+    normswap.fix_rows(model, False)
+    with pytest.raises(AssertionError, match="measured again"):
+        check(model, (4,))
+
+
+def test_only_a_converted_model_has_rows_to_fix():
+    with pytest.raises(normswap.ConversionError, match=r"call normswap\.convert first"):
+        normswap.fix_rows(nn.Linear(2, 2))
+
+
+def skipping(s, x):
+    if torch.rand(()) < 0.5:
+        x = s.norm(x)
+    return s.norm(s.linear(s.norm(x)))
+
+
+def test_layers_skipped_at_random_are_one_per_sample():
+    model = ordered(skipping)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        y = model(x, context=LABELS)
+        parts = []
+        for i in range(4):
+            torch.manual_seed(seed)
+            parts.append(model(x[i : i + 1], context=LABELS[i : i + 1]))
+        assert torch.allclose(y, torch.cat(parts))
+
+
+def test_an_order_that_is_the_same_in_a_square_of_rows_is_told():
+    def transposed(s, x):
+        index = torch.arange(3 * len(x))
+        for _ in range(2):
+            index = index.view(-1, 3).T.flatten()
+        tokens = torch.stack([x, 2 * x, 3 * x], 1).flatten(0, 1)
+        return taken(s, tokens, index).unflatten(0, (-1, 3)).prod(1)
+
+    check(ordered(transposed), (3, 5, 4, 6, 3))

@@ -1,0 +1,146 @@
+"""Blocks of `use_context` nest, and nothing of them stays behind."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from normswap.errors import MissingContextError
+from tests.support.behave import LABELS, Block, Both, Holder, Own, images
+from tests.support.scoped import Paused, in_thread, make, run
+
+
+def test_none_hides_an_outer_block(model):
+    unlabelled = run(model)
+    with normswap.use_context(model, 1):
+        with normswap.use_context(model, None):
+            assert torch.equal(run(model), unlabelled)
+            with pytest.raises(MissingContextError):
+                model.train()(images())
+            model.eval()
+            with normswap.use_context(model, 2):
+                assert torch.equal(run(model), run(model, context=2))
+        assert torch.equal(run(model), run(model, context=1))
+
+
+def test_an_exception_leaves_nothing_in_scope(model):
+    unlabelled = run(model)
+    with pytest.raises(ValueError, match="stop"), normswap.use_context(model, 1):
+        raise ValueError("stop")
+    assert torch.equal(run(model), unlabelled)
+
+    def fail(*_):
+        raise ValueError("inside")
+
+    handle = model.b.conv.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="inside"), normswap.use_context(model, 1):
+        run(model)
+    with pytest.raises(ValueError, match="inside"):
+        run(model, context=LABELS)
+    handle.remove()
+    assert torch.equal(run(model), unlabelled)
+    assert torch.equal(in_thread(run, model), unlabelled)
+
+
+def test_a_block_inside_a_forward_counts_there_alone():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.inner = Block(), Block(), None
+
+        def forward(self, x):
+            try:
+                y = self.a(x)
+            except ZeroDivisionError:
+                y = x
+            with normswap.use_context(self, 2):
+                y = self.b(y)
+            return self.a(y)
+
+    model = make(Outer())
+    a, b, x = model.a, model.b, images()
+    with torch.no_grad():
+        expected = a(b(a(x, context=LABELS), context=2), context=LABELS)
+    torch.testing.assert_close(run(model, context=LABELS), expected)
+
+
+def test_copies_and_pickles_made_inside_a_block_start_without_labels(model):
+    unlabelled = run(model)
+    with normswap.use_context(model, 1):
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(run(other), unlabelled)
+            with normswap.use_context(other, 2):
+                assert torch.equal(run(other), run(other, context=2))
+                assert torch.equal(run(model), run(model, context=1))
+
+
+def test_a_copy_called_inside_a_forward_has_no_part_in_its_labels():
+    model = make(Paused())
+    unlabelled, found = run(model), []
+    twin = copy.deepcopy(model)
+    run(model, context=LABELS, pause=lambda: found.append(run(twin)))
+    assert torch.equal(found[0], unlabelled)
+
+
+def test_a_pickled_copy_of_a_part_still_belongs_to_its_model():
+    model = make(Own())
+    expected = run(model, context=LABELS)
+    model.a = nn.Sequential(copy.deepcopy(model.a))
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(run(other, context=LABELS), expected)
+        with normswap.use_context(other, LABELS):
+            assert torch.equal(run(other), expected)
+
+
+def test_models_beside_each_other_in_a_module_keep_their_labels_apart():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = make(Own()), make(Both())
+
+        def forward(self, x):
+            return self.one(x, context=1), self.two(x)
+
+    pair = Pair()
+    one, two = run(pair)
+    assert torch.equal(one, run(pair.one, context=1))
+    assert torch.equal(two, run(pair.two))
+    with normswap.use_context(pair, 2):
+        one, two = run(pair)
+    assert torch.equal(one, run(pair.one, context=1))
+    assert torch.equal(two, run(pair.two, context=2))
+
+
+def test_what_a_forward_yields_is_computed_in_scope():
+    class Lazy(Holder):
+        def forward(self, x):
+            yield self.a(x)
+            yield self.b(x)
+
+    class Mapped(Holder):
+        def forward(self, x):
+            return map(lambda block: block(x), [self.a, self.b])
+
+    for kind in (Lazy, Mapped):
+        model = make(kind())
+        expected = [block(images(), context=LABELS) for block in (model.a, model.b)]
+        lazy = model(images(), context=LABELS)
+        unlabelled = list(model(images()))
+        for one, other, none in zip(lazy, expected, unlabelled, strict=True):
+            torch.testing.assert_close(one, other)
+            assert not torch.equal(one, none)
+
+
+def test_a_model_that_was_used_is_freed():
+    model = make(Own())
+    scope = weakref.ref(model.a.norm.scope)
+    with normswap.use_context(model, 1):
+        run(model)
+    del model
+    gc.collect()
+    assert scope() is None
