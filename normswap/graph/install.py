@@ -134,12 +134,13 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
         # Graphs call submodules by name; a forward may branch on whether there is one.
         children = vars(self).get("_modules", ())
         base.__setattr__(self, name, value)
+        state: ContainerState | None = vars(self).get("_normswap")
+        if name == "forward" and state is not None:
+            state.scope.rows.forget()
         if name == "forward" and argument is not None:
             self.__class__ = converted_class(base, generic, argument, not _takes(value, argument))
-        if name in children or isinstance(value, nn.Module):
-            state: ContainerState | None = vars(self).get("_normswap")
-            if state is not None:
-                state.variants.clear()
+        if state is not None and (name in children or isinstance(value, nn.Module)):
+            state.variants.clear()
 
     body = {
         **hiding(base),

@@ -203,6 +203,11 @@ class Rows:
             f"order never changes, or leave the norm out with exclude={site!r}",
         )
 
+    def forget(self) -> None:
+        """Measure anew: another forward may have another order."""
+        self.families.clear()
+        self.known.clear()
+
     def describe(self, site: str) -> str:
         """Say for a summary where the rows of a norm come from."""
         found = {str(step): None for key, step in self.known.items() if key[0] == site}

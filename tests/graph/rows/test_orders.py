@@ -115,3 +115,21 @@ def test_an_order_that_is_the_same_in_a_square_of_rows_is_told():
         return taken(s, tokens, index).unflatten(0, (-1, 3)).prod(1)
 
     check(ordered(transposed), (3, 5, 4, 6, 3))
+
+
+@pytest.mark.parametrize("trace", [True, False])
+def test_a_forward_that_is_set_later_is_measured_anew(trace):
+    class Child(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    model = apart(normswap.convert(nn.Sequential(Child()).eval(), "cn", contexts=K, trace=trace))
+    x = torch.randn(N, 6)
+    child = model[0]
+    assert model(x, context=LABELS).equal(child.norm(x, context=LABELS))
+    child.forward = lambda x: child.norm(x.flip(0))
+    assert model(x, context=LABELS).equal(child.norm(x.flip(0), context=LABELS.flip(0)))
