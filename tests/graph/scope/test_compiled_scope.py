@@ -10,7 +10,6 @@ from normswap.graph import scope as scope_module
 from tests.support.behave import LABELS, Both, Holder, Own, images
 from tests.support.scoped import in_thread, make, run
 
-
 READS = pytest.mark.parametrize(
     "reads",
     [
