@@ -22,7 +22,8 @@ def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
         if id(part) in seen:
             continue
         seen.add(id(part))
-        kinds.append(part.training)
+        hooks = len(part._forward_hooks), len(part._forward_pre_hooks)
+        kinds.append((part.training, *hooks))
         children = part._modules
         if children:
             for value in part.__dict__.values():

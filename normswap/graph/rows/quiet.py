@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from normswap.functional.backward import in_backward
-from normswap.graph.rows.snapshot import Snapshot
+from normswap.graph.rows.snapshot import Snapshot, function_of
+from normswap.graph.tracing.bytecode import returns_nothing
 from normswap.sites import looks_like_norm
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -36,8 +37,9 @@ def find_obstacle(module: nn.Module) -> str:
 def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Snapshot, dict[int, bool]]]:
     """Have norms and other leaves in eval mode, where they treat samples apart, and leave no trace.
 
-    Containers keep their mode, on which what they fold may depend. Hooks are left out, but for
-    those of torch itself, which compute weights.
+    Containers keep their mode, on which what they fold may depend. Hooks run that may return
+    something, which is then what the model goes on with, and those of torch itself, which compute
+    weights; others, which only look, are left out.
 
     Yields:
         What puts the state back, and the modes by id.
@@ -50,7 +52,7 @@ def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Snapshot, dict[int, 
             if not part._modules or looks_like_norm(part) or "running_mean" in part._buffers:
                 part.__dict__["training"] = False
             for name in () if hooks else _HOOKS:
-                kept = [(k, hook) for k, hook in vars(part)[name].items() if _is_of_torch(hook)]
+                kept = [(k, hook) for k, hook in vars(part)[name].items() if _takes_part(hook)]
                 part.__dict__[name] = OrderedDict(kept)
         with _silence():
             snapshot = Snapshot(module)
@@ -63,8 +65,11 @@ def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Snapshot, dict[int, 
             table.update(own)
 
 
-def _is_of_torch(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("torch.")
+def _takes_part(hook: Any) -> bool:
+    if str(getattr(hook, "__module__", "")).startswith("torch."):
+        return True
+    function = function_of(hook)
+    return function is not None and not returns_nothing(function.__code__)
 
 
 class _Silent(io.TextIOBase):

@@ -56,13 +56,17 @@ class Snapshot:
         if any(parameter.is_cuda for parameter in model.parameters()):
             self._keep(torch.cuda.default_generators[torch.cuda.current_device()])
         self._keep_table(os.environ)
-        level = [*model.parameters(), *model.buffers()]
+        level: list[Any] = [*model.parameters(), *model.buffers()]
         level += [part for module in model.modules() for part in self._keep_table(vars(module))]
         classes: set[Any] = {class_of(module) for module in model.modules()}
         for cls in classes:
             if not is_library(cls.__module__):
                 level += [part for base in cls.__mro__ for part in self._keep(base)]
                 level += [part for f in reachable(cls.forward, cls) for part in self._see(f)]
+        for module in model.modules():
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                if (function := function_of(hook)) is not None:
+                    level += [hook, *self._see(function)]
         while level:
             level = [part for value in level for part in self._keep(value)]
         self._states = [read() for read, _, _ in self._dice]
@@ -138,6 +142,16 @@ class Snapshot:
             if seed is not None:
                 start(seed)
         return moved
+
+
+def function_of(hook: Any) -> types.FunctionType | None:
+    """Return the Python function that a callable runs, None for code written in C."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    if not isinstance(hook, types.FunctionType | types.MethodType):
+        hook = type(hook).__call__
+    function = getattr(hook, "__func__", hook)
+    return function if isinstance(function, types.FunctionType) else None
 
 
 def _controls(value: Any) -> tuple[Any, Any, Any] | None:

@@ -97,6 +97,14 @@ def steps_of(code: types.CodeType) -> list[dis.Instruction]:
     return [step for step in dis.get_instructions(code) if step.opname not in _SKIPPED]
 
 
+def returns_nothing(code: types.CodeType) -> bool:
+    """Return whether a function can only return None."""
+    steps = steps_of(code)
+    ends = [(a, b) for a, b in itertools.pairwise([None, *steps]) if b and "RETURN" in b.opname]
+    constants = [b if b.opname == "RETURN_CONST" else a for a, b in ends]
+    return all(c is not None and "CONST" in c.opname and c.argval is None for c in constants)
+
+
 def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
     """Yield the code of a function, and of the functions it makes."""
     yield code

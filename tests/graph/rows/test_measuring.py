@@ -1,6 +1,7 @@
 """Measuring which row belongs to which sample leaves no mark on the model."""
 
 import copy
+import functools
 import random
 from typing import ClassVar
 
@@ -72,6 +73,30 @@ def test_hooks_of_the_user_run_once_a_call_and_modes_and_flags_stay():
     model(torch.randn(N, 6, dtype=torch.float64), context=LABELS)
     assert calls.count("before") == calls.count("after") == 3
     assert len(model.linear._forward_hooks) == len(model.linear._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("trace", [True, False])
+@pytest.mark.parametrize("when", ["before", "after", "measured before"])
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "partial"])
+def test_hooks_that_put_samples_in_another_order_are_measured(kind, when, trace):
+    def register(module):
+        if kind == "pre-hook":
+            return module.register_forward_pre_hook(lambda m, args: (args[0].flip(0),))
+        turn = lambda axis, m, args, y: y.flip(axis)  # noqa: E731
+        hook = functools.partial(turn, 0) if kind == "partial" else lambda m, args, y: y.flip(0)
+        return module.register_forward_hook(hook)
+
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()
+    x = torch.randn(N, 6)
+    if when == "before":
+        register(model[0])
+    model = apart(normswap.convert(model, "cn", contexts=K, verify=False, trace=trace))
+    if when == "measured before":
+        assert torch.allclose(model(x, context=LABELS), singly(model, x), atol=1e-6)
+    if when != "before":
+        register(model[0])
+    assert torch.allclose(model(x, context=LABELS), singly(model, x).flip(0), atol=1e-6)
+    assert when == "measured before" or "permuted" in rows_of(model)["1"]
 
 
 def test_weights_that_a_hook_of_torch_computes_are_computed():
