@@ -103,7 +103,7 @@ class Scope:
             found = self._entry.get() or self._block.get()
         elif _COMPILES_CONTEXTVARS:
             found = self._block.get()
-        elif here.mirror is SEVERAL:
+        elif here.mirror is not None and here.mirror.task == SEVERAL.task:
             raise ContextError(
                 "expected one asyncio task at a time to use normswap.use_context around compiled "
                 "code, which before torch 2.14 cannot tell them apart; pass context="

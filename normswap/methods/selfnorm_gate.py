@@ -98,8 +98,9 @@ class Gate(Resettable):
         else:
             running, batch, kept = self._running(z.shape[0], replay)
             z = F.batch_norm(z, *running, gain, bias, batch, self.momentum, 1e-5)
-            for buffer, new in zip(kept, running, strict=False):
-                buffer.copy_(new)
+            if kept:
+                for buffer, new in zip(kept, running, strict=True):
+                    buffer.copy_(new)
         gate = torch.sigmoid(z.to(dtype))
         return gate if self.scale == 1 else self.scale * gate
 

@@ -138,7 +138,7 @@ class Rows:
             if (step := plan.follow(run.path, run.samples)) is not None:
                 run.plan = plan
                 return step
-        key = (site, layer.training, rows / run.samples)
+        key = (site, layer.training, _ratio(rows, run.samples))
         if key not in self.known or family.detours < _MOST_DETOURS:
             plan = run.measure(run.samples, hooks=True)
             self._keep(run, plan)
@@ -157,7 +157,9 @@ class Rows:
         """Keep what holds for other calls."""
         self.reason = plan.reason or self.reason
         for step in plan.steps:
-            keys: list[tuple[Any, ...]] = [(step.site, step.training, step.rows / run.samples)]
+            keys: list[tuple[Any, ...]] = [
+                (step.site, step.training, _ratio(step.rows, run.samples))
+            ]
             if step.regular:
                 keys = [(step.site, step.training, step.times)]
             elif self.fixed:
@@ -216,6 +218,11 @@ class Rows:
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies keep: all, in dicts of their own."""
         return {**self.__dict__, "families": dict(self.families), "known": dict(self.known)}
+
+
+def _ratio(rows: int, samples: int) -> float:
+    """Return rows a sample; a whole number as an int, since compiled code tells 1 from 1.0."""
+    return rows / samples if rows % samples else rows // samples
 
 
 def _refuse(context: Context, message: str) -> Step:
