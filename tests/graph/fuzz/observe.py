@@ -8,6 +8,7 @@ import types
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from normswap.methods.layer import ContextLayer
 
@@ -121,10 +122,12 @@ def see_model(model: nn.Module, view: View):
         if isinstance(module, (ContextLayer, nn.modules.batchnorm._BatchNorm)):
             seen[name] = module.training
             continue
+        # Which of its own functions torch.compile sets as forward depends on the module's library.
+        hidden = {*_HIDDEN, "forward"} if isinstance(module, OptimizedModule) else _HIDDEN
         attributes = {
             key: len(value) if "_hooks" in key else view.of(value, 1)
             for key, value in sorted(vars(module).items())
-            if key not in _HIDDEN and not key.startswith(("_normswap", "_torchdynamo"))
+            if key not in hidden and not key.startswith(("_normswap", "_torchdynamo"))
         }
         tensors = {k: view.of(v, 1) for k, v in module._buffers.items()}
         seen[name] = (attributes, tensors, tuple(module._modules), tuple(module._parameters))
