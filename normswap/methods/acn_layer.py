@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from normswap.functional.backend import triton_for
 from normswap.functional.backward import in_backward
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_positions
 from normswap.functional.mixture_fused import norm_elements
@@ -172,10 +173,22 @@ class AdaptiveContextNorm(NormLayer):
             return result.y
         number = x.numel() // max(x.shape[1], 1)
         batch = batch and number > 1
+        fast = triton_for(x, "mixture") if self.options.assignment == "channel" else None
+        if fast is not None and len(self.mu) <= fast.MOST_COMPONENTS:
+            return self._compute_at_once(x, batch, fast)
         result = self.compute(x, batch)
         if batch and not in_backward():
             self._update(result, number / (number - 1))
         return result.y
+
+    def _compute_at_once(self, x: Tensor, batch: bool, fast: Any) -> Tensor:
+        """Normalise and update with kernels that do both."""
+        update = batch and not in_backward()
+        running = tuple(getattr(self, name) for name in RUNNING) if self.track_running_stats else None
+        parameters = (self.weight, self.bias, self.prior_logits, self.mu, self.log_sigma)
+        settings = fast.Settings(self.eps, batch, update, self.momentum)
+        y: Tensor = fast.norm_elements(x, parameters, running, settings)
+        return y
 
     def _compute_shared(
         self, x: Tensor, reduce: Callable[[Tensor], Tensor]
