@@ -83,7 +83,7 @@ def _cut(shape: torch.Size, contiguous: bool, count: int) -> Cut:
     programs = max(1, min(instances * tiles, _PROGRAMS // width))
     same = {"K": count, "KP": components}
     narrow = min(8, power(channels))
-    glue = {**same, "BM": max(_VALUES // components // narrow, 1), "BC": narrow}
+    glue = {**same, "BM": max(1024 // components // narrow, 1), "BC": narrow}
     return Cut(
         (channels, positions, *strides, tiles, instances * tiles, programs),
         {"FLOOR": PRIOR_FLOOR, **same, "BM": rows, "BC": columns, "num_warps": _WARPS},

@@ -98,7 +98,9 @@ def total(part, row, rows, P, c, C, BM: tl.constexpr, K: tl.constexpr, KP: tl.co
     found = tl.zeros([KP, BM, c.shape[0]], tl.float32)
     for i in range(0, P, BM):
         p = (i + tl.arange(0, BM))[None, :, None]
-        found += tl.load(part + (p * rows + row) * K * C + at, ok & (p < P), 0.0)
+        # Not as wide reads: these would spread the components of a tile over threads.
+        cell = tl.max_contiguous((p * rows + row) * K * C + at, [1, 1, 1])
+        found += tl.load(part + cell, ok & (p < P), 0.0)
     return tl.sum(found, 1, keep_dims=True)
 
 
@@ -124,9 +126,10 @@ def masses(
     at, ok = find(p, c, C, M, T, sn, sm, BM)
     v = tl.load(x + at + within, ok, 0.0).to(tl.float32)[None]
     tau, _ = shares(v, ok, tables)
-    mass = tl.sum(tau, 1, keep_dims=True)
-    plain = tl.sum(v, 1, keep_dims=True) / tl.maximum(tl.sum(ok.to(tl.float32), 0)[None, None], 1.0)
-    origin = tl.where(mass > _TINY, tl.sum(tau * v, 1, keep_dims=True) / tl.maximum(mass, _TINY), plain)
+    # Something of each value, as a component may own nothing of it.
+    near = tau + tl.where(ok, 1e-6, 0.0)[None]
+    mass = tl.maximum(tl.sum(near, 1, keep_dims=True), _TINY)
+    origin = tl.sum(near * v, 1, keep_dims=True) / mass
     mass, first, second = tl.zeros_like(tau), tl.zeros_like(tau), tl.zeros_like(tau)
     for j in range(p, TILES, P):
         at, ok = find(j, c, C, M, T, sn, sm, BM)
