@@ -21,7 +21,7 @@ from normswap.functional.mixture_start import (
 )
 from normswap.functional.moments import Moments
 from normswap.functional.tables import records
-from normswap.functional.triton import mixture_tile as tile
+from normswap.functional.triton import mixture_kernels as tile
 from normswap.functional.triton.plan import launch, power
 
 # Components beyond them are torch's: tiles would be narrower than a warp.
