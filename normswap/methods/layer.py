@@ -163,6 +163,18 @@ class ContextLayer(WithPriors, NormLayer):
             return [torch.full_like(t[:1], torch.nan) for t in tables]
         return None
 
+    def pooled_contexts(self) -> tuple[int, int] | None:
+        """Return from which to which context samples without a label are pooled over.
+
+        All, one, or none if that is an error; None where each sample has weights of its own.
+        """
+        if isinstance(self.unknown, int):
+            return self.unknown, self.unknown + 1
+        if self.unknown == "error":
+            return 0, 0
+        several = self.unknown == "posterior" and self.num_contexts > 1
+        return None if several else (0, self.num_contexts)
+
     def _labels(self, x: Tensor, context: Labels | None) -> tuple[Tensor | None, bool]:
         if context is None and self.scope is not None:
             context = self.scope.lookup()
