@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from normswap.functional.affine import Centred, centre_norm, pool_norm
-from normswap.functional.backend import triton_for
 from normswap.functional.backward import in_backward, may_run_again
 from normswap.functional.context import norm_contexts
 from normswap.functional.labels import one_label
@@ -62,12 +61,16 @@ class ContextNorm(ContextTables):
     running statistics no second time.
     """
 
+    kernels = "cn"
     _first_run: Moments | None = None
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
-        if (triton := self._find_triton(x, unlabelled)) is not None:
-            return self._normalize_by_triton(triton, x, labels, unlabelled)
+        tables = (self.weight, self.bias, *self._buffers.values())
+        if not (self.synced and self.training):
+            triton = self.find_triton(x, unlabelled, *tables)
+            if triton is not None:
+                return self._normalize_by_triton(triton, x, labels, unlabelled)
         dtype = compute_dtype(x)
         running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
         scripted = not torch.compiler.is_compiling() and torch._C._is_tracing()
@@ -87,13 +90,6 @@ class ContextNorm(ContextTables):
         other = self._unknown(x, None, running, weight, bias)
         return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
 
-    def _find_triton(self, x: Tensor, unlabelled: bool) -> Any:
-        """Return the module of Triton's kernels where they serve."""
-        if (self.synced and self.training) or (unlabelled and self.pooled_contexts() is None):
-            return None
-        tables = (self.weight, self.bias, self.priors, self.running_mean, self.running_var)
-        return triton_for(x, "cn", *tables, self.num_batches_tracked)
-
     def _normalize_by_triton(
         self, triton: Any, x: Tensor, labels: Tensor | None, unlabelled: bool
     ) -> Tensor:
@@ -112,7 +108,7 @@ class ContextNorm(ContextTables):
             self.num_batches_tracked,
             self.eps,
             self.momentum,
-            self.pooled_contexts() if unlabelled else None,
+            self.pooled_contexts(unlabelled),
         )
         labels = None if labels is None else one_label(labels)
         note = self._update if batched and together else None

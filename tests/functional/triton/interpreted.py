@@ -8,7 +8,7 @@ import torch
 from normswap.functional import backend, kernels
 from normswap.functional.triton import sweeps, tile
 from tests.support import oracles
-from tests.support.builders import assert_close, make_batch, make_cn, running_of
+from tests.support.builders import assert_close, make_batch, make_cn, make_cnx, running_of
 from tests.support.fused import laid_out
 
 # Half an ulp or, as the interpreter cuts off what bfloat16 doesn't hold, one.
@@ -57,3 +57,14 @@ def test_cn_in_training(dtype, layout):
     assert_close(found.mean, after.mean, 1e-6)
     assert_close(found.var, after.var, 1e-6)
     assert found.tracked == after.tracked
+
+
+@LAYOUTS
+@DTYPES
+@pytest.mark.parametrize("affine", [True, False])
+def test_cnx(dtype, layout, affine):
+    layer = make_cnx(6, 5, [0.4, 0.1, 0.2, 0.2, 0.1], torch.float32, affine=affine)
+    x, dy, wide = make(layer, dtype, (7, 6, 5, 3), layout)
+    given = wide[1:] if affine else [*wide[1:], 1, 1]
+    names = [name for name, _ in layer.named_parameters()]
+    print(names)
