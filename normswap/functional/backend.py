@@ -30,16 +30,20 @@ def is_eager() -> bool:
     return not transformed and forward_ad._current_level < 0
 
 
-def triton_for(x: Tensor, name: str = "sweeps") -> Any:
+def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
     """Return a module of `normswap.functional.triton` if it serves x here and now, else None.
 
     Args:
         x: contiguous or with its channels last.
         name: of the module: the passes over x by default.
+        tables: tensors that kernels are to read, or to write, as they lie.
     """
     if x.device.type not in DEVICES or x.dtype not in _DTYPES or x.dim() < 3:
         return None
-    if type(x) not in (Tensor, nn.Parameter) or not is_eager() or x.numel() == 0:
+    given = (x, *(t for t in tables if t is not None))
+    if any(type(t) not in (Tensor, nn.Parameter) for t in given) or not is_eager():
+        return None
+    if x.numel() == 0 or not all(t.is_contiguous() and t.device == x.device for t in given[1:]):
         return None
     if os.environ.get("NORMSWAP_TRITON") == "0" or not _works(x.device):
         return None

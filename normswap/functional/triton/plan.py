@@ -102,7 +102,7 @@ class Rows(NamedTuple):
         return {"BN": 64, "BC": min(16, power(self.channels))}
 
 
-def launch(kernel: Any, programs: int, x: Tensor, *args: Any, **meta: Any) -> None:
+def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) -> None:
     """Start a kernel on the device where x, its first argument, is."""
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         kernel[(programs,)](x, *args, **meta)

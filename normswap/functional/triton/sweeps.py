@@ -43,7 +43,7 @@ def affine(
 ) -> Tensor:
     """Return ``(x - centre) * scale + shift``, in the dtype and layout of x; None is 0."""
     p, y = plan(x), torch.empty_like(x)
-    tables, rows = _address(x, index, centre, scale, shift)
+    tables, rows = address(x, index, centre, scale, shift)
     launch(tile.apply, p.programs, x, y, *tables, *rows, *p.geometry, **p.blocks)
     return y
 
@@ -57,7 +57,7 @@ def part_dots(
     """
     p, dx = plan(x), None if scale is None else torch.empty_like(x)
     first, second = _room(x, p.splits)
-    tables, rows = _address(x, index, centre, scale)
+    tables, rows = address(x, index, centre, scale)
     launch(tile.dots, p.programs, dy, x, dx, first, second, *tables, *rows, *p.geometry, **p.blocks)
     return dx, first, second
 
@@ -87,7 +87,7 @@ def combine(
 ) -> Tensor:
     """Return ``a * dy + b * (x - centre) + c`` in the dtype and layout of x."""
     p, dx = plan(x), torch.empty_like(x)
-    tables, rows = _address(x, index, a, b, c, centre)
+    tables, rows = address(x, index, a, b, c, centre)
     launch(tile.combine, p.programs, dy, x, dx, *tables, *rows, *p.geometry, **p.blocks)
     return dx
 
@@ -97,7 +97,7 @@ def _room(x: Tensor, splits: int) -> tuple[Tensor, ...]:
     return x.new_empty(2, len(x), splits, x.shape[1], dtype=torch.float32).unbind()
 
 
-def _address(x: Tensor, index: Tensor | None, *tables: Tensor | None) -> tuple[Any, Any]:
+def address(x: Tensor, index: Tensor | None, *tables: Tensor | None) -> tuple[Any, Any]:
     """Return the tables as the kernels read them, and index, si, K and stride to go with them."""
     count = max(len(t) for t in tables if t is not None)
     if index is None and count not in (1, len(x)):
