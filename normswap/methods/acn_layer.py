@@ -173,21 +173,23 @@ class AdaptiveContextNorm(NormLayer):
             return result.y
         number = x.numel() // max(x.shape[1], 1)
         batch = batch and number > 1
-        fast = triton_for(x, "mixture") if self.options.assignment == "channel" else None
-        if fast is not None and len(self.mu) <= fast.MOST_COMPONENTS:
-            return self._compute_at_once(x, batch, fast)
+        tensors = (*self.parameters(recurse=False), *self._buffers.values())
+        fast = triton_for(x, "mixture", *tensors)
+        if fast is not None and fast.serves(self.options.assignment, len(self.mu)):
+            return self._normalize_by_triton(fast, x, batch)
         result = self.compute(x, batch)
         if batch and not in_backward():
             self._update(result, number / (number - 1))
         return result.y
 
-    def _compute_at_once(self, x: Tensor, batch: bool, fast: Any) -> Tensor:
-        """Normalise and update with kernels that do both."""
-        update = batch and not in_backward()
-        running = tuple(getattr(self, name) for name in RUNNING) if self.track_running_stats else None
+    def _normalize_by_triton(self, triton: Any, x: Tensor, batch: bool) -> Tensor:
+        running = None
+        if self.running_mean is not None:
+            running = (self.running_mean, self.running_var, self.num_batches_tracked)
         parameters = (self.weight, self.bias, self.prior_logits, self.mu, self.log_sigma)
-        settings = fast.Settings(self.eps, batch, update, self.momentum)
-        y: Tensor = fast.norm_elements(x, parameters, running, settings)
+        update = batch and not in_backward()
+        settings = triton.Settings(self.eps, batch, update, self.momentum)
+        y: Tensor = triton.norm_elements(x, parameters, running, settings)
         return y
 
     def _compute_shared(

@@ -21,11 +21,18 @@ from normswap.functional.mixture_start import (
 )
 from normswap.functional.moments import Moments
 from normswap.functional.tables import records
-from normswap.functional.triton import mixture_kernels as tile
+from normswap.functional.triton.mixture_kernels import (
+    differentiate,
+    finish,
+    masses,
+    mix,
+    pulls,
+    settle,
+)
 from normswap.functional.triton.plan import launch, power
 
 # Components beyond them are torch's: tiles would be narrower than a warp.
-MOST_COMPONENTS = 64
+_MOST_COMPONENTS = 64
 # Warps of a program, and eight values of all components for each thread.
 _WARPS, _VALUES = 8, 2048
 # Two for each of 132 multiprocessors: few enough that each can add up what the others left.
@@ -62,6 +69,11 @@ class Cut(NamedTuple):
     blocks: dict[str, Any]
     glue: dict[str, Any]
     programs: tuple[int, int]
+
+
+def serves(assignment: str, components: int) -> bool:
+    """Return whether the kernels know such a layer; see `AdaptiveOptions`."""
+    return assignment == "channel" and components <= _MOST_COMPONENTS
 
 
 @lru_cache(maxsize=4096)
@@ -117,24 +129,33 @@ def _forward(
     x: Tensor, parameters: tuple[Tensor, ...], running: Any, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Return y, and the mass, mean and variance that components are normalised with, (3, K, C)."""
-    weight, bias, *assigned = (t.contiguous() for t in parameters)
+    weight, bias, *assigned = parameters
     mu, log_sigma = assigned[1:]
     cut = _cut(x.shape, x.is_contiguous(), len(mu))
     channels, programs = x.shape[1], cut.geometry[-1] if settings.batch else 0
     bounds = log_sigma_bounds(settings.eps)
     number = x.numel() // channels
     y, used = torch.empty_like(x), x.new_empty(3, *mu.shape, dtype=torch.float32)
-    part = x.new_empty(programs, *used.shape, dtype=torch.float32)
+    part = used.new_empty(programs, 4, *mu.shape)
     mean, var, count = running or (None, None, None)
     if settings.batch:
-        launch(tile.masses, cut.programs[0], x, part, *assigned, *bounds, *cut.geometry, **cut.blocks)
+        launch(
+            masses,
+            cut.programs[0],
+            x,
+            part,
+            *assigned,
+            *bounds,
+            *cut.geometry,
+            **cut.blocks,
+        )
     factor = number / max(number - 1, 1)
     launch(
-        tile.settle, cut.programs[1], part, used, mu, log_sigma, *bounds, mean, var, count,
+        settle, cut.programs[1], part, used, mu, log_sigma, *bounds, mean, var, count,
         settings.momentum, factor, channels, programs, UPDATE=settings.update, **cut.glue,
     )  # fmt: skip
     launch(
-        tile.mix, cut.programs[0], x, y, used, count, weight, bias, *assigned, *bounds,
+        mix, cut.programs[0], x, y, used, count, weight, bias, *assigned, *bounds,
         settings.eps if running else 0.0, *cut.geometry, UPDATE=settings.update, **cut.blocks,
     )  # fmt: skip
     return y, used
@@ -165,25 +186,23 @@ class _Elements(Function):
 def _backward(
     dy: Tensor, inputs: list[Tensor], used: Tensor, settings: Settings, learned: bool
 ) -> list[Tensor | None]:
-    x, weight, _, *assigned = (inputs[0], *(t.contiguous() for t in inputs[1:]))
+    x, weight, _, *assigned = inputs
     cut, dy = _cut(x.shape, x.is_contiguous(), used.shape[1]), kernels.match(dy, x)
     bounds, eps = log_sigma_bounds(settings.eps), 0.0 if learned else settings.eps
-    shape = (*used.shape[1:],)
-    programs = cut.geometry[-1]
-    pulled = x.new_empty(programs, 2, *shape, dtype=torch.float32)
-    part = x.new_empty(programs, 3, *shape, dtype=torch.float32)
-    dx = torch.empty_like(x)
-    found = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[1:]]
+    programs, dx = cut.geometry[-1], torch.empty_like(x)
+    pulled = used.new_empty(programs, 2, *used.shape[1:])
+    part = used.new_empty(programs, *used.shape)
+    found = [torch.empty_like(t) for t in inputs[1:]]
     launch(
-        tile.pulls, cut.programs[0], x, dy, pulled, used, *assigned, *bounds,
+        pulls, cut.programs[0], x, dy, pulled, used, *assigned, *bounds,
         *cut.geometry, **cut.blocks,
     )  # fmt: skip
     launch(
-        tile.differentiate, cut.programs[0], x, dy, dx, pulled, part, used, weight, *assigned,
+        differentiate, cut.programs[0], x, dy, dx, pulled, part, used, weight, *assigned,
         *bounds, eps, *cut.geometry, **cut.blocks,
     )  # fmt: skip
     launch(
-        tile.finish, cut.programs[1], pulled, part, used, weight, assigned[0], assigned[2],
+        finish, cut.programs[1], pulled, part, used, weight, assigned[0], assigned[2],
         *bounds, eps, *found, x.shape[1], programs, LEARNED=learned, FLOOR=PRIOR_FLOOR, **cut.glue,
     )  # fmt: skip
     return [dx, *found]

@@ -10,8 +10,8 @@ from triton.compiler import ASTSource
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 INT64 = {"index", "order", "offsets", "batches"}
-INT32 = {"M", "N", "K", "S", "PART", "si", "low", "high"}
-FLOAT32 = {"eps", "momentum"}
+INT32 = {"M", "N", "K", "S", "PART", "T", "TILES", "P", "si", "low", "high"}
+FLOAT32 = {"eps", "momentum", "factor", "least", "most"}
 STRIDES = {"C", "stride", "sn", "sm", "sc"}
 
 
@@ -43,11 +43,12 @@ def describe(kernel, x_type, last, given):
     return signature, constants, divisible
 
 
-def compile_kernel(kernel, architecture, x_type="bf16", last=True, **given):
+def compile_kernel(kernel, architecture, x_type="bf16", last=True, warps=4, **given):
     """Return registers, bytes spilled, and the widths in bits of reads from memory."""
     signature, constants, divisible = describe(kernel, x_type, last, given)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
-    ptx = triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["ptx"]
+    target = GPUTarget("cuda", architecture, 32)
+    ptx = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
     target = re.search(r"\.target (sm_\w+)", ptx)[1]
     command = [PTXAS, "-v", "--gpu-name", target, "-o", "/dev/null", "-"]
     said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
