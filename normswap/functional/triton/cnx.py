@@ -25,7 +25,7 @@ class Learned(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """``y = (x - centre) * scale + shift`` and 1 / sigma, of contexts and their pool, (K + 1, C)."""
+    """``y = (x - centre) * scale + shift`` and 1 / sigma, of contexts and the pool: (K + 1, C)."""
 
     centre: Tensor
     scale: Tensor
@@ -93,20 +93,17 @@ class _LearnedNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, mu, log_sigma, weight, bias, priors, *segments, centre, scale, inverse = (
-            ctx.saved_tensors
-        )
-        needed, pooled, (labels, order, offsets) = ctx.needs_input_grad[:5], ctx.pooled, segments
+        x, *learned, priors, labels, order, offsets, centre, scale, inverse = ctx.saved_tensors
+        needed, pooled = ctx.needs_input_grad[:5], ctx.pooled
         if torch.is_grad_enabled():
-            inputs = (x, mu, log_sigma, weight, bias)
-            found = _differentiate(inputs, priors, pooled, labels, grads[0], needed)
-            return *found, None, None, None
+            given = Learned(*learned)
+            pulled = _differentiate(x, given, priors, pooled, labels, grads[0], needed)
+            return *pulled, None, None, None
+        mu, log_sigma, weight, _ = learned
         dy, (contexts, channels) = kernels.match(grads[0], x), mu.shape
         at_once = scale if needed[0] else None
         dx, first, second = sweeps.part_dots(dy, x, centre, at_once, labels)
-        learned = [
-            None if t is None else torch.empty_like(t) for t in (mu, log_sigma, weight, bias)
-        ]
+        found = [None if t is None else torch.empty_like(t) for t in learned]
         cut = Rows(contexts + (weight is not None), channels)
         launch(
             cnx_kernels.pull,
