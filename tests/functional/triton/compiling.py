@@ -11,7 +11,8 @@ from triton.compiler import ASTSource
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 INT64 = {"index", "order", "offsets", "batches"}
 INT32 = {"M", "N", "K", "S", "PART", "T", "TILES", "P", "si", "low", "high"}
-FLOAT32 = {"eps", "momentum", "factor", "least", "most"}
+FLOAT32 = {"eps", "momentum", "factor", "least", "most", "height"}
+FLOAT64 = {"moments"}
 STRIDES = {"C", "stride", "sn", "sm", "sc"}
 
 
@@ -37,7 +38,8 @@ def describe(kernel, x_type, last, given):
             signature[name] = "i32"
         else:
             kind = x_type if name in ("x", "y", "dy", "dx") else "fp32"
-            signature[name] = "*" + ("i64" if name in INT64 else kind)
+            kind = "i64" if name in INT64 else "fp64" if name in FLOAT64 else kind
+            signature[name] = "*" + kind
         if name not in INT32 or name in ("M", "PART"):
             divisible[(at,)] = [["tt.divisibility", 16]]
     return signature, constants, divisible
