@@ -11,10 +11,10 @@ pytest.importorskip("triton")
 
 
 def test_values_gradients_and_running_statistics():
-    cases = Path(__file__).with_name("interpreted.py")
+    cases = sorted(Path(__file__).parent.glob("interpreted*.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [*command, str(cases)],
+        [*command, *map(str, cases)],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
