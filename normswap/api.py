@@ -21,7 +21,8 @@ from normswap.lifecycle.record import Record, find_root
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import get_method
 from normswap.report import Report, Verification
-from normswap.saving.fingerprint import checksums, other_tensors
+from normswap.saving.changes import mark
+from normswap.saving.fingerprint import other_tensors
 from normswap.util.arguments import check_flag
 from normswap.util.copies import copy_model, copy_structure
 
@@ -111,7 +112,7 @@ def convert(
         converted = carry_out(target, surgery, record)
         record.verification = _compare(converted, reference, record)
     converted.__dict__[RECORD] = record
-    record.sums = checksums(other_tensors(converted))
+    record.marks = mark(other_tensors(converted))
     exempt_norms(converted)
     return converted
 

@@ -18,6 +18,7 @@ from normswap.lifecycle.record import Record, find_root
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import Contexts, get_method, methods, parse_options
 from normswap.report import Verification
+from normswap.saving.changes import find_changed, mark, samples
 from normswap.saving.fingerprint import (
     checksums,
     describe,
@@ -68,12 +69,14 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
         if tensor.is_meta or hasattr(tensor, "full_tensor"):
             what = "without values" if tensor.is_meta else "sharded; gather the model first"
             raise CheckpointError(f"cannot save {name}: it is {what}")
-    before, now = record.sums or {}, checksums(others) or {}
+    changed = find_changed(others, record.marks)
     stored = {
         name: tensor
         for name, tensor in others.items()
-        if state == "all" or (state == "changed" and before.get(name) != now[name])
+        if state == "all" or (state == "changed" and name in changed)
     }
+    # Of what is trained and not stored, no more is known of the base than its marks.
+    marked = [n for n in others if n not in stored and n in changed and n in record.marks]
     content = {
         "normswap": _version(),
         "method": record.method,
@@ -84,7 +87,10 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
         "unknown": record.contexts.unknown,
         "sites": sorted({row.fqn for row in record.rows if _is_site(row)}),
         "base": describe_original(root),
-        "values": {n: before.get(n, now[n]) for n in others if n not in stored},
+        "values": checksums(
+            {n: t for n, t in others.items() if n not in stored and n not in marked}
+        ),
+        "samples": {n: record.marks[n].sample for n in marked},
         "layers": describe(layers),
         "others": sorted(stored),
     }
@@ -160,8 +166,8 @@ def load(
     with Surgery(base if inplace else copy_model(base), trace) as surgery:
         model = carry_out(target, surgery, record)
         others = other_tensors(model)
-        record.sums = checksums(others)
-        _check_values(record.sums, content, folder, check_values)
+        _check_values(others, content, folder, check_values)
+        record.marks = mark(others)
         wanted = layer_tensors(model)
         if describe(wanted) != content["layers"]:
             raise CheckpointError(
@@ -194,18 +200,19 @@ def _decide(base: nn.Module, content: dict[str, Any], sites: set[str]) -> tuple[
 
 
 def _check_values(
-    sums: dict[str, int] | None,
-    content: dict[str, Any],
-    folder: Any,
-    wanted: bool,
+    others: dict[str, Tensor], content: dict[str, Any], folder: Any, wanted: bool
 ) -> None:
-    if sums is None:
+    if any(t.is_meta for t in others.values()):
         raise CheckpointError("expected a base with values, got one on the meta device")
-    strange = [name for name in (*content["values"], *content["others"]) if name not in sums]
+    values, sampled = content["values"], content["samples"]
+    strange = [n for n in (*values, *sampled, *content["others"]) if n not in others]
     if strange:
         raise CheckpointError(f"{folder} names tensors that its base has not: {shorten(strange)}")
-    unlike = [name for name, value in content["values"].items() if sums[name] != value]
-    if wanted and unlike:
+    if not wanted:
+        return
+    found = samples({n: others[n] for n in sampled}) | checksums({n: others[n] for n in values})
+    unlike = [name for name, value in (sampled | values).items() if found[name] != value]
+    if unlike:
         raise CheckpointError(
             f"expected the base with the weights it had at conversion, since {folder} holds only "
             f"what changed; {len(unlike)} tensors have other values: {shorten(unlike)}; give the "

@@ -1,0 +1,70 @@
+"""Which tensors of a model changed since its conversion, which reads a little of each only."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normswap.saving.fingerprint import as_integers, checksums
+
+# A prime: of up to as many rows, columns or channels of a tensor, each holds one of the elements.
+_SPREAD = 4093
+
+
+class Mark(NamedTuple):
+    """What is remembered of a tensor.
+
+    Attributes:
+        sample: checksum of `spread` of it.
+        tensor: its id.
+        writes: how often torch had written to it.
+    """
+
+    sample: int
+    tensor: int
+    writes: int
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """Return 4,093 elements at even distances, as integers; all of a tensor that has no more."""
+    bits = as_integers(tensor)
+    if bits.numel() <= _SPREAD:
+        return bits
+    places = torch.arange(_SPREAD, device=bits.device) * bits.numel() // _SPREAD
+    return torch.take(bits, places)
+
+
+@torch.no_grad()
+def samples(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Return a checksum of what is spread over each tensor."""
+    return checksums({name: spread(tensor) for name, tensor in tensors.items()})
+
+
+def mark(tensors: dict[str, Tensor]) -> dict[str, Mark]:
+    """Return what tells later whether a tensor changed; nothing for tensors without values."""
+    if any(t.is_meta for t in tensors.values()):
+        return {}
+    found = samples(tensors)
+    writes = {n: 0 if t.is_inference() else t._version for n, t in tensors.items()}
+    return {name: Mark(found[name], id(t), writes[name]) for name, t in tensors.items()}
+
+
+def find_changed(tensors: dict[str, Tensor], marks: dict[str, Mark]) -> set[str]:
+    """Return the names of the tensors that are not as they were marked.
+
+    One is changed if its sample is another, or if torch has written to it more often than to the
+    others. DistributedDataParallel and ``load_state_dict`` write to all of them, even what they
+    hold; ``.data`` writes are not counted, and copies of a model start to count anew.
+    """
+    now = mark(tensors)
+    more = {
+        name: now[name].writes - before.writes
+        for name, before in marks.items()
+        if name in now and now[name].tensor == before.tensor
+    }
+    least = min(more.values(), default=0)
+    return {
+        name
+        for name, found in now.items()
+        if name not in marks or found.sample != marks[name].sample or more.get(name, least) > least
+    }
