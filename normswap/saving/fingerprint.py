@@ -12,6 +12,7 @@ from normswap.lifecycle.record import method_layers, replaced_layers
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COLUMNS = 1021  # a prime, so that no axis of a weight repeats with it
 _SHOWN = 6
+ODD = 0x9E3779B97F4A7C1
 
 
 def named_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -47,13 +48,17 @@ def _without(tensors: dict[str, Tensor], layers: Iterable[nn.Module]) -> dict[st
 def checksums(tensors: dict[str, Tensor]) -> dict[str, int]:
     """Return a checksum of the bits of each tensor, the same on every device.
 
-    One pass and one wait for the device. Training, another seed or another file change it; it is
+    One pass. Training, another seed or another file change it; it is
     no protection against intent.
     """
-    sums = [_checksum(t) for t in tensors.values()]
+    return read_sums(tensors, [_checksum(t) for t in tensors.values()])
+
+
+def read_sums(names: Iterable[str], sums: list[Tensor]) -> dict[str, int]:
+    """Return numbers of several devices by name, with one wait for each device."""
     devices = {s.device for s in sums}
     by_device = {d: iter(torch.stack([s for s in sums if s.device == d]).tolist()) for d in devices}
-    return {name: next(by_device[s.device]) for name, s in zip(tensors, sums, strict=True)}
+    return {name: next(by_device[s.device]) for name, s in zip(names, sums, strict=True)}
 
 
 def _checksum(tensor: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def _checksum(tensor: Tensor) -> Tensor:
     rest = flat[whole:].to(torch.int64)
     for part in torch.split(rest, _COLUMNS):
         columns[: len(part)] += part
-    weights = torch.arange(1, _COLUMNS + 1, device=tensor.device) * 0x9E3779B97F4A7C1
+    weights = torch.arange(1, _COLUMNS + 1, device=tensor.device) * ODD
     return (columns * weights).sum()
 
 
