@@ -57,15 +57,16 @@ def mark(tensors: dict[str, Tensor]) -> dict[str, Mark]:
 def find_changed(tensors: dict[str, Tensor], marks: dict[str, Mark]) -> set[str]:
     """Return the names of the tensors that are not as they were marked.
 
-    One is changed if its sample is another, or if torch has written to it more often than to the
-    others. DistributedDataParallel and ``load_state_dict`` write to all of them, even what they
-    hold; ``.data`` writes are not counted, and copies of a model start to count anew.
+    One is changed if its sample is another; or, if the sample is a part of it only, if torch has
+    written to it more often than to the others: DistributedDataParallel and ``load_state_dict``
+    write to all of them, even what they hold. Copies of a model count anew, and writes through
+    ``.data`` or NumPy are not counted; of these a sample may miss a few numbers in a large tensor.
     """
     now = mark(tensors)
     more = {
         name: now[name].writes - before.writes
         for name, before in marks.items()
-        if name in now and now[name].tensor == before.tensor
+        if name in now and now[name].tensor == before.tensor and tensors[name].numel() > _SPREAD
     }
     least = min(more.values(), default=0)
     return {
