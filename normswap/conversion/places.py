@@ -144,7 +144,10 @@ def _outputs(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
     for fqn, module in model.named_modules():
         if fqn:
             row = Row(fqn, type(module).__name__, "refused", reason="after its forward")
-            yield Found(module, row, Place(fqn, placement, None, like.device, like.dtype))
+            place: Place | None = Place(fqn, placement, None, like.device, like.dtype)
+            if type(module).forward is _forward_unimplemented and "forward" not in vars(module):
+                row.reason, place = "it has no forward after which a layer could come", None
+            yield Found(module, row, place)
 
 
 def _block_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:

@@ -115,6 +115,17 @@ def test_what_is_changed_in_any_way_is_saved(change, tmp_path):
     assert torch.equal(normswap.load(base, tmp_path).fc.weight, model.fc.weight)
 
 
+def test_a_number_that_the_sample_misses_makes_the_base_another(tmp_path):
+    base = Wide()
+    model = convert(base)
+    model.fc.weight.data[0, 1] += 1
+    normswap.save(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"1 tensors have other values: fc\.weight"):
+        normswap.load(base, tmp_path)
+    normswap.save(model, tmp_path, state="all")
+    assert torch.equal(normswap.load(base, tmp_path).fc.weight, model.fc.weight)
+
+
 @pytest.mark.parametrize("change", [one_row_by_data, one_column_by_data, written_by_data])
 def test_what_is_changed_in_a_copy_is_saved(change, tmp_path):
     base = Wide()
