@@ -4,8 +4,6 @@ A recipe is a module of this package with a `main(argv) -> exit code`; adding on
 `COMMANDS`. Modules are imported when asked for, so that help needs none of their dependencies.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

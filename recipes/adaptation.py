@@ -19,8 +19,6 @@ Without --data: scikit-learn's handwritten digits at two angles, each training d
 gave its norms statistics). The paper's threshold is 0.9; 0.8 keeps more labels in so few steps.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from functools import partial

@@ -1,7 +1,5 @@
 """`python -m recipes bench --model resnet50`: what a method costs beside the model's own norms."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

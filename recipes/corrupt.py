@@ -17,8 +17,6 @@ Source: Hendrycks, Dietterich, "Benchmarking Neural Network Robustness to Common
 Perturbations", ICLR 2019, arXiv 1903.12261, and the parameters its authors published with it.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ pool for the sizes a recipe is run on (10,000 images of 112 px are 376 MB), and 
 pure function of the seed and its number, which is what lets a resumed run repeat a whole one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What the trainings of `domains` come to: a row a method and kind of label."""
 
-from __future__ import annotations
-
 from statistics import mean
 from typing import Any
 

@@ -15,8 +15,6 @@ keeps the statistics it was pretrained with, and `cn-frozen` CN that does: CN-X 
 statistics too, and what comes of that is not to be put down to contexts.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """A segmentation network over any timm backbone that gives feature maps."""
 
-from __future__ import annotations
-
 import timm
 import torch
 import torch.nn.functional as F

@@ -4,8 +4,6 @@ The steps, in order: settings, images, one timm model, its converted copy, train
 tables and curves. With no options it runs offline in minutes, on rotated handwritten digits.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from argparse import Namespace

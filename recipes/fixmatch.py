@@ -16,8 +16,6 @@ Without --data: scikit-learn's handwritten digits at 24 px and a narrow ResNet-1
 DOMAIN/CLASS/image, whose domains are then mixed.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from functools import partial
 

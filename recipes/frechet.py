@@ -5,8 +5,6 @@ units of its own features: they rank generators judged by the same judge, and me
 those of another, such as the Inception net of published figures.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

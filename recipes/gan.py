@@ -1,7 +1,5 @@
 """A DCGAN for images of 32 px, built with any of the norms, and one step of its training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -66,7 +64,7 @@ class Pair:
         """Whether the networks are told the class."""
         return self.method == ONEHOT or takes_context(self.generator)
 
-    def to(self, device: torch.device) -> Pair:
+    def to(self, device: torch.device) -> "Pair":
         """Move both networks, in place."""
         self.generator.to(device)
         self.discriminator.to(device)

@@ -1,7 +1,5 @@
 """Images of classes for a GAN, a part of them held out, and the judge of what it generates."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

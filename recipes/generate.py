@@ -17,8 +17,6 @@ betas 0.5 and 0.999, batch 64, weights N(0, 0.02)), tuned for none. Figures are 
 norms in eval mode; classes are asked for as often as they occur.
 """
 
-from __future__ import annotations
-
 import statistics
 from argparse import Namespace
 from functools import partial

@@ -8,8 +8,6 @@ runs/NAME/report.txt      the final table, with the command
 runs/NAME/results.png
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

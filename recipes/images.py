@@ -4,8 +4,6 @@ Every method of a recipe starts from the same weights and sees the same images i
 the figures are those of the last epoch, so nothing is chosen on test images.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace

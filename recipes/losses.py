@@ -13,8 +13,6 @@ Source: Tang et al., ICCV 2021, arXiv 2102.02811, section 5; Hendrycks et al., I
 1912.02781.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 

@@ -1,7 +1,5 @@
 """The training domain an image looks most like: a label for images of a domain never seen."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

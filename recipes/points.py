@@ -1,7 +1,5 @@
 """A picture of a grid of trainings: every run a dot, mean and spread over seeds beside it."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from pathlib import Path

@@ -10,8 +10,6 @@ Berthelot et al., "AdaMatch", ICLR 2022, arXiv 2106.04732: targets aligned with 
 classes on the source, kept as they are, and a threshold relative to the confidence there.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

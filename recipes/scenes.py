@@ -8,8 +8,6 @@ tried on them meanwhile. Training, validation and test scenes show different
 digits, and test scenes another part of the photograph: nothing of theirs is trained on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """How often a model is right on the images that test, by what it is told of their contexts."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any

@@ -13,8 +13,6 @@ the last epoch. A score is intersection over union, averaged over classes, then 
 call everything background scores next to nothing, as the report says.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable
 from functools import lru_cache, partial

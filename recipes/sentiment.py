@@ -8,8 +8,6 @@ nothing of the other kind is seen before the end. The kinds differ in their bala
 that the mean of the two classes' accuracies stands beside the accuracy.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from functools import partial
 from pathlib import Path

@@ -23,8 +23,6 @@ PACS: animals and others. `--superclasses cifar100` knows CIFAR-100's; NAME=CLAS
 Source of the protocol: Faye et al., arXiv 2403.16798, and its notebooks.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import lru_cache, partial

@@ -1,7 +1,5 @@
 """Contexts of images whose domains are one: superclasses of their classes, or clusters of them."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Sequence

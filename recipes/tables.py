@@ -1,7 +1,5 @@
 """The tables and the picture a fine-tuning ends with."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 from typing import Any

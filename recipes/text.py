@@ -1,7 +1,5 @@
 """Sentences as rows of word numbers: files of ``label text`` lines, a vocabulary, batches."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

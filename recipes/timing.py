@@ -1,7 +1,5 @@
 """Time several callables side by side, and measure the peak memory of one."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ a comparison is of the models alone: same start, same images, same augmentation,
 same schedule; and their step times are taken alternately, under the same load of the machine.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import statistics

@@ -4,8 +4,6 @@ Every method of a seed gets the same initial weights, images, views, steps and s
 tested is the moving average of the weights after the last step; nothing is chosen by its accuracy.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """timm models, and weights from files into them: nothing is skipped without being said."""
 
-from __future__ import annotations
-
 import difflib
 import pickle
 from pathlib import Path
