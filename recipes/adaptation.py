@@ -33,8 +33,8 @@ from .data import DomainData, Loader
 from .errors import RecipeError
 from .methods import base_of
 from .options import Parser, count
-from .pseudo import Alignment, Views, draw, pseudo_loss
 from .training import takes_context
+from .unlabelled import Alignment, Views, draw, pseudo_loss
 
 SOURCE, TARGET = 0, 1
 CONTEXTS = ("source", "target")

@@ -1,9 +1,12 @@
 """`python -m recipes bench --model resnet50`: what a method costs beside the model's own norms."""
 
+import statistics
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import timm
 import torch
@@ -14,13 +17,20 @@ import normswap
 
 from . import grid, methods
 from .options import Parser, count
-from .timing import Timing, interleave, peak_bytes
-from .training import takes_context
+from .training import takes_context, wait_for
 from .weights import check_model_name
 
 BASE = "as it is"
 METHODS = ("cn", "cn-x", "selfnorm", "crossnorm")
 HEADINGS = ("method", "train, ms", "ratio", "eval, ms", "ratio", "peak, MB", "ratio")
+
+
+class Timing(NamedTuple):
+    """Milliseconds: the median of the repeats, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
 
 
 def make_model(name: str) -> nn.Module:
@@ -98,6 +108,56 @@ def bench_model(
         ]
         for name in loads
     ]
+
+
+def interleave(
+    cases: dict[str, Callable[[], object]], device: torch.device, repeats: int = 20, warmup: int = 3
+) -> dict[str, Timing]:
+    """Time each case once in turn, `repeats` times, so that all meet the same machine.
+
+    On a machine with other work only the ratios mean something, and medians of many repeats.
+    """
+    for case in cases.values():
+        for _ in range(warmup):
+            case()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, case in cases.items():
+            wait_for(device)
+            start = time.perf_counter()
+            case()
+            wait_for(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: _summarize(values) for name, values in seconds.items()}
+
+
+def _summarize(seconds: list[float]) -> Timing:
+    values = sorted(1e3 * s for s in seconds)
+    quarter = len(values) // 4
+    return Timing(statistics.median(values), values[quarter], values[-1 - quarter])
+
+
+def peak_bytes(case: Callable[[], object], device: torch.device) -> int:
+    """Return the most memory a call held at one time above what was held before it."""
+    case()
+    if device.type == "cuda":
+        wait_for(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        case()
+        wait_for(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        case()
+    held = peak = 0
+    # torch keeps no peak for the CPU, but its profiler sees every allocation in order.
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 def add_options(parser: Parser) -> None:

@@ -17,6 +17,7 @@ statistics too, and what comes of that is not to be put down to contexts.
 
 from argparse import Namespace
 from functools import partial
+from statistics import mean
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from torch import nn
 
 from . import grid, images, methods, runs, scores
 from .data import DomainData, Loader
-from .domain_rows import JOINT, tabulated
 from .errors import RecipeError
 from .nearest import NearestDomain
 from .options import ByData, ByStart, Parser, of_cell, resolve
@@ -34,6 +34,7 @@ METHODS = (
     *("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn"),
     *("cn", "cn-frozen", "cn-x", "acn"),
 )
+JOINT = "none"  # held out of a training of all domains
 Accuracy = dict[str, dict[str, float]]  # by kind of label, by domain, in per cent
 
 
@@ -155,6 +156,45 @@ def measure(model: nn.Module, loader: Loader, nearest: NearestDomain) -> Accurac
         for kind, accuracy in kinds.items():
             found.setdefault(kind, {})[name] = accuracy
     return found
+
+
+def tabulated(
+    records: list[dict[str, Any]], epochs: list[dict[str, Any]], reach: float
+) -> list[dict[str, Any]]:
+    """Give one record a method, kind of label and seed, with the domains as its figures.
+
+    A held-out domain's figure is of the training it was held out of; `trained` is the mean over
+    those trainings of the trained domains' own test images. For joint trainings also: `first`, the
+    mean after the first epoch, and `reached`, the first epoch with a mean of `reach` or more.
+    """
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for record in records:
+        held, method, seed = (record["cell"][key] for key in ("held_out", "method", "seed"))
+        for kind, accuracy in record["accuracy"].items():
+            if held != JOINT and held not in accuracy:
+                continue
+            name = f"{method}, {kind}" if kind else method
+            row = rows.setdefault(
+                (name, seed), {"cell": {"method": name, "seed": seed}, "held": {}, "own": []}
+            )
+            if held == JOINT:
+                row["held"] = accuracy
+                curve = [
+                    mean(e["accuracy"][kind].values())
+                    for e in epochs
+                    if e["cell"] == record["cell"]
+                ]
+                row["first"] = curve[0]
+                row["reached"] = next((i for i, a in enumerate(curve, 1) if a >= reach), None)
+            else:
+                row["held"][held] = accuracy[held]
+                own = record["accuracy"].get("label known", accuracy)
+                row["own"].append(mean(a for d, a in own.items() if d != held))
+    for row in rows.values():
+        row.update(row["held"])
+        row["mean"] = mean(row["held"].values())
+        row["trained"] = mean(row["own"]) if row["own"] else None
+    return list(rows.values())
 
 
 def add_options(parser: Parser) -> None:

@@ -27,7 +27,7 @@ from . import grid, images, scores, unlabelled
 from .data import Loader
 from .methods import base_of
 from .options import Parser, count
-from .pseudo import Views, draw, pseudo_loss
+from .unlabelled import Views, draw, pseudo_loss
 
 LABELLED, UNLABELLED = 0, 1
 CONTEXTS = ("labelled", "unlabelled")

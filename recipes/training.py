@@ -88,7 +88,7 @@ def train_step(
     """
     device = batch.images.device
     torch.manual_seed(config.seed * 1_000_003 + update)
-    _wait_for(device)
+    wait_for(device)
     start = time.perf_counter()
     arm.schedule.step_update(update)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
@@ -99,7 +99,7 @@ def train_step(
     loss = loss * (share * parallel.size())
     loss.backward()
     arm.optimizer.step()
-    _wait_for(device)
+    wait_for(device)
     seconds = time.perf_counter() - start
     gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in arm.model.parameters()]
     norms = torch.stack(torch._foreach_norm(gradients, torch.inf))
@@ -192,7 +192,7 @@ def _describe_gradients(model: nn.Module, norms: Tensor) -> str:
     return f"after step {step + 1}, where the gradient of {names[0]}{more} was not finite"
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     """Wait for a GPU's queued work, so that a step's time is that of its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
