@@ -172,20 +172,14 @@ def add_options(parser: Parser) -> None:
     add("--size", type=count, default=128, help="side of the images")
     add("--contexts", type=count, default=4, help="contexts of methods that take labels")
     add("--repeats", type=count, default=10, help="runs of each, in turn")
-    add("--threads", type=count, help="CPU threads, instead of torch's choice")
-    add("--channels-last", action="store_true", help="the memory format")
     add("--bf16", action="store_true", help="under bfloat16 autocast")
     add("--compile", action="store_true", help="every model through torch.compile")
 
 
 def run(options: Namespace) -> None:
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    model = make_model(options.model).to(device, memory_format=layout)
+    model = make_model(options.model).to(device)
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)
-    images = images.contiguous(memory_format=layout)
     more = (options.contexts, options.repeats, options.compile, options.bf16)
     rows = bench_model(model, options.method, images, *more)
     print(

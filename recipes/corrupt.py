@@ -22,11 +22,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from .augment import each
 
 GROUPS = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -161,9 +162,7 @@ def _jpeg(x: Tensor, quality: int, generator: torch.Generator) -> Tensor:
 
 
 def _each(x: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    pixels = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    changed = np.stack([np.asarray(change(Image.fromarray(image))) for image in pixels])
-    return torch.from_numpy(changed).permute(0, 3, 1, 2).float() / 255
+    return each((x * 255).round().to(torch.uint8), change).float() / 255
 
 
 def _average(x: Tensor, points: Tensor, weights: Tensor) -> Tensor:

@@ -16,12 +16,14 @@ statistics too, and what comes of that is not to be put down to contexts.
 """
 
 from argparse import Namespace
-from functools import partial
+from functools import lru_cache, partial
 from statistics import mean
 from typing import Any
 
 import torch
 from torch import nn
+
+import normswap
 
 from . import grid, images, methods, runs, scores
 from .data import DomainData, Loader
@@ -63,17 +65,17 @@ def run(options: Namespace) -> None:
         for domain in held
         for method in options.methods
     ]
-    cache: dict[tuple[str, int], tuple[DomainData, NearestDomain]] = {}
+
+    @lru_cache(maxsize=1)
+    def start_of(held_out: str, seed: int) -> tuple[Namespace, DomainData, NearestDomain]:
+        config = config_of(options, held_out, seed)
+        data = images.load(config, seed)
+        start, loader, _ = images.build(config, data, seed, device, fill=False)
+        return config, data, NearestDomain(start, loader)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        key = (cell["held_out"], cell["seed"])
-        config = config_of(options, *key)
-        if key not in cache:
-            cache.clear()
-            data = images.load(config, config.seed)
-            start, loader, _ = images.build(config, data, config.seed, device, fill=False)
-            cache[key] = data, NearestDomain(start, loader)
-        return train_one(cell["method"], config, *cache[key], device, log)
+        start = start_of(cell["held_out"], cell["seed"])
+        return train_one(cell["method"], *start, device, log)
 
     records = grid.run_cells(folder, cells, train)
     rows = tabulated(records, grid.read_lines(folder / grid.EPOCHS), options.reach)
@@ -143,18 +145,14 @@ def measure(model: nn.Module, loader: Loader, nearest: NearestDomain) -> Accurac
     are then tested with theirs.
     """
     data = loader.data
-    tests = {name: loader.test_indices(domain) for domain, name in enumerate(data.domain_names)}
     if not takes_context(model):
-        return {"": {name: scores.accuracy(model, loader, tests[name]) for name in tests}}
-    known = {d: scores.accuracy(model, loader, tests[d], scores.own) for d in data.contexts}
-    found: Accuracy = {"label known": known}
-    for name in data.domain_names if data.held_out is None else [data.held_out]:
-        kinds = scores.unknown(model, loader, tests[name])
-        kinds["nearest"] = scores.accuracy(
-            model, loader, tests[name], lambda batch: nearest(batch.images)
-        )
-        for kind, accuracy in kinds.items():
-            found.setdefault(kind, {})[name] = accuracy
+        return {"": scores.by_domain(model, loader, data.domain_names)}
+    found = {"label known": scores.by_domain(model, loader, data.contexts, scores.own)}
+    asked = data.domain_names if data.held_out is None else [data.held_out]
+    for policy in scores.POLICIES:
+        normswap.set_unknown(model, policy)
+        found[policy] = scores.by_domain(model, loader, asked)
+    found["nearest"] = scores.by_domain(model, loader, asked, lambda b: nearest(b.images))
     return found
 
 

@@ -64,12 +64,6 @@ class Pair:
         """Whether the networks are told the class."""
         return self.method == ONEHOT or takes_context(self.generator)
 
-    def to(self, device: torch.device) -> "Pair":
-        """Move both networks, in place."""
-        self.generator.to(device)
-        self.discriminator.to(device)
-        return self
-
     def make(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Make images (N, C, 32, 32); the labels (N,) count only if the method knows of them."""
         return self._call(self.generator, noise, labels)

@@ -55,7 +55,9 @@ def run(options: Namespace) -> None:
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         pair = gan.build(
             cell["method"], data.classes, options.width, data.images, data.labels, cell["seed"]
-        ).to(device)
+        )
+        pair.generator.to(device)
+        pair.discriminator.to(device)
         figures = train_one(pair, cell["seed"], data, options, log)
         if cell["seed"] == 0:
             asked = torch.arange(len(data.classes)).repeat_interleave(COLUMNS)
@@ -75,11 +77,7 @@ def train_one(
 ) -> dict[str, Any]:
     """Train both networks; give the figures of the last epoch."""
     nets = (pair.generator, pair.discriminator)
-    rates = (options.lr, options.lr_discriminator or options.lr)
-    optimizers = [
-        torch.optim.Adam(net.parameters(), lr, (0.5, 0.999))
-        for net, lr in zip(nets, rates, strict=True)
-    ]
+    optimizers = [torch.optim.Adam(net.parameters(), options.lr, (0.5, 0.999)) for net in nets]
     device = next(nets[0].parameters()).device
     figures: dict[str, Any] = {}
     for epoch in range(options.epochs):
@@ -94,7 +92,7 @@ def train_one(
             batch = (t.to(device) for t in (data.images[chosen], data.labels[chosen], noise))
             losses.append(gan.train_step(pair, optimizers[0], optimizers[1], *batch))
         loss = torch.stack(losses).mean(0).tolist()
-        check_finite(sum(loss), pair.method, epoch, options.lr)
+        check_finite(sum(loss), f"of {pair.method} in epoch {epoch + 1}", options.lr)
         line = {"epoch": epoch + 1, "discriminator": loss[0], "generator": loss[1]}
         if (epoch + 1) % options.every == 0 or epoch + 1 == options.epochs:
             figures = judge(pair, data)
@@ -130,19 +128,15 @@ def save_samples(path: Path, pictures: Tensor) -> None:
 
 def draw_epochs(folder: Path, records: list[dict[str, Any]], real: dict[str, float]) -> None:
     """Draw the figures over the epochs, means over the seeds."""
-    methods = list(dict.fromkeys(record["cell"]["method"] for record in records))
-    found: dict[tuple[str, str, int], list[float]] = {}
-    for line in grid.read_lines(folder / grid.EPOCHS):
-        for key in HEADINGS.keys() & line.keys():
-            place = (key, line["cell"]["method"], line["epoch"])
-            found.setdefault(place, []).append(line[key])
-    epochs = sorted({epoch for _, _, epoch in found})
+    lines = [line for line in grid.read_lines(folder / grid.EPOCHS) if "distance" in line]
+    epochs = sorted({line["epoch"] for line in lines})
     panels: dict[str, dict[str, list[float | None]]] = {}
     for key, heading in HEADINGS.items():
         panels[heading] = {"real": [real[key]] * len(epochs)}
-        for method in methods:
-            values = [found.get((key, method, epoch)) for epoch in epochs]
-            if any(values):
+        for method in dict.fromkeys(record["cell"]["method"] for record in records):
+            found = [line for line in lines if line["cell"]["method"] == method and key in line]
+            if found:
+                values = [[line[key] for line in found if line["epoch"] == e] for e in epochs]
                 panels[heading][method] = [statistics.mean(v) if v else None for v in values]
     plot.curves(panels, epochs, log=[HEADINGS["distance"]], path=folder / "results.png")
 
@@ -153,7 +147,6 @@ def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--every", type=count, default=10, help="epochs a judgement")
     add("--width", type=count, default=16, help="of both networks")
-    add("--lr-discriminator", type=float, help="of that alone, instead of --lr")
 
 
 main = partial(grid.command, "generate", __doc__, add_options, run)

@@ -27,9 +27,7 @@ from .weights import EFFICIENTNET_LITE0_TIMM, SCRATCH, make_backbone
 def pick_device(name: str) -> torch.device:
     """Give the device of this name; `auto` is the first accelerator, else the CPU."""
     if name == "auto":
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
+        found = torch.accelerator.current_accelerator(check_available=True)
         name = "cpu" if found is None else found.type
     try:
         device = torch.device(local_device(name))

@@ -195,7 +195,7 @@ def train_one(
             schedule.step()
             losses.append(loss.detach())
         mean = torch.stack(losses).mean().item()
-        check_finite(mean, method, epoch, options.lr)
+        check_finite(mean, f"of {method} in epoch {epoch + 1}", options.lr)
         log({"epoch": epoch + 1, "loss": mean, "valid": evaluate(model, data, VALID)["source"]})
     figures = {"valid": evaluate(model, data, VALID)["source"], **evaluate(model, data, TEST)}
     if labelled:

@@ -156,16 +156,14 @@ def read(path: Path) -> list[tuple[int, list[str]]]:
     found, empty = [], 0
     for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
         label, _, text = line.strip().partition(" ")
-        if not line.strip():
-            continue
-        if label in ("0", "1") and not text.split():
-            empty += 1
-            continue
-        if label not in ("0", "1"):
+        if label not in ("0", "1", ""):
             raise RecipeError(
                 f"expected `0 text` or `1 text` in line {number} of {path}, got {line[:40]!r}"
             )
-        found.append((int(label), text.split()))
+        if text.split():
+            found.append((int(label), text.split()))
+        elif label:
+            empty += 1
     if empty:
         print(f"{path.name}: left out {empty} line(s) that have a label and no words")
     if not found:

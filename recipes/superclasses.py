@@ -39,7 +39,7 @@ import normswap
 from . import grid, images, methods, scores
 from .data import TEST_BATCH, DomainData, Loader
 from .errors import RecipeError
-from .options import Parser, count, of_cell
+from .options import Parser, of_cell
 from .weights import SCRATCH
 
 # Few enough that BatchNorm leaves errors, which a leak can mend: with 126 a class it makes few.
@@ -77,7 +77,6 @@ def run(options: Namespace) -> None:
 
     # What is wrong with images, model or weights is said before a run is made.
     images.build(options, data_of(0), 0, device)
-    options.clusters = options.clusters or len(data_of(0).domain_names)
     folder = grid.open_run(options, "superclasses")
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
@@ -107,9 +106,8 @@ def train_one(
     figures: dict[str, Any] = {}
     if source == "kmeans":
         features = "pixels" if options.weights == SCRATCH else model
-        loader.data, figures["clusters"] = with_clusters(
-            loader, features, options.clusters, cell["seed"]
-        )
+        clusters = len(data.domain_names)
+        loader.data, figures["clusters"] = with_clusters(loader, features, clusters, cell["seed"])
     names, inputs = loader.data.domain_names, (images.example(loader),)
     model = methods.convert(model, norms, names, example_inputs=inputs)
     images.train(cell["method"], model, loader, config, log)
@@ -192,7 +190,6 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--superclasses", nargs="+", metavar="NAME=CLASS,CLASS", help="or cifar100; see above"
     )
-    parser.add_argument("--clusters", type=count, help="of k-means; as many as superclasses")
 
 
 main = partial(grid.command, "superclasses", __doc__, add_options, run)

@@ -158,12 +158,10 @@ def train_epoch(
     return report
 
 
-def check_finite(loss: float, what: str, epoch: int, lr: float) -> None:
-    """Refuse to go on with a loss that is not finite."""
+def check_finite(loss: float, where: str, lr: float) -> None:
+    """Refuse to go on with a loss that is not finite; `where` says of what and when it is."""
     if not math.isfinite(loss):
-        raise RecipeError(
-            f"the loss of {what} is {loss} in epoch {epoch + 1}; try a smaller --lr than {lr:g}"
-        )
+        raise RecipeError(f"the loss {where} is {loss}; try a smaller --lr than {lr:g}")
 
 
 def fill_statistics(model: nn.Module, loader: Loader, seed: int, batches: int = 8) -> None:

@@ -30,8 +30,8 @@ from . import grid, images, methods
 from .augment import colour, each, seeded
 from .data import DomainData, Loader
 from .errors import RecipeError
-from .options import TUNED, ByData, Parser, count, resolve
-from .training import make_optimizer, takes_context
+from .options import TUNED, ByData, Parser, resolve
+from .training import check_finite, make_optimizer, takes_context
 from .weights import EFFICIENTNET_LITE0_TIMM, NARROW, SCRATCH
 
 RAND_AUGMENT = "rand-m10-n2"
@@ -55,7 +55,6 @@ def add_options(parser: Parser, plain: str, steps: int, batch: int) -> None:
         image_size=ByData(24, 64), model=ByData(NARROW, EFFICIENTNET_LITE0_TIMM),
         steps=steps, batch_size=batch, lr=TUNED, weight_decay=0.05,
     )  # fmt: skip
-    parser.add_argument("--limit", type=count, help="images of each class of each domain")
     parser.add_argument("--ema", type=float, default=0.98, help="decay of the averaged weights")
 
 
@@ -157,11 +156,7 @@ def fit(
         optimizer.step()
         ema.update(model, step=index)
         noted.append({"loss": loss.item(), **{k: v.item() for k, v in figures.items()}})
-        if not torch.isfinite(loss):
-            raise RecipeError(
-                f"the loss is {loss.item()} in step {index + 1}; try a smaller --lr than "
-                f"{options.lr:g}"
-            )
+        check_finite(noted[-1]["loss"], f"in step {index + 1}", options.lr)
         if (index + 1) % every == 0:
             log({"step": index + 1, **mean_of(noted[-every:])})
     return ema.module, mean_of(noted[-every:])
