@@ -41,17 +41,7 @@ SIZE = 224  # of the images that the published lengths are of
 
 
 def corrupt(images: Tensor, family: str, severity: int, seed: int) -> Tensor:
-    """Corrupt images; the same arguments give the same result.
-
-    Args:
-        images: (N, 3, S, S) uint8, on the CPU.
-        family: one of `FAMILIES`.
-        severity: 1 to 5.
-        seed: of what is random.
-
-    Returns:
-        (N, 3, S, S) uint8.
-    """
+    """Corrupt (N, 3, S, S) uint8 images on the CPU; the same arguments give the same result."""
     function, parameters = TABLE[family]
     # A generator of its own for each, so that families can be run in any order.
     number = 100 * FAMILIES.index(family) + severity

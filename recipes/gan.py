@@ -89,13 +89,8 @@ def build(
     mean 0 and variance 1; norms that learn their statistics would start from that claim, so all
     get those of `images`, and of images generated from noise.
 
-    Args:
-        method: "bn", `ONEHOT` or a method of normswap.
-        classes: their names, the contexts of methods that have contexts.
-        width: channels of the largest maps.
-        images: (N, C, 32, 32); a few hundred are drawn from them.
-        labels: (N,).
-        seed: of weights, noise and draw.
+    Classes are the contexts of methods that have some. Images (N, C, 32, 32) are all there are, and
+    labels (N,) theirs; a few hundred are drawn.
     """
     torch.manual_seed(seed)
     extra = len(classes) if method == ONEHOT else 0

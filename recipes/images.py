@@ -122,19 +122,9 @@ def build(
 ) -> tuple[nn.Module, Loader, list[str]]:
     """Make the network that every method starts from, and what makes its batches.
 
-    Args:
-        options: as `options.resolve` left them.
-        data: the images.
-        seed: of random weights.
-        device: where to.
-        without: operations that AugMix leaves out.
-        fill: give random weights the statistics of the first batches.
-
-    Returns:
-        The model, its loader, and one line for each thing to tell the user.
-
-    Raises:
-        RecipeError: the weights are not the model's, or it cannot take images of this size.
+    `seed` is of random weights, which `fill` gives the statistics of the first batches; `without`
+    are operations that AugMix leaves out. Beside model and loader come lines to tell the user.
+    Weights of another model, or images of a size it cannot take, are a RecipeError.
     """
     given = of_cell(options)
     torch.manual_seed(seed)

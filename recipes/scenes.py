@@ -189,16 +189,10 @@ def draw_scene(
 ) -> tuple[Tensor, Tensor]:
     """Draw digits on a piece of a texture, each in a quarter of its own.
 
-    Args:
-        digits: (D, 8, 8) in [0, 1], at most 4.
-        labels: (D,) in [0, 10).
-        ground: (3, H, W), a photograph; a piece of twice the size is halved.
-        look: of the domain.
-        size: side of the result.
-        generator: of the draws.
+    Of the ground (3, H, W), a piece of twice the size is halved. Digits are (D, 8, 8) in [0, 1], at
+    most four, and labels (D,) below 10.
 
-    Returns:
-        Image (3, size, size) uint8, and mask (size, size) uint8: 0, or 1 + the digit.
+    Shape: image (3, size, size) uint8; mask (size, size) uint8: 0, or 1 + the digit.
     """
 
     def draw(low: int, high: int) -> int:

@@ -115,9 +115,7 @@ def train_epoch(
     from the seed and the step. A run resumed after any epoch therefore repeats what an
     uninterrupted one does, with no random state to store.
     """
-    losses: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}
-    norms: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}
-    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    steps: dict[str, list[tuple[Tensor, float, Tensor]]] = {arm.name: [] for arm in arms}
     for arm in arms:
         arm.model.train()
     batches = tqdm(
@@ -133,25 +131,23 @@ def train_epoch(
         for arm in arms if index % 2 == 0 else reversed(arms):
             update = epoch * loader.batches_per_epoch + index
             share = len(batch.images) / loader.step_size
-            loss, duration, norm = train_step(arm, batch, config, update, share)
-            losses[arm.name].append(loss)
-            norms[arm.name].append(norm)
-            seconds[arm.name].append(duration)
+            steps[arm.name].append(train_step(arm, batch, config, update, share))
     report = {}
+    first = [duration for _, duration, _ in steps[arms[0].name]]
     for arm in arms:
-        loss = parallel.total(torch.stack(losses[arm.name])).mean().item()
+        losses, seconds, norms = zip(*steps[arm.name], strict=True)
+        loss = parallel.total(torch.stack(losses)).mean().item()
         if not math.isfinite(loss):
             raise RecipeError(
                 f"the loss of {arm.name} is {loss} in epoch {epoch + 1}, "
-                f"{_describe_gradients(arm.model, torch.stack(norms[arm.name]))}; try a smaller "
+                f"{_describe_gradients(arm.model, torch.stack(norms))}; try a smaller "
                 f"--lr than {config.lr:g}" + (", or leave out --amp" if config.amp else "")
             )
-        pairs = zip(seconds[arm.name], seconds[arms[0].name], strict=True)
         report[arm.name] = {
             "loss": loss,
             "lr": arm.optimizer.param_groups[0]["lr"],
-            "step_ms": 1000 * statistics.median(seconds[arm.name]),
-            "step_ratio": torch.tensor([ours / first for ours, first in pairs])
+            "step_ms": 1000 * statistics.median(seconds),
+            "step_ratio": (torch.tensor(seconds) / torch.tensor(first))
             .quantile(torch.tensor([0.5, 0.1, 0.9]))
             .tolist(),
         }
