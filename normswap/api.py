@@ -35,7 +35,7 @@ def convert(
     exclude: Selector = None,
     placement: str | None = None,
     preset: str | None = None,
-    unknown: str = "pooled",
+    unknown: str | None = None,
     priors: Tensor | Sequence[float] | None = None,
     inplace: bool = False,
     example_inputs: Any = None,
@@ -56,8 +56,8 @@ def convert(
             priors are taken; one by default, for which no label is needed. Left out, as `unknown`
             and `priors`, for a method without labels ("acn"): the model's forward then stays as it
             was.
-        select: which norms to replace: glob, compiled regular expression, type,
-            ``fn(name, module)``, or several; all by default.
+        select: which norms to replace: "first" (the one that a forward meets first), glob,
+            compiled regular expression, type, ``fn(name, module)``, or several; all by default.
         exclude: which to leave alone, in the same forms.
         placement: where a method that adds layers puts them: "norm" (after each norm), "output"
             (after each module that `select` names, such as a stage), "pre", "residual", "identity"
@@ -67,7 +67,7 @@ def convert(
             wins over them.
         unknown: what a sample without a label gets in eval: "pooled" (the mixture's one Gaussian),
             "posterior" (contexts weighed by how well they explain the instance), a context's name,
-            or "error".
+            or "error"; by default what serves the method best: "posterior" for "cn".
         priors: probability of each context, or counts; uniform by default.
         inplace: change `model` itself instead of a copy.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, batch first.
@@ -125,7 +125,7 @@ def plan(
     exclude: Selector = None,
     placement: str | None = None,
     preset: str | None = None,
-    unknown: str = "pooled",
+    unknown: str | None = None,
     priors: Tensor | Sequence[float] | None = None,
     trace: bool = True,
     **options: Any,
