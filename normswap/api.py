@@ -1,5 +1,6 @@
 """The steps of the public functions, in order."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 from normswap.contexts.assigner import Assigner
 from normswap.conversion.checks import check_copyable, check_model
 from normswap.conversion.inputs import read_inputs
+from normswap.conversion.replacement import Replacement
 from normswap.conversion.select import Selector
 from normswap.conversion.settings import Settings, read_settings
 from normswap.conversion.summary import summarise
 from normswap.conversion.target import Target, carry_out, find_target
 from normswap.conversion.verification import Reference, compare, run_original
-from normswap.errors import ConversionError, expect_module
+from normswap.errors import AdviceWarning, ConversionError, expect_module
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record, find_root
@@ -89,6 +91,9 @@ def convert(
         UnknownNameError: an unknown method or context.
         VerificationError: the converted model computes something else, with a method that keeps
             the function. Whatever is raised, `model` is as it was.
+
+    Warns:
+        AdviceWarning: another conversion is known to serve such a model better.
     """
     asked = read_settings(
         convert, method, contexts, select, exclude, placement, preset, unknown, priors, options
@@ -107,12 +112,15 @@ def convert(
         labels = asked.contexts.count if chosen.needs_context else 0
         reference = run_original(model, inputs, labels)
     record = _record(model, asked, target)
+    advice = target.advice(model, asked.options) if isinstance(target, Replacement) else None
     with Surgery(model if inplace else copy_model(model), trace) as surgery:
         converted = carry_out(target, surgery, record)
         record.verification = _compare(converted, reference, record)
     converted.__dict__[RECORD] = record
     record.sums = checksums(other_tensors(converted))
     exempt_norms(converted)
+    if advice:
+        warnings.warn(advice, AdviceWarning, stacklevel=2)
     return converted
 
 

@@ -100,6 +100,10 @@ class Method(BaseMethod):
             options: of the method, as the user set them.
         """
 
+    def advise(self, norms: list[nn.Module], options: Any) -> str | None:
+        """Return what to warn of when these norms of a model are replaced, None for nothing."""
+        return None
+
     def statistics(self, layer: nn.Module) -> Moments | None:
         """Return the mean and variance of each context, (K, C), None where there are none."""
         return None

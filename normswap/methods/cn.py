@@ -11,6 +11,7 @@ from normswap.methods.base import Contexts, Method, affine_tensors, register_met
 from normswap.methods.cn_layer import ContextNorm
 from normswap.methods.cn_tables import check_affine
 from normswap.methods.instance import ContextInstanceNorm
+from normswap.methods.norm_values import advise_freezing
 from normswap.sites import Site
 
 
@@ -68,6 +69,10 @@ class ContextNormalization(Method):
             if tracked is not None:
                 layer.num_batches_tracked.copy_(tracked)
         return layer
+
+    def advise(self, norms: list[nn.Module], options: Any) -> str | None:
+        """Say that statistics of batches disturb what was trained with others."""
+        return advise_freezing(norms)
 
     def statistics(self, layer: nn.Module) -> Moments | None:
         """Return the running statistics."""
