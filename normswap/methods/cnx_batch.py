@@ -1,4 +1,4 @@
-"""CN-X on what batch norm makes of x: batch statistics for all, mean and spread for each context."""
+"""CN-X on what batch norm makes of x: statistics of the batch, then a context's own map."""
 
 from typing import Any
 

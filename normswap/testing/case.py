@@ -44,6 +44,11 @@ class Case:
         return [0, 1, 2, LABELS, MIXED, None] if self.labelled else [None]
 
     @property
+    def pooled(self) -> dict[str, str]:
+        """Settings with which a sample without a label gets what "pooled" contexts compute."""
+        return {"unknown": "pooled"} if self.labelled else {}
+
+    @property
     def traces(self) -> tuple[bool, ...]:
         """Whether contexts are threaded through graphs, or in scope for own forwards."""
         return (True, False) if self.labelled else (True,)
