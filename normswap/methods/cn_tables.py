@@ -57,7 +57,7 @@ class ContextTables(ContextLayer):
         shrink: float = 0.0,
         affine: str = "context",
     ) -> None:
-        super().__init__(num_features, num_contexts, unknown)
+        super().__init__(num_features, num_contexts, unknown, priors, device, dtype)
         check_settings(eps, momentum, {"synced": synced})
         check_affine(shrink, affine)
         self.eps = eps
@@ -75,7 +75,6 @@ class ContextTables(ContextLayer):
         self.weight = nn.Parameter(torch.empty(affine_shape, **options))
         self.bias = nn.Parameter(torch.empty(affine_shape, **options))
         self._add_running(shape, (num_contexts,), options)
-        self.add_priors(priors, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

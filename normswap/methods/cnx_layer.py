@@ -87,7 +87,7 @@ class ContextNormX(ContextLayer):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, num_contexts, unknown)
+        super().__init__(num_features, num_contexts, unknown, priors, device, dtype)
         check_settings(eps, None, {"affine": affine})
         self.eps = eps
         self.affine = affine
@@ -100,7 +100,6 @@ class ContextNormX(ContextLayer):
             self.register_parameter(name, value)
         self.mu = nn.Parameter(torch.empty(num_contexts, num_features, **options))
         self.log_sigma = nn.Parameter(torch.empty(num_contexts, num_features, **options))
-        self.add_priors(priors, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -157,7 +156,7 @@ class ContextNormX(ContextLayer):
         mu, log_sigma, weight, bias = learned
         row = self.row_unlabelled(mu, log_sigma)
         if row is not None:
-            return Learned(*row, weight, bias).table()
+            return Learned(row[0], row[1], weight, bias).table()
         priors = self.mixing(mu.dtype)
         moments = Moments(mu, torch.exp(2 * log_sigma))
         if self.unknown == "posterior" and self.num_contexts > 1:
