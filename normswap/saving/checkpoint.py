@@ -188,7 +188,7 @@ def _decide(base: nn.Module, content: dict[str, Any], sites: set[str]) -> tuple[
     """Return what the description says is to be changed, and the record of it."""
     method = get_method(content["method"])
     options = parse_options(method, content["options"])
-    contexts = make_contexts(method, None, None, "pooled")
+    contexts = make_contexts(method, None, None, None)
     if method.needs_context:
         contexts = Contexts(
             tuple(content["contexts"]),
