@@ -189,7 +189,8 @@ class AdaptiveContextNorm(NormLayer):
         parameters = (self.weight, self.bias, self.prior_logits, self.mu, self.log_sigma)
         update = batch and not in_backward()
         settings = triton.Settings(self.eps, batch, update, self.momentum)
-        y: Tensor = triton.norm_elements(x, parameters, running, settings)
+        assignment = self.options.assignment
+        y: Tensor = triton.norm_mixture(x, parameters, running, settings, assignment)
         return y
 
     def _compute_shared(

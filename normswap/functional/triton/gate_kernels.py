@@ -34,8 +34,8 @@ def wide(pointer, at, ok):
 
 
 @triton.jit
-def styles(mean, var, i, c, N, C, M, S, PART, eps, BN: tl.constexpr, SB: tl.constexpr):
-    """Return mean and unbiased standard deviation of BN instances, of 0 on maps of one value."""
+def merge(mean, var, i, c, N, C, M, S, PART, BN: tl.constexpr, SB: tl.constexpr):
+    """Return mean and sum of squares about it of BN instances."""
     one = tl.zeros([BN, c.shape[0]], tl.float64)
     two = tl.zeros([BN, c.shape[0]], tl.float64)
     for s in range(0, S, SB):
@@ -45,8 +45,26 @@ def styles(mean, var, i, c, N, C, M, S, PART, eps, BN: tl.constexpr, SB: tl.cons
         one += tl.sum(size * m, 1)
         two += tl.sum(size * (wide(var, at, ok) + m * m), 1)
     m = one / M
-    v = tl.maximum(two - one * m, 0.0) / tl.maximum(M - 1, 1)
-    return m, tl.where(M > 1, tl.sqrt(v + eps), 0.0)
+    return m, tl.maximum(two - one * m, 0.0)
+
+
+@triton.jit
+def add(first, second, i, c, N, C, S, BN: tl.constexpr, SB: tl.constexpr):
+    """Return the sums of two tables (N, S, C) over the parts of BN instances."""
+    one = tl.zeros([BN, c.shape[0]], tl.float64)
+    two = tl.zeros([BN, c.shape[0]], tl.float64)
+    for s in range(0, S, SB):
+        at, _, ok = parts(i, s, c, N, C, S, BN, SB)
+        one += tl.sum(wide(first, at, ok), 1)
+        two += tl.sum(wide(second, at, ok), 1)
+    return one, two
+
+
+@triton.jit
+def styles(mean, var, i, c, N, C, M, S, PART, eps, BN: tl.constexpr, SB: tl.constexpr):
+    """Return mean and unbiased standard deviation of BN instances, of 0 on maps of one value."""
+    m, squares = merge(mean, var, i, c, N, C, M, S, PART, BN, SB)
+    return m, tl.where(M > 1, tl.sqrt(squares / tl.maximum(M - 1, 1) + eps), 0.0)
 
 
 @triton.jit(do_not_specialize=["N", "M", "S"])
@@ -93,14 +111,8 @@ def gate(
 @triton.jit
 def pulls(sums, tables, height, i, c, N, C, S, BN: tl.constexpr, SB: tl.constexpr):
     """Return the gradient by what the sigmoid is of, the normalised input, mean and std."""
-    first, second = sums
+    one, two = add(sums[0], sums[1], i, c, N, C, S, BN, SB)
     mean, std, found, moments, weight = tables
-    one = tl.zeros([BN, c.shape[0]], tl.float64)
-    two = tl.zeros([BN, c.shape[0]], tl.float64)
-    for s in range(0, S, SB):
-        at, _, ok = parts(i, s, c, N, C, S, BN, SB)
-        one += tl.sum(wide(first, at, ok), 1)
-        two += tl.sum(wide(second, at, ok), 1)
     at, ok = rows(i, c, N, C, BN)
     there, m, g = c < C, wide(mean, at, ok), wide(found, at, ok)
     deviation = wide(std, at, ok)

@@ -7,7 +7,9 @@ What a program's tiles leave is added up value by value, and reduced once, to a 
 import triton
 import triton.language as tl
 
+from normswap.functional.triton.mixture_tables import settle_moments, write_gradients
 from normswap.functional.triton.mixture_tile import (
+    MASS,
     cells,
     densities,
     find,
@@ -16,13 +18,10 @@ from normswap.functional.triton.mixture_tile import (
     place,
     priors,
     shares,
-    spread,
     table,
     total,
 )
 
-# As `mixture.MASS`: a component that owns less of a batch has no moments there.
-_MASS = tl.constexpr(1e-3)
 _TINY = tl.constexpr(1e-30)
 
 
@@ -73,12 +72,7 @@ def settle(
     C, P, UPDATE: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write mass, mean and variance that components are normalised with, (3, K, C).
-
-    A component that owns less than a thousandth of a value takes the running mean and variance, or
-    its own where there are none. With UPDATE the others move theirs: by momentum, or where that is
-    None, as cumulative averages.
-    """
+    """Add up what `masses` wrote, and settle the moments."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     at, ok = cells(c, C, K, KP)
     mass = tl.zeros([KP, BM, BC], tl.float64)
@@ -92,27 +86,13 @@ def settle(
         mass += w
         first += w * o + one
         second += (w * o + 2 * one) * o + two
-    owned = tl.sum(mass, 1, keep_dims=True)
-    usable, share = owned >= _MASS, tl.maximum(owned, _MASS)
-    batch = tl.sum(first, 1, keep_dims=True) / share
-    squares = tl.sum(second, 1, keep_dims=True) / share - batch * batch
-    if mean is None:
-        m, v = table(mu, at, ok, 0.0), tl.exp(2 * spread(log_sigma, at, ok, least, most))
-    else:
-        m, v = table(mean, at, ok, 0.0), table(var, at, ok, 1.0)
-    m_used = tl.where(usable, batch.to(tl.float32), m)
-    v_used = tl.where(usable, tl.maximum(squares, 0.0).to(tl.float32), v)
-    tl.store(used + at, owned.to(tl.float32), ok)
-    tl.store(used + K * C + at, m_used, ok)
-    tl.store(used + 2 * K * C + at, v_used, ok)
-    if UPDATE:
-        if momentum is None:
-            rate = 1.0 / (tl.load(batches) + 1).to(tl.float32)
-        else:
-            rate = momentum
-        mine = ok & usable
-        tl.store(mean + at, (m + rate * (m_used - m)).to(mean.dtype.element_ty), mine)
-        tl.store(var + at, (v + rate * (v_used * factor - v)).to(var.dtype.element_ty), mine)
+    sums = (
+        tl.sum(mass, 1, keep_dims=True),
+        tl.sum(first, 1, keep_dims=True),
+        tl.sum(second, 1, keep_dims=True),
+    )
+    given = (mu, log_sigma, mean, var, batches)
+    settle_moments(sums, used, given, least, most, momentum, factor, c, C, UPDATE, K, KP)
 
 
 @triton.jit(do_not_specialize=["T", "TILES", "P"])
@@ -179,7 +159,7 @@ def differentiate(
     cell, there = cells(c, C, K, KP)
     mass = tl.load(used + cell, there, 0.0)
     # Through the batch's moments; the running ones have no gradient, and no part in that of x.
-    share = tl.where(mass >= _MASS, -a / tl.maximum(mass, _MASS), 0.0)
+    share = tl.where(mass >= MASS, -a / tl.maximum(mass, MASS), 0.0)
     by_mean = share * total(pulled, 0, 2, P, c, C, BM, K, KP)
     by_var = 0.5 * share * root * root * total(pulled, 1, 2, P, c, C, BM, K, KP)
     constant = by_var * tl.load(used + 2 * K * C + cell, there, 0.0)
@@ -213,30 +193,13 @@ def finish(
 ):  # fmt: skip
     """Write the gradients of the parameters. LEARNED: m and v are mu and sigma^2."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    at, ok = cells(c, C, K, KP)
-    share, log_prior = priors(logits, c, C, FLOOR, K, KP)
-    _, gain, root = gains(used, weight, log_prior, eps, c, C, K, KP)
-    raw = table(log_sigma, at, ok, 0.0)
-    dbiases, dgain = (
+    sums = (
         total(pulled, 0, 2, P, c, C, BM, K, KP),
-        root * total(pulled, 1, 2, P, c, C, BM, K, KP),
+        total(pulled, 1, 2, P, c, C, BM, K, KP),
+        total(part, 0, 3, P, c, C, BM, K, KP),
+        total(part, 1, 3, P, c, C, BM, K, KP),
+        total(part, 2, 3, P, c, C, BM, K, KP),
     )
-    zeroth, second = total(part, 0, 3, P, c, C, BM, K, KP), total(part, 2, 3, P, c, C, BM, K, KP)
-    by_mu = total(part, 1, 3, P, c, C, BM, K, KP) * tl.exp(
-        -tl.minimum(tl.maximum(raw, least), most)
-    )
-    by_sigma = second - zeroth
-    if LEARNED:
-        by_mu -= gain * root * dbiases
-        by_sigma -= gain * dgain
-    by_sigma = tl.where((raw >= least) & (raw <= most), by_sigma, 0.0)
-    inner = (zeroth - 0.5 * gain * dgain) * tl.exp(-log_prior)
-    inner = tl.where(ok, inner, 0.0)
-    dlogit = (1 - FLOOR) * share * (inner - tl.sum(share * inner, 0, keep_dims=True))
-    dgain = tl.sum(tl.where(ok, dgain * tl.exp(-0.5 * log_prior), 0.0), 0)
-    here = (c < C)[None]
-    tl.store(dweight + c[None], dgain.to(dweight.dtype.element_ty), here)
-    tl.store(dbias + c[None], tl.sum(dbiases, 0).to(dbias.dtype.element_ty), here)
-    tl.store(dlogits + at, dlogit.to(dlogits.dtype.element_ty), ok)
-    tl.store(dmu + at, by_mu.to(dmu.dtype.element_ty), ok)
-    tl.store(dlog_sigma + at, by_sigma.to(dlog_sigma.dtype.element_ty), ok)
+    tables = (used, weight, logits, log_sigma)
+    targets = (dweight, dbias, dlogits, dmu, dlog_sigma)
+    write_gradients(sums, tables, targets, least, most, eps, c, C, LEARNED, FLOOR, K, KP)

@@ -13,6 +13,8 @@ components that are alike, whatever operations the compiler fuses. In powers of 
 import triton
 import triton.language as tl
 
+# As `mixture.MASS`: a component that owns less of a batch has no moments there.
+MASS = tl.constexpr(1e-3)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normswap
 from normswap.functional import backend
-from normswap.functional.triton import mixture
+from normswap.functional.triton import elements, mixture
 from tests.support.builders import assert_close, make_batch, random_
 from tests.support.fused import laid_out
 from tests.support.mixture_oracle import acn
@@ -24,10 +24,10 @@ RANGES = ((0.5, 1.5), (-1, 1), (-1, 1), (-1, 4), (-0.3, 0.7))
 def on_a_cpu(monkeypatch):
     monkeypatch.setattr(backend, "DEVICES", ("cpu",))
     # Few programs, so that one has several tiles and several have a part in a sum.
-    monkeypatch.setattr(mixture, "_PROGRAMS", 2)
-    mixture._cut.cache_clear()
+    monkeypatch.setattr(elements, "_PROGRAMS", 2)
+    elements._cut.cache_clear()
     yield
-    mixture._cut.cache_clear()
+    elements._cut.cache_clear()
 
 
 def make(shape=(3, 5, 4, 3), dtype=torch.float32, layout="contiguous"):
@@ -180,5 +180,5 @@ def test_checkpointing_changes_nothing(reentrant):
 
 
 def test_many_components_are_left_to_torch(monkeypatch):
-    monkeypatch.setattr(mixture, "norm_elements", None)
+    monkeypatch.setattr(mixture, "norm_mixture", None)
     make_acn(2, 65)(make((2, 2, 2, 3))[0])
