@@ -66,7 +66,7 @@ def norm_mixture(
     """
     way = _WAYS[assignment]
     if not records((x, *parameters)):
-        unrecorded, *_ = way.forward(x, parameters, running, settings)
+        unrecorded: Tensor = way.forward(x, parameters, running, settings)[0]
         return unrecorded
     y: Tensor = _MixtureNorm.apply(x, *parameters, running, settings, way)
     return y

@@ -89,7 +89,7 @@ def differentiate(
     """Write the spread and constant of a `glue.Pull`, and the gradients of the parameters."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     tables = densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
-    _, gain, root = gains(used, weight, priors(logits, c, C, FLOOR, K, KP)[1], eps, c, C, K, KP)
+    _m, gain, root = gains(used, weight, priors(logits, c, C, FLOOR, K, KP)[1], eps, c, C, K, KP)
     a = gain * root
     total, along = tl.zeros([KP, 1, BC], tl.float32), tl.zeros([KP, 1, BC], tl.float32)
     for i in range(0, N, BN):

@@ -16,6 +16,7 @@ from tests.support.mixture_oracle import acn
 
 SHARE = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 CASES = [(dtype, layout) for dtype in SHARE for layout in ("contiguous", "channels_last")]
+ASSIGNMENTS = ("channel", "instance")
 NAMES = ("weight", "bias", "prior_logits", "mu", "log_sigma")
 RANGES = ((0.5, 1.5), (-1, 1), (-1, 1), (-1, 4), (-0.3, 0.7))
 
@@ -56,7 +57,7 @@ def compare(layer, x, dy, batch, share=None):
         given = (layer.running_mean.double(), layer.running_var.double())
     before = copy.deepcopy(layer)
     y = layer(x)
-    expected, mean, var = acn(*wide, "channel", given, 0.0 if learned else layer.eps)
+    expected, mean, var = acn(*wide, layer.options.assignment, given, 0.0 if learned else layer.eps)
     tensors = (x, *(getattr(layer, name) for name in NAMES))
     found = torch.autograd.grad(y, tensors, dy, retain_graph=True)
     assert y.stride() == found[0].stride() == x.stride()
@@ -77,15 +78,20 @@ def compare(layer, x, dy, batch, share=None):
         assert layer.num_batches_tracked == count
 
 
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
 @pytest.mark.parametrize(("dtype", "layout"), CASES)
-def test_acn_in_training(dtype, layout):
-    compare(make_acn(), *make(dtype=dtype, layout=layout), batch=True)
+def test_acn_in_training(dtype, layout, assignment):
+    x, dy = make((5, 3, 4, 3), dtype, layout)
+    compare(make_acn(3, assignment=assignment), x, dy, batch=True)
 
 
 @pytest.mark.parametrize(
     ("shape", "components", "settings"),
     [
         ((12, 5, 1, 1), 4, {}),
+        ((12, 3, 1, 1), 2, {"assignment": "instance"}),
+        ((7, 2, 30, 41), 3, {"assignment": "instance", "momentum": None}),
+        ((9, 5, 3), 32, {"assignment": "instance"}),
         ((3, 5, 2, 3), 1, {"momentum": None}),
         ((3, 19, 5), 2, {}),
         ((2, 3, 3, 4, 5), 32, {}),
@@ -97,13 +103,13 @@ def test_acn_of_odd_sizes(shape, components, settings):
         compare(make_acn(shape[1], components, **settings), *make(shape, layout=layout), batch=True)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
 @pytest.mark.parametrize("kind", ["eval", "frozen", "learned"])
-def test_acn_with_given_statistics(kind, layout):
-    settings = {"statistics": "learned"} if kind == "learned" else {}
-    layer = make_acn(**settings).train(kind != "eval")
+def test_acn_with_given_statistics(kind, assignment):
+    statistics = "learned" if kind == "learned" else "batch"
+    layer = make_acn(statistics=statistics, assignment=assignment).train(kind != "eval")
     layer.frozen = kind == "frozen"
-    x, dy = make(layout=layout)
+    x, dy = make(layout="channels_last")
     compare(layer, x, dy, batch=False)
     with torch.no_grad():
         unrecorded = layer(x)
@@ -156,9 +162,11 @@ def test_parameters_may_have_another_dtype(dtype):
     compare(make_acn(dtype=dtype), *make(dtype=torch.bfloat16), batch=True)
 
 
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
 @pytest.mark.parametrize("kind", ["batch", "eval", "learned"])
-def test_a_graph_of_the_gradients_changes_none_of_them(kind):
-    layer = make_acn(3, 2, statistics="learned" if kind == "learned" else "batch")
+def test_a_graph_of_the_gradients_changes_none_of_them(kind, assignment):
+    statistics = "learned" if kind == "learned" else "batch"
+    layer = make_acn(3, 2, statistics=statistics, assignment=assignment)
     layer.train(kind != "eval")
     x, dy = make((2, 3, 3, 4))
     y, wanted = layer(x), [x, *layer.parameters()]
@@ -169,9 +177,10 @@ def test_a_graph_of_the_gradients_changes_none_of_them(kind):
     assert torch.autograd.grad(found[0].square().sum(), [x])[0].isfinite().all()
 
 
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_changes_nothing(reentrant):
-    layer, (x, dy) = make_acn(3), make((2, 3, 3, 4))
+def test_checkpointing_changes_nothing(reentrant, assignment):
+    layer, (x, dy) = make_acn(3, assignment=assignment), make((2, 3, 3, 4))
     other = copy.deepcopy(layer)
     expected = torch.autograd.grad(layer(2 * x).relu_(), [x], dy)[0]
     checkpoint(lambda t: other(2 * t).relu_(), x, use_reentrant=reentrant).backward(dy)

@@ -30,6 +30,15 @@ def test_acn(counter, components):
     assert count(counter, layer, x, None) == (["settle", "mix"], PASSES)
 
 
+def test_acn_by_instance(counter):
+    layer = Unlabelled(normswap.AdaptiveContextNorm(16, 4, assignment="instance"))
+    x, expected = batch()[0], (["stats", "assign", "apply"], ["dots", "differentiate", "combine"])
+    for training in (True, False):
+        assert count(counter, layer.train(training), x, None) == expected
+    layer.layer.momentum = None
+    assert count(counter, layer.train(), x, None)[0] == ["stats", "assign", "add_", "apply"]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_selfnorm(counter, training):
     layer, x = Unlabelled(normswap.SelfNorm(16)).train(training), batch()[0]

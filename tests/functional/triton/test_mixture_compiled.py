@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from normswap.functional.triton import elements, mixture_kernels
+from normswap.functional.triton import elements, mixture_kernels, owners_kernels
 from tests.functional.triton.compiling import compile_kernel
 
 SHAPE = torch.Size((32, 64, 56, 56))
@@ -28,6 +28,16 @@ def test_nothing_is_spilled(architecture, dtype, last, components):
         )
         assert spilled == 0, name
         assert registers * warps * 32 <= 65536, name
+
+
+@pytest.mark.parametrize(("architecture", "components", "rows"), [(90, 32, 8), (80, 4, 64)])
+def test_nor_by_instance(architecture, components, rows):
+    given = {"FLOOR": 0.01, "K": components, "KP": components, "BN": rows, "SB": 1, "BC": 4}
+    for kernel, more in (
+        (owners_kernels.assign, {"BATCH": True, "UPDATE": True}),
+        (owners_kernels.differentiate, {"LEARNED": False}),
+    ):
+        assert compile_kernel(kernel, architecture, **given, **more)[1] == 0, kernel
 
 
 @pytest.mark.parametrize("components", [1, 4, 32])
