@@ -76,6 +76,7 @@ class _MixtureNorm(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, *parameters, running, ctx.settings, ctx.way = inputs
+        y: Tensor
         y, *kept = ctx.way.forward(x, tuple(parameters), running, ctx.settings)
         ctx.learned = running is None
         ctx.save_for_backward(x, *parameters, *kept)
