@@ -1,6 +1,7 @@
 """What the kernels compute, run by Triton's interpreter on a CPU; see `test_values`."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from triton.runtime.interpreter import InterpretedFunction
 import normswap
 from normswap.functional import backend, kernels
 from normswap.functional.triton import plan, tile
-from tests.support import oracles
-from tests.support.builders import assert_close, make_batch, make_cn, make_cnx, running_of
+from tests.support import builders, oracles
+from tests.support.builders import assert_close, make_batch, make_cnx, running_of
 from tests.support.fused import laid_out
 
 # Shares of the largest value; the interpreter cuts off what bfloat16 doesn't hold.
@@ -42,6 +43,9 @@ def _call_once_patched(function, *args, **kwargs):
 
 _PATCHED, _CALL = set(), InterpretedFunction.__call__
 InterpretedFunction.__call__ = _call_once_patched
+
+
+make_cn = partial(builders.make_cn, unknown="pooled")
 
 
 def make(shape=(7, 6, 5, 3), dtype=torch.float32, layout="contiguous", offset=3.0):
