@@ -13,6 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 import normswap
 from normswap.functional import backend, kernels
 from normswap.functional.triton import plan, tile
+from normswap.methods import cn_layer
 from tests.support import builders, oracles
 from tests.support.builders import assert_close, make_batch, make_cnx, running_of
 from tests.support.fused import laid_out
@@ -250,6 +251,16 @@ def test_second_derivatives_are_those_of_the_formulas(maker, training):
         assert (a is None) == (b is None)
         if a is not None:
             assert_close(a, b, 1e-5)
+
+
+def test_statistics_of_all_processes_are_moved_as_those_of_one(monkeypatch):
+    layer = make_cn(6, 4, PRIORS, torch.float32).train()
+    other, labels, (x, dy) = copy.deepcopy(layer), torch.tensor(LABELS), make()
+    expected = torch.autograd.grad(layer(x, labels), [x], dy)[0]
+    monkeypatch.setattr(cn_layer, "sum_over_ddp", lambda: lambda t: t)
+    assert torch.equal(torch.autograd.grad(other(x, labels), [x], dy)[0], expected)
+    for a, b in zip(layer.buffers(), other.buffers(), strict=True):
+        assert_close(a, b, 1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
