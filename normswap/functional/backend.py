@@ -61,7 +61,7 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
         sweeps.affine(one.to(dtype), one[0], None)
     except Exception as error:  # of the import, of Triton, of its compilers
         warnings.warn(
-            f"Triton's kernels don't work on {device} for {dtype}, so torch's slower operators serve: "
+            f"Triton's kernels don't work on {device} for {dtype}, torch's slower operators serve: "
             f"{type(error).__name__}: {error}; NORMSWAP_TRITON=0 asks for that without a warning",
             stacklevel=2,
         )

@@ -160,6 +160,22 @@ def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
     plan._plan.cache_clear()
 
 
+@pytest.mark.parametrize("settings", [{"affine": "shared"}, {"shrink": 2.0}])
+@pytest.mark.parametrize("training", [True, False])
+def test_settings_of_cn_mean_what_they_do_in_float64(settings, training):
+    layer = make_cn(6, 4, PRIORS, torch.float32, **settings).train(training)
+    labels, (x, dy) = torch.tensor(LABELS), make()
+    wide = copy.deepcopy(layer).double()
+
+    def run(layer, x, dy):
+        y = layer(x, labels)
+        return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy), *layer.buffers()
+
+    expected = run(wide, x.detach().double().requires_grad_(), dy.double())
+    for a, b in zip(run(layer, x, dy), expected, strict=True):
+        assert_close(a, b, 4e-6)
+
+
 def test_a_thousand_contexts():
     layer = make_cn(2, 1024, None, torch.float32).train()
     compare_cn(layer, *make((4, 2, 4, 2)), [1023, 5, 1023, 0])
