@@ -72,7 +72,7 @@ class ContextNorm(ContextTables):
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
         tables = (self.weight, self.bias, *self._buffers.values())
-        if not (self.synced and self.training):
+        if not (self.training and (self.synced or self.shrink)):
             triton = self.find_triton(x, unlabelled, *tables)
             if triton is not None:
                 return self._normalize_by_triton(triton, x, labels, unlabelled)
@@ -104,9 +104,12 @@ class ContextNorm(ContextTables):
         if self.training and (again or may_run_again()):
             running = self._at_first_run(Moments(*(t.clone() for t in buffers)))
         together = sum_over_ddp() is not None
+        weight, bias = self.weight, self.bias
+        if self.shared_affine:
+            weight, bias = (t * self.priors.sqrt().unsqueeze(1) for t in (weight, bias))
         norm = triton.Norm(
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.priors,
             running,
             buffers if batched and not (again or together) else None,

@@ -21,7 +21,7 @@ def on_a_cpu(monkeypatch):
 @pytest.fixture
 def working(on_a_cpu, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(backend, "_works", lambda device: True)
+    monkeypatch.setattr(backend, "_works", lambda device, dtype: True)
 
 
 def x_of(dtype=torch.float32):

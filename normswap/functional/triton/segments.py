@@ -34,4 +34,4 @@ def find_segments(labels: Tensor, contexts: int) -> Segments:
         starts = torch.arange(contexts + 2, device=labels.device)
         return Segments(labels, order, torch.searchsorted(found, starts))
 
-    return kept(labels, ("segments", labels.shape, labels.stride(), contexts), sort)
+    return kept(labels, (find_segments, contexts), sort)

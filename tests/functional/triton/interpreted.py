@@ -1,6 +1,7 @@
 """What the kernels compute, run by Triton's interpreter on a CPU; see `test_values`."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from triton.runtime.interpreter import InterpretedFunction
 import normswap
 from normswap.functional import backend, kernels
 from normswap.functional.triton import plan, tile
-from tests.support import oracles
-from tests.support.builders import assert_close, make_batch, make_cn, make_cnx, running_of
+from normswap.methods import cn_layer
+from tests.support import builders, oracles
+from tests.support.builders import assert_close, make_batch, make_cnx, running_of
 from tests.support.fused import laid_out
 
 # Shares of the largest value; the interpreter cuts off what bfloat16 doesn't hold.
@@ -42,6 +44,9 @@ def _call_once_patched(function, *args, **kwargs):
 
 _PATCHED, _CALL = set(), InterpretedFunction.__call__
 InterpretedFunction.__call__ = _call_once_patched
+
+
+make_cn = partial(builders.make_cn, unknown="pooled")
 
 
 def make(shape=(7, 6, 5, 3), dtype=torch.float32, layout="contiguous", offset=3.0):
@@ -155,6 +160,22 @@ def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
     plan._plan.cache_clear()
 
 
+@pytest.mark.parametrize("settings", [{"affine": "shared"}, {"shrink": 2.0}])
+@pytest.mark.parametrize("training", [True, False])
+def test_settings_of_cn_mean_what_they_do_in_float64(settings, training):
+    layer = make_cn(6, 4, PRIORS, torch.float32, **settings).train(training)
+    labels, (x, dy) = torch.tensor(LABELS), make()
+    wide = copy.deepcopy(layer).double()
+
+    def run(layer, x, dy):
+        y = layer(x, labels)
+        return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy), *layer.buffers()
+
+    expected = run(wide, x.detach().double().requires_grad_(), dy.double())
+    for a, b in zip(run(layer, x, dy), expected, strict=True):
+        assert_close(a, b, 4e-6)
+
+
 def test_a_thousand_contexts():
     layer = make_cn(2, 1024, None, torch.float32).train()
     compare_cn(layer, *make((4, 2, 4, 2)), [1023, 5, 1023, 0])
@@ -246,6 +267,16 @@ def test_second_derivatives_are_those_of_the_formulas(maker, training):
         assert (a is None) == (b is None)
         if a is not None:
             assert_close(a, b, 1e-5)
+
+
+def test_statistics_of_all_processes_are_moved_as_those_of_one(monkeypatch):
+    layer = make_cn(6, 4, PRIORS, torch.float32).train()
+    other, labels, (x, dy) = copy.deepcopy(layer), torch.tensor(LABELS), make()
+    expected = torch.autograd.grad(layer(x, labels), [x], dy)[0]
+    monkeypatch.setattr(cn_layer, "sum_over_ddp", lambda: lambda t: t)
+    assert torch.equal(torch.autograd.grad(other(x, labels), [x], dy)[0], expected)
+    for a, b in zip(layer.buffers(), other.buffers(), strict=True):
+        assert_close(a, b, 1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -68,7 +68,7 @@ def count(counter, layer, x, labels):
 
 
 def test_cn(counter):
-    layer, (x, labels) = normswap.ContextNorm(16, 4), batch()
+    layer, (x, labels) = normswap.ContextNorm(16, 4, unknown="pooled"), batch()
     forward, backward = count(counter, layer.train(), x, labels)
     assert forward == ["stats", "tables", "apply_and_move"]
     assert backward == ["dots", "pull", "combine"]
@@ -94,7 +94,7 @@ def test_cnx(counter):
 
 
 def test_labels_are_sorted_once_for_all_layers(counter):
-    layers = torch.nn.ModuleList(normswap.ContextNorm(16, 4) for _ in range(3))
+    layers = torch.nn.ModuleList(normswap.ContextNorm(16, 4, unknown="pooled") for _ in range(3))
     layers[0](*batch())
     x, labels = batch()
     counter.started.clear()

@@ -71,3 +71,11 @@ def test_one_label_for_all_is_sorted_once_for_each_number_of_rows():
         ]
         assert found[0] is found[1]
         assert found[0].offsets.tolist() == [0, 0, rows, rows, rows]
+
+
+def test_parts_of_labels_are_sorted_apart():
+    labels = resolve(torch.tensor(GIVEN)).labels
+    found = [find_segments(part, 3).offsets.tolist() for part in (labels[:2], labels[3:])]
+    assert found == [[0, 1, 1, 2, 2], [0, 1, 1, 2, 2]]
+    found = [find_segments(part, 3).offsets.tolist() for part in (labels[:1], labels[1:2])]
+    assert found == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
