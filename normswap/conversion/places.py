@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.conversion.containers import read_container
 from normswap.conversion.select import Selector, matches
