@@ -1,7 +1,8 @@
 """Worker processes that may die: a task that kills its worker is a result, not the end.
 
-Each worker is forked from a clean process, runs on one thread and takes one task at a time; a task sends any number of
-records. A worker that dies, takes too long or grows too large is replaced, and its task recorded.
+Each worker is forked from a clean process, runs on one thread and takes one task at a time; a task
+sends any number of records. A worker that dies, takes too long or grows too large is replaced, and
+its task recorded.
 """
 
 from __future__ import annotations

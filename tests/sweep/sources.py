@@ -150,7 +150,7 @@ def _timm(name: str) -> Candidate:
     )
 
 
-# Options that make models narrower whose size is no number of blocks: the same code, the same norms.
+# Options that make models smaller whose size is not that of repeated blocks: same code and norms.
 _NARROW: dict[str, dict[str, Any]] = {
     "halonet_h1": {"self_attn_kwargs": {"block_size": 4, "halo_size": 1}},
     "nasnetalarge": {"stem_size": 32, "num_features": 384},
