@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from normswap.errors import InputError, NormswapError
+from normswap.functional.backward import in_backward
 from normswap.functional.labels import Context, wrong_length
 from normswap.graph.bypassed import explain
 from normswap.graph.class_questions import check_question
@@ -146,6 +147,9 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
     if variant.run is None or (variant.writes and aliased(values)):
         if state.insertions:
             raise untraced(module, variant.reason or "changes a list or dict it is given twice")
+        return run_scoped(module, values, context)
+    # A graph writes when it is done, and a recomputation stops where nothing more is needed.
+    if variant.writes and in_backward() and not state.insertions:
         return run_scoped(module, values, context)
     if variant.calls_user_code:  # code of the user's runs in it
         check_question(state.fqn, state.question)

@@ -121,3 +121,31 @@ def test_a_list_changed_inside_a_checkpointed_part():
             return self.b(y) * len(found)
 
     check(Model(), opaque="in a checkpointed part")
+
+
+def test_a_recomputation_that_stops_early_changes_what_the_original_changes():
+    seen = []
+
+    class Count(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(CHANNELS)
+
+        def forward(self, x, seen=seen):
+            seen.append(1)
+            return self.norm(x) + 1
+
+    class Model(Holder):
+        def __init__(self):
+            super().__init__()
+            self.count = Count()
+
+        def forward(self, x):
+            return self.b(checkpoint(self.count, x, use_reentrant=False))
+
+    converted = normswap.convert(Model(), "cn", contexts=3, verify=False)
+    for run in (Model(), lambda x: converted(x, context=LABELS)):
+        seen.clear()
+        run(images().requires_grad_()).sum().backward()
+        assert len(seen) == 2
+    assert not normswap.summary(converted).opaque
