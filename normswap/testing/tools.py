@@ -236,7 +236,10 @@ def check_synchronised(case: Case) -> None:
     whole = _step(case, model, slice(None))
     processes: Any = torch.multiprocessing
     with tempfile.TemporaryDirectory() as folder:
-        processes.spawn(_work, (folder, data), nprocs=2)
+        # A fork server imports the modules it was told to preload once for all processes.
+        server = "forkserver" in processes.get_all_start_methods()
+        method = "forkserver" if server else "spawn"
+        processes.start_processes(_work, (folder, data), nprocs=2, start_method=method)
         paths = [Path(folder) / f"{rank}.pt" for rank in range(2)]
         parts = [torch.load(path, weights_only=False) for path in paths]
     require_close(torch.cat([part["y"] for part in parts]), whole["y"], "outputs")
