@@ -30,13 +30,14 @@ from normswap.graph.state import (
     untraced,
 )
 from normswap.graph.tracing import TraceFailure, aliased, describe, tracing, write_back
+from normswap.util.original_class import STATE
 
 
 def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     """Run a container: the forward of every converted container ends here."""
     if tracing():
         return own_forward(module, values)
-    state: ContainerState | None = vars(module).get("_normswap") or _adopt(module)
+    state: ContainerState | None = vars(module).get(STATE) or _adopt(module)
     if state is None:
         return own_forward(module, values)
     if torch.compiler.is_compiling():
@@ -77,7 +78,7 @@ def calling(call: Callable[..., Any], argument: str | None) -> Callable[..., Any
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if tracing():
             raise TraceFailure(f"calls a {type(self).__name__}, whose class has its own __call__")
-        state: ContainerState | None = vars(self).get("_normswap") or _adopt(self)
+        state: ContainerState | None = vars(self).get(STATE) or _adopt(self)
         context = kwargs.pop(argument, None) if argument is not None else None
         if state is None or context is None:
             return call(self, *args, **kwargs)
@@ -199,7 +200,7 @@ def _adopt(module: nn.Module) -> ContainerState | None:
     scope: Any = norms[0].scope
     kinds = tuple({type(m) for m in norms})
     state = ContainerState("(slice)", scope, kinds, str(norms[0].site))
-    module.__dict__["_normswap"] = state
+    module.__dict__[STATE] = state
     return state
 
 

@@ -13,7 +13,7 @@ from normswap.graph.install import install, uninstall
 from normswap.graph.pinned import find_pinned
 from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.scope import Scope
-from normswap.graph.state import ContainerState
+from normswap.graph.state import ContainerState, state_of
 from normswap.util.original_class import ORIGINAL
 
 _PLAIN = (bool, int, float, str, type(None), torch.Size)
@@ -181,7 +181,7 @@ class Surgery:
 def restore_forwards(model: nn.Module) -> None:
     """Give every converted container its own class and forward again; drop inserted layers."""
     for module in list(model.modules()):
-        state: ContainerState | None = vars(module).get("_normswap")
+        state = state_of(module)
         base = getattr(type(module), "converted_from", None)
         if state is not None:
             for child in state.children():

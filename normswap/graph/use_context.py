@@ -8,6 +8,7 @@ from torch import nn
 from normswap.errors import ConversionError, expect_module
 from normswap.functional.labels import Labels
 from normswap.graph.scope import Scope, scope_of
+from normswap.util.original_class import STATE
 
 
 def scopes_of(model: nn.Module) -> list[Scope]:
@@ -24,7 +25,7 @@ def scopes_of(model: nn.Module) -> list[Scope]:
             if within is not None and within is not scope.model:
                 continue
             within = scope.model
-            if "_normswap" not in vars(module):
+            if STATE not in vars(module):
                 found[id(scope)] = scope
         queue += [(child, within) for child in module.children()]
     return list(found.values())

@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normswap.errors import ContextError, ConversionError
-from normswap.graph.reach import state_of
-from normswap.graph.state import RECORD
+from normswap.graph.state import RECORD, state_of
 from normswap.lifecycle.original import original_of
 from normswap.methods.base import Contexts
 from normswap.methods.layer import POLICIES

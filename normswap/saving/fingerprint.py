@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from normswap.lifecycle.original import rebuild
 from normswap.lifecycle.record import inserted_layers, method_layers, replaced_layers
+from normswap.util.original_class import container_class
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COLUMNS = 1021  # a prime, so that no axis of a weight repeats with it
@@ -89,7 +90,7 @@ def describe_original(root: nn.Module) -> dict[str, Any]:
     norms = {name: rebuild(layer) for name, layer in replaced_layers(root).items()}
     own = set(map(id, _all([*replaced_layers(root).values(), *inserted_layers(root).values()])))
     others = {n: t for n, t in named_tensors(root).items() if id(_find(root, n)) not in own}
-    return _describe(getattr(type(root), "converted_from", type(root)), norms, others)
+    return _describe(container_class(root), norms, others)
 
 
 def describe_base(base: nn.Module, norms: list[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from normswap.api import plan
-from normswap.graph.reach import state_of
+from normswap.graph.state import state_of
 from normswap.lifecycle.record import method_layers
 from normswap.lifecycle.sync_batchnorm import convert_sync_batchnorm
 from normswap.testing.case import (
