@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import ContextError, ConversionError, expect_module
+from normswap.errors import ContextError, expect_module, not_converted
 from normswap.functional.labels import Context
 from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
@@ -264,10 +264,7 @@ def fix_rows(model: nn.Module, fixed: bool = True) -> None:
     expect_module(model)
     found = {id(rows): rows for m in model.modules() if (rows := _rows_of(m)) is not None}
     if not found:
-        raise ConversionError(
-            f"expected a converted model, got {type(model).__name__} without any context-aware "
-            "norm; call normswap.convert first"
-        )
+        raise not_converted(model, " with a method that takes labels")
     for rows in found.values():
         rows.fixed = fixed
         rows.families.clear()
