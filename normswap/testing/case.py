@@ -28,9 +28,10 @@ Labels: TypeAlias = Tensor | int | str | None
 
 @dataclass(frozen=True)
 class Case:
-    """A method, and what checks do with it."""
+    """A method with some of its options, by name, and what checks do with it."""
 
     method: BaseMethod
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def labelled(self) -> bool:
@@ -41,6 +42,11 @@ class Case:
     def labels(self) -> list[Labels]:
         """What may be given as context in eval mode."""
         return [0, 1, 2, LABELS, MIXED, None] if self.labelled else [None]
+
+    @property
+    def pooled(self) -> dict[str, str]:
+        """Settings with which a sample without a label gets what "pooled" contexts compute."""
+        return {"unknown": "pooled"} if self.labelled else {}
 
     @property
     def traces(self) -> tuple[bool, ...]:
@@ -64,7 +70,7 @@ class Case:
     def refusal(self, base: nn.Module) -> str:
         """Return why the method can change nothing of a model, "" where it can."""
         try:
-            plan(base, self.method.name)
+            plan(base, self.method.name, **dict(self.options))
         except ConversionError as error:
             return str(error)
         return ""
@@ -78,11 +84,11 @@ class Case:
     def convert(self, base: nn.Module, **settings: Any) -> nn.Module:
         """Convert with three contexts of unequal priors, where the method takes contexts."""
         given = {"contexts": NAMES, "priors": PRIORS} if self.labelled else {}
-        return convert(base, self.method.name, **{**given, **settings})
+        return convert(base, self.method.name, **{**given, **dict(self.options), **settings})
 
     def trained(self, name: str = "ConvNet", **settings: Any) -> nn.Module:
         """Return a float64 model in eval mode, every tensor of the method's layers moved."""
-        return copy.deepcopy(_trained(self.method, name, tuple(settings.items())))
+        return copy.deepcopy(_trained(self, name, tuple(settings.items())))
 
     def run(self, model: Callable[..., Any], x: Tensor, label: Labels = None) -> Tensor:
         """Call a model with a label, where there is one to give."""
@@ -100,9 +106,9 @@ class Case:
 
 
 @functools.lru_cache(maxsize=32)
-def _trained(method: BaseMethod, name: str, settings: tuple[tuple[str, Any], ...]) -> nn.Module:
+def _trained(case: Case, name: str, settings: tuple[tuple[str, Any], ...]) -> nn.Module:
     base = make_model(name, torch.float64)
-    return move(Case(method).convert(base, **dict(settings)))
+    return move(case.convert(base, **dict(settings)))
 
 
 def move(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -65,7 +65,7 @@ def check_specialises_to_plain_norms(case: Case) -> None:
     """A trained model has a plain one of the original's classes for each context."""
     for base, x in case.bases():
         name = type(base).__name__
-        model = case.trained(name)
+        model = case.trained(name, **case.pooled)
         for context in [*NAMES, "pooled"] if case.labelled else [None]:
             plain = specialize(model, context)
             kinds = [type(m) for m in base.modules()], [type(m) for m in plain.modules()]
@@ -98,13 +98,14 @@ def check_moves(case: Case) -> None:
         return
     tables: set[str] = set()
     for site, layer in method_layers(model).items():
-        names: tuple[str, ...] = getattr(layer, "context_parameters", ())
+        named = set(getattr(layer, "context_parameters", ()))
+        rows = {n for n, p in layer.named_parameters() if p.dim() > 1 and len(p) == len(NAMES)}
         kind = f"{site}: {type(layer).__name__}.context_parameters"
-        require(bool(names), f"{kind} names no parameter; name each of shape (K, C)")
-        for name in names:
-            shape = tuple(layer.get_parameter(name).shape)
-            require(shape[:1] == (len(NAMES),), f"{kind}: {name} has shape {shape}, not (K, ...)")
-            tables.add(f"{site}.{name}")
+        require(named == rows, f"{kind} is {sorted(named)}; of shape (K, ...) are {sorted(rows)}")
+        tables |= {f"{site}.{name}" for name in rows}
+    if not tables:
+        require_raises(lambda: freeze(model, "contexts"), ConversionError, "nothing to train")
+        return
     freeze(model, "contexts")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     require(trained == tables, f"freeze(model, 'contexts') trains {sorted(trained)}")
@@ -148,7 +149,7 @@ def check_saves_and_loads(case: Case) -> None:
 @check(labelled)
 def check_adds_contexts(case: Case) -> None:
     """An added context computes what it is like; the others what they did, to the bit."""
-    model = case.trained()
+    model = case.trained(**case.pooled)
     x = make_inputs(model)
     given: list[Labels] = [0, 1, 2, LABELS]
     before = [case.in_eval(model, x, label) for label in given]

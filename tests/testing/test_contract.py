@@ -143,6 +143,13 @@ EVERY = [
     check
     for method in (*normswap.methods(), Shift, Groups)
     for check in method_checks(method, processes=True)
+] + [
+    check
+    for method, options in (
+        ("cn", {"shrink": 4.0, "affine": "shared"}),
+        ("cn-x", {"statistics": "batch"}),
+    )
+    for check in method_checks(method, processes=True, **options)
 ]
 
 
@@ -174,7 +181,7 @@ def test_a_labelled_method_with_a_plain_layer_is_told_of_it(name):
 
 def test_tables_that_no_name_tells_of_break_the_contract():
     checks = {check.name: check for check in method_checks(Unnamed)}
-    with pytest.raises(ContractError, match=r"ShiftNorm\.context_parameters names no parameter"):
+    with pytest.raises(ContractError, match=r"parameters is \[\]; .* are \['bias', 'weight'\]"):
         checks["moves"]()
 
 
