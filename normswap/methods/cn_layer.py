@@ -104,12 +104,11 @@ class ContextNorm(ContextTables):
         if self.training and (again or may_run_again()):
             running = self._at_first_run(Moments(*(t.clone() for t in buffers)))
         together = sum_over_ddp() is not None
-        weight, bias = self.weight, self.bias
+        affine: list[Tensor] = [self.weight, self.bias]
         if self.shared_affine:
-            weight, bias = (t * self.priors.sqrt().unsqueeze(1) for t in (weight, bias))
+            affine = [t * self.priors.sqrt().unsqueeze(1) for t in affine]
         norm = triton.Norm(
-            weight,
-            bias,
+            *affine,
             self.priors,
             running,
             buffers if batched and not (again or together) else None,
