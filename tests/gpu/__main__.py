@@ -76,7 +76,7 @@ def environment(device: str) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="where the report goes; a new folder")
+    add("--out", type=Path, required=True, metavar="DIR", help="a new folder for the report")
     add("--minutes", type=float, default=8, help="after which what is left is not run (8)")
     add("--only", choices=(TESTS, LAYERS, MODELS), help="one kind of step instead of all")
     add("--select", metavar="EXPRESSION", help="of the tests, those that pytest -k selects")

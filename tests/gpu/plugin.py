@@ -1,12 +1,11 @@
 """A plugin of pytest that keeps a `Journal`: `pytest -p tests.gpu.plugin --journal FILE`."""
 
-import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.gpu.journal import FAILED, PASSED, SKIPPED, Journal
+from tests.gpu.measures import leave_if_poisoned
 
 
 def pytest_addoption(parser):
@@ -15,17 +14,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.pluginmanager.register(Writer(Journal(config.getoption("--journal"))))
-
-
-def is_poisoned() -> bool:
-    """Return whether an error of a kernel has ended all work on the GPU for this process."""
-    if not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def reason_of(report) -> str:
@@ -68,5 +56,5 @@ class Writer:
             self.journal.end(nodeid, outcome, reason_of(report), text=text, seconds=seconds)
         if not failed and not skipped:
             self.journal.end(nodeid, PASSED, seconds=seconds)
-        if failed and is_poisoned():
-            os._exit(3)
+        if failed:
+            leave_if_poisoned()

@@ -32,9 +32,7 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def run_part(
-    part: Part, journal: Journal, deadline: float, changed: Callable[[], None]
-) -> None:
+def run_part(part: Part, journal: Journal, deadline: float, changed: Callable[[], None]) -> None:
     """Run a part until it is done or its time is up; call `changed` after every step."""
     log = journal.path.with_suffix(".log")
     until = time.monotonic() + part.share * (deadline - time.monotonic())

@@ -1,0 +1,35 @@
+import os
+
+import pytest
+import torch
+
+from tests.gpu.steps import DEVICE
+
+
+@pytest.fixture
+def device():
+    """The device under test; a rehearsal without a GPU names the CPU."""
+    return torch.device(os.environ.get(DEVICE, "cuda"))
+
+
+@pytest.fixture
+def cuda(device):
+    """The device under test, for what the CPU has not."""
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    return device
+
+
+@pytest.fixture(autouse=True)
+def _full_float32(monkeypatch):
+    """Have convolutions and products keep float32's digits, as on the CPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
+def _default_stream():
+    """A test that fails while the host must not wait leaves that to no other."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.set_sync_debug_mode("default")
