@@ -17,20 +17,18 @@ import torch
 
 from tests.gpu.journal import Journal
 from tests.gpu.report import Report
+from tests.gpu.steps import DEVICE
 from tests.gpu.supervise import ROOT, Part, run_part
 
 TESTS, LAYERS, MODELS = "tests", "layers", "models"
 LATE = "tests/gpu/test_compiled.py"
 VERSIONS = ("torch", "triton", "timm", "tabulate", "pytest", "scikit-learn")
-DEVICE = "NORMSWAP_TEST_DEVICE"
 
 
 def parts(options: argparse.Namespace) -> list[Part]:
     """Return what there is to run, what matters most first."""
     device = options.device
-    fixed = {DEVICE: device, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    if device == "cpu":
-        fixed["OMP_NUM_THREADS"] = "1"
+    fixed = {DEVICE: device}
     marked = sorted(
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "tests").rglob("test_*.py")

@@ -1,5 +1,8 @@
 import os
 
+# Without, cuBLAS has no deterministic products; read where CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 
@@ -20,16 +23,15 @@ def cuda(device):
     return device
 
 
-@pytest.fixture(autouse=True)
-def _full_float32(monkeypatch):
-    """Have convolutions and products keep float32's digits, as on the CPU."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+@pytest.fixture(autouse=True, scope="session")
+def _full_float32():
+    """Have convolutions keep float32's digits, as on the CPU; products do so anyway."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)
 def _default_stream():
     """A test that fails while the host must not wait leaves that to no other."""
     yield
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.set_sync_debug_mode("default")
