@@ -101,20 +101,21 @@ def values_of(
     return {name: value.detach().cpu().double() for name, value in found.items()}
 
 
-def errors(found: Values, expected: Values) -> Values:
+def errors(found: Values, expected: Values) -> dict[str, float]:
     """Return the relative error of each tensor, in the Euclidean norm.
 
-    A gradient is judged by a hundredth of the largest, if it is smaller: that of a bias before a
-    norm is zero but for rounding.
+    A tensor is judged by a hundredth of the largest of its kind, if it is smaller: the gradient of
+    a bias before a norm is zero but for rounding.
     """
     assert found.keys() == expected.keys()
-    norms = [float(v.norm()) for n, v in expected.items() if n.startswith("gradient")]
-    largest = max(norms, default=0.0)
+    kinds: dict[str, float] = {}
+    for name, value in expected.items():
+        kinds[name.split()[0]] = max(float(value.norm()), kinds.get(name.split()[0], 0.0))
     apart = {}
     for name, value in expected.items():
         assert found[name].shape == value.shape, name
-        least = 0.01 * largest if name.startswith("gradient") else 1e-6
-        apart[name] = float((found[name] - value).norm()) / max(float(value.norm()), least)
+        size = max(float(value.norm()), 0.01 * kinds[name.split()[0]], 1e-12)
+        apart[name] = float((found[name] - value).norm()) / size
     return apart
 
 

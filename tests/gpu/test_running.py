@@ -1,4 +1,4 @@
-"""How a converted model runs on a GPU: without waiting, in streams and graphs, recomputed, twice."""
+"""How a converted model runs on a GPU: the host never waits; streams, graphs, recomputation."""
 
 import copy
 from functools import partial
@@ -22,6 +22,7 @@ def prepare(method, device, name="ConvNet"):
     x = make_inputs(model, 12).to(device)
     labels = MIXED.repeat(2).to(device) if case.labelled else None
     values_of(model, x, labels, True)  # measures which rows are whose
+    model.zero_grad()
     return model, x, labels
 
 
