@@ -20,7 +20,7 @@ from tests.gpu.report import Report
 from tests.gpu.steps import DEVICE
 from tests.gpu.supervise import ROOT, Part, run_part
 
-TESTS, LAYERS, MODELS = "tests", "layers", "models"
+KINDS = ("tests", "layers", "models")
 LATE = "tests/gpu/test_compiled.py"
 VERSIONS = ("torch", "triton", "timm", "tabulate", "pytest", "scikit-learn")
 
@@ -43,10 +43,11 @@ def parts(options: argparse.Namespace) -> list[Part]:
     early = [path for path in marked if path != LATE]
     plain = {**fixed, "NORMSWAP_TRITON": "0"}
     return [
-        Part("tests", [*pytest, *early], 0.45, 60, fixed),
+        Part("tests-eager", [*pytest, *early], 0.45, 60, fixed),
         Part("tests-without-triton", [*pytest, "tests/gpu/test_layers.py"], 0.2, 60, plain),
         Part("layers", [*bench, "layers"], 0.35, 60, fixed),
         Part("models", [*bench, "models"], 0.75, 90, fixed),
+        Part("layers-without-triton", [*bench, "layers", "--eager"], 0.3, 60, plain),
         Part("tests-compiled", [*pytest, LATE], 0.6, 120, fixed),
         Part("models-compiled", [*bench, "models-compiled"], 1.0, 300, fixed),
     ]
@@ -76,21 +77,23 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder for the report")
     add("--minutes", type=float, default=8, help="after which what is left is not run (8)")
-    add("--only", choices=(TESTS, LAYERS, MODELS), help="one kind of step instead of all")
+    add("--only", metavar="PART", help=f"one part by its name, or all {', '.join(KINDS)}")
     add("--select", metavar="EXPRESSION", help="of the tests, those that pytest -k selects")
     add("--device", default="cuda", help="cpu rehearses the run with small inputs")
     options = parser.parse_args(argv)
     if options.device != "cpu" and not torch.cuda.is_available():
         parser.error("no CUDA device is available; --device cpu rehearses the run")
+    chosen = [p for p in parts(options) if options.only in (None, p.name, p.name.split("-")[0])]
+    if not chosen:
+        names = [*KINDS, *(part.name for part in parts(options))]
+        parser.error(f"expected --only of {', '.join(names)}, got {options.only}")
     if options.out.exists():
         parser.error(f"{options.out} exists; expected a new folder")
     deadline = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True)
     report = Report(options.out, environment(options.device))
     report.write()
-    for part in parts(options):
-        if options.only and not part.name.startswith(options.only):
-            continue
+    for part in chosen:
         if "pytest" in part.command and importlib.util.find_spec("pytest") is None:
             report.refused[part.name] = "pytest is not installed"
             continue

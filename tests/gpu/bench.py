@@ -25,6 +25,7 @@ from tests.gpu.measures import Cases, Result, Skipped, leave_if_poisoned, try_ea
 TINY = ((4, 8, 6, 6),)
 SETTINGS = {"fp32 contiguous": (torch.float32, "ct"), "bf16 channels_last": (torch.bfloat16, "cl")}
 Step = Callable[[], Result]
+GRAPH = models.GRAPH
 
 
 def layer_cases(
@@ -44,7 +45,7 @@ def layer_steps(device: torch.device) -> dict[str, Step]:
         for setting in reversed(SETTINGS):
             for shape in shapes:
                 for training in (True, False):
-                    what = f"{'train' if training else 'eval'}{', CUDA graph' if graphed else ''}"
+                    what = f"{'train' if training else 'eval'}{f', {GRAPH}' if graphed else ''}"
                     name = f"{'x'.join(map(str, shape))} {setting} {what}"
                     given = (shape, setting, training, device)
                     steps[name] = lambda given=given, graphed=graphed: time_layers(*given, graphed)
@@ -129,10 +130,14 @@ def run(steps: dict[str, Step], journal: Journal) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.bench", description=__doc__)
     parser.add_argument("part", choices=STEPS)
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--journal", type=Path, required=True)
     options = parser.parse_args()
-    run(STEPS[options.part](options.device), Journal(options.journal))
+    steps = STEPS[options.part](options.device)
+    if options.eager:
+        steps = {name: step for name, step in steps.items() if GRAPH not in name}
+    run(steps, Journal(options.journal))
 
 
 if __name__ == "__main__":

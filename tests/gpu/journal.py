@@ -43,10 +43,10 @@ class Journal:
         """Return the last end of each step."""
         return {e["end"]: e for e in self._entries() if "end" in e}
 
-    def planned(self) -> list[str]:
-        """Return the steps of the last plan."""
+    def planned(self) -> list[str] | None:
+        """Return the steps of the last plan, None before there is one."""
         plans = [e["plan"] for e in self._entries() if "plan" in e]
-        return plans[-1] if plans else []
+        return plans[-1] if plans else None
 
     def running(self) -> str | None:
         """Return the step that was started last, if it has not ended."""
@@ -55,6 +55,6 @@ class Journal:
 
     def steps(self) -> list[dict[str, Any]]:
         """Return what is known of each step, in the order of the plan."""
-        ended, planned = self.ended(), self.planned()
+        ended, planned = self.ended(), self.planned() or []
         names = [*(name for name in ended if name not in planned), *planned]
         return [{"step": n, **ended.get(n, {"end": n, "outcome": NOT_RUN})} for n in names]

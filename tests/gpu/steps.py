@@ -89,8 +89,9 @@ def values_of(
     x = x.detach().requires_grad_()
     given = {} if labels is None else {"context": labels}
     mode = torch.autocast(x.device.type, autocast) if autocast else nullcontext()
-    with nullcontext() if compiled else HostDraws(), mode:
-        y = (compiled or model)(x, **given)
+    run = model if compiled is None else compiled
+    with HostDraws() if compiled is None else nullcontext(), mode:
+        y = run(x, **given)
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     y.backward(scale * cotangent.to(y.device, y.dtype))
     found = {"output": y, "gradient of the input": x.grad / scale}

@@ -45,7 +45,7 @@ def run_part(part: Part, journal: Journal, deadline: float, changed: Callable[[]
         if running is not None:
             journal.end(running, CRASHED, f"exit code {code}: {_last_line(log)}", text=_tail(log))
         left = [s for s in journal.steps() if s["outcome"] == NOT_RUN]
-        if not journal.planned() or (left and len(journal.ended()) == ended):
+        if journal.planned() is None or (left and len(journal.ended()) == ended):
             journal.end(f"{part.name}: to start", CRASHED, _last_line(log), text=_tail(log))
             left = []
         changed()
