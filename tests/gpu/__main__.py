@@ -45,8 +45,8 @@ def parts(options: argparse.Namespace) -> list[Part]:
     return [
         Part("tests-eager", [*pytest, *early], 0.45, 60, fixed),
         Part("tests-without-triton", [*pytest, "tests/gpu/test_layers.py"], 0.2, 60, plain),
-        Part("layers", [*bench, "layers"], 0.35, 60, fixed),
-        Part("models", [*bench, "models"], 0.75, 90, fixed),
+        Part("layers-all", [*bench, "layers"], 0.35, 60, fixed),
+        Part("models-all", [*bench, "models"], 0.75, 90, fixed),
         Part("layers-without-triton", [*bench, "layers", "--eager"], 0.3, 60, plain),
         Part("tests-compiled", [*pytest, LATE], 0.6, 120, fixed),
         Part("models-compiled", [*bench, "models-compiled"], 1.0, 300, fixed),

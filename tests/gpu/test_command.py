@@ -40,8 +40,8 @@ def test_what_the_cpu_cannot_run_is_skipped_and_says_why(rehearsed):
 
 def test_times_are_a_table_of_ratios(tmp_path):
     out = tmp_path / "run"
-    assert main(["--device", "cpu", "--out", str(out), "--only", "layers"]) == 0
-    steps = json.loads((out / "report.json").read_text())["parts"]["layers"]
+    assert main(["--device", "cpu", "--out", str(out), "--only", "layers-all"]) == 0
+    steps = json.loads((out / "report.json").read_text())["parts"]["layers-all"]
     timed = steps[0]["result"]["ms"]
     assert {"BatchNorm2d", "cn K=4", "cn-x K=4", "selfnorm", "crossnorm"} <= timed.keys()
     assert all(t["low"] <= t["median"] <= t["high"] for t in timed.values())
