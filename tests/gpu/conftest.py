@@ -30,7 +30,7 @@ def _full_float32():
 
 
 @pytest.fixture(autouse=True)
-def _default_stream():
+def _may_wait():
     """A test that fails while the host must not wait leaves that to no other."""
     yield
     if torch.cuda.is_available():
