@@ -34,10 +34,11 @@ def parts(options: argparse.Namespace) -> list[Part]:
         for path in (ROOT / "tests").rglob("test_*.py")
         if "mark.gpu" in path.read_text(encoding="utf-8")
     )
+    # Its own settings, with the tests' own fixtures.
     pytest = [
         *(sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "--rootdir", "."),
-        *("-m", "gpu", "-p", "tests.gpu.plugin", "--continue-on-collection-errors"),
-        *(("-k", options.select) if options.select else ()),
+        *("--confcutdir", ".", "-m", "gpu", "-p", "tests.gpu.plugin"),
+        *("--continue-on-collection-errors", *(["-k", options.select] if options.select else [])),
     ]
     bench = [sys.executable, "-m", "tests.gpu.bench", "--device", device]
     early = [path for path in marked if path != LATE]
