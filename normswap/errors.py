@@ -45,6 +45,10 @@ class InputError(NormswapError, ValueError):
     """A tensor given to a layer has another shape than the layer takes."""
 
 
+class AdviceWarning(UserWarning):
+    """A conversion that works, where another is known to serve better."""
+
+
 class ContextWarning(UserWarning):
     """The contexts can be used as they are, but something about them may mislead."""
 
@@ -58,6 +62,14 @@ def expect_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise ConversionError(f"expected a torch.nn.Module, got {what}")
+
+
+def not_converted(model: Any, instead: str = "") -> ConversionError:
+    """Return the error of what was given for a converted model; `instead` says what else helps."""
+    return ConversionError(
+        f"expected a converted model, got {type(model).__name__}; call normswap.convert first"
+        f"{instead}"
+    )
 
 
 def refuse_scripting(module: nn.Module) -> NoReturn:

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from normswap.conversion.adopt import adopt
-from normswap.conversion.select import Selector, matches
+from normswap.conversion.select import Selector, why_kept
 from normswap.errors import ConversionError
 from normswap.graph.scope import Scope
 from normswap.graph.surgery import Surgery
@@ -29,6 +30,11 @@ class Replacement:
     def on(self, device: torch.device) -> "Replacement":
         """Return the same with layers on another device."""
         return replace(self, sites=[replace(site, device=device) for site in self.sites])
+
+    def advice(self, model: nn.Module, options: Any) -> str | None:
+        """Return what the method warns of, before the model changes."""
+        norms = [model.get_submodule(site.fqn) for site in self.sites]
+        return self.method.advise(norms, options)
 
     def apply(self, surgery: Surgery, record: Record) -> nn.Module:
         """Swap every chosen norm and thread the context to it.
@@ -92,7 +98,7 @@ def find_replacement(
     """Return the norms to replace, with a row for every norm of the model.
 
     Raises:
-        ConversionError: none; the message lists the norms found.
+        ConversionError: none can be replaced; the message lists the norms found, and why.
     """
     rows: list[Row] = []
     chosen: list[Site] = []
@@ -105,10 +111,8 @@ def find_replacement(
         rows.append(row)
         names = (fqn, *aliases)
         site = read_site(fqn, module, aliases, like)
-        if select is not None and not matches(select, names, module):
-            row.action, row.reason = "kept", "not selected"
-        elif exclude is not None and matches(exclude, names, module):
-            row.action, row.reason = "kept", "excluded"
+        if why := why_kept(select, exclude, names, module):
+            row.action, row.reason = "kept", why
         elif isinstance(site, str):
             row.reason = site
         else:

@@ -14,9 +14,11 @@ Selector: TypeAlias = (
     str | re.Pattern[str] | type | Callable[[str, nn.Module], bool] | Iterable[Any] | None
 )
 
-
+# As a selector, the one norm that a forward of the model meets first.
+FIRST = "first"
 _FORMS = (
-    "a glob, a compiled regular expression, a module type, fn(name, module) or a sequence of these"
+    'a glob, "first", a compiled regular expression, a module type, fn(name, module) or a sequence '
+    "of these"
 )
 
 
@@ -45,6 +47,13 @@ def _read(name: str, selector: Any) -> Selector:
         raise ConversionError(f"expected {name}= as {_FORMS}, got {describe(selector)}")
     check_callable(name, selector, "fn(name, module)", 2)
     return selector  # type: ignore[no-any-return]
+
+
+def why_kept(select: Selector, exclude: Selector, names: tuple[str, ...], module: nn.Module) -> str:
+    """Return why a user's choice leaves a module alone, "" where it does not; see `matches`."""
+    if select is not None and not matches(select, names, module):
+        return "not selected"
+    return "excluded" if exclude is not None and matches(exclude, names, module) else ""
 
 
 def matches(selector: Selector, names: tuple[str, ...], module: nn.Module) -> bool:

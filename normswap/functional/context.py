@@ -15,6 +15,7 @@ from normswap.functional.moments import (
     context_moments,
     pick_rows,
     segment_sum,
+    shrink_moments,
     wide_dtype,
 )
 
@@ -32,6 +33,7 @@ def norm_contexts(
     note: Note,
     reduce: Callable[[Tensor], Tensor] | None = None,
     override: Callable[[Centred, Moments, Tensor, Tensor], Centred] | None = None,
+    shrink: float = 0.0,
 ) -> Tensor:
     """Return ``gain_k (x - mu_k) / sqrt(var_k + eps) + bias_k`` with each context's own moments.
 
@@ -49,6 +51,8 @@ def norm_contexts(
         reduce: sums over processes; see `context_moments`.
         override: from the map of each instance, the instances' moments, gain and bias to another
             map, centred anywhere.
+        shrink: samples' worth of the whole batch in the moments of a context; see
+            `shrink_moments`.
     """
     size = x.shape[2:].numel()
 
@@ -57,6 +61,8 @@ def norm_contexts(
         rows = index.clamp(max=batched)
         values, batch = context_moments(instances, rows, batched, size, reduce)
         values = values.unsqueeze(1)
+        if shrink:
+            batch = shrink_moments(values, batch, shrink * size)
         pairs = zip(batch, given, strict=True)
         used = Moments(*(torch.where(values > 1, new, old[:batched]) for new, old in pairs))
         if not replay:
@@ -70,7 +76,7 @@ def norm_contexts(
         return table.at(instances.mean)
 
     hand = None
-    if reduce is None and override is None:
+    if reduce is None and override is None and not shrink:
         hand = partial(ContextGlue, index, size, given, batched, eps, note)
     return stat_affine(x, glue, gain, bias, hand=hand)
 

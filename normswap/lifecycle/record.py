@@ -1,15 +1,14 @@
 """What a converted model remembers of its conversion, and which context a caller means."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from normswap.errors import ContextError, ConversionError
-from normswap.graph.reach import state_of
-from normswap.graph.state import RECORD
+from normswap.errors import ContextError, ConversionError, not_converted
+from normswap.graph.state import RECORD, state_of
 from normswap.lifecycle.original import original_of
 from normswap.methods.base import Contexts
 from normswap.methods.layer import POLICIES
@@ -26,8 +25,8 @@ class Record:
         rows: what was considered, and what became of it.
         model: class name of the original.
         verification: how far the outputs differed.
-        sums: a checksum of every tensor of the model that is not of a layer of the method, as it
-            was at conversion; tells what was trained since.
+        marks: of every tensor of the model that is not of a layer of the method, as it was at
+            conversion; they tell what was trained since. Empty without values.
     """
 
     method: str
@@ -37,7 +36,13 @@ class Record:
     model: str
     verification: Verification | None = None
     placement: str | None = None
-    sums: dict[str, int] | None = None
+    marks: dict[str, Any] = field(default_factory=dict)
+
+
+def find_inside(model: nn.Module) -> tuple[nn.Module, Record] | None:
+    """Return the first converted model that is, or is inside, a module, and its record."""
+    found = ((m, vars(m)[RECORD]) for m in model.modules() if RECORD in vars(m))
+    return next(found, None)
 
 
 def find_root(model: nn.Module) -> tuple[nn.Module, Record]:
@@ -59,9 +64,7 @@ def find_root(model: nn.Module) -> tuple[nn.Module, Record]:
                 f"expected a converted model, got {type(root).__name__}, which holds one: pass its "
                 f".{inner[0]}"
             )
-    raise ConversionError(
-        f"expected a converted model, got {type(root).__name__}; call normswap.convert first"
-    )
+    raise not_converted(root)
 
 
 def replaced_layers(root: nn.Module) -> dict[str, nn.Module]:

@@ -49,10 +49,15 @@ class ContextNorm(ContextTables):
             part in every training forward and backward. Without it, DistributedDataParallel
             leaves the normalisation to each process, and the running statistics take the samples
             of all.
+        shrink: a, in samples: in training, mu_c and var_c are drawn towards those of the whole
+            batch, ``m_c' = (n_c m_c + a m) / (n_c + a)`` for n_c samples of c, and the mean square
+            alike; running statistics take the drawn values. For few samples a context; infinity
+            leaves contexts nothing but their affine.
+        affine: "context", gamma and beta for each; or "shared", one (C,) for all, without lambda.
 
     Shape:
-        x: (N, C, *); context: (N,). Parameters weight, bias: (K, C); buffers running_mean,
-        running_var: (K, C), num_batches_tracked, priors: (K,).
+        x: (N, C, *); context: (N,). Parameters weight, bias: (K, C), or (C,) shared; buffers
+        running_mean, running_var: (K, C), num_batches_tracked, priors: (K,).
 
     Source: Faye et al., arXiv 2403.16798, CN.
     Differs from source: channels are dimension 1; parameters exist before the first forward;
@@ -72,7 +77,7 @@ class ContextNorm(ContextTables):
             # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
             running = self._at_first_run(running)
-        weight, bias = self._scaled(dtype)
+        weight, bias = self.effective_affine(dtype)
         frozen = self.frozen or self.stats_frozen
         if labels is not None and self.training and not frozen:
             return self._train_step(x, labels, unlabelled, running, weight, bias)
@@ -101,11 +106,6 @@ class ContextNorm(ContextTables):
             return self._first_run or running
         self._first_run = running
         return running
-
-    def _scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return gamma and beta over sqrt(lambda)."""
-        scale = self.priors.to(dtype).rsqrt().unsqueeze(1)
-        return self.weight.to(dtype) * scale, self.bias.to(dtype) * scale
 
     def _train_step(
         self,
@@ -138,6 +138,7 @@ class ContextNorm(ContextTables):
             self._update,
             reduce,
             override,
+            self.shrink,
         )
 
     def _mix_unlabelled(

@@ -28,9 +28,10 @@ Labels: TypeAlias = Tensor | int | str | None
 
 @dataclass(frozen=True)
 class Case:
-    """A method, and what checks do with it."""
+    """A method with some of its options, by name, and what checks do with it."""
 
     method: BaseMethod
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def labelled(self) -> bool:
@@ -43,21 +44,36 @@ class Case:
         return [0, 1, 2, LABELS, MIXED, None] if self.labelled else [None]
 
     @property
+    def pooled(self) -> dict[str, str]:
+        """Settings with which a sample without a label gets what "pooled" contexts compute."""
+        return {"unknown": "pooled"} if self.labelled else {}
+
+    @property
     def traces(self) -> tuple[bool, ...]:
         """Whether contexts are threaded through graphs, or in scope for own forwards."""
         return (True, False) if self.labelled else (True,)
 
     @functools.cached_property
     def models(self) -> list[str]:
-        """Names of the models that have something the method can change."""
-        return [name for name in MODELS if self.fits(make_model(name))]
+        """Names of the models that have something the method can change.
 
-    def fits(self, base: nn.Module) -> bool:
-        """Return whether the method can change something of a model."""
+        Raises:
+            ContractError: none has; with what conversion says of the first.
+        """
+        refusals = {name: self.refusal(make_model(name)) for name in MODELS}
+        why = next(iter(refusals.values()))
+        require(
+            "" in refusals.values(), f"the method can change none of {', '.join(MODELS)}: {why}"
+        )
+        return [name for name, refusal in refusals.items() if not refusal]
+
+    def refusal(self, base: nn.Module) -> str:
+        """Return why the method can change nothing of a model, "" where it can."""
         try:
-            return bool(plan(base, self.method.name).rows)
-        except ConversionError:
-            return False
+            plan(base, self.method.name, **dict(self.options))
+        except ConversionError as error:
+            return str(error)
+        return ""
 
     def bases(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[nn.Module, Tensor]]:
         """Yield each model that fits, and inputs for it."""
@@ -68,11 +84,11 @@ class Case:
     def convert(self, base: nn.Module, **settings: Any) -> nn.Module:
         """Convert with three contexts of unequal priors, where the method takes contexts."""
         given = {"contexts": NAMES, "priors": PRIORS} if self.labelled else {}
-        return convert(base, self.method.name, **{**given, **settings})
+        return convert(base, self.method.name, **{**given, **dict(self.options), **settings})
 
     def trained(self, name: str = "ConvNet", **settings: Any) -> nn.Module:
         """Return a float64 model in eval mode, every tensor of the method's layers moved."""
-        return copy.deepcopy(_trained(self.method, name, tuple(settings.items())))
+        return copy.deepcopy(_trained(self, name, tuple(settings.items())))
 
     def run(self, model: Callable[..., Any], x: Tensor, label: Labels = None) -> Tensor:
         """Call a model with a label, where there is one to give."""
@@ -90,9 +106,9 @@ class Case:
 
 
 @functools.lru_cache(maxsize=32)
-def _trained(method: BaseMethod, name: str, settings: tuple[tuple[str, Any], ...]) -> nn.Module:
+def _trained(case: Case, name: str, settings: tuple[tuple[str, Any], ...]) -> nn.Module:
     base = make_model(name, torch.float64)
-    return move(Case(method).convert(base, **dict(settings)))
+    return move(case.convert(base, **dict(settings)))
 
 
 def move(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from recipes.timing import interleave, synchronize
+from recipes.bench import interleave
+from recipes.training import wait_for
 from tests.bench.layers import SHAPES, make_cases
 from tests.gpu import models
 from tests.gpu.graphs import capture
@@ -87,11 +88,11 @@ def count_kernels(shape: tuple[int, ...], setting: str, device: torch.device) ->
 def kernels_of(case: Callable[[], object], device: torch.device) -> Counter[str]:
     for _ in range(3):
         case()
-    synchronize(device)
+    wait_for(device)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         case()
-        synchronize(device)
+        wait_for(device)
     on_device = torch.autograd.DeviceType.CUDA
     return Counter(e.name[:120] for e in profile.events() if e.device_type == on_device)
 

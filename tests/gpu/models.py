@@ -7,8 +7,7 @@ import torch
 
 import normswap
 from recipes import methods
-from recipes.bench import BASE, Load, make_model
-from recipes.timing import interleave, peak_bytes
+from recipes.bench import BASE, Load, interleave, make_model, peak_bytes
 from tests.gpu.graphs import capture
 from tests.gpu.measures import Result, Skipped, try_each
 

@@ -128,7 +128,6 @@ def test_labels_in_every_form_are_the_same(method, device):
     x = make_inputs(model).to(device)
     indices = MIXED.tolist()
     forms = [
-        MIXED,
         indices,
         [NAMES[k] if k >= 0 else None for k in indices],
         MIXED.numpy(),
@@ -141,6 +140,15 @@ def test_labels_in_every_form_are_the_same(method, device):
         one = model(x, context=torch.ones(len(x), dtype=torch.int64, device=device))
         for labels in (1, NAMES[1], torch.tensor(1), torch.tensor(1, device=device)):
             torch.testing.assert_close(model(x, context=labels), one, rtol=1e-5, atol=1e-5)
+
+
+@EVERY_LABELLED
+def test_labels_on_the_host_serve_a_model_on_the_device(method, device):
+    """A loader gives labels on the CPU; a name or a list is moved, and so are they."""
+    model = case_of(method).trained().to(device, torch.float32).eval()
+    x = make_inputs(model).to(device)
+    with torch.no_grad():
+        assert torch.equal(model(x, context=MIXED), model(x, context=MIXED.to(device)))
 
 
 @EVERY_LABELLED
@@ -161,6 +169,6 @@ def test_unknown_labels_are_refused_where_they_are_an_error(method, device):
     model = case_of(method).trained(unknown="error").to(device, torch.float32).eval()
     x = make_inputs(model).to(device)
     assert model(x, context=LABELS.to(device)).isfinite().all()
-    for labels in (MIXED, None):
+    for labels in (MIXED.tolist(), None):
         with pytest.raises(MissingContextError):
             model(x, context=labels)

@@ -1,11 +1,11 @@
 """What is known of the modules below a container before it is traced."""
 
-import itertools
 from typing import Any
 
 from torch import Tensor, nn
 
 from normswap.graph.tracing.failure import is_torch
+from normswap.util.original_class import STATE, container_class
 
 
 class Names:
@@ -26,24 +26,21 @@ class Names:
             self.paths[id(module)] = name
             self.types.append((name, type(module)))
             prefix = f"{name}." if name else ""
-            table = vars(module)
             # Scripted modules keep theirs elsewhere.
-            own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-            for key, value in itertools.chain(*own):
-                self.tensors.setdefault(id(value), prefix + key)
-            for key, value in table.items():
-                if isinstance(value, Tensor):
-                    self.tensors.setdefault(id(value), prefix + key)
+            for table in (module._parameters, module._buffers, vars(module)):
+                for key, value in table.items():
+                    if isinstance(value, Tensor):
+                        self.tensors.setdefault(id(value), prefix + key)
         self.listed = list(self.tensors.values())
 
 
 def returns_tensor(module: nn.Module) -> bool:
     """Return whether a module is certain to: a layer of torch, a norm, a graph that ends so."""
-    state: Any = vars(module).get("_normswap")
+    state: Any = vars(module).get(STATE)
     variants = [] if state is None else [v for found in state.variants.values() for v in found]
     if variants and all(variant.returns_tensor for variant in variants):
         return True
-    cls = getattr(type(module), "converted_from", type(module))
+    cls = container_class(module)
     if cls is nn.Sequential:
         return bool(module._modules) and returns_tensor(module[-1])  # type: ignore[index]
     return is_torch(cls.__module__) and cls is not nn.MultiheadAttention

@@ -30,6 +30,7 @@ from normswap.graph.tracing.traced import Traced
 from normswap.graph.tracing.tracer import ContainerTracer
 from normswap.graph.tracing.value_kinds import TENSOR, Kind, leaf_kinds, rebuild
 from normswap.graph.tracing.watch import Watch
+from normswap.util.original_class import container_class
 
 _MOST_OUTLINED = 4
 _LOCK = threading.RLock()
@@ -71,7 +72,8 @@ class TraceSession:
     @property
     def tracer(self) -> ContainerTracer | None:
         """The tracer of the trace under way; None in other threads, which run as usual."""
-        return self._tracer if threading.get_ident() == self._thread else None
+        found = self._tracer
+        return None if found is None or threading.get_ident() != self._thread else found
 
     def __enter__(self) -> "TraceSession":
         _LOCK.acquire()
@@ -139,7 +141,7 @@ class TraceSession:
         Raises:
             TraceFailure: no graph stands for this forward; the text says why.
         """
-        cls: Any = getattr(type(root), "converted_from", type(root))
+        cls: Any = container_class(root)
         found = self.cache.find((cls, kinds), root)
         if found is not None:
             return found
@@ -181,7 +183,7 @@ class TraceSession:
         lists = snapshot_lists(values)
         outer = self._tracer, self._local, self._entered
         self._tracer, self._local, self._entered = tracer, p.Patches(), set()
-        tracer.reads.name(getattr(type(root), "converted_from", type(root)), "forward", forward)
+        tracer.reads.name(container_class(root), "forward", forward)
         watch = Watch(self._enter_globals, tracer.reads, root)
         failure: Exception | None = None
         # The collector runs code of others in the middle of a forward, which is not judged.
