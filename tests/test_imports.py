@@ -70,7 +70,7 @@ def test_graph_knows_no_method():
 
 def test_a_method_knows_no_other_method():
     shared = {"augmentation", "base", "found", "layer", "instance", "norm_values", "layer_tensors"}
-    # CNSN is CrossNorm, then SelfNorm; CN, CN-X, ACN and SelfNorm are spread over several files each.
+    # CNSN is CrossNorm, then SelfNorm; the others are spread over several files each.
     parts = {
         "selfnorm": {"selfnorm_gate"},
         "cnsn": {"crossnorm", "selfnorm"},
