@@ -173,25 +173,18 @@ class AdaptiveContextNorm(NormLayer):
             return result.y
         number = x.numel() // max(x.shape[1], 1)
         batch = batch and number > 1
-        tensors = (*self.parameters(recurse=False), *self._buffers.values())
-        fast = triton_for(x, "mixture", *tensors)
-        if fast is not None and fast.serves(self.options.assignment, len(self.mu)):
-            return self._normalize_by_triton(fast, x, batch)
+        parameters = (self.weight, self.bias, self.prior_logits, self.mu, self.log_sigma)
+        running = tuple(getattr(self, name) for name in RUNNING)
+        triton = triton_for(x, "mixture", *parameters, *running)
+        if triton is not None and triton.serves(self.options.assignment, len(self.mu)):
+            settings = triton.Settings(self.eps, batch, batch and not in_backward(), self.momentum)
+            given = None if self.running_mean is None else running
+            y: Tensor = triton.norm_mixture(x, parameters, given, settings, self.options.assignment)
+            return y
         result = self.compute(x, batch)
         if batch and not in_backward():
             self._update(result, number / (number - 1))
         return result.y
-
-    def _normalize_by_triton(self, triton: Any, x: Tensor, batch: bool) -> Tensor:
-        running = None
-        if self.running_mean is not None:
-            running = (self.running_mean, self.running_var, self.num_batches_tracked)
-        parameters = (self.weight, self.bias, self.prior_logits, self.mu, self.log_sigma)
-        update = batch and not in_backward()
-        settings = triton.Settings(self.eps, batch, update, self.momentum)
-        assignment = self.options.assignment
-        y: Tensor = triton.norm_mixture(x, parameters, running, settings, assignment)
-        return y
 
     def _compute_shared(
         self, x: Tensor, reduce: Callable[[Tensor], Tensor]

@@ -8,8 +8,7 @@ from normswap.functional.triton import exchange_kernels, gate_kernels
 from tests.functional.triton.compiling import compile_kernel
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("parts", [1, 8])
+@pytest.mark.parametrize(("architecture", "parts"), [(80, 1), (90, 8)])
 def test_the_gate(architecture, parts):
     given = {"BATCH": True, "SB": parts, "BN": 64 // parts, "BC": 8}
     for kernel, more in (

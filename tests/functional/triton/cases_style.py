@@ -1,4 +1,4 @@
-"""What the kernels of SelfNorm and CrossNorm compute, run by Triton's interpreter on a CPU."""
+"""What the kernels of SelfNorm and CrossNorm compute, by Triton's interpreter or on a GPU."""
 
 import pytest
 import torch
@@ -9,18 +9,15 @@ from normswap.functional import backend
 from normswap.functional.style import cross_norm
 from normswap.functional.triton import plan
 from tests.functional.test_style import oracle_cross_norm
+from tests.functional.triton.cases import CASES, DEVICE, EVERY_CASE, SHARE
 from tests.methods.test_selfnorm import oracle_selfnorm
 from tests.support.builders import assert_close, make_batch, random_
 from tests.support.fused import laid_out
 
-SHARE = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-CASES = [(dtype, layout) for dtype in SHARE for layout in ("contiguous", "channels_last")]
-EVERY_CASE = pytest.mark.parametrize(("dtype", "layout"), CASES)
-
 
 @pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch):
-    monkeypatch.setattr(backend, "DEVICES", ("cpu",))
+def on_the_device(monkeypatch):
+    monkeypatch.setattr(backend, "DEVICES", (DEVICE,))
 
 
 @pytest.fixture
@@ -34,32 +31,33 @@ def in_parts(monkeypatch):
 
 
 def make(shape=(4, 3, 3, 2), dtype=torch.float32, layout="contiguous"):
-    x = laid_out(make_batch(shape, 0, 0.5, dtype), layout).requires_grad_()
-    return x, laid_out(make_batch(shape, 1, 0.0, dtype), layout)
+    pair = make_batch(shape, 0, 0.5, dtype), make_batch(shape, 1, 0.0, dtype)
+    x, dy = (laid_out(t.to(DEVICE), layout) for t in pair)
+    return x.requires_grad_(), dy
 
 
 def make_gate(channels=3, init="paper", dtype=torch.float32):
     layer = normswap.SelfNorm(channels, 1, init, dtype=dtype)
     for seed, tensor in enumerate(layer.state_dict().values()):
         random_(tensor, seed, 0.5, 1.5)
-    return layer
+    return layer.to(DEVICE)
 
 
 def compare_gate(layer, x, dy, batch):
-    state = {name: t.detach().double() for name, t in layer.state_dict().items()}
+    state = {name: t.detach().cpu().double() for name, t in layer.state_dict().items()}
     names = [name for name, _ in layer.named_parameters()]
-    wide = [t.requires_grad_() for t in (x.detach().double(), *(state[n] for n in names))]
+    wide = [t.requires_grad_() for t in (x.detach().cpu().double(), *(state[n] for n in names))]
     y = layer(x)
     expected, running = oracle_selfnorm(wide[0], state, 1, layer.g.scale, batch)
     found = torch.autograd.grad(y, (x, *layer.parameters()), dy, retain_graph=True)
-    wanted = torch.autograd.grad(expected, wide, dy.double(), retain_graph=True)
+    wanted = torch.autograd.grad(expected, wide, dy.cpu().double())
     assert y.stride() == found[0].stride() == x.stride()
-    assert_close(y, expected, SHARE[x.dtype])
+    assert_close(y.cpu(), expected, SHARE[x.dtype])
     for a, b in zip(found, wanted, strict=True):
-        assert_close(a, b, max(SHARE[x.dtype], torch.finfo(a.dtype).eps))
+        assert_close(a.cpu(), b, max(SHARE[x.dtype], torch.finfo(a.dtype).eps))
     stored = max(torch.finfo(layer.g.running_mean.dtype).eps, 1e-6)
-    assert_close(layer.g.running_mean, running[0], stored)
-    assert_close(layer.g.running_var, running[1], stored)
+    assert_close(layer.g.running_mean.cpu(), running[0], stored)
+    assert_close(layer.g.running_var.cpu(), running[1], stored)
     again = torch.autograd.grad(y, (x, *layer.parameters()), dy)
     assert all(map(torch.equal, found, again))
 
@@ -107,24 +105,25 @@ def test_checkpointing_changes_nothing(reentrant, training):
         assert all(map(torch.equal, layer.buffers(), other.buffers()))
 
 
-@EVERY_CASE
-@pytest.mark.parametrize("instances", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "layout", "instances"), [(*case, 1 + i % 3 % 2) for i, case in enumerate(CASES)]
+)
 def test_crossnorm(dtype, layout, instances, in_parts):
     x, dy = make((3, 3, 4, 3), dtype, layout)
-    permutation = torch.tensor([2, 0, 1])
-    wide = x.detach().double().requires_grad_()
+    permutation = torch.tensor([2, 0, 1], device=DEVICE)
+    wide = x.detach().cpu().double().requires_grad_()
     y, expected = (
         cross_norm(x, permutation, instances),
         oracle_cross_norm(wide, permutation, instances),
     )
-    assert_close(y, expected, SHARE[dtype])
+    assert_close(y.cpu(), expected, SHARE[dtype])
     (found,) = torch.autograd.grad(y, [x], dy, retain_graph=True)
-    (wanted,) = torch.autograd.grad(expected, [wide], dy.double())
+    (wanted,) = torch.autograd.grad(expected, [wide], dy.cpu().double())
     assert y.stride() == found.stride() == x.stride()
-    assert_close(found, wanted, SHARE[dtype])
+    assert_close(found.cpu(), wanted, SHARE[dtype])
     (again,) = torch.autograd.grad(y, [x], dy, retain_graph=True)
     assert torch.equal(found, again)
     (graphed,) = torch.autograd.grad(y, [x], dy, create_graph=True)
-    assert_close(graphed, wanted, SHARE[dtype])
+    assert_close(graphed.cpu(), wanted, SHARE[dtype])
     with torch.no_grad():
         assert torch.equal(cross_norm(x, permutation, instances), y)

@@ -1,4 +1,4 @@
-"""What the kernels of ACN compute, run by Triton's interpreter on a CPU; see `test_values`."""
+"""What the kernels of ACN compute, on a CPU by Triton's interpreter or on a GPU."""
 
 import copy
 
@@ -10,20 +10,19 @@ from torch.utils.checkpoint import checkpoint
 import normswap
 from normswap.functional import backend
 from normswap.functional.triton import elements, mixture
+from tests.functional.triton.cases import CASES, DEVICE, SHARE
 from tests.support.builders import assert_close, make_batch, random_
 from tests.support.fused import laid_out
 from tests.support.mixture_oracle import acn
 
-SHARE = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-CASES = [(dtype, layout) for dtype in SHARE for layout in ("contiguous", "channels_last")]
 ASSIGNMENTS = ("channel", "instance")
 NAMES = ("weight", "bias", "prior_logits", "mu", "log_sigma")
 RANGES = ((0.5, 1.5), (-1, 1), (-1, 1), (-1, 4), (-0.3, 0.7))
 
 
 @pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch):
-    monkeypatch.setattr(backend, "DEVICES", ("cpu",))
+def few_programs(monkeypatch):
+    monkeypatch.setattr(backend, "DEVICES", (DEVICE,))
     # Few programs, so that one has several tiles and several have a part in a sum.
     monkeypatch.setattr(elements, "_PROGRAMS", 2)
     elements._cut.cache_clear()
@@ -32,8 +31,9 @@ def on_a_cpu(monkeypatch):
 
 
 def make(shape=(3, 5, 4, 3), dtype=torch.float32, layout="contiguous"):
-    x = laid_out(make_batch(shape, 0, 0.5, dtype), layout).requires_grad_()
-    return x, laid_out(make_batch(shape, 1, 0.0, dtype), layout)
+    pair = make_batch(shape, 0, 0.5, dtype), make_batch(shape, 1, 0.0, dtype)
+    x, dy = (laid_out(t.to(DEVICE), layout) for t in pair)
+    return x.requires_grad_(), dy
 
 
 def make_acn(channels=5, components=4, dtype=torch.float32, **settings):
@@ -44,27 +44,28 @@ def make_acn(channels=5, components=4, dtype=torch.float32, **settings):
         random_(layer.running_mean, 6, -1, 3)
         random_(layer.running_var, 7, 0.5, 2)
         layer.num_batches_tracked += 4
-    return layer
+    return layer.to(DEVICE)
 
 
 def compare(layer, x, dy, batch, share=None):
     """Hold a layer to a loop in float64: its output, gradients and running statistics."""
-    wide = [t.detach().double().requires_grad_() for t in (x, *(getattr(layer, n) for n in NAMES))]
+    tensors = (x, *(getattr(layer, name) for name in NAMES))
+    wide = [t.detach().cpu().double().requires_grad_() for t in tensors]
     given, learned = None, layer.running_mean is None
     if learned:
         given = (wide[4], (2 * wide[5]).exp())
     elif not batch:
-        given = (layer.running_mean.double(), layer.running_var.double())
-    before = copy.deepcopy(layer)
+        given = (layer.running_mean.cpu().double(), layer.running_var.cpu().double())
+    before = copy.deepcopy(layer).cpu()
     y = layer(x)
     expected, mean, var = acn(*wide, layer.options.assignment, given, 0.0 if learned else layer.eps)
-    tensors = (x, *(getattr(layer, name) for name in NAMES))
     found = torch.autograd.grad(y, tensors, dy, retain_graph=True)
     assert y.stride() == found[0].stride() == x.stride()
     share = share or SHARE[x.dtype]
-    assert_close(y, expected, share)
-    for a, b in zip(found, torch.autograd.grad(expected, wide, dy.double()), strict=True):
-        assert_close(a, b, share)
+    assert_close(y.cpu(), expected, share)
+    wanted = torch.autograd.grad(expected, wide, dy.cpu().double())
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a.cpu(), b, share)
     again = torch.autograd.grad(y, tensors, dy)
     assert all(map(torch.equal, found, again))
     if not learned:
@@ -74,8 +75,8 @@ def compare(layer, x, dy, batch, share=None):
         stored = max(torch.finfo(layer.mu.dtype).eps, 1e-6)
         for name, new in (("running_mean", mean), ("running_var", var * number / (number - 1))):
             old = getattr(before, name).double()
-            assert_close(getattr(layer, name), old + rate * (new - old), stored)
-        assert layer.num_batches_tracked == count
+            assert_close(getattr(layer, name).cpu(), old + rate * (new - old), stored)
+        assert int(layer.num_batches_tracked) == int(count)
 
 
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
@@ -151,7 +152,7 @@ def make_after(layer, x):
 
 
 def test_components_that_are_alike_are_batch_norm_however_far_values_are():
-    layer = normswap.AdaptiveContextNorm(5, 4)
+    layer = normswap.AdaptiveContextNorm(5, 4).to(DEVICE)
     x = make()[0].detach() * 1e4
     y, expected = layer(x), F.batch_norm(x, None, None, training=True)
     assert_close(y, expected, 1e-6)
