@@ -175,11 +175,12 @@ class AdaptiveContextNorm(NormLayer):
         batch = batch and number > 1
         parameters = (self.weight, self.bias, self.prior_logits, self.mu, self.log_sigma)
         running = tuple(getattr(self, name) for name in RUNNING)
+        assignment = self.options.assignment
         triton = triton_for(x, "mixture", *parameters, *running)
-        if triton is not None and triton.serves(self.options.assignment, len(self.mu)):
+        if triton is not None and triton.serves(x, assignment, len(self.mu)):
             settings = triton.Settings(self.eps, batch, batch and not in_backward(), self.momentum)
             given = None if self.running_mean is None else running
-            y: Tensor = triton.norm_mixture(x, parameters, given, settings, self.options.assignment)
+            y: Tensor = triton.norm_mixture(x, parameters, given, settings, assignment)
             return y
         result = self.compute(x, batch)
         if batch and not in_backward():

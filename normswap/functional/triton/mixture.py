@@ -18,6 +18,8 @@ from normswap.functional.triton.elements import Settings as Settings
 
 # Components beyond them are torch's: tiles would be narrower than a warp.
 _MOST_COMPONENTS = 64
+# Of all instances: their number in a launch fits into int32.
+_MOST_POSITIONS = 2**30
 
 
 class _Way(NamedTuple):
@@ -42,9 +44,10 @@ _WAYS = {
 }
 
 
-def serves(assignment: str, components: int) -> bool:
-    """Return whether the kernels know such a layer; see `AdaptiveOptions`."""
-    return assignment in _WAYS and components <= _MOST_COMPONENTS
+def serves(x: Tensor, assignment: str, components: int) -> bool:
+    """Return whether the kernels know such a layer of x; see `AdaptiveOptions`."""
+    fits = components <= _MOST_COMPONENTS and x.numel() // x.shape[1] < _MOST_POSITIONS
+    return assignment in _WAYS and fits
 
 
 def norm_mixture(
