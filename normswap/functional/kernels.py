@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from normswap.functional import device_kernels
+from normswap.functional.backend import or_triton
 from normswap.functional.device_kernels import dot_fused
 from normswap.functional.moments import Moments, compute_dtype
 
@@ -108,6 +109,7 @@ def _flat(table: Tensor, x: Tensor) -> Tensor:
     return table.expand(x.shape[:2]).reshape(-1)
 
 
+@or_triton
 def stats(x: Tensor) -> Moments:
     """Return mean and biased variance of each channel of each instance, (N, C).
 
@@ -131,6 +133,7 @@ def stats(x: Tensor) -> Moments:
     return Moments(mean, var.div_(positions))
 
 
+@or_triton
 def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """Return ``x * scale + offset`` in the dtype and layout of x; no offset is 0.
 
@@ -186,6 +189,7 @@ def _multiply_add(out: Tensor, offset: Tensor | None, *factors: Tensor) -> None:
             target.copy_(total)
 
 
+@or_triton
 def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``sum dy`` and ``sum dy * (x - centre)`` over positions, (N, C).
 
@@ -218,6 +222,7 @@ def _is_large(x: Tensor) -> bool:
     return x.numel() // len(x) >= _LARGE
 
 
+@or_triton
 def scale_and_dot(
     dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,6 +240,7 @@ def scaled(dy: Tensor, scale: Tensor) -> Tensor:
     return affine(dy, scale, None)
 
 
+@or_triton
 def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tensor) -> Tensor:
     """Return ``a * dy + b * (x - centre) + c``, tables (N, C), in the dtype and layout of x."""
     # x first: what is left once the large numbers have cancelled is small, and rounds as such.

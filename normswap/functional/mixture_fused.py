@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from normswap.functional.backend import is_eager
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_by_formula
 from normswap.functional.moments import Moments, compute_dtype
-from normswap.functional.tables import is_eager
 
 # Values of all components in hand at once: what stays in a CPU's cache, what fills a GPU.
 _BLOCK = {"cpu": 2**18}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normswap.functional.affine import Centred, centre_norm, pool_norm
-from normswap.functional.backward import in_backward
+from normswap.functional.backward import in_backward, may_run_again
 from normswap.functional.context import norm_contexts
 from normswap.functional.labels import one_label
 from normswap.functional.moments import (
@@ -61,10 +61,16 @@ class ContextNorm(ContextTables):
     running statistics no second time.
     """
 
+    kernels = "cn"
     _first_run: Moments | None = None
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
+        tables = (self.weight, self.bias, *self._buffers.values())
+        if not (self.synced and self.training):
+            triton = self.find_triton(x, unlabelled, *tables)
+            if triton is not None:
+                return self._normalize_by_triton(triton, x, labels, unlabelled)
         dtype = compute_dtype(x)
         running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
         scripted = not torch.compiler.is_compiling() and torch._C._is_tracing()
@@ -83,6 +89,31 @@ class ContextNorm(ContextTables):
             return apply_centred(x, table, one_label(labels) if self.num_contexts > 1 else None)
         other = self._unknown(x, None, running, weight, bias)
         return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
+
+    def _normalize_by_triton(
+        self, triton: Any, x: Tensor, labels: Tensor | None, unlabelled: bool
+    ) -> Tensor:
+        batched = labels is not None and self.training and not (self.frozen or self.stats_frozen)
+        buffers = running = Moments(self.running_mean, self.running_var)
+        again = in_backward()
+        if self.training and (again or may_run_again()):
+            running = self._at_first_run(Moments(*(t.clone() for t in buffers)))
+        together = sum_over_ddp() is not None
+        norm = triton.Norm(
+            self.weight,
+            self.bias,
+            self.priors,
+            running,
+            buffers if batched and not (again or together) else None,
+            self.num_batches_tracked,
+            self.eps,
+            self.momentum,
+            self.pooled_contexts(unlabelled),
+        )
+        labels = None if labels is None else one_label(labels)
+        note = self._update if batched and together else None
+        y: Tensor = triton.norm_contexts(x, labels, norm, batched, note)
+        return y
 
     def _at_first_run(self, running: Moments) -> Moments:
         """Return what the running statistics were when this forward first ran.

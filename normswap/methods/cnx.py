@@ -58,6 +58,7 @@ class ContextNormX(ContextLayer):
     """
 
     context_parameters = ("mu", "log_sigma")
+    kernels = "cnx"
     track_running_stats = False
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -125,6 +126,14 @@ class ContextNormX(ContextLayer):
             reduce = sum_over(self.process_group) if self.synced else sum_over_ddp()
             if reduce is not None or x.numel() > x.shape[1]:
                 self.start_from(x, labels, reduce)
+        learned = (self.mu, self.log_sigma, self.weight, self.bias)
+        if (triton := self.find_triton(x, unlabelled, *learned, self.priors)) is not None:
+            labels = None if labels is None else one_label(labels)
+            pooled = self.pooled_contexts(unlabelled)
+            y: Tensor = triton.norm_learned(
+                x, labels, triton.Learned(*learned), self.priors, pooled
+            )
+            return y
         dtype = compute_dtype(x)
         mu, log_sigma = self.mu.to(dtype), self.log_sigma.to(dtype)
         if labels is None:

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from normswap.functional import fused, kernels, tables
+from normswap.functional import backend, fused, kernels, tables
 
 # Operators that start no kernel besides views; operators that start more than one.
 FREE = {
@@ -142,7 +142,7 @@ def fake_cuda(monkeypatch):
     """Return a block for fake tensors, which the layers treat as they treat real ones."""
 
     def uses_kernels(x):
-        return tables.is_eager() and kernels.suits(x)
+        return backend.is_eager() and kernels.suits(x)
 
     for module in (tables, fused):
         monkeypatch.setattr(module, "uses_kernels", uses_kernels)

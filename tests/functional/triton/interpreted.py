@@ -1,0 +1,260 @@
+"""What the kernels compute, run by Triton's interpreter on a CPU; see `test_values`."""
+
+import copy
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch.utils.checkpoint import checkpoint
+
+import normswap
+from normswap.functional import backend, kernels
+from normswap.functional.triton import plan, tile
+from tests.support import oracles
+from tests.support.builders import assert_close, make_batch, make_cn, make_cnx, running_of
+from tests.support.fused import laid_out
+
+# Shares of the largest value; the interpreter cuts off what bfloat16 doesn't hold.
+SHARE = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+CASES = [(dtype, layout) for dtype in SHARE for layout in ("contiguous", "channels_last")]
+EVERY_CASE = pytest.mark.parametrize(("dtype", "layout"), CASES)
+PRIORS = [0.4, 0.1, 0.2, 0.3]
+LABELS = [2, 0, -1, 0, 3, -1, 2]  # context 1 is absent
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(backend, "DEVICES", ("cpu",))
+
+
+def make(shape=(7, 6, 5, 3), dtype=torch.float32, layout="contiguous", offset=3.0):
+    x = laid_out(make_batch(shape, 0, offset, dtype), layout).requires_grad_()
+    return x, laid_out(make_batch(shape, 1, 0.0, dtype), layout)
+
+
+def widened(layer, x):
+    """Return x and the parameters in float64, to differentiate, in the order of an oracle."""
+    names = ("weight", "bias", "mu", "log_sigma")
+    given = [p for name in names if (p := getattr(layer, name, None)) is not None]
+    return given, [t.detach().double().requires_grad_() for t in (x, *given)]
+
+
+def compare(layer, x, dy, labels, oracle, **settings):
+    """Hold output and gradients of a layer to a loop in float64; return what autograd found."""
+    given, wide = widened(layer, x)
+    y = layer(x, None if labels is None else torch.tensor(labels))
+    expected = oracle(wide[0], labels or [-1] * len(x), *wide[1:], **settings)
+    found = torch.autograd.grad(y, (x, *given), dy, retain_graph=True)
+    wanted = torch.autograd.grad(expected, wide, dy.double(), allow_unused=True)
+    assert y.stride() == found[0].stride() == x.stride()
+    assert_close(y, expected, SHARE[x.dtype])
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, torch.zeros_like(a) if b is None else b, SHARE[x.dtype])
+    again = torch.autograd.grad(y, (x, *given), dy)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def compare_cn(layer, x, dy, labels, **settings):
+    before = running_of(layer)
+    priors = (layer.priors.double() / layer.priors.double().sum()).tolist()
+    settings = {"running": before, "priors": priors, "training": True} | settings
+    compare(layer, x, dy, labels, oracles.cn, **settings)
+    after, found = before, running_of(layer)
+    if settings["training"]:
+        after = oracles.cn_update(x.detach().double(), labels, before, layer.momentum)
+    share = max(1e-6, 4 * torch.finfo(layer.running_mean.dtype).eps)
+    assert_close(found.mean, after.mean, share)
+    assert_close(found.var, after.var, share)
+    assert found.tracked == after.tracked
+
+
+@EVERY_CASE
+def test_the_passes_over_x(dtype, layout):
+    for shape in ((3, 6, 5, 3), (1, 3, 60, 40)):
+        x, dy = (t.detach() for t in make(shape, dtype, layout))
+        v, g = x.double().flatten(2), dy.double().flatten(2)
+        one, two, three, centre = make_batch((4, *shape[:2]), 2, dtype=torch.float32)
+        a, b, c, m = (t.double().unsqueeze(2) for t in (one, two, three, centre))
+        share = SHARE[dtype]
+        found = kernels.stats(x)
+        assert_close(found.mean, v.mean(2), 1e-6)
+        assert_close(found.var, v.var(2, correction=0), 1e-5)
+        assert_close(kernels.affine(x, one, two).flatten(2), a * v + b, share)
+        assert_close(kernels.affine(x, one[:1], None).flatten(2), a[:1] * v, share)
+        found = kernels.combine(dy, x, one, two, three, centre)
+        assert_close(found.flatten(2), a * g + b * (v - m) + c, share)
+        dx, first, second = kernels.scale_and_dot(dy, x, centre, one)
+        assert_close(dx.flatten(2), a * g, share)
+        assert_close(first, g.sum(2), 1e-5)
+        assert_close(second, (g * (v - m)).sum(2), 1e-5)
+        first, second = kernels.dot(dy, x, centre[:1])
+        assert_close(first, g.sum((0, 2)).unsqueeze(0), 1e-5)
+        assert_close(second, (g * (v - m[:1])).sum((0, 2)).unsqueeze(0), 1e-5)
+        assert dx.stride() == x.stride()
+
+
+@EVERY_CASE
+def test_cn_in_training(dtype, layout):
+    layer = make_cn(6, 4, PRIORS, torch.float32)
+    compare_cn(layer.train(), *make((7, 6, 5, 3), dtype, layout), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "contexts", "settings"),
+    [
+        ((6, 4, 1, 1), 4, {}),  # contexts of one value
+        ((5, 3, 7), 1, {"momentum": None}),
+        ((3, 2, 3, 4, 5), 4, {"unknown": 2}),
+        ((6, 3, 4, 4), 1024, {"momentum": None}),
+        ((2, 3, 60, 40), 4, {}),  # several parts of an instance
+        ((40, 19, 2, 3), 4, {}),
+    ],
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_cn_of_odd_sizes(shape, contexts, settings, layout):
+    layer = make_cn(shape[1], contexts, None, torch.float32, **settings).train()
+    labels = [min(label, contexts - 1) for label in (LABELS * 6)[: shape[0]]]
+    settings = {"unknown": layer.unknown}
+    x, dy = make(shape, layout=layout) if len(shape) > 3 else make(shape)
+    compare_cn(layer, x, dy, labels, **settings)
+    compare_cn(layer, x, dy, labels, **settings)  # from other running statistics
+
+
+def test_cn_keeps_its_digits_where_means_are_large():
+    layer = make_cn(3, 2, None, torch.float32, unknown=0).train()
+    x, dy = make((6, 3, 9, 9), offset=300.0)
+    x = (x.detach() + 5000).requires_grad_()
+    compare_cn(layer, x, dy, [0, 1, 1, 0, 1, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_parameters_may_have_another_dtype(dtype):
+    layer = make_cn(6, 4, PRIORS, dtype).train()
+    x, dy = make(dtype=torch.bfloat16)
+    compare_cn(layer, x, dy, LABELS)
+
+
+@pytest.mark.parametrize("labels", [LABELS, [0, 1, 1, 3, 0, 0, 2], None])
+@pytest.mark.parametrize("mode", ["eval", "frozen"])
+def test_cn_with_running_statistics(mode, labels):
+    layer = make_cn(6, 4, PRIORS, torch.float32).train(mode == "frozen")
+    if mode == "frozen":
+        layer.stats_frozen = True
+        labels = labels or [1] * 7
+    x, dy = make()
+    compare_cn(layer, x, dy, labels, training=False)
+    with torch.no_grad():
+        given = None if labels is None else torch.tensor(labels)
+        assert torch.equal(layer(x, given), layer(x.requires_grad_(), given))
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("labels", [LABELS, None])
+def test_cnx(dtype, layout, labels):
+    layer = make_cnx(6, 4, PRIORS, torch.float32).eval()
+    compare(layer, *make((7, 6, 5, 3), dtype, layout), labels, oracles.cnx, priors=PRIORS)
+
+
+def test_cnx_without_an_affine_and_with_one_context_for_the_unknown():
+    layer = make_cnx(6, 4, PRIORS, torch.float32, affine=False, unknown=3).train()
+
+    def oracle(x, labels, mu, log_sigma):
+        one = torch.ones(6, dtype=torch.float64)
+        return oracles.cnx(x, labels, one, 0 * one, mu, log_sigma, PRIORS, 3)
+
+    compare(layer, *make(), LABELS, oracle)
+
+
+@pytest.mark.parametrize("maker", [make_cn, make_cnx])
+def test_one_label_for_all(maker):
+    layer = maker(6, 4, PRIORS, torch.float32).eval()
+    x, dy = make()
+    for given in (2, -1):
+        found = torch.autograd.grad(layer(x, torch.tensor(given)), (x, *layer.parameters()), dy)
+        several = layer(x, torch.full((7,), given))
+        expected = torch.autograd.grad(several, (x, *layer.parameters()), dy)
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("maker", [make_cn, make_cnx])
+def test_where_unknown_labels_are_an_error_their_rows_are_not_numbers(maker):
+    layer = maker(6, 4, PRIORS, torch.float32, unknown="error").train()
+    labels = torch.tensor(LABELS)
+    x, dy = make()
+    y = layer.normalize(x, labels, True)
+    torch.autograd.grad(y, [x], dy)
+    assert y[labels < 0].isnan().all()
+    assert y[labels >= 0].isfinite().all()
+
+
+@pytest.mark.parametrize("maker", [make_cn, make_cnx])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_graph_of_the_gradients_changes_none_of_them(maker, training):
+    layer = maker(6, 4, PRIORS, torch.float32).train(training)
+    x, dy = make()
+    labels, wanted = torch.tensor(LABELS), [x, *layer.parameters()]
+    expected = torch.autograd.grad(copy.deepcopy(layer)(x, labels), [x], dy)
+    y = layer(x, labels)
+    found = torch.autograd.grad(y, wanted, dy, create_graph=True)
+    assert_close(found[0], expected[0], 1e-5)
+    for a, b in zip(found, torch.autograd.grad(y, wanted, dy, retain_graph=True), strict=True):
+        assert_close(a, b, 1e-5)
+    assert all(t is not None for t in torch.autograd.grad(found[0].square().sum(), wanted))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_nothing(reentrant):
+    layer = make_cn(6, 4, PRIORS, torch.float32).train()
+    other, labels, (x, dy) = copy.deepcopy(layer), torch.tensor(LABELS), make()
+    # A product before it: what is computed again is another x.
+    expected = torch.autograd.grad(layer(2 * x, labels).relu_(), [x], dy)[0]
+    y = checkpoint(lambda t: other(2 * t, labels).relu_(), x, use_reentrant=reentrant)
+    y.backward(dy)
+    assert torch.equal(x.grad, expected)
+    for a, b in zip(layer.buffers(), other.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kind", ["selfnorm", "crossnorm"])
+def test_other_methods_use_the_passes(kind, layout, monkeypatch):
+    layer = normswap.SelfNorm(6, 1, "paper") if kind == "selfnorm" else normswap.CrossNorm(p=1.0)
+    x, dy = make(layout=layout)
+
+    def run():
+        torch.manual_seed(0)
+        y = copy.deepcopy(layer)(x)
+        return y, *torch.autograd.grad(y, [x], dy)
+
+    found = run()
+    monkeypatch.setenv("NORMSWAP_TRITON", "0")
+    for a, b in zip(found, run(), strict=True):
+        assert_close(a, b, 1e-5)
+
+
+@triton.jit
+def _ends(out, C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr):
+    """Write where a program starts to read, and how far its tile reaches."""
+    _, _, _, _, _, first, within = tile.place(C, M, sn, sm, sc, S, PART, BM, BC)
+    tl.store(out + 2 * tl.program_id(0), first)
+    tl.store(out + 2 * tl.program_id(0) + 1, tl.max(within))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_offsets_beyond_int32(last):
+    channels, positions, parts, rows, columns = 6, 2**29, 2, 4, 4
+    across, down = (1, channels) if last else (positions, 1)
+    part = positions // parts
+    strides = (channels * positions, down, across)
+    out = torch.zeros(2 * parts * 2, 2, dtype=torch.int64)
+    geometry = (channels, positions, *strides, parts, part)
+    plan.launch(_ends, len(out), out, *geometry, BM=rows, BC=columns)
+    expected = [
+        [n * channels * positions + s * part * down + c * across, 3 * down + 3 * across]
+        for n in range(2)
+        for s in range(parts)
+        for c in (0, columns)
+    ]
+    assert max(expected)[0] > 2**32
+    assert out.tolist() == expected
