@@ -5,10 +5,9 @@ import torch
 
 import normswap
 from normswap.functional import device_kernels
-from normswap.functional.labels import Context
 from tests.support.builders import assert_close, make_batch
 from tests.support.fused import laid_out
-from tests.support.launches import cost_of, fake_cuda, move
+from tests.support.launches import cost_of, fake_cuda, move, remembered
 
 DTYPES = pytest.mark.parametrize(
     ("dtype", "roundoff"),
@@ -126,7 +125,7 @@ def test_a_layer_starts_no_more_on_a_device_and_passes_over_x_no_more(kind, usua
         x = torch.empty(32, 64, 14, 14, device="cuda", dtype=dtype, memory_format=layout)
         given = ()
         if kind.startswith("cn"):
-            given = (Context(torch.zeros(32, dtype=torch.int64, device="cuda"), unknown),)
+            given = (remembered(unknown, len(x)),)
         costs = cost_of(move(layer), x.requires_grad_(), *given)
     found = (*(c.launches for c in costs), *(c.passes for c in costs[:2]))
     budget = BUDGETS[kind][usual]

@@ -11,7 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from normswap.functional import backend, fused, kernels, tables
+from normswap.functional import backend, fused, kernels, labels, tables
+from normswap.functional.labels import Context
 
 # Operators that start no kernel besides views; operators that start more than one.
 FREE = {
@@ -79,9 +80,10 @@ def without_outputs(func, kwargs):
 def cost_of(layer, x, *arguments):
     """Return the `Cost` of forward and backward in training, and of forward in evaluation.
 
-    Called within `fake_cuda`, where the layer and x live.
+    Called within `fake_cuda`, where the layer and x live. Another layer has met the labels.
     """
     dy = torch.empty_like(x)
+    layer.train()(x, *arguments)
     with Launches(x) as count:
         y = layer.train()(x, *arguments)
         forward = count.take()
@@ -125,6 +127,13 @@ def edges_of(node, grads):
     found = zip(node.apply(*grads), node.needs_input_grad, strict=True)
     edges = [edge for edge in node.next_functions if edge[0] is not None]
     return zip(edges, [grad for grad, needed in found if needed], strict=True)
+
+
+def remembered(unknown, rows):
+    """Return labels on the fake device that remember what is made of them, as a model's do."""
+    found = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    found.memo = labels._Memo(found)
+    return Context(found, unknown)
 
 
 def move(layer):
