@@ -116,11 +116,12 @@ class ContextGlue:
         gain, bias = (t * self.factor for t in tensors)
         index, counts, dtype = self.segments.rows, self.segments.counts, gain.dtype
         # Segments are summed in order: float32 would lose digits as the batch grows.
-        wide = instances.mean.to(wide_dtype(gain))
-        mu = self._or_given(self.segments.mean(wide).to(dtype), self.given.mean)
+        wide = wide_dtype(gain)
+        mu = self.segments.mean(instances.mean.to(wide)).to(dtype)
+        mu = self._or_given(mu, self.given.mean)
         centre = pick_rows(mu, index)
-        off = wide - centre
-        spread = torch.addcmul(instances.var, off, off)
+        off = instances.mean - centre
+        spread = torch.addcmul(instances.var, off, off).to(wide)
         var = self._or_given(self.segments.mean(spread).to(dtype), self.given.var)
         if self.batched == len(mu):
             self.note(Moments(mu, var), counts)

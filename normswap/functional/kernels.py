@@ -129,8 +129,7 @@ def stats(x: Tensor) -> Moments:
         off = torch.sub(part.to(wide), one, out=scratch[: len(part)])
         torch.sum(off, 1, keepdim=True, out=m).div_(positions)
         torch.sum(_squares(off, m, 0, out=off), 1, keepdim=True, out=v)
-        m.add_(one)
-    return Moments(mean, var.div_(positions))
+    return Moments(mean.add_(first.reshape(mean.shape)), var.div_(positions))
 
 
 @or_triton

@@ -1,13 +1,11 @@
-"""The passes that devices other than the CPU take, on CPU tensors: against float64, and counted."""
+"""The passes that devices other than the CPU take, on CPU tensors: against float64."""
 
 import pytest
 import torch
 
-import normswap
 from normswap.functional import device_kernels
 from tests.support.builders import assert_close, make_batch
 from tests.support.fused import laid_out
-from tests.support.launches import cost_of, fake_cuda, move, remembered
 
 DTYPES = pytest.mark.parametrize(
     ("dtype", "roundoff"),
@@ -86,47 +84,3 @@ def test_a_gradient_rounds_once(dtype, roundoff, layout):
     assert dx.dtype == dtype
     assert dx.stride() == x.stride()
     assert_close(dx, a * wy + b * wx + c, FEW * 2**-24 + roundoff)
-
-
-CN, CNX = normswap.ContextNorm, normswap.ContextNormX
-LAYERS = {
-    "cn": (lambda: CN(64, 4), False),
-    "cn, perhaps -1": (lambda: CN(64, 4), None),
-    "cn-x": (lambda: CNX(64, 4), False),
-    "cn-x, perhaps -1": (lambda: CNX(64, 4), None),
-    "selfnorm": (lambda: normswap.SelfNorm(64), None),
-    "crossnorm": (lambda: normswap.CrossNorm(p=1.0), None),
-    "acn, by instance": (lambda: normswap.AdaptiveContextNorm(64, 4, assignment="instance"), None),
-    "acn": (lambda: normswap.AdaptiveContextNorm(64, 4), None),
-}
-# Launches of forward, backward and evaluation; passes over x of forward and backward, for float32
-# contiguous and bfloat16 with channels last. Lower them where a change allows it.
-BUDGETS = {
-    "cn": ((51, 22, 10, 3, 7), (52, 24, 10, 4, 14)),
-    "cn, perhaps -1": ((80, 30, 40, 3, 7), (81, 32, 40, 4, 14)),
-    "cn-x": ((7, 19, 7, 2, 3), (7, 22, 7, 2, 9)),
-    "cn-x, perhaps -1": ((35, 66, 35, 2, 3), (35, 69, 35, 2, 9)),
-    "selfnorm": ((21, 28, 19, 3, 7), (22, 30, 20, 4, 14)),
-    "crossnorm": ((13, 14, 0, 3, 7), (14, 16, 0, 4, 14)),
-    "acn, by instance": ((67, 68, 39, 3, 7), (68, 70, 40, 4, 14)),
-    "acn": ((65, 104, 36, 113, 218), (67, 107, 38, 227, 438)),
-}
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("usual", [False, True], ids=["float32", "bfloat16 channels last"])
-def test_a_layer_starts_no_more_on_a_device_and_passes_over_x_no_more(kind, usual, monkeypatch):
-    make, unknown = LAYERS[kind]
-    layer = make()
-    layer.fresh = False
-    with fake_cuda(monkeypatch):
-        dtype = torch.bfloat16 if usual else torch.float32
-        layout = torch.channels_last if usual else torch.contiguous_format
-        x = torch.empty(32, 64, 14, 14, device="cuda", dtype=dtype, memory_format=layout)
-        given = ()
-        if kind.startswith("cn"):
-            given = (remembered(unknown, len(x)),)
-        costs = cost_of(move(layer), x.requires_grad_(), *given)
-    found = (*(c.launches for c in costs), *(c.passes for c in costs[:2]))
-    budget = BUDGETS[kind][usual]
-    assert all(a <= b for a, b in zip(found, budget, strict=True)), (found, budget)

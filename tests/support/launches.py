@@ -155,4 +155,5 @@ def fake_cuda(monkeypatch):
 
     for module in (tables, fused):
         monkeypatch.setattr(module, "uses_kernels", uses_kernels)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return FakeTensorMode()
