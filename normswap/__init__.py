@@ -25,6 +25,7 @@ from normswap.lifecycle.absent_rows import keep_absent_rows as keep_absent_rows
 from normswap.lifecycle.adapt import adapt as adapt
 from normswap.lifecycle.add_context import add_context as add_context
 from normswap.lifecycle.calibration import calibrate as calibrate
+from normswap.lifecycle.confident import most_confident as most_confident
 from normswap.lifecycle.revert import revert as revert
 from normswap.lifecycle.revert import specialize as specialize
 from normswap.lifecycle.statistics import update_stats as update_stats
@@ -38,7 +39,8 @@ from normswap.methods.base import methods as methods
 from normswap.methods.base import register_method as register_method
 from normswap.methods.cn_layer import ContextNorm as ContextNorm
 from normswap.methods.cnsn import CNSN as CNSN
-from normswap.methods.cnx import ContextNormX as ContextNormX
+from normswap.methods.cnx_batch import BatchContextNormX as BatchContextNormX
+from normswap.methods.cnx_layer import ContextNormX as ContextNormX
 from normswap.methods.crossnorm import CrossNorm as CrossNorm
 from normswap.methods.instance import ContextInstanceNorm as ContextInstanceNorm
 from normswap.methods.selfnorm import SelfNorm as SelfNorm

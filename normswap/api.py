@@ -1,5 +1,6 @@
 """The steps of the public functions, in order."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,19 +10,21 @@ from torch import Tensor, nn
 from normswap.contexts.assigner import Assigner
 from normswap.conversion.checks import check_copyable, check_model
 from normswap.conversion.inputs import read_inputs
+from normswap.conversion.replacement import Replacement
 from normswap.conversion.select import Selector
 from normswap.conversion.settings import Settings, read_settings
 from normswap.conversion.summary import summarise
 from normswap.conversion.target import Target, carry_out, find_target
 from normswap.conversion.verification import Reference, compare, run_original
-from normswap.errors import ConversionError, expect_module
+from normswap.errors import AdviceWarning, ConversionError, expect_module
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record, find_root
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import get_method
 from normswap.report import Report, Verification
-from normswap.saving.fingerprint import checksums, other_tensors
+from normswap.saving.changes import mark
+from normswap.saving.fingerprint import other_tensors
 from normswap.util.arguments import check_flag
 from normswap.util.copies import copy_model, copy_structure
 
@@ -35,7 +38,7 @@ def convert(
     exclude: Selector = None,
     placement: str | None = None,
     preset: str | None = None,
-    unknown: str = "pooled",
+    unknown: str | None = None,
     priors: Tensor | Sequence[float] | None = None,
     inplace: bool = False,
     example_inputs: Any = None,
@@ -56,8 +59,8 @@ def convert(
             priors are taken; one by default, for which no label is needed. Left out, as `unknown`
             and `priors`, for a method without labels ("acn"): the model's forward then stays as it
             was.
-        select: which norms to replace: glob, compiled regular expression, type,
-            ``fn(name, module)``, or several; all by default.
+        select: which norms to replace: "first" (the one that a forward meets first), glob,
+            compiled regular expression, type, ``fn(name, module)``, or several; all by default.
         exclude: which to leave alone, in the same forms.
         placement: where a method that adds layers puts them: "norm" (after each norm), "output"
             (after each module that `select` names, such as a stage), "pre", "residual", "identity"
@@ -67,7 +70,7 @@ def convert(
             wins over them.
         unknown: what a sample without a label gets in eval: "pooled" (the mixture's one Gaussian),
             "posterior" (contexts weighed by how well they explain the instance), a context's name,
-            or "error".
+            or "error"; by default what serves the method best: "posterior" for "cn".
         priors: probability of each context, or counts; uniform by default.
         inplace: change `model` itself instead of a copy.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, batch first.
@@ -89,6 +92,9 @@ def convert(
         UnknownNameError: an unknown method or context.
         VerificationError: the converted model computes something else, with a method that keeps
             the function. Whatever is raised, `model` is as it was.
+
+    Warns:
+        AdviceWarning: another conversion is known to serve such a model better.
     """
     asked = read_settings(
         convert, method, contexts, select, exclude, placement, preset, unknown, priors, options
@@ -107,12 +113,15 @@ def convert(
         labels = asked.contexts.count if chosen.needs_context else 0
         reference = run_original(model, inputs, labels)
     record = _record(model, asked, target)
+    advice = target.advice(model, asked.options) if isinstance(target, Replacement) else None
     with Surgery(model if inplace else copy_model(model), trace) as surgery:
         converted = carry_out(target, surgery, record)
         record.verification = _compare(converted, reference, record)
     converted.__dict__[RECORD] = record
-    record.sums = checksums(other_tensors(converted))
+    record.marks = mark(other_tensors(converted))
     exempt_norms(converted)
+    if advice:
+        warnings.warn(advice, AdviceWarning, stacklevel=2)
     return converted
 
 
@@ -125,7 +134,7 @@ def plan(
     exclude: Selector = None,
     placement: str | None = None,
     preset: str | None = None,
-    unknown: str = "pooled",
+    unknown: str | None = None,
     priors: Tensor | Sequence[float] | None = None,
     trace: bool = True,
     **options: Any,

@@ -45,6 +45,10 @@ class InputError(NormswapError, ValueError):
     """A tensor given to a layer has another shape than the layer takes."""
 
 
+class AdviceWarning(UserWarning):
+    """A conversion that works, where another is known to serve better."""
+
+
 class ContextWarning(UserWarning):
     """The contexts can be used as they are, but something about them may mislead."""
 

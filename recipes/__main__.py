@@ -4,8 +4,6 @@ A recipe is a module of this package with a `main(argv) -> exit code`; adding on
 `COMMANDS`. Modules are imported when asked for, so that help needs none of their dependencies.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys
@@ -26,7 +24,6 @@ COMMANDS = {
     "sentiment": "train a sentence classifier on films, test it on product reviews",
     "bench": "time a model with other norms beside the model as it is",
 }
-MOVED = {"sweep": "python -m tests.sweep"}
 
 
 def main(argv: list[str]) -> int:
@@ -38,9 +35,8 @@ def main(argv: list[str]) -> int:
     lines += ["", "python -m recipes COMMAND --help lists the options of one."]
     asked_for_help = not argv or argv[0] in ("-h", "--help")
     if not asked_for_help:
-        where = f"it is now `{MOVED[argv[0]]}`; " if argv[0] in MOVED else ""
         choices = ", ".join(COMMANDS)
-        lines.insert(0, f"error: unknown command {argv[0]!r}; {where}choose from {choices}")
+        lines.insert(0, f"error: unknown command {argv[0]!r}; choose from {choices}")
     print("\n".join(lines), file=sys.stdout if asked_for_help else sys.stderr)
     return 0 if asked_for_help else 2
 

@@ -19,8 +19,6 @@ Without --data: scikit-learn's handwritten digits at two angles, each training d
 gave its norms statistics). The paper's threshold is 0.9; 0.8 keeps more labels in so few steps.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from functools import partial
@@ -35,8 +33,8 @@ from .data import DomainData, Loader
 from .errors import RecipeError
 from .methods import base_of
 from .options import Parser, count
-from .pseudo import Alignment, Views, draw, pseudo_loss
 from .training import takes_context
+from .unlabelled import Alignment, Views, draw, pseudo_loss
 
 SOURCE, TARGET = 0, 1
 CONTEXTS = ("source", "target")

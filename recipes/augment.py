@@ -1,7 +1,5 @@
 """Random versions of images that a generator alone decides: windows of them, and timm's changes."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,11 +1,12 @@
 """`python -m recipes bench --model resnet50`: what a method costs beside the model's own norms."""
 
-from __future__ import annotations
-
+import statistics
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import timm
 import torch
@@ -16,13 +17,20 @@ import normswap
 
 from . import grid, methods
 from .options import Parser, count
-from .timing import Timing, interleave, peak_bytes
-from .training import takes_context
+from .training import takes_context, wait_for
 from .weights import check_model_name
 
 BASE = "as it is"
 METHODS = ("cn", "cn-x", "selfnorm", "crossnorm")
 HEADINGS = ("method", "train, ms", "ratio", "eval, ms", "ratio", "peak, MB", "ratio")
+
+
+class Timing(NamedTuple):
+    """Milliseconds: the median of the repeats, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
 
 
 def make_model(name: str) -> nn.Module:
@@ -102,6 +110,56 @@ def bench_model(
     ]
 
 
+def interleave(
+    cases: dict[str, Callable[[], object]], device: torch.device, repeats: int = 20, warmup: int = 3
+) -> dict[str, Timing]:
+    """Time each case once in turn, `repeats` times, so that all meet the same machine.
+
+    On a machine with other work only the ratios mean something, and medians of many repeats.
+    """
+    for case in cases.values():
+        for _ in range(warmup):
+            case()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, case in cases.items():
+            wait_for(device)
+            start = time.perf_counter()
+            case()
+            wait_for(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: _summarize(values) for name, values in seconds.items()}
+
+
+def _summarize(seconds: list[float]) -> Timing:
+    values = sorted(1e3 * s for s in seconds)
+    quarter = len(values) // 4
+    return Timing(statistics.median(values), values[quarter], values[-1 - quarter])
+
+
+def peak_bytes(case: Callable[[], object], device: torch.device) -> int:
+    """Return the most memory a call held at one time above what was held before it."""
+    case()
+    if device.type == "cuda":
+        wait_for(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        case()
+        wait_for(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        case()
+    held = peak = 0
+    # torch keeps no peak for the CPU, but its profiler sees every allocation in order.
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
 def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", default="resnet50", help="a timm model")
@@ -114,20 +172,14 @@ def add_options(parser: Parser) -> None:
     add("--size", type=count, default=128, help="side of the images")
     add("--contexts", type=count, default=4, help="contexts of methods that take labels")
     add("--repeats", type=count, default=10, help="runs of each, in turn")
-    add("--threads", type=count, help="CPU threads, instead of torch's choice")
-    add("--channels-last", action="store_true", help="the memory format")
     add("--bf16", action="store_true", help="under bfloat16 autocast")
     add("--compile", action="store_true", help="every model through torch.compile")
 
 
 def run(options: Namespace) -> None:
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    model = make_model(options.model).to(device, memory_format=layout)
+    model = make_model(options.model).to(device)
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)
-    images = images.contiguous(memory_format=layout)
     more = (options.contexts, options.repeats, options.compile, options.bf16)
     rows = bench_model(model, options.method, images, *more)
     print(

@@ -17,18 +17,17 @@ Source: Hendrycks, Dietterich, "Benchmarking Neural Network Robustness to Common
 Perturbations", ICLR 2019, arXiv 1903.12261, and the parameters its authors published with it.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from .augment import each
 
 GROUPS = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -42,17 +41,7 @@ SIZE = 224  # of the images that the published lengths are of
 
 
 def corrupt(images: Tensor, family: str, severity: int, seed: int) -> Tensor:
-    """Corrupt images; the same arguments give the same result.
-
-    Args:
-        images: (N, 3, S, S) uint8, on the CPU.
-        family: one of `FAMILIES`.
-        severity: 1 to 5.
-        seed: of what is random.
-
-    Returns:
-        (N, 3, S, S) uint8.
-    """
+    """Corrupt (N, 3, S, S) uint8 images on the CPU; the same arguments give the same result."""
     function, parameters = TABLE[family]
     # A generator of its own for each, so that families can be run in any order.
     number = 100 * FAMILIES.index(family) + severity
@@ -163,9 +152,7 @@ def _jpeg(x: Tensor, quality: int, generator: torch.Generator) -> Tensor:
 
 
 def _each(x: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    pixels = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    changed = np.stack([np.asarray(change(Image.fromarray(image))) for image in pixels])
-    return torch.from_numpy(changed).permute(0, 3, 1, 2).float() / 255
+    return each((x * 255).round().to(torch.uint8), change).float() / 255
 
 
 def _average(x: Tensor, points: Tensor, weights: Tensor) -> Tensor:

@@ -18,8 +18,6 @@ brightness, colour, sharpness. What stays and comes near to a test: autocontrast
 (contrast), rotation, shear and translation (the affine part of elastic_transform).
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import lru_cache, partial

@@ -5,8 +5,6 @@ pool for the sizes a recipe is run on (10,000 images of 112 px are 376 MB), and 
 pure function of the seed and its number, which is what lets a resumed run repeat a whole one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -80,13 +78,8 @@ def stratified_mask(groups: Tensor, fraction: float, generator: torch.Generator)
 class Loader:
     """Makes the batches of a data set: float, normalised, on the device.
 
-    Args:
-        data: the images.
-        mean: per channel, of pixel values in [0, 1], as timm gives them for the model.
-        std: likewise.
-        batch_size: samples a batch.
-        device: where the batches go.
-        mix: makes another version of uint8 images; training batches then carry two in `mixed`.
+    `mean` and `std` are of pixel values in [0, 1], as timm gives them for the model. `mix` makes
+    another version of uint8 images; training batches then carry two in `mixed`.
     """
 
     def __init__(

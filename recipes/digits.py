@@ -5,8 +5,6 @@ et al. 2015, Gulrajani and Lopez-Paz 2021). Each test digit is shown at every an
 are compared on the same digits; no test digit is ever trained on, at any angle.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

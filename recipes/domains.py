@@ -15,18 +15,18 @@ keeps the statistics it was pretrained with, and `cn-frozen` CN that does: CN-X 
 statistics too, and what comes of that is not to be put down to contexts.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
-from functools import partial
+from functools import lru_cache, partial
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import nn
 
+import normswap
+
 from . import grid, images, methods, runs, scores
 from .data import DomainData, Loader
-from .domain_rows import JOINT, tabulated
 from .errors import RecipeError
 from .nearest import NearestDomain
 from .options import ByData, ByStart, Parser, of_cell, resolve
@@ -36,6 +36,7 @@ METHODS = (
     *("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn"),
     *("cn", "cn-frozen", "cn-x", "acn"),
 )
+JOINT = "none"  # held out of a training of all domains
 Accuracy = dict[str, dict[str, float]]  # by kind of label, by domain, in per cent
 
 
@@ -64,17 +65,17 @@ def run(options: Namespace) -> None:
         for domain in held
         for method in options.methods
     ]
-    cache: dict[tuple[str, int], tuple[DomainData, NearestDomain]] = {}
+
+    @lru_cache(maxsize=1)
+    def start_of(held_out: str, seed: int) -> tuple[Namespace, DomainData, NearestDomain]:
+        config = config_of(options, held_out, seed)
+        data = images.load(config, seed)
+        start, loader, _ = images.build(config, data, seed, device, fill=False)
+        return config, data, NearestDomain(start, loader)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        key = (cell["held_out"], cell["seed"])
-        config = config_of(options, *key)
-        if key not in cache:
-            cache.clear()
-            data = images.load(config, config.seed)
-            start, loader, _ = images.build(config, data, config.seed, device, fill=False)
-            cache[key] = data, NearestDomain(start, loader)
-        return train_one(cell["method"], config, *cache[key], device, log)
+        start = start_of(cell["held_out"], cell["seed"])
+        return train_one(cell["method"], *start, device, log)
 
     records = grid.run_cells(folder, cells, train)
     rows = tabulated(records, grid.read_lines(folder / grid.EPOCHS), options.reach)
@@ -144,19 +145,54 @@ def measure(model: nn.Module, loader: Loader, nearest: NearestDomain) -> Accurac
     are then tested with theirs.
     """
     data = loader.data
-    tests = {name: loader.test_indices(domain) for domain, name in enumerate(data.domain_names)}
     if not takes_context(model):
-        return {"": {name: scores.accuracy(model, loader, tests[name]) for name in tests}}
-    known = {d: scores.accuracy(model, loader, tests[d], scores.own) for d in data.contexts}
-    found: Accuracy = {"label known": known}
-    for name in data.domain_names if data.held_out is None else [data.held_out]:
-        kinds = scores.unknown(model, loader, tests[name])
-        kinds["nearest"] = scores.accuracy(
-            model, loader, tests[name], lambda batch: nearest(batch.images)
-        )
-        for kind, accuracy in kinds.items():
-            found.setdefault(kind, {})[name] = accuracy
+        return {"": scores.by_domain(model, loader, data.domain_names)}
+    found = {"label known": scores.by_domain(model, loader, data.contexts, scores.own)}
+    asked = data.domain_names if data.held_out is None else [data.held_out]
+    for policy in scores.POLICIES:
+        normswap.set_unknown(model, policy)
+        found[policy] = scores.by_domain(model, loader, asked)
+    found["nearest"] = scores.by_domain(model, loader, asked, lambda b: nearest(b.images))
     return found
+
+
+def tabulated(
+    records: list[dict[str, Any]], epochs: list[dict[str, Any]], reach: float
+) -> list[dict[str, Any]]:
+    """Give one record a method, kind of label and seed, with the domains as its figures.
+
+    A held-out domain's figure is of the training it was held out of; `trained` is the mean over
+    those trainings of the trained domains' own test images. For joint trainings also: `first`, the
+    mean after the first epoch, and `reached`, the first epoch with a mean of `reach` or more.
+    """
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for record in records:
+        held, method, seed = (record["cell"][key] for key in ("held_out", "method", "seed"))
+        for kind, accuracy in record["accuracy"].items():
+            if held != JOINT and held not in accuracy:
+                continue
+            name = f"{method}, {kind}" if kind else method
+            row = rows.setdefault(
+                (name, seed), {"cell": {"method": name, "seed": seed}, "held": {}, "own": []}
+            )
+            if held == JOINT:
+                row["held"] = accuracy
+                curve = [
+                    mean(e["accuracy"][kind].values())
+                    for e in epochs
+                    if e["cell"] == record["cell"]
+                ]
+                row["first"] = curve[0]
+                row["reached"] = next((i for i, a in enumerate(curve, 1) if a >= reach), None)
+            else:
+                row["held"][held] = accuracy[held]
+                own = record["accuracy"].get("label known", accuracy)
+                row["own"].append(mean(a for d, a in own.items() if d != held))
+    for row in rows.values():
+        row.update(row["held"])
+        row["mean"] = mean(row["held"].values())
+        row["trained"] = mean(row["own"]) if row["own"] else None
+    return list(rows.values())
 
 
 def add_options(parser: Parser) -> None:

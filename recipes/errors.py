@@ -1,7 +1,5 @@
 """The one error of the recipes: something the user can fix."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 

@@ -4,8 +4,6 @@ The steps, in order: settings, images, one timm model, its converted copy, train
 tables and curves. With no options it runs offline in minutes, on rotated handwritten digits.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from argparse import Namespace
@@ -16,6 +14,8 @@ from typing import Any
 import torch
 
 import normswap
+from normswap import plot
+from normswap.plot.run_files import read_curves
 
 from . import grid, images, methods, parallel, runs, tables
 from .data import DomainData, Loader
@@ -83,8 +83,8 @@ def finish(
     """Write what a finished run leaves, and print its tables."""
     runs.write_lines(folder / runs.METRICS, history)
     runs.save_model(folder, arms[-1].model)
-    title = f"{options.model}, {folder.name}"
-    tables.draw_curves(folder / "curves.png", history, arms, data, title)
+    given = {**read_curves(folder), "title": f"{options.model}, {folder.name}"}
+    plot.curves(**given, path=folder / "curves.png")
     report = "\n".join(
         [
             tables.accuracy_table(history, arms, data),
@@ -165,8 +165,8 @@ def add_options(parser: Parser) -> None:
     add("--held-out", help="domain that does not train, tested with its label unknown")
     add("--method", default="cn-x", choices=normswap.methods(), help="what replaces BatchNorm")
     add(
-        "--unknown", default="pooled", choices=("pooled", "posterior"),
-        help="what an unknown label means to the norms",
+        "--unknown", choices=("pooled", "posterior"),
+        help="what an unknown label means to the norms; by default what the method prefers",
     )  # fmt: skip
     add(
         "--loss", default="ce", choices=LOSSES,

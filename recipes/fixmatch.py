@@ -16,8 +16,6 @@ Without --data: scikit-learn's handwritten digits at 24 px and a narrow ResNet-1
 DOMAIN/CLASS/image, whose domains are then mixed.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from functools import partial
 
@@ -29,7 +27,7 @@ from . import grid, images, scores, unlabelled
 from .data import Loader
 from .methods import base_of
 from .options import Parser, count
-from .pseudo import Views, draw, pseudo_loss
+from .unlabelled import Views, draw, pseudo_loss
 
 LABELLED, UNLABELLED = 0, 1
 CONTEXTS = ("labelled", "unlabelled")
@@ -38,7 +36,7 @@ HEADINGS = {**scores.HEADINGS, "known": "context: unlabelled"}
 
 def run(options: Namespace) -> None:
     unlabelled.settle(options)
-    data = images.load(options, angles=(0,), domains=options.domains, flat=True)
+    data = images.load(options, angles=(0,), flat=True)
     images.pick(data, options.labels, 0, "--labels")
     title = f"FixMatch, {options.labels} labels for each of {len(data.classes)} classes"
     plan = partial(plan_of, options)
@@ -66,7 +64,7 @@ def plan_of(options: Namespace, cell: grid.Cell, views: Views) -> unlabelled.Pla
         known, weak, strong = unlabelled.forward(model, parts, (LABELLED, UNLABELLED, UNLABELLED))
         pseudo = pseudo_loss(weak.softmax(1), strong, options.threshold, one_hot=True)
         figures = unlabelled.counted(pseudo, data.labels[others].to(device))
-        return F.cross_entropy(known, targets) + options.share * pseudo.loss, figures
+        return F.cross_entropy(known, targets) + pseudo.loss, figures
 
     return list(drawn[:8]), step
 
@@ -79,11 +77,9 @@ def measure(model: nn.Module, loader: Loader) -> dict[str, float]:
 def add_options(parser: Parser) -> None:
     unlabelled.add_options(parser, "labels-only", steps=800, batch=20)
     add = parser.add_argument
-    add("--domains", nargs="+", help="of the folder, those to use (all)")
     add("--labels", type=count, default=4, help="a class")
     add("--ratio", type=count, default=3, help="unlabelled images a labelled one")
     add("--threshold", type=float, default=0.95, help="of a pseudo-label's confidence")
-    add("--share", type=float, default=1.0, help="weight of the unlabelled loss")
 
 
 main = partial(grid.command, "fixmatch", __doc__, add_options, run)

@@ -1,7 +1,5 @@
 """A folder of images in the layout DOMAIN/CLASS/image, such as PACS, decoded once into memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -5,8 +5,6 @@ units of its own features: they rank generators judged by the same judge, and me
 those of another, such as the Inception net of published figures.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,12 +39,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``. The trace of the root is the sum of the
     roots of the eigenvalues of ``C_a^(1/2) C_b C_a^(1/2)``, which is symmetric.
 
-    Args:
-        a: (N, D), two rows or more.
-        b: (M, D).
-
-    Raises:
-        RecipeError: features of other shapes, or that are not finite.
+    The sets are (N, D) and (M, D), of two rows or more each.
 
     Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
     Equilibrium", NeurIPS 2017.

@@ -1,7 +1,5 @@
 """A DCGAN for images of 32 px, built with any of the norms, and one step of its training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -66,12 +64,6 @@ class Pair:
         """Whether the networks are told the class."""
         return self.method == ONEHOT or takes_context(self.generator)
 
-    def to(self, device: torch.device) -> Pair:
-        """Move both networks, in place."""
-        self.generator.to(device)
-        self.discriminator.to(device)
-        return self
-
     def make(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Make images (N, C, 32, 32); the labels (N,) count only if the method knows of them."""
         return self._call(self.generator, noise, labels)
@@ -97,13 +89,8 @@ def build(
     mean 0 and variance 1; norms that learn their statistics would start from that claim, so all
     get those of `images`, and of images generated from noise.
 
-    Args:
-        method: "bn", `ONEHOT` or a method of normswap.
-        classes: their names, the contexts of methods that have contexts.
-        width: channels of the largest maps.
-        images: (N, C, 32, 32); a few hundred are drawn from them.
-        labels: (N,).
-        seed: of weights, noise and draw.
+    Classes are the contexts of methods that have some. Images (N, C, 32, 32) are all there are, and
+    labels (N,) theirs; a few hundred are drawn.
     """
     torch.manual_seed(seed)
     extra = len(classes) if method == ONEHOT else 0

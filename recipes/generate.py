@@ -17,10 +17,9 @@ betas 0.5 and 0.999, batch 64, weights N(0, 0.02)), tuned for none. Figures are 
 norms in eval mode; classes are asked for as often as they occur.
 """
 
-from __future__ import annotations
-
 import statistics
 from argparse import Namespace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,11 @@ from torchvision.utils import save_image
 
 from normswap import plot
 
-from . import gan, grid, images, runs
-from .frechet import frechet_distance
-from .gan_data import Images, load
+from . import folders, gan, grid, images, runs
+from .data import stratified_mask
+from .digits import draw
+from .errors import RecipeError
+from .frechet import Judge, frechet_distance, imagenet_judge, small_judge
 from .options import Parser, check_rates, count
 from .training import check_finite
 
@@ -41,6 +42,82 @@ METHODS = ("bn", gan.ONEHOT, "cn", "cn-x", "acn")
 HEADINGS = {"distance": "Frechet distance", "accuracy": "class as asked, %"}
 SMOKE_EPOCHS, SMOKE_WIDTH = 2, 8
 COLUMNS = 10
+DIGITS_HELD_OUT, FOLDER_HELD_OUT = 0.3, 0.2
+GENERATED = 1000
+SMOKE_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Images:
+    """Training images, and what judges generated ones.
+
+    `judge` was made from the training images alone; `held_out` are its features of images that
+    nothing was trained on; `asked` are the labels generated images are asked for, those of random
+    training images, and `real` the figures of these training images themselves.
+
+    Shape: images (N, C, 32, 32) in [-1, 1]; labels (N,); held_out (M, D).
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: list[str]
+    judge: Judge
+    held_out: Tensor
+    asked: Tensor
+    real: dict[str, float]
+    note: str
+
+
+def load(root: Path | None, smoke: bool, device: torch.device) -> Images:
+    """Load the images, hold some out and make the judge: the same for every training."""
+    images, labels, classes = load_digits() if root is None else read_folder(root)
+    generator = torch.Generator().manual_seed(0)
+    if smoke and len(images) > SMOKE_IMAGES:
+        kept = stratified_mask(labels, SMOKE_IMAGES / len(images), generator)
+        images, labels = images[kept], labels[kept]
+    share = DIGITS_HELD_OUT if root is None else FOLDER_HELD_OUT
+    test = stratified_mask(labels, share, generator)
+    others, truth = images[test], labels[test]
+    images, labels = images[~test], labels[~test]
+    if len(images) < gan.BATCH:
+        raise RecipeError(
+            f"expected {gan.BATCH} images or more to train on, a batch, got {len(images)}"
+        )
+    make_judge = small_judge if root is None else imagenet_judge
+    judge = make_judge(images, labels, len(classes), device)
+    held_out = judge.features(others)
+    shown = torch.randperm(len(images), generator=generator)[:GENERATED]
+    copied, asked = judge.features(images[shown]), labels[shown]
+    distance, accuracy = frechet_distance(held_out, copied), judge.accuracy(copied, asked)
+    real = {"distance": distance, "accuracy": accuracy}
+    note = (
+        f"{len(images):,} training images of {len(classes)} classes, {len(others)} held out; "
+        f"judge: {judge.name}, {judge.accuracy(held_out, truth):.1f} % right on held-out images"
+    )
+    return Images(images, labels, classes, judge, held_out, asked, real, note)
+
+
+def load_digits() -> tuple[Tensor, Tensor, list[str]]:
+    """Give scikit-learn's digits at 32 px in [-1, 1], their labels, the names of the classes."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    source = sklearn_digits()
+    pixels = torch.tensor(source.images, dtype=torch.float32)
+    classes = [str(digit) for digit in source.target_names]
+    return draw(pixels, gan.SIZE) * 2 - 1, torch.tensor(source.target), classes
+
+
+def read_folder(root: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """Give the images of a folder CLASS/image likewise, cropped to squares."""
+    data = folders.load_folder(root, gan.SIZE, flat=True)
+    if data.domain_names != [root.resolve().name]:
+        raise RecipeError(
+            f"expected images as CLASS/image in {root}; of a folder DOMAIN/CLASS/image, give one "
+            f"domain, such as --data {root / data.domain_names[0]}"
+        )
+    if len(data.classes) < 2:
+        raise RecipeError(f"expected two folders of classes or more in {root}, got {data.classes}")
+    return data.images.float() / 127.5 - 1, data.labels, data.classes
 
 
 def run(options: Namespace) -> None:
@@ -57,7 +134,9 @@ def run(options: Namespace) -> None:
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         pair = gan.build(
             cell["method"], data.classes, options.width, data.images, data.labels, cell["seed"]
-        ).to(device)
+        )
+        pair.generator.to(device)
+        pair.discriminator.to(device)
         figures = train_one(pair, cell["seed"], data, options, log)
         if cell["seed"] == 0:
             asked = torch.arange(len(data.classes)).repeat_interleave(COLUMNS)
@@ -77,11 +156,7 @@ def train_one(
 ) -> dict[str, Any]:
     """Train both networks; give the figures of the last epoch."""
     nets = (pair.generator, pair.discriminator)
-    rates = (options.lr, options.lr_discriminator or options.lr)
-    optimizers = [
-        torch.optim.Adam(net.parameters(), lr, (0.5, 0.999))
-        for net, lr in zip(nets, rates, strict=True)
-    ]
+    optimizers = [torch.optim.Adam(net.parameters(), options.lr, (0.5, 0.999)) for net in nets]
     device = next(nets[0].parameters()).device
     figures: dict[str, Any] = {}
     for epoch in range(options.epochs):
@@ -96,7 +171,7 @@ def train_one(
             batch = (t.to(device) for t in (data.images[chosen], data.labels[chosen], noise))
             losses.append(gan.train_step(pair, optimizers[0], optimizers[1], *batch))
         loss = torch.stack(losses).mean(0).tolist()
-        check_finite(sum(loss), pair.method, epoch, options.lr)
+        check_finite(sum(loss), f"of {pair.method} in epoch {epoch + 1}", options.lr)
         line = {"epoch": epoch + 1, "discriminator": loss[0], "generator": loss[1]}
         if (epoch + 1) % options.every == 0 or epoch + 1 == options.epochs:
             figures = judge(pair, data)
@@ -132,19 +207,15 @@ def save_samples(path: Path, pictures: Tensor) -> None:
 
 def draw_epochs(folder: Path, records: list[dict[str, Any]], real: dict[str, float]) -> None:
     """Draw the figures over the epochs, means over the seeds."""
-    methods = list(dict.fromkeys(record["cell"]["method"] for record in records))
-    found: dict[tuple[str, str, int], list[float]] = {}
-    for line in grid.read_lines(folder / grid.EPOCHS):
-        for key in HEADINGS.keys() & line.keys():
-            place = (key, line["cell"]["method"], line["epoch"])
-            found.setdefault(place, []).append(line[key])
-    epochs = sorted({epoch for _, _, epoch in found})
+    lines = [line for line in grid.read_lines(folder / grid.EPOCHS) if "distance" in line]
+    epochs = sorted({line["epoch"] for line in lines})
     panels: dict[str, dict[str, list[float | None]]] = {}
     for key, heading in HEADINGS.items():
         panels[heading] = {"real": [real[key]] * len(epochs)}
-        for method in methods:
-            values = [found.get((key, method, epoch)) for epoch in epochs]
-            if any(values):
+        for method in dict.fromkeys(record["cell"]["method"] for record in records):
+            found = [line for line in lines if line["cell"]["method"] == method and key in line]
+            if found:
+                values = [[line[key] for line in found if line["epoch"] == e] for e in epochs]
                 panels[heading][method] = [statistics.mean(v) if v else None for v in values]
     plot.curves(panels, epochs, log=[HEADINGS["distance"]], path=folder / "results.png")
 
@@ -155,7 +226,6 @@ def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--every", type=count, default=10, help="epochs a judgement")
     add("--width", type=count, default=16, help="of both networks")
-    add("--lr-discriminator", type=float, help="of that alone, instead of --lr")
 
 
 main = partial(grid.command, "generate", __doc__, add_options, run)

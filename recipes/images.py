@@ -4,8 +4,6 @@ Every method of a recipe starts from the same weights and sees the same images i
 the figures are those of the last epoch, so nothing is chosen on test images.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,9 +27,7 @@ from .weights import EFFICIENTNET_LITE0_TIMM, SCRATCH, make_backbone
 def pick_device(name: str) -> torch.device:
     """Give the device of this name; `auto` is the first accelerator, else the CPU."""
     if name == "auto":
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
+        found = torch.accelerator.current_accelerator(check_available=True)
         name = "cpu" if found is None else found.type
     try:
         device = torch.device(local_device(name))
@@ -126,19 +122,9 @@ def build(
 ) -> tuple[nn.Module, Loader, list[str]]:
     """Make the network that every method starts from, and what makes its batches.
 
-    Args:
-        options: as `options.resolve` left them.
-        data: the images.
-        seed: of random weights.
-        device: where to.
-        without: operations that AugMix leaves out.
-        fill: give random weights the statistics of the first batches.
-
-    Returns:
-        The model, its loader, and one line for each thing to tell the user.
-
-    Raises:
-        RecipeError: the weights are not the model's, or it cannot take images of this size.
+    `seed` is of random weights, which `fill` gives the statistics of the first batches; `without`
+    are operations that AugMix leaves out. Beside model and loader come lines to tell the user.
+    Weights of another model, or images of a size it cannot take, are a RecipeError.
     """
     given = of_cell(options)
     torch.manual_seed(seed)

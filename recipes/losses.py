@@ -13,10 +13,8 @@ Source: Tang et al., ICCV 2021, arXiv 2102.02811, section 5; Hendrycks et al., I
 1912.02781.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -86,36 +84,23 @@ def crossnorm_layers(model: nn.Module) -> list[normswap.CrossNorm]:
 @contextmanager
 def switched_off(layers: Sequence[normswap.CrossNorm]) -> Iterator[None]:
     """Make CrossNorm an identity; every other layer stays in its mode."""
-    modes = [layer.training for layer in layers]
-    try:
+    with ExitStack() as stack:
         for layer in layers:
+            stack.callback(layer.train, layer.training)
             layer.eval()
         yield
-    finally:
-        for layer, mode in zip(layers, modes, strict=True):
-            layer.train(mode)
 
 
 @contextmanager
 def firing(layers: Sequence[normswap.CrossNorm]) -> Iterator[None]:
     """Make CrossNorm fire in every forward, at as many places as its schedule has active."""
-    holders = _holders(layers)
-    before = [holder.p for holder in holders]
-    try:
-        for holder in holders:
+    with ExitStack() as stack:
+        for holder in _holders(layers):
+            stack.callback(setattr, holder, "p", holder.p)
             holder.p = 1.0
         yield
-    finally:
-        for holder, p in zip(holders, before, strict=True):
-            holder.p = p
 
 
 def _holders(layers: Sequence[normswap.CrossNorm]) -> list[normswap.Schedule | normswap.CrossNorm]:
     """List what holds the firing probability: the schedule the layers share, else each layer."""
-    holders = []
-    for layer in layers:
-        schedule = getattr(layer, "schedule", None)
-        holder = layer if schedule is None else schedule
-        if not any(holder is other for other in holders):
-            holders.append(holder)
-    return holders
+    return list(dict.fromkeys(getattr(layer, "schedule", None) or layer for layer in layers))

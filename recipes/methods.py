@@ -5,8 +5,6 @@ evaluation does, and learns the affine (of `cn`, one a context). What such a row
 of doing without batch statistics; what `cn-frozen` gains on `bn-frozen` comes of contexts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

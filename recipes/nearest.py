@@ -1,6 +1,6 @@
 """The training domain an image looks most like: a label for images of a domain never seen."""
 
-from __future__ import annotations
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,10 @@ class NearestDomain:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        self._model = model
+        self._model = copy.deepcopy(model).eval()
+        norms = nn.modules.batchnorm._NormBase
+        first = next(m for m in self._model.modules() if isinstance(m, norms))
+        first.register_forward_pre_hook(_stop)
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(loader.train_indices), generator=generator)[:MOST]
         batches = [loader.batch(i) for i in loader.train_indices[order].split(256)]
@@ -41,27 +44,17 @@ class NearestDomain:
 
     @torch.no_grad()
     def _style(self, images: Tensor) -> Tensor:
-        first = next(
-            m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
-        )
-        seen: list[Tensor] = []
-
-        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0])
-            raise _Seen
-
-        handle = first.register_forward_pre_hook(stop)
-        mode = self._model.training
         try:
-            self._model.eval()(images)
-        except _Seen:
-            pass
-        finally:
-            handle.remove()
-            self._model.train(mode)
-        variance, mean = torch.var_mean(seen[0].float(), (2, 3))
+            self._model(images)
+        except _Seen as seen:
+            (x,) = seen.args
+        variance, mean = torch.var_mean(x.float(), (2, 3))
         return torch.cat([mean, (variance + 1e-6).log() / 2], 1).cpu()
 
 
 class _Seen(Exception):
-    pass
+    """Carries what a module was given, so that nothing behind it runs."""
+
+
+def _stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    raise _Seen(*args)

@@ -1,7 +1,5 @@
 """The options that recipes share: one table of them, defaults that the data decide, and checks."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from pathlib import Path

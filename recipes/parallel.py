@@ -4,8 +4,6 @@ Each takes its part of every batch, so that the batch, and with it the run, is t
 the first one writes and prints. Alone, everything here does nothing.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Iterator

@@ -10,8 +10,6 @@ Each file is written beside its place and moved there whole. The checkpoint is o
 holds the history, and metrics.jsonl is written from that history: no two files can disagree.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -8,8 +8,6 @@ tried on them meanwhile. Training, validation and test scenes show different
 digits, and test scenes another part of the photograph: nothing of theirs is trained on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -191,16 +189,10 @@ def draw_scene(
 ) -> tuple[Tensor, Tensor]:
     """Draw digits on a piece of a texture, each in a quarter of its own.
 
-    Args:
-        digits: (D, 8, 8) in [0, 1], at most 4.
-        labels: (D,) in [0, 10).
-        ground: (3, H, W), a photograph; a piece of twice the size is halved.
-        look: of the domain.
-        size: side of the result.
-        generator: of the draws.
+    Of the ground (3, H, W), a piece of twice the size is halved. Digits are (D, 8, 8) in [0, 1], at
+    most four, and labels (D,) below 10.
 
-    Returns:
-        Image (3, size, size) uint8, and mask (size, size) uint8: 0, or 1 + the digit.
+    Shape: image (3, size, size) uint8; mask (size, size) uint8: 0, or 1 + the digit.
     """
 
     def draw(low: int, high: int) -> int:

@@ -4,8 +4,6 @@ A pixel of a mask is its class, 255 where there is none. Both are resized and ce
 square, masks by nearest neighbour.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,9 +1,7 @@
 """How often a model is right on the images that test, by what it is told of their contexts."""
 
-from __future__ import annotations
-
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,16 +67,26 @@ def by_label(
     """
     if not takes_context(model):
         return {"plain": accuracy(model, loader, indices)}
-    return {"known": accuracy(model, loader, indices, label), **unknown(model, loader, indices)}
-
-
-def unknown(model: nn.Module, loader: Loader, indices: Tensor) -> dict[str, float]:
-    """Measure the accuracy of a model that is told no context, by each policy."""
-    found = {}
+    found = {"known": accuracy(model, loader, indices, label)}
     for policy in POLICIES:
         normswap.set_unknown(model, policy)
         found[policy] = accuracy(model, loader, indices)
     return found
+
+
+def by_domain(
+    model: nn.Module,
+    loader: Loader,
+    names: Sequence[str],
+    label: Label | None = None,
+    amp: bool = False,
+) -> dict[str, float]:
+    """Measure the accuracy on the test images of each of these domains."""
+    number = loader.data.domain_names.index
+    return {
+        name: accuracy(model, loader, loader.test_indices(number(name)), label, amp)
+        for name in names
+    }
 
 
 def evaluate(arm: Arm, loader: Loader, config: Namespace) -> dict[str, dict[str, float]]:
@@ -88,14 +96,8 @@ def evaluate(arm: Arm, loader: Loader, config: Namespace) -> dict[str, dict[str,
     the domain as label. The held-out domain is under `unknown` only.
     """
     parallel.agree_on_buffers(arm.model)
-    kinds: dict[str, Label | None] = {"unknown": None}
+    data = loader.data
+    found = {"unknown": by_domain(arm.model, loader, data.domain_names, None, config.amp)}
     if arm.takes_context:
-        kinds["known"] = own
-    return {
-        kind: {
-            name: accuracy(arm.model, loader, loader.test_indices(domain), label, config.amp)
-            for domain, name in enumerate(loader.data.domain_names)
-            if label is None or name != loader.data.held_out
-        }
-        for kind, label in kinds.items()
-    }
+        found["known"] = by_domain(arm.model, loader, data.contexts, own, config.amp)
+    return found

@@ -1,7 +1,5 @@
 """Scores of a segmentation, and a picture of it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

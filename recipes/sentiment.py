@@ -8,9 +8,10 @@ nothing of the other kind is seen before the end. The kinds differ in their bala
 that the mean of the two classes' accuracies stands beside the accuracy.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods, text
+from . import grid, images, methods
+from .errors import RecipeError
 from .options import Parser, check_rates
 
 FILES = {
@@ -39,7 +41,16 @@ ACCURACIES = {
     "balanced": "products, mean of classes",
 }
 BATCH = 50
+PAD, UNKNOWN = 0, 1
 SMOKE_SENTENCES = 200
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Labelled sentences. Shape: words (N, L) int64, padded with `PAD`; labels (N,) int64."""
+
+    words: Tensor
+    labels: Tensor
 
 
 class SentenceCNN(nn.Module):
@@ -49,7 +60,7 @@ class SentenceCNN(nn.Module):
         self, words: int, width: int = 128, maps: int = 100, classes: int = 2, dropout: float = 0.5
     ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(words, width, padding_idx=text.PAD)
+        self.embedding = nn.Embedding(words, width, padding_idx=PAD)
         self.convs = nn.ModuleList(
             nn.Sequential(nn.Conv1d(width, maps, span, padding=span - 1), nn.BatchNorm1d(maps))
             for span in (3, 4, 5)
@@ -66,14 +77,14 @@ class SentenceCNN(nn.Module):
 
 def run(options: Namespace) -> None:
     check_rates(options)
-    files = {part: text.read(options.data / name) for part, name in FILES.items()}
+    files = {part: read(options.data / name) for part, name in FILES.items()}
     if options.smoke:
         options.epochs = 1
         files = {
             part: lines[:: max(len(lines) // SMOKE_SENTENCES, 1)] for part, lines in files.items()
         }
-    words = text.vocabulary(files["train"])
-    data = {part: text.encode(lines, words) for part, lines in files.items()}
+    words = vocabulary(files["train"])
+    data = {part: encode(lines, words) for part, lines in files.items()}
     device = images.pick_device(options.device)
     folder = grid.open_run(options, "sentiment")
 
@@ -98,7 +109,7 @@ def build(method: str, words: int, seed: int) -> nn.Module:
 
 def train_one(
     cell: grid.Cell,
-    data: dict[str, text.Sentences],
+    data: dict[str, Sentences],
     words: int,
     options: Namespace,
     device: torch.device,
@@ -114,7 +125,7 @@ def train_one(
         torch.manual_seed(cell["seed"] * 1000 + epoch)
         model.train()
         total = 0.0
-        for inputs, labels in text.batches(data["train"], BATCH, generator):
+        for inputs, labels in batches(data["train"], BATCH, generator):
             loss = F.cross_entropy(model(inputs.to(device)), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -131,11 +142,62 @@ def train_one(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: text.Sentences, device: torch.device) -> Tensor:
+def predict(model: nn.Module, data: Sentences, device: torch.device) -> Tensor:
     """Give the likelier class of every sentence, (N,)."""
     model.eval()
-    found = [model(words.to(device)).argmax(1).cpu() for words, _ in text.batches(data, 256)]
+    found = [model(words.to(device)).argmax(1).cpu() for words, _ in batches(data, 256)]
     return torch.cat(found)
+
+
+def read(path: Path) -> list[tuple[int, list[str]]]:
+    """Read a file with one ``label text`` a line, label 0 or 1; says how many have no words."""
+    if not path.is_file():
+        raise RecipeError(f"expected a file of `label text` lines at {path}, found none")
+    found, empty = [], 0
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+        label, _, text = line.strip().partition(" ")
+        if label not in ("0", "1", ""):
+            raise RecipeError(
+                f"expected `0 text` or `1 text` in line {number} of {path}, got {line[:40]!r}"
+            )
+        if text.split():
+            found.append((int(label), text.split()))
+        elif label:
+            empty += 1
+    if empty:
+        print(f"{path.name}: left out {empty} line(s) that have a label and no words")
+    if not found:
+        raise RecipeError(f"expected sentences in {path}, found none")
+    return found
+
+
+def vocabulary(sentences: Sequence[tuple[int, list[str]]], least: int = 2) -> dict[str, int]:
+    """Number the words that occur `least` times or more; 0 pads, 1 is every other word."""
+    counts = Counter(word for _, text in sentences for word in text)
+    return {word: i + 2 for i, word in enumerate(w for w, n in counts.items() if n >= least)}
+
+
+def encode(
+    sentences: Sequence[tuple[int, list[str]]], words: dict[str, int], longest: int = 56
+) -> Sentences:
+    """Turn sentences into numbers, cut or padded to `longest` words."""
+    rows = torch.full((len(sentences), longest), PAD)
+    for row, (_, text) in zip(rows, sentences, strict=True):
+        numbers = [words.get(word, UNKNOWN) for word in text[:longest]]
+        row[: len(numbers)] = torch.tensor(numbers)
+    return Sentences(rows, torch.tensor([label for label, _ in sentences]))
+
+
+def batches(
+    data: Sentences, size: int, generator: torch.Generator | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give batches of (words, labels): shuffled with a generator, whole and in order without."""
+    count = len(data.labels)
+    order = torch.arange(count)
+    if generator is not None:
+        order = torch.randperm(count, generator=generator)[: max(count // size, 1) * size]
+    for chosen in order.split(size):
+        yield data.words[chosen], data.labels[chosen]
 
 
 def add_options(parser: Parser) -> None:

@@ -1,14 +1,9 @@
-"""The tables and the picture a fine-tuning ends with."""
-
-from __future__ import annotations
+"""The tables that a fine-tuning ends with."""
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
-
-from normswap import plot
 
 from .data import DomainData
 from .training import Arm
@@ -91,17 +86,3 @@ def epoch_line(record: dict[str, Any], arms: list[Arm], data: DomainData) -> str
         parts.append(f"{heading} {mean_accuracy(record, arm, kind, data):.1f} %")
     losses = ", ".join(f"{arm.name} {record['arms'][arm.name]['loss']:.3f}" for arm in arms)
     return f"epoch {record['epoch']}: loss {losses}; accuracy {'; '.join(parts)}"
-
-
-def draw_curves(
-    path: Path, history: list[dict[str, Any]], arms: list[Arm], data: DomainData, title: str
-) -> None:
-    """Draw the training loss and the mean test accuracy over the trained domains."""
-    losses = {arm.name: [record["arms"][arm.name]["loss"] for record in history] for arm in arms}
-    means = {
-        heading: [mean_accuracy(record, arm, kind, data) for record in history]
-        for arm, kind, heading in columns(arms)
-    }
-    panels = {"training loss": losses, "test accuracy, mean of trained domains, %": means}
-    epochs = [record["epoch"] for record in history]
-    plot.curves(panels, epochs, log=["training loss"], title=title, path=path)

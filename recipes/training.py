@@ -5,8 +5,6 @@ a comparison is of the models alone: same start, same images, same augmentation,
 same schedule; and their step times are taken alternately, under the same load of the machine.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import statistics
@@ -90,7 +88,7 @@ def train_step(
     """
     device = batch.images.device
     torch.manual_seed(config.seed * 1_000_003 + update)
-    _wait_for(device)
+    wait_for(device)
     start = time.perf_counter()
     arm.schedule.step_update(update)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
@@ -101,7 +99,7 @@ def train_step(
     loss = loss * (share * parallel.size())
     loss.backward()
     arm.optimizer.step()
-    _wait_for(device)
+    wait_for(device)
     seconds = time.perf_counter() - start
     gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in arm.model.parameters()]
     norms = torch.stack(torch._foreach_norm(gradients, torch.inf))
@@ -117,9 +115,7 @@ def train_epoch(
     from the seed and the step. A run resumed after any epoch therefore repeats what an
     uninterrupted one does, with no random state to store.
     """
-    losses: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}
-    norms: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}
-    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    steps: dict[str, list[tuple[Tensor, float, Tensor]]] = {arm.name: [] for arm in arms}
     for arm in arms:
         arm.model.train()
     batches = tqdm(
@@ -135,37 +131,33 @@ def train_epoch(
         for arm in arms if index % 2 == 0 else reversed(arms):
             update = epoch * loader.batches_per_epoch + index
             share = len(batch.images) / loader.step_size
-            loss, duration, norm = train_step(arm, batch, config, update, share)
-            losses[arm.name].append(loss)
-            norms[arm.name].append(norm)
-            seconds[arm.name].append(duration)
+            steps[arm.name].append(train_step(arm, batch, config, update, share))
     report = {}
+    first = [duration for _, duration, _ in steps[arms[0].name]]
     for arm in arms:
-        loss = parallel.total(torch.stack(losses[arm.name])).mean().item()
+        losses, seconds, norms = zip(*steps[arm.name], strict=True)
+        loss = parallel.total(torch.stack(losses)).mean().item()
         if not math.isfinite(loss):
             raise RecipeError(
                 f"the loss of {arm.name} is {loss} in epoch {epoch + 1}, "
-                f"{_describe_gradients(arm.model, torch.stack(norms[arm.name]))}; try a smaller "
+                f"{_describe_gradients(arm.model, torch.stack(norms))}; try a smaller "
                 f"--lr than {config.lr:g}" + (", or leave out --amp" if config.amp else "")
             )
-        pairs = zip(seconds[arm.name], seconds[arms[0].name], strict=True)
         report[arm.name] = {
             "loss": loss,
             "lr": arm.optimizer.param_groups[0]["lr"],
-            "step_ms": 1000 * statistics.median(seconds[arm.name]),
-            "step_ratio": torch.tensor([ours / first for ours, first in pairs])
+            "step_ms": 1000 * statistics.median(seconds),
+            "step_ratio": (torch.tensor(seconds) / torch.tensor(first))
             .quantile(torch.tensor([0.5, 0.1, 0.9]))
             .tolist(),
         }
     return report
 
 
-def check_finite(loss: float, what: str, epoch: int, lr: float) -> None:
-    """Refuse to go on with a loss that is not finite."""
+def check_finite(loss: float, where: str, lr: float) -> None:
+    """Refuse to go on with a loss that is not finite; `where` says of what and when it is."""
     if not math.isfinite(loss):
-        raise RecipeError(
-            f"the loss of {what} is {loss} in epoch {epoch + 1}; try a smaller --lr than {lr:g}"
-        )
+        raise RecipeError(f"the loss {where} is {loss}; try a smaller --lr than {lr:g}")
 
 
 def fill_statistics(model: nn.Module, loader: Loader, seed: int, batches: int = 8) -> None:
@@ -194,7 +186,7 @@ def _describe_gradients(model: nn.Module, norms: Tensor) -> str:
     return f"after step {step + 1}, where the gradient of {names[0]}{more} was not finite"
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     """Wait for a GPU's queued work, so that a step's time is that of its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,29 +1,40 @@
-"""What recipes with unlabelled images share: options, models, the training, the run.
+"""What recipes with unlabelled images share: options, views, pseudo-labels, the training, the run.
+
+A model's predictions on weakly changed images teach it strongly changed ones:
+
+    p = softmax(f(weak(u)));  loss = mean_i [max p_i >= threshold] * H(target_i, f(strong(u_i)))
+
+Weak is a window of the image (shift, crop, flip: the data set's own augmentation); strong is timm's
+RandAugment, another such window, and a rectangle erased.
 
 Every method of a seed gets the same initial weights, images, views, steps and schedule. The model
 tested is the moving average of the weights after the last step; nothing is chosen by its accuracy.
 """
 
-from __future__ import annotations
-
+import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import normswap
 
 from . import grid, images, methods
+from .augment import colour, each, seeded
 from .data import DomainData, Loader
 from .errors import RecipeError
-from .options import TUNED, ByData, Parser, count, resolve
-from .pseudo import Pseudo, Views
-from .training import make_optimizer, takes_context
+from .options import TUNED, ByData, Parser, resolve
+from .training import check_finite, make_optimizer, takes_context
 from .weights import EFFICIENTNET_LITE0_TIMM, NARROW, SCRATCH
 
+RAND_AUGMENT = "rand-m10-n2"
 NOTES = 10  # epochs.jsonl's lines a training
 COUNTED = {"kept": "pseudo-labels kept, %", "right": "of them right, %"}
 # Loss of a step, and figures for the record that are means over its samples.
@@ -44,7 +55,6 @@ def add_options(parser: Parser, plain: str, steps: int, batch: int) -> None:
         image_size=ByData(24, 64), model=ByData(NARROW, EFFICIENTNET_LITE0_TIMM),
         steps=steps, batch_size=batch, lr=TUNED, weight_decay=0.05,
     )  # fmt: skip
-    parser.add_argument("--limit", type=count, help="images of each class of each domain")
     parser.add_argument("--ema", type=float, default=0.98, help="decay of the averaged weights")
 
 
@@ -53,6 +63,26 @@ def settle(options: Namespace) -> None:
     if not 0 <= options.ema < 1:
         raise RecipeError(f"expected --ema in [0, 1), got {options.ema:g}")
     resolve(options, packaged=True, seeds=1, steps=4, batch_size=10, limit=8)
+
+
+class Views:
+    """Weak and strong versions of a data set's images, ready for a model."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self._augment = rand_augment_transform(RAND_AUGMENT, {"img_mean": colour(loader.mean)})
+        self._erase = RandomErasing(probability=1.0, max_area=0.25, device=str(loader.device))
+
+    def weak(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Give a random window of each of these images."""
+        return self.loader.batch(indices, generator).images
+
+    def strong(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Give strongly changed versions of these images; the generator alone decides them."""
+        with seeded(generator):
+            changed = each(self.loader.data.images[indices], self._augment)
+            # After normalisation, so that what is erased is the mean colour.
+            return self._erase(self.loader.normalised(changed, generator))
 
 
 def run(
@@ -108,12 +138,6 @@ def forward(model: nn.Module, parts: Sequence[Tensor], contexts: Sequence[int]) 
     return list(model(together, **told).split(sizes))
 
 
-def counted(pseudo: Pseudo, truth: Tensor) -> dict[str, Tensor]:
-    """Give the share of samples a pseudo-loss took, and of right labels among them, in %."""
-    right = (pseudo.labels == truth)[pseudo.kept]
-    return {"kept": 100 * pseudo.kept.float().mean(), "right": 100 * right.float().mean()}
-
-
 def fit(
     model: nn.Module, step: Step, options: Namespace, seed: int, log: grid.Log
 ) -> tuple[nn.Module, dict[str, float]]:
@@ -132,14 +156,69 @@ def fit(
         optimizer.step()
         ema.update(model, step=index)
         noted.append({"loss": loss.item(), **{k: v.item() for k, v in figures.items()}})
-        if not torch.isfinite(loss):
-            raise RecipeError(
-                f"the loss is {loss.item()} in step {index + 1}; try a smaller --lr than "
-                f"{options.lr:g}"
-            )
+        check_finite(noted[-1]["loss"], f"in step {index + 1}", options.lr)
         if (index + 1) % every == 0:
             log({"step": index + 1, **mean_of(noted[-every:])})
     return ema.module, mean_of(noted[-every:])
+
+
+def draw(indices: Tensor, size: int, steps: int, generator: torch.Generator) -> Tensor:
+    """Draw the batches of a whole training: passes over `indices`, shuffled anew each time."""
+    passes = math.ceil(steps * size / len(indices))
+    order = [indices[torch.randperm(len(indices), generator=generator)] for _ in range(passes)]
+    return torch.cat(order)[: steps * size].view(steps, size)
+
+
+@dataclass(frozen=True)
+class Pseudo:
+    """The loss on strong views, and for the record which samples it took and what for.
+
+    Shape: loss (); kept (N,) bool; labels (N,) int64.
+    """
+
+    loss: Tensor
+    kept: Tensor
+    labels: Tensor
+
+
+def pseudo_loss(
+    targets: Tensor, strong: Tensor, threshold: float | Tensor, one_hot: bool
+) -> Pseudo:
+    """Teach logits of strong views the confident ones among probabilities from weak views.
+
+    With `one_hot` they learn the likeliest class, else the probabilities.
+    """
+    targets = targets.detach()
+    confidence, labels = targets.max(1)
+    kept = confidence >= threshold
+    each = F.cross_entropy(strong, labels if one_hot else targets, reduction="none")
+    return Pseudo((each * kept).mean(), kept, labels)
+
+
+def counted(pseudo: Pseudo, truth: Tensor) -> dict[str, Tensor]:
+    """Give the share of samples a pseudo-loss took, and of right labels among them, in %."""
+    right = (pseudo.labels == truth)[pseudo.kept]
+    return {"kept": 100 * pseudo.kept.float().mean(), "right": 100 * right.float().mean()}
+
+
+class Alignment:
+    """Distribution alignment: target predictions reweighed to the source's share of classes.
+
+    ``normalise(p * E[p_source] / E[p_target])``, expectations as running averages over batches (a
+    batch of some thirty images is too few to know the share of each of ten classes).
+    """
+
+    def __init__(self, classes: int, momentum: float = 0.1) -> None:
+        self.momentum = momentum
+        self.source = torch.full((classes,), 1 / classes)
+        self.target = torch.full((classes,), 1 / classes)
+
+    def __call__(self, source: Tensor, target: Tensor) -> Tensor:
+        """Note the mean of both (N, classes) probabilities; give those of the target, aligned."""
+        self.source = self.source.to(source).lerp(source.detach().mean(0), self.momentum)
+        self.target = self.target.to(target).lerp(target.detach().mean(0), self.momentum)
+        weighed = target * (self.source / self.target.clamp(min=1e-6))
+        return weighed / weighed.sum(1, keepdim=True)
 
 
 def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:

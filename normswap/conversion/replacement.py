@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,11 @@ class Replacement:
     def on(self, device: torch.device) -> "Replacement":
         """Return the same with layers on another device."""
         return replace(self, sites=[replace(site, device=device) for site in self.sites])
+
+    def advice(self, model: nn.Module, options: Any) -> str | None:
+        """Return what the method warns of, before the model changes."""
+        norms = [model.get_submodule(site.fqn) for site in self.sites]
+        return self.method.advise(norms, options)
 
     def apply(self, surgery: Surgery, record: Record) -> nn.Module:
         """Swap every chosen norm and thread the context to it.

@@ -14,9 +14,11 @@ Selector: TypeAlias = (
     str | re.Pattern[str] | type | Callable[[str, nn.Module], bool] | Iterable[Any] | None
 )
 
-
+# As a selector, the one norm that a forward of the model meets first.
+FIRST = "first"
 _FORMS = (
-    "a glob, a compiled regular expression, a module type, fn(name, module) or a sequence of these"
+    'a glob, "first", a compiled regular expression, a module type, fn(name, module) or a sequence '
+    "of these"
 )
 
 

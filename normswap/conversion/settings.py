@@ -35,7 +35,7 @@ def read_settings(
     exclude: Selector,
     placement: str | None,
     preset: str | None,
-    unknown: str,
+    unknown: str | None,
     priors: Any,
     options: Mapping[str, Any],
 ) -> Settings:
@@ -59,7 +59,10 @@ def read_settings(
 
 
 def make_contexts(
-    method: BaseMethod, contexts: int | Sequence[str] | Assigner | None, priors: Any, unknown: str
+    method: BaseMethod,
+    contexts: int | Sequence[str] | Assigner | None,
+    priors: Any,
+    unknown: str | None,
 ) -> Contexts:
     """Check what the caller says of the contexts.
 
@@ -69,8 +72,8 @@ def make_contexts(
         UnknownNameError: `unknown` is neither a policy nor a context.
     """
     if not method.needs_context:
-        policy = None if isinstance(unknown, str) and unknown == "pooled" else unknown
-        for name, value in {"contexts": contexts, "priors": priors, "unknown": policy}.items():
+        given = {"contexts": contexts, "priors": priors, "unknown": unknown}
+        for name, value in given.items():
             if value is not None:
                 raise ConversionError(
                     f"method {method.name!r} takes no contexts, got {name}={describe(value)}; "
@@ -80,7 +83,8 @@ def make_contexts(
         priors = contexts.priors if priors is None else priors
         contexts = contexts.names
     names = _names(1 if contexts is None else contexts)
-    return Contexts(names, check_priors(priors, len(names)), policy_of(unknown, names))
+    policy = method.unknown if unknown is None else unknown
+    return Contexts(names, check_priors(priors, len(names)), policy_of(policy, names))
 
 
 def _names(contexts: Any) -> tuple[str, ...]:

@@ -1,18 +1,21 @@
 """What a conversion does to a model: decided before anything changes, then done."""
 
+import glob
 from typing import Any, TypeAlias
 
 from torch import nn
 
+from normswap.conversion.containers import find_first
 from normswap.conversion.insertion import InputNorm, Insertion
 from normswap.conversion.places import find_places, place_at_input
 from normswap.conversion.replacement import Bare, Replacement, find_replacement
-from normswap.conversion.select import Selector
+from normswap.conversion.select import FIRST, Selector, matches
 from normswap.errors import ConversionError
 from normswap.graph.class_questions import check_questions
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record
 from normswap.methods.base import BaseMethod, InsertedMethod, Method
+from normswap.sites import find_norms, norm_channels, read_site
 
 Target: TypeAlias = Replacement | Insertion | InputNorm | Bare
 
@@ -30,6 +33,13 @@ def find_target(
     Raises:
         ConversionError: a placement that the method does not have, or nothing to change.
     """
+    if select == FIRST:
+        name, how = _first(model, method, exclude)
+        target = find_target(model, method, options, placement, glob.escape(name), exclude)
+        for row in target.rows:
+            if row.fqn == name:
+                row.reason = how
+        return target
     if isinstance(method, InsertedMethod):
         rows, places = find_places(model, method, placement, options, select, exclude)
         return Insertion(method, rows, places)
@@ -43,6 +53,29 @@ def find_target(
             f"'input' for one before the model, got {placement!r}"
         )
     return find_replacement(model, method, select, exclude)
+
+
+def _first(model: nn.Module, method: BaseMethod, exclude: Selector) -> tuple[str, str]:
+    """Return the name of the first norm that a method can change, and how it is known."""
+    if any(name == FIRST for name, _ in model.named_modules()):
+        raise ConversionError(
+            f"a module is called {FIRST!r}, which also means the first norm that a forward meets; "
+            f"expected select=re.compile('^{FIRST}$') for the module, or the name of the norm"
+        )
+    norms = {}
+    for fqn, module, aliases in find_norms(model):
+        site = read_site(fqn, module, aliases)
+        fits = norm_channels(module) is not None
+        if isinstance(method, Method):
+            fits = not isinstance(site, str) and method.refuse(site) is None
+        if fits and (exclude is None or not matches(exclude, (fqn, *aliases), module)):
+            norms[fqn] = module
+    if not norms:
+        raise ConversionError(
+            f"found no norm in {type(model).__name__} that method {method.name!r} can change; "
+            "normswap.plan without select= says why of each"
+        )
+    return find_first(model, norms)
 
 
 def carry_out(target: Target, surgery: Surgery, record: Record) -> nn.Module:

@@ -45,7 +45,7 @@ def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
         return None
     if x.numel() == 0 or not all(t.is_contiguous() and t.device == x.device for t in given[1:]):
         return None
-    if os.environ.get("NORMSWAP_TRITON") == "0" or not _works(x.device):
+    if os.environ.get("NORMSWAP_TRITON") == "0" or not _works(x.device, x.dtype):
         return None
     if not import_module("normswap.functional.triton.plan").serves(x):
         return None
@@ -53,14 +53,15 @@ def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
 
 
 @cache
-def _works(device: torch.device) -> bool:
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether a kernel could be compiled and started on a device; say why not, once."""
     try:
         sweeps = import_module("normswap.functional.triton.sweeps")
-        sweeps.stats(torch.zeros(1, 1, 1, device=device))
+        one = torch.ones(1, 1, 1, device=device)
+        sweeps.affine(one.to(dtype), one[0], None)
     except Exception as error:  # of the import, of Triton, of its compilers
         warnings.warn(
-            f"Triton's kernels don't work on {device}, so torch's slower operators are used: "
+            f"Triton's kernels don't work on {device} for {dtype}, torch's slower operators serve: "
             f"{type(error).__name__}: {error}; NORMSWAP_TRITON=0 asks for that without a warning",
             stacklevel=2,
         )

@@ -14,6 +14,7 @@ from normswap.functional.moments import (
     context_moments,
     pick_rows,
     segment_sum,
+    shrink_moments,
     wide_dtype,
 )
 from normswap.functional.segments import Counts, Segments, count, segments
@@ -33,6 +34,7 @@ def norm_contexts(
     note: Note,
     reduce: Callable[[Tensor], Tensor] | None = None,
     override: Callable[[Centred, Moments, Tensor, Tensor], Centred] | None = None,
+    shrink: float = 0.0,
 ) -> Tensor:
     """Return ``f_k [gain_k (x - mu_k) / sqrt(var_k + eps) + bias_k]`` with a context's own moments.
 
@@ -51,6 +53,8 @@ def norm_contexts(
         reduce: sums over processes; see `context_moments`.
         override: from the map of each instance, the instances' moments, gain and bias, times
             their factor, to another map, centred anywhere.
+        shrink: samples' worth of the whole batch in the moments of a context; see
+            `shrink_moments`.
     """
     size, total = x.shape[2:].numel(), len(gain)
 
@@ -59,6 +63,8 @@ def norm_contexts(
         index = labels if total == batched else torch.where(labels < 0, batched, labels)
         values, batch = context_moments(instances, index, batched, size, reduce)
         counts = count(values.unsqueeze(1))
+        if shrink:
+            batch = shrink_moments(counts.values, batch, shrink * size)
         pairs = zip(batch, given, strict=True)
         used = Moments(*(torch.where(counts.usable, new, old[:batched]) for new, old in pairs))
         if not replay:
@@ -73,7 +79,7 @@ def norm_contexts(
         return table.at(instances.mean)
 
     hand: Callable[[], ContextGlue] | None = None
-    if reduce is None and override is None:
+    if reduce is None and override is None and not shrink:
 
         def hand() -> ContextGlue:
             found = segments(labels, batched, total, size, gain.dtype)

@@ -125,9 +125,10 @@ def kept(labels: Tensor, key: Hashable, make: Callable[[], T]) -> T:
     memo: _Memo | None = getattr(labels if labels._base is None else labels._base, "memo", None)
     if memo is None or memo.labels_are != _state(labels):
         return make()
-    if key not in memo.made:
-        memo.made[key] = make()
-    found: T = memo.made[key]
+    place = (key, labels.shape, labels.stride(), labels.storage_offset())
+    if place not in memo.made:
+        memo.made[place] = make()
+    found: T = memo.made[place]
     return found
 
 

@@ -90,6 +90,28 @@ def context_moments(
     return counts.squeeze(1).to(dtype), Moments(mu.to(dtype), var.to(dtype))
 
 
+def shrink_moments(values: Tensor, moments: Moments, amount: float) -> Moments:
+    """Draw the moments of each context towards those of all contexts together.
+
+    With the moments m_B, v_B of all, a share ``w_k = n_k / (n_k + a)`` of its own for a context
+    with n_k values: ``m_k' = w_k m_k + (1 - w_k) m_B``, the same for the mean square, and
+    ``v_k' = w_k [v_k + (m_k - m_k')^2] + (1 - w_k) [v_B + (m_B - m_k')^2]``.
+
+    Args:
+        values: n_k, (K, 1).
+        moments: (K, C); those of a context without values do not matter.
+        amount: a, in values; 0 leaves each context its own, infinity gives all the same.
+    """
+    mean, var = moments
+    total = values.sum(0).clamp(min=1)
+    whole = (values * mean).sum(0) / total
+    spread = (values * (var + (mean - whole).square())).sum(0) / total
+    share = values / (values + amount).clamp(min=1)
+    drawn = torch.lerp(whole.expand_as(mean), mean, share.expand_as(mean))
+    own, common = var + (mean - drawn).square(), spread + (whole - drawn).square()
+    return Moments(drawn, torch.lerp(common, own, share.expand_as(own)))
+
+
 def combine_moments(
     counts: Tensor, moments: Moments, reduce: Callable[[Tensor], Tensor], least: float = 1.0
 ) -> tuple[Tensor, Moments]:

@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
-from normswap.functional.backend import is_eager
+from normswap.functional.backend import is_eager, triton_for
 from normswap.functional.moments import compute_dtype, pick_rows, segment_sum
 
 
@@ -60,6 +60,9 @@ def _picked(tables: Sequence[Tensor], index: Tensor | None) -> Sequence[Tensor]:
 
 def _apply(x: Tensor, index: Tensor | None, *tables: Tensor) -> Tensor:
     centre, scale, shift = tables
+    if (triton := triton_for(x)) is not None:
+        y: Tensor = triton.affine(x, scale, shift, centre, index)
+        return y
     offset = torch.addcmul(shift, centre, scale, value=-1)
     scale, offset = _picked((scale, offset), index)
     return kernels.affine(x, scale, offset)

@@ -171,9 +171,12 @@ def takes_context(module: nn.Module, scope: Scope) -> str | None:
 
     A model that was converted by itself has labels of its own.
     """
+    argument = context_argument(module)
+    if argument is None:
+        return None
     own = scope_of(module)
     foreign = own is not None and own.model is not scope.model
-    return None if foreign or not takes_arguments_as_given(module) else context_argument(module)
+    return None if foreign or not takes_arguments_as_given(module) else argument
 
 
 def takes_arguments_as_given(module: nn.Module) -> bool:

@@ -69,7 +69,9 @@ class Surgery:
             for key, value in list(vars(module).items()):
                 if key in _OWN or isinstance(value, (*_PLAIN, Tensor)):
                     continue
-                if isinstance(value, dict | list | tuple | set) and not value:
+                if isinstance(value, dict | set) and not value:
+                    continue
+                if isinstance(value, list | tuple) and all([isinstance(v, _PLAIN) for v in value]):
                     continue
                 if any(id(part) in layers for part in find_pinned(value)):
                     raise ConversionError(_REFERS.format(f"{name}.{key}".lstrip("."), "a function"))

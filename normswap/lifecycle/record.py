@@ -1,7 +1,7 @@
 """What a converted model remembers of its conversion, and which context a caller means."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -26,8 +26,8 @@ class Record:
         rows: what was considered, and what became of it.
         model: class name of the original.
         verification: how far the outputs differed.
-        sums: a checksum of every tensor of the model that is not of a layer of the method, as it
-            was at conversion; tells what was trained since.
+        marks: of every tensor of the model that is not of a layer of the method, as it was at
+            conversion; they tell what was trained since. Empty without values.
     """
 
     method: str
@@ -37,7 +37,7 @@ class Record:
     model: str
     verification: Verification | None = None
     placement: str | None = None
-    sums: dict[str, int] | None = None
+    marks: dict[str, Any] = field(default_factory=dict)
 
 
 def find_root(model: nn.Module) -> tuple[nn.Module, Record]:

@@ -16,7 +16,7 @@ from normswap.methods.base import (
     affine_tensors,
     register_method,
 )
-from normswap.methods.norm_values import PlainNorm
+from normswap.methods.norm_values import PlainNorm, advise_freezing
 from normswap.sites import Site
 
 
@@ -57,6 +57,10 @@ class AdaptiveContextNormalization(Method):
         if tracked is not None and layer.num_batches_tracked is not None:
             layer.num_batches_tracked.copy_(tracked)
         return layer
+
+    def advise(self, norms: list[nn.Module], options: Any) -> str | None:
+        """Say that statistics of batches disturb what was trained with others."""
+        return advise_freezing(norms) if options.statistics == "batch" else None
 
     def statistics(self, layer: nn.Module) -> Moments | None:
         """Return the moments that eval normalises with."""

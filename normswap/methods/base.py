@@ -50,6 +50,7 @@ class BaseMethod(ABC):
         options: frozen dataclass of what users may set, with defaults.
         needs_context: whether its layers' forward takes ``context``; they are then of a subclass
             of `normswap.methods.layer.ContextLayer`.
+        unknown: policy for samples without a label, unless the user names one.
         keeps_function: whether the converted model computes in eval mode what the original did,
             for every context, until it is trained. Without, a conversion says how far they differ
             in place of an error.
@@ -64,6 +65,7 @@ class BaseMethod(ABC):
     title: ClassVar[str]
     options: ClassVar[type] = NoOptions
     needs_context: ClassVar[bool] = True
+    unknown: ClassVar[str] = "pooled"
     keeps_function: ClassVar[bool] = True
     input_dependent: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
@@ -97,6 +99,10 @@ class Method(BaseMethod):
             contexts: of the conversion.
             options: of the method, as the user set them.
         """
+
+    def advise(self, norms: list[nn.Module], options: Any) -> str | None:
+        """Return what to warn of when these norms of a model are replaced, None for nothing."""
+        return None
 
     def statistics(self, layer: nn.Module) -> Moments | None:
         """Return the mean and variance of each context, (K, C), None where there are none."""

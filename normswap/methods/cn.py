@@ -1,6 +1,7 @@
 """CN, context normalization: batch statistics and an affine for each context."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -8,8 +9,31 @@ from torch import nn
 from normswap.functional.moments import Moments
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.cn_layer import ContextNorm
+from normswap.methods.cn_tables import check_affine
 from normswap.methods.instance import ContextInstanceNorm
+from normswap.methods.norm_values import advise_freezing
 from normswap.sites import Site
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """Options of CN.
+
+    Attributes:
+        shrink: how many samples' worth of the whole batch the statistics of a context take in;
+            see `ContextNorm`.
+        affine: "context", one for each, or "shared", one for all contexts.
+
+    Raises:
+        ConversionError: shrink below 0, or no number.
+        UnknownNameError: affine is neither.
+    """
+
+    shrink: float = 0.0
+    affine: str = "context"
+
+    def __post_init__(self) -> None:
+        check_affine(self.shrink, self.affine)
 
 
 @register_method
@@ -18,6 +42,8 @@ class ContextNormalization(Method):
 
     name = "cn"
     title = "batch statistics and an affine for each context"
+    unknown = "posterior"
+    options: ClassVar[type] = ContextOptions
 
     def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
         """Copy the layer's statistics to each context, and its affine times sqrt(lambda)."""
@@ -32,18 +58,21 @@ class ContextNormalization(Method):
             contexts.unknown,
             site.device,
             site.dtype,
+            shrink=options.shrink,
+            affine=options.affine,
         )
-        weight, bias = affine_tensors(source, site)
-        root = contexts.priors.sqrt().unsqueeze(1).to(site.device)
+        layer.set_affine(*affine_tensors(source, site))
         with torch.no_grad():
-            layer.weight.copy_(root * weight)
-            layer.bias.copy_(root * bias)
             layer.running_mean.copy_(source.running_mean)  # type: ignore[arg-type]
             layer.running_var.copy_(source.running_var)  # type: ignore[arg-type]
             tracked = getattr(source, "num_batches_tracked", None)
             if tracked is not None:
                 layer.num_batches_tracked.copy_(tracked)
         return layer
+
+    def advise(self, norms: list[nn.Module], options: Any) -> str | None:
+        """Say that statistics of batches disturb what was trained with others."""
+        return advise_freezing(norms)
 
     def statistics(self, layer: nn.Module) -> Moments | None:
         """Return the running statistics."""

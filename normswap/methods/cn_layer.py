@@ -51,10 +51,15 @@ class ContextNorm(ContextTables):
             part in every training forward and backward. Without it, DistributedDataParallel
             leaves the normalisation to each process, and the running statistics take the samples
             of all.
+        shrink: a, in samples: in training, mu_c and var_c are drawn towards those of the whole
+            batch, ``m_c' = (n_c m_c + a m) / (n_c + a)`` for n_c samples of c, and the mean square
+            alike; running statistics take the drawn values. For few samples a context; infinity
+            leaves contexts nothing but their affine.
+        affine: "context", gamma and beta for each; or "shared", one (C,) for all, without lambda.
 
     Shape:
-        x: (N, C, *); context: (N,). Parameters weight, bias: (K, C); buffers running_mean,
-        running_var: (K, C), num_batches_tracked, priors: (K,).
+        x: (N, C, *); context: (N,). Parameters weight, bias: (K, C), or (C,) shared; buffers
+        running_mean, running_var: (K, C), num_batches_tracked, priors: (K,).
 
     Source: Faye et al., arXiv 2403.16798, CN.
     Differs from source: channels are dimension 1; parameters exist before the first forward;
@@ -69,7 +74,7 @@ class ContextNorm(ContextTables):
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
         tables = (self.weight, self.bias, *self._buffers.values())
-        if not (self.synced and self.training):
+        if not (self.training and (self.synced or self.shrink)):
             triton = self.find_triton(x, unlabelled, *tables)
             if triton is not None:
                 return self._normalize_by_triton(triton, x, labels, unlabelled)
@@ -85,7 +90,7 @@ class ContextNorm(ContextTables):
             running = self._at_first_run(running)
         if batch is not None:
             return self._train_step(x, batch, unlabelled, running)
-        weight, bias = self._scaled(dtype)
+        weight, bias = self.effective_affine(dtype)
         if labels is None:
             return apply_centred(x, self._unknown(x, None, running, weight, bias))
         table = centre_norm(running, weight, bias, self.eps)
@@ -103,9 +108,12 @@ class ContextNorm(ContextTables):
         if self.training and (again or may_run_again()):
             running = self._at_first_run(Moments(*(t.clone() for t in buffers)))
         together = sum_over_ddp() is not None
+        weight, bias = self.weight, self.bias
+        if self.shared_affine:
+            weight, bias = (t * self.priors.sqrt().unsqueeze(1) for t in (weight, bias))
         norm = triton.Norm(
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.priors,
             running,
             buffers if batched and not (again or together) else None,
@@ -144,19 +152,11 @@ class ContextNorm(ContextTables):
         count, size = self.num_contexts, x.shape[2:].numel()
         return segments(labels, count, count, size, compute_dtype(x)).counts.every
 
-    def _factor(self, dtype: torch.dtype) -> Tensor:
-        """Return 1 / sqrt(lambda), (K, 1)."""
-        return self.priors.to(dtype).rsqrt().unsqueeze(1)
-
-    def _scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return gamma and beta over sqrt(lambda)."""
-        factor = self._factor(dtype)
-        return self.weight.to(dtype) * factor, self.bias.to(dtype) * factor
-
     def _train_step(self, x: Tensor, labels: Tensor, unlabelled: bool, running: Moments) -> Tensor:
         """Normalise with each context's moments in this batch, and update the running ones."""
         given, override, dtype = running, None, running.mean.dtype
-        weight, bias, factor = self.weight.to(dtype), self.bias.to(dtype), self._factor(dtype)
+        weight, bias = (t.to(dtype).expand_as(running.mean) for t in (self.weight, self.bias))
+        factor = self.affine_factor(dtype)
         if unlabelled:
             # One more context, whose moments are given.
             row = self._unknown_row(running, weight * factor, bias * factor)
@@ -178,6 +178,7 @@ class ContextNorm(ContextTables):
             self._update,
             reduce,
             override,
+            self.shrink,
         )
 
     def _mix_unlabelled(

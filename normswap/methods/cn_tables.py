@@ -1,5 +1,6 @@
 """What a layer of CN keeps: an affine and running statistics for each context."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,17 +10,32 @@ from normswap.functional.moments import Moments
 from normswap.methods.layer import ContextLayer
 from normswap.methods.layer_tensors import check_settings, counted_nothing, fill_affine, load_shared
 from normswap.methods.norm_values import PlainNorm, added_prior, pick, pick_moments
+from normswap.util.arguments import check_choice, check_number
+
+AFFINE = ("context", "shared")
+
+
+def check_affine(shrink: float, affine: str) -> None:
+    """Check what CN may be set to besides.
+
+    Raises:
+        ConversionError: shrink below 0, or no number.
+        UnknownNameError: affine is none of the choices.
+    """
+    if shrink != math.inf:
+        check_number("shrink", shrink, 0)
+    check_choice("affine=", affine, AFFINE)
 
 
 class ContextTables(ContextLayer):
     """Base of `ContextNorm`: its tensors, and the plain norms they stand for.
 
     Shape:
-        Parameters weight, bias: (K, C); buffers running_mean, running_var: (K, C),
-        num_batches_tracked, priors: (K,).
+        Parameters weight, bias: (K, C), or (C,) with ``affine="shared"``; buffers running_mean,
+        running_var: (K, C), num_batches_tracked, priors: (K,).
     """
 
-    context_parameters = ("weight", "bias")
+    context_parameters: tuple[str, ...] = ("weight", "bias")
     weight: nn.Parameter
     bias: nn.Parameter
     running_mean: Tensor
@@ -34,36 +50,71 @@ class ContextTables(ContextLayer):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         priors: Tensor | None = None,
-        unknown: str | int = "pooled",
+        unknown: str | int = "posterior",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         synced: bool = False,
+        shrink: float = 0.0,
+        affine: str = "context",
     ) -> None:
-        super().__init__(num_features, num_contexts, unknown)
+        super().__init__(num_features, num_contexts, unknown, priors, device, dtype)
         check_settings(eps, momentum, {"synced": synced})
+        check_affine(shrink, affine)
         self.eps = eps
         self.momentum = momentum
         self.frozen = False
         self.synced = synced
         self.process_group: str | None = None
+        self.shrink = float(shrink)
+        self.shared_affine = affine == "shared"
+        if self.shared_affine:
+            self.context_parameters = ()
         shape = (num_contexts, num_features)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(shape, **options))
-        self.bias = nn.Parameter(torch.empty(shape, **options))
+        affine_shape = shape[1:] if self.shared_affine else shape
+        self.weight = nn.Parameter(torch.empty(affine_shape, **options))
+        self.bias = nn.Parameter(torch.empty(affine_shape, **options))
         self._add_running(shape, (num_contexts,), options)
-        self.add_priors(priors, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set zero mean, unit variance, and the affine that makes every context's output equal."""
         self.reset_running_stats()
         with torch.no_grad():
-            self.weight.copy_(self.priors.sqrt().unsqueeze(1).expand_as(self.weight))
+            self.weight.copy_(self._root().expand_as(self.weight))
             self.bias.zero_()
+
+    def _root(self) -> Tensor:
+        """Return what an affine is multiplied with to be this layer's: sqrt(lambda), (K, 1)."""
+        if self.shared_affine:
+            return torch.ones_like(self.priors[:1])
+        return self.priors.sqrt().unsqueeze(1)
+
+    def set_affine(self, weight: Tensor, bias: Tensor) -> None:
+        """Give every context the affine of a batch norm, (C,) each."""
+        with torch.no_grad():
+            self.weight.copy_(self._root() * weight)
+            self.bias.copy_(self._root() * bias)
+
+    def affine_factor(self, dtype: torch.dtype) -> Tensor:
+        """Return what gamma and beta are multiplied by: 1 / sqrt(lambda), or 1 if shared, (K, 1)."""
+        priors = self.priors.to(dtype).unsqueeze(1)
+        return torch.ones_like(priors) if self.shared_affine else priors.rsqrt()
+
+    def effective_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return gamma and beta over sqrt(lambda), or those that all share, (K, C)."""
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        if self.shared_affine:
+            shape = self.running_mean.shape
+            return weight.expand(shape), bias.expand(shape)
+        factor = self.affine_factor(dtype)
+        return weight * factor, bias * factor
 
     def extra_repr(self) -> str:
         """List the settings, non-default ones last."""
-        return super().extra_repr() + (", synced=True" if self.synced else "")
+        text = super().extra_repr() + (", synced=True" if self.synced else "")
+        text += f", shrink={self.shrink:g}" if self.shrink else ""
+        return text + (", affine='shared'" if self.shared_affine else "")
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -74,7 +125,8 @@ class ContextTables(ContextLayer):
         count = counted_nothing(self.num_batches_tracked)
         state_dict.setdefault(prefix + "num_batches_tracked", count)
         root = state_dict[prefix + "priors"].sqrt().unsqueeze(1)
-        targets: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+        rows = names[2:] if self.shared_affine else names
+        targets: dict[str, Tensor] = {name: getattr(self, name) for name in rows}
         fill_affine(state_dict, prefix, self.num_features)
         load_shared(state_dict, prefix, targets, {"weight": root, "bias": root})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -83,11 +135,11 @@ class ContextTables(ContextLayer):
         """Return the batch norm this layer is in eval mode for a context, None for the pooled."""
         count, priors = self.num_batches_tracked, self.mixing(torch.float64)
         running = Moments(self.running_mean, self.running_var)
-        scale = self.priors.double().rsqrt().unsqueeze(1)
+        weight, bias = self.effective_affine(torch.float64)
         return PlainNorm(
             *pick_moments(running, context, priors),
-            pick(self.weight * scale, context, priors),
-            pick(self.bias * scale, context, priors),
+            pick(weight, context, priors),
+            pick(bias, context, priors),
             count.max() if context is None else count[context],
         )
 
@@ -95,9 +147,11 @@ class ContextTables(ContextLayer):
         """Return the rows of one more context; see `Method.added_rows`."""
         mean, var, weight, bias, batches = self.plain(like)
         prior = added_prior(self.priors, share)
-        affine = {"weight": weight * prior.sqrt(), "bias": bias * prior.sqrt(), "priors": prior}
-        statistics = {"running_mean": mean, "running_var": var, "num_batches_tracked": batches}
-        return {name: t for name, t in (affine | statistics).items() if t is not None}
+        rows: dict[str, Tensor | None] = {"running_mean": mean, "running_var": var}
+        rows |= {"num_batches_tracked": batches, "priors": prior}
+        if not self.shared_affine:
+            rows |= {"weight": weight * prior.sqrt(), "bias": bias * prior.sqrt()}
+        return {name: t for name, t in rows.items() if t is not None}
 
     @torch.no_grad()
     def set_moments(self, context: int, moments: Moments) -> None:

@@ -1,221 +1,41 @@
-"""CN-X: a learned mean and spread for each context, no batch statistics."""
+"""CN-X: a learned mean and spread for each context."""
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from normswap.functional.affine import Centred, centre_norm, pool_norm
-from normswap.functional.labels import one_label
-from normswap.functional.moments import (
-    Moments,
-    compute_dtype,
-    context_moments,
-    context_posterior,
-    instance_moments,
-    log_spread,
-)
-from normswap.functional.tables import apply_centred
+from normswap.functional.moments import Moments, log_spread
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
+from normswap.methods.cnx_batch import BatchContextNormX
+from normswap.methods.cnx_layer import ContextNormX
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import RUNNING, ContextLayer
-from normswap.methods.layer_tensors import check_settings, fill_affine, fitting
-from normswap.methods.norm_values import PlainNorm, added_prior, pick_moments
+from normswap.methods.layer import RUNNING
+from normswap.methods.norm_values import is_trained
 from normswap.sites import Site
-from normswap.util.distributed import sum_over, sum_over_ddp
+from normswap.util.arguments import check_choice
+
+_STATISTICS = ("learned", "batch")
 
 
-class ContextNormX(ContextLayer):
-    """Context normalization with learned statistics (CN-X).
+@dataclass(frozen=True)
+class ContextXOptions:
+    """Options of CN-X.
 
-    ``y = gamma * (x - mu_c) / sigma_c + beta`` for a sample of context c; mu and log sigma are
-    learned, and training and eval compute the same.
+    Attributes:
+        statistics: "learned", mu and sigma alone, in training as in eval; or "batch", mu and sigma
+            of what batch norm makes of x, which a network that trains from scratch needs.
 
-    Args:
-        num_features: C.
-        num_contexts: K.
-        eps: added to the variance where mu and sigma start from data.
-        affine: whether to learn gamma and beta.
-        priors: lambda, (K,), positive, sums to one; uniform by default. Weighs the contexts for
-            samples without a label.
-        unknown: policy for samples without a label; see `ContextLayer`.
-        device: of parameters and buffers.
-        dtype: of parameters and buffers.
-
-    Shape:
-        x: (N, C, *); context: (N,). Parameters mu, log_sigma: (K, C), weight, bias: (C,);
-        buffer priors: (K,).
-
-    A fresh layer starts mu and sigma from its first batch in training mode: each context from its
-    own samples, contexts absent there or with one value from the whole batch. A batch with one
-    value per channel, or none, is no start. Within DistributedDataParallel, or with `synced`, the
-    batch is that of all processes, which then start alike.
-
-    Source: Faye et al., arXiv 2403.16798, CN-X.
-    Differs from source: the layer keeps a shared gamma and beta; starts from data or from a batch
-    norm instead of Xavier, which is nearly an identity; sigma is positive by its logarithm.
+    Raises:
+        UnknownNameError: neither.
     """
 
-    context_parameters = ("mu", "log_sigma")
-    kernels = "cnx"
-    track_running_stats = False
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    mu: nn.Parameter
-    log_sigma: nn.Parameter
-    priors: Tensor
+    statistics: str = "learned"
 
-    def __init__(
-        self,
-        num_features: int,
-        num_contexts: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        priors: Tensor | None = None,
-        unknown: str | int = "pooled",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_features, num_contexts, unknown)
-        check_settings(eps, None, {"affine": affine})
-        self.eps = eps
-        self.affine = affine
-        self.fresh = True
-        self.synced = False
-        self.process_group: str | None = None
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        for name in ("weight", "bias"):
-            value = nn.Parameter(torch.empty(num_features, **options)) if affine else None
-            self.register_parameter(name, value)
-        self.mu = nn.Parameter(torch.empty(num_contexts, num_features, **options))
-        self.log_sigma = nn.Parameter(torch.empty(num_contexts, num_features, **options))
-        self.add_priors(priors, device, dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Make the layer an identity that takes its statistics from the next training batch."""
-        self.fresh = True
-        with torch.no_grad():
-            self.mu.zero_()
-            self.log_sigma.zero_()
-            if self.weight is not None and self.bias is not None:
-                self.weight.fill_(1)
-                self.bias.zero_()
-
-    @torch.no_grad()
-    def start_from(
-        self, x: Tensor, labels: Tensor, reduce: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        """Set mu and sigma from a batch; labels (N,) in [-1, K); reduce sums over processes."""
-        instances, size = instance_moments(x.detach()), x.shape[2:].numel()
-        index = torch.where(labels < 0, self.num_contexts, labels)
-        values, moments = context_moments(instances, index, self.num_contexts, size, reduce)
-        count, whole = context_moments(instances, torch.zeros_like(index), 1, size, reduce)
-        if reduce is not None and not count > 1:
-            return
-        usable = (values > 1).unsqueeze(1)
-        self.mu.copy_(torch.where(usable, moments.mean, whole.mean))
-        var = torch.where(usable, moments.var, whole.var)
-        self.log_sigma.copy_(0.5 * (var + self.eps).log())
-        self.fresh = False
-
-    def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
-        """Compute the layer; see the class."""
-        if self.fresh and self.training and labels is not None:
-            reduce = sum_over(self.process_group) if self.synced else sum_over_ddp()
-            if reduce is not None or x.numel() > x.shape[1]:
-                self.start_from(x, labels, reduce)
-        learned = (self.mu, self.log_sigma, self.weight, self.bias)
-        if (triton := self.find_triton(x, unlabelled, *learned, self.priors)) is not None:
-            labels = None if labels is None else one_label(labels)
-            pooled = self.pooled_contexts(unlabelled)
-            y: Tensor = triton.norm_learned(
-                x, labels, triton.Learned(*learned), self.priors, pooled
-            )
-            return y
-        dtype = compute_dtype(x)
-        mu, log_sigma = self.mu.to(dtype), self.log_sigma.to(dtype)
-        if labels is None:
-            return apply_centred(x, self._unknown(x, mu, log_sigma))
-        table = self._table(mu, torch.exp(-log_sigma))
-        if not unlabelled:
-            return apply_centred(x, table, one_label(labels) if self.num_contexts > 1 else None)
-        other = self._unknown(x, mu, log_sigma)
-        return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
-
-    def _table(self, mu: Tensor, inverse_sigma: Tensor) -> Centred:
-        weight, bias = self._affine(mu[0])
-        return Centred(mu, weight * inverse_sigma, bias.expand_as(mu))
-
-    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gamma and beta, (C,), in the dtype of a row."""
-        if self.weight is None or self.bias is None:
-            return torch.ones_like(like), torch.zeros_like(like)
-        return self.weight.to(like.dtype), self.bias.to(like.dtype)
-
-    def _unknown(self, x: Tensor, mu: Tensor, log_sigma: Tensor) -> Centred:
-        """Return the map of samples without a label: one row, or one a sample ("posterior")."""
-        row = self.row_unlabelled(mu, log_sigma)
-        if row is not None:
-            return self._table(row[0], torch.exp(-row[1]))
-        priors = self.mixing(mu.dtype)
-        moments = Moments(mu, torch.exp(2 * log_sigma))
-        if self.unknown == "posterior" and self.num_contexts > 1:
-            weights = context_posterior(instance_moments(x), moments, priors, 0.0)
-            return self._table(mu, torch.exp(-log_sigma)).mix(weights)
-        weight, bias = self._affine(mu[0])
-        pooled, bias = pool_norm(moments, priors, weight, bias, 0.0)
-        return centre_norm(pooled, weight, bias, 0.0)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Accept a BatchNorm's entries too: each context starts from its running statistics."""
-        if self.weight is not None:
-            fill_affine(state_dict, prefix, self.num_features)
-        mean, var, _ = (state_dict.pop(prefix + name, None) for name in RUNNING)
-        if isinstance(mean, Tensor) and isinstance(var, Tensor):
-            log_sigma = fitting(log_spread(var, self.eps), var, *args[:1])
-            state_dict[prefix + "mu"] = mean.expand(self.mu.shape).clone()
-            state_dict[prefix + "log_sigma"] = log_sigma.expand(self.mu.shape).clone()
-        self.load_priors(state_dict, prefix, state_dict.get(prefix + "mu"))
-        self.fresh = self.fresh and not _is_started(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def plain(self, context: int | None) -> PlainNorm:
-        """Return the batch norm this layer is, for a context; None for the pooled.
-
-        Its running variance is ``sigma^2 - eps``; where that is negative, 0, and its weight takes
-        the factor ``sqrt(eps) / sigma`` that is left.
-        """
-        mean, var = self._learned(context)
-        weight, bias = (t.detach() for t in self._affine(mean))
-        weight = torch.where(var < self.eps, weight * (self.eps / var).sqrt(), weight)
-        return PlainNorm(mean, (var - self.eps).clamp(min=0), weight, bias)
-
-    def _learned(self, context: int | None) -> Moments:
-        """Return mu and sigma^2 of a context, or of the mixture, (C,) float64."""
-        moments = Moments(self.mu, (2 * self.log_sigma.double()).exp())
-        return pick_moments(moments, context, self.mixing(torch.float64))
-
-    def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
-        """Return the rows of one more context; see `Method.added_rows`."""
-        mean, var = self._learned(like)
-        prior = added_prior(self.priors, share)
-        return {"mu": mean, "log_sigma": 0.5 * var.log(), "priors": prior}
-
-    @torch.no_grad()
-    def set_moments(self, context: int, moments: Moments) -> None:
-        """Set mu and ``log sigma = log(var + eps) / 2`` of a context from statistics, (C,) each."""
-        self.mu[context] = moments.mean
-        self.log_sigma[context] = log_spread(moments.var, self.eps)
-
-
-def _is_started(state: dict[str, Any], prefix: str) -> bool:
-    """Return whether saved statistics are other than those of a layer that met no batch."""
-    values = [state.get(prefix + name) for name in ("mu", "log_sigma")]
-    return any(isinstance(v, Tensor) and (v.is_meta or bool(v.any())) for v in values)
+    def __post_init__(self) -> None:
+        check_choice("statistics=", self.statistics, _STATISTICS)
 
 
 @register_method
@@ -223,34 +43,52 @@ class ContextNormalizationX(Method):
     """CN-X as a replacement of batch norm; on an instance norm, an affine for each context."""
 
     name = "cn-x"
-    title = "learned mean and spread for each context, no batch statistics"
+    title = "learned mean and spread for each context"
+
+    options: ClassVar[type] = ContextXOptions
 
     def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
-        """Start every context from the layer's running statistics; keep its affine."""
+        """Start every context as the layer is in eval mode; keep its affine."""
         if site.kind == "instance":
             return ContextInstanceNorm.from_site(site, source, contexts)
-        layer = ContextNormX(
-            site.num_features,
-            contexts.count,
-            site.eps,
-            site.affine,
-            contexts.priors,
-            contexts.unknown,
-            site.device,
-            site.dtype,
-        )
+        given: dict[str, Any] = {
+            "eps": site.eps,
+            "affine": site.affine,
+            "priors": contexts.priors,
+            "unknown": contexts.unknown,
+            "device": site.device,
+            "dtype": site.dtype,
+        }
+        batch = options.statistics == "batch"
+        kind = partial(BatchContextNormX, momentum=site.momentum) if batch else ContextNormX
+        layer: ContextNormX = kind(site.num_features, contexts.count, **given)
         with torch.no_grad():
             if layer.weight is not None and layer.bias is not None:
                 weight, bias = affine_tensors(source, site)
                 layer.weight.copy_(weight)
                 layer.bias.copy_(bias)
-            layer.mu.copy_(source.running_mean)  # type: ignore[arg-type]
-            layer.log_sigma.copy_(log_spread(source.running_var, site.eps))  # type: ignore[arg-type]
+            if isinstance(layer, BatchContextNormX):
+                for name, buffer in source.named_buffers(recurse=False):
+                    if name in RUNNING:
+                        layer.get_buffer(name).copy_(buffer)
+            else:
+                layer.mu.copy_(source.running_mean)  # type: ignore[arg-type]
+                spread = log_spread(source.running_var, site.eps)  # type: ignore[arg-type]
+                layer.log_sigma.copy_(spread)
         layer.fresh = False
         return layer
 
-    def statistics(self, layer: nn.Module) -> Moments | None:
-        """Return the learned statistics."""
-        if not isinstance(layer, ContextNormX):
+    def advise(self, norms: list[nn.Module], options: Any) -> str | None:
+        """Warn of a network that would train without normalisation."""
+        untrained = sum(not is_trained(norm) for norm in norms)
+        if options.statistics == "batch" or untrained < 2:
             return None
-        return Moments(layer.mu.detach(), (2 * layer.log_sigma.detach()).exp())
+        return (
+            f"{untrained} norms that were never trained become CN-X, which has no batch "
+            "statistics: a network with nothing else trains from scratch as one without "
+            "normalisation. Use statistics='batch', or select='first' for one of them"
+        )
+
+    def statistics(self, layer: nn.Module) -> Moments | None:
+        """Return the mean and variance that each context is normalised with."""
+        return layer.moments() if isinstance(layer, ContextNormX) else None

@@ -62,7 +62,7 @@ class ContextInstanceNorm(ContextLayer):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, num_contexts, unknown)
+        super().__init__(num_features, num_contexts, unknown, priors, device, dtype)
         check_settings(eps, momentum, {"track_running_stats": track_running_stats})
         self.eps = eps
         self.momentum = momentum
@@ -71,7 +71,6 @@ class ContextInstanceNorm(ContextLayer):
         self.weight = nn.Parameter(torch.empty(num_contexts, num_features, **options))
         self.bias = nn.Parameter(torch.empty(num_contexts, num_features, **options))
         self._add_running((num_features,), (), options)
-        self.add_priors(priors, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

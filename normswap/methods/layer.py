@@ -1,7 +1,7 @@
 """What every context-aware layer shares: its labels, its policy for unknown ones, its tail."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -39,7 +39,7 @@ class NormLayer(AsBefore, Resettable):
             `normswap.freeze` sets it.
     """
 
-    context_parameters: ClassVar[tuple[str, ...]] = ()
+    context_parameters: tuple[str, ...] = ()
     stats_frozen = False
     affine = True
     track_running_stats = True
@@ -112,12 +112,23 @@ class ContextLayer(WithPriors, NormLayer):
         num_contexts: K.
         unknown: what a sample without a label is normalised with: "error", "pooled", "posterior",
             or the index of a context.
+        priors: lambda, (K,), positive, sums to one; uniform by default. A buffer.
+        device: of the priors.
+        dtype: of the layer's tensors.
     """
 
     context_argument = "context"
     kernels = ""
 
-    def __init__(self, num_features: int, num_contexts: int, unknown: str | int = "pooled") -> None:
+    def __init__(
+        self,
+        num_features: int,
+        num_contexts: int,
+        unknown: str | int = "pooled",
+        priors: Tensor | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(num_features)
         check_count("num_contexts", num_contexts, 1, MOST_CONTEXTS, error=ContextError)
         index = isinstance(unknown, int) and not isinstance(unknown, bool)
@@ -131,6 +142,7 @@ class ContextLayer(WithPriors, NormLayer):
         self.unknown = unknown
         self.names = tuple(str(k) for k in range(num_contexts))
         self.scope: Scope | None = None
+        self.add_priors(priors, device, dtype)
 
     def forward(self, input: Tensor, context: Labels | None = None) -> Tensor:
         """Normalise the input with the statistics of each sample's context.

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normswap.functional.moments import Moments, pool_moments
 
@@ -22,6 +22,24 @@ class PlainNorm(NamedTuple):
     weight: Tensor
     bias: Tensor
     batches: Tensor | None = None
+
+
+def is_trained(norm: nn.Module) -> bool:
+    """Return whether a norm's running statistics have moved; False where it has no values."""
+    mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    if mean is None or var is None or mean.is_meta:
+        return False
+    return bool((mean != 0).any()) or bool((var != 1).any())
+
+
+def advise_freezing(norms: list[nn.Module]) -> str | None:
+    """Return what to say of batch statistics where norms were trained before."""
+    if not any(map(is_trained, norms)):
+        return None
+    return (
+        "these norms were trained before: fine-tuning of pretrained weights went best with frozen "
+        'statistics. Try normswap.freeze(model, "all", stats="frozen") first, or method "cn-x"'
+    )
 
 
 def pick(table: Tensor, context: int | None, priors: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
 """What tells one model from another: names, shapes and dtypes, and a checksum of each tensor."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normswap.lifecycle.original import rebuild
-from normswap.lifecycle.record import inserted_layers, method_layers, replaced_layers
+from normswap.lifecycle.record import method_layers, replaced_layers
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COLUMNS = 1021  # a prime, so that no axis of a weight repeats with it
 _SHOWN = 6
+ODD = 0x9E3779B97F4A7C1
 
 
 def named_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -21,7 +23,7 @@ def named_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         for buffer in part._non_persistent_buffers_set
     }
     named = (*module.named_parameters(), *module.named_buffers())
-    return {f"{prefix}{name}": t.detach() for name, t in named if name not in temporary}
+    return {f"{prefix}{name}": t for name, t in named if name not in temporary}
 
 
 def layer_tensors(root: nn.Module) -> dict[str, Tensor]:
@@ -34,31 +36,29 @@ def layer_tensors(root: nn.Module) -> dict[str, Tensor]:
 
 def other_tensors(root: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a converted model that are not of its method's layers."""
-    own = set(map(id, _all(method_layers(root).values())))
-    return {name: t for name, t in named_tensors(root).items() if id(_find(root, name)) not in own}
+    return _without(named_tensors(root), method_layers(root).values())
 
 
-def _all(layers: Any) -> list[Tensor]:
-    return [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
+def _without(tensors: dict[str, Tensor], layers: Iterable[nn.Module]) -> dict[str, Tensor]:
+    own = {id(t) for layer in layers for t in (*layer.parameters(), *layer.buffers())}
+    return {name: t for name, t in tensors.items() if id(t) not in own}
 
 
-def _find(root: nn.Module, name: str) -> Any:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(root.get_submodule(owner), leaf)
+@torch.no_grad()
+def checksums(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Return a checksum of the bits of each tensor, the same on every device.
 
-
-def checksums(tensors: dict[str, Tensor]) -> dict[str, int] | None:
-    """Return a checksum of the bits of each tensor, the same on every device; None without values.
-
-    One pass and one wait for the device. Training, another seed or another file change it; it is
+    One pass. Training, another seed or another file change it; it is
     no protection against intent.
     """
-    if any(t.is_meta for t in tensors.values()):
-        return None
-    sums = [_checksum(t) for t in tensors.values()]
+    return read_sums(tensors, [_checksum(t) for t in tensors.values()])
+
+
+def read_sums(names: Iterable[str], sums: list[Tensor]) -> dict[str, int]:
+    """Return numbers of several devices by name, with one wait for each device."""
     devices = {s.device for s in sums}
     by_device = {d: iter(torch.stack([s for s in sums if s.device == d]).tolist()) for d in devices}
-    return {name: next(by_device[s.device]) for name, s in zip(tensors, sums, strict=True)}
+    return {name: next(by_device[s.device]) for name, s in zip(names, sums, strict=True)}
 
 
 def _checksum(tensor: Tensor) -> Tensor:
@@ -66,17 +66,23 @@ def _checksum(tensor: Tensor) -> Tensor:
 
     What is left of a row of 1021, or of 8 bytes, fills the first columns.
     """
-    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).contiguous().flatten()
+    flat = as_integers(tensor).contiguous().flatten()
     each = 8 // flat.element_size()
     if flat.storage_offset() % each:
         flat = flat.clone()
     whole = len(flat) - len(flat) % (each * _COLUMNS)
     columns = flat[:whole].view(torch.int64).view(-1, _COLUMNS).sum(0)
-    rest = flat[whole:].view(_INTEGERS[flat.element_size()]).to(torch.int64)
+    rest = flat[whole:].to(torch.int64)
     for part in torch.split(rest, _COLUMNS):
         columns[: len(part)] += part
-    weights = torch.arange(1, _COLUMNS + 1, device=tensor.device) * 0x9E3779B97F4A7C1
+    weights = torch.arange(1, _COLUMNS + 1, device=tensor.device) * ODD
     return (columns * weights).sum()
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """Return the bits of each number of a tensor as an integer of its size."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.view(_INTEGERS[real.element_size()])
 
 
 def describe(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -87,18 +93,15 @@ def describe(tensors: dict[str, Tensor]) -> dict[str, Any]:
 def describe_original(root: nn.Module) -> dict[str, Any]:
     """Return the architecture that a converted model was made from."""
     norms = {name: rebuild(layer) for name, layer in replaced_layers(root).items()}
-    own = set(map(id, _all([*replaced_layers(root).values(), *inserted_layers(root).values()])))
-    others = {n: t for n, t in named_tensors(root).items() if id(_find(root, n)) not in own}
-    return _describe(getattr(type(root), "converted_from", type(root)), norms, others)
+    cls = getattr(type(root), "converted_from", type(root))
+    return _describe(cls, norms, other_tensors(root))
 
 
 def describe_base(base: nn.Module, norms: list[str]) -> dict[str, Any]:
     """Return the same of a model that is not converted, whose norms of these names will be."""
     modules = dict(base.named_modules())
     found = {name: modules[name] for name in norms if name in modules}
-    own = set(map(id, _all(found.values())))
-    others = {n: t for n, t in named_tensors(base).items() if id(_find(base, n)) not in own}
-    return _describe(type(base), found, others)
+    return _describe(type(base), found, _without(named_tensors(base), found.values()))
 
 
 def _describe(cls: type, norms: dict[str, nn.Module], others: dict[str, Tensor]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from normswap.util.extras import need
 from normswap.util.read_file import read_file
 
 DESCRIPTION = "normswap.json"
-FORMAT = 1
+FORMAT = 2  # 1 has no samples
 _TENSORS = re.compile(r"tensors-[0-9a-f]{16}\.safetensors")
 _LEFTOVER = re.compile(rf"\.?({_TENSORS.pattern}|{re.escape(DESCRIPTION)})(\.[0-9a-f]{{16}}\.tmp)?")
 _AN_HOUR = 3600.0
@@ -52,7 +52,9 @@ def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tenso
     """
     need("numpy", "save", "saving a conversion")  # safetensors takes the bytes through it
     library: Any = need("safetensors.torch", "save", "saving and loading a conversion")
-    data: bytes = library.save({k: t.cpu().contiguous().clone() for k, t in tensors.items()})
+    data: bytes = library.save(
+        {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
+    )
     name = f"tensors-{secrets.token_hex(8)}.safetensors"
     file = {"name": name, "bytes": len(data), "sha256": _digest(data)}
     try:
@@ -145,6 +147,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         )
     if content["digest"] != digest:
         raise CheckpointError(f"{path} was changed after it was written; save again")
+    if version == 1:
+        content["samples"] = {}
     wrong = find_wrong(content)
     if wrong is not None:
         raise CheckpointError(f"{path} is not a description that normswap.save wrote: {wrong}")

@@ -44,6 +44,10 @@ def _is_tensors(value: Any) -> bool:
     )
 
 
+def _is_sums(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(s) is int for s in value.values())
+
+
 def _is_base(value: Any) -> bool:
     return (
         isinstance(value, dict)
@@ -84,10 +88,8 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "unknown": ("a policy or an index", lambda v: type(v) is int or _is_text(v)),
     "sites": ("distinct names", _is_texts),
     "base": ("a class, norms and tensors", _is_base),
-    "values": (
-        "checksums by name",
-        lambda v: isinstance(v, dict) and all(type(s) is int for s in v.values()),
-    ),
+    "values": ("checksums by name", _is_sums),
+    "samples": ("checksums by name", _is_sums),
     "layers": ("dtypes and shapes by name", _is_tensors),
     "others": ("distinct names", _is_texts),
     "file": ("a name, bytes and sha256", _is_file),

@@ -28,9 +28,10 @@ Labels: TypeAlias = Tensor | int | str | None
 
 @dataclass(frozen=True)
 class Case:
-    """A method, and what checks do with it."""
+    """A method with some of its options, by name, and what checks do with it."""
 
     method: BaseMethod
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def labelled(self) -> bool:
@@ -41,6 +42,11 @@ class Case:
     def labels(self) -> list[Labels]:
         """What may be given as context in eval mode."""
         return [0, 1, 2, LABELS, MIXED, None] if self.labelled else [None]
+
+    @property
+    def pooled(self) -> dict[str, str]:
+        """Settings with which a sample without a label gets what "pooled" contexts compute."""
+        return {"unknown": "pooled"} if self.labelled else {}
 
     @property
     def traces(self) -> tuple[bool, ...]:
@@ -55,7 +61,7 @@ class Case:
     def fits(self, base: nn.Module) -> bool:
         """Return whether the method can change something of a model."""
         try:
-            return bool(plan(base, self.method.name).rows)
+            return bool(plan(base, self.method.name, **dict(self.options)).rows)
         except ConversionError:
             return False
 
@@ -68,11 +74,11 @@ class Case:
     def convert(self, base: nn.Module, **settings: Any) -> nn.Module:
         """Convert with three contexts of unequal priors, where the method takes contexts."""
         given = {"contexts": NAMES, "priors": PRIORS} if self.labelled else {}
-        return convert(base, self.method.name, **{**given, **settings})
+        return convert(base, self.method.name, **{**given, **dict(self.options), **settings})
 
     def trained(self, name: str = "ConvNet", **settings: Any) -> nn.Module:
         """Return a float64 model in eval mode, every tensor of the method's layers moved."""
-        return copy.deepcopy(_trained(self.method, name, tuple(settings.items())))
+        return copy.deepcopy(_trained(self, name, tuple(settings.items())))
 
     def run(self, model: Callable[..., Any], x: Tensor, label: Labels = None) -> Tensor:
         """Call a model with a label, where there is one to give."""
@@ -90,9 +96,9 @@ class Case:
 
 
 @functools.lru_cache(maxsize=32)
-def _trained(method: BaseMethod, name: str, settings: tuple[tuple[str, Any], ...]) -> nn.Module:
+def _trained(case: Case, name: str, settings: tuple[tuple[str, Any], ...]) -> nn.Module:
     base = make_model(name, torch.float64)
-    return move(Case(method).convert(base, **dict(settings)))
+    return move(case.convert(base, **dict(settings)))
 
 
 def move(model: nn.Module, seed: int = 0) -> nn.Module:

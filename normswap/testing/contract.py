@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from normswap.errors import ContractError, ConversionError
-from normswap.methods.base import _REGISTRY, BaseMethod, get_method, register_method
+from normswap.methods.base import _REGISTRY, BaseMethod, get_method, parse_options, register_method
 from normswap.testing import function, lifecycle, tools, train_steps
 from normswap.testing.case import CHECKS, Case
 from normswap.util.arguments import describe
@@ -22,10 +22,12 @@ class Check:
 
     Attributes:
         method: which.
+        options: of the method, by name.
         function: does it; its docstring says what is required.
     """
 
     method: BaseMethod
+    options: tuple[tuple[str, Any], ...]
     function: Callable[[Case], None]
 
     @property
@@ -35,7 +37,8 @@ class Check:
 
     def __str__(self) -> str:
         """Return a name for a parameter of pytest, ``ids=str``."""
-        return f"{self.method.name}-{self.name}"
+        given = "".join(f"-{value}" for _, value in self.options)
+        return f"{self.method.name}{given}-{self.name}"
 
     def __call__(self) -> None:
         """Check it.
@@ -47,7 +50,7 @@ class Check:
         with _registered(self.method), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:
-                self.function(Case(self.method))
+                self.function(Case(self.method, self.options))
             except Exception as error:
                 kind = "" if isinstance(error, ContractError) else f"{type(error).__name__}: "
                 required = " ".join(str(self.function.__doc__).split())
@@ -72,7 +75,7 @@ def _registered(method: BaseMethod) -> Iterator[None]:
 
 
 def method_checks(
-    method: str | type[BaseMethod], *, processes: bool = False
+    method: str | type[BaseMethod], *, processes: bool = False, **options: Any
 ) -> list[Callable[[], None]]:
     """Return the checks that apply to a method, to be called one by one.
 
@@ -81,6 +84,7 @@ def method_checks(
     Args:
         method: its name, or its class, which need not be registered.
         processes: whether to check synchronised training too, which starts two processes.
+        **options: of the method; its own defaults for the others.
 
     Raises:
         UnknownNameError: no method of that name.
@@ -93,16 +97,19 @@ def method_checks(
         chosen = known if type(known) is method else method()
     else:
         raise ConversionError(f"expected a method by name or class, got {describe(method)}")
+    parse_options(chosen, options)
     with _registered(chosen):
         chosen_checks: list[Any] = [
-            Check(chosen, run)
+            Check(chosen, tuple(options.items()), run)
             for run, applies in CHECKS.items()
             if applies(chosen) and (processes or run is not tools.check_synchronised)
         ]
     return chosen_checks
 
 
-def check_method(method: str | type[BaseMethod], *, processes: bool = False) -> None:
+def check_method(
+    method: str | type[BaseMethod], *, processes: bool = False, **options: Any
+) -> None:
     """Check that a method does what the package relies on; scikit-learn's ``check_estimator``.
 
     The flags of the method say what is asked of it: see `normswap.methods.base.BaseMethod`. Its
@@ -111,10 +118,11 @@ def check_method(method: str | type[BaseMethod], *, processes: bool = False) -> 
     Args:
         method: its name, or its class, which need not be registered.
         processes: whether to check synchronised training too, which starts two processes.
+        **options: of the method; its own defaults for the others.
 
     Raises:
         ContractError: the first requirement that is not met, with numbers.
         UnknownNameError, ConversionError: as `method_checks`.
     """
-    for check in method_checks(method, processes=processes):
+    for check in method_checks(method, processes=processes, **options):
         check()

@@ -179,7 +179,7 @@ def check_one_context_is_the_base_layer(case: Case) -> None:
     """With one context no label is needed, and the model is the original, in training too."""
     base = make_model(dtype=torch.float64)
     x = make_inputs(base)
-    model = convert(base, case.method.name)
+    model = convert(base, case.method.name, **dict(case.options))
     for label in (None, 0, NAMES.index("a")):
         require_close(case.in_eval(model, x, label), base(x), f"context {label}")
     require(bool(model.train()(x).isfinite().all()), "in training: outputs are not finite")

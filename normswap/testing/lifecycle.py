@@ -63,7 +63,7 @@ def check_specialises_to_plain_norms(case: Case) -> None:
     """A trained model has a plain one of the original's classes for each context."""
     for base, x in case.bases():
         name = type(base).__name__
-        model = case.trained(name)
+        model = case.trained(name, **case.pooled)
         for context in [*NAMES, "pooled"] if case.labelled else [None]:
             plain = specialize(model, context)
             kinds = [type(m) for m in base.modules()], [type(m) for m in plain.modules()]
@@ -121,7 +121,7 @@ def check_saves_and_loads(case: Case) -> None:
 @check(labelled)
 def check_adds_contexts(case: Case) -> None:
     """An added context computes what it is like; the others what they did, to the bit."""
-    model = case.trained()
+    model = case.trained(**case.pooled)
     x = make_inputs(model)
     given: list[Labels] = [0, 1, 2, LABELS]
     before = [case.in_eval(model, x, label) for label in given]

@@ -197,7 +197,7 @@ def check_plan_needs_no_values(case: Case) -> None:
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     given: dict[str, Any] = {"contexts": 3} if case.labelled else {}
     if case.fits(model):
-        rows = plan(model, case.method.name, **given).rows
+        rows = plan(model, case.method.name, **given, **dict(case.options)).rows
         require(any(row.action in ("replaced", "inserted") for row in rows), "nothing planned")
 
 

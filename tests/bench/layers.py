@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import normswap
-from recipes.timing import Timing, interleave
+from recipes.bench import Timing, interleave
 
 SHAPES = ((32, 64, 56, 56), (32, 256, 14, 14), (64, 512, 7, 7))
 LAYOUTS = {"ct": torch.contiguous_format, "cl": torch.channels_last}

@@ -232,6 +232,23 @@ def test_the_output_of_modules_has_to_be_selected():
         normswap.plan(timm.create_model("resnet10t"), "mixstyle", placement="output")
 
 
+def test_modules_without_a_forward_have_no_output():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)])
+
+        def forward(self, x):
+            return self.parts[1](self.parts[0](x))
+
+    with pytest.raises(ConversionError, match="parts: it has no forward after which a layer could"):
+        normswap.convert(Listed(), "mixstyle", placement="output", select="parts")
+    report = normswap.plan(Listed(), "mixstyle", placement="output", select=["parts", "parts.0"])
+    assert [(row.fqn, row.action) for row in report.rows] == [
+        *(("parts", "refused"), ("parts.0", "inserted"))
+    ]
+
+
 @pytest.mark.parametrize("placement", ["input", "output"])
 def test_a_layer_where_no_tensor_passes_is_an_error_that_says_so(placement):
     class Unpacked(nn.Module):

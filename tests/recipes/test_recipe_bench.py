@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from recipes import bench
-from recipes.timing import interleave, peak_bytes
+from recipes.bench import interleave, peak_bytes
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from recipes import domains
 from recipes.__main__ import main
 from recipes.data import Loader
 from recipes.digits import load_digits
-from recipes.domain_rows import JOINT, tabulated
+from recipes.domains import JOINT, tabulated
 from recipes.errors import RecipeError
 from recipes.nearest import NearestDomain
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from recipes import gan, gan_data, generate
+from recipes import gan, generate
 from recipes.__main__ import main
 from recipes.errors import RecipeError
 
@@ -132,12 +132,12 @@ def test_a_generator_learns_to_draw_the_class_asked_for():
 
 
 def test_training_images_and_held_out_ones_are_apart():
-    data = gan_data.load(None, False, torch.device("cpu"))
+    data = generate.load(None, False, torch.device("cpu"))
     assert len(data.images) + len(data.held_out) == 1797
     assert len(data.asked) == 1000
     assert data.images.shape[1:] == (1, 32, 32)
     assert data.images.aminmax() == (-1, 1)
-    everything, _, _ = gan_data.load_digits()
+    everything, _, _ = generate.load_digits()
     everything = {image.numpy().tobytes() for image in everything}
     kept = {image.numpy().tobytes() for image in data.images}
     assert len(everything - kept) == len(data.held_out)
@@ -171,21 +171,21 @@ def test_a_folder_is_classes_of_images(pictures, tmp_path):
 
 def test_a_folder_of_another_layout_is_an_error(pictures, tmp_path):
     with pytest.raises(RecipeError, match=r"of a folder DOMAIN/CLASS/image, give one domain"):
-        gan_data.load_folder(pictures.parent)
+        generate.read_folder(pictures.parent)
     with pytest.raises(RecipeError, match="none at"):
-        gan_data.load_folder(tmp_path / "nothing")
+        generate.read_folder(tmp_path / "nothing")
     for path in (pictures / "red").iterdir():
         path.unlink()
     Image.new("RGB", (40, 30)).save(pictures / "red" / "only.png")
     with pytest.raises(RecipeError, match=r"got one in .*red"):
-        gan_data.load_folder(pictures)
+        generate.read_folder(pictures)
 
 
 def test_too_few_images_are_an_error(pictures):
     for path in pictures.glob("*/[2-4]*.png"):
         path.unlink()
     with pytest.raises(RecipeError, match="expected 64 images or more to train on"):
-        gan_data.load(pictures, False, torch.device("cpu"))
+        generate.load(pictures, False, torch.device("cpu"))
 
 
 def test_a_rate_that_is_none_is_an_error(tmp_path, capsys):

@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 
 from recipes import grid, runs
 from recipes.errors import RecipeError
+from recipes.grid import draw_points
 from recipes.options import Parser
-from recipes.points import draw_points
 
 
 def options(tmp_path, *given: str) -> Namespace:

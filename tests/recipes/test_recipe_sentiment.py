@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from recipes import sentiment, text
+from recipes import sentiment
 from recipes.__main__ import main
 from recipes.errors import RecipeError
 
@@ -58,18 +58,18 @@ def test_a_training_is_the_same_again(sentences, tmp_path):
 
 def test_words_are_numbered_from_two_and_rare_ones_are_unknown():
     lines = [(1, ["a", "b", "a"]), (0, ["b", "c"])]
-    words = text.vocabulary(lines, least=2)
-    rows = text.encode(lines, words, longest=2).words
+    words = sentiment.vocabulary(lines, least=2)
+    rows = sentiment.encode(lines, words, longest=2).words
 
     assert words == {"a": 2, "b": 3}
-    assert rows.tolist() == [[2, 3], [3, text.UNKNOWN]]
+    assert rows.tolist() == [[2, 3], [3, sentiment.UNKNOWN]]
 
 
 def test_a_line_of_another_form_is_an_error(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text("1 good\nbad one\n")
     with pytest.raises(RecipeError, match=r"line 2 of .*got 'bad one'"):
-        text.read(path)
+        sentiment.read(path)
 
 
 def test_a_missing_file_is_an_error(tmp_path, capsys):

@@ -11,7 +11,7 @@ from recipes.__main__ import main
 from recipes.data import Loader
 from recipes.digits import load_digits
 from recipes.errors import RecipeError
-from recipes.supergroups import DIGITS, with_clusters, with_superclasses
+from recipes.superclasses import DIGITS, with_clusters, with_superclasses
 
 
 @pytest.fixture(scope="module")

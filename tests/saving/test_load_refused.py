@@ -137,7 +137,7 @@ def test_changed_at_any_byte_nothing_is_loaded(tmp_path):
         (lambda d: (d / DESCRIPTION).write_text("{nonsense"), "cannot read"),
         (lambda d: (d / DESCRIPTION).write_text("[" * 100_000), "cannot read"),
         (lambda d: (d / DESCRIPTION).write_bytes(b"\xff\xfe\x00"), "cannot read"),
-        (lambda d: rewrite(d, format=FORMAT + 1), "knows formats up to 1: upgrade normswap"),
+        (lambda d: rewrite(d, format=FORMAT + 1), "knows formats up to 2: upgrade normswap"),
         (lambda d: rewrite(d, format=True), "is not a description"),
         (lambda d: rewrite(d, file={**describe(d)["file"], "name": "../x"}), "of another kind"),
         (lambda d: rewrite(d, file=None), "expected 'file' as a name, bytes and sha256"),

@@ -125,6 +125,13 @@ EVERY = [
     check
     for method in (*normswap.methods(), Shift, Groups)
     for check in method_checks(method, processes=True)
+] + [
+    check
+    for method, options in (
+        ("cn", {"shrink": 4.0, "affine": "shared"}),
+        ("cn-x", {"statistics": "batch"}),
+    )
+    for check in method_checks(method, processes=True, **options)
 ]
 
 

@@ -66,7 +66,7 @@ def serves(x: Tensor) -> bool:
 def _plan(shape: torch.Size, contiguous: bool) -> Plan:
     instances, channels, positions = shape[0], shape[1], shape[2:].numel()
     if contiguous:
-        rows = min(1024, _power(positions))
+        rows = min(_TILE // 2, _power(positions))
         columns = min(_TILE // rows, _power(channels))
         strides = (channels * positions, 1, positions)
     else:

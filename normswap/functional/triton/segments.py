@@ -29,9 +29,9 @@ def find_segments(labels: Tensor, contexts: int) -> Segments:
     """
 
     def sort() -> Segments:
-        rows = torch.where(labels < 0, contexts, labels)
-        found, order = rows.sort(stable=True)
+        # -1 becomes K.
+        found, order = labels.remainder(contexts + 1).sort(stable=True)
         starts = torch.arange(contexts + 2, device=labels.device)
         return Segments(labels, order, torch.searchsorted(found, starts))
 
-    return kept(labels, ("segments", labels.shape, labels.stride(), contexts), sort)
+    return kept(labels, (find_segments, contexts), sort)

@@ -1,6 +1,5 @@
 """What is known of the modules below a container before it is traced."""
 
-import itertools
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,14 +25,11 @@ class Names:
             self.paths[id(module)] = name
             self.types.append((name, type(module)))
             prefix = f"{name}." if name else ""
-            table = vars(module)
             # Scripted modules keep theirs elsewhere.
-            own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-            for key, value in itertools.chain(*own):
-                self.tensors.setdefault(id(value), prefix + key)
-            for key, value in table.items():
-                if isinstance(value, Tensor):
-                    self.tensors.setdefault(id(value), prefix + key)
+            for table in (module._parameters, module._buffers, vars(module)):
+                for key, value in table.items():
+                    if isinstance(value, Tensor):
+                        self.tensors.setdefault(id(value), prefix + key)
         self.listed = list(self.tensors.values())
 
 

@@ -66,13 +66,16 @@ def _patch_modules(patches: Patches, session: Session) -> None:
 
     def getattribute(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
+        tracer = session.tracer
+        if tracer is None:  # most reads: between traces
+            return value
         frame = sys._getframe(1)
         asker = frame.f_globals.get("__name__")
-        if session.tracer is None or (is_torch(asker) and asker != stand_ins.__name__):
+        if is_torch(asker) and asker != stand_ins.__name__:
             return value
         if name == "__class__" and (asker == stand_ins.__name__ or is_compared(frame)):
             return class_of(module)
-        return session.tracer.read(module, name, value)
+        return tracer.read(module, name, value)
 
     def fallback(module: nn.Module, name: str) -> Any:
         try:

@@ -71,7 +71,8 @@ class TraceSession:
     @property
     def tracer(self) -> ContainerTracer | None:
         """The tracer of the trace under way; None in other threads, which run as usual."""
-        return self._tracer if threading.get_ident() == self._thread else None
+        found = self._tracer
+        return None if found is None or threading.get_ident() != self._thread else found
 
     def __enter__(self) -> "TraceSession":
         _LOCK.acquire()

@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-INT64 = {"index", "order", "offsets", "batches"}
+INT64 = {"index", "labels", "order", "offsets", "batches"}
 INT32 = {"M", "N", "K", "S", "PART", "si", "low", "high"}
 FLOAT32 = {"eps", "momentum"}
 STRIDES = {"C", "stride", "sn", "sm", "sc"}

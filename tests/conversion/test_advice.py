@@ -1,0 +1,45 @@
+"""What `convert` warns of."""
+
+import warnings
+
+import pytest
+from torch import nn
+
+import normswap
+from normswap.errors import AdviceWarning
+from tests.support.builders import trained_norm
+
+
+def net(trained):
+    make = (lambda: trained_norm()) if trained else (lambda: nn.BatchNorm2d(4))
+    return nn.Sequential(make(), nn.Conv2d(4, 4, 1), make())
+
+
+@pytest.mark.parametrize(
+    ("method", "trained", "settings", "words"),
+    [
+        ("cn-x", False, {}, "never trained"),
+        ("cn", True, {}, "frozen"),
+        ("acn", True, {}, "frozen"),
+    ],
+)
+def test_another_conversion_is_advised(method, trained, settings, words):
+    with pytest.warns(AdviceWarning, match=words):
+        normswap.convert(net(trained), method, **settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "trained", "settings"),
+    [
+        ("cn-x", True, {}),
+        ("cn-x", False, {"statistics": "batch"}),
+        ("cn-x", False, {"select": "first"}),
+        ("cn", False, {}),
+        ("acn", True, {"statistics": "learned"}),
+        ("selfnorm", True, {}),
+    ],
+)
+def test_nothing_is_said_where_nothing_is_better(method, trained, settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdviceWarning)
+        normswap.convert(net(trained), method, **settings)

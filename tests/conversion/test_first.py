@@ -1,0 +1,82 @@
+"""`select="first"`: the one norm that a forward meets first."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import normswap
+from normswap.errors import ConversionError
+from tests.support.nets import Net
+
+
+class Backwards(nn.Module):
+    """Its norms are registered in another order than they run in."""
+
+    def __init__(self, way=None):
+        super().__init__()
+        self.last = nn.BatchNorm2d(3)
+        self.stages = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))])
+        self.way = way
+
+    def forward(self, x):
+        if self.way == "untraceable":
+            print(end="")
+        return self.last(self.stages[0](x))
+
+
+def replaced(model, method="cn", **settings):
+    report = normswap.plan(model, method, select="first", **settings)
+    return [(r.fqn, r.reason) for r in report.rows if r.action in ("replaced", "inserted")]
+
+
+def test_order_of_the_forward_counts_not_of_registration():
+    assert replaced(Backwards()) == [("stages.0.1", "the first that a forward meets")]
+
+
+def test_where_no_graph_tells_the_reason_says_so():
+    assert replaced(Backwards("untraceable")) == [
+        ("last", "the first in the model; the forward of Backwards could not be read")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("resnet18", "bn1"), ("densenet121", "features.norm0"), ("efficientnet_b0", "bn1")],
+)
+def test_models(name, first):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert [fqn for fqn, _ in replaced(model)] == [first]
+
+
+def test_an_excluded_norm_is_not_the_first():
+    assert replaced(Backwards(), exclude="stages*")[0][0] == "last"
+
+
+def test_inserted_layers_follow_the_first_norm():
+    assert replaced(Net(), "selfnorm", placement="norm") == [
+        (replaced(Net())[0][0], "the first that a forward meets")
+    ]
+
+
+def test_a_way_that_decides_is_an_error():
+    class Either(Backwards):
+        def forward(self, x):
+            return self.last(x) if x.shape[-1] > 8 else self.stages[0](x)
+
+    with pytest.raises(ConversionError, match="depends on the way"):
+        replaced(Either())
+
+
+def test_a_module_of_that_name_is_an_error():
+    model = nn.Sequential()
+    model.add_module("first", nn.BatchNorm2d(3))
+    with pytest.raises(ConversionError, match=r"re\.compile"):
+        replaced(model)
+
+
+def test_the_preset_for_sensors():
+    report = normswap.plan(Net(), "cn", preset="sensors", contexts=2)
+    assert report.count(action="replaced") == 1
+    assert "posterior" in str(report)
