@@ -108,7 +108,8 @@ class ContextNorm(ContextTables):
         if self.training and (again or may_run_again()):
             running = self._at_first_run(Moments(*(t.clone() for t in buffers)))
         together = sum_over_ddp() is not None
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if self.shared_affine:
             weight, bias = (t * self.priors.sqrt().unsqueeze(1) for t in (weight, bias))
         norm = triton.Norm(

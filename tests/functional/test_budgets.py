@@ -10,9 +10,9 @@ from tests.support.launches import cost_of, fake_cuda, move, remembered
 CN, CNX = normswap.ContextNorm, normswap.ContextNormX
 LAYERS = {
     "cn": (lambda: CN(64, 4), False),
-    "cn, perhaps -1": (lambda: CN(64, 4), None),
+    "cn, perhaps -1": (lambda: CN(64, 4, unknown="pooled"), None),
     "cn-x": (lambda: CNX(64, 4), False),
-    "cn-x, perhaps -1": (lambda: CNX(64, 4), None),
+    "cn-x, perhaps -1": (lambda: CNX(64, 4, unknown="pooled"), None),
     "selfnorm": (lambda: normswap.SelfNorm(64), None),
     "crossnorm": (lambda: normswap.CrossNorm(p=1.0), None),
     "acn, by instance": (lambda: normswap.AdaptiveContextNorm(64, 4, assignment="instance"), None),
