@@ -97,7 +97,7 @@ class ContextTables(ContextLayer):
             self.bias.copy_(self._root() * bias)
 
     def affine_factor(self, dtype: torch.dtype) -> Tensor:
-        """Return the factor of gamma and beta, (K, 1): 1 / sqrt(lambda), 1 where they are shared."""
+        """Return the factor of gamma and beta, (K, 1): 1 / sqrt(lambda), 1 if they are shared."""
         priors = self.priors.to(dtype).unsqueeze(1)
         return torch.ones_like(priors) if self.shared_affine else priors.rsqrt()
 
