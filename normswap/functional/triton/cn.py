@@ -10,6 +10,7 @@ from torch.autograd import Function
 from normswap.functional import context, kernels
 from normswap.functional.affine import centre_norm
 from normswap.functional.moments import Moments
+from normswap.functional.segments import Counts, count
 from normswap.functional.tables import apply_centred, records
 from normswap.functional.triton import cn_kernels, sweeps
 from normswap.functional.triton.plan import Rows, launch, plan
@@ -75,8 +76,7 @@ def norm_contexts(
         labels: (N,) in [-1, K); or (1,), that of all; None where all are -1.
         norm: the layer.
         batched: whether with the moments of the batch, where a context has two values or more.
-        note: called with the moments each context is normalised with and its number of values,
-            (K, 1).
+        note: called with the moments each context is normalised with and its number of values.
     """
     contexts = len(norm.weight)
     if not batched and not records((x, norm.weight, norm.bias)):
@@ -130,7 +130,7 @@ class _ContextNorm(Function):
             x, weight, bias, norm.priors, *segments, centre, scale, inverse, var, values
         )
         if note is not None:
-            note(Moments(centre[:-1], var[:-1]), values[:-1].unsqueeze(1))
+            note(Moments(centre[:-1], var[:-1]), count(values[:-1].unsqueeze(1)))
         if norm.moved is None:
             return sweeps.affine(x, scale, shift, centre, segments.labels)
         p, y = plan(x), torch.empty_like(x)
@@ -200,8 +200,8 @@ def _differentiate(
         )
         index = torch.where(labels < 0, contexts, labels)
         if batched:
-            used, eps = norm.running, norm.eps
-            y = context.norm_contexts(x, index, gain, shift, used, contexts, eps, _ignore)
+            used, eps, one = norm.running, norm.eps, torch.ones_like(gain[:, :1])
+            y = context.norm_contexts(x, index, gain, shift, one, used, contexts, eps, _ignore)
         else:
             y = apply_centred(x, centre_norm(norm.running, gain, shift, norm.eps), index)
     wanted = [t for t, need in zip((x, weight, bias), needed, strict=True) if need]
@@ -209,5 +209,5 @@ def _differentiate(
     return [next(found) if need else None for need in needed]
 
 
-def _ignore(used: Moments, values: Tensor) -> None:
+def _ignore(used: Moments, counts: Counts) -> None:
     """Note nothing: a derivative moves no statistics."""
