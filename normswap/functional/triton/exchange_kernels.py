@@ -55,11 +55,11 @@ def total(sums, n, c, C, S, SB: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S"])
 def exchange(
-    x, y, mean, var, permutation, inverse, centre, deviation, scale, eps,
+    x, y, mean, var, permutation, inverted, centre, deviation, scale, eps,
     C, M, sn, sm, sc, S, PART,
     CHANNELS: tl.constexpr, SB: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write ``y = (x - m) sd_o / sd + m_o``, and for backward m, sd, sd_o / sd and the inverse."""
+    """Write ``y = (x - m) sd_o / sd + m_o``, and for backward m, sd, sd_o / sd and the inverse permutation."""
     n, part, c, lo, hi, at, within = place(C, M, sn, sm, sc, S, PART, BM, BC)
     m, sd = style(mean, var, n, c, C, M, S, PART, eps, SB)
     n_o, c_o = other(permutation, n, c, C, CHANNELS)
@@ -71,9 +71,9 @@ def exchange(
         tl.store(deviation + row, sd, c < C)
         tl.store(scale + row, ratio, c < C)
         if CHANNELS:
-            tl.store(inverse + c_o, c.to(tl.int64), (c < C) & (n == 0))
+            tl.store(inverted + c_o, c.to(tl.int64), (c < C) & (n == 0))
         else:
-            tl.store(inverse + n_o, n.to(tl.int64))
+            tl.store(inverted + n_o, n.to(tl.int64))
     x += at
     y += at
     for i in range(lo, hi, BM):
@@ -87,7 +87,7 @@ def exchange(
 
 @triton.jit(do_not_specialize=["S"])
 def differentiate(
-    dy, x, dx, first, second, inverse, centre, deviation, scale,
+    dy, x, dx, first, second, inverted, centre, deviation, scale,
     C, M, sn, sm, sc, S, PART,
     CHANNELS: tl.constexpr, SB: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,7 @@ def differentiate(
     there, row = c < C, cell(n, c, C)
     m, sd = tl.load(centre + row, there, 0.0), tl.load(deviation + row, there, 1.0)
     a = tl.load(scale + row, there, 0.0)
-    n_o, c_o = other(inverse, n, c, C, CHANNELS)
+    n_o, c_o = other(inverted, n, c, C, CHANNELS)
     given = total(second, n_o, c_o, C, S, SB) / tl.load(deviation + cell(n_o, c_o, C), there, 1.0)
     b = (given - total(second, n, c, C, S, SB) / sd * a) / sd / (M - 1)
     t = (total(first, n_o, c_o, C, S, SB) - a * total(first, n, c, C, S, SB)) / M

@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-INT64 = {"index", "labels", "order", "offsets", "batches", "permutation", "inverse"}
+INT64 = {"index", "labels", "order", "offsets", "batches", "permutation", "inverted"}
 INT32 = {"M", "N", "K", "S", "PART", "T", "TILES", "P", "si", "low", "high"}
 FLOAT32 = {"eps", "momentum", "factor", "least", "most", "height"}
 FLOAT64 = {"moments"}
