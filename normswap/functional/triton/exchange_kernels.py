@@ -59,7 +59,7 @@ def exchange(
     C, M, sn, sm, sc, S, PART,
     CHANNELS: tl.constexpr, SB: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write ``y = (x - m) sd_o / sd + m_o``, and for backward m, sd, sd_o / sd and the inverse permutation."""
+    """Write ``y = (x - m) sd_o / sd + m_o``; for backward m, sd, sd_o / sd, the inverted order."""
     n, part, c, lo, hi, at, within = place(C, M, sn, sm, sc, S, PART, BM, BC)
     m, sd = style(mean, var, n, c, C, M, S, PART, eps, SB)
     n_o, c_o = other(permutation, n, c, C, CHANNELS)
