@@ -22,7 +22,7 @@ def check_affine(shrink: float, affine: str) -> None:
         ConversionError: shrink neither in [0, 1e9] nor infinity.
         UnknownNameError: affine is none of the choices.
     """
-    if shrink != math.inf:
+    if not (isinstance(shrink, float) and shrink == math.inf):
         check_number("shrink", shrink, 0, 1e9)
     check_choice("affine=", affine, AFFINE)
 
