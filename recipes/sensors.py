@@ -60,22 +60,18 @@ def run(options: Namespace) -> None:
     by_data(options, epochs=1, limit=4)
     check_rates(options)
     device = images.pick_device(options.device)
-    load_once = lru_cache(maxsize=1)(partial(load, options))
 
     @lru_cache(maxsize=1)  # the seed is the outer loop
     def data_of(seed: int) -> DomainData:
-        # The split of a folder is its own, that of the tiles the seed's.
-        return seen(load_once(0 if options.data else seed), seed)
+        return seen(load(options, seed), seed)
 
     data_of(0)  # what is wrong with images is said before a run is made
     folder = grid.open_run(options, "sensors")
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         data = data_of(cell["seed"])
-        if "lr" in cell:
-            return train_one(cell, validation(data), of_cell(options, **cell), device, log)
-        rate = {"lr": rates[cell["method"]]}
-        return train_one(cell, data, of_cell(options, **{**cell, **rate}), device, log) | rate
+        config = of_cell(options, **{"lr": rates[cell["method"]], **cell})
+        return train_one(validation(data) if "lr" in cell else data, config, device, log)
 
     rates = dict.fromkeys(options.methods, options.lr)
     if options.tune:
@@ -151,9 +147,8 @@ def sense(pictures: Tensor, sensor: str, generator: torch.Generator) -> Tensor:
 
 def validation(data: DomainData) -> DomainData:
     """Let a fifth of the training images of each class test in place of those that do."""
-    kept = stratified_mask(data.labels[data.train], 0.2, torch.Generator().manual_seed(0))
-    chosen = torch.zeros_like(data.train)
-    chosen[data.train] = kept
+    groups = torch.where(data.train, data.labels, -1)
+    chosen = data.train & stratified_mask(groups, 0.2, torch.Generator().manual_seed(0))
     return replace(data, train=data.train & ~chosen, test=chosen)
 
 
@@ -181,7 +176,7 @@ class Surest(nn.Module):
 
 
 def train_one(
-    cell: grid.Cell, data: DomainData, config: Namespace, device: torch.device, log: grid.Log
+    data: DomainData, config: Namespace, device: torch.device, log: grid.Log
 ) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent, by what it is told, by sensor."""
     torch.manual_seed(config.seed)
@@ -194,12 +189,13 @@ def train_one(
     images.train(config.method, model, loader, config, log)
     measure = partial(scores.by_domain, loader=loader, names=SENSORS)
     if not takes_context(model):
-        return {"accuracy": {"": measure(model)}}
-    accuracy = {KNOWN: measure(model, label=scores.own)}
+        return {"accuracy": {"": measure(model)}, "lr": config.lr}
+    found = {KNOWN: measure(model, label=scores.own)}
     for policy in scores.POLICIES:
         normswap.set_unknown(model, policy)
-        accuracy[f"unknown: {policy}"] = measure(model)
-    return {"accuracy": {**accuracy, "unknown: most confident": measure(Surest(model))}}
+        found[f"unknown: {policy}"] = measure(model)
+    found["unknown: most confident"] = measure(Surest(model))
+    return {"accuracy": found, "lr": config.lr}
 
 
 def known_mean(record: dict[str, Any]) -> float:
@@ -213,13 +209,13 @@ def tabulated(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     plain = {r["cell"]["seed"]: known_mean(r) for r in records if r["cell"]["method"] == "bn"}
     rows = []
     for record in records:
-        method, seed = record["cell"]["method"], record["cell"]["seed"]
+        method, seed = record["cell"].values()
         for told, accuracy in record["accuracy"].items():
             cell = {"method": f"{method}, {told}" if told else method, "seed": seed}
             mean = statistics.mean(accuracy.values())
             gain = mean - plain[seed] if told and seed in plain else None
-            row = {"cell": cell, **accuracy, "mean": mean, "gain": gain, "lr": 1000 * record["lr"]}
-            rows.append(row)
+            figures = {"mean": mean, "gain": gain, "lr": 1000 * record["lr"]}
+            rows.append({"cell": cell, **accuracy, **figures})
     return rows
 
 
