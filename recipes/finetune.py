@@ -165,8 +165,8 @@ def add_options(parser: Parser) -> None:
     add("--held-out", help="domain that does not train, tested with its label unknown")
     add("--method", default="cn-x", choices=normswap.methods(), help="what replaces BatchNorm")
     add(
-        "--unknown", default="pooled", choices=("pooled", "posterior"),
-        help="what an unknown label means to the norms",
+        "--unknown", choices=("pooled", "posterior"),
+        help="what an unknown label means to the norms; by default what the method prefers",
     )  # fmt: skip
     add(
         "--loss", default="ce", choices=LOSSES,

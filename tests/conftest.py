@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 
 # Threads that wait sleep instead of spinning: with other work on the machine, spinning made steps
@@ -6,6 +7,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
+# Processes that tests start are forked from one that has imported, once, what they need.
+multiprocessing.set_forkserver_preload(["pytest", "tests.sweep.one"])
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +24,8 @@ def _threads():
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
+        rehearsed = "NORMSWAP_TEST_DEVICE" in os.environ
         for item in items:
-            if item.get_closest_marker("gpu"):
+            elsewhere = rehearsed and "device" in item.fixturenames
+            if item.get_closest_marker("gpu") and not elsewhere:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,13 +1,14 @@
 """Context labels: from what a caller gives to a checked tensor, and to one label per row of x."""
 
 import operator
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from normswap.errors import ContextError
+from normswap.functional.backend import is_eager
 from normswap.util.arguments import describe, listed, unknown_name
 
 
@@ -26,6 +27,7 @@ class Context(NamedTuple):
     whole: bool = False
 
 
+T = TypeVar("T")
 Labels: TypeAlias = Tensor | str | int | Sequence[str | int | None] | Context
 
 
@@ -39,7 +41,7 @@ def resolve_labels(
             of names, indices or None. None and -1 mean unknown.
         num_contexts: K; labels lie in [-1, K).
         names: the K names, in order.
-        device: where labels that are not a tensor are put.
+        device: where labels are put that are not on a device yet: a tensor on the CPU is, too.
 
     Returns:
         The checked labels. Values in a tensor on a device other than the CPU are checked by an
@@ -51,7 +53,6 @@ def resolve_labels(
     """
     if isinstance(labels, Context):
         return labels
-    target = labels.device if isinstance(labels, Tensor) else device
     if hasattr(labels, "__array__") and not isinstance(labels, Tensor):
         array: Any = labels
         labels = array.tolist() if array.dtype.kind in "OSU" else torch.as_tensor(array)
@@ -61,9 +62,9 @@ def resolve_labels(
         indices = _to_indices(labels, names)
         if indices:
             _require_range(min(indices), max(indices), num_contexts, names)
-        values = torch.tensor(indices, dtype=torch.int64, device=device)
+        values = _place(torch.tensor(indices, dtype=torch.int64, device="cpu"), device)
         whole = isinstance(labels, (str, int))
-        return Context(values, -1 in indices, whole)
+        return Context(_with_memo(values), -1 in indices, whole)
     if labels.is_nested or labels.layout != torch.strided:
         raise ContextError(
             "expected `context` as a dense tensor (N,), got one that is "
@@ -81,7 +82,54 @@ def resolve_labels(
     whole = labels.dim() == 0
     labels = labels.long().reshape(-1)
     unknown = _check_range(labels, num_contexts, names)
-    return Context(labels.to(target), unknown, whole)
+    return Context(_with_memo(_place(labels, device)), unknown, whole)
+
+
+def _place(labels: Tensor, device: torch.device | None) -> Tensor:
+    """Return checked labels on a device; where they come from the host, it does not wait."""
+    if device is None or labels.device.type != "cpu" or labels.device == device:
+        return labels
+    if device.type == "cuda" and is_eager() and type(labels) is Tensor:
+        labels = labels.pin_memory()
+    return labels.to(device, non_blocking=True)
+
+
+class _Memo:
+    """What was made of labels, in the state they had, inside or outside of a CUDA graph."""
+
+    def __init__(self, labels: Tensor) -> None:
+        self.labels_are = _state(labels)
+        self.made: dict[Hashable, Any] = {}
+
+
+def _state(labels: Tensor) -> tuple[int, bool]:
+    captured = labels.is_cuda and torch.cuda.is_current_stream_capturing()
+    return labels._version, captured
+
+
+def _with_memo(labels: Tensor) -> Tensor:
+    """Return labels that remember what is made of them; see `kept`."""
+    if not is_eager() or type(labels) is not Tensor or labels.is_inference():
+        return labels
+    labels = labels.detach()
+    labels.memo = _Memo(labels)  # type: ignore[attr-defined]
+    return labels
+
+
+def kept(labels: Tensor, key: Hashable, make: Callable[[], T]) -> T:
+    """Return what `make` makes of checked labels, or a view of them: once for all layers they meet.
+
+    Not where labels were written to since they were checked, or a CUDA graph is captured since:
+    what it computes has to be in it.
+    """
+    memo: _Memo | None = getattr(labels if labels._base is None else labels._base, "memo", None)
+    if memo is None or memo.labels_are != _state(labels):
+        return make()
+    place = (key, labels.shape, labels.stride(), labels.storage_offset())
+    if place not in memo.made:
+        memo.made[place] = make()
+    found: T = memo.made[place]
+    return found
 
 
 def _index(name: str, names: Sequence[str]) -> int:
@@ -184,14 +232,20 @@ def labels_per_row(
     rows, given = x.shape[0], labels.shape[0]
     if context.whole or how == "any":
         return labels[:1].expand(rows)
-    if index is not None:
-        return labels[index]
-    if rows == given:
+    if index is None and rows == given:
         return labels
-    if given == 0 or rows % given:
+    if index is None and (given == 0 or rows % given):
         raise wrong_length(rows, given, site)
-    times = rows // given
-    return labels.repeat(times) if how == "repeated" else labels.repeat_interleave(times)
+
+    def derive() -> Tensor:
+        if index is not None:
+            return _with_memo(labels[index])
+        times = rows // given
+        repeated = how == "repeated"
+        return _with_memo(labels.repeat(times) if repeated else labels.repeat_interleave(times))
+
+    # The memo holds the index, so that its id stays its own.
+    return kept(labels, (rows, how, id(index)), lambda: (derive(), index))[0]
 
 
 def one_label(labels: Tensor) -> Tensor:

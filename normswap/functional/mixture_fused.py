@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from normswap.functional.backend import is_eager
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_by_formula
-from normswap.functional.moments import Moments
-from normswap.functional.tables import is_eager
+from normswap.functional.moments import Moments, compute_dtype
 
 # Values of all components in hand at once: what stays in a CPU's cache, what fills a GPU.
 _BLOCK = {"cpu": 2**18}
@@ -63,12 +63,13 @@ def _read(x: Tensor, block: slice, origin: Tensor | None = None) -> tuple[Tensor
     The origin (c, 1), returned as (c, 1, 1), is the mean unless given: sums of large numbers lose
     small differences.
     """
-    part = x[:, block].transpose(0, 1)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    values = part.to(wide).reshape(part.shape[0], -1)
+    part, wide = x[:, block].transpose(0, 1), compute_dtype(x)
     if origin is None:
-        origin = values.sum(1, keepdim=True) / max(values.shape[1], 1)
-    return values - origin, origin.unsqueeze(2)
+        origin = torch.sum(part, tuple(range(1, part.dim())), dtype=wide).unsqueeze(1)
+        origin /= max(part.numel() // len(part), 1)
+    values = part.new_empty(part.shape, dtype=wide)
+    torch.sub(part, origin.view(-1, *(1,) * (part.dim() - 1)), out=values)
+    return values.view(len(part), -1), origin.unsqueeze(2)
 
 
 def _write(y: Tensor, block: slice, values: Tensor) -> None:

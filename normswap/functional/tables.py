@@ -5,22 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
+from normswap.functional.backend import is_eager, triton_for
 from normswap.functional.moments import compute_dtype, pick_rows, segment_sum
-
-
-def is_eager() -> bool:
-    """Return whether nothing but autograd's backward looks at what runs: no compiler, no transform.
-
-    A compiler, tracer, functorch transform or forward-mode derivative needs torch's operators.
-    """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return False
-    transformed: bool = torch._C._are_functorch_transforms_active()
-    return not transformed and forward_ad._current_level < 0
 
 
 def uses_kernels(x: Tensor) -> bool:
@@ -70,6 +60,9 @@ def _picked(tables: Sequence[Tensor], index: Tensor | None) -> Sequence[Tensor]:
 
 def _apply(x: Tensor, index: Tensor | None, *tables: Tensor) -> Tensor:
     centre, scale, shift = tables
+    if (triton := triton_for(x)) is not None:
+        y: Tensor = triton.affine(x, scale, shift, centre, index)
+        return y
     offset = torch.addcmul(shift, centre, scale, value=-1)
     scale, offset = _picked((scale, offset), index)
     return kernels.affine(x, scale, offset)

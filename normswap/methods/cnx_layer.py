@@ -69,6 +69,7 @@ class ContextNormX(ContextLayer):
     """
 
     context_parameters = ("mu", "log_sigma")
+    kernels = "cnx"
     track_running_stats = False
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -135,6 +136,12 @@ class ContextNormX(ContextLayer):
             reduce = sum_over(self.process_group) if self.synced else sum_over_ddp()
             if reduce is not None or x.numel() > x.shape[1]:
                 self.start_from(x, labels, reduce)
+        given = (self.mu, self.log_sigma, self.weight, self.bias)
+        if (triton := self.find_triton(x, unlabelled, *given, self.priors)) is not None:
+            labels = None if labels is None else one_label(labels)
+            pooled = self.pooled_contexts(unlabelled)
+            y: Tensor = triton.norm_learned(x, labels, triton.Learned(*given), self.priors, pooled)
+            return y
         learned = self.learned(compute_dtype(x))
         if labels is None:
             return apply_centred(x, self.unknown_map(learned, lambda: instance_moments(x)))

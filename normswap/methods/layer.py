@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from normswap.errors import ContextError, MissingContextError, refuse_scripting
+from normswap.functional.backend import triton_for
 from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
 from normswap.methods.layer_tensors import Resettable, WithPriors, lay_out
 from normswap.methods.layer_tensors import load_shared as load_shared
@@ -117,6 +118,7 @@ class ContextLayer(WithPriors, NormLayer):
     """
 
     context_argument = "context"
+    kernels = ""
 
     def __init__(
         self,
@@ -174,6 +176,26 @@ class ContextLayer(WithPriors, NormLayer):
             # Reached only where the host cannot see the labels; wrong results must be visible.
             return [torch.full_like(t[:1], torch.nan) for t in tables]
         return None
+
+    def pooled_contexts(self, unlabelled: bool) -> tuple[int, int] | None:
+        """Return from which to which context samples without a label are pooled over.
+
+        All, one, or none if that is an error; None where there is none.
+        """
+        if isinstance(self.unknown, int):
+            pooled = (self.unknown, self.unknown + 1)
+        else:
+            pooled = (0, 0 if self.unknown == "error" else self.num_contexts)
+        return pooled if unlabelled else None
+
+    def find_triton(self, x: Tensor, unlabelled: bool, *tables: Tensor | None) -> Any:
+        """Return the module of Triton's kernels for this layer where they serve, else None.
+
+        They don't where each sample without a label has weights of its own.
+        """
+        if unlabelled and self.unknown == "posterior" and self.num_contexts > 1:
+            return None
+        return triton_for(x, self.kernels, *tables)
 
     def _labels(self, x: Tensor, context: Labels | None) -> tuple[Tensor | None, bool]:
         if context is None and self.scope is not None:

@@ -28,7 +28,7 @@ PLANNED = {
     "exclude": (None, f"None, {SELECTED}"),
     "placement": (None, "None"),
     "preset": (None, "None"),
-    "unknown": ("pooled", ""),
+    "unknown": ("pooled", "None"),
     "priors": (None, "None"),
 }
 # Function, arguments that work, and which junk each argument takes.
@@ -70,7 +70,7 @@ FUNCTIONS = {
             "strength": (None, "None, 3, 2.5"),
             "contexts": (None, "None"),
             "priors": (None, "None"),
-            "unknown": ("pooled", ""),
+            "unknown": ("pooled", "None"),
         },
     ),
     "plan": (

@@ -1,0 +1,86 @@
+"""Which kernels serve a tensor: Triton's, or torch's operators. The one place that decides."""
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache, wraps
+from importlib import import_module
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+# Where Triton's kernels run, and what they read; float64 is for torch's operators.
+DEVICES = ("cuda",)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def is_eager() -> bool:
+    """Return whether nothing but autograd's backward looks at what runs: no compiler, no transform.
+
+    A compiler, tracer, functorch transform or forward-mode derivative needs torch's operators.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return not transformed and forward_ad._current_level < 0
+
+
+def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
+    """Return a module of `normswap.functional.triton` if it serves x here and now, else None.
+
+    Args:
+        x: contiguous or with its channels last.
+        name: of the module: the passes over x by default.
+        tables: tensors that kernels are to read, or to write, as they lie.
+    """
+    if x.device.type not in DEVICES or x.dtype not in _DTYPES or x.dim() < 3:
+        return None
+    given = (x, *(t for t in tables if t is not None))
+    if any(type(t) not in (Tensor, nn.Parameter) for t in given) or not is_eager():
+        return None
+    if x.numel() == 0 or not all(t.is_contiguous() and t.device == x.device for t in given[1:]):
+        return None
+    if os.environ.get("NORMSWAP_TRITON") == "0" or not _works(x.device, x.dtype):
+        return None
+    if not import_module("normswap.functional.triton.plan").serves(x):
+        return None
+    return import_module(f"normswap.functional.triton.{name}")
+
+
+@cache
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a kernel could be compiled and started on a device; say why not, once."""
+    try:
+        sweeps = import_module("normswap.functional.triton.sweeps")
+        one = torch.ones(1, 1, 1, device=device)
+        sweeps.affine(one.to(dtype), one[0], None)
+    except Exception as error:  # of the import, of Triton, of its compilers
+        warnings.warn(
+            f"Triton's kernels don't work on {device} for {dtype}, torch's slower operators serve: "
+            f"{type(error).__name__}: {error}; NORMSWAP_TRITON=0 asks for that without a warning",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def or_triton(function: Callable[P, T]) -> Callable[P, T]:
+    """Have the function of the same name in `triton.sweeps` serve where it can.
+
+    What both are given first says where; other tensors of its size are laid out alike.
+    """
+
+    @wraps(function)
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> T:
+        found: Any = args[0]
+        module = triton_for(found)
+        serving = function if module is None else getattr(module, function.__name__)
+        result: T = serving(*args, **kwargs)
+        return result
+
+    return chosen

@@ -1,0 +1,146 @@
+"""CN-X by Triton's kernels: two launches forward, two backward."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from normswap.functional import kernels
+from normswap.functional.affine import Centred
+from normswap.functional.moments import Moments, pool_moments
+from normswap.functional.tables import apply_centred, records
+from normswap.functional.triton import cnx_kernels, sweeps
+from normswap.functional.triton.plan import Rows, launch, plan
+from normswap.functional.triton.segments import Segments, find_segments
+
+
+class Learned(NamedTuple):
+    """What a layer of CN-X learns: mu and log sigma, (K, C), weight and bias, (C,) or None."""
+
+    mu: Tensor
+    log_sigma: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Tables(NamedTuple):
+    """``y = (x - centre) * scale + shift`` and 1 / sigma, of contexts and the pool: (K + 1, C)."""
+
+    centre: Tensor
+    scale: Tensor
+    shift: Tensor
+    inverse: Tensor
+
+
+def norm_learned(
+    x: Tensor,
+    labels: Tensor | None,
+    learned: Learned,
+    priors: Tensor,
+    pooled: tuple[int, int] | None,
+) -> Tensor:
+    """Return x normalised with the learned statistics of each instance's context.
+
+    Args:
+        x: (N, C, *).
+        labels: (N,) in [-1, K); or (1,), that of all; None where all are -1.
+        learned: see there.
+        priors: (K,).
+        pooled: see `normswap.functional.triton.cn.Norm`.
+    """
+    contexts = len(learned.mu)
+    if not records((x, *(t for t in learned if t is not None))):
+        found = _make_tables(learned, priors, pooled, None)
+        centre, scale, shift = found[:3]
+        if labels is None:
+            centre, scale, shift = centre[contexts:], scale[contexts:], shift[contexts:]
+        return sweeps.affine(x, scale, shift, centre, labels)
+    if labels is None:
+        labels = torch.full((1,), -1, device=x.device)
+    segments = find_segments(labels.expand(len(x)), contexts)
+    y: Tensor = _LearnedNorm.apply(x, *learned, priors, pooled, segments)
+    return y
+
+
+def _make_tables(
+    learned: Learned, priors: Tensor, pooled: tuple[int, int] | None, segments: Segments | None
+) -> Tables:
+    contexts, channels = learned.mu.shape
+    empty = learned.mu.new_empty(4, contexts + 1, channels, dtype=torch.float32)
+    found = Tables(*empty.unbind())
+    cut = Rows(contexts + (pooled is not None), channels)
+    launch(
+        cnx_kernels.tables,
+        cut.programs,
+        learned.mu,
+        *(*learned[1:], priors, None if segments is None else segments.offsets),
+        *(*found, *(pooled or (0, 0)), contexts, channels),
+        **cut.blocks,
+    )
+    return found
+
+
+class _LearnedNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, *learned, priors, pooled, segments = inputs
+        found = _make_tables(Learned(*learned), priors, pooled, segments)
+        centre, scale, shift, inverse = found
+        ctx.pooled = pooled
+        ctx.save_for_backward(x, *learned, priors, *segments, centre, scale, inverse)
+        return sweeps.affine(x, scale, shift, centre, segments.labels)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, *learned, priors, labels, order, offsets, centre, scale, inverse = ctx.saved_tensors
+        needed, pooled = ctx.needs_input_grad[:5], ctx.pooled
+        if torch.is_grad_enabled():
+            given = Learned(*learned)
+            pulled = _differentiate(x, given, priors, pooled, labels, grads[0], needed)
+            return *pulled, None, None, None
+        mu, log_sigma, weight, _ = learned
+        dy, (contexts, channels) = kernels.match(grads[0], x), mu.shape
+        at_once = scale if needed[0] else None
+        dx, first, second = sweeps.part_dots(dy, x, centre, at_once, labels)
+        found = [None if t is None else torch.empty_like(t) for t in learned]
+        cut = Rows(contexts + (weight is not None), channels)
+        launch(
+            cnx_kernels.pull,
+            cut.programs,
+            first,
+            *(second, labels, labels.stride(0), order, offsets, mu, log_sigma, priors),
+            *(centre, scale, inverse, *found, *(pooled or (0, 0))),
+            *(len(x), contexts, channels, plan(x).splits),
+            **cut.blocks,
+        )
+        return dx, *found, None, None, None
+
+
+def _differentiate(
+    x: Tensor,
+    learned: Learned,
+    priors: Tensor,
+    pooled: tuple[int, int] | None,
+    labels: Tensor,
+    dy: Tensor,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Return the gradients with a graph of their own, for second derivatives."""
+    # As views: of inputs that depend on each other, each is to be held fixed for the others.
+    given = [None if t is None else t.view_as(t) for t in learned]
+    (mu, log_sigma, weight, bias), x = Learned(*given), x.view_as(x)  # type: ignore[arg-type]
+    contexts = len(mu)
+    low, high = pooled or (0, contexts)
+    with torch.autocast(x.device.type, enabled=False):
+        mean, spread = mu.float(), log_sigma.float()
+        share = priors[low:high].float() / priors[low:high].float().sum()
+        pool = pool_moments(Moments(mean[low:high], (2 * spread[low:high]).exp()), share)
+        inverse = torch.cat((torch.exp(-spread), pool.var.rsqrt()))
+        scale = inverse if weight is None else weight.float() * inverse
+        shift = torch.zeros_like(scale) if bias is None else bias.float().expand_as(scale)
+        table = Centred(torch.cat((mean, pool.mean)), scale, shift)
+        y = apply_centred(x, table, torch.where(labels < 0, contexts, labels))
+    wanted = [t for t, need in zip((x, *given), needed, strict=True) if t is not None and need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]

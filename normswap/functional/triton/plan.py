@@ -1,0 +1,108 @@
+"""How x is cut into tiles, a program for each: by shape and layout alone.
+
+Nothing is tuned by running it and no value is read, so that no launch makes the host wait and
+CUDA graphs can replay it.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Values of a tile, and the channels of one where channels are last: 16 values a thread.
+_TILE, _WIDTH = 2048, 64
+# Programs that keep a large GPU busy: eight for each of 132 multiprocessors.
+_PROGRAMS = 1056
+# Below them, offsets in a tile and the number of a program fit into int32.
+_MOST_POSITIONS, _MOST_PROGRAMS = 2**30, 2**31
+
+
+class Plan(NamedTuple):
+    """A cut of x (N, C, *), as (N, positions, C), into parts of the positions.
+
+    Attributes:
+        shape: N, C, positions.
+        strides: of an instance, a position and a channel.
+        splits: parts of the positions of an instance, each a program's.
+        part: positions of a part; the last one may have fewer.
+        tile: positions and channels of a tile.
+    """
+
+    shape: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    splits: int
+    part: int
+    tile: tuple[int, int]
+
+    @property
+    def programs(self) -> int:
+        """Programs of a launch."""
+        return self.shape[0] * self.splits * -(-self.shape[1] // self.tile[1])
+
+    @property
+    def geometry(self) -> tuple[int, ...]:
+        """What the kernels of `tile` take as C, M, sn, sm, sc, S and PART."""
+        return (self.shape[1], self.shape[2], *self.strides, self.splits, self.part)
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """What the kernels of `tile` take as BM and BC."""
+        return {"BM": self.tile[0], "BC": self.tile[1]}
+
+
+def plan(x: Tensor) -> Plan:
+    """Return the cut of x, contiguous or with its channels last."""
+    return _plan(x.shape, x.is_contiguous())
+
+
+def serves(x: Tensor) -> bool:
+    """Return whether the numbers of a launch over x fit."""
+    found = plan(x)
+    return found.shape[2] < _MOST_POSITIONS and found.programs < _MOST_PROGRAMS
+
+
+@lru_cache(maxsize=4096)
+def _plan(shape: torch.Size, contiguous: bool) -> Plan:
+    instances, channels, positions = shape[0], shape[1], shape[2:].numel()
+    if contiguous:
+        rows = min(_TILE // 2, power(positions))
+        columns = min(_TILE // rows, power(channels))
+        strides = (channels * positions, 1, positions)
+    else:
+        columns = min(_WIDTH, power(channels))
+        rows = min(_TILE // columns, power(positions))
+        strides = (channels * positions, channels, 1)
+    wanted = _PROGRAMS // (instances * -(-channels // columns))
+    splits = max(1, min(-(-positions // rows), wanted))
+    part = -(-positions // (splits * rows)) * rows
+    splits = -(-positions // part)
+    return Plan((instances, channels, positions), strides, splits, part, (rows, columns))
+
+
+def power(count: int) -> int:
+    """Return the least power of two that is no less."""
+    return 1 << (count - 1).bit_length()
+
+
+class Rows(NamedTuple):
+    """A cut of tables (rows, C) into programs of so many channels, that walk `BN` rows a step."""
+
+    rows: int
+    channels: int
+
+    @property
+    def programs(self) -> int:
+        """Programs of a launch, one a row and block of channels."""
+        return self.rows * -(-self.channels // self.blocks["BC"])
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """What kernels over tables take as BN and BC."""
+        return {"BN": 64, "BC": min(16, power(self.channels))}
+
+
+def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) -> None:
+    """Start a kernel on the device where x, its first argument, is."""
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        kernel[(programs,)](x, *args, **meta)

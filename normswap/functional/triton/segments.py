@@ -1,0 +1,37 @@
+"""Instances sorted by context, so that kernels walk those of a context in a fixed order."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normswap.functional.labels import kept
+
+
+class Segments(NamedTuple):
+    """Instances by context.
+
+    Attributes:
+        labels: context of each instance, (N,); -1 for none.
+        order: instances, (N,), by context; those without one last.
+        offsets: where in `order` a context starts, (K + 2,); K is none.
+    """
+
+    labels: Tensor
+    order: Tensor
+    offsets: Tensor
+
+
+def find_segments(labels: Tensor, contexts: int) -> Segments:
+    """Return the instances sorted by context, once for all layers that the labels meet.
+
+    On the device of the labels, (N,) in [-1, K); nothing waits for it.
+    """
+
+    def sort() -> Segments:
+        # -1 becomes K.
+        found, order = labels.remainder(contexts + 1).sort(stable=True)
+        starts = torch.arange(contexts + 2, device=labels.device)
+        return Segments(labels, order, torch.searchsorted(found, starts))
+
+    return kept(labels, (find_segments, contexts), sort)

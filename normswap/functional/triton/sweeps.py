@@ -1,0 +1,120 @@
+"""The passes over x of `normswap.functional.kernels`, by the kernels of `tile`.
+
+Tables are float32, (N, C), or (1, C) for all instances, or (K, C) with the label of each instance,
+(N,) or (1,), -1 the last row.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normswap.functional.moments import Moments
+from normswap.functional.triton import tile
+from normswap.functional.triton.plan import Rows, launch, plan
+
+
+def part_stats(x: Tensor) -> Moments:
+    """Return mean and biased variance of parts of the positions, (N, S, C), S as in `plan`."""
+    p = plan(x)
+    mean, var = _room(x, p.splits)
+    launch(tile.stats, p.programs, x, mean, var, *p.geometry, **p.blocks)
+    return Moments(mean, var)
+
+
+def stats(x: Tensor) -> Moments:
+    """Return mean and biased variance of each channel of each instance, (N, C)."""
+    p, parts = plan(x), part_stats(x)
+    if p.splits == 1:
+        return Moments(parts.mean[:, 0], parts.var[:, 0])
+    (instances, channels, positions), cut = p.shape, Rows(len(x), x.shape[1])
+    mean, var = x.new_empty(2, instances, channels, dtype=torch.float32).unbind()
+    sizes = (channels, positions, p.splits, p.part)
+    launch(tile.merge, cut.programs, parts.mean, parts.var, mean, var, *sizes, **cut.blocks)
+    return Moments(mean, var)
+
+
+def affine(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    centre: Tensor | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Return ``(x - centre) * scale + shift``, in the dtype and layout of x; None is 0."""
+    p, y = plan(x), torch.empty_like(x)
+    tables, rows = address(x, index, centre, scale, shift)
+    launch(tile.apply, p.programs, x, y, *tables, *rows, *p.geometry, **p.blocks)
+    return y
+
+
+def part_dots(
+    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor | None = None, index: Tensor | None = None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return ``dy * scale``, if there is a scale, ``sum dy`` and ``sum dy * (x - centre)``.
+
+    The sums are over parts of the positions, (N, S, C); dy is laid out as x.
+    """
+    p, dx = plan(x), None if scale is None else torch.empty_like(x)
+    first, second = _room(x, p.splits)
+    tables, rows = address(x, index, centre, scale)
+    launch(tile.dots, p.programs, dy, x, dx, first, second, *tables, *rows, *p.geometry, **p.blocks)
+    return dx, first, second
+
+
+def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``sum dy`` and ``sum dy * (x - centre)``, of the shape of centre."""
+    return _whole(centre, *part_dots(dy, x, centre)[1:])
+
+
+def scale_and_dot(
+    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``dy * scale`` and what `dot` returns."""
+    dx, first, second = part_dots(dy, x, centre, scale)
+    assert dx is not None
+    return dx, *_whole(centre, first, second)
+
+
+def combine(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    centre: Tensor,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Return ``a * dy + b * (x - centre) + c`` in the dtype and layout of x."""
+    p, dx = plan(x), torch.empty_like(x)
+    tables, rows = address(x, index, a, b, c, centre)
+    launch(tile.combine, p.programs, dy, x, dx, *tables, *rows, *p.geometry, **p.blocks)
+    return dx
+
+
+def _room(x: Tensor, splits: int) -> tuple[Tensor, ...]:
+    """Return two tables of the parts, (N, S, C)."""
+    return x.new_empty(2, len(x), splits, x.shape[1], dtype=torch.float32).unbind()
+
+
+def address(x: Tensor, index: Tensor | None, *tables: Tensor | None) -> tuple[Any, Any]:
+    """Return the tables as the kernels read them, and index, si, K and stride to go with them."""
+    count = max(len(t) for t in tables if t is not None)
+    if index is None and count not in (1, len(x)):
+        raise ValueError(f"expected tables of 1 or {len(x)} rows, got {count}")
+    shape = (count, x.shape[1])
+    found = [None if t is None else t.expand(shape).contiguous() for t in tables]
+    stride = 0 if count == 1 else shape[1]
+    if index is None:
+        return found, (None, 0, 0, stride)
+    step = 0 if len(index) == 1 else index.stride(0)
+    return found, (index, step, count - 1, stride)
+
+
+def _whole(centre: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sums over parts, and over instances where the tables have one row."""
+    if first.shape[:2] == (len(centre), 1):
+        return first[:, 0], second[:, 0]
+    both = torch.stack((first, second)).sum((1, 2) if len(centre) == 1 else 2)
+    one, two = both.view(2, *centre.shape)
+    return one, two
