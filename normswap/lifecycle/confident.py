@@ -21,8 +21,9 @@ def most_confident(
 
     One forward for each context, in the mode the model is in (call ``model.eval()`` before). Of a
     sample those logits are taken whose largest softmax probability, averaged over positions, is
-    the largest; of equal ones the first context's. A context that is sure of everything wins
-    everywhere: compare with ``unknown="posterior"``, which takes one forward.
+    the largest; of equal ones the first context's. A context that is sure of what it never saw wins
+    everywhere, as where sensors differ much: compare with ``unknown="posterior"``, which takes one
+    forward.
 
     Args:
         model: a converted model whose method takes contexts, perhaps compiled or in DDP.
