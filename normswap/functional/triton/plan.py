@@ -102,6 +102,13 @@ class Rows(NamedTuple):
         return {"BN": 64, "BC": min(16, _power(self.channels))}
 
 
+def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
+    """Return what kernels take that have all contexts, (KP, BC) values, in a program."""
+    rows = _power(contexts)
+    columns = min(_TILE // rows, _power(channels))
+    return {"KP": rows, "BN": max(1, 1024 // columns), "BC": columns}
+
+
 def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) -> None:
     """Start a kernel on the device where x, its first argument, is."""
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
