@@ -16,10 +16,10 @@ from normswap.conversion.settings import Settings, read_settings
 from normswap.conversion.summary import summarise
 from normswap.conversion.target import Target, carry_out, find_target
 from normswap.conversion.verification import Reference, compare, run_original
-from normswap.errors import AdviceWarning, ConversionError, expect_module
+from normswap.errors import AdviceWarning, ConversionError, expect_module, not_converted
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
-from normswap.lifecycle.record import Record, find_root
+from normswap.lifecycle.record import Record, find_inside, find_root
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import get_method
 from normswap.report import Report, Verification
@@ -179,14 +179,10 @@ def summary(model: nn.Module) -> Report:
         ConversionError: no converted model there.
     """
     expect_module(model)
-    for root in model.modules():
-        record: Record | None = vars(root).get(RECORD)
-        if record is not None:
-            return summarise(root, record)
-    raise ConversionError(
-        f"expected a converted model, got {type(model).__name__}; call normswap.convert first, or "
-        "normswap.plan to see what it would do"
-    )
+    found = find_inside(model)
+    if found is None:
+        raise not_converted(model, ", or normswap.plan to see what it would do")
+    return summarise(*found)
 
 
 def verify(model: nn.Module, original: nn.Module, example_inputs: Any = None) -> Verification:
@@ -207,7 +203,7 @@ def verify(model: nn.Module, original: nn.Module, example_inputs: Any = None) ->
     """
     root, record = find_root(model)
     expect_module(original)
-    if any(RECORD in vars(module) for module in original.modules()):
+    if find_inside(original) is not None:
         raise ConversionError(
             "expected the model before conversion as `original`, got a converted one, which would "
             "be compared with itself; with inplace=True keep a copy to verify against"

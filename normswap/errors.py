@@ -64,6 +64,14 @@ def expect_module(model: Any) -> None:
         raise ConversionError(f"expected a torch.nn.Module, got {what}")
 
 
+def not_converted(model: Any, instead: str = "") -> ConversionError:
+    """Return the error of what was given for a converted model; `instead` says what else helps."""
+    return ConversionError(
+        f"expected a converted model, got {type(model).__name__}; call normswap.convert first"
+        f"{instead}"
+    )
+
+
 def refuse_scripting(module: nn.Module) -> NoReturn:
     """Refuse to script a converted module, as its ``__prepare_scriptable__``.
 

@@ -1,4 +1,4 @@
-"""Read normalisation layers into `Site`s. The only file that knows norm classes."""
+"""Read normalisation layers into `Site`s: which classes are norms, and what each one states."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

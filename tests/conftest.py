@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 
 # Threads that wait sleep instead of spinning: with other work on the machine, spinning made steps
@@ -6,6 +7,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
+# Processes that tests start are forked from one that has imported, once, what they need.
+multiprocessing.set_forkserver_preload(["pytest", "tests.sweep.one"])
 
 
 @pytest.fixture(autouse=True)

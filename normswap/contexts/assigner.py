@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from normswap.contexts import store
@@ -188,8 +187,3 @@ def load(folder: str | os.PathLike[str], features: Any = None) -> Assigner:
     except Exception as error:  # whatever a record of other content makes `restore` raise
         raise ContextError(f"the assigner in {folder} is damaged: {error!r}") from error
     return assigner
-
-
-def unknown_labels(count: int) -> Tensor:
-    """Return (count,) labels that are all unknown."""
-    return torch.full((count,), UNKNOWN, dtype=torch.int64)

@@ -1,10 +1,8 @@
 """Files of an assigner: JSON, and safetensors for arrays; whole or not there, never pickle.
 
-The JSON file names the file of arrays, whose own name holds its hash. Arrays are written first and
-the JSON file is replaced last, so that a kill at any byte leaves the old pair or the new one.
+The JSON file names the file of arrays, whose own name holds its hash.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -16,11 +14,13 @@ from normswap.errors import ContextError
 from normswap.util.arguments import describe
 from normswap.util.extras import need
 from normswap.util.read_file import read_file
+from normswap.util.whole_file import digest, digest_of, write_pair
 
 NAME = "contexts.json"
 FORMAT = "normswap-contexts"
 # Files of version 1 have no digest of the JSON.
 VERSION = 2
+_ARRAYS = r"contexts-[0-9a-f]{16}\.safetensors"
 _MOST = 1 << 28
 _MOST_ARRAYS = 1 << 31  # where the JSON, of version 1, does not say
 
@@ -39,24 +39,17 @@ def write(
     if arrays:
         save = need("safetensors.torch", "contexts", "saving an assigner with arrays").save
         data = save({name: array.contiguous() for name, array in arrays.items()})
-        content["arrays"] = f"contexts-{_digest(data)[:16]}.safetensors"
-        content["sha256"], content["bytes"] = _digest(data), len(data)
+        content["arrays"] = f"contexts-{digest(data)[:16]}.safetensors"
+        content["sha256"], content["bytes"] = digest(data), len(data)
     try:
         # As it will be read: JSON knows no tuples, and no keys but strings.
         content = json.loads(json.dumps(content, allow_nan=False))
-        content["digest"] = _digest(_canonical(content))
+        content["digest"] = digest_of(content)
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise ContextError(f"expected an assigner that JSON can hold: {error}") from error
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        if arrays:
-            _replace(root / content["arrays"], data)
-        _replace(root / NAME, text.encode())
-        # What was replaced, and what a killed process left.
-        for old in (*root.glob("contexts-*.safetensors"), *root.glob("contexts*.tmp")):
-            if old.name != content["arrays"]:
-                old.unlink(missing_ok=True)
+        write_pair(root / NAME, text, content["arrays"], data, lambda: _in_use(root), _ARRAYS)
     except OSError as error:
         raise ContextError(f"cannot write an assigner to {root}: {error}") from error
 
@@ -68,9 +61,14 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
         ContextError: nothing there, another format or version, or a damaged file.
     """
     root = _as_path(folder)
+    content = _read_record(root)
+    return content, _read_arrays(root, content)
+
+
+def _read_record(root: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_file(root / NAME, _MOST))
-        digest = _digest(_canonical(content)) if isinstance(content, dict) else None
+        found = digest_of(content) if isinstance(content, dict) else None
     except OSError as error:
         raise ContextError(f"expected a saved assigner in {root}: {error}") from error
     except (ValueError, RecursionError, OverflowError) as error:
@@ -83,9 +81,16 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
             f"expected version {VERSION} of an assigner in {root}, got {version!r}; another "
             "version of normswap wrote it"
         )
-    if content.get("digest", digest if version == 1 else None) != digest:
+    if content.get("digest", found if version == 1 else None) != found:
         raise ContextError(f"{root / NAME} was changed after it was written; save again")
-    return content, _read_arrays(root, content)
+    return content
+
+
+def _in_use(root: Path) -> str | None:
+    try:
+        return _read_record(root).get("arrays")
+    except ContextError:
+        return None
 
 
 def _read_arrays(root: Path, content: dict[str, Any]) -> dict[str, Tensor]:
@@ -99,7 +104,7 @@ def _read_arrays(root: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         data = read_file(root / name, size if type(size) is int else _MOST_ARRAYS)
     except OSError as error:
         raise ContextError(f"the arrays of the assigner in {root} are missing: {error}") from error
-    if _digest(data) != content.get("sha256"):
+    if digest(data) != content.get("sha256"):
         raise ContextError(f"{root / name} is damaged: it is not what {NAME} was saved with")
     load = need("safetensors.torch", "contexts", "loading an assigner with arrays").load
     try:
@@ -109,28 +114,7 @@ def _read_arrays(root: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     return loaded
 
 
-def _canonical(content: dict[str, Any]) -> bytes:
-    rest = {key: value for key, value in content.items() if key != "digest"}
-    return json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
-
-
 def _as_path(folder: Any) -> Path:
     if not isinstance(folder, str | os.PathLike):
         raise ContextError(f"expected a folder as a path, got {describe(folder)}")
     return Path(folder)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -96,6 +96,7 @@ class InputNorm:
         source = nn.BatchNorm2d(place.channels, device=place.device, dtype=place.dtype)
         source.train(model.training)
         with torch.no_grad():
+            # Batch norm adds eps to it: divided by a root of exactly one, the input stays as it is.
             source.running_var.fill_(1 - source.eps)  # type: ignore[union-attr]
         site = read_site("", source)
         assert isinstance(site, Site)

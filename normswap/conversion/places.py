@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.conversion.containers import read_container
-from normswap.conversion.select import Selector, matches
+from normswap.conversion.select import Selector, why_kept
 from normswap.errors import ConversionError
 from normswap.graph.blocks.channels import LAST, Features, Reader
 from normswap.graph.blocks.insert import PLACEMENTS
@@ -105,10 +106,8 @@ def _find(model: nn.Module, select: Selector, exclude: Selector, placement: str)
     found = list(finder(model, placement, like))
     for module, row, place, _ in found:
         names = (row.fqn, *row.aliases)
-        if select is not None and not matches(select, names, module):
-            row.action, row.reason = "kept", "not selected"
-        elif exclude is not None and matches(exclude, names, module):
-            row.action, row.reason = "kept", "excluded"
+        if why := why_kept(select, exclude, names, module):
+            row.action, row.reason = "kept", why
         elif place is not None:
             row.action = "inserted"
             row.channels = place.channels or 0

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from normswap.conversion.adopt import adopt
-from normswap.conversion.select import Selector, matches
+from normswap.conversion.select import Selector, why_kept
 from normswap.errors import ConversionError
 from normswap.graph.scope import Scope
 from normswap.graph.surgery import Surgery
@@ -98,7 +98,7 @@ def find_replacement(
     """Return the norms to replace, with a row for every norm of the model.
 
     Raises:
-        ConversionError: none; the message lists the norms found.
+        ConversionError: none can be replaced; the message lists the norms found, and why.
     """
     rows: list[Row] = []
     chosen: list[Site] = []
@@ -111,10 +111,8 @@ def find_replacement(
         rows.append(row)
         names = (fqn, *aliases)
         site = read_site(fqn, module, aliases, like)
-        if select is not None and not matches(select, names, module):
-            row.action, row.reason = "kept", "not selected"
-        elif exclude is not None and matches(exclude, names, module):
-            row.action, row.reason = "kept", "excluded"
+        if why := why_kept(select, exclude, names, module):
+            row.action, row.reason = "kept", why
         elif isinstance(site, str):
             row.reason = site
         else:

@@ -49,6 +49,13 @@ def _read(name: str, selector: Any) -> Selector:
     return selector  # type: ignore[no-any-return]
 
 
+def why_kept(select: Selector, exclude: Selector, names: tuple[str, ...], module: nn.Module) -> str:
+    """Return why a user's choice leaves a module alone, "" where it does not; see `matches`."""
+    if select is not None and not matches(select, names, module):
+        return "not selected"
+    return "excluded" if exclude is not None and matches(exclude, names, module) else ""
+
+
 def matches(selector: Selector, names: tuple[str, ...], module: nn.Module) -> bool:
     """Return whether a module, under any of its names, is what a selector means.
 

@@ -1,4 +1,4 @@
-"""Pure tensor functions the methods share."""
+"""Functions of tensors that the methods share."""
 
 from normswap.functional.affine import Affine as Affine
 from normswap.functional.affine import Centred as Centred

@@ -23,7 +23,7 @@ from torch.autograd import Function
 
 from normswap.functional.backend import is_eager
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_by_formula
-from normswap.functional.moments import Moments
+from normswap.functional.moments import Moments, compute_dtype
 
 # Values of all components in hand at once: what stays in a CPU's cache, what fills a GPU.
 _BLOCK = {"cpu": 2**18}
@@ -64,8 +64,7 @@ def _read(x: Tensor, block: slice, origin: Tensor | None = None) -> tuple[Tensor
     small differences.
     """
     part = x[:, block].transpose(0, 1)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    values = part.to(wide).reshape(part.shape[0], -1)
+    values = part.to(compute_dtype(x)).reshape(part.shape[0], -1)
     if origin is None:
         origin = values.sum(1, keepdim=True) / max(values.shape[1], 1)
     return values - origin, origin.unsqueeze(2)

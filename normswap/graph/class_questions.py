@@ -19,7 +19,7 @@ from normswap.graph.pinned import closure_of
 from normswap.graph.tracing.bytecode import Statement, codes_of, read_code
 from normswap.graph.tracing.failure import is_library
 from normswap.graph.tracing.uses import COMPARES
-from normswap.util.original_class import class_of
+from normswap.util.original_class import STATE, class_of
 
 _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
 
@@ -112,7 +112,7 @@ def check_questions(model: nn.Module) -> None:
         old = class_of(module)
         if old not in asked:
             asked[old] = find_question(module, changed)
-        state: Any = vars(module).get("_normswap")
+        state: Any = vars(module).get(STATE)
         if state is not None:
             state.question = asked[old]
         ways = [] if state is None else state.seen()

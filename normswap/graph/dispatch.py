@@ -14,13 +14,15 @@ from torch.utils._pytree import tree_leaves
 
 from normswap.errors import InputError, NormswapError
 from normswap.functional.backward import in_backward
-from normswap.functional.labels import Context, wrong_length
+from normswap.functional.labels import Context
 from normswap.graph.bypassed import explain
 from normswap.graph.class_questions import check_question
 from normswap.graph.foreign import is_symbolic, run_symbolic
+from normswap.graph.incoming import enter_context, resolve
 from normswap.graph.prepare import open_session, prepare
 from normswap.graph.scope import Scope
 from normswap.graph.state import (
+    UNTRACED,
     ContainerState,
     Variant,
     context_argument,
@@ -30,13 +32,14 @@ from normswap.graph.state import (
     untraced,
 )
 from normswap.graph.tracing import TraceFailure, aliased, describe, tracing, write_back
+from normswap.util.original_class import STATE
 
 
 def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     """Run a container: the forward of every converted container ends here."""
     if tracing():
         return own_forward(module, values)
-    state: ContainerState | None = vars(module).get("_normswap") or _adopt(module)
+    state: ContainerState | None = vars(module).get(STATE) or _adopt(module)
     if state is None:
         return own_forward(module, values)
     if torch.compiler.is_compiling():
@@ -77,11 +80,11 @@ def calling(call: Callable[..., Any], argument: str | None) -> Callable[..., Any
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if tracing():
             raise TraceFailure(f"calls a {type(self).__name__}, whose class has its own __call__")
-        state: ContainerState | None = vars(self).get("_normswap") or _adopt(self)
+        state: ContainerState | None = vars(self).get(STATE) or _adopt(self)
         context = kwargs.pop(argument, None) if argument is not None else None
         if state is None or context is None:
             return call(self, *args, **kwargs)
-        context = _resolve(state, (), tree_leaves((args, kwargs)), context)
+        context = resolve(state, (), tree_leaves((args, kwargs)), context)
         outer = state.scope.enter(context)
         try:
             return call(self, *args, **kwargs)
@@ -121,35 +124,47 @@ def _device_of(values: tuple[Any, ...]) -> torch.device | None:
 
 
 def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
+    """Run the container without the layers around it."""
     if state.runs_own_forward:
         check_question(state.fqn, state.question)
         return own_forward(module, values)
     leaves: list[Any] = []
     key = tuple([describe(value, leaves) for value in values])
-    entered = type(context) is not Context
-    context = _resolve(state, values, leaves, context)
-    if entered and context is not None:
-        if _is_single(context, values):
-            context = Context(context.labels[:1], context.unknown, True)
-        elif _may_mix(context):
-            rows = state.scope.rows
-            return rows.run(module, state, lambda v, c: _run(module, state, v, c), values, context)
+    context, mixed = enter_context(state, values, leaves, context)
+    if mixed:
+        rows = state.scope.rows
+        return rows.run(module, state, lambda v, c: _run(module, state, v, c), values, context)
+    variant = _find_variant(module, state, key, values)
+    return _run_variant(module, state, variant, values, leaves, context)
+
+
+def _find_variant(module: nn.Module, state: ContainerState, key: Any, values: Any) -> Variant:
+    """Return the way to run the container on arguments of these kinds, traced now if need be."""
     if not state.trace:
-        return run_scoped(module, values, context)
+        return UNTRACED
     for variant in state.variants.get(key, ()):
         if variant.holds(module):
-            break
-    else:
-        if torch.compiler.is_dynamo_compiling():
-            variant = Variant(None, "met a new kind of arguments inside torch.compile")
-        else:
-            return _run_new(module, state, values, context)
-    if variant.run is None or (variant.writes and aliased(values)):
+            return variant
+    if torch.compiler.is_dynamo_compiling():
+        return Variant(None, "met a new kind of arguments inside torch.compile")
+    with open_session(state.layers) as session:
+        return prepare(module, values, session)
+
+
+def _run_variant(
+    module: nn.Module,
+    state: ContainerState,
+    variant: Variant,
+    values: Any,
+    leaves: list[Any],
+    context: Context | None,
+) -> Any:
+    """Run the container in one way; what a graph changes of lists and dicts is put into them."""
+    # A graph writes when it is done, and a recomputation stops where nothing more is needed.
+    late = variant.writes and in_backward() and not state.insertions
+    if variant.run is None or late or (variant.writes and aliased(values)):
         if state.insertions:
             raise untraced(module, variant.reason or "changes a list or dict it is given twice")
-        return run_scoped(module, values, context)
-    # A graph writes when it is done, and a recomputation stops where nothing more is needed.
-    if variant.writes and in_backward() and not state.insertions:
         return run_scoped(module, values, context)
     if variant.calls_user_code:  # code of the user's runs in it
         check_question(state.fqn, state.question)
@@ -165,28 +180,6 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
     return output
 
 
-def _is_single(context: Context, values: tuple[Any, ...]) -> bool:
-    """Return whether the host can see that all samples have one label."""
-    labels = context.labels
-    if context.unknown is None or context.whole or labels.device.type != "cpu" or len(labels) < 2:
-        return False
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return False
-    if not any(len(labels) in _batch_sizes(value) for value in values):
-        return False
-    return bool((labels == labels[0]).all())
-
-
-def _may_mix(context: Context) -> bool:
-    """Return whether rows have to be told apart, and can be: values are there."""
-    labels = context.labels
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or context.whole:
-        return False
-    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return type(labels) is torch.Tensor and not labels.is_meta and len(labels) > 1
-
-
 def _adopt(module: nn.Module) -> ContainerState | None:
     """Make a container of a module that a class made of itself, as slicing a Sequential does.
 
@@ -199,50 +192,5 @@ def _adopt(module: nn.Module) -> ContainerState | None:
     scope: Any = norms[0].scope
     kinds = tuple({type(m) for m in norms})
     state = ContainerState("(slice)", scope, kinds, str(norms[0].site))
-    module.__dict__["_normswap"] = state
+    module.__dict__[STATE] = state
     return state
-
-
-def _run_new(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
-    with open_session(state.layers) as session:
-        prepare(module, values, session)
-    return _run(module, state, values, context)
-
-
-def _resolve(
-    state: ContainerState, values: tuple[Any, ...], leaves: list[Any], context: Any
-) -> Context | None:
-    """Return the context of this call, checked where it enters the model."""
-    if type(context) is Context:
-        return context
-    if context is None:
-        resolved = state.scope.lookup(whole=state.fqn == "")
-    else:
-        device = next((leaf.device for leaf in leaves if hasattr(leaf, "device")), None)
-        resolved = state.scope.resolve(context, device)
-    if resolved is not None and state.fqn == "":
-        _check_length(state, values, resolved)
-    return resolved
-
-
-def _check_length(state: ContainerState, values: tuple[Any, ...], context: Context) -> None:
-    """Compare the number of labels with the batch, while it is not folded into anything yet."""
-    given = context.labels.shape[0]
-    sizes = [size for value in values for size in _batch_sizes(value)]
-    if sizes and not context.whole and given not in sizes:
-        raise wrong_length(sizes[0], given, state.first_norm)
-
-
-def _batch_sizes(value: Any) -> list[int]:
-    """Return what may be the number of samples in an argument."""
-    if isinstance(value, torch.Tensor):
-        return [value.shape[0]] if value.dim() else []
-    if isinstance(value, dict):
-        return [size for part in value.values() for size in _batch_sizes(part)]
-    if isinstance(value, (list, tuple)):
-        sizes = [size for part in value for size in _batch_sizes(part)]
-        # A list of images, one a sample: detection models take batches so.
-        if value and all(isinstance(v, torch.Tensor) and v.dim() <= 3 for v in value):
-            sizes.append(len(value))
-        return sizes
-    return []

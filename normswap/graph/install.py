@@ -11,7 +11,7 @@ from normswap.graph.blocks.hidden import hiding
 from normswap.graph.dispatch import calling, dispatch
 from normswap.graph.foreign import refusals
 from normswap.graph.prepare import open_session, prepare_default
-from normswap.graph.state import ContainerState
+from normswap.graph.state import ContainerState, state_of
 from normswap.graph.tracing import (
     any_parameters,
     declared_parameters,
@@ -19,6 +19,7 @@ from normswap.graph.tracing import (
     parameters_of,
     write_forward,
 )
+from normswap.util.original_class import STATE
 
 
 def install(module: nn.Module, state: ContainerState, contextual: bool = True) -> None:
@@ -33,14 +34,14 @@ def install(module: nn.Module, state: ContainerState, contextual: bool = True) -
     if "forward" in vars(module):
         state.override = vars(module).pop("forward")
     argument = free_argument(module, state.override) if contextual else None
-    module.__dict__["_normswap"] = state
+    module.__dict__[STATE] = state
     module.__class__ = converted_class(base, state.override is not None, argument)
 
 
 def uninstall(module: nn.Module) -> None:
     """Undo `install`."""
     cls: Any = type(module)
-    state: ContainerState = module.__dict__.pop("_normswap")
+    state: ContainerState = module.__dict__.pop(STATE)
     if state.override is not None:
         module.__dict__["forward"] = state.override
     module.__class__ = cls.converted_from
@@ -125,7 +126,7 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
 
     def set_state(self: nn.Module, values: dict[str, Any]) -> None:
         base.__setstate__(self, values)
-        state: ContainerState = self._normswap  # type: ignore[assignment]
+        state: ContainerState = vars(self)[STATE]
         if any(not found for found in state.variants.values()):
             with open_session(state.layers) as session:
                 prepare_default(self, session)
@@ -134,7 +135,7 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
         # Graphs call submodules by name; a forward may branch on whether there is one.
         children = vars(self).get("_modules", ())
         base.__setattr__(self, name, value)
-        state: ContainerState | None = vars(self).get("_normswap")
+        state = state_of(self)
         if name == "forward" and state is not None:
             state.scope.rows.forget()
         if name == "forward" and argument is not None:

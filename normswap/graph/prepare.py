@@ -14,6 +14,7 @@ from normswap.graph.state import (
     ContainerState,
     Variant,
     own_forward_of,
+    state_of,
     takes_arguments_as_given,
     takes_context,
 )
@@ -32,6 +33,7 @@ from normswap.graph.tracing import (
     join,
     walk,
 )
+from normswap.util.original_class import STATE
 
 _MOST_VARIANTS = 64
 _COUNT = itertools.count()
@@ -44,7 +46,7 @@ def open_session(layers: tuple[type, ...] = ()) -> TraceSession:
 
 def prepare(module: nn.Module, values: tuple[Any, ...], session: TraceSession) -> Variant:
     """Trace a container for arguments like these and the mode it is in; keep the result."""
-    state: ContainerState = module._normswap  # type: ignore[assignment]
+    state: ContainerState = vars(module)[STATE]
     key = tuple([describe(value, []) for value in values])
     variant = _variant(module, state, key, session)
     found = state.variants.setdefault(key, [])
@@ -87,7 +89,7 @@ def _writes_of(
     session: TraceSession, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], Writes] | None:
     """Return what a callee does to the lists and dicts it is given; None if that is unknown."""
-    state: ContainerState | None = vars(module).get("_normswap")
+    state = state_of(module)
     if state is None or state.override is not None:
         return None
     cls: Any = type(module)
@@ -150,10 +152,10 @@ def _calls_code(graph: fx.Graph) -> bool:
 
 def _misses_norms(module: nn.Module, calls: list[str]) -> bool:
     """Return whether norms are below no call that passes the context on."""
-    scope = vars(module)["_normswap"].scope
+    scope = vars(module)[STATE].scope
     children = map(module.get_submodule, calls)
     covered = {m for c in children if takes_context(c, scope) for m in c.modules()}
-    norms = (m for m in module.modules() if "_normswap" not in vars(m) and m not in covered)
+    norms = (m for m in module.modules() if STATE not in vars(m) and m not in covered)
     return any(takes_context(norm, scope) for norm in norms)
 
 
@@ -177,7 +179,7 @@ def _pass_context(module: nn.Module, graph: fx.Graph, context: fx.Node, calls: l
     for node in graph.nodes:
         if node.op == "call_module":
             calls.append(str(node.target))
-            scope = vars(module)["_normswap"].scope
+            scope = vars(module)[STATE].scope
             argument = takes_context(module.get_submodule(calls[-1]), scope)
             if argument is not None:
                 node.kwargs = {**node.kwargs, argument: context}
@@ -202,7 +204,7 @@ def prepare_default(module: nn.Module, session: TraceSession) -> None:
     """
     cls: Any = type(module)
     values = cls.example_values()
-    state: ContainerState = module._normswap  # type: ignore[assignment]
+    state: ContainerState = vars(module)[STATE]
     state.variants = {key: found for key, found in state.variants.items() if found}
     met = set(state.variants)
     variant = prepare(module, values, session)

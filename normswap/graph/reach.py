@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from normswap.graph.state import ContainerState, context_argument
+from normswap.graph.state import context_argument, state_of
 from normswap.graph.tracing import walk
 
 
@@ -21,11 +21,6 @@ class Reach:
     delivery: dict[int, str] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
     traced: int = 0
-
-
-def state_of(module: nn.Module) -> ContainerState | None:
-    """Return a container's state, None where the module is not a converted container."""
-    return vars(module).get("_normswap")
 
 
 def find_reach(model: nn.Module) -> Reach:

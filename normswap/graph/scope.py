@@ -13,6 +13,7 @@ from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.graph.entries import SEVERAL, Entry, Local
 from normswap.graph.rows.check import Rows
 from normswap.graph.rows.run import is_measuring
+from normswap.util.original_class import STATE
 
 # Before that, compiled code can read what belongs to a thread, but not what belongs to a task.
 _COMPILES_CONTEXTVARS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
@@ -234,6 +235,6 @@ class Scope:
 
 def scope_of(module: nn.Module) -> Scope | None:
     """Return the scope of a norm or a converted container; None of any other module."""
-    state = vars(module).get("_normswap")
+    state = vars(module).get(STATE)
     scope = getattr(module, "scope", None) if state is None else state.scope
     return scope if isinstance(scope, Scope) else None

@@ -13,6 +13,7 @@ from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.class_questions import check_question
 from normswap.graph.scope import Scope, scope_of
 from normswap.graph.tracing import NO_GUARDS, Guards, Kind, Writes, describe, rebuild
+from normswap.util.original_class import STATE
 
 
 @dataclass
@@ -161,6 +162,11 @@ class ContainerState:
 RECORD = "_normswap_record"
 
 
+def state_of(module: nn.Module) -> ContainerState | None:
+    """Return a container's state, None where the module is not a converted container."""
+    return vars(module).get(STATE)
+
+
 def context_argument(module: nn.Module) -> str | None:
     """Return the name of a module's context argument, None where it takes none."""
     return getattr(type(module), "context_argument", None)
@@ -196,7 +202,7 @@ def takes_arguments_as_given(module: nn.Module) -> bool:
 
 def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
     """Run the forward the module had before conversion."""
-    state: ContainerState | None = vars(module).get("_normswap")
+    state = state_of(module)
     cls: Any = type(module)
     override = None if state is None else state.override
     if override is not None:
@@ -206,7 +212,7 @@ def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
 
 def run_scoped(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     """Run the forward the module had before conversion, with the context in scope."""
-    state: ContainerState = vars(module)["_normswap"]
+    state: ContainerState = vars(module)[STATE]
     check_question(state.fqn, state.question)
     return in_scope(state.scope, context, own_forward, module, values)
 
@@ -230,7 +236,7 @@ def _each_in_scope(scope: Scope, context: Any, items: Iterator[Any]) -> Iterator
 def untraced(module: nn.Module, reason: str) -> ConversionError:
     """Return the error of a container that runs without the layers inserted in it."""
     return ConversionError(
-        f"expected {vars(module)['_normswap'].fqn or 'the model'} to run as it was traced, since "
+        f"expected {vars(module)[STATE].fqn or 'the model'} to run as it was traced, since "
         f"layers are inserted in its residual blocks, but its forward {reason}"
     )
 
@@ -248,7 +254,7 @@ def own_forward_of(kinds: tuple[Kind, ...], writes: Writes) -> Callable[..., Any
         supply = iter(given)
         values = tuple([rebuild(kind, supply) for kind in kinds])
         output = run_scoped(module, values, context)
-        if vars(module)["_normswap"].insertions:
+        if vars(module)[STATE].insertions:
             raise untraced(module, "takes a branch that no graph stands for")
         return (output, [values[i] for i, _ in writes]) if writes else output
 

@@ -13,7 +13,7 @@ from normswap.graph.install import install, uninstall
 from normswap.graph.pinned import find_pinned
 from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.scope import Scope
-from normswap.graph.state import ContainerState
+from normswap.graph.state import ContainerState, state_of
 from normswap.util.original_class import ORIGINAL
 
 _PLAIN = (bool, int, float, str, type(None), torch.Size)
@@ -73,33 +73,24 @@ class Surgery:
                     continue
                 if isinstance(value, list | tuple) and all([isinstance(v, _PLAIN) for v in value]):
                     continue
+                where = f"{name}.{key}".lstrip(".")
                 if any(id(part) in layers for part in find_pinned(value)):
-                    raise ConversionError(_REFERS.format(f"{name}.{key}".lstrip("."), "a function"))
+                    raise ConversionError(_REFERS.format(where, "a function"))
                 if type(value) is set or (key.startswith("_") and isinstance(value, dict)):
                     continue
-                items: list[tuple[Any, Any]] = []
-                if id(value) in layers:
-                    self._references.append((vars(module), key, value))
-                    vars(module)[key] = layers[id(value)]
-                elif type(value) is list:
-                    items = list(enumerate(value))
-                elif type(value) is dict:
-                    items = list(value.items())
-                elif isinstance(value, tuple) and any(id(part) in layers for part in value):
-                    raise ConversionError(_REFERS.format(f"{name}.{key}".lstrip("."), "a tuple"))
-                for index, part in items:
-                    if id(part) in layers:
-                        self._references.append((value, index, part))
-                        value[index] = layers[id(part)]
-                for part in (value, *(part for _, part in items)):
-                    function = getattr(part, "func", part)
-                    owner = getattr(function, "__self__", function)
-                    bound = part.args if isinstance(part, functools.partial) else ()
-                    named = part.keywords.values() if isinstance(part, functools.partial) else ()
-                    given_to = any(id(given) in layers for given in (*bound, *named))
-                    if given_to or (id(owner) in layers and owner is not part):
-                        what = "a function of the norm"
-                        raise ConversionError(_REFERS.format(f"{name}.{key}".lstrip("."), what))
+                if (holder := _keeping(value, layers)) is not None:
+                    raise ConversionError(_REFERS.format(where, holder))
+                self._replace_in(vars(module), [(key, value)], layers)
+                self._replace_in(value, _entries(value), layers)
+
+    def _replace_in(
+        self, holder: Any, entries: list[tuple[Any, Any]], layers: dict[int, nn.Module]
+    ) -> None:
+        """Put the layers of replaced norms into a table, a list or a dict."""
+        for key, value in entries:
+            if id(value) in layers:
+                self._references.append((holder, key, value))
+                holder[key] = layers[id(value)]
 
     def install(self, sites: list[str], scope: Scope, layers: tuple[type, ...]) -> None:
         """Install a forward that takes the context in every container on the way to a site.
@@ -180,10 +171,32 @@ class Surgery:
             parent._modules[leaf] = module
 
 
+def _entries(value: Any) -> list[tuple[Any, Any]]:
+    """Return the keys and values of a plain list or dict, which can be replaced; else none."""
+    if type(value) is list:
+        return list(enumerate(value))
+    return list(value.items()) if type(value) is dict else []
+
+
+def _keeping(value: Any, layers: dict[int, nn.Module]) -> str | None:
+    """Return what, of a value or of its entries, goes on running a replaced norm, None for none."""
+    if isinstance(value, tuple) and any(id(part) in layers for part in value):
+        return "a tuple"
+    for part in (value, *(part for _, part in _entries(value))):
+        function = getattr(part, "func", part)
+        owner = getattr(function, "__self__", function)
+        bound = (*part.args, *part.keywords.values()) if isinstance(part, functools.partial) else ()
+        if any(id(given) in layers for given in bound) or (
+            id(owner) in layers and owner is not part
+        ):
+            return "a function of the norm"
+    return None
+
+
 def restore_forwards(model: nn.Module) -> None:
     """Give every converted container its own class and forward again; drop inserted layers."""
     for module in list(model.modules()):
-        state: ContainerState | None = vars(module).get("_normswap")
+        state = state_of(module)
         base = getattr(type(module), "converted_from", None)
         if state is not None:
             for child in state.children():
@@ -198,13 +211,10 @@ def find_containers(model: nn.Module, sites: Iterable[str]) -> dict[nn.Module, s
     found: dict[nn.Module, str] = {}
     for site in sites:
         module: Any = model
-        path: list[str] = []
-        for part in [*site.split("."), None]:
-            if part is None:
-                break
+        parts = site.split(".")
+        for depth, part in enumerate(parts):
             has_forward = type(module).forward is not _forward_unimplemented
             if has_forward or "forward" in vars(module):
-                found.setdefault(module, ".".join(path))
+                found.setdefault(module, ".".join(parts[:depth]))
             module = module.get_submodule(part)
-            path.append(part)
     return found

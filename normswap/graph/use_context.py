@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from normswap.errors import ConversionError, expect_module
+from normswap.errors import expect_module, not_converted
 from normswap.functional.labels import Labels
 from normswap.graph.scope import Scope, scope_of
+from normswap.util.original_class import STATE
 
 
 def scopes_of(model: nn.Module) -> list[Scope]:
@@ -24,7 +25,7 @@ def scopes_of(model: nn.Module) -> list[Scope]:
             if within is not None and within is not scope.model:
                 continue
             within = scope.model
-            if "_normswap" not in vars(module):
+            if STATE not in vars(module):
                 found[id(scope)] = scope
         queue += [(child, within) for child in module.children()]
     return list(found.values())
@@ -54,10 +55,7 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
     expect_module(model)
     scopes = scopes_of(model)
     if not scopes:
-        raise ConversionError(
-            f"expected a converted model, got {type(model).__name__} without any context-aware "
-            "norm; call normswap.convert first"
-        )
+        raise not_converted(model, " with a method that takes labels")
     device = next((p.device for p in model.parameters()), None)
     resolved = [None if context is None else s.resolve(context, device) for s in scopes]
     opened = [s.open(given) for s, given in zip(scopes, resolved, strict=True)]

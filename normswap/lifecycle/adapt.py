@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normswap.errors import ConversionError, MissingContextError
 from normswap.functional.moments import (
@@ -17,7 +17,13 @@ from normswap.functional.moments import (
 from normswap.graph.use_context import use_context
 from normswap.lifecycle.record import Record, context_index, find_root, method_layers
 from normswap.methods.base import Method, get_method
-from normswap.util.batches import check_stream, forward_batch, show_progress, undisturbed
+from normswap.util.batches import (
+    check_stream,
+    forward_batch,
+    put_back_on_error,
+    show_progress,
+    undisturbed,
+)
 from normswap.util.distributed import sum_over
 
 
@@ -77,20 +83,15 @@ def adapt(
             f"method {record.method!r} keeps no statistics of contexts in {record.model}: a layer "
             "on an instance norm takes those of each instance"
         )
-    kept = {name: [t.detach().clone() for t in _tensors(layer)] for name, layer in layers.items()}
+    own = [t for m in layers.values() for t in (*m.parameters(False), *m.buffers(False))]
     averages = [Average(name, layer, method, index) for name, layer in layers.items()]
     hooks = [a.layer.register_forward_pre_hook(a.observe, with_kwargs=True) for a in averages]
     try:
-        with undisturbed(root), _uncompiled(root), torch.no_grad(), use_context(root, index):
-            for batch in show_progress(loader, "adapt", batches, progress):
-                (forward or forward_batch)(root, batch)
-        return _finish(averages, record.contexts.names[index])
-    except BaseException:
-        with torch.no_grad():
-            for name, layer in layers.items():
-                for tensor, before in zip(_tensors(layer), kept[name], strict=True):
-                    tensor.copy_(before)
-        raise
+        with put_back_on_error(own):
+            with undisturbed(root), _uncompiled(root), torch.no_grad(), use_context(root, index):
+                for batch in show_progress(loader, "adapt", batches, progress):
+                    (forward or forward_batch)(root, batch)
+            return _finish(averages, record.contexts.names[index])
     finally:
         for hook in hooks:
             hook.remove()
@@ -152,10 +153,6 @@ def _check(record: Record, context: str | int | None) -> tuple[Method, int]:
     if context is None and len(names) > 1:
         raise MissingContextError(f"expected context= one of {', '.join(names)}, got none")
     return method, 0 if context is None else context_index(record, context)
-
-
-def _tensors(layer: nn.Module) -> list[Tensor]:
-    return [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
 
 
 @contextmanager

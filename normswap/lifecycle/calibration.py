@@ -18,6 +18,7 @@ from normswap.util.batches import (
     check_stream,
     forward_batch,
     keep_values,
+    put_back_on_error,
     show_progress,
     undisturbed,
 )
@@ -96,16 +97,11 @@ def calibrate(
         reached = {name: layers[name] for name in layers if kept[name].rows is not None}
         if not reached:
             raise ConversionError("no batch reached an ACN layer; the loader may be empty")
-        before = [{k: v.clone() for k, v in m.state_dict().items()} for m in reached.values()]
-        try:
+        with put_back_on_error(t for m in reached.values() for t in m.state_dict().values()):
             return {
                 name: _fit(name, layer, kept[name].rows, steps, generator)
                 for name, layer in reached.items()
             }
-        except BaseException:
-            for layer, state in zip(reached.values(), before, strict=True):
-                layer.load_state_dict(state)
-            raise
 
 
 def _observer(kept: Reservoir, assignment: str) -> Callable[[nn.Module, tuple[Tensor]], None]:

@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from normswap.errors import ContextError, ConversionError
-from normswap.graph.reach import state_of
-from normswap.graph.state import RECORD
+from normswap.errors import ContextError, ConversionError, not_converted
+from normswap.graph.state import RECORD, state_of
 from normswap.lifecycle.original import original_of
 from normswap.methods.base import Contexts
 from normswap.methods.layer import POLICIES
@@ -40,6 +39,12 @@ class Record:
     marks: dict[str, Any] = field(default_factory=dict)
 
 
+def find_inside(model: nn.Module) -> tuple[nn.Module, Record] | None:
+    """Return the first converted model that is, or is inside, a module, and its record."""
+    found = ((m, vars(m)[RECORD]) for m in model.modules() if RECORD in vars(m))
+    return next(found, None)
+
+
 def find_root(model: nn.Module) -> tuple[nn.Module, Record]:
     """Return the converted model that a caller gave, perhaps compiled or in DDP, and its record.
 
@@ -59,9 +64,7 @@ def find_root(model: nn.Module) -> tuple[nn.Module, Record]:
                 f"expected a converted model, got {type(root).__name__}, which holds one: pass its "
                 f".{inner[0]}"
             )
-    raise ConversionError(
-        f"expected a converted model, got {type(root).__name__}; call normswap.convert first"
-    )
+    raise not_converted(root)
 
 
 def replaced_layers(root: nn.Module) -> dict[str, nn.Module]:

@@ -19,10 +19,8 @@ from normswap.lifecycle.record import (
 from normswap.lifecycle.training import release
 from normswap.methods.base import InsertedMethod, Method, get_method
 from normswap.methods.norm_values import PlainNorm
-from normswap.util.arguments import check_flag
+from normswap.util.arguments import check_flag, listed
 from normswap.util.copies import copy_model
-
-_SHOWN = 5
 
 
 def revert(
@@ -171,7 +169,7 @@ def _check_inserted(target: nn.Module, record: Record) -> None:
     if kept:
         raise ConversionError(
             f"no plain model of class {record.model} computes what this one does: at "
-            f"{_listed(list(kept))}, {next(iter(kept.values()))}; revert(model, discard=True) "
+            f"{listed(kept, 5)}, {next(iter(kept.values()))}; revert(model, discard=True) "
             "drops what these layers do"
         )
 
@@ -236,8 +234,3 @@ def _common(name: str, layer: nn.Module, record: Record, method: Method) -> Plai
                 f"{_choices(record)}"
             )
     return plains[0]
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

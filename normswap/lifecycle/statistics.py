@@ -16,7 +16,13 @@ from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import RUNNING, ContextLayer
 from normswap.methods.selfnorm import SelfNorm
 from normswap.util.arguments import describe
-from normswap.util.batches import check_stream, forward_batch, show_progress, undisturbed
+from normswap.util.batches import (
+    check_stream,
+    forward_batch,
+    put_back_on_error,
+    show_progress,
+    undisturbed,
+)
 
 
 def update_stats(
@@ -63,31 +69,25 @@ def update_stats(
             "CrossNorm have none, and normswap.freeze(stats='update') lets frozen ones move again"
         )
     check_stream(loader, forward, batches, progress)
-    before = [{n: b.clone() for n, b in _buffers(m).items()} for m in layers]
+    buffers = [b for layer in layers for b in _buffers(layer)]
     run = forward or forward_batch
-    with torch.no_grad(), undisturbed(model):
-        try:
-            with _measuring(model, layers) as counts:
-                for batch in show_progress(loader, "update_stats", batches, progress):
-                    given = None if labels is None else _labels_in(batch, labels)
-                    with nullcontext() if given is None else use_context(model, given):
-                        run(model, batch)
-            met = [_met(layer, counts[index]) for index, layer in enumerate(layers)]
-            if not any(bool(m.any()) for m in met):
-                raise ConversionError(
-                    "no batch reached a layer with running statistics, or each had one value a "
-                    "channel; the loader may be empty"
-                )
-            _check_finite(model, layers)
-        except BaseException:
-            for layer, old in zip(layers, before, strict=True):
-                for name, buffer in _buffers(layer).items():
-                    buffer.copy_(old[name])
-            raise
-        for layer, old, seen in zip(layers, before, met, strict=True):
-            for name, buffer in _buffers(layer).items():
+    with torch.no_grad(), undisturbed(model), put_back_on_error(buffers) as before:
+        with _measuring(model, layers) as counts:
+            for batch in show_progress(loader, "update_stats", batches, progress):
+                given = None if labels is None else _labels_in(batch, labels)
+                with nullcontext() if given is None else use_context(model, given):
+                    run(model, batch)
+        met = [_met(layer, counts[index]) for index, layer in enumerate(layers)]
+        if not any(bool(m.any()) for m in met):
+            raise ConversionError(
+                "no batch reached a layer with running statistics, or each had one value a "
+                "channel; the loader may be empty"
+            )
+        _check_finite(model, layers)
+        for layer, seen in zip(layers, met, strict=True):
+            for buffer in _buffers(layer):
                 rows = seen.reshape(seen.shape + (1,) * (buffer.dim() - seen.dim()))
-                buffer.copy_(torch.where(rows, buffer, old[name]))
+                buffer.copy_(torch.where(rows, buffer, before[buffer]))
     return _report(layers, met)
 
 
@@ -107,13 +107,13 @@ def _labels_in(batch: Any, position: int) -> Any:
 
 def _check_finite(model: nn.Module, layers: list[nn.Module]) -> None:
     for layer in layers:
-        if not all(bool(b.isfinite().all()) for b in _buffers(layer).values()):
+        if not all(bool(b.isfinite().all()) for b in _buffers(layer)):
             name = next(name for name, module in model.named_modules() if module is layer)
             raise ConversionError(f"values that are not finite enter {name or 'the layer'}")
 
 
-def _buffers(layer: nn.Module) -> dict[str, Tensor]:
-    return {n: b for n, b in layer.named_buffers(recurse=False) if n in RUNNING}
+def _buffers(layer: nn.Module) -> list[Tensor]:
+    return [b for n, b in layer.named_buffers(recurse=False) if n in RUNNING]
 
 
 def _is_measured(module: nn.Module) -> bool:

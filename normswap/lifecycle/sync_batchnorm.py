@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from normswap.errors import ConversionError, expect_module
-from normswap.graph.state import RECORD
+from normswap.errors import ConversionError, expect_module, not_converted
+from normswap.lifecycle.record import find_inside
 from normswap.lifecycle.training import is_ours
 from normswap.util.arguments import check_flag, describe
 from normswap.util.distributed import name_of_group
@@ -44,11 +44,9 @@ def convert_sync_batchnorm(
     check_flag("others", others)
     _check_group(process_group)
     layers = [m for m in model.modules() if is_ours(m)]
-    if not layers and not any(RECORD in vars(m) for m in model.modules()):
-        raise ConversionError(
-            f"expected a converted model, got {type(model).__name__}; call normswap.convert first, "
-            "or torch.nn.SyncBatchNorm.convert_sync_batchnorm for plain batch norms"
-        )
+    if not layers and find_inside(model) is None:
+        instead = ", or torch.nn.SyncBatchNorm.convert_sync_batchnorm for plain batch norms"
+        raise not_converted(model, instead)
     if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         raise ConversionError(
             "expected convert_sync_batchnorm before DistributedDataParallel wraps the model"

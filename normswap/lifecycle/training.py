@@ -8,9 +8,9 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from normswap.errors import ConversionError, expect_module
-from normswap.graph.state import RECORD
+from normswap.errors import ConversionError, expect_module, not_converted
 from normswap.lifecycle.original import original_of
+from normswap.lifecycle.record import find_inside
 from normswap.methods.layer import NormLayer
 from normswap.sites import looks_like_norm
 from normswap.util.arguments import check_choice, check_number, describe
@@ -110,10 +110,8 @@ def freeze(model: nn.Module, train: str = "norms", stats: str = "update") -> Non
         check_choice(f"{name}=", value, choices)
     expect_module(model)
     layers = [m for m in model.modules() if isinstance(m, NormLayer)]
-    if not layers and not any(RECORD in vars(m) for m in model.modules()):
-        raise ConversionError(
-            f"expected a converted model, got {type(model).__name__}; call normswap.convert first"
-        )
+    if not layers and find_inside(model) is None:
+        raise not_converted(model)
     if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         raise ConversionError("expected freeze before DistributedDataParallel wraps the model")
     if train == "norms":

@@ -78,6 +78,7 @@ class CNSNOptions:
             ConversionError: a number out of range, or `crossnorm_at` is no name.
             UnknownNameError: a name that is none of the choices.
         """
+        # Both raise where a value is wrong.
         CrossNormOptions(self.crop, self.instances, self.beta, self.p, self.active)
         SelfNormOptions(self.gates, self.init)
         if not isinstance(self.crossnorm_at, str):

@@ -49,7 +49,7 @@ class CrossNorm(nn.Module):
         self, crop: str = "neither", instances: int = 2, beta: float = 1.0, p: float = 0.5
     ) -> None:
         super().__init__()
-        CrossNormOptions(crop, instances, beta, p)
+        CrossNormOptions(crop, instances, beta, p)  # raises where a value is wrong
         self.crop = crop
         self.instances = instances
         self.beta = beta

@@ -43,7 +43,7 @@ class DSU(Augmentation):
 
     def __init__(self, p: float = 0.5, eps: float = 1e-6) -> None:
         super().__init__(p)
-        DSUOptions(p, eps)
+        DSUOptions(p, eps)  # raises where a value is wrong
         self.eps = eps
 
     def augment(self, x: Tensor) -> Tensor:

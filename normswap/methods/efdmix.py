@@ -43,7 +43,7 @@ class EFDMix(Augmentation):
 
     def __init__(self, p: float = 0.5, alpha: float = 0.1, mix: str = "random") -> None:
         super().__init__(p)
-        EFDMixOptions(p, alpha, mix)
+        EFDMixOptions(p, alpha, mix)  # raises where a value is wrong
         self.alpha, self.mix = alpha, mix
 
     def augment(self, x: Tensor) -> Tensor:

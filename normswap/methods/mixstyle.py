@@ -46,7 +46,7 @@ class MixStyle(Augmentation):
         self, p: float = 0.5, alpha: float = 0.1, mix: str = "random", eps: float = 1e-6
     ) -> None:
         super().__init__(p)
-        MixStyleOptions(p, alpha, mix, eps)
+        MixStyleOptions(p, alpha, mix, eps)  # raises where a value is wrong
         self.alpha, self.mix, self.eps = alpha, mix, eps
 
     def augment(self, x: Tensor) -> Tensor:

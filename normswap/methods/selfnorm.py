@@ -58,7 +58,7 @@ class SelfNorm(nn.Module):
     ) -> None:
         super().__init__()
         check_count("num_features", num_features, 1, MOST_FEATURES)
-        SelfNormOptions(gates, init)
+        SelfNormOptions(gates, init)  # raises where a value is wrong
         self.num_features = num_features
         self.gates = gates
         self.init = init

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normswap.errors import ConversionError
 from normswap.functional.moments import Moments, gaussian_divergences
-from normswap.graph.state import RECORD
+from normswap.lifecycle.record import find_inside
 from normswap.methods.acn_layer import AdaptiveContextNorm
 from normswap.methods.base import Method, get_method
 from normswap.plot.canvas import COLOURS, Axes, Figure, check_path, close, open_axes
@@ -116,7 +116,8 @@ def find_components(model: nn.Module, layer: str) -> Components:
     Raises:
         ConversionError: no such layer, or one without components; the message lists those with.
     """
-    record: Any = next((vars(m)[RECORD] for m in model.modules() if RECORD in vars(m)), None)
+    inside = find_inside(model)
+    record: Any = None if inside is None else inside[1]
     method = None if record is None else get_method(record.method)
     found: dict[str, Components] = {}
     for name, module in model.named_modules():

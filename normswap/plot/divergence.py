@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import ConversionError
+from normswap.errors import ConversionError, not_converted
 from normswap.functional.moments import gaussian_divergences
-from normswap.graph.state import RECORD
+from normswap.lifecycle.record import find_inside
 from normswap.methods.base import Method, get_method
 from normswap.plot.canvas import Axes, Figure, check_path, close, open_axes, shorten
 from normswap.util.extras import need
@@ -96,13 +96,10 @@ def model_divergences(model: nn.Module) -> tuple[dict[str, Tensor], list[str], s
     Raises:
         ConversionError: no converted model, or no layer with statistics of contexts.
     """
-    roots = (root for root in model.modules() if RECORD in vars(root))
-    root = next(roots, None)
-    if root is None:
-        raise ConversionError(
-            f"expected a converted model, got {type(model).__name__}; call normswap.convert first"
-        )
-    record: Any = vars(root)[RECORD]
+    found = find_inside(model)
+    if found is None:
+        raise not_converted(model)
+    root, record = found
     method = get_method(record.method)
     rows: dict[str, Tensor] = {}
     without = 0

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from normswap.lifecycle.original import rebuild
 from normswap.lifecycle.record import method_layers, replaced_layers
+from normswap.util.original_class import container_class
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COLUMNS = 1021  # a prime, so that no axis of a weight repeats with it
@@ -93,8 +94,7 @@ def describe(tensors: dict[str, Tensor]) -> dict[str, Any]:
 def describe_original(root: nn.Module) -> dict[str, Any]:
     """Return the architecture that a converted model was made from."""
     norms = {name: rebuild(layer) for name, layer in replaced_layers(root).items()}
-    cls = getattr(type(root), "converted_from", type(root))
-    return _describe(cls, norms, other_tensors(root))
+    return _describe(container_class(root), norms, other_tensors(root))
 
 
 def describe_base(base: nn.Module, norms: list[str]) -> dict[str, Any]:

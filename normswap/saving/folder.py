@@ -1,18 +1,13 @@
 """A folder with a description and tensors that a kill at any byte leaves whole.
 
-    normswap.json                 the description; names the file below and its digest
-    tensors-RANDOM.safetensors    written first, under a name of its own
-
-The description is replaced last and at once, so that it always names tensors that are complete.
+normswap.json                 the description; names the file below and its digest
+tensors-RANDOM.safetensors    written first, under a name of its own
 """
 
-import contextlib
-import hashlib
 import json
 import os
 import re
 import secrets
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +17,11 @@ from normswap.errors import CheckpointError
 from normswap.saving.schema import find_wrong
 from normswap.util.extras import need
 from normswap.util.read_file import read_file
+from normswap.util.whole_file import digest, digest_of, write_pair
 
 DESCRIPTION = "normswap.json"
 FORMAT = 2  # 1 has no samples
-_TENSORS = re.compile(r"tensors-[0-9a-f]{16}\.safetensors")
-_LEFTOVER = re.compile(rf"\.?({_TENSORS.pattern}|{re.escape(DESCRIPTION)})(\.[0-9a-f]{{16}}\.tmp)?")
-_AN_HOUR = 3600.0
+_TENSORS = r"tensors-[0-9a-f]{16}\.safetensors"
 _MOST_DESCRIPTION = 1 << 28
 
 
@@ -56,32 +50,20 @@ def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tenso
         {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
     )
     name = f"tensors-{secrets.token_hex(8)}.safetensors"
-    file = {"name": name, "bytes": len(data), "sha256": _digest(data)}
+    file = {"name": name, "bytes": len(data), "sha256": digest(data)}
     try:
         # As it will be read: JSON knows no tuples, and no keys but strings.
         content = json.loads(json.dumps({"format": FORMAT, **content, "file": file}))
     except TypeError as error:
         raise CheckpointError(f"expected options that JSON can hold: {error}") from error
-    content["digest"] = _digest(_canonical(content))
+    content["digest"] = digest_of(content)
+    text = json.dumps(content, indent=1)
     try:
-        _write(folder, name, data, content)
+        write_pair(folder / DESCRIPTION, text, name, data, lambda: _in_use(folder), _TENSORS)
     except FileExistsError as error:
         raise CheckpointError(f"expected a folder to save to, got the file {folder}") from error
     except (OSError, ValueError) as error:  # no right to write, no space, no such path
         raise CheckpointError(f"cannot save to {folder}: {error}") from error
-
-
-def _write(folder: Path, name: str, data: bytes, content: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    before = _file_in_use(folder)
-    _replace(folder / name, data)
-    try:
-        _replace(folder / DESCRIPTION, json.dumps(content, indent=1).encode())
-    except BaseException:
-        if _file_in_use(folder) != name:
-            (folder / name).unlink(missing_ok=True)
-        raise
-    _sweep(folder, before, name)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -108,7 +90,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             content = again
         except OSError as error:
             raise CheckpointError(f"cannot read {folder / named['name']}: {error}") from error
-    if len(data) != named["bytes"] or _digest(data) != named["sha256"]:
+    if len(data) != named["bytes"] or digest(data) != named["sha256"]:
         raise CheckpointError(
             f"expected {named['bytes']} bytes with the digest in {DESCRIPTION}, got {len(data)} "
             f"others: {folder / named['name']} is cut short or was changed"
@@ -130,7 +112,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
         content = json.loads(read_file(path, _MOST_DESCRIPTION))
-        digest = _digest(_canonical(content)) if isinstance(content, dict) else None
+        found = digest_of(content) if isinstance(content, dict) else None
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"expected a folder that normswap.save wrote, found no {path}"
@@ -145,62 +127,21 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{path} has format {version}, of normswap {content.get('normswap')}; this version "
             f"knows formats up to {FORMAT}: upgrade normswap"
         )
-    if content["digest"] != digest:
+    if content["digest"] != found:
         raise CheckpointError(f"{path} was changed after it was written; save again")
     if version == 1:
         content["samples"] = {}
     wrong = find_wrong(content)
     if wrong is not None:
         raise CheckpointError(f"{path} is not a description that normswap.save wrote: {wrong}")
-    if not _TENSORS.fullmatch(content["file"]["name"]):
+    if not re.fullmatch(_TENSORS, content["file"]["name"]):
         raise CheckpointError(f"{path} names a file of another kind: {content['file']['name']!r}")
-    found: dict[str, Any] = content
-    return found
+    checked: dict[str, Any] = content
+    return checked
 
 
-def _file_in_use(folder: Path) -> str | None:
+def _in_use(folder: Path) -> str | None:
     try:
         return str(read_description(folder)["file"]["name"])
     except CheckpointError:
         return None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file that is either there whole or not at all, even if the machine stops."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _sweep(folder: Path, before: str | None, name: str) -> None:
-    """Remove the tensors just replaced, and what saves killed over an hour ago left.
-
-    Younger files may belong to a save under way in another process.
-    """
-    for path in folder.iterdir():
-        if _LEFTOVER.fullmatch(path.name) and path.name not in (DESCRIPTION, name):
-            with contextlib.suppress(FileNotFoundError):
-                if path.name == before or time.time() - path.stat().st_mtime > _AN_HOUR:
-                    path.unlink()
-
-
-def _canonical(content: dict[str, Any]) -> bytes:
-    rest = {key: value for key, value in content.items() if key != "digest"}
-    return json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -55,15 +55,25 @@ class Case:
 
     @functools.cached_property
     def models(self) -> list[str]:
-        """Names of the models that have something the method can change."""
-        return [name for name in MODELS if self.fits(make_model(name))]
+        """Names of the models that have something the method can change.
 
-    def fits(self, base: nn.Module) -> bool:
-        """Return whether the method can change something of a model."""
+        Raises:
+            ContractError: none has; with what conversion says of the first.
+        """
+        refusals = {name: self.refusal(make_model(name)) for name in MODELS}
+        why = next(iter(refusals.values()))
+        require(
+            "" in refusals.values(), f"the method can change none of {', '.join(MODELS)}: {why}"
+        )
+        return [name for name, refusal in refusals.items() if not refusal]
+
+    def refusal(self, base: nn.Module) -> str:
+        """Return why the method can change nothing of a model, "" where it can."""
         try:
-            return bool(plan(base, self.method.name, **dict(self.options)).rows)
-        except ConversionError:
-            return False
+            plan(base, self.method.name, **dict(self.options))
+        except ConversionError as error:
+            return str(error)
+        return ""
 
     def bases(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[nn.Module, Tensor]]:
         """Yield each model that fits, and inputs for it."""

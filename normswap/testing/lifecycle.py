@@ -11,7 +11,9 @@ from torch import nn
 from normswap.api import summary
 from normswap.errors import ContextWarning, ConversionError, NormswapError
 from normswap.lifecycle.add_context import add_context
+from normswap.lifecycle.record import method_layers
 from normswap.lifecycle.revert import revert, specialize
+from normswap.lifecycle.training import freeze
 from normswap.lifecycle.unknown import set_unknown
 from normswap.saving.checkpoint import load, save
 from normswap.testing.case import (
@@ -81,6 +83,32 @@ def check_refuses_to_specialise(case: Case) -> None:
     context = NAMES[0] if case.labelled else None
     require_raises(lambda: specialize(model, context, inplace=True), ConversionError, "trained")
     require_same_state(model, before, "after the error")
+
+
+@check()
+def check_moves(case: Case) -> None:
+    """A model changes its dtype and device, and its contexts can be trained alone."""
+    model, x = case.convert(make_model()).double(), make_inputs(make_model(dtype=torch.float64))
+    for label in case.labels:
+        dtype = case.in_eval(model, x, label).dtype
+        require(dtype == torch.float64, f".double(): outputs for context {label} are {dtype}")
+    there = [name for name, t in model.to("meta").state_dict().items() if not t.is_meta]
+    require(not there, f'.to("meta"): {there} stay')
+    if not case.labelled:
+        return
+    tables: set[str] = set()
+    for site, layer in method_layers(model).items():
+        named = set(getattr(layer, "context_parameters", ()))
+        rows = {n for n, p in layer.named_parameters() if p.dim() > 1 and len(p) == len(NAMES)}
+        kind = f"{site}: {type(layer).__name__}.context_parameters"
+        require(named == rows, f"{kind} is {sorted(named)}; of shape (K, ...) are {sorted(rows)}")
+        tables |= {f"{site}.{name}" for name in rows}
+    if not tables:
+        require_raises(lambda: freeze(model, "contexts"), ConversionError, "nothing to train")
+        return
+    freeze(model, "contexts")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    require(trained == tables, f"freeze(model, 'contexts') trains {sorted(trained)}")
 
 
 @check()

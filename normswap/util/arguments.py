@@ -13,7 +13,6 @@ from normswap.errors import ConversionError, NormswapError, UnknownNameError
 # Contexts or components a model may have: each norm keeps a row for each.
 MOST_CONTEXTS = 100_000
 MOST_FEATURES = 1 << 24
-_SHOWN = 20
 
 
 def describe(value: Any) -> str:
@@ -31,11 +30,11 @@ def describe(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str], shown: int = 20) -> str:
     """Return names for a message, the first few."""
     names = list(names)
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def meant(given: Any, choices: Iterable[str], form: str = "{!r}") -> str:

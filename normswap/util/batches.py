@@ -163,6 +163,19 @@ def undisturbed(model: nn.Module | None = None, seed: int | None = None) -> Iter
 
 
 @contextmanager
+def put_back_on_error(tensors: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
+    """Put the values of tensors back where a block raises; yield each one's values before it."""
+    before = {tensor: tensor.detach().clone() for tensor in tensors}
+    try:
+        yield before
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in before.items():
+                tensor.copy_(value)
+        raise
+
+
+@contextmanager
 def modes_kept(model: nn.Module | None) -> Iterator[None]:
     """Put the modes of a model's modules back, those that frozen norms would have included."""
     modules = [] if model is None else list(model.modules())

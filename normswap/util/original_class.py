@@ -6,16 +6,22 @@ from typing import Any
 
 from torch import nn
 
-# Where a layer keeps what it replaced.
+# Where a layer keeps what it replaced, and a converted container what it runs.
 ORIGINAL = "_normswap_original"
+STATE = "_normswap"
 CALL = nn.Module._call_impl.__code__
+
+
+def container_class(module: Any) -> type:
+    """Return the class that a container had before conversion; of a norm's layer, its own."""
+    cls = type(module)
+    return getattr(cls, "converted_from", cls)
 
 
 def class_of(value: Any) -> type:
     """Return the class that a module had before conversion; of other values, their own."""
-    cls = type(value)
     original = vars(value).get(ORIGINAL) if isinstance(value, nn.Module) else None
-    return getattr(cls, "converted_from", cls) if original is None else original.cls
+    return container_class(value) if original is None else original.cls
 
 
 def in_forward(frame: types.FrameType | None) -> bool:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import normswap
 from normswap import ContextError, ContextWarning, contexts
 from normswap.contexts import store
+from normswap.util import whole_file
 
 X = torch.cat([torch.randn(120, 4, generator=torch.Generator().manual_seed(k)) + k for k in (0, 9)])
 SURROGATE = os.fsdecode(b"caf\xe9")
@@ -71,11 +73,23 @@ def test_no_pickle_is_written(kind, tmp_path):
 
 def test_saving_again_replaces_everything(tmp_path):
     contexts.kmeans([X], 2).save(tmp_path)
-    (tmp_path / "contexts.json.7.tmp").write_text("of a killed process")
+    left = tmp_path / "contexts.json.7.tmp"
+    left.write_text("of a killed process")
+    os.utime(left, (time.time() - 7200,) * 2)
     second = contexts.gaussian_mixture([X], 2)
     second.save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     assert type(contexts.load(tmp_path)) is type(second)
+
+
+def test_files_of_a_save_under_way_in_another_process_are_spared(tmp_path):
+    theirs = {"contexts-0123456789abcdef.safetensors", f".contexts.json.{'0' * 16}.tmp"}
+    for name in theirs:
+        (tmp_path / name).touch()
+    contexts.kmeans([X], 2).save(tmp_path)
+    contexts.kmeans([X + 50], 2).save(tmp_path)
+    assert len({path.name for path in tmp_path.iterdir()} - theirs) == 2
+    assert theirs <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("kept", [0, 1])
@@ -93,8 +107,8 @@ def test_a_kill_while_saving_leaves_the_old_one(tmp_path, monkeypatch, kept, sha
         done.append(path)
         replace(path, data)
 
-    replace = store._replace
-    monkeypatch.setattr(store, "_replace", die)
+    replace = whole_file.write_whole
+    monkeypatch.setattr(whole_file, "write_whole", die)
     with pytest.raises(KeyboardInterrupt):
         contexts.kmeans([X + 50], 2).save(tmp_path)
     assert torch.equal(contexts.load(tmp_path)(X), first(X))
@@ -123,7 +137,7 @@ def edit(folder, **changes):
     """Change a record as one who knows the digest could."""
     path = folder / store.NAME
     content = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({**content, "digest": store._digest(store._canonical(content))}))
+    path.write_text(json.dumps({**content, "digest": whole_file.digest_of(content)}))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +249,7 @@ def test_arrays_that_are_none_are_refused(tmp_path):
     contexts.kmeans([X], 2).save(tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(b"no tensors")
-    edit(tmp_path, sha256=store._digest(b"no tensors"))
+    edit(tmp_path, sha256=whole_file.digest(b"no tensors"))
     with pytest.raises(ContextError, match="does not read as safetensors"):
         contexts.load(tmp_path)
 

@@ -159,7 +159,6 @@ def save_for_ever(folder, ready):
 
 def test_killed_in_the_middle_the_save_before_is_whole(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm", "tests.saving.test_save"])
     base, turns = make_model(), []
     for attempt in range(12):
         ready = context.Event()

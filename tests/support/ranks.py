@@ -22,7 +22,11 @@ def on_two_processes(
         folder: empty; for the processes' store and results.
         backend: of their group; with "nccl" each has a GPU of its own.
     """
-    torch.multiprocessing.spawn(_work, (jobs, folder, backend), nprocs=2)
+    # A process forked from one that imported torch starts at once; CUDA needs a new one.
+    method = "spawn" if backend == "nccl" else "forkserver"
+    torch.multiprocessing.start_processes(
+        _work, (jobs, folder, backend), nprocs=2, start_method=method
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -1,5 +1,6 @@
 """`python -m tests.sweep --source timm --workers 2`: convert every model of a zoo, check each."""
 
+import multiprocessing
 import os
 import sys
 
@@ -9,4 +10,5 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from tests.sweep.command import main
 
 if __name__ == "__main__":
+    multiprocessing.set_forkserver_preload(["tests.sweep.one"])
     sys.exit(main(sys.argv[1:]))

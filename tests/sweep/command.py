@@ -166,7 +166,8 @@ def _parser() -> argparse.ArgumentParser:
         "--blocks",
         type=int,
         default=0,
-        help="keep so many of each run of equal blocks of a model (default: all that fit)",
+        help="keep so many of each run of equal blocks of a model, and build a few models smaller "
+        "otherwise (default: all that fit)",
     )
     add("--methods", nargs="+", default=["cn"], help=", ".join(normswap.methods()))
     add("--workers", type=int, default=1, help="processes of one thread each (default: 1)")

@@ -20,7 +20,7 @@ from .checks import check_eval_again, check_mixed, check_preserved, check_traini
 from .layers import randomise
 from .outputs import Incomparable
 from .prepare import Limits, Prepared, build_shell, choose_scale, prepare
-from .sources import candidate
+from .sources import candidate, narrowed
 from .structure import describe, structure
 from .subject import LABELS, Findings
 
@@ -41,6 +41,8 @@ def sweep_model(source: str, name: str, limits: Limits, methods: list[str]) -> I
     try:
         shared["stage"] = "build"
         chosen = candidate(source, name)
+        if limits.blocks:
+            chosen = narrowed(chosen)
         record["family"] = chosen.family
         shell = build_shell(chosen)
         record.update(count(shell))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -65,11 +66,15 @@ def choose_scale(
 
     None where nothing fits.
     """
-    sizes = {0: parameters}
-    for keep in (2, 1, limits.blocks or 1):
+
+    @functools.cache
+    def size(keep: int) -> int:
+        if not keep:
+            return parameters
         smaller = copy.deepcopy(shell)
         trim_repeats(smaller, keep)
-        sizes[keep] = count(smaller)["parameters"]
+        return count(smaller)["parameters"]
+
     choices = (
         *((0, torch.float64), (2, torch.float64), (0, torch.float32)),
         *((1, torch.float64), (2, torch.float32), (1, torch.float32)),
@@ -77,7 +82,7 @@ def choose_scale(
     if limits.blocks:
         choices = tuple((limits.blocks, dtype) for dtype in (torch.float64, torch.float32))
     for keep, dtype in choices:
-        if sizes[keep] * dtype.itemsize * 1.3 + _OVERHEAD <= limits.memory:
+        if size(keep) * dtype.itemsize * 1.3 + _OVERHEAD <= limits.memory:
             return keep, dtype
     return None
 

@@ -1,7 +1,8 @@
 """Worker processes that may die: a task that kills its worker is a result, not the end.
 
-Each worker is spawned, runs on one thread and takes one task at a time; a task sends any number of
-records. A worker that dies, takes too long or grows too large is replaced, and its task recorded.
+Each worker is forked from a clean process, runs on one thread and takes one task at a time; a task
+sends any number of records. A worker that dies, takes too long or grows too large is replaced, and
+its task recorded.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def run_tasks(
         timeout: seconds one part may take.
         memory: bytes one worker may hold; watched on Linux only.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     queue = deque(tasks)
     pool: list[_Worker] = []
     try:

@@ -20,6 +20,8 @@ from tests.support.models import make_model
 class ShiftNorm(ContextLayer):
     """Normalises with fixed, shared statistics, then applies an affine for each context."""
 
+    context_parameters = ("weight", "bias")
+
     def __init__(self, norm: nn.Module, site: Site, contexts: Contexts) -> None:
         super().__init__(site.num_features, contexts.count, contexts.unknown)
         shape = (contexts.count, site.num_features)
@@ -102,9 +104,25 @@ class Mixing(ShiftNorm):
         return y + 1e-9 * y.mean(0, keepdim=True)
 
 
+class Unnamed(Shift):
+    name = "unnamed"
+
+    def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
+        layer = ShiftNorm(source, site, contexts)
+        layer.context_parameters = ()
+        return layer
+
+
 class DrawsNothing(Shift):
     name = "draws-nothing"
     stochastic = True
+
+
+class PlainLayer(Shift):
+    name = "plain-layer"
+
+    def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
+        return nn.GroupNorm(1, site.num_features)
 
 
 class Groups(Method):
@@ -152,6 +170,19 @@ def test_a_method_that_breaks_the_contract_is_named_with_the_numbers():
     checks = {check.name: check for check in method_checks(DrawsNothing)}
     with pytest.raises(ContractError, match="the same output for each of 8 seeds"):
         checks["compiles_into_one_graph"]()
+
+
+@pytest.mark.parametrize("name", ["function_is_kept", "moves", "contexts_differ_once_trained"])
+def test_a_labelled_method_with_a_plain_layer_is_told_of_it(name):
+    checks = {check.name: check for check in method_checks(PlainLayer)}
+    with pytest.raises(ContractError, match=r"a subclass of ContextLayer .* got GroupNorm"):
+        checks[name]()
+
+
+def test_tables_that_no_name_tells_of_break_the_contract():
+    checks = {check.name: check for check in method_checks(Unnamed)}
+    with pytest.raises(ContractError, match=r"parameters is \[\]; .* are \['bias', 'weight'\]"):
+        checks["moves"]()
 
 
 def test_a_class_is_registered_for_its_checks_only():

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.graph.state import ContainerState
+from normswap.graph.state import state_of
 
 
 def hiding(base: Any) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def hiding(base: Any) -> dict[str, Any]:
         return {}
 
     def names(self: nn.Module) -> list[str]:
-        state: ContainerState | None = vars(self).get("_normswap")
+        state = state_of(self)
         return [] if state is None else state.children()
 
     def length(self: nn.Module) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import ContextError, ConversionError, expect_module
+from normswap.errors import ContextError, expect_module, not_converted
 from normswap.functional.labels import Context
 from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
@@ -37,13 +37,15 @@ class Rows:
         families: by what runs, the kinds of its arguments and the modes and flags of its modules.
         known: by norm, mode and rows a sample: the one finding; for calls that no plan tells of,
             as compiled programs, which cannot tell how they got to a norm, and for summaries.
+        irregular: by norm, mode, rows and samples: the one finding where no ratio tells, if fixed.
         reason: why the last measurement that failed did.
         fixed: whether an irregular order is taken to be the same in every call of a kind.
     """
 
     def __init__(self) -> None:
         self.families: dict[Any, Family] = {}
-        self.known: dict[tuple[Any, ...], Step] = {}
+        self.known: dict[tuple[str, bool, float], Step] = {}
+        self.irregular: dict[tuple[str, bool, int, int], Step] = {}
         self.reason = "no batch of several contexts has run"
         self.fixed = False
 
@@ -157,19 +159,10 @@ class Rows:
         """Keep what holds for other calls."""
         self.reason = plan.reason or self.reason
         for step in plan.steps:
-            keys: list[tuple[Any, ...]] = [
-                (step.site, step.training, _ratio(step.rows, run.samples))
-            ]
-            if step.regular:
-                keys = [(step.site, step.training, step.times)]
-            elif self.fixed:
-                keys.append((step.site, step.training, step.rows, run.samples))
-            for key in keys:
-                before = self.known.get(key)
-                if before is None or (before.cause and before.cause != _MIXED):
-                    self.known[key] = step
-                elif not step.cause and not before.agrees(step):
-                    self.known[key] = Step(step.site, step.training, step.rows, cause=_MIXED)
+            times = step.times if step.regular else _ratio(step.rows, run.samples)
+            _learn(self.known, (step.site, step.training, times), step)
+            if self.fixed and not step.regular:
+                _learn(self.irregular, (step.site, step.training, step.rows, run.samples), step)
         if plan.reason or plan.regular:
             run.family.keep(run.numbers, plan)
         elif self.fixed and not any(step.cause for step in plan.steps):
@@ -189,7 +182,7 @@ class Rows:
         if step is None and times == 1 and (other is None or other.regular):
             return Step(site, layer.training, 0, ONE, 1)
         if (step is None or not step.regular) and not isinstance(rows, torch.SymInt):
-            step = self.known.get((site, layer.training, rows, samples))
+            step = self.irregular.get((site, layer.training, rows, samples))
         if step is not None and not step.cause:
             return step
         why = self.reason if step is None else step.cause
@@ -209,15 +202,26 @@ class Rows:
         """Measure anew: another forward may have another order."""
         self.families.clear()
         self.known.clear()
+        self.irregular.clear()
 
     def describe(self, site: str) -> str:
         """Say for a summary where the rows of a norm come from."""
-        found = {str(step): None for key, step in self.known.items() if key[0] == site}
+        steps = (*self.known.values(), *self.irregular.values())
+        found = {str(step): None for step in steps if step.site == site}
         return ", ".join(found) or f"not measured: {self.reason}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies keep: all, in dicts of their own."""
-        return {**self.__dict__, "families": dict(self.families), "known": dict(self.known)}
+        return {k: dict(v) if isinstance(v, dict) else v for k, v in self.__dict__.items()}
+
+
+def _learn(known: dict[Any, Step], key: Any, step: Step) -> None:
+    """Keep a finding; two that differ are one that labels cannot follow."""
+    before = known.get(key)
+    if before is None or (before.cause and before.cause != _MIXED):
+        known[key] = step
+    elif not step.cause and not before.agrees(step):
+        known[key] = Step(step.site, step.training, step.rows, cause=_MIXED)
 
 
 def _ratio(rows: int, samples: int) -> float:
@@ -260,10 +264,7 @@ def fix_rows(model: nn.Module, fixed: bool = True) -> None:
     expect_module(model)
     found = {id(rows): rows for m in model.modules() if (rows := _rows_of(m)) is not None}
     if not found:
-        raise ConversionError(
-            f"expected a converted model, got {type(model).__name__} without any context-aware "
-            "norm; call normswap.convert first"
-        )
+        raise not_converted(model, " with a method that takes labels")
     for rows in found.values():
         rows.fixed = fixed
         rows.families.clear()

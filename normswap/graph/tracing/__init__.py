@@ -1,4 +1,18 @@
-"""Tracing one container: a graph that stands for its forward, or why none does."""
+"""Tracing one container: a graph that stands for its forward, or why none does.
+
+1. The forward runs once, on symbols in place of tensors (`symbol`). What it asks of a symbol, and
+   each call of a submodule or a free function, is written down as a node, not done (`tracer`).
+2. Meanwhile names that the forward would find are replaced by ones that know symbols: builtins,
+   functions of its modules, a few of torch's (`patches`, `stand_ins`, `torch_patches`).
+3. The bytecode of each function is read before it runs (`watch`, `bytecode`). An instruction that
+   may do or find something else in another run ends the trace first (`whitelist`, `failure`).
+4. What the forward read of the module and around it is kept, put back if it changed, and compared
+   before each run of the graph (`reads`); where it differs, the forward is traced anew.
+5. Where it asks whether a symbol is true, it is traced again with the other answer, and the graphs
+   are joined by that question (`branches`). What it does to lists it was given, the graph returns
+   (`list_effects`). A method that cannot be traced is a call in the graph (`method_calls`).
+6. The caller adds the context to calls that take it, compiles the graph and keeps it (`prepare`).
+"""
 
 from normswap.graph.tracing.branches import join as join
 from normswap.graph.tracing.failure import TraceFailure as TraceFailure

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.value_kinds import any_leaf, find_lists
+from normswap.util.original_class import container_class
 
 # Position of an argument, and the keys its object has after the forward.
 Writes = tuple[tuple[int, tuple[Any, ...]], ...]
@@ -113,9 +114,9 @@ def hand_on(
     given: tuple[Any, ...] = (*args, *kwargs.values())
     if not any(map(may_be_changed, given)) and not any(map(tracer.reads.holds, find_lists(given))):
         return args, kwargs, GivenLists()
-    if all(is_torch(_class_of(m).__module__) for m in module.modules()):
+    if all(is_torch(container_class(m).__module__) for m in module.modules()):
         return args, kwargs, GivenLists()
-    name = _class_of(module).__name__
+    name = container_class(module).__name__
     found = tracer.writes_of(module, args, kwargs)
     if found is None:
         raise TraceFailure(f"hands a list or dict to a {name} that may change it")
@@ -165,10 +166,6 @@ def make_ordered(keys: tuple[Any, ...], *parts: Any) -> "OrderedDict[Any, Any]":
 
 
 _MAKE: dict[type, Any] = {list: make_list, dict: make_dict, OrderedDict: make_ordered}
-
-
-def _class_of(module: nn.Module) -> type:
-    return getattr(type(module), "converted_from", type(module))
 
 
 def _among(value: Any, holders: list[Any]) -> bool:

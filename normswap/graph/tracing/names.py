@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.graph.tracing.failure import is_torch
+from normswap.util.original_class import STATE, container_class
 
 
 class Names:
@@ -35,11 +36,11 @@ class Names:
 
 def returns_tensor(module: nn.Module) -> bool:
     """Return whether a module is certain to: a layer of torch, a norm, a graph that ends so."""
-    state: Any = vars(module).get("_normswap")
+    state: Any = vars(module).get(STATE)
     variants = [] if state is None else [v for found in state.variants.values() for v in found]
     if variants and all(variant.returns_tensor for variant in variants):
         return True
-    cls = getattr(type(module), "converted_from", type(module))
+    cls = container_class(module)
     if cls is nn.Sequential:
         return bool(module._modules) and returns_tensor(module[-1])  # type: ignore[index]
     return is_torch(cls.__module__) and cls is not nn.MultiheadAttention

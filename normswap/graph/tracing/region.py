@@ -15,6 +15,7 @@ from torch import fx
 from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.list_effects import find_writes, snapshot_lists
 from normswap.graph.tracing.value_kinds import describe, find_other, rebuild
+from normswap.util.original_class import STATE
 
 _CHECKPOINT = torch.utils.checkpoint.checkpoint
 _OPTIONS = {
@@ -69,7 +70,7 @@ class Region:
             if torch.compiler.is_compiling():
                 return run(module, *given, context)
             # In backward this runs without the container around it.
-            scope = module._normswap.scope
+            scope = vars(module)[STATE].scope
             left = scope.enter(context)
             try:
                 return run(module, *given, context)

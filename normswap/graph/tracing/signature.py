@@ -11,6 +11,7 @@ from torch import nn
 
 from normswap.graph.tracing.bytecode import codes_of
 from normswap.graph.tracing.failure import is_torch
+from normswap.util.original_class import container_class
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 # How a value of a parameter of each kind is passed on.
@@ -78,7 +79,7 @@ def free_argument(module: nn.Module, override: Callable[..., Any] | None = None)
     parameters = [p for f in own for p in (*parameters_of(f), *declared_parameters(f))]
     taken = {p.name for p in parameters}
     if any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
-        classes = {getattr(type(m), "converted_from", type(m)) for m in module.modules()}
+        classes = {container_class(m) for m in module.modules()}
         outside = [cls for cls in classes if not hasattr(cls, "context_argument")]
         bases = {base for cls in outside for base in cls.__mro__ if not is_torch(base.__module__)}
         functions = [f for base in bases for f in vars(base).values()]

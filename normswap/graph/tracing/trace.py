@@ -30,6 +30,7 @@ from normswap.graph.tracing.traced import Traced
 from normswap.graph.tracing.tracer import ContainerTracer
 from normswap.graph.tracing.value_kinds import TENSOR, Kind, leaf_kinds, rebuild
 from normswap.graph.tracing.watch import Watch
+from normswap.util.original_class import container_class
 
 _MOST_OUTLINED = 4
 _LOCK = threading.RLock()
@@ -140,7 +141,7 @@ class TraceSession:
         Raises:
             TraceFailure: no graph stands for this forward; the text says why.
         """
-        cls: Any = getattr(type(root), "converted_from", type(root))
+        cls: Any = container_class(root)
         found = self.cache.find((cls, kinds), root)
         if found is not None:
             return found
@@ -182,7 +183,7 @@ class TraceSession:
         lists = snapshot_lists(values)
         outer = self._tracer, self._local, self._entered
         self._tracer, self._local, self._entered = tracer, p.Patches(), set()
-        tracer.reads.name(getattr(type(root), "converted_from", type(root)), "forward", forward)
+        tracer.reads.name(container_class(root), "forward", forward)
         watch = Watch(self._enter_globals, tracer.reads, root)
         failure: Exception | None = None
         # The collector runs code of others in the middle of a forward, which is not judged.

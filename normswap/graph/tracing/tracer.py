@@ -21,6 +21,7 @@ from normswap.graph.tracing.reads import MISSING, Of
 from normswap.graph.tracing.region import Region
 from normswap.graph.tracing.symbol import MOST_QUESTIONS, Value, question_key, unpack
 from normswap.graph.tracing.traced import Traced
+from normswap.util.original_class import container_class
 
 # What every module holds, and what reads of it without changing anything.
 _BASE = {"__dict__", *vars(nn.Module())} - {"training"}
@@ -160,7 +161,7 @@ class ContainerTracer(fx.Tracer):
         path = self._paths.get(id(module))
         if not path:
             raise TraceFailure(f"calls a {type(module).__name__} that is not registered below it")
-        if _overrides_call(type(module)):
+        if _overrides_call(container_class(module)):
             raise TraceFailure(f"calls a {type(module).__name__}, which has a __call__ of its own")
         parent = path
         while parent:
@@ -254,7 +255,6 @@ class ContainerTracer(fx.Tracer):
 
 
 def _overrides_call(cls: type) -> bool:
-    cls = getattr(cls, "converted_from", cls)
     owner = next(base for base in cls.__mro__ if "__call__" in vars(base))
     return not is_torch(owner.__module__)
 

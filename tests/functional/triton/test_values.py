@@ -1,4 +1,4 @@
-"""The kernels against float64 loops, without a GPU, in a process that has Triton interpret them."""
+"""The kernels against float64 loops, in a process of their own: Triton reads its settings once."""
 
 import os
 import subprocess
@@ -10,13 +10,23 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_values_gradients_and_running_statistics():
-    cases = Path(__file__).with_name("interpreted.py")
+def run_cases(interpret):
+    cases = Path(__file__).with_name("cases.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     run = subprocess.run(
         [*command, str(cases)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
+        env=os.environ | {"TRITON_INTERPRET": interpret, "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_values_gradients_and_running_statistics():
+    run_cases("1")
+
+
+@pytest.mark.gpu
+def test_them_on_a_gpu():
+    run_cases("0")

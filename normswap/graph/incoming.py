@@ -1,0 +1,86 @@
+"""The labels of a call, where they enter a converted model: checked against the batch."""
+
+from typing import Any
+
+import torch
+
+from normswap.functional.labels import Context, wrong_length
+from normswap.graph.state import ContainerState
+
+
+def enter_context(
+    state: ContainerState, values: Any, leaves: list[Any], context: Any
+) -> tuple[Context | None, bool]:
+    """Return the context of this call, and whether the rows of samples have to be told apart.
+
+    Where labels enter the model they are checked, and are one where all are the same.
+    """
+    if type(context) is Context:
+        return context, False
+    resolved = resolve(state, values, leaves, context)
+    if resolved is None:
+        return None, False
+    if _is_single(resolved, values):
+        return Context(resolved.labels[:1], resolved.unknown, True), False
+    return resolved, _may_mix(resolved)
+
+
+def resolve(
+    state: ContainerState, values: tuple[Any, ...], leaves: list[Any], context: Any
+) -> Context | None:
+    """Return the context of this call, checked where it enters the model."""
+    if type(context) is Context:
+        return context
+    if context is None:
+        resolved = state.scope.lookup(whole=state.fqn == "")
+    else:
+        device = next((leaf.device for leaf in leaves if hasattr(leaf, "device")), None)
+        resolved = state.scope.resolve(context, device)
+    if resolved is not None and state.fqn == "":
+        _check_length(state, values, resolved)
+    return resolved
+
+
+def _check_length(state: ContainerState, values: tuple[Any, ...], context: Context) -> None:
+    """Compare the number of labels with the batch, while it is not folded into anything yet."""
+    given = context.labels.shape[0]
+    sizes = [size for value in values for size in _batch_sizes(value)]
+    if sizes and not context.whole and given not in sizes:
+        raise wrong_length(sizes[0], given, state.first_norm)
+
+
+def _batch_sizes(value: Any) -> list[int]:
+    """Return what may be the number of samples in an argument."""
+    if isinstance(value, torch.Tensor):
+        return [value.shape[0]] if value.dim() else []
+    if isinstance(value, dict):
+        return [size for part in value.values() for size in _batch_sizes(part)]
+    if isinstance(value, (list, tuple)):
+        sizes = [size for part in value for size in _batch_sizes(part)]
+        # A list of images, one a sample: detection models take batches so.
+        if value and all(isinstance(v, torch.Tensor) and v.dim() <= 3 for v in value):
+            sizes.append(len(value))
+        return sizes
+    return []
+
+
+def _is_single(context: Context, values: tuple[Any, ...]) -> bool:
+    """Return whether the host can see that all samples have one label."""
+    labels = context.labels
+    if context.unknown is None or context.whole or labels.device.type != "cpu" or len(labels) < 2:
+        return False
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    if not any(len(labels) in _batch_sizes(value) for value in values):
+        return False
+    return bool((labels == labels[0]).all())
+
+
+def _may_mix(context: Context) -> bool:
+    """Return whether rows have to be told apart, and can be: values are there."""
+    labels = context.labels
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or context.whole:
+        return False
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return type(labels) is torch.Tensor and not labels.is_meta and len(labels) > 1

@@ -1,0 +1,96 @@
+"""A description in JSON and a file that it names, which a kill at any byte leaves whole.
+
+The file is written first, under a name of its own. The description is replaced last and at once,
+so that it always names a file that is complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_AN_HOUR = 3600.0
+
+
+def digest(data: bytes) -> str:
+    """Return the SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """Return the digest of a description, its own entry ``digest`` left out."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    return digest(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+
+
+def write_pair(
+    path: Path,
+    text: str,
+    name: str | None,
+    data: bytes,
+    in_use: Callable[[], str | None],
+    names: str,
+) -> None:
+    """Write a description, and the file that it names; remove what they replace.
+
+    Args:
+        path: of the description, in a folder that is made if need be.
+        text: of the description.
+        name: of the file beside it, None for no file.
+        data: of that file.
+        in_use: returns the name in the description that is there, None where none can be read.
+        names: regular expression of all names that such files can have.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = in_use()
+    if name is not None:
+        write_whole(path.with_name(name), data)
+    try:
+        write_whole(path, text.encode())
+    except BaseException:
+        if name is not None and in_use() != name:
+            path.with_name(name).unlink(missing_ok=True)
+        raise
+    _sweep(path, names, before, name)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is either there whole or not at all, even if the machine stops."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _sweep(path: Path, names: str, before: str | None, name: str | None) -> None:
+    """Remove the file just replaced, and what saves killed over an hour ago left.
+
+    Younger files may belong to a save under way in another process.
+    """
+    left = re.compile(rf"\.?({names}|{re.escape(path.name)})(\.[0-9a-f]+\.tmp)?")
+    for old in path.parent.iterdir():
+        if left.fullmatch(old.name) and old.name not in (path.name, name):
+            with contextlib.suppress(FileNotFoundError):
+                if old.name == before or time.time() - old.stat().st_mtime > _AN_HOUR:
+                    old.unlink()
