@@ -105,8 +105,8 @@ class Rows(NamedTuple):
 def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
     """Return what kernels take that have all contexts, (KP, BC) values, in a program."""
     rows = _power(contexts)
-    columns = min(_TILE // rows, _power(channels))
-    return {"KP": rows, "BN": max(1, 1024 // columns), "BC": columns}
+    columns = min(_TILE // 2 // rows, _power(channels))
+    return {"KP": rows, "BN": max(1, _TILE // 8 // columns), "BC": columns}
 
 
 def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) -> None:

@@ -12,6 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import normswap
 from normswap.functional import backend, kernels
+from normswap.functional.labels import Context
 from normswap.functional.triton import plan, tile
 from normswap.methods import cn_layer
 from tests.support import builders, oracles
@@ -51,6 +52,10 @@ def make_cn(*args, unknown="pooled", **settings):
     return builders.make_cn(*args, unknown=unknown, **settings).to(DEVICE)
 
 
+def make_weighing(*args, **settings):
+    return make_cn(*args, unknown="posterior", **settings)
+
+
 def make_cnx(*args, **settings):
     return builders.make_cnx(*args, **settings).to(DEVICE)
 
@@ -72,13 +77,16 @@ def widened(layer, x):
     return given, [t.detach().double().requires_grad_() for t in (x, *given)]
 
 
-def compare(layer, x, dy, labels, oracle, share=None, **settings):
-    """Hold output and gradients of a layer to a loop in float64."""
+def compare(layer, x, dy, labels, oracle, share=None, given=None, **settings):
+    """Hold output and gradients of a layer to a loop in float64.
+
+    The layer is given the labels, or what else is `given`.
+    """
     share = share or SHARE[x.dtype]
-    given, wide = widened(layer, x)
-    y = layer(x, as_labels(labels))
+    parameters, wide = widened(layer, x)
+    y = layer(x, as_labels(labels) if given is None else given)
     expected = oracle(wide[0], labels or [-1] * len(x), *wide[1:], **settings)
-    found = torch.autograd.grad(y, (x, *given), dy)
+    found = torch.autograd.grad(y, (x, *parameters), dy)
     wanted = torch.autograd.grad(expected, wide, dy.double(), allow_unused=True)
     assert y.stride() == found[0].stride() == x.stride()
     assert_close(y, expected, share)
@@ -131,6 +139,31 @@ def test_cn_in_training(dtype, layout):
     compare_cn(layer.train(), *make((7, 6, 5, 3), dtype, layout), LABELS)
 
 
+@EVERY_CASE
+def test_cn_whose_unlabelled_samples_weigh_the_contexts(dtype, layout):
+    layer = make_weighing(6, 4, PRIORS, torch.float32).train()
+    x, dy = make((7, 6, 5, 3), dtype, layout, offset=0.1)
+    compare_cn(layer, x, dy, LABELS, unknown="posterior")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("contexts", [3, 64])
+@pytest.mark.parametrize("labels", [[2, -1, 1, 1, -1], [-1] * 5, [0, 2, 0, 1, 1]])
+def test_some_all_and_no_samples_weigh_the_contexts(contexts, training, labels):
+    layer = make_weighing(5, contexts, None, torch.float32).train(training)
+    x, dy = make((5, 5, 4, 2), offset=0.1)
+    known, training = Context(as_labels(labels), None), layer.training
+    compare_cn(layer, x, dy, labels, given=known, training=training, unknown="posterior")
+
+
+def test_weights_keep_the_digits_where_means_are_large():
+    layer = make_weighing(5, 3, None, torch.float32).train()
+    layer.running_mean += 500
+    x, dy = make((5, 5, 4, 2), offset=0.1)
+    x = (x.detach() + 500).requires_grad_()
+    compare_cn(layer, x, dy, [2, -1, 1, 1, -1], 5e-5, unknown="posterior")
+
+
 @pytest.mark.parametrize(
     ("shape", "contexts", "settings"),
     [
@@ -169,7 +202,9 @@ def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
     plan._plan.cache_clear()
 
 
-@pytest.mark.parametrize("settings", [{"affine": "shared"}, {"shrink": 2.0}])
+@pytest.mark.parametrize(
+    "settings", [{"affine": "shared"}, {"affine": "shared", "unknown": "posterior"}, {"shrink": 2.0}]
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_settings_of_cn_mean_what_they_do_in_float64(settings, training):
     layer = make_cn(6, 4, PRIORS, torch.float32, **settings).train(training)
