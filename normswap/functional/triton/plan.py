@@ -106,7 +106,7 @@ def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
     """Return what kernels take that have all contexts, (KP, BC) values, in a program."""
     rows = _power(contexts)
     columns = min(_TILE // 2 // rows, _power(channels))
-    return {"KP": rows, "BN": max(1, _TILE // 8 // columns), "BC": columns}
+    return {"KP": rows, "BN": max(1, _TILE // 4 // columns), "BC": columns}
 
 
 def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) -> None:

@@ -50,21 +50,22 @@ def weigh(
             return
     k = tl.arange(0, KP)
     row = (K + n) * C
-    # In float64, as there are many channels: what rounding leaves of a logit is the weight's.
-    logits = tl.log(tl.load(priors + k, k < K, 1.0).to(tl.float64))
+    per_value = tl.full([], 1.0, tl.float64) / M
+    # Summed in float64, as there are many channels: the error of a logit is a weight's.
+    logits = tl.log(tl.load(priors + k, k < K, 1.0).to(tl.float32)).to(tl.float64)
     for i in range(0, C, BC):
         c = i + tl.arange(0, BC)
         one, two = add_moments(part_mean, part_var, None, n * S, n * S + S, c, C, M, S, PART, BN)
-        m = one / M
-        near, v = m.to(tl.float32), tl.maximum(two / M - m * m, 0.0).to(tl.float32)
+        m = one * per_value
+        near, v = m.to(tl.float32), tl.maximum(two * per_value - m * m, 0.0).to(tl.float32)
         tl.store(centre + row + c, near, c < C)
         mu, r = load_moments(mean, var, eps, c, K, C, KP)
         off = near[None, :] - mu
         cost = (v[None, :] + off * off) * r * r - 2 * tl.log(r)
         logits -= 0.5 * tl.sum(tl.where((c < C)[None, :], cost, 0.0), 1).to(tl.float64)
     logits = tl.where(k < K, logits, float("-inf"))
-    share = tl.exp(logits - tl.max(logits, 0))
-    w = (share / tl.sum(share, 0)).to(tl.float32)
+    share = tl.exp((logits - tl.max(logits, 0)).to(tl.float32))
+    w = share / tl.sum(share, 0)
     tl.store(weights + n * K + k, w, k < K)
     # Other threads have written what this one reads.
     tl.debug_barrier()
