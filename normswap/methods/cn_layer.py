@@ -106,12 +106,11 @@ class ContextNorm(ContextTables):
             running = self._at_first_run(Moments(*(t.clone() for t in buffers)))
         together = sum_over_ddp() is not None
         weighs = self.weighs(unlabelled)
-        weight, bias = self.weight, self.bias
+        affine: tuple[Tensor, ...] = (self.weight, self.bias)
         if self.shared_affine:
-            weight, bias = (t * self.priors.sqrt().unsqueeze(1) for t in (weight, bias))
+            affine = tuple(t * self.priors.sqrt().unsqueeze(1) for t in affine)
         norm = triton.Norm(
-            weight,
-            bias,
+            *affine,
             self.priors,
             running,
             buffers if batched and not (again or together) else None,

@@ -67,7 +67,7 @@ def _plan(shape: torch.Size, contiguous: bool) -> Plan:
     instances, channels, positions = shape[0], shape[1], shape[2:].numel()
     if contiguous:
         rows = min(_TILE // 2, _power(positions))
-        columns = min(_TILE // rows, _power(channels))
+        columns = min(_TILE // 2 // rows, _power(channels))
         strides = (channels * positions, 1, positions)
     else:
         columns = min(_WIDTH, _power(channels))
@@ -103,10 +103,13 @@ class Rows(NamedTuple):
 
 
 def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
-    """Return what kernels take that have all contexts, (KP, BC) values, in a program."""
+    """Return what kernels take that have all contexts, (KP, BC) values, in a program.
+
+    There are as few programs as instances: eight warps each, where others have four.
+    """
     rows = _power(contexts)
     columns = min(_TILE // 2 // rows, _power(channels))
-    return {"KP": rows, "BN": max(1, _TILE // 4 // columns), "BC": columns}
+    return {"KP": rows, "BN": max(1, _TILE // 4 // columns), "BC": columns, "num_warps": 8}
 
 
 def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) -> None:

@@ -106,7 +106,7 @@ def pull_weights(
         parts = gain * r * (two[None, :] + off * one[None, :]) + b * one[None, :]
         dw += tl.sum(parts, 1).to(tl.float64)
     w = tl.load(weights + n * K + k, k < K, 0.0)
-    minus = (w * (tl.sum(w * dw, 0) - dw) / M).to(tl.float32)[:, None]
+    minus = (w * (tl.sum(w * dw, 0) - dw)).to(tl.float32)[:, None] / M
     for i in range(0, C, BC):
         c = i + tl.arange(0, BC)
         mu, r = load_moments(mean, var, eps, c, K, C, KP)

@@ -65,6 +65,7 @@ def as_labels(given):
 
 
 def make(shape=(7, 6, 5, 3), dtype=torch.float32, layout="contiguous", offset=3.0):
+    """Return x, with means of channels so far apart, and a derivative."""
     pair = make_batch(shape, 0, offset, dtype), make_batch(shape, 1, 0.0, dtype)
     x, dy = (laid_out(t.to(DEVICE), layout) for t in pair)
     return x.requires_grad_(), dy
@@ -183,7 +184,7 @@ def test_cn_of_odd_sizes(shape, contexts, settings, layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("maker", [make_cn, make_cnx])
+@pytest.mark.parametrize("maker", [make_cn, make_weighing, make_cnx])
 def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
     monkeypatch.setattr(plan, "_TILE", 8)
     monkeypatch.setattr(plan, "_WIDTH", 2)
@@ -193,8 +194,8 @@ def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
     x, dy = make((7, 3, 5, 7), layout=layout)
     assert plan.plan(x).splits > 1
     layer = maker(3, 4, PRIORS, torch.float32).train()
-    if maker is make_cn:
-        compare_cn(layer, x, dy, LABELS)
+    if maker is not make_cnx:
+        compare_cn(layer, x, dy, LABELS, unknown=layer.unknown)
     else:
         compare(layer, x, dy, LABELS, oracles.cnx, priors=PRIORS)
     found = kernels.stats(x.detach())
@@ -203,7 +204,8 @@ def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"affine": "shared"}, {"affine": "shared", "unknown": "posterior"}, {"shrink": 2.0}]
+    "settings",
+    [{"affine": "shared"}, {"affine": "shared", "unknown": "posterior"}, {"shrink": 2.0}],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_settings_of_cn_mean_what_they_do_in_float64(settings, training):
@@ -240,13 +242,14 @@ def test_parameters_may_have_another_dtype(dtype):
 
 @pytest.mark.parametrize("labels", [LABELS, [0, 1, 1, 3, 0, 0, 2], None])
 @pytest.mark.parametrize("mode", ["eval", "frozen"])
-def test_cn_with_running_statistics(mode, labels):
-    layer = make_cn(6, 4, PRIORS, torch.float32).train(mode == "frozen")
+@pytest.mark.parametrize("maker", [make_cn, make_weighing])
+def test_cn_with_running_statistics(maker, mode, labels):
+    layer = maker(6, 4, PRIORS, torch.float32).train(mode == "frozen")
     if mode == "frozen":
         layer.stats_frozen = True
         labels = labels or [1] * 7
     x, dy = make()
-    compare_cn(layer, x, dy, labels, training=False)
+    compare_cn(layer, x, dy, labels, training=False, unknown=layer.unknown)
     with torch.no_grad():
         given = as_labels(labels)
         assert torch.equal(layer(x, given), layer(x.requires_grad_(), given))
@@ -269,7 +272,7 @@ def test_cnx_without_an_affine_and_with_one_context_for_the_unknown():
     compare(layer, *make(), LABELS, oracle)
 
 
-@pytest.mark.parametrize("maker", [make_cn, make_cnx])
+@pytest.mark.parametrize("maker", [make_cn, make_weighing, make_cnx])
 def test_one_label_for_all(maker):
     layer = maker(6, 4, PRIORS, torch.float32).eval()
     x, dy = make()
@@ -292,7 +295,7 @@ def test_where_unknown_labels_are_an_error_their_rows_are_not_numbers(maker):
     assert y[labels >= 0].isfinite().all()
 
 
-@pytest.mark.parametrize("maker", [make_cn, make_cnx])
+@pytest.mark.parametrize("maker", [make_cn, make_weighing, make_cnx])
 def test_backward_runs_twice_and_finds_the_same_bits(maker):
     layer, (x, dy) = maker(6, 4, PRIORS, torch.float32).train(), make()
     y = layer(x, as_labels(LABELS))
@@ -301,7 +304,7 @@ def test_backward_runs_twice_and_finds_the_same_bits(maker):
     assert all(map(torch.equal, found, torch.autograd.grad(y, wanted, dy)))
 
 
-@pytest.mark.parametrize("maker", [make_cn, make_cnx])
+@pytest.mark.parametrize("maker", [make_cn, make_weighing, make_cnx])
 @pytest.mark.parametrize("training", [True, False])
 def test_second_derivatives_are_those_of_the_formulas(maker, training):
     layer = maker(6, 4, PRIORS, torch.float32).train(training)
@@ -333,8 +336,9 @@ def test_statistics_of_all_processes_are_moved_as_those_of_one(monkeypatch):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_changes_nothing(reentrant):
-    layer = make_cn(6, 4, PRIORS, torch.float32).train()
+@pytest.mark.parametrize("maker", [make_cn, make_weighing])
+def test_checkpointing_changes_nothing(maker, reentrant):
+    layer = maker(6, 4, PRIORS, torch.float32).train()
     other, labels, (x, dy) = copy.deepcopy(layer), as_labels(LABELS), make()
     # A product before it: what is computed again is another x.
     expected = torch.autograd.grad(layer(2 * x, labels).relu_(), [x], dy)[0]

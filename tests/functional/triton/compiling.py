@@ -43,11 +43,12 @@ def describe(kernel, x_type, last, given):
     return signature, constants, divisible
 
 
-def compile_kernel(kernel, architecture, x_type="bf16", last=True, **given):
+def compile_kernel(kernel, architecture, x_type="bf16", last=True, num_warps=4, **given):
     """Return registers, bytes spilled, and the widths in bits of reads from memory."""
     signature, constants, divisible = describe(kernel, x_type, last, given)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
-    ptx = triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["ptx"]
+    target, options = GPUTarget("cuda", architecture, 32), {"num_warps": num_warps}
+    ptx = triton.compile(source, target=target, options=options).asm["ptx"]
     target = re.search(r"\.target (sm_\w+)", ptx)[1]
     command = [PTXAS, "-v", "--gpu-name", target, "-o", "/dev/null", "-"]
     said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
