@@ -48,6 +48,9 @@ def weigh(
     if index is not None:
         if tl.load(index + n * si) < K:
             return
+    # Parts are counted from the instance on: int32 divides at once.
+    part_mean += n * S * C
+    part_var += n * S * C
     k = tl.arange(0, KP)
     row = (K + n) * C
     per_value = tl.full([], 1.0, tl.float64) / M
@@ -55,7 +58,7 @@ def weigh(
     logits = tl.log(tl.load(priors + k, k < K, 1.0).to(tl.float32)).to(tl.float64)
     for i in range(0, C, BC):
         c = i + tl.arange(0, BC)
-        one, two = add_moments(part_mean, part_var, None, n * S, n * S + S, c, C, M, S, PART, BN)
+        one, two = add_moments(part_mean, part_var, None, 0, S, c, C, M, S, PART, BN)
         m = one * per_value
         near, v = m.to(tl.float32), tl.maximum(two * per_value - m * m, 0.0).to(tl.float32)
         tl.store(centre + row + c, near, c < C)
@@ -94,12 +97,14 @@ def pull_weights(
     n = tl.program_id(0).to(tl.int64)
     if tl.load(index + n * si) < K:
         return
+    first += n * S * C
+    second += n * S * C
     k = tl.arange(0, KP)
     row = (K + n) * C
     dw = tl.zeros([KP], tl.float64)
     for i in range(0, C, BC):
         c = i + tl.arange(0, BC)
-        one, two = add_dots(first, second, None, n * S, n * S + S, c, C, S, BN)
+        one, two = add_dots(first, second, None, 0, S, c, C, S, BN)
         mu, r = load_moments(mean, var, eps, c, K, C, KP)
         gain, b = load_affine(weight, bias, priors, c, K, C, KP)
         off = tl.load(centre + row + c, c < C, 0.0)[None, :] - mu
