@@ -111,28 +111,46 @@ def bench_model(
 
 
 def interleave(
-    cases: dict[str, Callable[[], object]], device: torch.device, repeats: int = 20, warmup: int = 3
+    cases: dict[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int = 20,
+    warmup: int = 3,
+    calls: int = 1,
 ) -> dict[str, Timing]:
-    """Time each case once in turn, `repeats` times, so that all meet the same machine.
+    """Time each case in turn, `repeats` times, so that all meet the same machine.
 
-    On a machine with other work only the ratios mean something, and medians of many repeats.
+    On a machine with other work only the ratios mean something, and medians of many repeats. With
+    several calls, a time is that of one when they follow each other: on a GPU the host then works
+    ahead of the device, as it does in training.
     """
     for case in cases.values():
         for _ in range(warmup):
             case()
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
-            wait_for(device)
-            start = time.perf_counter()
-            case()
-            wait_for(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: _summarize(values) for name, values in seconds.items()}
+            times[name].append(_time(case, device, calls) / calls)
+    return {name: _summarize(values) for name, values in times.items()}
 
 
-def _summarize(seconds: list[float]) -> Timing:
-    values = sorted(1e3 * s for s in seconds)
+def _time(case: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Return the milliseconds of several calls; those of the device, where it is a GPU."""
+    wait_for(device)
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        case()
+    if device.type == "cuda":
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def _summarize(milliseconds: list[float]) -> Timing:
+    values = sorted(milliseconds)
     quarter = len(values) // 4
     return Timing(statistics.median(values), values[quarter], values[-1 - quarter])
 

@@ -3,9 +3,10 @@
 All work on x (N, C, *) as it lies in memory, contiguous or channels_last, and on tables of shape
 (N, C), or (1, C) for all instances. Nothing waits for a device.
 
-On the CPU, torch's batch norm kernels on the view (1, N * C, positions) do a pass with a table in
-one sweep; for channels_last, plain operators in blocks do. `torch.var_mean`, addcmul with
-a broadcast inner dimension and reductions to one value per channel were several times slower.
+On the CPU: torch's batch norm kernels on the view (1, N * C, positions) do a pass with a table
+in one sweep; for channels_last, plain operators in blocks do. `torch.var_mean`, addcmul with a
+broadcast inner dimension and reductions to one value per channel were several times slower. Other
+devices are served by `normswap.functional.device_kernels`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normswap.functional import device_kernels
 from normswap.functional.backend import or_triton
+from normswap.functional.device_kernels import dot_fused
 from normswap.functional.moments import Moments, compute_dtype
 
 # Values of a block: temporaries of it stay in a CPU's cache.
@@ -25,7 +28,6 @@ _NARROW = 128
 _LARGE = 2**16
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_grad_kernel: Any = torch.ops.aten.native_batch_norm_backward
 _reshape: Any = torch.ops.aten._unsafe_view
 # In one sweep: (x - m)^2, and 2 dy (x - m).
 _squares: Any = torch.ops.aten.mse_loss.out
@@ -61,7 +63,7 @@ def _fuses(x: Tensor) -> bool:
 
 def _is_narrow(x: Tensor) -> bool:
     """Return whether two sweeps of plain operators are faster than batch norm's one."""
-    if x.device.type != "cpu" or not x.is_contiguous() or x.dtype != compute_dtype(x):
+    if not x.is_contiguous() or x.dtype != compute_dtype(x):
         return False
     return x.shape[2:].numel() < _NARROW
 
@@ -83,7 +85,7 @@ def _spread(table: Tensor, x: Tensor) -> Tensor:
 def _block_rows(view: Tensor) -> int:
     """Return how many rows a block has: of blocks alike, with no small one left over."""
     rows = view.shape[0]
-    blocks = -(-view.numel() // _BLOCK) if view.device.type == "cpu" else 1
+    blocks = -(-view.numel() // _BLOCK)
     return -(-rows // blocks)
 
 
@@ -114,11 +116,9 @@ def stats(x: Tensor) -> Moments:
     Three sweeps over a block: of differences to a value of the instance, of these to their mean,
     so that nothing cancels.
     """
-    wide = compute_dtype(x)
     if x.device.type != "cpu":
-        var, mean = torch.var_mean(x.to(wide), tuple(range(2, x.dim())), correction=0)
-        return Moments(mean, var)
-    view = _view(x)
+        return device_kernels.stats(x)
+    wide, view = compute_dtype(x), _view(x)
     positions = view.shape[1]
     mean = x.new_empty(x.shape[:2], dtype=wide)
     var = torch.empty_like(mean)
@@ -129,8 +129,7 @@ def stats(x: Tensor) -> Moments:
         off = torch.sub(part.to(wide), one, out=scratch[: len(part)])
         torch.sum(off, 1, keepdim=True, out=m).div_(positions)
         torch.sum(_squares(off, m, 0, out=off), 1, keepdim=True, out=v)
-        m.add_(one)
-    return Moments(mean, var.div_(positions))
+    return Moments(mean.add_(first.reshape(mean.shape)), var.div_(positions))
 
 
 @or_triton
@@ -139,6 +138,8 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
 
     The tables are in `compute_dtype(x)`.
     """
+    if x.device.type != "cpu":
+        return device_kernels.affine(x, scale, offset)
     whole = scale.shape[0] == 1
     if offset is not None and not whole and _is_narrow(x):
         view = _view(x)
@@ -193,11 +194,13 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
 
     Where the centre is (1, C), over instances too, (1, C).
     """
+    if x.device.type != "cpu":
+        return device_kernels.dot(dy, x, centre)
     if _fuses(x) or centre.shape[0] == 1:
-        return _dot_fused(dy, x, centre, None)[1:]
+        return dot_fused(dy, x, centre, None)[1:]
     wide = compute_dtype(x)
     if _is_large(x):
-        found = [_dot_fused(g, v, m, None)[1:] for g, v, m in _split(1, (dy, x, centre))]
+        found = [dot_fused(g, v, m, None)[1:] for g, v, m in _split(1, (dy, x, centre))]
         first, second = (torch.cat(sums) for sums in zip(*found, strict=True))
         return first, second
     first = x.new_empty(x.shape[:2], dtype=wide)
@@ -215,21 +218,7 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_large(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.numel() // len(x) >= _LARGE
-
-
-def _dot_fused(
-    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``dy * scale``, if there is a scale, and what `dot` returns, by one call."""
-    shape = centre.shape
-    whole, mean = shape[0] == 1, centre.reshape(-1)
-    ones = torch.ones_like(mean)
-    weight = ones if scale is None else scale.reshape(-1)
-    given = (dy, x) if whole else (_as_channels(dy), _as_channels(x))
-    mask = [scale is not None, True, True]
-    dx, second, first = _grad_kernel(*given, weight, mean, ones, None, None, False, 0.0, mask)
-    return dx, first.view(shape), second.view(shape)
+    return x.numel() // len(x) >= _LARGE
 
 
 @or_triton
@@ -237,9 +226,11 @@ def scale_and_dot(
     dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dy * scale`` and what `dot` returns."""
+    if x.device.type != "cpu":
+        return device_kernels.scale_and_dot(dy, x, centre, scale)
     if not (_fuses(x) or centre.shape[0] == 1):
         return scaled(dy, scale), *dot(dy, x, centre)
-    dx, first, second = _dot_fused(dy, x, centre, scale)
+    dx, first, second = dot_fused(dy, x, centre, scale)
     return dx.view(x.shape), first, second
 
 
@@ -253,6 +244,8 @@ def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tens
     """Return ``a * dy + b * (x - centre) + c``, tables (N, C), in the dtype and layout of x."""
     # x first: what is left once the large numbers have cancelled is small, and rounds as such.
     c = torch.addcmul(c, b, centre, value=-1)
+    if x.device.type != "cpu":
+        return device_kernels.combine(dy, x, a, b, c)
     if _fuses(x) and x.dtype == compute_dtype(x):
         dx = affine(x, b, c)
         _view(dx).addcmul_(_view(dy), _spread(a, x))

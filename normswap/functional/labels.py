@@ -41,7 +41,7 @@ def resolve_labels(
             of names, indices or None. None and -1 mean unknown.
         num_contexts: K; labels lie in [-1, K).
         names: the K names, in order.
-        device: where labels that are not a tensor are put.
+        device: where labels are put that are not on a device yet: a tensor on the CPU is, too.
 
     Returns:
         The checked labels. Values in a tensor on a device other than the CPU are checked by an
@@ -53,7 +53,6 @@ def resolve_labels(
     """
     if isinstance(labels, Context):
         return labels
-    target = labels.device if isinstance(labels, Tensor) else device
     if hasattr(labels, "__array__") and not isinstance(labels, Tensor):
         array: Any = labels
         labels = array.tolist() if array.dtype.kind in "OSU" else torch.as_tensor(array)
@@ -63,7 +62,7 @@ def resolve_labels(
         indices = _to_indices(labels, names)
         if indices:
             _require_range(min(indices), max(indices), num_contexts, names)
-        values = torch.tensor(indices, dtype=torch.int64, device=device)
+        values = _place(torch.tensor(indices, dtype=torch.int64, device="cpu"), device)
         whole = isinstance(labels, (str, int))
         return Context(_with_memo(values), -1 in indices, whole)
     if labels.is_nested or labels.layout != torch.strided:
@@ -83,7 +82,16 @@ def resolve_labels(
     whole = labels.dim() == 0
     labels = labels.long().reshape(-1)
     unknown = _check_range(labels, num_contexts, names)
-    return Context(_with_memo(labels.to(target)), unknown, whole)
+    return Context(_with_memo(_place(labels, device)), unknown, whole)
+
+
+def _place(labels: Tensor, device: torch.device | None) -> Tensor:
+    """Return checked labels on a device; where they come from the host, it does not wait."""
+    if device is None or labels.device.type != "cpu" or labels.device == device:
+        return labels
+    if device.type == "cuda" and is_eager() and type(labels) is Tensor:
+        labels = labels.pin_memory()
+    return labels.to(device, non_blocking=True)
 
 
 class _Memo:

@@ -63,11 +63,13 @@ def _read(x: Tensor, block: slice, origin: Tensor | None = None) -> tuple[Tensor
     The origin (c, 1), returned as (c, 1, 1), is the mean unless given: sums of large numbers lose
     small differences.
     """
-    part = x[:, block].transpose(0, 1)
-    values = part.to(compute_dtype(x)).reshape(part.shape[0], -1)
+    part, wide = x[:, block].transpose(0, 1), compute_dtype(x)
     if origin is None:
-        origin = values.sum(1, keepdim=True) / max(values.shape[1], 1)
-    return values - origin, origin.unsqueeze(2)
+        origin = torch.sum(part, tuple(range(1, part.dim())), dtype=wide).unsqueeze(1)
+        origin /= max(part.numel() // len(part), 1)
+    values = part.new_empty(part.shape, dtype=wide)
+    torch.sub(part, origin.view(-1, *(1,) * (part.dim() - 1)), out=values)
+    return values.view(len(part), -1), origin.unsqueeze(2)
 
 
 def _write(y: Tensor, block: slice, values: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Means and variances: of an instance, of a context, of a mixture of contexts."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,6 +159,15 @@ def segment_sum(values: Tensor, index: Tensor, count: int) -> Tensor:
         total: Tensor = torch.ops.aten.embedding_dense_backward(values, index, count, -1, False)
         return total
     return values.new_zeros(count, values.shape[1]).index_add(0, index, values)
+
+
+def segment_mean(values: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+    """Return the mean of the rows (N, C) that share an index, (K, C), given their counts (K, 1)."""
+    if _embeds(values, index):
+        kernel: Any = torch.ops.aten.embedding_dense_backward
+        found: Tensor = kernel(values, index, len(counts), -1, True)  # divides by the counts
+        return found
+    return segment_sum(values, index, len(counts)) / counts.clamp(min=1)
 
 
 def pool_moments(moments: Moments, priors: Tensor) -> Moments:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from normswap.functional.affine import Centred, centre_norm, pool_norm
+from normswap.functional.backend import is_eager
 from normswap.functional.backward import in_backward, may_run_again
 from normswap.functional.context import norm_contexts
 from normswap.functional.labels import one_label
@@ -18,6 +19,7 @@ from normswap.functional.moments import (
     context_posterior,
     instance_moments,
 )
+from normswap.functional.segments import Counts, count, segments
 from normswap.functional.tables import apply_centred
 from normswap.methods.cn_tables import ContextTables
 from normswap.util.distributed import sum_over, sum_over_ddp
@@ -80,14 +82,16 @@ class ContextNorm(ContextTables):
         dtype = compute_dtype(x)
         running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
         scripted = not torch.compiler.is_compiling() and torch._C._is_tracing()
+        batch = None if self.frozen or self.stats_frozen or not self.training else labels
+        if batch is not None and not unlabelled and self._has_every_context(x, batch):
+            return self._train_step(x, batch, unlabelled, running)
         if self.training or torch.is_grad_enabled() or scripted:
             # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
             running = self._at_first_run(running)
+        if batch is not None:
+            return self._train_step(x, batch, unlabelled, running)
         weight, bias = self.effective_affine(dtype)
-        frozen = self.frozen or self.stats_frozen
-        if labels is not None and self.training and not frozen:
-            return self._train_step(x, labels, unlabelled, running, weight, bias)
         if labels is None:
             return apply_centred(x, self._unknown(x, None, running, weight, bias))
         table = centre_norm(running, weight, bias, self.eps)
@@ -106,9 +110,9 @@ class ContextNorm(ContextTables):
             running = self._at_first_run(Moments(*(t.clone() for t in buffers)))
         together = sum_over_ddp() is not None
         weighs = self.weighs(unlabelled)
-        affine: tuple[Tensor, ...] = (self.weight, self.bias)
+        affine: list[Tensor] = [self.weight, self.bias]
         if self.shared_affine:
-            affine = tuple(t * self.priors.sqrt().unsqueeze(1) for t in affine)
+            affine = [t * self.priors.sqrt().unsqueeze(1) for t in affine]
         norm = triton.Norm(
             *affine,
             self.priors,
@@ -143,31 +147,33 @@ class ContextNorm(ContextTables):
         self._first_run = running
         return running
 
-    def _train_step(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        unlabelled: bool,
-        running: Moments,
-        weight: Tensor,
-        bias: Tensor,
-    ) -> Tensor:
+    def _has_every_context(self, x: Tensor, labels: Tensor) -> bool:
+        """Return whether the host knows that no running statistics stand in for a context's."""
+        if labels.device.type != "cpu" or not is_eager():
+            return False
+        count, size = self.num_contexts, x.shape[2:].numel()
+        return segments(labels, count, count, size, compute_dtype(x)).counts.every
+
+    def _train_step(self, x: Tensor, labels: Tensor, unlabelled: bool, running: Moments) -> Tensor:
         """Normalise with each context's moments in this batch, and update the running ones."""
-        index, given, override = labels, running, None
+        given, override, dtype = running, None, running.mean.dtype
+        weight, bias = (t.to(dtype).expand_as(running.mean) for t in (self.weight, self.bias))
+        factor = self.affine_factor(dtype)
         if unlabelled:
             # One more context, whose moments are given.
-            index = torch.where(labels < 0, self.num_contexts, labels)
-            row = self._unknown_row(running, weight, bias)
+            row = self._unknown_row(running, weight * factor, bias * factor)
             given = Moments(*(torch.cat(pair) for pair in zip(running, row[0], strict=True)))
             weight, bias = torch.cat((weight, row[1])), torch.cat((bias, row[2]))
+            factor = torch.cat((factor, torch.ones_like(factor[:1])))
             if self.weighs(unlabelled):
                 override = partial(self._mix_unlabelled, labels, running)
         reduce = sum_over(self.process_group) if self.synced else None
         return norm_contexts(
             x,
-            index,
+            labels,
             weight,
             bias,
+            factor,
             given,
             self.num_contexts,
             self.eps,
@@ -191,7 +197,7 @@ class ContextNorm(ContextTables):
         return table.where(labels >= 0, self._unknown(None, instances, running, *known))
 
     @torch.no_grad()
-    def _update(self, used: Moments, values: Tensor) -> None:
+    def _update(self, used: Moments, counts: Counts) -> None:
         """Move the running statistics; where a context had no moments, `used` holds them."""
         if in_backward():
             return
@@ -199,15 +205,17 @@ class ContextNorm(ContextTables):
         if reduce is not None:
             # The wrapper gives every process the buffers of the first one, before each forward:
             # contexts that only others have would never be updated.
-            values, used = self._of_all(values, used, reduce)
-        usable = values > 1
-        self.num_batches_tracked.add_(usable.squeeze(1))
+            values, used = self._of_all(counts.values, used, reduce)
+            counts = count(values)
+        self.num_batches_tracked.add_(1 if counts.every else counts.usable.squeeze(1))
         rate: Any = self.momentum
         if rate is None:
-            rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal().unsqueeze(1)
-        # Contexts without moments stay: their rate is 0, and the factor finite.
-        rate = usable.to(values.dtype) * rate
-        unbiased = used.var * (values / (values - 1).clamp_(min=1))
+            tracked = self.num_batches_tracked.clamp(min=1).to(used.mean.dtype)
+            rate = tracked.reciprocal().unsqueeze(1)
+        if not counts.every:
+            # Contexts without moments stay: their rate is 0, and the factor finite.
+            rate = counts.usable.to(used.mean.dtype) * rate
+        unbiased = used.var * counts.unbias
         for buffer, new in ((self.running_mean, used.mean), (self.running_var, unbiased)):
             if buffer.dtype == new.dtype:
                 buffer.lerp_(new, rate)

@@ -96,14 +96,19 @@ class ContextTables(ContextLayer):
             self.weight.copy_(self._root() * weight)
             self.bias.copy_(self._root() * bias)
 
+    def affine_factor(self, dtype: torch.dtype) -> Tensor:
+        """Return the factor of gamma and beta, (K, 1): 1 / sqrt(lambda), 1 if they are shared."""
+        priors = self.priors.to(dtype).unsqueeze(1)
+        return torch.ones_like(priors) if self.shared_affine else priors.rsqrt()
+
     def effective_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return gamma and beta over sqrt(lambda), or those that all share, (K, C)."""
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         if self.shared_affine:
             shape = self.running_mean.shape
             return weight.expand(shape), bias.expand(shape)
-        scale = self.priors.to(dtype).rsqrt().unsqueeze(1)
-        return weight * scale, bias * scale
+        factor = self.affine_factor(dtype)
+        return weight * factor, bias * factor
 
     def extra_repr(self) -> str:
         """List the settings, non-default ones last."""

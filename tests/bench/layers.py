@@ -82,19 +82,20 @@ def bench_layers(
     """
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=64):
-        cases = _cases(shape, layout, training, device, counts, compiled, dtype)
+        cases = make_cases(shape, layout, training, device, counts, compiled, dtype)
         return interleave(cases, device, repeats)
 
 
-def _cases(
+def make_cases(
     shape: Sequence[int],
     layout: str,
     training: bool,
     device: torch.device,
-    counts: Sequence[int],
-    compiled: bool,
-    dtype: torch.dtype,
+    counts: Sequence[int] = COUNTS,
+    compiled: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Callable[[], object]]:
+    """Return a step of every layer on one shape, `BASE` first."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(*shape, generator=generator).to(device, dtype)
     x = x.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()

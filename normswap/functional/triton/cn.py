@@ -13,6 +13,7 @@ from torch.autograd import Function
 
 from normswap.functional import kernels
 from normswap.functional.moments import Moments
+from normswap.functional.segments import count
 from normswap.functional.tables import records
 from normswap.functional.triton import cn_kernels, sweeps
 from normswap.functional.triton.cn_formula import Norm as Norm
@@ -56,8 +57,7 @@ def norm_contexts(
         labels: (N,) in [-1, K); or (1,), that of all; None where all are -1.
         norm: the layer.
         batched: whether with the moments of the batch, where a context has two values or more.
-        note: called with the moments each context is normalised with and its number of values,
-            (K, 1).
+        note: called with the moments each context is normalised with and its number of values.
     """
     contexts = len(norm.weight)
     if not batched and not records((x, norm.weight, norm.bias)):
@@ -130,7 +130,7 @@ class _ContextNorm(Function):
         )
         if note is not None:
             used = Moments(centre[:contexts], var[:contexts])
-            note(used, values[:contexts].unsqueeze(1))
+            note(used, count(values[:contexts].unsqueeze(1)))
         if norm.moved is None:
             return sweeps.affine(x, scale, shift, centre, segments.labels)
         p, y = plan(x), torch.empty_like(x)

@@ -9,6 +9,7 @@ from torch import Tensor
 from normswap.functional import context
 from normswap.functional.affine import Centred, centre_norm
 from normswap.functional.moments import Moments, context_posterior, instance_moments
+from normswap.functional.segments import Counts
 from normswap.functional.tables import apply_centred
 
 
@@ -79,7 +80,7 @@ def differentiate(
             used = Moments(*(torch.cat((t[:contexts], row[:1])) for t, row in pairs))
             mix = partial(_mix, index, known, priors.squeeze(1), norm.eps)
         if batched:
-            given = (gain, shift, used, contexts, norm.eps, _ignore)
+            given = (gain, shift, torch.ones_like(gain[:, :1]), used, contexts, norm.eps, _ignore)
             y = context.norm_contexts(x, index, *given, override=mix)
         elif mix is None:
             y = apply_centred(x, centre_norm(used, gain, shift, norm.eps), index)
@@ -108,5 +109,5 @@ def _mix(
     return table.where(index < contexts, mixed)
 
 
-def _ignore(used: Moments, values: Tensor) -> None:
+def _ignore(used: Moments, counts: Counts) -> None:
     """Note nothing: a derivative moves no statistics."""

@@ -66,12 +66,12 @@ def serves(x: Tensor) -> bool:
 def _plan(shape: torch.Size, contiguous: bool) -> Plan:
     instances, channels, positions = shape[0], shape[1], shape[2:].numel()
     if contiguous:
-        rows = min(_TILE // 2, _power(positions))
-        columns = min(_TILE // 2 // rows, _power(channels))
+        rows = min(_TILE // 2, power(positions))
+        columns = min(_TILE // rows, power(channels))
         strides = (channels * positions, 1, positions)
     else:
-        columns = min(_WIDTH, _power(channels))
-        rows = min(_TILE // columns, _power(positions))
+        columns = min(_WIDTH, power(channels))
+        rows = min(_TILE // columns, power(positions))
         strides = (channels * positions, channels, 1)
     wanted = _PROGRAMS // (instances * -(-channels // columns))
     splits = max(1, min(-(-positions // rows), wanted))
@@ -80,7 +80,7 @@ def _plan(shape: torch.Size, contiguous: bool) -> Plan:
     return Plan((instances, channels, positions), strides, splits, part, (rows, columns))
 
 
-def _power(count: int) -> int:
+def power(count: int) -> int:
     """Return the least power of two that is no less."""
     return 1 << (count - 1).bit_length()
 
@@ -99,7 +99,7 @@ class Rows(NamedTuple):
     @property
     def blocks(self) -> dict[str, int]:
         """What kernels over tables take as BN and BC."""
-        return {"BN": 64, "BC": min(16, _power(self.channels))}
+        return {"BN": 64, "BC": min(16, power(self.channels))}
 
 
 def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
@@ -107,8 +107,8 @@ def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
 
     There are as few programs as instances: eight warps each, where others have four.
     """
-    rows = _power(contexts)
-    columns = min(_TILE // 2 // rows, _power(channels))
+    rows = power(contexts)
+    columns = min(_TILE // 2 // rows, power(channels))
     return {"KP": rows, "BN": max(1, _TILE // 4 // columns), "BC": columns, "num_warps": 8}
 
 

@@ -1,0 +1,1 @@
+"""Tests and times for one GPU: `python -m tests.gpu`."""
