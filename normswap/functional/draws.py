@@ -1,7 +1,11 @@
 """Random draws of augmentations, by torch's generators, for which the host never waits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from normswap.errors import InputError
 
 
 def draw_beta(
@@ -18,6 +22,21 @@ def draw_beta(
     # Both draws of a small beta can underflow.
     gamma = gamma.clamp(min=torch.finfo(gamma.dtype).tiny)
     return gamma[0] / gamma.sum(0)
+
+
+def refuse_capture(where: str) -> None:
+    """Raise where a CUDA graph is recorded: its replays would repeat what the host draws now.
+
+    Raises:
+        InputError: torch captures the current stream.
+    """
+    cuda: Any = torch.cuda
+    if cuda.is_initialized() and cuda.is_current_stream_capturing():
+        raise InputError(
+            f"expected {where} to be drawn anew in every step, got a CUDA graph, whose replays "
+            "would repeat one draw; capture in eval mode or with p=0, or use torch.compile(model, "
+            'mode="reduce-overhead"), which draws on the device'
+        )
 
 
 def draw_permutation(count: int, device: torch.device | None = None) -> Tensor:

@@ -30,7 +30,10 @@ class Glue(Protocol):
 
 
 class HandGlue(Protocol):
-    """The same function with its derivative written out; see `normswap.functional.glue`."""
+    """The same function with its derivative written out; see `normswap.functional.glue`.
+
+    An attribute `passes` names others over x than `normswap.functional.kernels`.
+    """
 
     def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map and what `backward` needs."""
@@ -59,10 +62,16 @@ def stat_affine(
         return _compute_by_formula(x, glue, tensors, replay=False)
     chosen = _AutogradGlue(glue, x.shape[2:].numel()) if hand is None else hand()
     if not records((x, *tensors)):
-        found, _ = chosen.forward(kernels.stats(x), *(t.detach() for t in tensors))
-        return kernels.affine(x, found.scale, found.offset)
+        passes = _passes(chosen)
+        found, _ = chosen.forward(passes.stats(x), *(t.detach() for t in tensors))
+        unrecorded: Tensor = passes.affine(x, found.scale, found.offset)
+        return unrecorded
     y: Tensor = _StatAffine.apply(x, glue, chosen, *tensors)
     return y
+
+
+def _passes(hand: HandGlue) -> Any:
+    return getattr(hand, "passes", kernels)
 
 
 class _AutogradGlue:
@@ -118,14 +127,15 @@ class _StatAffine(Function):
         # Under such hooks backward may be given another x: checkpointing computes it anew.
         ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         ctx.save_for_backward(x, *tensors)
-        return kernels.affine(x, found.scale, found.offset)
+        y: Tensor = _passes(hand).affine(x, found.scale, found.offset)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         if torch.is_grad_enabled():
-            found = _differentiate(x, ctx.glue, tensors, grads[0], needed)
+            found = differentiate(x, ctx.glue, tensors, grads[0], needed)
             return found[0], None, None, *found[1:]
         kept, scale, centre = ctx.kept, ctx.scale, ctx.centre
         if ctx.hooked:
@@ -133,24 +143,25 @@ class _StatAffine(Function):
             tensors = [t.detach().requires_grad_(need) for t, need in pairs]
             (scale, _, centre), kept = _run_glue(ctx.hand, x, tensors, needed[0])
         dy, dx = kernels.match(grads[0], x), None
-        dshift, dscale = kernels.dot(dy, x, centre)
+        passes = _passes(ctx.hand)
+        dshift, dscale = passes.dot(dy, x, centre)
         pull = ctx.hand.backward(kept, dscale, dshift)
         if needed[0]:
-            dx = kernels.combine(dy, x, scale, pull.spread, pull.constant, centre)
+            dx = passes.combine(dy, x, scale, pull.spread, pull.constant, centre)
         return dx, None, None, *pull.tensors
 
 
 def _run_glue(
     hand: HandGlue, x: Tensor, tensors: Sequence[Tensor], differentiable: bool
 ) -> tuple[Map, Any]:
-    instances = kernels.stats(x)
+    instances: Moments = _passes(hand).stats(x)
     if differentiable:
         for t in instances:
             t.requires_grad_()
     return hand.forward(instances, *tensors)
 
 
-def _differentiate(
+def differentiate(
     x: Tensor, glue: Glue, tensors: Sequence[Tensor], dy: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients with a graph of their own, for second derivatives."""

@@ -25,8 +25,13 @@ def free_logits(priors: Tensor) -> Tensor:
 
 
 def bounded_log_sigma(log_sigma: Tensor, eps: float) -> Tensor:
-    """Return log sigma clamped to ``[log sqrt(eps), 20]``."""
-    return log_sigma.clamp(0.5 * math.log(max(eps, _SMALLEST_EPS)), LOG_SIGMA_CEILING)
+    """Return log sigma clamped to `log_sigma_bounds`."""
+    return log_sigma.clamp(*log_sigma_bounds(eps))
+
+
+def log_sigma_bounds(eps: float) -> tuple[float, float]:
+    """Return log sqrt(eps) and 20, the least and the greatest log sigma."""
+    return 0.5 * math.log(max(eps, _SMALLEST_EPS)), LOG_SIGMA_CEILING
 
 
 def start_components(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from normswap.errors import ConversionError, NormswapError
 from normswap.functional.backward import in_backward
+from normswap.functional.draws import refuse_capture
 from normswap.util.arguments import check_count, check_number
 
 REMEMBERED = 4096
@@ -71,7 +72,7 @@ class Schedule:
             self._flags = (rank < self.active) & (torch.rand((), device=device) < self.p)
             return
         self._flags = None
-        seed = _draw_seed()
+        seed = self._draw_seed()
         if not in_backward():
             self._begin(seed)
 
@@ -92,7 +93,8 @@ class Schedule:
             A bool; where `torch.compile` made the draw, a 0-dim bool tensor.
 
         Raises:
-            NormswapError: a recomputation in backward whose forward is not known.
+            NormswapError: a recomputation in backward whose forward is not known, or a CUDA graph
+                that would repeat one draw.
         """
         if torch.compiler.is_compiling():
             if self._flags is None:
@@ -100,7 +102,7 @@ class Schedule:
             return self._flags[site].to(device)
         # Gradient checkpointing asks again in backward, with torch's generator as it was then: the
         # same number names the answer, however many forwards lie between.
-        ticket = _draw_seed()
+        ticket = self._draw_seed()
         if in_backward():
             return self._recall(ticket)
         if self._flags is None:
@@ -140,6 +142,11 @@ class Schedule:
             )
         return self._answers[ticket]
 
+    def _draw_seed(self) -> int:
+        if self.p > 0:
+            refuse_capture("which CrossNorm layers fire")
+        return int(torch.randint(2**63 - 1, (), device="cpu"))
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without a draw."""
         return {"p": self.p, "active": self.active, "num_sites": self.num_sites}
@@ -157,7 +164,3 @@ class _Draw(threading.local):
 
     fired: frozenset[int] | None = None
     asked: set[int]
-
-
-def _draw_seed() -> int:
-    return int(torch.randint(2**63 - 1, (), device="cpu"))

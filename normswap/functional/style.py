@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normswap.functional.affine import Affine, Centred
+from normswap.functional.backend import triton_for
 from normswap.functional.draws import draw_beta
 from normswap.functional.fused import stat_affine
 from normswap.functional.glue import ExchangeGlue
@@ -172,6 +173,10 @@ def cross_norm(
         glue = partial(_exchange, permutation, axis, fire, x.shape[2:].numel(), eps)
         hand = None
         if fire is None and style_box is None:
+            triton = triton_for(x, "exchange", permutation)
+            if triton is not None:
+                rewritten: Tensor = triton.exchange_styles(x, permutation, axis, eps, glue)
+                return rewritten
             hand = partial(ExchangeGlue, permutation, axis, x.shape[2:].numel(), eps)
         y = stat_affine(x, glue, *given, hand=hand)
         # The map of what does not fire is the identity but for rounding about its centre.
@@ -181,11 +186,11 @@ def cross_norm(
     mean, std = (t.index_select(axis, permutation) for t in style)
     table = Centred(content.mean, std / content.std, mean)
     identity = Centred(content.mean, torch.ones_like(std), content.mean)
-    rewritten = box_mask(content_box, x.shape[2:])
+    inside = box_mask(content_box, x.shape[2:])
     if fire is not None:
         table = table.where(fire.expand(x.shape[0]), identity)
-        rewritten = rewritten & fire
-    return torch.where(rewritten, apply_centred(x, table), x)
+        inside = inside & fire
+    return torch.where(inside, apply_centred(x, table), x)
 
 
 def _exchange(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from normswap.functional.backend import triton_for
 from normswap.functional.backward import in_backward
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_positions
 from normswap.functional.mixture_fused import norm_elements
@@ -172,6 +173,15 @@ class AdaptiveContextNorm(NormLayer):
             return result.y
         number = x.numel() // max(x.shape[1], 1)
         batch = batch and number > 1
+        parameters = (self.weight, self.bias, self.prior_logits, self.mu, self.log_sigma)
+        running = tuple(getattr(self, name) for name in RUNNING)
+        assignment = self.options.assignment
+        triton = triton_for(x, "mixture", *parameters, *running)
+        if triton is not None and triton.serves(x, assignment, len(self.mu)):
+            settings = triton.Settings(self.eps, batch, batch and not in_backward(), self.momentum)
+            given = None if self.running_mean is None else running
+            y: Tensor = triton.norm_mixture(x, parameters, given, settings, assignment)
+            return y
         result = self.compute(x, batch)
         if batch and not in_backward():
             self._update(result, number / (number - 1))

@@ -88,7 +88,7 @@ class SelfNorm(nn.Module):
         tensors = [t for gate in gates for t in gate.parameters_in_order()]
         positions = x.shape[2:].numel()
         by_hand = self.f is None and self.g.shares() is None
-        hand = partial(self.g.by_hand, positions, x.shape[0]) if by_hand else None
+        hand = partial(self.g.by_hand, x) if by_hand else None
         return stat_affine(x, partial(self._glue, positions), *tensors, hand=hand)
 
     def _glue(self, positions: int, instances: Moments, *tensors: Tensor, replay: bool) -> Affine:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from normswap.functional.backend import triton_for
 from normswap.functional.backward import in_backward
+from normswap.functional.fused import HandGlue
 from normswap.functional.gate import GateGlue
 from normswap.functional.mixture_synced import shared_batch_norm
 from normswap.functional.moments import Moments, wide_dtype
@@ -104,10 +106,16 @@ class Gate(Resettable):
         gate = torch.sigmoid(z.to(dtype))
         return gate if self.scale == 1 else self.scale * gate
 
-    def by_hand(self, positions: int, instances: int) -> GateGlue:
-        """Return what `forward` computes as glue with its derivative written out."""
-        running = self._running(instances, False)
-        return GateGlue(positions, *running, self.scale, STD_EPS, self.momentum)
+    def by_hand(self, x: Tensor) -> HandGlue:
+        """Return what `forward` computes, of x, as glue with its derivative written out."""
+        rest = (self.scale, STD_EPS, self.momentum)
+        tensors = (*self.parameters_in_order(), self.running_mean, self.running_var)
+        triton = triton_for(x, "gate", *tensors)
+        if triton is None:
+            return GateGlue(x.shape[2:].numel(), *self._running(len(x), False), *rest)
+        batch = self._uses_batch(len(x))
+        glue: HandGlue = triton.GateGlue(x, tensors[3:], batch, batch and not in_backward(), *rest)
+        return glue
 
     def shares(self) -> Callable[[Tensor], Tensor] | None:
         """Return the sum over processes that the batch statistics take, None where they do not."""
@@ -115,14 +123,17 @@ class Gate(Resettable):
             return None
         return sum_over(self.process_group)
 
+    def _uses_batch(self, instances: int) -> bool:
+        # Under torch.compile a comparison is no bool.
+        if self.training and not self.stats_frozen and instances > 1:
+            return True
+        return False
+
     def _running(
         self, instances: int, replay: bool
     ) -> tuple[tuple[Tensor, Tensor], bool, tuple[Tensor, ...]]:
         """Return copies of the running statistics, whether the batch's are used, what to update."""
-        batch = False
-        # Under torch.compile a comparison is no bool.
-        if self.training and not self.stats_frozen and instances > 1:
-            batch = True
+        batch = self._uses_batch(instances)
         kept = (self.running_mean, self.running_var)
         # Copies, too, because backward needs the values of this forward.
         wide = wide_dtype(self.running_mean)

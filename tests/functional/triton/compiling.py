@@ -9,9 +9,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-INT64 = {"index", "labels", "order", "offsets", "batches"}
-INT32 = {"M", "N", "K", "S", "PART", "si", "low", "high"}
-FLOAT32 = {"eps", "momentum"}
+INT64 = {"index", "labels", "order", "offsets", "batches", "permutation", "inverted"}
+INT32 = {"M", "N", "K", "S", "PART", "T", "TILES", "P", "si", "low", "high"}
+FLOAT32 = {"eps", "momentum", "factor", "least", "most", "height"}
+FLOAT64 = {"moments"}
 STRIDES = {"C", "stride", "sn", "sm", "sc"}
 
 
@@ -37,18 +38,19 @@ def describe(kernel, x_type, last, given):
             signature[name] = "i32"
         else:
             kind = x_type if name in ("x", "y", "dy", "dx") else "fp32"
-            signature[name] = "*" + ("i64" if name in INT64 else kind)
+            kind = "i64" if name in INT64 else "fp64" if name in FLOAT64 else kind
+            signature[name] = "*" + kind
         if name not in INT32 or name in ("M", "PART"):
             divisible[(at,)] = [["tt.divisibility", 16]]
     return signature, constants, divisible
 
 
-def compile_kernel(kernel, architecture, x_type="bf16", last=True, num_warps=4, **given):
+def compile_kernel(kernel, architecture, x_type="bf16", last=True, warps=4, **given):
     """Return registers, bytes spilled, and the widths in bits of reads from memory."""
     signature, constants, divisible = describe(kernel, x_type, last, given)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
-    target, options = GPUTarget("cuda", architecture, 32), {"num_warps": num_warps}
-    ptx = triton.compile(source, target=target, options=options).asm["ptx"]
+    target = GPUTarget("cuda", architecture, 32)
+    ptx = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
     target = re.search(r"\.target (sm_\w+)", ptx)[1]
     command = [PTXAS, "-v", "--gpu-name", target, "-o", "/dev/null", "-"]
     said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr

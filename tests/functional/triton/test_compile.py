@@ -68,6 +68,7 @@ def test_kernels_over_tables(architecture):
 @pytest.mark.parametrize("contexts", [3, 64])
 def test_kernels_over_contexts(architecture, contexts):
     cut = cut_contexts(contexts, 2048)
+    cut["warps"] = cut.pop("num_warps")
     for kernel, given in OVER_CONTEXTS:
         registers, spilled, widths = compile_kernel(kernel, architecture, **cut, **given)
         assert spilled == 0, kernel

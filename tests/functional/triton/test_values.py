@@ -11,10 +11,10 @@ pytest.importorskip("triton")
 
 
 def run_cases(interpret):
-    cases = Path(__file__).with_name("cases.py")
+    cases = sorted(Path(__file__).parent.glob("cases*.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [*command, str(cases)],
+        [*command, *map(str, cases)],
         env=os.environ | {"TRITON_INTERPRET": interpret, "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,

@@ -1,0 +1,153 @@
+"""ACN by Triton where each value is assigned on its own: three launches forward, three backward.
+
+Formulas as in `normswap.functional.mixture_fused`. The parameters are read as they are stored:
+bounds and softmax are a part of the kernels, so that a layer starts nothing else.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normswap.functional import kernels
+from normswap.functional.mixture_start import PRIOR_FLOOR, log_sigma_bounds
+from normswap.functional.triton.mixture_kernels import (
+    differentiate,
+    finish,
+    masses,
+    mix,
+    pulls,
+    settle,
+)
+from normswap.functional.triton.plan import launch, power
+
+# Warps of a program, and eight values of all components for each thread.
+_WARPS, _VALUES = 8, 2048
+# Two for each of 132 multiprocessors: few enough that each can add up what the others left.
+_PROGRAMS = 264
+
+Running = tuple[Tensor, Tensor, Tensor] | None
+
+
+class Settings(NamedTuple):
+    """How a layer is to compute.
+
+    Attributes:
+        eps: added to variances of the batch and running ones; its root is the least sigma.
+        batch: whether the moments are the batch's.
+        update: whether they move the running ones.
+        momentum: by which weight, None for cumulative averages.
+    """
+
+    eps: float
+    batch: bool
+    update: bool
+    momentum: float | None
+
+
+class Cut(NamedTuple):
+    """Tiles (BM, BC) of x (N, C, *), and the programs that share them.
+
+    Attributes:
+        geometry: C, M, sn, sm, sc, T, TILES, P of the kernels.
+        blocks: FLOOR, K, KP, BM, BC.
+        glue: the same for kernels over tables alone.
+        programs: of a launch over x, and over tables.
+    """
+
+    geometry: tuple[int, ...]
+    blocks: dict[str, Any]
+    glue: dict[str, Any]
+    programs: tuple[int, int]
+
+
+@lru_cache(maxsize=4096)
+def _cut(shape: torch.Size, contiguous: bool, count: int) -> Cut:
+    instances, channels, positions = shape[0], shape[1], shape[2:].numel()
+    components = power(count)
+    values = max(_VALUES // components, 1)
+    if contiguous:
+        rows = min(values, power(positions))
+        columns = min(values // rows, power(channels))
+        strides = (channels * positions, 1, positions)
+    else:
+        # One instance of all positions: the tables are the same for all.
+        instances, positions = 1, instances * positions
+        columns = min(16, values, power(channels))
+        rows = min(values // columns, power(positions))
+        strides = (0, channels, 1)
+    width, tiles = -(-channels // columns), -(-positions // rows)
+    programs = max(1, min(instances * tiles, _PROGRAMS // width))
+    same = {"K": count, "KP": components}
+    narrow = min(8, power(channels))
+    glue = {**same, "BM": max(1024 // components // narrow, 1), "BC": narrow}
+    return Cut(
+        (channels, positions, *strides, tiles, instances * tiles, programs),
+        {"FLOOR": PRIOR_FLOOR, **same, "BM": rows, "BC": columns, "num_warps": _WARPS},
+        glue,
+        (programs * width, -(-channels // narrow)),
+    )
+
+
+def forward(
+    x: Tensor, parameters: tuple[Tensor, ...], running: Running, settings: Settings
+) -> tuple[Tensor, ...]:
+    """Return y, and the mass, mean and variance that components are normalised with, (3, K, C)."""
+    weight, bias, *assigned = parameters
+    mu, log_sigma = assigned[1:]
+    cut = _cut(x.shape, x.is_contiguous(), len(mu))
+    channels, programs = x.shape[1], cut.geometry[-1] if settings.batch else 0
+    bounds = log_sigma_bounds(settings.eps)
+    number = x.numel() // channels
+    y, used = torch.empty_like(x), x.new_empty(3, *mu.shape, dtype=torch.float32)
+    part = used.new_empty(programs, 4, *mu.shape)
+    mean, var, count = running or (None, None, None)
+    if settings.batch:
+        launch(
+            masses,
+            cut.programs[0],
+            x,
+            part,
+            *assigned,
+            *bounds,
+            *cut.geometry,
+            **cut.blocks,
+        )
+    factor = number / max(number - 1, 1)
+    launch(
+        settle, cut.programs[1], part, used, mu, log_sigma, *bounds, mean, var, count,
+        settings.momentum, factor, channels, programs, UPDATE=settings.update, **cut.glue,
+    )  # fmt: skip
+    launch(
+        mix, cut.programs[0], x, y, used, count, weight, bias, *assigned, *bounds,
+        settings.eps if running else 0.0, *cut.geometry, UPDATE=settings.update, **cut.blocks,
+    )  # fmt: skip
+    return y, used
+
+
+def backward(
+    dy: Tensor, inputs: list[Tensor], kept: list[Tensor], settings: Settings, learned: bool
+) -> list[Tensor | None]:
+    """Return the gradients of inputs, given what `forward` returned besides y."""
+    (used,) = kept
+    x, weight, _, *assigned = inputs
+    cut, dy = _cut(x.shape, x.is_contiguous(), used.shape[1]), kernels.match(dy, x)
+    bounds, eps = log_sigma_bounds(settings.eps), 0.0 if learned else settings.eps
+    programs, dx = cut.geometry[-1], torch.empty_like(x)
+    pulled = used.new_empty(programs, 2, *used.shape[1:])
+    part = used.new_empty(programs, *used.shape)
+    found = [torch.empty_like(t) for t in inputs[1:]]
+    launch(
+        pulls, cut.programs[0], x, dy, pulled, used, *assigned, *bounds,
+        *cut.geometry, **cut.blocks,
+    )  # fmt: skip
+    launch(
+        differentiate, cut.programs[0], x, dy, dx, pulled, part, used, weight, *assigned,
+        *bounds, eps, *cut.geometry, **cut.blocks,
+    )  # fmt: skip
+    launch(
+        finish, cut.programs[1], pulled, part, used, weight, assigned[0], assigned[2],
+        *bounds, eps, *found, x.shape[1], programs, LEARNED=learned, FLOOR=PRIOR_FLOOR, **cut.glue,
+    )  # fmt: skip
+    return [dx, *found]

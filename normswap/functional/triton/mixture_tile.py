@@ -1,0 +1,123 @@
+"""What the kernels of a mixture share: where tiles and tables lie, and who owns a value.
+
+A program takes BC channels and every P-th tile of BM positions, whatever instance it is of: tables
+(K, C) are the same for all. Tiles are (KP, BM, BC), components first, of which a thread has all:
+sums over components need no exchange. KP is the power of two not below K.
+
+With e = x - mu_0 and z_k = (x - mu_k) / sigma_k, logits are differences to the first component's:
+``z_k^2 - z_0^2 = (z_k - z_0) (z_k + z_0)`` with
+``z_k - z_0 = e (1 / sigma_k - 1 / sigma_0) + (mu_0 - mu_k) / sigma_k``, which is exactly zero for
+components that are alike, whatever operations the compiler fuses. In powers of two.
+"""
+
+import triton
+import triton.language as tl
+
+# As `mixture.MASS`: a component that owns less of a batch has no moments there.
+MASS = tl.constexpr(1e-3)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def place(C, sm, sc, BM: tl.constexpr, BC: tl.constexpr):
+    """Return this program's number of the P of its channels, these, and offsets in a tile."""
+    width = tl.cdiv(C, BC)
+    first = tl.program_id(0) % width * BC
+    column = tl.arange(0, BC)
+    within = tl.arange(0, BM)[:, None] * sm + column[None, :] * sc
+    return tl.program_id(0) // width, first + column, first.to(tl.int64) * sc + within
+
+
+@triton.jit
+def find(j, c, C, M, T, sn, sm, BM: tl.constexpr):
+    """Return where tile j of the T an instance has begins, and which of it are values."""
+    n, i = j // T, j % T * BM
+    ok = (i + tl.arange(0, BM) < M)[:, None] & (c < C)[None, :]
+    return n.to(tl.int64) * sn + i.to(tl.int64) * sm, ok
+
+
+@triton.jit
+def table(pointer, at, ok, other):
+    """Return a table in float32."""
+    return tl.load(pointer + at, ok, other).to(tl.float32)
+
+
+@triton.jit
+def cells(c, C, K: tl.constexpr, KP: tl.constexpr):
+    """Return where the channels' part of a table (K, C) lies, (KP, 1, BC), and a mask."""
+    k, c = tl.arange(0, KP)[:, None, None], c[None, None, :]
+    return k * C + c, (k < K) & (c < C)
+
+
+@triton.jit
+def priors(logits, c, C, FLOOR: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+    """Return the softmax of logits and log lambda; see `mixture_start.bounded_log_prior`."""
+    at, ok = cells(c, C, K, KP)
+    there = tl.arange(0, KP)[:, None, None] < K
+    raw = tl.where(there, table(logits, at, ok, 0.0), float("-inf"))
+    odds = tl.exp(raw - tl.max(raw, 0, keep_dims=True))
+    share = odds / tl.sum(odds, 0, keep_dims=True)
+    return share, tl.where(there, tl.log(FLOOR / K + (1 - FLOOR) * share), 0.0)
+
+
+@triton.jit
+def spread(log_sigma, at, ok, least, most):
+    """Return log sigma within its bounds."""
+    return tl.minimum(tl.maximum(table(log_sigma, at, ok, 0.0), least), most)
+
+
+@triton.jit
+def densities(
+    logits, mu, log_sigma, least, most, c, C,
+    FLOOR: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Return the tables that `shares` reads: mu_0, 1 / sigma_0, 1 / sigma, and the logits'."""
+    at, ok = cells(c, C, K, KP)
+    _, log_prior = priors(logits, c, C, FLOOR, K, KP)
+    ls, first = spread(log_sigma, at, ok, least, most), c[None, None, :]
+    inverse, one = tl.exp(-ls), tl.exp(-spread(log_sigma, first, first < C, least, most))
+    centre = table(mu, first, first < C, 0.0)
+    off = (centre - table(mu, at, ok, 0.0)) * inverse
+    constant = tl.where(tl.arange(0, KP)[:, None, None] < K, log_prior - ls, float("-inf"))
+    half: tl.constexpr = -0.5 * _LOG2E
+    return centre, one, inverse, off, (inverse - one) * half, off * half, constant * _LOG2E
+
+
+@triton.jit
+def shares(v, ok, tables):
+    """Return tau, zero where there is no value, and z, both (KP, BM, BC), of values (1, BM, BC)."""
+    centre, one, inverse, off, slope, rise, constant = tables
+    e = v - centre
+    z = e * inverse + off
+    logit = (e * slope + rise) * (z + e * one) + constant
+    odds = tl.exp2(logit - tl.max(logit, 0, keep_dims=True))
+    return odds * tl.where(ok[None], 1.0 / tl.sum(odds, 0, keep_dims=True), 0.0), z
+
+
+@triton.jit
+def total(part, row, rows, P, c, C, BM: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+    """Return the sum of a row of the programs' parts, (KP, 1, BC)."""
+    at, ok = cells(c, C, K, KP)
+    found = tl.zeros([KP, BM, c.shape[0]], tl.float32)
+    for i in range(0, P, BM):
+        p = (i + tl.arange(0, BM))[None, :, None]
+        # Not as wide reads: these would spread the components of a tile over threads.
+        cell = tl.max_contiguous((p * rows + row) * K * C + at, [1, 1, 1])
+        found += tl.load(part + cell, ok & (p < P), 0.0)
+    return tl.sum(found, 1, keep_dims=True)
+
+
+@triton.jit
+def keep(part, p, row, rows, value, c, C, K: tl.constexpr, KP: tl.constexpr):
+    """Write a row of this program's part."""
+    at, ok = cells(c, C, K, KP)
+    tl.store(part + (p * rows + row) * K * C + at, value, ok)
+
+
+@triton.jit
+def gains(used, weight, log_prior, eps, c, C, K: tl.constexpr, KP: tl.constexpr):
+    """Return m, gain and 1 / sqrt(v + eps) of the components."""
+    at, ok = cells(c, C, K, KP)
+    gain = table(weight, c, c < C, 0.0)[None, None] * tl.exp(-0.5 * log_prior)
+    v = tl.load(used + 2 * K * C + at, ok, 1.0)
+    return tl.load(used + K * C + at, ok, 0.0), gain, 1.0 / tl.sqrt(v + eps)
