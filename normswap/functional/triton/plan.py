@@ -108,8 +108,8 @@ def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
     There are as few programs as instances: eight warps each, where others have four.
     """
     rows = power(contexts)
-    columns = min(_TILE // 2 // rows, power(channels))
-    return {"KP": rows, "BN": max(1, _TILE // 4 // columns), "BC": columns, "num_warps": 8}
+    columns = min(_TILE // 2 // rows, 256, power(channels))
+    return {"KP": rows, "BN": max(1, min(16, _TILE // 2 // columns)), "BC": columns, "num_warps": 8}
 
 
 def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) -> None:

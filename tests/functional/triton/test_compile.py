@@ -65,7 +65,7 @@ def test_kernels_over_tables(architecture):
 
 
 @ARCHITECTURES
-@pytest.mark.parametrize("contexts", [3, 64])
+@pytest.mark.parametrize("contexts", [2, 3, 16, 64])
 def test_kernels_over_contexts(architecture, contexts):
     cut = cut_contexts(contexts, 2048)
     cut["warps"] = cut.pop("num_warps")
