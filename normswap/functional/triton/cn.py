@@ -163,7 +163,7 @@ class _ContextNorm(Function):
         dx, first, second = sweeps.part_dots(dy, x, centre, at_once, index)
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
         spread, constant = torch.empty_like(scale), torch.empty_like(scale)
-        cut = Rows(contexts if norm.weighs else contexts + 1, channels)
+        cut = Rows(contexts + (norm.pooled is not None), channels)
         launch(
             cn_kernels.pull,
             cut.programs,
