@@ -1,8 +1,11 @@
 """A folder of images in the layout DOMAIN/CLASS/image, such as PACS, decoded once into memory."""
 
+import shutil
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -28,10 +31,15 @@ def load_folder(
     domains: Sequence[str] | None = None,
     flat: bool = False,
 ) -> DomainData:
-    """Load a folder of domains; images are resized and centre-cropped to a square.
+    """Load a folder of domains, or a zip of it; images become squares, by resizing and cropping.
 
     A fifth of each class of each domain is the test split; of the held-out domain, all of it.
     """
+    if zipfile.is_zipfile(root):
+        with TemporaryDirectory() as folder:
+            inside = Path(folder, root.name)  # as what is said of it, and of one domain's, names it
+            shutil.unpack_archive(root, inside, "zip")
+            return load_folder(inside, size, seed, held_out, limit, workers, domains, flat)
     files = list_folder(root, flat)
     domain_names = sorted(files) if domains is None else list(dict.fromkeys(domains))
     check_names(f"domains of {root}, which are", domain_names, sorted(files))
@@ -72,7 +80,9 @@ def list_folder(root: Path, flat: bool = False) -> dict[str, dict[str, list[Path
     With `flat`, a folder CLASS/image is one domain of the folder's name.
     """
     if not root.is_dir():
-        raise RecipeError(f"expected --data to be a folder DOMAIN/CLASS/image, none at {root}")
+        raise RecipeError(
+            f"expected --data to be a folder DOMAIN/CLASS/image or a zip of one, none at {root}"
+        )
     try:
         found = contexts.list_images(root)
     except ContextError as error:

@@ -25,7 +25,7 @@ class ByData:
     folder: Any
 
     def __str__(self) -> str:
-        return f"{self.digits} for digits, {self.folder or 'what the model takes'} for a folder"
+        return f"{self.digits}; with --data {self.folder or 'what the model takes'}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def count(text: str) -> int:
 
 
 SHARED: dict[str, dict[str, Any]] = {
-    "data": {"type": Path, "help": "folder DOMAIN/CLASS/image, instead of handwritten digits"},
+    "data": {"type": Path, "help": "folder or zip DOMAIN/CLASS/image, instead of the default data"},
     "image_size": {"type": count, "help": "pixels a side"},
     "model": {
         "help": f"any timm model with BatchNorm; without it {DIGITS_MODEL}, or with packaged "
@@ -105,12 +105,8 @@ def resolve(options: argparse.Namespace, packaged: bool = False, **smoke: Any) -
     With `packaged`, the packaged model starts from its packaged weights unless told otherwise;
     `smoke` has the values of a smoke test.
     """
+    by_data(options, **smoke)
     given = vars(options)
-    if options.smoke:
-        given.update(smoke)
-    for name, value in given.items():
-        if isinstance(value, ByData):
-            given[name] = value.digits if options.data is None else value.folder
     pretrained = given.get("pretrained", False)
     if pretrained and options.weights not in (None, SCRATCH):
         raise RecipeError("expected --pretrained or --weights, got both; name one start")
@@ -127,6 +123,16 @@ def resolve(options: argparse.Namespace, packaged: bool = False, **smoke: Any) -
     check_model_name(options.model)
     if options.image_size is None:
         options.image_size = image_size_of(options.model)
+
+
+def by_data(options: argparse.Namespace, **smoke: Any) -> None:
+    """Decide what was left to the data; `smoke` has the values of a smoke test."""
+    given = vars(options)
+    if options.smoke:
+        given.update(smoke)
+    for name, value in given.items():
+        if isinstance(value, ByData):
+            given[name] = value.digits if options.data is None else value.folder
 
 
 def check_rates(options: argparse.Namespace) -> None:

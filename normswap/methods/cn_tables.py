@@ -19,11 +19,11 @@ def check_affine(shrink: float, affine: str) -> None:
     """Check what CN may be set to besides.
 
     Raises:
-        ConversionError: shrink below 0, or no number.
+        ConversionError: shrink neither in [0, 1e9] nor infinity.
         UnknownNameError: affine is none of the choices.
     """
-    if shrink != math.inf:
-        check_number("shrink", shrink, 0)
+    if not (isinstance(shrink, float) and shrink == math.inf):
+        check_number("shrink", shrink, 0, 1e9)
     check_choice("affine=", affine, AFFINE)
 
 

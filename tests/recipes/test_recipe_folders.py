@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,14 @@ def test_an_unreadable_image_is_named(folder):
     (folder / "night" / "cat" / "3.png").write_bytes(b"not an image")
     with pytest.raises(RecipeError, match=r"cannot read the image .*night.cat.3\.png"):
         load_folder(folder, 16)
+
+
+def test_a_zip_is_loaded_as_its_folder_is(folder, tmp_path):
+    zipped = Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", folder))
+    found, expected = load_folder(zipped, 16), load_folder(folder, 16)
+    assert torch.equal(found.images, expected.images)
+    assert found.domain_names == expected.domain_names
+    assert torch.equal(found.test, expected.test)
 
 
 def test_chosen_domains_alone_are_loaded_in_their_order(folder):

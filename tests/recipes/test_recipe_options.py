@@ -71,7 +71,7 @@ def test_a_smoke_test_is_small_whatever_was_asked_for():
 
 def test_help_tells_defaults_where_there_are_some():
     text = parser_of(finetune.add_options).format_help()
-    assert "32 for digits, what the model" in text
+    assert "32; with --data what the model" in text
     assert "(default: 0.002; from given" in text
     assert "None" not in text
 

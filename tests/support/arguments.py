@@ -70,8 +70,16 @@ FUNCTIONS = {
             "strength": (None, "None, 3, 2.5"),
             "contexts": (None, "None"),
             "priors": (None, "None"),
-            "unknown": ("pooled", "None"),
+            "unknown": (None, "None"),
         },
+    ),
+    "cn": (
+        lambda **given: normswap.convert(Net(), "cn", **given),
+        {"shrink": (1.0, "0, 3, 1e9, 2.5, inf"), "affine": ("shared", "")},
+    ),
+    "cn-x": (
+        lambda **given: normswap.convert(Net(), "cn-x", **given),
+        {"statistics": ("batch", "")},
     ),
     "plan": (
         normswap.plan,
