@@ -69,6 +69,7 @@ class ContextNorm(ContextTables):
     """
 
     kernels = "cn"
+    most_weighed = 64
     _first_run: Moments | None = None
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
@@ -108,6 +109,7 @@ class ContextNorm(ContextTables):
         if self.training and (again or may_run_again()):
             running = self._at_first_run(Moments(*(t.clone() for t in buffers)))
         together = sum_over_ddp() is not None
+        weighs = self.weighs(unlabelled)
         affine: list[Tensor] = [self.weight, self.bias]
         if self.shared_affine:
             affine = [t * self.priors.sqrt().unsqueeze(1) for t in affine]
@@ -119,7 +121,8 @@ class ContextNorm(ContextTables):
             self.num_batches_tracked,
             self.eps,
             self.momentum,
-            self.pooled_contexts(unlabelled),
+            None if weighs else self.pooled_contexts(unlabelled),
+            weighs,
         )
         labels = None if labels is None else one_label(labels)
         note = self._update if batched and together else None
@@ -162,7 +165,7 @@ class ContextNorm(ContextTables):
             given = Moments(*(torch.cat(pair) for pair in zip(running, row[0], strict=True)))
             weight, bias = torch.cat((weight, row[1])), torch.cat((bias, row[2]))
             factor = torch.cat((factor, torch.ones_like(factor[:1])))
-            if self.unknown == "posterior" and self.num_contexts > 1:
+            if self.weighs(unlabelled):
                 override = partial(self._mix_unlabelled, labels, running)
         reduce = sum_over(self.process_group) if self.synced else None
         return norm_contexts(
@@ -238,7 +241,7 @@ class ContextNorm(ContextTables):
         bias: Tensor,
     ) -> Centred:
         """Return the map of samples without a label: one row, or one a sample ("posterior")."""
-        if self.unknown == "posterior" and self.num_contexts > 1:
+        if self.weighs(True):
             if instances is None:
                 assert x is not None
                 instances = instance_moments(x)

@@ -166,7 +166,7 @@ class ContextNormX(ContextLayer):
             return Learned(row[0], row[1], weight, bias).table()
         priors = self.mixing(mu.dtype)
         moments = Moments(mu, torch.exp(2 * log_sigma))
-        if self.unknown == "posterior" and self.num_contexts > 1:
+        if self.weighs(True):
             weights = context_posterior(instances(), moments, priors, 0.0)
             return learned.table().mix(weights)
         pooled, bias = pool_norm(moments, priors, weight, bias, 0.0)

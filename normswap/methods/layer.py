@@ -119,6 +119,7 @@ class ContextLayer(WithPriors, NormLayer):
 
     context_argument = "context"
     kernels = ""
+    most_weighed = 0
 
     def __init__(
         self,
@@ -188,12 +189,16 @@ class ContextLayer(WithPriors, NormLayer):
             pooled = (0, 0 if self.unknown == "error" else self.num_contexts)
         return pooled if unlabelled else None
 
+    def weighs(self, unlabelled: bool) -> bool:
+        """Return whether samples without a label weigh the contexts, each for itself."""
+        return unlabelled and self.unknown == "posterior" and self.num_contexts > 1
+
     def find_triton(self, x: Tensor, unlabelled: bool, *tables: Tensor | None) -> Any:
         """Return the module of Triton's kernels for this layer where they serve, else None.
 
-        They don't where each sample without a label has weights of its own.
+        They don't where samples without a label weigh more contexts than kernels do.
         """
-        if unlabelled and self.unknown == "posterior" and self.num_contexts > 1:
+        if self.weighs(unlabelled) and self.num_contexts > self.most_weighed:
             return None
         return triton_for(x, self.kernels, *tables)
 

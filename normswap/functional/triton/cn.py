@@ -1,4 +1,8 @@
-"""CN by Triton's kernels: three launches forward in training, three backward; two in evaluation."""
+"""CN by Triton's kernels: three launches forward in training, three backward; two in evaluation.
+
+One more each way for samples without a label that weigh the contexts, and then, in evaluation, one
+for their moments.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,45 +11,22 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from normswap.functional import context, kernels
-from normswap.functional.affine import centre_norm
+from normswap.functional import kernels
 from normswap.functional.moments import Moments
-from normswap.functional.segments import Counts, count
-from normswap.functional.tables import apply_centred, records
+from normswap.functional.segments import count
+from normswap.functional.tables import records
 from normswap.functional.triton import cn_kernels, sweeps
+from normswap.functional.triton.cn_formula import Norm as Norm
+from normswap.functional.triton.cn_formula import differentiate
 from normswap.functional.triton.plan import Rows, launch, plan
-from normswap.functional.triton.segments import Segments, find_segments
-
-
-class Norm(NamedTuple):
-    """What a layer of CN holds.
-
-    Attributes:
-        weight: (K, C).
-        bias: (K, C).
-        priors: (K,).
-        running: moments, (K, C), of contexts with fewer than two values in the batch.
-        moved: the running moments that this batch is to move; None for none.
-        batches: how many moved them, (K,).
-        eps: added to the variance.
-        momentum: None for the average of all batches.
-        pooled: which contexts, from and to, are pooled for samples without a label; (0, 0) where
-            there must be none, None where the host knows that there is none.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    priors: Tensor
-    running: Moments
-    moved: Moments | None
-    batches: Tensor
-    eps: float
-    momentum: float | None
-    pooled: tuple[int, int] | None
+from normswap.functional.triton.posterior import Posterior, pull_weights, weigh
+from normswap.functional.triton.segments import Segments, find_rows, find_segments
 
 
 class Tables(NamedTuple):
     """``y = (x - centre) * scale + shift`` for contexts and samples without a label, (K + 1, C).
+
+    Where each of the latter has its own map, centre, scale and shift are (K + N, C).
 
     Attributes:
         centre: means.
@@ -80,39 +61,55 @@ def norm_contexts(
     """
     contexts = len(norm.weight)
     if not batched and not records((x, norm.weight, norm.bias)):
-        found = _make_tables(x, norm, None, None)
-        scale, shift, centre = found.scale, found.shift, found.centre
+        if norm.weighs and labels is not None:
+            labels = find_rows(labels.expand(len(x)), contexts)
+        (centre, scale, shift, *_), _ = _make_tables(x, norm, labels, None, False)
         if labels is None:
             scale, shift, centre = scale[contexts:], shift[contexts:], centre[contexts:]
         return sweeps.affine(x, scale, shift, centre, labels)
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
-    segments = find_segments(labels.expand(len(x)), contexts)
+    labels = labels.expand(len(x))
+    segments = find_segments(labels, contexts)
+    if norm.weighs:
+        segments = segments._replace(labels=find_rows(labels, contexts))
     y: Tensor = _ContextNorm.apply(x, norm.weight, norm.bias, norm, segments, batched, note)
     return y
 
 
-def _make_tables(x: Tensor, norm: Norm, parts: Moments | None, segments: Segments | None) -> Tables:
+def _make_tables(
+    x: Tensor, norm: Norm, index: Tensor | None, segments: Segments | None, batched: bool
+) -> tuple[Tables, Posterior | None]:
     p, (contexts, channels) = plan(x), norm.weight.shape
-    wide = torch.float32
+    wide, rows = torch.float32, contexts + (len(x) if norm.weighs else 1)
     found = Tables(
-        *x.new_empty(5, contexts + 1, channels, dtype=wide).unbind(),
+        *x.new_empty(3, rows, channels, dtype=wide).unbind(),
+        *x.new_empty(2, contexts + 1, channels, dtype=wide).unbind(),
         *x.new_empty(2, contexts + 1, dtype=wide).unbind(),
     )
+    parts = batch = known = None
+    if batched:
+        parts = batch = sweeps.part_stats(x)
+    elif norm.weighs:
+        parts = sweeps.part_stats(x, index, contexts)
+    if norm.weighs and batched:
+        known = Moments(*x.new_empty(2, contexts, channels, dtype=wide).unbind())
     order, offsets = (None, None) if segments is None else segments[1:]
     cut = Rows(contexts + (norm.pooled is not None), channels)
     launch(
         cn_kernels.tables,
         cut.programs,
         *(*norm.running, norm.batches, norm.weight, norm.bias, norm.priors),
-        *(*((None, None) if parts is None else parts), order, offsets),
-        *found[:-1],
-        None if parts is None else found.rates,
+        *(*(batch or (None, None)), order, offsets, *found[:-1]),
+        *(found.rates if batched else None, *(known or (None, None))),
         *(norm.pooled or (0, 0)),
         *(norm.eps, norm.momentum, contexts, channels, p.shape[2], p.splits, p.part),
         **cut.blocks,
     )
-    return found
+    if not norm.weighs or parts is None:
+        return found, None
+    known = known or Moments(found.centre[:contexts], found.var[:contexts])
+    return found, weigh(x, parts, index, known, norm, found[:3])
 
 
 class _ContextNorm(Function):
@@ -121,24 +118,27 @@ class _ContextNorm(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, bias, norm, segments, batched, note = inputs
-        parts = sweeps.part_stats(x) if batched else None
-        found = _make_tables(x, norm, parts, segments)
+        contexts = len(weight)
+        found, posterior = _make_tables(x, norm, segments.labels, segments, batched)
         centre, scale, shift, inverse, var, values, _ = found
+        weights, known = posterior or (None, (None, None))
         ctx.norm, ctx.batched = norm, batched
         # All that depends on x is saved as tensors are: checkpointing computes all of it anew.
         ctx.save_for_backward(
-            x, weight, bias, norm.priors, *segments, centre, scale, inverse, var, values
+            *(x, weight, bias, norm.priors, *segments),
+            *(centre, scale, inverse, var, values, weights, *known),
         )
         if note is not None:
-            note(Moments(centre[:-1], var[:-1]), count(values[:-1].unsqueeze(1)))
+            used = Moments(centre[:contexts], var[:contexts])
+            note(used, count(values[:contexts].unsqueeze(1)))
         if norm.moved is None:
             return sweeps.affine(x, scale, shift, centre, segments.labels)
         p, y = plan(x), torch.empty_like(x)
-        tables, rows = sweeps.address(x, segments.labels, centre, scale, shift)
+        tables, (index, si, _, stride) = sweeps.address(x, segments.labels, centre, scale, shift)
         launch(
             cn_kernels.apply_and_move,
             p.programs,
-            *(x, y, *tables, *rows),
+            *(x, y, *tables, index, si, contexts, stride),
             *(*norm.moved, norm.batches, var, values, found.rates),
             *p.geometry,
             **p.blocks,
@@ -148,66 +148,35 @@ class _ContextNorm(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, priors, index, order, offsets, *tables = ctx.saved_tensors
-        centre, scale, inverse, var, values = tables
-        needed, norm = ctx.needs_input_grad[:3], ctx.norm
+        centre, scale, inverse, var, values, weights, *known = tables
+        needed = ctx.needs_input_grad[:3]
+        norm = ctx.norm._replace(weight=weight, bias=bias, priors=priors)
         if torch.is_grad_enabled():
-            norm = norm._replace(weight=weight, bias=bias, priors=priors)
-            norm = norm._replace(running=Moments(centre, var))
-            found = _differentiate(x, norm, index, ctx.batched, grads[0], needed)
+            norm = norm._replace(running=Moments(centre[: len(weight) + 1], var))
+            given = Moments(*known) if norm.weighs else None
+            found = differentiate(x, norm, given, index, ctx.batched, grads[0], needed)
             return *found, None, None, None, None
         p, (contexts, channels) = plan(x), weight.shape
         dy = kernels.match(grads[0], x)
-        at_once = scale if needed[0] and not ctx.batched else None
+        moves = needed[0] and (ctx.batched or norm.weighs)
+        at_once = scale if needed[0] and not moves else None
         dx, first, second = sweeps.part_dots(dy, x, centre, at_once, index)
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
         spread, constant = torch.empty_like(scale), torch.empty_like(scale)
-        cut, moves = Rows(contexts + 1, channels), needed[0] and ctx.batched
+        cut = Rows(contexts + (norm.pooled is not None), channels)
         launch(
             cn_kernels.pull,
             cut.programs,
-            *(first, second, order, offsets, inverse, scale, values, priors, dweight, dbias),
+            *(first, second, order, offsets, inverse, scale, values, priors),
+            *(weights, *known, centre if norm.weighs else None, dweight, dbias),
             *((spread, constant) if moves else (None, None)),
-            *(*(norm.pooled or (0, 0)), contexts, channels, p.splits),
+            *(*(norm.pooled or (0, 0)), norm.eps, contexts, channels, p.splits),
             **cut.blocks,
         )
         if moves:
+            if norm.weighs:
+                posterior = Posterior(weights, Moments(*known))
+                dots, pulled = (first, second), (spread, constant)
+                pull_weights(x, dots, index, posterior, norm, centre, pulled)
             dx = sweeps.combine(dy, x, scale, spread, constant, centre, index)
         return dx, dweight, dbias, None, None, None, None
-
-
-def _differentiate(
-    x: Tensor,
-    norm: Norm,
-    labels: Tensor,
-    batched: bool,
-    dy: Tensor,
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """Return the gradients with a graph of their own, for second derivatives.
-
-    ``norm.running`` has the moments that were used, (K + 1, C).
-    """
-    # As views: of inputs that depend on each other, each is to be held fixed for the others.
-    x, weight, bias = (t.view_as(t) for t in (x, norm.weight, norm.bias))
-    contexts, dtype = len(weight), norm.running.mean.dtype
-    priors = norm.priors.to(dtype).unsqueeze(1)
-    low, high = norm.pooled or (0, contexts)
-    share = priors[low:high] / priors[low:high].sum()
-    with torch.autocast(x.device.type, enabled=False):
-        gain, shift = (t.to(dtype) * priors.rsqrt() for t in (weight, bias))
-        gain, shift = (
-            torch.cat((t, (share * t[low:high]).sum(0, keepdim=True))) for t in (gain, shift)
-        )
-        index = torch.where(labels < 0, contexts, labels)
-        if batched:
-            used, eps, one = norm.running, norm.eps, torch.ones_like(gain[:, :1])
-            y = context.norm_contexts(x, index, gain, shift, one, used, contexts, eps, _ignore)
-        else:
-            y = apply_centred(x, centre_norm(norm.running, gain, shift, norm.eps), index)
-    wanted = [t for t, need in zip((x, weight, bias), needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needed]
-
-
-def _ignore(used: Moments, counts: Counts) -> None:
-    """Note nothing: a derivative moves no statistics."""

@@ -1,5 +1,7 @@
 """CN's kernels over tables (K + 1, C): of K contexts, and of samples without a label.
 
+Where each of the latter weighs the contexts for itself, `posterior_kernels` write their rows.
+
 A program takes one row and BC channels. It walks the instances of its context, which are sorted,
 BN at a time. Contexts `low` to `high` are pooled for the samples without a label: all, one, or, if
 that is an error, none, which makes their row NaN.
@@ -8,6 +10,7 @@ that is an error, none, which makes their row NaN.
 import triton
 import triton.language as tl
 
+from normswap.functional.triton.posterior_kernels import add_weighted_dots
 from normswap.functional.triton.tile import add_dots, add_moments, apply
 
 
@@ -57,14 +60,15 @@ def pool(
 @triton.jit(do_not_specialize=["S", "K", "low", "high"])
 def tables(
     running_mean, running_var, batches, weight, bias, priors, part_mean, part_var, order, offsets,
-    centre, scale, shift, inverse, var, values, rates, low, high, eps, momentum,
+    centre, scale, shift, inverse, var, values, rates, known_mean, known_var,
+    low, high, eps, momentum,
     K, C, M, S, PART, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write the map of each row, ``y = (x - centre) * scale + shift``, and what it is made of.
 
     With moments of the batch where there are parts and a context has two values or more, else with
     the running ones. ``rates`` says how far the latter are to move; with a momentum of None, to the
-    average of all batches.
+    average of all batches. ``known``, if any, takes a copy of them, as they are to move.
     """
     k, c, at, ok = take_row(C, BC)
     mu = tl.zeros([BC], tl.float64)
@@ -78,6 +82,9 @@ def tables(
         bias_k = tl.load(bias + at, ok, 0.0).to(tl.float32) * root
         mu = tl.load(running_mean + at, ok, 0.0).to(tl.float64)
         v = tl.load(running_var + at, ok, 0.0).to(tl.float64)
+        if known_mean is not None:
+            tl.store(known_mean + at, mu.to(tl.float32), ok)
+            tl.store(known_var + at, v.to(tl.float32), ok)
         if part_mean is not None:
             lo, hi = tl.load(offsets + k), tl.load(offsets + k + 1)
             number = (hi - lo) * M
@@ -152,7 +159,7 @@ def move(running, new, rate, at, ok):
 @triton.jit(do_not_specialize=["S", "K", "low", "high"])
 def pull(
     first, second, order, offsets, inverse, scale, values, priors,
-    dweight, dbias, spread, constant, low, high,
+    weights, known_mean, known_var, centre, dweight, dbias, spread, constant, low, high, eps,
     K, C, S, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of weight and bias, and what else than ``dy * scale`` dx has.
@@ -177,7 +184,14 @@ def pull(
         by_weight /= root
         by_bias = one / root
         lo, hi = tl.load(offsets + K) * S, tl.load(offsets + K + 1) * S
-        if (lo < hi) & (low <= k) & (k < high):
+        if weights is not None:
+            mu = tl.load(known_mean + at, ok, 0.0)
+            one, two = add_weighted_dots(
+                first, second, order, weights, centre, mu, lo, hi, k, c, K, C, S, BN
+            )
+            by_weight += two * tl.rsqrt(tl.load(known_var + at, ok, 1.0) + eps) / root
+            by_bias += one / root
+        elif (lo < hi) & (low <= k) & (k < high):
             # Samples without a label have a share of every context that is pooled.
             share = root / add_priors(priors, low, high, BN)
             one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)

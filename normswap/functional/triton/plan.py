@@ -102,6 +102,16 @@ class Rows(NamedTuple):
         return {"BN": 64, "BC": min(16, power(self.channels))}
 
 
+def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
+    """Return what kernels take that have all contexts, (KP, BC) values, in a program.
+
+    There are as few programs as instances: eight warps each, where others have four.
+    """
+    rows = power(contexts)
+    columns = min(_TILE // 2 // rows, 256, power(channels))
+    return {"KP": rows, "BN": max(1, min(16, _TILE // 2 // columns)), "BC": columns, "num_warps": 8}
+
+
 def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) -> None:
     """Start a kernel on the device where x, its first argument, is."""
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]

@@ -22,6 +22,16 @@ class Segments(NamedTuple):
     offsets: Tensor
 
 
+def find_rows(labels: Tensor, contexts: int) -> Tensor:
+    """Return the row of each instance n, (N,): that of its context, or K + n where it has none."""
+
+    def make() -> Tensor:
+        own = torch.arange(contexts, contexts + len(labels), device=labels.device)
+        return torch.where(labels < 0, own, labels)
+
+    return kept(labels, (find_rows, contexts), make)
+
+
 def find_segments(labels: Tensor, contexts: int) -> Segments:
     """Return the instances sorted by context, once for all layers that the labels meet.
 

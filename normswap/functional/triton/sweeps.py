@@ -14,11 +14,15 @@ from normswap.functional.triton import tile
 from normswap.functional.triton.plan import Rows, launch, plan
 
 
-def part_stats(x: Tensor) -> Moments:
-    """Return mean and biased variance of parts of the positions, (N, S, C), S as in `plan`."""
+def part_stats(x: Tensor, index: Tensor | None = None, least: int = 0) -> Moments:
+    """Return mean and biased variance of parts of the positions, (N, S, C), S as in `plan`.
+
+    With an index, (N,), only instances whose index is no less than `least` have any.
+    """
     p = plan(x)
     mean, var = _room(x, p.splits)
-    launch(tile.stats, p.programs, x, mean, var, *p.geometry, **p.blocks)
+    step = 0 if index is None else index.stride(0)
+    launch(tile.stats, p.programs, x, mean, var, index, step, least, *p.geometry, **p.blocks)
     return Moments(mean, var)
 
 

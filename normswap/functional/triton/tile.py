@@ -53,13 +53,19 @@ def load(table, at, ok):
     return row
 
 
-@triton.jit(do_not_specialize=["S"])
-def stats(x, mean, var, C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr):
+@triton.jit(do_not_specialize=["K", "si", "S"])
+def stats(
+    x, mean, var, index, si, K, C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
     """Write mean and biased variance of each part, (N, S, C): x is read once.
 
     Tiles have moments about their own mean, which merge without loss of digits (Chan et al.).
+    With an index, only of instances whose index is K or more.
     """
     n, part, c, lo, hi, at, within = place(C, M, sn, sm, sc, S, PART, BM, BC)
+    if index is not None:
+        if tl.load(index + n * si) < K:
+            return
     x += at
     count = 0.0
     mu = tl.zeros([BC], tl.float32)

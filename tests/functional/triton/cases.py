@@ -12,6 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import normswap
 from normswap.functional import backend, kernels
+from normswap.functional.labels import Context
 from normswap.functional.triton import plan, tile
 from normswap.methods import cn_layer
 from tests.support import builders, oracles
@@ -51,6 +52,10 @@ def make_cn(*args, unknown="pooled", **settings):
     return builders.make_cn(*args, unknown=unknown, **settings).to(DEVICE)
 
 
+def make_weighing(*args, **settings):
+    return make_cn(*args, unknown="posterior", **settings)
+
+
 def make_cnx(*args, **settings):
     return builders.make_cnx(*args, **settings).to(DEVICE)
 
@@ -60,6 +65,7 @@ def as_labels(given):
 
 
 def make(shape=(7, 6, 5, 3), dtype=torch.float32, layout="contiguous", offset=3.0):
+    """Return x, whose channels have means as far apart as the offset, and a derivative."""
     pair = make_batch(shape, 0, offset, dtype), make_batch(shape, 1, 0.0, dtype)
     x, dy = (laid_out(t.to(DEVICE), layout) for t in pair)
     return x.requires_grad_(), dy
@@ -72,13 +78,16 @@ def widened(layer, x):
     return given, [t.detach().double().requires_grad_() for t in (x, *given)]
 
 
-def compare(layer, x, dy, labels, oracle, share=None, **settings):
-    """Hold output and gradients of a layer to a loop in float64."""
+def compare(layer, x, dy, labels, oracle, share=None, given=None, **settings):
+    """Hold output and gradients of a layer to a loop in float64.
+
+    The layer is given the labels, or what else is `given`.
+    """
     share = share or SHARE[x.dtype]
-    given, wide = widened(layer, x)
-    y = layer(x, as_labels(labels))
+    parameters, wide = widened(layer, x)
+    y = layer(x, as_labels(labels) if given is None else given)
     expected = oracle(wide[0], labels or [-1] * len(x), *wide[1:], **settings)
-    found = torch.autograd.grad(y, (x, *given), dy)
+    found = torch.autograd.grad(y, (x, *parameters), dy)
     wanted = torch.autograd.grad(expected, wide, dy.double(), allow_unused=True)
     assert y.stride() == found[0].stride() == x.stride()
     assert_close(y, expected, share)
@@ -131,6 +140,31 @@ def test_cn_in_training(dtype, layout):
     compare_cn(layer.train(), *make((7, 6, 5, 3), dtype, layout), LABELS)
 
 
+@EVERY_CASE
+def test_cn_whose_unlabelled_samples_weigh_the_contexts(dtype, layout):
+    layer = make_weighing(6, 4, PRIORS, torch.float32).train()
+    x, dy = make((7, 6, 5, 3), dtype, layout, offset=0.1)
+    compare_cn(layer, x, dy, LABELS, unknown="posterior")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("contexts", [1, 3, 64])
+@pytest.mark.parametrize("labels", [[2, -1, 1, 1, -1], [-1] * 5, [0, 2, 0, 1, 1]])
+def test_some_all_and_no_samples_weigh_the_contexts(contexts, training, labels):
+    layer = make_weighing(5, contexts, None, torch.float32).train(training)
+    labels, (x, dy) = [min(label, contexts - 1) for label in labels], make((5, 5, 4, 2), offset=0.1)
+    unseen = Context(as_labels(labels), None)
+    compare_cn(layer, x, dy, labels, given=unseen, training=training, unknown="posterior")
+
+
+def test_weights_keep_the_digits_where_means_are_large():
+    layer = make_weighing(5, 3, None, torch.float32).train()
+    layer.running_mean += 500
+    x, dy = make((5, 5, 4, 2), offset=0.1)
+    x = (x.detach() + 500).requires_grad_()
+    compare_cn(layer, x, dy, [2, -1, 1, 1, -1], 5e-5, unknown="posterior")
+
+
 @pytest.mark.parametrize(
     ("shape", "contexts", "settings"),
     [
@@ -150,7 +184,7 @@ def test_cn_of_odd_sizes(shape, contexts, settings, layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("maker", [make_cn, make_cnx])
+@pytest.mark.parametrize("maker", [make_cn, make_weighing, make_cnx])
 def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
     monkeypatch.setattr(plan, "_TILE", 8)
     monkeypatch.setattr(plan, "_WIDTH", 2)
@@ -160,8 +194,8 @@ def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
     x, dy = make((7, 3, 5, 7), layout=layout)
     assert plan.plan(x).splits > 1
     layer = maker(3, 4, PRIORS, torch.float32).train()
-    if maker is make_cn:
-        compare_cn(layer, x, dy, LABELS)
+    if maker is not make_cnx:
+        compare_cn(layer, x, dy, LABELS, unknown=layer.unknown)
     else:
         compare(layer, x, dy, LABELS, oracles.cnx, priors=PRIORS)
     found = kernels.stats(x.detach())
@@ -169,7 +203,10 @@ def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
     plan._plan.cache_clear()
 
 
-@pytest.mark.parametrize("settings", [{"affine": "shared"}, {"shrink": 2.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"affine": "shared"}, {"affine": "shared", "unknown": "posterior"}, {"shrink": 2.0}],
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_settings_of_cn_mean_what_they_do_in_float64(settings, training):
     layer = make_cn(6, 4, PRIORS, torch.float32, **settings).train(training)
@@ -205,13 +242,14 @@ def test_parameters_may_have_another_dtype(dtype):
 
 @pytest.mark.parametrize("labels", [LABELS, [0, 1, 1, 3, 0, 0, 2], None])
 @pytest.mark.parametrize("mode", ["eval", "frozen"])
-def test_cn_with_running_statistics(mode, labels):
-    layer = make_cn(6, 4, PRIORS, torch.float32).train(mode == "frozen")
+@pytest.mark.parametrize("maker", [make_cn, make_weighing])
+def test_cn_with_running_statistics(maker, mode, labels):
+    layer = maker(6, 4, PRIORS, torch.float32).train(mode == "frozen")
     if mode == "frozen":
         layer.stats_frozen = True
         labels = labels or [1] * 7
     x, dy = make()
-    compare_cn(layer, x, dy, labels, training=False)
+    compare_cn(layer, x, dy, labels, training=False, unknown=layer.unknown)
     with torch.no_grad():
         given = as_labels(labels)
         assert torch.equal(layer(x, given), layer(x.requires_grad_(), given))
@@ -234,7 +272,7 @@ def test_cnx_without_an_affine_and_with_one_context_for_the_unknown():
     compare(layer, *make(), LABELS, oracle)
 
 
-@pytest.mark.parametrize("maker", [make_cn, make_cnx])
+@pytest.mark.parametrize("maker", [make_cn, make_weighing, make_cnx])
 def test_one_label_for_all(maker):
     layer = maker(6, 4, PRIORS, torch.float32).eval()
     x, dy = make()
@@ -257,7 +295,7 @@ def test_where_unknown_labels_are_an_error_their_rows_are_not_numbers(maker):
     assert y[labels >= 0].isfinite().all()
 
 
-@pytest.mark.parametrize("maker", [make_cn, make_cnx])
+@pytest.mark.parametrize("maker", [make_cn, make_weighing, make_cnx])
 def test_backward_runs_twice_and_finds_the_same_bits(maker):
     layer, (x, dy) = maker(6, 4, PRIORS, torch.float32).train(), make()
     y = layer(x, as_labels(LABELS))
@@ -266,7 +304,7 @@ def test_backward_runs_twice_and_finds_the_same_bits(maker):
     assert all(map(torch.equal, found, torch.autograd.grad(y, wanted, dy)))
 
 
-@pytest.mark.parametrize("maker", [make_cn, make_cnx])
+@pytest.mark.parametrize("maker", [make_cn, make_weighing, make_cnx])
 @pytest.mark.parametrize("training", [True, False])
 def test_second_derivatives_are_those_of_the_formulas(maker, training):
     layer = maker(6, 4, PRIORS, torch.float32).train(training)
@@ -298,8 +336,9 @@ def test_statistics_of_all_processes_are_moved_as_those_of_one(monkeypatch):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_changes_nothing(reentrant):
-    layer = make_cn(6, 4, PRIORS, torch.float32).train()
+@pytest.mark.parametrize("maker", [make_cn, make_weighing])
+def test_checkpointing_changes_nothing(maker, reentrant):
+    layer = maker(6, 4, PRIORS, torch.float32).train()
     other, labels, (x, dy) = copy.deepcopy(layer), as_labels(LABELS), make()
     # A product before it: what is computed again is another x.
     expected = torch.autograd.grad(layer(2 * x, labels).relu_(), [x], dy)[0]

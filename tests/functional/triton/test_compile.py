@@ -3,12 +3,16 @@
 import pytest
 
 pytest.importorskip("triton")
-from normswap.functional.triton import cn_kernels, cnx_kernels, tile
+from normswap.functional.triton import cn_kernels, cnx_kernels, posterior_kernels, tile
+from normswap.functional.triton.plan import cut_contexts
 from tests.functional.triton.compiling import compile_kernel
 
 ROWS = {"BN": 64, "BC": 16}
-RUNNING = dict.fromkeys(("part_mean", "part_var", "order", "offsets", "rates"))
+KNOWN = dict.fromkeys(("known_mean", "known_var"))
+RUNNING = KNOWN | dict.fromkeys(("part_mean", "part_var", "order", "offsets", "rates"))
+POOLED = KNOWN | dict.fromkeys(("weights", "centre"))
 OVER_X = [
+    (tile.stats, {"index": None}),
     (tile.stats, {}),
     (tile.apply, {}),
     (tile.apply, {"centre": None, "index": None}),
@@ -20,14 +24,20 @@ OVER_X = [
 OVER_TABLES = [
     (tile.merge, {}),
     (cn_kernels.tables, {}),
-    (cn_kernels.tables, {"momentum": None}),
+    (cn_kernels.tables, KNOWN | {"momentum": None}),
     (cn_kernels.tables, RUNNING),
     (cn_kernels.pull, {}),
-    (cn_kernels.pull, {"spread": None, "constant": None}),
+    (cn_kernels.pull, POOLED),
+    (cn_kernels.pull, POOLED | {"spread": None, "constant": None}),
     (cnx_kernels.tables, {}),
     (cnx_kernels.tables, {"offsets": None, "weight": None, "bias": None}),
     (cnx_kernels.pull, {}),
     (cnx_kernels.pull, {"dweight": None, "dbias": None}),
+]
+OVER_CONTEXTS = [
+    (posterior_kernels.weigh, {}),
+    (posterior_kernels.weigh, {"index": None}),
+    (posterior_kernels.pull_weights, {}),
 ]
 # Layout and tile as `plan` has them: channels last, large and small maps, and one position.
 CUTS = [("bf16", True, 32, 64), ("fp32", False, 1024, 2), ("fp16", False, 64, 32)]
@@ -52,3 +62,15 @@ def test_kernels_over_tables(architecture):
         registers, spilled, _ = compile_kernel(kernel, architecture, **ROWS, **given)
         assert spilled == 0, kernel
         assert registers <= 128, kernel
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("contexts", [2, 3, 16, 64])
+def test_kernels_over_contexts(architecture, contexts):
+    cut = cut_contexts(contexts, 2048)
+    cut["warps"] = cut.pop("num_warps")
+    for kernel, given in OVER_CONTEXTS:
+        registers, spilled, widths = compile_kernel(kernel, architecture, **cut, **given)
+        assert spilled == 0, kernel
+        assert registers <= 128, kernel
+        assert 128 in widths, kernel

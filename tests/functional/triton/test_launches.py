@@ -105,12 +105,29 @@ def test_labels_are_sorted_once_for_all_layers(counter):
     assert len(counter.started) == 3 * 3 + 4
 
 
+def test_cn_whose_unlabelled_samples_weigh_the_contexts(counter):
+    layer, (x, labels) = normswap.ContextNorm(16, 4, unknown="posterior"), batch()
+    forward, backward = count(counter, layer.train(), x, labels)
+    assert forward == ["stats", "tables", "weigh", "apply_and_move"]
+    assert backward == ["dots", "pull", "pull_weights", "combine"]
+    forward, backward = count(counter, layer.eval(), x, labels)
+    assert forward == ["stats", "tables", "weigh", "apply"]
+    assert backward == ["dots", "pull", "pull_weights", "combine"]
+    with torch.no_grad():
+        for given in (labels, None):
+            assert count(counter, layer, x, given)[0] == ["stats", "tables", "weigh", "apply"]
+        known = labels._replace(unknown=False)
+        assert count(counter, layer, x, known)[0] == ["tables", "apply"]
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_a_policy_with_weights_for_each_sample_keeps_its_formulas(counter, training):
-    layer, (x, labels) = normswap.ContextNorm(16, 4, unknown="posterior").train(training), batch()
+@pytest.mark.parametrize("maker", [normswap.ContextNorm, normswap.ContextNormX])
+def test_more_contexts_than_kernels_weigh_are_left_to_the_formulas(counter, training, maker):
+    count_of = 65 if maker is normswap.ContextNorm else 4
+    layer, (x, labels) = maker(16, count_of, unknown="posterior").train(training), batch()
+    layer.fresh = False
     with torch.no_grad():
         found = count(counter, layer, x, labels)[0]
-    assert "tables" not in found
-    assert "stats" in found or not training
-    assert "apply" in found
-    assert "tables" in count(counter, layer, x, labels._replace(unknown=False))[0]
+        assert not {"tables", "weigh"} & set(found)
+        assert "apply" in found
+        assert "tables" in count(counter, layer, x, labels._replace(unknown=False))[0]

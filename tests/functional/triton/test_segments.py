@@ -3,7 +3,7 @@
 import torch
 
 from normswap.functional.labels import labels_per_row, resolve_labels
-from normswap.functional.triton.segments import find_segments
+from normswap.functional.triton.segments import find_rows, find_segments
 
 NAMES = ("a", "b", "c")
 GIVEN = [2, 0, -1, 0, 2]
@@ -18,6 +18,13 @@ def test_instances_by_context_in_their_order_and_those_without_one_last():
     assert found.order.tolist() == [1, 3, 0, 4, 2]
     assert found.offsets.tolist() == [0, 2, 2, 4, 5]
     assert find_segments(torch.full((4,), -1), 3).offsets.tolist() == [0, 0, 0, 0, 4]
+
+
+def test_instances_without_a_context_have_rows_of_their_own_after_those_of_contexts():
+    labels = resolve(torch.tensor(GIVEN)).labels
+    assert find_rows(labels, 3).tolist() == [2, 0, 5, 0, 2]
+    assert find_rows(labels, 3) is find_rows(labels, 3)
+    assert find_rows(torch.tensor([-1]).expand(3), 4).tolist() == [4, 5, 6]
 
 
 def test_checked_labels_are_sorted_once():

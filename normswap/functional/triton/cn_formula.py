@@ -1,0 +1,113 @@
+"""What CN's kernels compute, with torch's operators: for second derivatives."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normswap.functional import context
+from normswap.functional.affine import Centred, centre_norm
+from normswap.functional.moments import Moments, context_posterior, instance_moments
+from normswap.functional.segments import Counts
+from normswap.functional.tables import apply_centred
+
+
+class Norm(NamedTuple):
+    """What a layer of CN holds.
+
+    Attributes:
+        weight: (K, C).
+        bias: (K, C).
+        priors: (K,).
+        running: moments, (K, C), of contexts with fewer than two values in the batch.
+        moved: the running moments that this batch is to move; None for none.
+        batches: how many moved them, (K,).
+        eps: added to the variance.
+        momentum: None for the average of all batches.
+        pooled: which contexts, from and to, are pooled for samples without a label; (0, 0) where
+            there must be none, None where the host knows that there is none.
+        weighs: whether samples without a label, instead, weigh the contexts, each for itself.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    priors: Tensor
+    running: Moments
+    moved: Moments | None
+    batches: Tensor
+    eps: float
+    momentum: float | None
+    pooled: tuple[int, int] | None
+    weighs: bool
+
+    @property
+    def affine(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight, bias and priors."""
+        return self.weight, self.bias, self.priors
+
+
+def differentiate(
+    x: Tensor,
+    norm: Norm,
+    known: Moments | None,
+    labels: Tensor,
+    batched: bool,
+    dy: Tensor,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Return the gradients with a graph of their own, for second derivatives.
+
+    ``norm.running`` has the moments that were used, (K + 1, C); ``known`` those, (K, C), that
+    samples without a label weighed, if they did.
+    """
+    # As views: of inputs that depend on each other, each is to be held fixed for the others.
+    x, weight, bias = (t.view_as(t) for t in (x, norm.weight, norm.bias))
+    contexts, dtype, used = len(weight), norm.running.mean.dtype, norm.running
+    priors = norm.priors.to(dtype).unsqueeze(1)
+    low, high = norm.pooled or (0, contexts)
+    share = priors[low:high] / priors[low:high].sum()
+    with torch.autocast(x.device.type, enabled=False):
+        gain, shift = (t.to(dtype) * priors.rsqrt() for t in (weight, bias))
+        gain, shift = (
+            torch.cat((t, (share * t[low:high]).sum(0, keepdim=True))) for t in (gain, shift)
+        )
+        index = torch.where(labels < 0, contexts, labels).clamp(max=contexts)
+        mix = None
+        if known is not None:
+            # Nothing has written row K of what was used.
+            pairs = zip(used, known, strict=True)
+            used = Moments(*(torch.cat((t[:contexts], row[:1])) for t, row in pairs))
+            mix = partial(_mix, index, known, priors.squeeze(1), norm.eps)
+        if batched:
+            given = (gain, shift, torch.ones_like(gain[:, :1]), used, contexts, norm.eps, _ignore)
+            y = context.norm_contexts(x, index, *given, override=mix)
+        elif mix is None:
+            y = apply_centred(x, centre_norm(used, gain, shift, norm.eps), index)
+        else:
+            table = centre_norm(used, gain, shift, norm.eps).rows(index)
+            y = apply_centred(x, mix(table, instance_moments(x), gain, shift))
+    wanted = [t for t, need in zip((x, weight, bias), needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]
+
+
+def _mix(
+    index: Tensor,
+    known: Moments,
+    priors: Tensor,
+    eps: float,
+    table: Centred,
+    instances: Moments,
+    gain: Tensor,
+    shift: Tensor,
+) -> Centred:
+    """Give samples without a label, whose index is K, the map that their weights mix."""
+    contexts = len(priors)
+    weights = context_posterior(instances, known, priors, eps)
+    mixed = centre_norm(known, gain[:contexts], shift[:contexts], eps).mix(weights)
+    return table.where(index < contexts, mixed)
+
+
+def _ignore(used: Moments, counts: Counts) -> None:
+    """Note nothing: a derivative moves no statistics."""

@@ -1,0 +1,139 @@
+"""Kernels for samples without a label that weigh the contexts, each sample for itself.
+
+A program takes one instance and all contexts, KP rows, BC channels at a time. The row of instance n
+in tables (K + N, C) is K + n. Those with a label, whose `index` is below K, are left out.
+"""
+
+import triton
+import triton.language as tl
+
+from normswap.functional.triton.tile import add_dots, add_moments, find_parts
+
+
+@triton.jit
+def load_rows(table, c, other, K, C, KP: tl.constexpr):
+    """Return channels c of all contexts, (KP, BC)."""
+    k = tl.arange(0, KP)
+    ok = (k < K)[:, None] & (c < C)[None, :]
+    return tl.load(table + k[:, None] * C + c[None, :], ok, other).to(tl.float32)
+
+
+@triton.jit
+def load_moments(mean, var, eps, c, K, C, KP: tl.constexpr):
+    """Return mean and reciprocal standard deviation of all contexts."""
+    return load_rows(mean, c, 0.0, K, C, KP), tl.rsqrt(load_rows(var, c, 1.0, K, C, KP) + eps)
+
+
+@triton.jit
+def load_affine(weight, bias, priors, c, K, C, KP: tl.constexpr):
+    """Return weight and bias of all contexts, over sqrt(lambda)."""
+    k = tl.arange(0, KP)
+    root = tl.rsqrt(tl.load(priors + k, k < K, 1.0).to(tl.float32))[:, None]
+    return load_rows(weight, c, 0.0, K, C, KP) * root, load_rows(bias, c, 0.0, K, C, KP) * root
+
+
+@triton.jit(do_not_specialize=["K", "si", "S"])
+def weigh(
+    part_mean, part_var, index, si, mean, var, weight, bias, priors,
+    centre, scale, shift, weights, eps,
+    K, C, M, S, PART, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Write the probability of each context, (N, K), and the map that they mix, about the mean.
+
+    With the instance's moments m, v: ``w_k = softmax_k(log lambda_k - 1/2 sum_c [log V_kc +
+    (v_c + (m_c - mu_kc)^2) / V_kc])``, ``scale = sum_k w_k A_k``, A_k = weight_k / sqrt(V_k), and
+    ``shift = sum_k w_k (bias_k + (m - mu_k) A_k)``.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    if index is not None:
+        if tl.load(index + n * si) < K:
+            return
+    # Parts are counted from the instance on: int32 divides at once.
+    part_mean += n * S * C
+    part_var += n * S * C
+    k = tl.arange(0, KP)
+    row = (K + n) * C
+    per_value = tl.full([], 1.0, tl.float64) / M
+    # Summed in float64, as there are many channels: the error of a logit is a weight's.
+    logits = tl.log(tl.load(priors + k, k < K, 1.0).to(tl.float32)).to(tl.float64)
+    for i in range(0, C, BC):
+        c = i + tl.arange(0, BC)
+        one, two = add_moments(part_mean, part_var, None, 0, S, c, C, M, S, PART, BN)
+        m = one * per_value
+        near, v = m.to(tl.float32), tl.maximum(two * per_value - m * m, 0.0).to(tl.float32)
+        tl.store(centre + row + c, near, c < C)
+        mu, r = load_moments(mean, var, eps, c, K, C, KP)
+        off = near[None, :] - mu
+        cost = (v[None, :] + off * off) * r * r - 2 * tl.log(r)
+        logits -= 0.5 * tl.sum(tl.where((c < C)[None, :], cost, 0.0), 1).to(tl.float64)
+    logits = tl.where(k < K, logits, float("-inf"))
+    share = tl.exp((logits - tl.max(logits, 0)).to(tl.float32))
+    w = share / tl.sum(share, 0)
+    tl.store(weights + n * K + k, w, k < K)
+    # Other threads have written what this one reads.
+    tl.debug_barrier()
+    for i in range(0, C, BC):
+        c = i + tl.arange(0, BC)
+        near = tl.load(centre + row + c, c < C, 0.0)
+        mu, r = load_moments(mean, var, eps, c, K, C, KP)
+        gain, b = load_affine(weight, bias, priors, c, K, C, KP)
+        a = gain * r
+        tl.store(scale + row + c, tl.sum(w[:, None] * a, 0), c < C)
+        moved = b + (near[None, :] - mu) * a
+        tl.store(shift + row + c, tl.sum(w[:, None] * moved, 0), c < C)
+
+
+@triton.jit(do_not_specialize=["K", "si", "S"])
+def pull_weights(
+    first, second, index, si, mean, var, weight, bias, priors, centre, weights, spread, constant,
+    eps, K, C, M, S, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Write what else than ``dy * scale`` dx has: ``spread (x - m) + constant``.
+
+    With D1 = sum dy, D2 = sum dy (x - m) of the instance, A_k as in `weigh`, and the logits l:
+    ``dw_k = sum_c A_k (D2 + (m - mu_k) D1) + bias_k D1``, ``dl_k = w_k (dw_k - sum_j w_j dw_j)``,
+    spread = -sum_k dl_k / (V_k M), constant = -sum_k dl_k (m - mu_k) / (V_k M).
+    """
+    n = tl.program_id(0).to(tl.int64)
+    if tl.load(index + n * si) < K:
+        return
+    first += n * S * C
+    second += n * S * C
+    k = tl.arange(0, KP)
+    row = (K + n) * C
+    dw = tl.zeros([KP], tl.float64)
+    for i in range(0, C, BC):
+        c = i + tl.arange(0, BC)
+        one, two = add_dots(first, second, None, 0, S, c, C, S, BN)
+        mu, r = load_moments(mean, var, eps, c, K, C, KP)
+        gain, b = load_affine(weight, bias, priors, c, K, C, KP)
+        off = tl.load(centre + row + c, c < C, 0.0)[None, :] - mu
+        parts = gain * r * (two[None, :] + off * one[None, :]) + b * one[None, :]
+        dw += tl.sum(parts, 1).to(tl.float64)
+    w = tl.load(weights + n * K + k, k < K, 0.0)
+    minus = (w * (tl.sum(w * dw, 0) - dw)).to(tl.float32)[:, None] / M
+    for i in range(0, C, BC):
+        c = i + tl.arange(0, BC)
+        mu, r = load_moments(mean, var, eps, c, K, C, KP)
+        off = tl.load(centre + row + c, c < C, 0.0)[None, :] - mu
+        tl.store(spread + row + c, tl.sum(minus * r * r, 0), c < C)
+        tl.store(constant + row + c, tl.sum(minus * r * r * off, 0), c < C)
+
+
+@triton.jit
+def add_weighted_dots(
+    first, second, order, weights, centre, mu, lo, hi, k, c, K, C, S, BN: tl.constexpr
+):  # fmt: skip
+    """Return what `add_dots` does, of parts with the weights of context k, about its mean mu."""
+    one = tl.zeros(c.shape, tl.float32)
+    two = tl.zeros(c.shape, tl.float32)
+    for i in range(lo, hi, BN):
+        at, _, ok = find_parts(order, i, hi, c, C, S, BN)
+        j = i + tl.arange(0, BN)
+        n = tl.load(order + j // S, j < hi, 0).to(tl.int64)
+        w = tl.load(weights + n * K + k, j < hi, 0.0)[:, None]
+        off = tl.load(centre + (K + n)[:, None] * C + c[None, :], ok, 0.0) - mu[None, :]
+        by_one = w * tl.load(first + at, ok, 0.0)
+        one += tl.sum(by_one, 0)
+        two += tl.sum(w * tl.load(second + at, ok, 0.0) + off * by_one, 0)
+    return one, two
