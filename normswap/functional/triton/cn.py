@@ -20,7 +20,7 @@ from normswap.functional.triton.cn_formula import Norm as Norm
 from normswap.functional.triton.cn_formula import differentiate
 from normswap.functional.triton.plan import Rows, launch, plan
 from normswap.functional.triton.posterior import Posterior, pull_weights, weigh
-from normswap.functional.triton.segments import Segments, find_rows, find_segments
+from normswap.functional.triton.sorting import SortedLabels, find_rows, sort_labels
 
 
 class Tables(NamedTuple):
@@ -70,7 +70,7 @@ def norm_contexts(
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
     labels = labels.expand(len(x))
-    segments = find_segments(labels, contexts)
+    segments = sort_labels(labels, contexts)
     if norm.weighs:
         segments = segments._replace(labels=find_rows(labels, contexts))
     y: Tensor = _ContextNorm.apply(x, norm.weight, norm.bias, norm, segments, batched, note)
@@ -78,7 +78,7 @@ def norm_contexts(
 
 
 def _make_tables(
-    x: Tensor, norm: Norm, index: Tensor | None, segments: Segments | None, batched: bool
+    x: Tensor, norm: Norm, index: Tensor | None, segments: SortedLabels | None, batched: bool
 ) -> tuple[Tables, Posterior | None]:
     p, (contexts, channels) = plan(x), norm.weight.shape
     wide, rows = torch.float32, contexts + (len(x) if norm.weighs else 1)

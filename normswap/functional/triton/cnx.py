@@ -12,7 +12,7 @@ from normswap.functional.moments import Moments, pool_moments
 from normswap.functional.tables import apply_centred, records
 from normswap.functional.triton import cnx_kernels, sweeps
 from normswap.functional.triton.plan import Rows, launch, plan
-from normswap.functional.triton.segments import Segments, find_segments
+from normswap.functional.triton.sorting import SortedLabels, sort_labels
 
 
 class Learned(NamedTuple):
@@ -58,13 +58,13 @@ def norm_learned(
         return sweeps.affine(x, scale, shift, centre, labels)
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
-    segments = find_segments(labels.expand(len(x)), contexts)
+    segments = sort_labels(labels.expand(len(x)), contexts)
     y: Tensor = _LearnedNorm.apply(x, *learned, priors, pooled, segments)
     return y
 
 
 def _make_tables(
-    learned: Learned, priors: Tensor, pooled: tuple[int, int] | None, segments: Segments | None
+    learned: Learned, priors: Tensor, pooled: tuple[int, int] | None, segments: SortedLabels | None
 ) -> Tables:
     contexts, channels = learned.mu.shape
     empty = learned.mu.new_empty(4, contexts + 1, channels, dtype=torch.float32)

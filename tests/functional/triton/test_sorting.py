@@ -3,7 +3,7 @@
 import torch
 
 from normswap.functional.labels import labels_per_row, resolve_labels
-from normswap.functional.triton.segments import find_rows, find_segments
+from normswap.functional.triton.sorting import find_rows, sort_labels
 
 NAMES = ("a", "b", "c")
 GIVEN = [2, 0, -1, 0, 2]
@@ -14,10 +14,10 @@ def resolve(labels):
 
 
 def test_instances_by_context_in_their_order_and_those_without_one_last():
-    found = find_segments(torch.tensor(GIVEN), 3)
+    found = sort_labels(torch.tensor(GIVEN), 3)
     assert found.order.tolist() == [1, 3, 0, 4, 2]
     assert found.offsets.tolist() == [0, 2, 2, 4, 5]
-    assert find_segments(torch.full((4,), -1), 3).offsets.tolist() == [0, 0, 0, 0, 4]
+    assert sort_labels(torch.full((4,), -1), 3).offsets.tolist() == [0, 0, 0, 0, 4]
 
 
 def test_instances_without_a_context_have_rows_of_their_own_after_those_of_contexts():
@@ -29,31 +29,31 @@ def test_instances_without_a_context_have_rows_of_their_own_after_those_of_conte
 
 def test_checked_labels_are_sorted_once():
     labels = resolve(torch.tensor(GIVEN)).labels
-    assert find_segments(labels, 3) is find_segments(labels, 3)
+    assert sort_labels(labels, 3) is sort_labels(labels, 3)
     for given in (GIVEN, [NAMES[k] for k in (1, 2)]):
         labels = resolve(given).labels
-        assert find_segments(labels, 3) is find_segments(labels, 3)
+        assert sort_labels(labels, 3) is sort_labels(labels, 3)
 
 
 def test_not_for_other_numbers_of_contexts_nor_for_labels_that_nobody_checked():
     labels = resolve(torch.tensor(GIVEN)).labels
-    assert len(find_segments(labels, 3).offsets) == 5
-    assert len(find_segments(labels, 4).offsets) == 6
+    assert len(sort_labels(labels, 3).offsets) == 5
+    assert len(sort_labels(labels, 4).offsets) == 6
     labels = torch.tensor(GIVEN)
-    assert find_segments(labels, 3) is not find_segments(labels, 3)
+    assert sort_labels(labels, 3) is not sort_labels(labels, 3)
 
 
 def test_labels_that_were_written_to_are_sorted_anew():
     given = torch.tensor(GIVEN)
     labels = resolve(given).labels
-    find_segments(labels, 3)
+    sort_labels(labels, 3)
     given.zero_()
-    assert find_segments(labels, 3).offsets.tolist() == [0, 5, 5, 5, 5]
+    assert sort_labels(labels, 3).offsets.tolist() == [0, 5, 5, 5, 5]
 
 
 def test_each_forward_has_labels_of_its_own():
     given = torch.tensor(GIVEN)
-    assert find_segments(resolve(given).labels, 3) is not find_segments(resolve(given).labels, 3)
+    assert sort_labels(resolve(given).labels, 3) is not sort_labels(resolve(given).labels, 3)
 
 
 def test_labels_of_folded_rows_are_made_and_sorted_once():
@@ -62,7 +62,7 @@ def test_labels_of_folded_rows_are_made_and_sorted_once():
     assert found[0] is found[2]
     assert found[0].tolist() == 2 * GIVEN
     assert found[1].tolist() == [label for label in GIVEN for _ in range(2)]
-    assert find_segments(found[0], 3) is find_segments(found[2], 3)
+    assert sort_labels(found[0], 3) is sort_labels(found[2], 3)
     order = torch.arange(9, -1, -1) // 2
     permuted = labels_per_row(context, x, "", "permuted", order)
     assert permuted.tolist() == [GIVEN[n] for n in order]
@@ -74,7 +74,7 @@ def test_one_label_for_all_is_sorted_once_for_each_number_of_rows():
     context = resolve("b")
     for rows in (4, 6):
         found = [
-            find_segments(labels_per_row(context, torch.empty(rows, 2), ""), 3) for _ in range(2)
+            sort_labels(labels_per_row(context, torch.empty(rows, 2), ""), 3) for _ in range(2)
         ]
         assert found[0] is found[1]
         assert found[0].offsets.tolist() == [0, 0, rows, rows, rows]
@@ -82,7 +82,7 @@ def test_one_label_for_all_is_sorted_once_for_each_number_of_rows():
 
 def test_parts_of_labels_are_sorted_apart():
     labels = resolve(torch.tensor(GIVEN)).labels
-    found = [find_segments(part, 3).offsets.tolist() for part in (labels[:2], labels[3:])]
+    found = [sort_labels(part, 3).offsets.tolist() for part in (labels[:2], labels[3:])]
     assert found == [[0, 1, 1, 2, 2], [0, 1, 1, 2, 2]]
-    found = [find_segments(part, 3).offsets.tolist() for part in (labels[:1], labels[1:2])]
+    found = [sort_labels(part, 3).offsets.tolist() for part in (labels[:1], labels[1:2])]
     assert found == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]

@@ -8,7 +8,7 @@ from torch import Tensor
 from normswap.functional.labels import kept
 
 
-class Segments(NamedTuple):
+class SortedLabels(NamedTuple):
     """Instances by context.
 
     Attributes:
@@ -32,16 +32,16 @@ def find_rows(labels: Tensor, contexts: int) -> Tensor:
     return kept(labels, (find_rows, contexts), make)
 
 
-def find_segments(labels: Tensor, contexts: int) -> Segments:
+def sort_labels(labels: Tensor, contexts: int) -> SortedLabels:
     """Return the instances sorted by context, once for all layers that the labels meet.
 
     On the device of the labels, (N,) in [-1, K); nothing waits for it.
     """
 
-    def sort() -> Segments:
+    def sort() -> SortedLabels:
         # -1 becomes K.
         found, order = labels.remainder(contexts + 1).sort(stable=True)
         starts = torch.arange(contexts + 2, device=labels.device)
-        return Segments(labels, order, torch.searchsorted(found, starts))
+        return SortedLabels(labels, order, torch.searchsorted(found, starts))
 
-    return kept(labels, (find_segments, contexts), sort)
+    return kept(labels, (sort_labels, contexts), sort)
