@@ -60,7 +60,7 @@ def _first(model: nn.Module, method: BaseMethod, exclude: Selector) -> tuple[str
     if any(name == FIRST for name, _ in model.named_modules()):
         raise ConversionError(
             f"a module is called {FIRST!r}, which also means the first norm that a forward meets; "
-            f"expected select=re.compile('^{FIRST}$') for the module, or the name of the norm"
+            f"expected select=[{FIRST!r}] for the module, or the name of the norm"
         )
     norms = {}
     for fqn, module, aliases in find_norms(model):

@@ -119,7 +119,10 @@ def test_unknown_method_lists_the_methods():
 
 def test_unknown_option_lists_the_options():
     refuses(
-        Net(), r"unknown option colour for method 'cn'; its options: none", method="cn", colour=1
+        Net(),
+        r"unknown option colour for method 'cn'; its options: shrink, affine",
+        method="cn",
+        colour=1,
     )
 
 

@@ -72,8 +72,9 @@ def test_a_way_that_decides_is_an_error():
 def test_a_module_of_that_name_is_an_error():
     model = nn.Sequential()
     model.add_module("first", nn.BatchNorm2d(3))
-    with pytest.raises(ConversionError, match=r"re\.compile"):
+    with pytest.raises(ConversionError, match=r"select=\['first'\] for the module"):
         replaced(model)
+    assert normswap.plan(model, "cn", select=["first"]).count(action="replaced") == 1
 
 
 def test_the_preset_for_sensors():

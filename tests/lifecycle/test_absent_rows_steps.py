@@ -114,6 +114,7 @@ def test_state_dict_stays_standard_and_resumes():
 
 def test_a_context_added_later_is_kept_too():
     model = converted()
+    normswap.set_unknown(model, "pooled")
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
     normswap.keep_absent_rows(optimizer, model)
     (x, target, labels), (other, aim, ones) = list(batches())[:2]

@@ -80,7 +80,7 @@ class Mixed(nn.Module):
 
 
 def mixed(method="cn"):
-    model = convert(Mixed(), method, select="first")
+    model = convert(Mixed(), method, select=["first"])
     for name, buffer in model.named_buffers():
         if "running" in name:
             nn.init.uniform_(buffer, 0.5, 1.5)

@@ -19,6 +19,7 @@ from tests.support.reverted import EACH, EVERY_NORM, NAMES, frozen, make, make_n
 @EVERY_NORM
 def test_every_class_of_norm_is_exact_for_each_context(kind, method):
     base, model = make(kind, method)
+    normswap.set_unknown(model, "pooled")
     separate(model.double())
     x = make_batch((5, 3, 4, 4))
     for context in [*NAMES, "pooled"]:
@@ -96,7 +97,7 @@ def test_real_models_specialise_and_revert(build, method):
     for seed, (name, tensor) in enumerate(base.state_dict().items()):
         if "running_var" in name:
             random_(tensor, seed, 0.8, 1.2)
-    model = normswap.convert(base, method, contexts=3, verify=False)
+    model = normswap.convert(base, method, contexts=3, unknown="pooled", verify=False)
     assert same(normswap.revert(model).state_dict(), base.state_dict())
     for layer in model.modules():
         if isinstance(layer, ContextLayer):
