@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from normswap.errors import AdviceWarning
+
 
 def on_two_processes(
     jobs: dict[str, Callable[[int], Any]], folder: Path, backend: str = "gloo"
@@ -35,6 +37,8 @@ def _work(rank: int, jobs: dict[str, Callable[[int], Any]], folder: Path, backen
         torch.cuda.set_device(rank)
     else:
         warnings.simplefilter("error")
+        # Models of tests are untrained.
+        warnings.simplefilter("ignore", AdviceWarning)
         # The compiler of torch 2.9 meets a warning of its own.
         warnings.filterwarnings("ignore", ".*autograd.function.Function'> should not be inst")
         torch.set_num_threads(1)
