@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from normswap.methods.base import get_method
 from normswap.testing.case import MIXED
 from tests.gpu.steps import (
     EVERY,
@@ -29,7 +30,9 @@ DIMS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
 IMAGES = [(12, 64, 28, 28), (18, 37, 7, 5), (64, 512, 7, 7), (24, 16, 1, 1)]
 OTHERS = [(24, 5), (12, 4, 10), (12, 4, 2, 3, 5)]
 # By dtype of the input: some roundings of it, as the output and the input's gradient are rounded.
-SHARES = {torch.float32: 1e-4, torch.float16: 2**-8, torch.bfloat16: 2**-5}
+SHARES = {torch.float32: 2e-5, torch.float16: 2**-8, torch.bfloat16: 2**-5}
+# A map that depends on the input hands its rounding on, through exponentials.
+SHARE_DEPENDENT = 1e-4
 SETTINGS = [
     *((shape, dtype, layout) for shape in IMAGES for dtype in SHARES for layout in LAYOUTS),
     *((shape, dtype, "contiguous") for shape in OTHERS for dtype in SHARES),
@@ -41,7 +44,7 @@ def layer_of(method, dims, channels, count):
     """Return a trained norm that was converted, in float64; None where the method finds nothing."""
     case = case_of(method)
     base = nn.Sequential(trained_norm(DIMS[dims], channels))
-    if not case.fits(base):
+    if case.refusal(base):
         return None
     given = {"contexts": count, "priors": None} if case.labelled else {}
     return widen(case.convert(base, verify=False, **given, **options_of(case.method)))
@@ -62,7 +65,8 @@ def compare(method, shape, dtype, layout, training, device, count=3, pattern=MIX
     expected = values_of(wide, x.double(), labels, training)
     if method in SORTED and dtype != torch.float32:
         found, expected = without_gradients(found), without_gradients(expected)
-    require_near(found, expected, SHARES[dtype])
+    dependent = get_method(method).input_dependent and dtype == torch.float32
+    require_near(found, expected, SHARE_DEPENDENT if dependent else SHARES[dtype])
 
 
 @EVERY
