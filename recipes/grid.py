@@ -87,10 +87,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def run_cells(
-    folder: Path,
-    wanted: Sequence[Cell],
-    train: Train,
-    order: Order = iter,
+    folder: Path, wanted: Sequence[Cell], train: Train, order: Order = iter
 ) -> list[dict[str, Any]]:
     """Run every cell that has no result yet; give the records of all, in their order.
 
@@ -103,7 +100,7 @@ def run_cells(
     print(
         f"writing {folder}; to continue after a stop, the same with --name {folder.name} --resume"
     )
-    missing = [cell for cell in wanted if cell not in finished]
+    missing = [c for i, c in enumerate(wanted) if c not in [*finished, *wanted[:i]]]
     first = len(wanted) - len(missing)
     bar = tqdm(order(missing), initial=first, total=len(wanted), unit="training", disable=None)
     for cell in bar:

@@ -95,9 +95,8 @@ def prepared(options: Namespace) -> Path:
 def network(classes: int, width: int, size: int) -> nn.Module:
     """Make a CNN of three convolutions, each with its norm and a pooling by two."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for i, (before, after) in enumerate(
-        ((3, width), (width, 2 * width), (2 * width, 4 * width)), 1
-    ):
+    sizes = 3, width, 2 * width, 4 * width
+    for i, (before, after) in enumerate(pairwise(sizes), 1):
         layers[f"conv{i}"] = nn.Conv2d(before, after, 3, padding=1, bias=False)
         layers[f"norm{i}"] = nn.BatchNorm2d(after)
         layers[f"pool{i}"] = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
