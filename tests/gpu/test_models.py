@@ -81,7 +81,7 @@ def test_resnet_computes_what_it_does_on_the_cpu(method, training, layout, devic
     if method in SORTED:
         found, narrow, expected = map(without_gradients, (found, narrow, expected))
     # What sorts, or divides by an instance's deviation, loses digits in float32 on any device.
-    require_near(found, expected, max(2e-3, 4 * max(errors(narrow, expected).values())))
+    require_near(found, expected, max(2e-3, 6 * max(errors(narrow, expected).values())))
 
 
 @EVERY
