@@ -199,7 +199,7 @@ def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--data", type=Path, help="folder or zip {train,test}/CLASS/image, instead of tiles")
     add("--limit", type=count, metavar="N", help="images of each class that train, and that test")
-    add("--workers", type=count, default=2, help="threads that decode images")
+    add("--workers", type=count, default=2, help="processes that decode images")
     add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of AdamW, to choose of")
     add("--rate-epochs", type=count, default=5, help="epochs of each choice of a rate")
     add("--contexts", type=count, default=3, help="Gaussians of the mixture")
