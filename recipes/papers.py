@@ -39,17 +39,14 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import normswap
+from normswap.errors import AdviceWarning
 
 from . import grid, images, runs, sensors
 from .options import ByData, Parser, by_data, check_rates, count, of_cell
 from .resident import epoch_of, load, ready
 from .training import check_finite, make_optimizer, takes_context
 
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("cn", "cn-x")},
-    "cn-x-batch": ("cn-x", {"statistics": "batch"}),
-    "acn": ("acn", {}),
-}
+METHODS = "cn", "cn-x", "cn-x-batch", "acn"
 PUBLISHED = {"bn": 86.90, "cn-x": 87.57, "acn": 87.97}
 TEST_BATCH = 1000
 
@@ -127,13 +124,15 @@ def train_one(
     # A norm that learns its statistics must not start from what a fresh BatchNorm claims.
     torch.optim.swa_utils.update_bn((x for x, *_ in islice(batches(-1), 8)), model)
     if config.method in METHODS:
-        method, settings = METHODS[config.method]
-        labelled = normswap.get_method(method).needs_context
-        number = {"contexts": data.domain_names} if labelled else {"components": config.contexts}
-        settings = {**settings, **number, "select": f"norm{config.norm}"}
+        method = config.method.removesuffix("-batch")
+        settings: dict[str, Any] = {"contexts": data.domain_names}
+        if method == "acn":
+            settings = {"components": config.contexts}
+        if method != config.method:
+            settings["statistics"] = "batch"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", normswap.AdviceWarning)  # on norms that were trained
-            model = normswap.convert(model, method, **settings)
+            warnings.simplefilter("ignore", AdviceWarning)  # of norms trained before
+            model = normswap.convert(model, method, select=f"norm{config.norm}", **settings)
     model.to(memory_format=torch.channels_last)
     told = takes_context(model)
     steps = max(1, len(chosen) // config.batch_size)
@@ -200,7 +199,7 @@ def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--data", type=Path, help="folder or zip {train,test}/CLASS/image, instead of tiles")
     add("--limit", type=count, metavar="N", help="images of each class that train, and that test")
-    add("--workers", type=count, default=2, help="threads that decode images")
+    add("--workers", type=count, default=2, help="processes that decode images")
     add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of AdamW, to choose of")
     add("--rate-epochs", type=count, default=5, help="epochs of each choice of a rate")
     add("--contexts", type=count, default=3, help="Gaussians of the mixture")
