@@ -1,4 +1,4 @@
-"""The command line: inspect a model, list the methods, verify a conversion, draw pictures."""
+"""The command line: inspect a model, list the methods, verify or show a conversion, draw."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from torch import nn
 from normswap import api
 from normswap._version import __version__
 from normswap.cli.plot import add_plot
+from normswap.cli.show import add_show
 from normswap.cli.sources import add_model, chosen_model
 from normswap.errors import NormswapError
 from normswap.methods.base import get_method, methods
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=0, help="of the weights; default: 0")
     verify.set_defaults(run=_verify)
 
+    add_show(commands)
     add_plot(commands)
     return parser
 

@@ -86,7 +86,7 @@ def _transformers(name: str) -> nn.Module:
         model: nn.Module = named(config) if named else library.AutoModel.from_config(config)
     except (OSError, ValueError) as error:  # no such name, no network, or no model of the library
         said = " ".join(str(error).split())
-        raise NormswapError(f"transformers has no configuration {name!r}: {said}") from error
+        raise NormswapError(f"cannot read a configuration from {name!r}: {said}") from error
     return model
 
 
