@@ -8,19 +8,20 @@ from tabulate import tabulate
 
 from normswap._version import __version__
 from normswap.methods.base import get_method, methods
-from normswap.saving.folder import DESCRIPTION, as_folder, read_description
+from normswap.saving.folder import DESCRIPTION, read_description
+from normswap.saving.hub import find_folder
 from normswap.util.arguments import listed
 
 
 def add_show(commands: Any) -> None:
     """Add the command to what ``add_subparsers`` returned."""
     parser = commands.add_parser("show", help="show what a saved conversion is; needs no model")
-    parser.add_argument("folder", help="folder that normswap.save wrote")
+    parser.add_argument("folder", help="that normswap.save wrote, or user/name on the hub")
     parser.set_defaults(run=_show)
 
 
 def _show(options: argparse.Namespace) -> str:
-    folder = as_folder(options.folder)
+    folder = find_folder(options.folder)
     content = read_description(folder)
     base, file, name = content["base"], content["file"], content["method"]
     known = name in methods()
@@ -34,7 +35,7 @@ def _show(options: argparse.Namespace) -> str:
         ("placement", content["placement"] or "the method's own"),
         *(_contexts(content) if not known or get_method(name).needs_context else ()),
         ("replaced", ", ".join(f"{n} {cls}" for cls, n in classes.items()) or "no norm"),
-        *([] if classes else [("given a layer", f"{len(content['sites'])} places")]),
+        *([] if classes else [("given a layer", f"{len(content['sites'])} place(s)")]),
         ("tensors", f"{len(content['layers'])} of layers, {len(content['others'])} others"),
         ("size", f"{size:,} bytes{missing}"),
         ("saved by", f"normswap {content['normswap']}, format {content['format']}"),

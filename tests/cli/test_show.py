@@ -34,7 +34,7 @@ def test_of_inserted_layers_the_places_are_counted(capsys, tmp_path):
     said = shown(capsys, tmp_path)
     assert "contexts" not in said
     assert said["replaced"] == "no norm"
-    assert said["given a layer"] == "1 places"
+    assert said["given a layer"] == "1 place(s)"
     assert said["placement"] == "norm"
 
 
