@@ -145,8 +145,8 @@ def load(
     Raises:
         NormswapError: safetensors is missing, or huggingface_hub for a repository.
         CheckpointError: a repository the hub does not give; files that are missing, cut short,
-            changed, or of a newer version; a base of another architecture or dtype, or with other values. The
-            message names what differs.
+            changed, or of a newer version; a base of another architecture or dtype, or with other
+            values. The message names what differs.
         ConversionError: a base that cannot be converted, or is already.
         UnknownNameError: a method that is not registered here.
         Whatever is raised, `base` is as it was.
