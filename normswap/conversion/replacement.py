@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from normswap.conversion.adopt import adopt
-from normswap.conversion.select import Selector, why_kept
 from normswap.errors import ConversionError
 from normswap.graph.scope import Scope
 from normswap.graph.surgery import Surgery
@@ -17,6 +16,7 @@ from normswap.lifecycle.record import Record
 from normswap.methods.base import Method
 from normswap.report import Row
 from normswap.sites import Site, find_norms, read_site
+from normswap.util.select import Selector, why_kept
 
 
 @dataclass(frozen=True)
