@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--method", default="cn-x", choices=methods(), help="default: cn-x")
+    parser.add_argument("--method", default="cn-x", help="default: cn-x")
     parser.add_argument(
         "--contexts", type=_contexts, default=None, help="a count, or names: photo,sketch"
     )

@@ -7,7 +7,6 @@ from typing import Any
 from normswap import api, plot
 from normswap.cli.sources import add_model, build_model, chosen_model
 from normswap.errors import NormswapError, UnknownNameError
-from normswap.methods.base import methods
 from normswap.plot import run_files
 from normswap.plot.saved_model import read_saved
 
@@ -45,7 +44,7 @@ def add_plot(commands: Any) -> None:
 
     firing = kinds.add_parser("firing", help="where CrossNorm would fire in the next forwards")
     add_model(firing)
-    firing.add_argument("--method", default="crossnorm", choices=methods(), help="crossnorm, cnsn")
+    firing.add_argument("--method", default="crossnorm", help="crossnorm, cnsn")
     firing.add_argument("--placement", help="where the layers go")
     firing.add_argument("--forwards", type=int, default=100, help="how many to draw (100)")
     firing.add_argument("--seed", type=int, default=0, help="of the draws (0)")

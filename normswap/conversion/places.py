@@ -85,6 +85,7 @@ def find_places(
             raise ConversionError(
                 f"found no place for a layer in {type(model).__name__} at {asked}"
                 + (f": {listed}" if listed else "; placement='norm' puts one after each norm")
+                + meant(select, [f.row.fqn for f in found if f.row.reason == "not selected"])
             )
         rows += [f.row for f in found]
         places += chosen
