@@ -11,7 +11,6 @@ from normswap.contexts.assigner import Assigner
 from normswap.conversion.checks import check_copyable, check_model
 from normswap.conversion.inputs import read_inputs
 from normswap.conversion.replacement import Replacement
-from normswap.conversion.select import Selector
 from normswap.conversion.settings import Settings, read_settings
 from normswap.conversion.summary import summarise
 from normswap.conversion.target import Target, carry_out, find_target
@@ -27,6 +26,7 @@ from normswap.saving.changes import mark
 from normswap.saving.fingerprint import other_tensors
 from normswap.util.arguments import check_flag
 from normswap.util.copies import copy_model, copy_structure
+from normswap.util.select import Selector
 
 
 def convert(

@@ -1,5 +1,6 @@
 """What a conversion did or would do, as rows that print as text or markdown, or go to a table."""
 
+import html
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -82,7 +83,7 @@ class Verification:
 
 @dataclass
 class Report:
-    """A plan, or a summary of a converted model. ``str(report)`` is a text table."""
+    """A plan, or a summary of a converted model: a text table by ``str``, a table in a notebook."""
 
     model: str
     method: str
@@ -96,6 +97,8 @@ class Report:
     verification: Verification | None = None
     options: dict[str, Any] = field(default_factory=dict)
     argument: str | None = None
+    parameters: int = 0
+    trainable: int = 0
 
     def count(self, **where: Any) -> int:
         """Return the number of rows whose attributes have these values."""
@@ -121,6 +124,10 @@ class Report:
         """Return the whole text."""
         return self.text()
 
+    def _repr_html_(self) -> str:
+        """Return the whole as notebooks show it."""
+        return f"<pre>{html.escape(self.heading())}</pre>\n{self._table('html', None)}"
+
     def heading(self) -> str:
         """Return the lines above the table."""
         lines = [f"{self.model}: {', '.join([self.method, *self._settings()])}", self._counts()]
@@ -131,6 +138,7 @@ class Report:
             lines[-1] += (
                 f"; containers: {self.traced} traced, {len(self.opaque)} with their own forward"
             )
+        lines.append(f"trainable parameters: {self.trainable:,} of {self.parameters:,}")
         lines += [f"own forward: {name or '(root)'}: {why}" for name, why in self.opaque.items()]
         if self.argument not in (None, "context"):
             lines.append(f"labels: {self.argument}=, since the model takes a context= of its own")

@@ -1,4 +1,4 @@
-"""The command line: inspect a model, list the methods, verify a conversion, draw pictures."""
+"""The command line: inspect a model, list the methods, verify or show a conversion, draw."""
 
 import argparse
 import json
@@ -13,10 +13,11 @@ from torch import nn
 from normswap import api
 from normswap._version import __version__
 from normswap.cli.plot import add_plot
-from normswap.errors import NormswapError, UnknownNameError
+from normswap.cli.show import add_show
+from normswap.cli.sources import add_model, chosen_model
+from normswap.errors import NormswapError
 from normswap.methods.base import get_method, methods
 from normswap.report import Report
-from normswap.util.extras import need
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,13 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=0, help="of the weights; default: 0")
     verify.set_defaults(run=_verify)
 
-    add_plot(commands, build_model)
+    add_show(commands)
+    add_plot(commands)
     return parser
 
 
 def _add_conversion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="name of a timm model")
-    parser.add_argument("--method", default="cn-x", choices=methods(), help="default: cn-x")
+    add_model(parser)
+    parser.add_argument("--method", default="cn-x", help="default: cn-x")
     parser.add_argument(
         "--contexts", type=_contexts, default=None, help="a count, or names: photo,sketch"
     )
@@ -81,23 +83,6 @@ def _conversion(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in chosen}
 
 
-def build_model(name: str, device: str) -> nn.Module:
-    """Build a timm model without weights.
-
-    Raises:
-        NormswapError: timm is not installed.
-        UnknownNameError: timm has no such model; the message lists near names.
-    """
-    timm = need("timm", "recipes", "looking up a model by its name")
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name}*")[:8] or timm.list_models(f"{name[:5]}*")[:8]
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise UnknownNameError(f"timm has no model {name!r}{hint}")
-    with torch.device(device):
-        model: nn.Module = timm.create_model(name, pretrained=False)
-    return model.eval()
-
-
 def _methods(options: argparse.Namespace) -> str:
     rows = []
     for name in methods():
@@ -107,7 +92,7 @@ def _methods(options: argparse.Namespace) -> str:
 
 
 def _inspect(options: argparse.Namespace) -> str:
-    report: Report = api.plan(build_model(options.model, "meta"), **_conversion(options))
+    report: Report = api.plan(chosen_model(options, "meta"), **_conversion(options))
     if options.format == "json":
         return json.dumps(report.to_dict(), indent=2)
     shown = report.markdown if options.format == "markdown" else report.text
@@ -116,7 +101,7 @@ def _inspect(options: argparse.Namespace) -> str:
 
 def _verify(options: argparse.Namespace) -> str:
     torch.manual_seed(options.seed)
-    model = build_model(options.model, "cpu")
+    model = chosen_model(options, "cpu")
     randomise_statistics(model)
     return str(api.summary(api.convert(model, **_conversion(options))).heading())
 

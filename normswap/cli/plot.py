@@ -4,22 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from normswap import api, plot
+from normswap.cli.sources import add_model, build_model, chosen_model
 from normswap.errors import NormswapError, UnknownNameError
-from normswap.methods.base import methods
 from normswap.plot import run_files
 from normswap.plot.saved_model import read_saved
 
 
-def add_plot(commands: Any, build_model: Any) -> None:
-    """Add the command to the parser's commands.
-
-    Args:
-        commands: what ``add_subparsers`` returned.
-        build_model: builds a timm model by name on a device.
-    """
+def add_plot(commands: Any) -> None:
+    """Add the command to what ``add_subparsers`` returned."""
     parser = commands.add_parser("plot", help="draw a run, or where a model's CrossNorm fires")
     kinds = parser.add_subparsers(required=True, metavar="KIND")
 
@@ -37,7 +30,6 @@ def add_plot(commands: Any, build_model: Any) -> None:
     )
     divergence.add_argument("--names", type=lambda text: text.split(","), help="of the contexts")
     _finish(divergence, "divergence", _divergence)
-    divergence.set_defaults(build_model=build_model)
 
     densities = kinds.add_parser(
         "densities",
@@ -51,13 +43,12 @@ def add_plot(commands: Any, build_model: Any) -> None:
     _finish(densities, "densities", _densities)
 
     firing = kinds.add_parser("firing", help="where CrossNorm would fire in the next forwards")
-    firing.add_argument("model", help="name of a timm model")
-    firing.add_argument("--method", default="crossnorm", choices=methods(), help="crossnorm, cnsn")
+    add_model(firing)
+    firing.add_argument("--method", default="crossnorm", help="crossnorm, cnsn")
     firing.add_argument("--placement", help="where the layers go")
     firing.add_argument("--forwards", type=int, default=100, help="how many to draw (100)")
     firing.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     _finish(firing, "firing", _firing)
-    firing.set_defaults(build_model=build_model)
 
 
 def _finish(parser: argparse.ArgumentParser, name: str, run: Any) -> None:
@@ -85,7 +76,7 @@ def _divergence(options: argparse.Namespace) -> str:
         name = run_files.model_of(options.source) if Path(options.source).is_dir() else None
         if name is not None:
             title = f"{title}: divergence by layer"
-            order = _order(options.build_model, name)
+            order = _order(name)
         rows = run_files.divergences_in(run_files.read_tensors(options.source), order)
         names = run_files.context_names(options.source, len(next(iter(rows.values()))))
     names = options.names or names
@@ -93,10 +84,10 @@ def _divergence(options: argparse.Namespace) -> str:
     return f"wrote {options.out}"
 
 
-def _order(build_model: Any, name: str) -> list[str] | None:
+def _order(name: str) -> list[str] | None:
     """Return the names of a timm model's modules; None where timm or the model is missing."""
     try:
-        model: nn.Module = build_model(name, "meta")
+        model = build_model(f"timm:{name}", "meta")
     except UnknownNameError:
         return None
     return [module for module, _ in model.named_modules()]
@@ -123,7 +114,7 @@ def _densities(options: argparse.Namespace) -> str:
 
 def _firing(options: argparse.Namespace) -> str:
     model = api.convert(
-        options.build_model(options.model, "meta"),
+        chosen_model(options, "meta"),
         options.method,
         placement=options.placement,
         verify=False,

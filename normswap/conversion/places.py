@@ -9,7 +9,6 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.conversion.containers import read_container
-from normswap.conversion.select import Selector, why_kept
 from normswap.errors import ConversionError
 from normswap.graph.blocks.channels import LAST, Features, Reader
 from normswap.graph.blocks.insert import PLACEMENTS
@@ -19,6 +18,7 @@ from normswap.methods.base import InsertedMethod
 from normswap.report import Row
 from normswap.sites import Place, find_norms, is_instance_norm, norm_channels
 from normswap.util.arguments import meant
+from normswap.util.select import Selector, why_kept
 
 ALL_PLACEMENTS = ("norm", "output", *PLACEMENTS, "input")
 
@@ -85,6 +85,7 @@ def find_places(
             raise ConversionError(
                 f"found no place for a layer in {type(model).__name__} at {asked}"
                 + (f": {listed}" if listed else "; placement='norm' puts one after each norm")
+                + meant(select, [f.row.fqn for f in found if f.row.reason == "not selected"])
             )
         rows += [f.row for f in found]
         places += chosen

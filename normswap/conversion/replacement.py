@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from normswap.conversion.adopt import adopt
-from normswap.conversion.select import Selector, why_kept
 from normswap.errors import ConversionError
 from normswap.graph.scope import Scope
 from normswap.graph.surgery import Surgery
@@ -17,6 +16,8 @@ from normswap.lifecycle.record import Record
 from normswap.methods.base import Method
 from normswap.report import Row
 from normswap.sites import Site, find_norms, read_site
+from normswap.util.arguments import meant
+from normswap.util.select import Selector, why_kept
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def find_replacement(
                 row.action = "replaced"
                 chosen.append(site)
     if not chosen:
-        raise ConversionError(_nothing_to_replace(model, rows))
+        raise ConversionError(_nothing_to_replace(model, rows, select))
     if chosen[0].fqn == "":
         return Bare(method, rows, chosen[0])
     return Replacement(method, rows, chosen)
@@ -135,7 +136,7 @@ def _why_tied(norm: nn.Module, holders: Counter[int]) -> str:
     return f"its {name} is tied to a parameter of another module" if name else ""
 
 
-def _nothing_to_replace(model: nn.Module, rows: list[Row]) -> str:
+def _nothing_to_replace(model: nn.Module, rows: list[Row], select: Selector) -> str:
     by_reason: dict[str, list[str]] = {}
     for row in rows:
         by_reason.setdefault(f"{row.source}: {row.reason}", []).append(row.fqn or "(root)")
@@ -143,6 +144,7 @@ def _nothing_to_replace(model: nn.Module, rows: list[Row]) -> str:
         f"{len(names)} {why} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
         for why, names in by_reason.items()
     )
-    return f"found no norm to replace in {type(model).__name__}: " + (
-        listed or "it has none at all"
+    return (
+        f"found no norm to replace in {type(model).__name__}: {listed or 'it has none at all'}"
+        f"{meant(select, [row.fqn for row in rows if row.reason == 'not selected'])}"
     )

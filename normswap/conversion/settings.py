@@ -8,11 +8,11 @@ from typing import Any
 from normswap.contexts.assigner import Assigner
 from normswap.contexts.priors import check_priors
 from normswap.conversion.presets import fill_from_preset
-from normswap.conversion.select import Selector, read_selector
 from normswap.errors import ConversionError
 from normswap.lifecycle.record import policy_of
 from normswap.methods.base import BaseMethod, Contexts, get_method, parse_options
 from normswap.util.arguments import MOST_CONTEXTS, describe
+from normswap.util.select import Selector, read_selector
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from normswap.functional.moments import gaussian_divergence
 from normswap.graph.bypassed import find_bypassed
@@ -43,6 +44,7 @@ def summarise(root: nn.Module, record: Record) -> Report:
                 if weights is None:
                     weights = record.contexts.priors.to(statistics.mean.device)
                 row.divergence = gaussian_divergence(statistics, weights)
+    sizes = [(p.numel(), p.requires_grad) for p in root.parameters() if not is_lazy(p)]
     unknown = record.contexts.unknown
     return Report(
         model=record.model,
@@ -57,4 +59,6 @@ def summarise(root: nn.Module, record: Record) -> Report:
         direct=find_bypassed(root),
         verification=record.verification,
         argument=context_argument(root),
+        parameters=sum(size for size, _ in sizes),
+        trainable=sum(size for size, trained in sizes if trained),
     )

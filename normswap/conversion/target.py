@@ -9,13 +9,13 @@ from normswap.conversion.containers import find_first
 from normswap.conversion.insertion import InputNorm, Insertion
 from normswap.conversion.places import find_places, place_at_input
 from normswap.conversion.replacement import Bare, Replacement, find_replacement
-from normswap.conversion.select import FIRST, Selector, matches
 from normswap.errors import ConversionError
 from normswap.graph.class_questions import check_questions
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record
 from normswap.methods.base import BaseMethod, InsertedMethod, Method
 from normswap.sites import find_norms, norm_channels, read_site
+from normswap.util.select import FIRST, Selector, matches
 
 Target: TypeAlias = Replacement | Insertion | InputNorm | Bare
 

@@ -136,6 +136,7 @@ def context_or_pooled(record: Record, context: str | int) -> int | None:
             "unknown='posterior' weighs the contexts by each input, so that no plain norm equals "
             f"it; name 'pooled' or a context: {', '.join(names)}"
         )
+    check_choice("context", context, (*names, "pooled"))
     return context_index(record, context)
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.use_context import use_context
+from normswap.lifecycle.record import find_inside
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import RUNNING, ContextLayer
 from normswap.methods.selfnorm import SelfNorm
@@ -56,19 +57,30 @@ def update_stats(
         methods without contexts. A context with none keeps its statistics, and a warning names it.
 
     Raises:
-        ConversionError: no layer with running statistics, or none that a batch reached; batches
-            without an item at `labels`; values that are not finite.
+        ConversionError: no layer whose running statistics may move, or none that a batch reached;
+            batches without an item at `labels`; values that are not finite.
         MissingContextError: a layer that needs labels got none. Whatever is raised, the model is
             as it was.
+
+    Warns:
+        UserWarning: a context that no batch counted for; or a converted model without running
+            statistics, such as one of CN-X, of which nothing is measured and no batch is taken.
     """
     expect_module(model)
     layers = [m for m in model.modules() if _is_measured(m)]
+    check_stream(loader, forward, batches, progress)
+    if not layers and find_inside(model) is not None and not any(map(_is_tracked, model.modules())):
+        warnings.warn(
+            f"nothing to measure: no layer in {type(model).__name__} has running statistics; what "
+            "CN-X normalises with is learned, and CrossNorm draws from the batch",
+            stacklevel=2,
+        )
+        return {}
     if not layers:
         raise ConversionError(
-            f"found no layer in {type(model).__name__} whose running statistics may move; CN-X and "
-            "CrossNorm have none, and normswap.freeze(stats='update') lets frozen ones move again"
+            f"found no layer in {type(model).__name__} whose running statistics may move; "
+            "normswap.freeze(stats='update') lets frozen ones move again"
         )
-    check_stream(loader, forward, batches, progress)
     buffers = [b for layer in layers for b in _buffers(layer)]
     run = forward or forward_batch
     with torch.no_grad(), undisturbed(model), put_back_on_error(buffers) as before:
@@ -116,8 +128,12 @@ def _buffers(layer: nn.Module) -> list[Tensor]:
     return [b for n, b in layer.named_buffers(recurse=False) if n in RUNNING]
 
 
+def _is_tracked(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "running_mean", None), Tensor)
+
+
 def _is_measured(module: nn.Module) -> bool:
-    if not isinstance(getattr(module, "running_mean", None), Tensor):
+    if not _is_tracked(module):
         return False
     if hasattr(type(module), "stats_frozen"):
         return not (module.stats_frozen or getattr(module, "frozen", False))

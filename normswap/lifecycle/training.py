@@ -16,6 +16,7 @@ from normswap.sites import looks_like_norm
 from normswap.util.arguments import check_choice, check_number, describe
 from normswap.util.batches import FROZEN_MODE
 from normswap.util.extras import need
+from normswap.util.select import Selector, find_modules
 
 _TRAIN = ("norms", "contexts", "all")
 _STATS = ("update", "frozen")
@@ -82,7 +83,9 @@ def param_groups(
     ]
 
 
-def freeze(model: nn.Module, train: str = "norms", stats: str = "update") -> None:
+def freeze(
+    model: nn.Module, train: str = "norms", stats: str = "update", *, also: Selector = None
+) -> None:
     """Choose what trains and whether running statistics move, in place, before the optimizer.
 
     Args:
@@ -90,12 +93,14 @@ def freeze(model: nn.Module, train: str = "norms", stats: str = "update") -> Non
         train: which parameters require a gradient; all others do not. "norms": those of every
             norm layer, replaced, inserted or left as it was (LayerNorm and others included);
             "contexts": only those with a row for each context (for ACN, each component); "all".
-            A new head is no norm: ``model.fc.requires_grad_()`` afterwards.
+            A new head is no norm; see `also`.
         stats: "update": running statistics move in training mode; "frozen": every layer that has
             them, batch norms that were not replaced included, normalises with them and leaves
             them, whatever ``model.train()`` says. Layers made from a FrozenBatchNorm never move.
             A batch norm that is frozen so reports ``training=False``; dropout inside it follows the
             model's mode.
+        also: modules of which every parameter is trained too, such as a new head, "fc": globs,
+            types and so on, as `select` of `convert` takes them, on the names in `model`.
 
     ``freeze(model, train="all", stats="update")`` takes it all back. The setting is part of the
     model: copies and pickles keep it, a state dict does not. `revert` and `specialize` end
@@ -104,7 +109,8 @@ def freeze(model: nn.Module, train: str = "norms", stats: str = "update") -> Non
     Raises:
         UnknownNameError: a word that is none of these.
         ConversionError: no converted model; one that DistributedDataParallel wrapped already,
-            which would go on waiting for the gradients it knew; or nothing left to train.
+            which would go on waiting for the gradients it knew; an `also` that matches no module;
+            or nothing left to train.
     """
     for name, value, choices in (("train", train, _TRAIN), ("stats", stats, _STATS)):
         check_choice(f"{name}=", value, choices)
@@ -120,6 +126,8 @@ def freeze(model: nn.Module, train: str = "norms", stats: str = "update") -> Non
         chosen = {id(getattr(m, name)) for m in layers for name in m.context_parameters}
     else:
         chosen = {id(p) for p in model.parameters()}
+    if also is not None:
+        chosen |= {id(p) for m in find_modules("also", also, model) for p in m.parameters()}
     if not chosen:
         raise ConversionError(
             f"nothing to train with train={train!r}: no layer has such parameters; "

@@ -30,6 +30,7 @@ from normswap.saving.fingerprint import (
     shorten,
 )
 from normswap.saving.folder import as_folder, read_folder, write_folder
+from normswap.saving.hub import find_folder
 from normswap.util.arguments import check_choice, check_flag
 from normswap.util.copies import copy_model
 
@@ -131,7 +132,8 @@ def load(
     Args:
         base: the model that was converted, before conversion, with the weights it had then; what
             was saved besides the layers replaces its own.
-        folder: that `save` wrote.
+        folder: that `save` wrote; or "user/name", a repository of the Hugging Face hub with such a
+            folder's files, where no folder here has the name and huggingface_hub is installed.
         inplace: change `base` itself instead of a copy.
         check_values: whether the base's tensors that were not saved must have the values they had
             when the saved model was converted. False takes them as they are.
@@ -141,10 +143,10 @@ def load(
         The converted model.
 
     Raises:
-        NormswapError: safetensors is missing.
-        CheckpointError: files that are missing, cut short, changed, or of
-            a newer version; a base of another architecture or dtype, or with other values. The
-            message names what differs.
+        NormswapError: safetensors is missing, or huggingface_hub for a repository.
+        CheckpointError: a repository the hub does not give; files that are missing, cut short,
+            changed, or of a newer version; a base of another architecture or dtype, or with other
+            values. The message names what differs.
         ConversionError: a base that cannot be converted, or is already.
         UnknownNameError: a method that is not registered here.
         Whatever is raised, `base` is as it was.
@@ -152,7 +154,7 @@ def load(
     expect_module(base)
     check_flag("inplace", inplace)
     check_flag("check_values", check_values)
-    content, tensors = read_folder(as_folder(folder))
+    content, tensors = read_folder(find_folder(folder))
     if content["method"] not in methods():
         raise UnknownNameError(
             f"{folder} was saved with method {content['method']!r}, which is not registered here; "

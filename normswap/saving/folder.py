@@ -114,8 +114,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         content = json.loads(read_file(path, _MOST_DESCRIPTION))
         found = digest_of(content) if isinstance(content, dict) else None
     except (FileNotFoundError, NotADirectoryError):
+        missing = path if folder.is_dir() else f"folder {folder}"
         raise CheckpointError(
-            f"expected a folder that normswap.save wrote, found no {path}"
+            f"expected a folder that normswap.save wrote, found no {missing}"
         ) from None
     except (OSError, ValueError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error

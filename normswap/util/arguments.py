@@ -38,9 +38,13 @@ def listed(names: Iterable[str], shown: int = 20) -> str:
 
 
 def meant(given: Any, choices: Iterable[str], form: str = "{!r}") -> str:
-    """Return the question whether the closest of some names was meant, "" where none is close."""
-    names = difflib.get_close_matches(given, list(choices), 1) if isinstance(given, str) else []
-    return f"; did you mean {form.format(names[0])}?" if names else ""
+    """Return the question whether the closest of some names was meant, "" where none is close.
+
+    Capitals count for nothing.
+    """
+    names = {name.casefold(): name for name in choices}
+    close = difflib.get_close_matches(given.casefold(), names, 1) if isinstance(given, str) else []
+    return f"; did you mean {form.format(names[close[0]])}?" if close else ""
 
 
 def unknown_name(what: str, given: Any, choices: Iterable[str]) -> UnknownNameError:

@@ -48,6 +48,7 @@ def test_verify_prints_the_difference_for_every_context(capsys):
     ("arguments", "message"),
     [
         (["inspect", "resnet1"], "timm has no model 'resnet1'; near: "),
+        (["inspect", "resnet18", "--method", "cnx"], "did you mean 'cn-x'?"),
         (["inspect", "vit_tiny_patch16_224"], "found no norm to replace"),
         (["inspect", "resnet18", "--select", "nothing*"], "not selected"),
     ],

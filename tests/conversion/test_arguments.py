@@ -126,7 +126,9 @@ def test_what_an_argument_cannot_be_is_an_error_of_ours(name, argument, tmp_path
         ({"example_input": IMAGES}, "did you mean example_inputs=?"),
         ({"verfy": False}, "did you mean verify=?"),
         ({"method": "cnx"}, "did you mean 'cn-x'?"),
-        ({"method": "CN"}, "the choices are acn, cn"),
+        ({"method": "CN"}, "did you mean 'cn'?"),
+        ({"select": "bnn"}, "did you mean 'bn'?"),
+        ({"method": "selfnorm", "placement": "norm", "select": "bnn"}, "did you mean 'bn'?"),
         ({"method": "self-norm"}, "did you mean 'selfnorm'?"),
         ({"preset": "resnet50-imagnet"}, "did you mean 'resnet50-imagenet'?"),
         ({"unknown": "poolde"}, "did you mean 'pooled'?"),
@@ -155,11 +157,13 @@ def test_contexts_are_suggested_too():
         model.eval()(IMAGES, context="foto")
     with pytest.raises(NormswapError, match="did you mean 'sketch'"):
         normswap.specialize(model, "skech")
+    with pytest.raises(NormswapError, match="did you mean 'pooled'"):
+        normswap.revert(model, "poled")
 
 
 def test_a_long_list_of_choices_is_cut():
     model = normswap.convert(Net(), "cn", contexts=500)
-    with pytest.raises(NormswapError, match="and 480 more"):
+    with pytest.raises(NormswapError, match="and 481 more"):
         normswap.specialize(model, "foto")
 
 

@@ -92,3 +92,26 @@ def test_priors_are_normalised_and_reported():
 def test_priors_counted_from_labels():
     priors = normswap.contexts.count_priors(["a", "b", "b", None], ["a", "b"])
     assert priors.tolist() == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_summary_counts_what_is_trained():
+    model = normswap.convert(Net(), "cn", contexts=3)
+    assert (report := normswap.summary(model)).trainable == report.parameters
+    normswap.freeze(model, "contexts")
+    assert (report := normswap.summary(model)).trainable == 3 * 2 * 3 * 4  # norms, tables, K, C
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    assert f"trainable parameters: 72 of {report.parameters:,}" in str(report)
+
+
+def test_a_notebook_gets_a_table_with_names_escaped():
+    class Angles(nn.Sequential):
+        pass
+
+    model = Angles()
+    model.add_module("<b>", nn.BatchNorm2d(3))
+    shown = normswap.plan(model, "cn", contexts=["<i>", "x&y"])._repr_html_()
+    assert "&lt;i&gt;, x&amp;y" in shown
+    assert re.search(r"<td>&lt;b&gt;\s*</td>", shown)
+    assert shown.count("<tr>") == 2
+    assert "<b>" not in shown
+    assert "<i>" not in shown

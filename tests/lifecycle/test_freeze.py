@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import timm
@@ -165,6 +166,40 @@ def test_layers_of_a_frozen_batch_norm_never_move():
     before = model[0].running_mean.clone()
     model(torch.randn(4, 3, 6, 6), context=torch.tensor([0, 0, 1, 1]))
     assert torch.equal(model[0].running_mean, before)
+
+
+@pytest.mark.parametrize(
+    ("also", "modules"),
+    [
+        ("head", {"head"}),
+        ("blocks.*.conv", {"blocks.0.conv", "blocks.1.conv"}),
+        (["head", re.compile(r"^stem$")], {"head", "stem.0"}),
+        (nn.Linear, {"head"}),
+        (lambda name, module: name == "head", {"head"}),
+    ],
+)
+def test_freeze_trains_also_what_is_named(also, modules):
+    model = convert(ConvNet(), "cn")
+    normswap.freeze(model, train="contexts", also=also)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    tables = {"stem.1", "blocks.0.bn", "blocks.1.bn", "neck"}
+    assert {n.rpartition(".")[0] for n in trained} == tables | modules
+
+
+def test_freeze_finds_also_a_shared_module_by_its_second_name():
+    model = convert(ConvNet(), "cn")
+    model.second = model.head
+    normswap.freeze(model, also="second")
+    assert model.head.weight.requires_grad
+
+
+@pytest.mark.parametrize("also", ["haed", ["neck", "haed"]])
+def test_freeze_refuses_a_name_that_matches_nothing(also):
+    model = convert(ConvNet(), "cn")
+    match = "expected also= to match a module of ConvNet, got 'haed'; did you mean 'head'"
+    with pytest.raises(normswap.ConversionError, match=match):
+        normswap.freeze(model, also=also)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_freeze_refuses_what_it_does_not_know():

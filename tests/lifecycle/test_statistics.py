@@ -151,8 +151,21 @@ def test_what_cannot_be_measured_is_refused():
     normswap.freeze(model, stats="frozen")
     with pytest.raises(normswap.ConversionError, match="whose running statistics may move"):
         normswap.update_stats(model, batches(), labels=2)
-    with pytest.raises(normswap.ConversionError, match="CN-X and"):
-        normswap.update_stats(normswap.convert(ConvNet(), "cn-x", verify=False), batches())
+    with pytest.raises(normswap.ConversionError, match="whose running statistics may move"):
+        normswap.update_stats(nn.Linear(2, 2), batches())
+
+
+@pytest.mark.parametrize("method", ["cn-x", "crossnorm"])
+def test_a_conversion_without_running_statistics_says_why_nothing_is_measured(method):
+    bare = nn.Sequential(nn.InstanceNorm2d(3))
+    base, placement = (ConvNet(), None) if method == "cn-x" else (bare, "norm")
+    model = normswap.convert(base, method, placement=placement, verify=False)
+    before = copy.deepcopy(model.state_dict())
+    stream = iter(batches())
+    with pytest.warns(UserWarning, match="no layer in .* has running statistics; what CN-X"):
+        assert normswap.update_stats(model, stream) == {}
+    assert len(list(stream)) == 3
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,12 @@ FUNCTIONS = {
     ),
     "freeze": (
         normswap.freeze,
-        {"model": ("converted", ""), "train": ("norms", ""), "stats": ("update", "")},
+        {
+            "model": ("converted", ""),
+            "train": ("norms", ""),
+            "stats": ("update", ""),
+            "also": ("fc", "None, '', []"),
+        },
     ),
     "param_groups": (
         normswap.param_groups,

@@ -1,4 +1,4 @@
-"""Which norms a user means: globs, regular expressions, types, predicates."""
+"""Which modules a user means: globs, regular expressions, types, predicates."""
 
 import fnmatch
 import re
@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError
-from normswap.util.arguments import check_callable, describe
+from normswap.util.arguments import check_callable, describe, meant
 
 Selector: TypeAlias = (
     str | re.Pattern[str] | type | Callable[[str, nn.Module], bool] | Iterable[Any] | None
@@ -80,12 +80,39 @@ def matches(selector: Selector, names: tuple[str, ...], module: nn.Module) -> bo
     return any(_ask(selector, name, module) for name in names)
 
 
+def find_modules(name: str, selector: Any, model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model that a selector means, at least one for each of its parts.
+
+    Args:
+        name: of the argument.
+        selector: what a user gave; see `matches`.
+        model: its modules have all of their names in it.
+
+    Raises:
+        ConversionError: a selector of another kind, or one that means no module.
+    """
+    read = read_selector(name, selector)
+    if isinstance(read, tuple):
+        return [module for part in read for module in find_modules(name, part, model)]
+    names: dict[nn.Module, list[str]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(fqn)
+    found = [m for m, known in names.items() if matches(read, tuple(known), m)]
+    if not found:
+        close = meant(read, [fqn for known in names.values() for fqn in known])
+        raise ConversionError(
+            f"expected {name}= to match a module of {type(model).__name__}, got "
+            f"{describe(read)}{close}"
+        )
+    return found
+
+
 def _ask(selector: Callable[[str, nn.Module], Any], name: str, module: nn.Module) -> bool:
     answer = selector(name, module)
     # What a pattern's match or a count returns is meant as yes or no; a tensor is a mistake.
     if not isinstance(answer, bool | int | str | re.Match | None):
         raise ConversionError(
-            "expected the function given as select= or exclude= to return True or False, got "
+            "expected the function that selects modules to return True or False, got "
             f"{describe(answer)} for {name}"
         )
     return bool(answer)

@@ -1,0 +1,93 @@
+"""Loading by a repository's name, from a cache of the hub that a test wrote; no network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import normswap
+from tests.support.models import make_inputs
+from tests.support.saved import make
+
+ROOT = Path(normswap.__file__).parents[1]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NAME = "somebody/their-norms"
+
+
+def cache(folder, repository):
+    """Return where a repository's files lie in a cache of the hub."""
+    stored = folder / f"models--{repository.replace('/', '--')}"
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs" / "main").write_text(COMMIT)
+    return stored / "snapshots" / COMMIT
+
+
+def run(folder, code):
+    """Run Python in a folder, with its cache of the hub and without network."""
+    place = {"HF_HUB_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, **place, "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_a_repository_in_the_cache_loads_as_a_folder_does(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    base, model = make()
+    normswap.save(model, cache(tmp_path / "cache", NAME))
+    torch.save((base, make_inputs(base)), tmp_path / "base.pt")
+    code = f"""
+import normswap, torch
+base, x = torch.load("base.pt", weights_only=False)
+torch.save(normswap.load(base, "{NAME}").eval()(x, context="b"), "output.pt")
+"""
+    run(tmp_path, code)
+    expected = model.eval()(make_inputs(base), context="b")
+    torch.testing.assert_close(torch.load(tmp_path / "output.pt"), expected)
+
+
+def test_the_command_line_shows_a_repository(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    normswap.save(make()[1], cache(tmp_path / "cache", NAME))
+    code = f"from normswap.cli import main; main(['show', '{NAME}'])"
+    assert "contexts        3: a, b, c" in run(tmp_path, code)
+
+
+def test_a_repository_that_is_not_there_is_an_error_that_says_both(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    code = f"import sys, normswap.cli as c; sys.stderr = sys.stdout; c.main(['show', '{NAME}'])"
+    said = run(tmp_path, code)
+    assert f"found no folder {NAME}, and the hub gives no repository of that name: " in said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_here_wins(tmp_path, monkeypatch):
+    base, model = make()
+    normswap.save(model, tmp_path / NAME)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert normswap.summary(normswap.load(base, NAME)).contexts == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("folder", ["norms", "./runs/norms", "runs/norms/last", "/runs/norms"])
+def test_other_paths_are_never_looked_up(tmp_path, monkeypatch, folder):
+    base, _ = make()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(normswap.CheckpointError, match="found no folder"):
+        normswap.load(base, folder)
+
+
+def test_without_the_library_the_error_names_the_extra(tmp_path, monkeypatch):
+    base, _ = make()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(normswap.NormswapError, match=r"pip install 'normswap\[hub\]'"):
+        normswap.load(base, NAME)
