@@ -11,10 +11,11 @@ SCANNERS = ["clear", "negative", "faint"]
 class Digits(Dataset):
     """scikit-learn's digits, each seen by one scanner: (image, class, name of the scanner)."""
 
-    def __init__(self, train):
+    def __init__(self, train, size=8):
         pixels, classes = load_digits(return_X_y=True)
         part = slice(1200) if train else slice(1200, None)
-        self.images = torch.tensor(pixels[part], dtype=torch.float32).view(-1, 1, 8, 8) / 16
+        images = torch.tensor(pixels[part], dtype=torch.float32).view(-1, 1, 8, 8) / 16
+        self.images = nn.functional.interpolate(images, size=(size, size))
         self.classes = torch.tensor(classes[part])
 
     def __len__(self):
@@ -39,7 +40,7 @@ def network():
 
 
 @torch.no_grad()
-def accuracy(model):
+def accuracy(model, size=8):
     """Return the share of test digits that a converted model gets right, their scanner known."""
-    ((images, classes, scanners),) = DataLoader(Digits(train=False), batch_size=len(Digits(False)))
+    ((images, classes, scanners),) = DataLoader(Digits(False, size), batch_size=1000)
     return (model.eval()(images, context=scanners).argmax(1) == classes).float().mean().item()

@@ -13,6 +13,7 @@ EXAMPLES = {
     "lightning_module": ("lightning", 0.8),  # (0.1)
     "hf_trainer": ("transformers", 0.7),  # (0.1)
     "accelerate_loop": ("accelerate", 0.8),  # (0.1)
+    "timm_style": ("timm", 0.7),  # (0.1)
 }
 
 
@@ -50,3 +51,21 @@ def test_integers_pass_the_default_collator_of_transformers(tmp_path):
     _, named = run("hf_trainer", tmp_path / "names")
     _, numbered = run("hf_trainer", tmp_path / "numbers", rows=Integers, collator=None)
     assert named == numbered
+
+
+def test_mixup_within_contexts_mixes_no_two():
+    pytest.importorskip("timm")
+    pytest.importorskip("sklearn")
+    from timm.data import Mixup
+
+    from recipes.examples.timm_style import mixed_within_contexts
+
+    labels = torch.tensor([0, 1, 0, 1, 1, 0, 1, 1])
+    images = (10.0**labels)[:, None, None, None].expand(8, 1, 2, 2).clone()
+    classes = torch.arange(8)
+    mixed, targets, left = mixed_within_contexts(
+        Mixup(num_classes=8, label_smoothing=0), images, classes, labels
+    )
+    assert left.tolist() == [0, 0, 1, 1, 1, 1]  # of three zeros and five ones
+    torch.testing.assert_close(mixed[:, 0, 0, 0], 10.0**left)
+    assert (targets @ labels.float()).tolist() == pytest.approx(left.tolist())
