@@ -14,6 +14,7 @@ EXAMPLES = {
     "hf_trainer": ("transformers", 0.7),  # (0.1)
     "accelerate_loop": ("accelerate", 0.8),  # (0.1)
     "timm_style": ("timm", 0.7),  # (0.1)
+    "torchvision_detection": ("torchvision", 0.6),  # (0.05)
 }
 
 
