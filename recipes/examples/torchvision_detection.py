@@ -18,15 +18,13 @@ CAMERAS = ["day", "thermal"]
 
 
 def scene(index):
-    """Return an image with a square (class 1) or a frame (class 2), its target, its camera."""
+    """Return an image with a bright square (class 1) or a dim one (2), its target, its camera."""
     kind, camera = index % 2 + 1, CAMERAS[index // 2 % 2]
     draw = torch.Generator().manual_seed(index)
     left, top, size = torch.randint(16, 32, (3,), generator=draw).tolist()
     image = 0.1 * torch.rand(3, 64, 64, generator=draw) + 0.2
-    image[:, top : top + size, left : left + size] += 0.6
-    if kind == 2:
-        image[:, top + 4 : top + size - 4, left + 4 : left + size - 4] -= 0.6
-    box = torch.tensor([[left, top, left + size, top + size]], dtype=torch.float32)
+    image[:, top : top + size, left : left + size] += 0.6 / kind
+    box = torch.tensor([[left, top, left + size, top + size]]).float()
     target = {"boxes": box, "labels": torch.tensor([kind])}
     return (1 - image if camera == "thermal" else image), target, camera
 
@@ -35,8 +33,7 @@ def detector():
     """Return a small Faster R-CNN, in place of one of torchvision's own."""
     layers = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 32)):
-        convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
-        layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
     backbone = nn.Sequential(*layers)
     backbone.out_channels = 32
     anchors = AnchorGenerator(((16, 24),), ((1.0,),))
@@ -45,19 +42,14 @@ def detector():
     return FasterRCNN(backbone, 3, rpn_anchor_generator=anchors, box_roi_pool=pool, **sizes)
 
 
-def columns(rows):
-    """Collate as torchvision's detectors want it: lists, for images may differ in size."""
-    return tuple(zip(*rows, strict=True))
-
-
 @torch.no_grad()
 def share_found(model):
     """Return the share of new scenes whose surest box is right, the camera known."""
     images, targets, cameras = zip(*map(scene, range(1000, 1060)), strict=True)
     right = 0
     for found, target in zip(model.eval()(images, context=cameras), targets, strict=True):
-        same = found["labels"][:1] == target["labels"]
-        right += (same & (box_iou(found["boxes"][:1], target["boxes"])[:, 0] > 0.5)).sum().item()
+        overlap = box_iou(found["boxes"][:1], target["boxes"])[:, 0]
+        right += ((found["labels"][:1] == target["labels"]) & (overlap > 0.5)).sum().item()
     return right / len(images)
 
 
@@ -69,10 +61,11 @@ def main(folder="runs/examples/detection"):
     # number differs from image to image, exclude="roi_heads.*".
     model = normswap.convert(original, "cn", contexts=CAMERAS).train()
     optimizer = torch.optim.AdamW(normswap.param_groups(model, lr=0.003, weight_decay=0.01))
-    scenes = [scene(index) for index in range(240)]
-    loader = DataLoader(scenes, 12, shuffle=True, collate_fn=columns)
+    scenes = list(map(scene, range(240)))
+    loader = DataLoader(scenes, 12, shuffle=True, collate_fn=list)
     for epoch in range(5):
-        for images, targets, cameras in loader:
+        for rows in loader:
+            images, targets, cameras = zip(*rows, strict=True)
             loss = sum(model(images, targets, context=cameras).values())
             optimizer.zero_grad()
             loss.backward()

@@ -15,6 +15,7 @@ EXAMPLES = {
     "accelerate_loop": ("accelerate", 0.8),  # (0.1)
     "timm_style": ("timm", 0.7),  # (0.1)
     "torchvision_detection": ("torchvision", 0.6),  # (0.05)
+    "monai_sites": ("monai", 0.6),  # Dice (0.01)
 }
 
 
