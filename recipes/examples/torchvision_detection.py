@@ -31,10 +31,9 @@ def scene(index):
 
 def detector():
     """Return a small Faster R-CNN, in place of one of torchvision's own."""
-    layers = []
+    backbone = nn.Sequential()
     for inputs, outputs in ((3, 16), (16, 32), (32, 32)):
-        layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
-    backbone = nn.Sequential(*layers)
+        backbone.extend([nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU()])
     backbone.out_channels = 32
     anchors = AnchorGenerator(((16, 24),), ((1.0,),))
     pool = MultiScaleRoIAlign(["0"], output_size=5, sampling_ratio=2)
@@ -57,12 +56,10 @@ def main(folder="runs/examples/detection"):
     """Train, save and load; return the loaded model and the share of boxes it finds."""
     torch.manual_seed(0)
     original = detector()
-    # A box head with norms, as in fasterrcnn_resnet50_fpn_v2, has a row for each box: where their
-    # number differs from image to image, exclude="roi_heads.*".
+    # Norms of box heads, as of fasterrcnn_resnet50_fpn_v2, may need exclude="roi_heads.*".
     model = normswap.convert(original, "cn", contexts=CAMERAS).train()
     optimizer = torch.optim.AdamW(normswap.param_groups(model, lr=0.003, weight_decay=0.01))
-    scenes = list(map(scene, range(240)))
-    loader = DataLoader(scenes, 12, shuffle=True, collate_fn=list)
+    loader = DataLoader(list(map(scene, range(240))), 12, shuffle=True, collate_fn=list)
     for epoch in range(5):
         for rows in loader:
             images, targets, cameras = zip(*rows, strict=True)
