@@ -61,8 +61,7 @@ def main(folder="runs/examples/detection"):
     optimizer = torch.optim.AdamW(normswap.param_groups(model, lr=0.003, weight_decay=0.01))
     loader = DataLoader(list(map(scene, range(240))), 12, shuffle=True, collate_fn=list)
     for epoch in range(5):
-        for rows in loader:
-            images, targets, cameras = zip(*rows, strict=True)
+        for images, targets, cameras in (zip(*rows, strict=True) for rows in loader):
             loss = sum(model(images, targets, context=cameras).values())
             optimizer.zero_grad()
             loss.backward()
