@@ -178,7 +178,7 @@ def add_options(parser: Parser) -> None:
     )  # fmt: skip
     add("--seed", type=int, default=0, help="decides split, start, batches")
     add("--amp", action="store_true", help="bfloat16 autocast")
-    add("--workers", type=count, default=2, help="threads that decode images")
+    add("--workers", type=count, default=2, help="processes that decode images")
 
 
 main = partial(grid.command, "finetune", __doc__, add_options, run)

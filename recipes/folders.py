@@ -1,20 +1,16 @@
 """A folder of images in the layout DOMAIN/CLASS/image, such as PACS, decoded once into memory."""
 
-import shutil
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from normswap import ContextError, contexts
 
+from . import decoding
 from .data import Augmentation, DomainData, stratified_mask
 from .errors import RecipeError, check_names
 
@@ -38,7 +34,7 @@ def load_folder(
     if zipfile.is_zipfile(root):
         with TemporaryDirectory() as folder:
             inside = Path(folder, root.name)  # as what is said of it, and of one domain's, names it
-            shutil.unpack_archive(root, inside, "zip")
+            decoding.unpack(root, inside, workers)
             return load_folder(inside, size, seed, held_out, limit, workers, domains, flat)
     files = list_folder(root, flat)
     domain_names = sorted(files) if domains is None else list(dict.fromkeys(domains))
@@ -118,17 +114,5 @@ def list_folder(root: Path, flat: bool = False) -> dict[str, dict[str, list[Path
 
 def decode(paths: Sequence[Path], size: int, workers: int) -> Tensor:
     """Decode images into one uint8 tensor (N, 3, size, size), in the order of `paths`."""
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-
-    def read(index: int) -> None:
-        try:
-            with Image.open(paths[index]) as image:
-                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"cannot read the image {paths[index]}: {error}") from error
-        images[index] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        done = pool.map(read, range(len(paths)))
-        list(tqdm(done, total=len(paths), desc="decoding", unit="image", disable=None))
-    return images
+    pixels = torch.from_numpy(decoding.decode(paths, size, workers))
+    return pixels.permute(0, 3, 1, 2).contiguous()

@@ -13,10 +13,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -31,6 +35,8 @@ MARKERS = "Ds^v"
 Cell = dict[str, Any]
 Log = Callable[[dict[str, Any]], None]
 Train = Callable[[Cell, Log], dict[str, Any]]
+Order = Callable[[list[Cell]], Iterable[Cell]]
+Work = Callable[[Cell], dict[str, Any]]
 
 
 def command(
@@ -80,18 +86,24 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     return [{"method": method, "seed": seed} for seed in seeds for method in options.methods]
 
 
-def run_cells(folder: Path, wanted: Sequence[Cell], train: Train) -> list[dict[str, Any]]:
-    """Run every cell that has no result yet; give the records of all, in their order."""
+def run_cells(
+    folder: Path, wanted: Sequence[Cell], train: Train, order: Order = iter
+) -> list[dict[str, Any]]:
+    """Run every cell that has no result yet; give the records of all, in their order.
+
+    `order` gives these cells one by one in the order to run them in, such as that in which other
+    processes finish them; a result that names its seconds keeps them.
+    """
     done = read_lines(folder / RESULTS)
     finished = [record["cell"] for record in done]
     epochs = [e for e in read_lines(folder / EPOCHS) if e["cell"] in finished]
     print(
         f"writing {folder}; to continue after a stop, the same with --name {folder.name} --resume"
     )
-    bar = tqdm(wanted, unit="training", disable=None)
+    missing = [c for i, c in enumerate(wanted) if c not in [*finished, *wanted[:i]]]
+    first = len(wanted) - len(missing)
+    bar = tqdm(order(missing), initial=first, total=len(wanted), unit="training", disable=None)
     for cell in bar:
-        if any(record["cell"] == cell for record in done):
-            continue
         label = " ".join(map(str, cell.values()))
         bar.set_postfix_str(label)
 
@@ -102,10 +114,41 @@ def run_cells(folder: Path, wanted: Sequence[Cell], train: Train) -> list[dict[s
             bar.set_postfix_str(f"{label}: {', '.join(f'{k} {v}' for k, v in shown.items())}")
 
         start = time.perf_counter()
-        figures = train(cell, log)
-        done.append({"cell": cell, **figures, "seconds": round(time.perf_counter() - start, 1)})
+        figures = {"cell": cell, **train(cell, log)}
+        figures.setdefault("seconds", round(time.perf_counter() - start, 1))
+        done.append(figures)
         runs.write_lines(folder / RESULTS, done)
     return [next(record for record in done if record["cell"] == cell) for cell in wanted]
+
+
+@contextmanager
+def processes(number: int) -> Iterator[Callable[[Work], tuple[Train, Order]]]:
+    """Give what makes work that can be pickled into `train` and `order` of `run_cells`.
+
+    So many processes share it, with the threads of this one; a single one is this one.
+    """
+    if number == 1:
+        yield lambda work: (lambda cell, _: work(cell), iter)
+        return
+    threads = max(1, torch.get_num_threads() // number)
+    pool = ProcessPoolExecutor(number, get_context("spawn"), torch.set_num_threads, (threads,))
+
+    def shared(work: Work) -> tuple[Train, Order]:
+        found: dict[str, Future[dict[str, Any]]] = {}
+
+        def finished(cells: list[Cell]) -> Iterator[Cell]:
+            cell_of = {pool.submit(work, cell): cell for cell in cells}
+            for future in as_completed(cell_of):
+                cell = cell_of[future]
+                found[repr(cell)] = future
+                yield cell
+
+        return lambda cell, _: found[repr(cell)].result(), finished
+
+    try:
+        yield shared
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -47,8 +47,11 @@ def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
         return None
     if os.environ.get("NORMSWAP_TRITON") == "0" or not _works(x.device, x.dtype):
         return None
-    if not import_module("normswap.functional.triton.plan").serves(x):
-        return None
+    return _module(name) if _module("plan").serves(x) else None
+
+
+@cache
+def _module(name: str) -> Any:
     return import_module(f"normswap.functional.triton.{name}")
 
 

@@ -74,7 +74,8 @@ def dot_fused(
     weight = ones if scale is None else scale.reshape(-1)
     given = (dy, x) if shape[0] == 1 else (t.view(1, len(mean), -1) for t in (dy, x))
     mask = [scale is not None, True, True]
-    dx, second, first = _grad_kernel(*given, weight, mean, ones, None, None, False, 0.0, mask)
+    # CUDA's kernel takes the moments as saved, the CPU's as running ones.
+    dx, second, first = _grad_kernel(*given, weight, mean, ones, mean, ones, False, 0.0, mask)
     return dx, first.view(shape), second.view(shape)
 
 

@@ -24,14 +24,19 @@ def draw_beta(
     return gamma[0] / gamma.sum(0)
 
 
+def is_captured() -> bool:
+    """Return whether a CUDA graph is recorded on the current stream."""
+    cuda: Any = torch.cuda
+    return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
+
+
 def refuse_capture(where: str) -> None:
     """Raise where a CUDA graph is recorded: its replays would repeat what the host draws now.
 
     Raises:
         InputError: torch captures the current stream.
     """
-    cuda: Any = torch.cuda
-    if cuda.is_initialized() and cuda.is_current_stream_capturing():
+    if is_captured():
         raise InputError(
             f"expected {where} to be drawn anew in every step, got a CUDA graph, whose replays "
             "would repeat one draw; capture in eval mode or with p=0, or use torch.compile(model, "

@@ -41,18 +41,19 @@ def suits(x: Tensor) -> bool:
         and x.numel() > 0
         and x.device.type in ("cpu", "cuda")
         and x.dtype in _DTYPES
-        and (x.is_contiguous() or _is_channels_last(x))
+        and (x.is_contiguous() or is_channels_last(x))
     )
 
 
 def match(dy: Tensor, x: Tensor) -> Tensor:
     """Return dy in the layout of x."""
-    if x.is_contiguous():
+    if x.is_contiguous() or x.dim() not in _FORMATS:
         return dy.contiguous()
     return dy.contiguous(memory_format=_FORMATS[x.dim()])
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
+    """Return whether x (N, C, *) is an image or a volume whose channels are last in memory."""
     return x.dim() in _FORMATS and x.is_contiguous(memory_format=_FORMATS[x.dim()])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normswap.errors import ConversionError, NormswapError
 from normswap.functional.backward import in_backward
-from normswap.functional.draws import refuse_capture
+from normswap.functional.draws import is_captured, refuse_capture
 from normswap.util.arguments import check_count, check_number
 
 REMEMBERED = 4096
@@ -23,8 +23,8 @@ class Schedule:
     `fires`. Shared by the sites of one model, and copied and pickled with them.
 
     In eager mode the draw is made on the CPU and answers are bools, so that a site that does not
-    fire costs nothing and no device is waited for. Inside `torch.compile` it is a tensor of the
-    graph and answers are tensors.
+    fire costs nothing and no device is waited for. Inside `torch.compile`, and where a CUDA graph
+    is captured, it is a tensor of the graph and answers are tensors: each run draws anew.
 
     A site that asks twice in a draw begins the next one, so that running a part of the model
     without its root does not repeat one draw for ever. A part that is compiled by itself, apart
@@ -67,7 +67,7 @@ class Schedule:
         Args:
             device: where the flags of a compiled forward live; pass that of the model's input.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (is_captured() and not in_backward()):
             rank = torch.rand(self.num_sites, device=device).argsort().argsort()
             self._flags = (rank < self.active) & (torch.rand((), device=device) < self.p)
             return
@@ -118,6 +118,8 @@ class Schedule:
     def _ask(self, site: int, seed: int) -> bool:
         draw = self._draw
         if draw.fired is None or site in draw.asked:
+            if self.p > 0:
+                refuse_capture("which CrossNorm layers fire")
             self._begin(seed)
         draw.asked.add(site)
         return draw.fired is not None and site in draw.fired
@@ -143,8 +145,6 @@ class Schedule:
         return self._answers[ticket]
 
     def _draw_seed(self) -> int:
-        if self.p > 0:
-            refuse_capture("which CrossNorm layers fire")
         return int(torch.randint(2**63 - 1, (), device="cpu"))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import InputError
-from normswap.functional.draws import draw_permutation, refuse_capture
+from normswap.functional.draws import draw_permutation, is_captured
 from normswap.functional.schedule import Schedule
 from normswap.functional.style import cross_norm, draw_box
 from normswap.methods.base import InsertedMethod, register_method
@@ -68,7 +68,7 @@ class CrossNorm(nn.Module):
             not fire, and where there is no other instance (or channel) or a single position.
 
         Raises:
-            InputError: fewer than two dimensions, or a CUDA graph that would repeat one draw.
+            InputError: fewer than two dimensions.
         """
         if x.dim() < 2:
             raise InputError(f"expected input (N, C, *) at CrossNorm, got {tuple(x.shape)}")
@@ -91,9 +91,8 @@ class CrossNorm(nn.Module):
     def _draw_fire(self, x: Tensor) -> bool | Tensor:
         if self.p in (0, 1):
             return bool(self.p)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_captured():
             return torch.rand((), device=x.device) < self.p
-        refuse_capture("whether CrossNorm fires")
         # On the CPU, whatever the device of x, so that the host knows without waiting.
         return torch.rand((), device="cpu").item() < self.p
 

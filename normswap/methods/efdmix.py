@@ -48,7 +48,8 @@ class EFDMix(Augmentation):
 
     def augment(self, x: Tensor) -> Tensor:
         """Move each instance's values towards its partner's; see the class."""
-        values, order = x.flatten(2).sort(-1)
+        # Equal values keep their order, so that all devices do the same.
+        values, order = x.flatten(2).sort(stable=True, dim=-1)
         partners = draw_partners(len(x), self.mix, x.device)
         match = torch.zeros_like(values).scatter(-1, order, values[partners]).view(x.shape)
         wide = compute_dtype(x)

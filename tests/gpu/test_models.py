@@ -33,7 +33,9 @@ SAMPLES = 24
 @functools.cache
 def residual(method, device_type, trained=True):
     """Return ResNet-18, converted unless the method is "", and inputs for it, in float64."""
-    name, side = ("test_resnet", 32) if device_type == "cpu" else ("resnet18", 64)
+    # The last maps have 25 positions: four, at 64 px, may be alike, and what divides by their
+    # deviation (mixstyle, dsu) then loses all digits, by torch's operators as well.
+    name, side = ("test_resnet", 32) if device_type == "cpu" else ("resnet18", 160)
     torch.manual_seed(0)
     base = timm.create_model(name, num_classes=7)
     x = torch.randn(SAMPLES, 3, side, side)
@@ -57,7 +59,10 @@ def test_a_model_computes_what_it_does_on_the_cpu(method, training, name, device
     labels = labels_for(SAMPLES, MIXED) if case.labelled else None
     given = None if labels is None else labels.to(device)
     found = values_of(model, x.to(device), given, training)
-    require_near(found, values_of(wide, x.double(), labels, training), 5e-4)
+    expected = values_of(wide, x.double(), labels, training)
+    if method in SORTED:
+        found, expected = without_gradients(found), without_gradients(expected)
+    require_near(found, expected, 5e-4)
 
 
 @EVERY
@@ -71,10 +76,12 @@ def test_resnet_computes_what_it_does_on_the_cpu(method, training, layout, devic
     labels = labels_for(SAMPLES, LABELS) if case_of(method).labelled else None
     given = None if labels is None else labels.to(device)
     found = values_of(model, x.to(device, memory_format=layout), given, training)
-    expected = values_of(wide, x.double(), labels, training)
+    expected = values_of(copy.deepcopy(wide), x.double(), labels, training)
+    narrow = values_of(wide.float(), x, labels, training)
     if method in SORTED:
-        found, expected = without_gradients(found), without_gradients(expected)
-    require_near(found, expected, 2e-3)
+        found, narrow, expected = map(without_gradients, (found, narrow, expected))
+    # What sorts, or divides by an instance's deviation, loses digits in float32 on any device.
+    require_near(found, expected, max(2e-3, 6 * max(errors(narrow, expected).values())))
 
 
 @EVERY
@@ -95,10 +102,14 @@ def test_autocast_loses_no_more_than_batch_norm_does(method, dtype, device):
         apart.append(sorted(errors(found, values_of(wide, x.double(), labels, True)).values()))
     if method in SORTED:
         return
-    # Contexts have a part of the batch each, so that their statistics carry more of the rounding.
+    # Contexts have a part of the batch each, so that their statistics carry more of the rounding;
+    # augmentations divide by the deviation of one instance.
+    most = 6 if case_of(method).method.stochastic else 3
     base, own = ([e[len(e) // 2], e[-1]] for e in apart)
-    assert own[0] <= 3 * base[0], f"the median error is {own[0]:.2g}, batch norm's {base[0]:.2g}"
-    assert own[1] <= 3 * base[1], f"the largest error is {own[1]:.2g}, batch norm's {base[1]:.2g}"
+    assert own[0] <= most * base[0], f"the median error is {own[0]:.2g}, batch norm's {base[0]:.2g}"
+    assert own[1] <= most * base[1], (
+        f"the largest error is {own[1]:.2g}, batch norm's {base[1]:.2g}"
+    )
 
 
 @EVERY

@@ -18,7 +18,8 @@ from normswap.functional.tables import records
 from normswap.functional.triton import cn_kernels, sweeps
 from normswap.functional.triton.cn_formula import Norm as Norm
 from normswap.functional.triton.cn_formula import differentiate
-from normswap.functional.triton.plan import Rows, launch, plan
+from normswap.functional.triton.launching import launch
+from normswap.functional.triton.plan import Rows, plan
 from normswap.functional.triton.posterior import Posterior, pull_weights, weigh
 from normswap.functional.triton.sorting import SortedLabels, find_rows, sort_labels
 

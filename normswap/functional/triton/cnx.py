@@ -11,7 +11,8 @@ from normswap.functional.affine import Centred
 from normswap.functional.moments import Moments, pool_moments
 from normswap.functional.tables import apply_centred, records
 from normswap.functional.triton import cnx_kernels, sweeps
-from normswap.functional.triton.plan import Rows, launch, plan
+from normswap.functional.triton.launching import launch
+from normswap.functional.triton.plan import Rows, plan
 from normswap.functional.triton.sorting import SortedLabels, sort_labels
 
 

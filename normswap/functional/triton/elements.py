@@ -12,6 +12,7 @@ from torch import Tensor
 
 from normswap.functional import kernels
 from normswap.functional.mixture_start import PRIOR_FLOOR, log_sigma_bounds
+from normswap.functional.triton.launching import launch
 from normswap.functional.triton.mixture_kernels import (
     differentiate,
     finish,
@@ -20,7 +21,7 @@ from normswap.functional.triton.mixture_kernels import (
     pulls,
     settle,
 )
-from normswap.functional.triton.plan import launch, power
+from normswap.functional.triton.plan import power
 
 # Warps of a program, and eight values of all components for each thread.
 _WARPS, _VALUES = 8, 2048

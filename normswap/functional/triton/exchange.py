@@ -10,7 +10,8 @@ from normswap.functional import kernels
 from normswap.functional.fused import Glue, differentiate
 from normswap.functional.tables import records
 from normswap.functional.triton import exchange_kernels, sweeps
-from normswap.functional.triton.plan import Plan, launch, plan, power
+from normswap.functional.triton.launching import launch
+from normswap.functional.triton.plan import Plan, plan, power
 
 
 def exchange_styles(x: Tensor, permutation: Tensor, axis: int, eps: float, glue: Glue) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 from normswap.functional.glue import Map, Pull
 from normswap.functional.moments import Moments
 from normswap.functional.triton import gate_kernels, sweeps
-from normswap.functional.triton.plan import launch, plan, power
+from normswap.functional.triton.launching import launch
+from normswap.functional.triton.plan import plan, power
 
 
 class Parts:

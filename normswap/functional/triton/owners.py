@@ -7,7 +7,8 @@ from normswap.functional import kernels
 from normswap.functional.mixture_start import PRIOR_FLOOR, log_sigma_bounds
 from normswap.functional.triton import owners_kernels, sweeps
 from normswap.functional.triton.elements import Running, Settings
-from normswap.functional.triton.plan import launch, plan, power
+from normswap.functional.triton.launching import launch
+from normswap.functional.triton.plan import plan, power
 
 
 def _blocks(x: Tensor, components: int) -> dict[str, int | float]:

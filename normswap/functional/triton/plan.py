@@ -5,10 +5,12 @@ CUDA graphs can replay it.
 """
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from normswap.functional.kernels import is_channels_last
 
 # Values of a tile, and the channels of one where channels are last: 16 values a thread.
 _TILE, _WIDTH = 2048, 64
@@ -57,7 +59,9 @@ def plan(x: Tensor) -> Plan:
 
 
 def serves(x: Tensor) -> bool:
-    """Return whether the numbers of a launch over x fit."""
+    """Return whether x is laid out as kernels read it, and the numbers of a launch fit."""
+    if not (x.is_contiguous() or is_channels_last(x)):
+        return False
     found = plan(x)
     return found.shape[2] < _MOST_POSITIONS and found.programs < _MOST_PROGRAMS
 
@@ -110,9 +114,3 @@ def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
     rows = power(contexts)
     columns = min(_TILE // 2 // rows, 256, power(channels))
     return {"KP": rows, "BN": max(1, min(16, _TILE // 2 // columns)), "BC": columns, "num_warps": 8}
-
-
-def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) -> None:
-    """Start a kernel on the device where x, its first argument, is."""
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        kernel[(programs,)](x, *args, **meta)

@@ -9,7 +9,8 @@ from torch import Tensor
 from normswap.functional.moments import Moments
 from normswap.functional.triton import posterior_kernels
 from normswap.functional.triton.cn_formula import Norm
-from normswap.functional.triton.plan import cut_contexts, launch, plan
+from normswap.functional.triton.launching import launch
+from normswap.functional.triton.plan import cut_contexts, plan
 
 
 class Posterior(NamedTuple):

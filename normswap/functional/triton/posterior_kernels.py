@@ -110,8 +110,9 @@ def pull_weights(
         off = tl.load(centre + row + c, c < C, 0.0)[None, :] - mu
         parts = gain * r * (two[None, :] + off * one[None, :]) + b * one[None, :]
         dw += tl.sum(parts, 1).to(tl.float64)
-    w = tl.load(weights + n * K + k, k < K, 0.0)
-    minus = (w * (tl.sum(w * dw, 0) - dw)).to(tl.float32)[:, None] / M
+    # As rounded, weights sum to 1 but for 1e-7: more than those of all contexts but one can have.
+    w = tl.load(weights + n * K + k, k < K, 0.0).to(tl.float64)
+    minus = (w * (tl.sum(w * dw, 0) - dw * tl.sum(w, 0))).to(tl.float32)[:, None] / M
     for i in range(0, C, BC):
         c = i + tl.arange(0, BC)
         mu, r = load_moments(mean, var, eps, c, K, C, KP)

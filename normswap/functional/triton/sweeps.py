@@ -11,7 +11,8 @@ from torch import Tensor
 
 from normswap.functional.moments import Moments
 from normswap.functional.triton import tile
-from normswap.functional.triton.plan import Rows, launch, plan
+from normswap.functional.triton.launching import launch
+from normswap.functional.triton.plan import Rows, plan
 
 
 def part_stats(x: Tensor, index: Tensor | None = None, least: int = 0) -> Moments:
@@ -98,21 +99,25 @@ def combine(
 
 def _room(x: Tensor, splits: int) -> tuple[Tensor, ...]:
     """Return two tables of the parts, (N, S, C)."""
-    return x.new_empty(2, len(x), splits, x.shape[1], dtype=torch.float32).unbind()
+    return x.new_empty(2, x.shape[0], splits, x.shape[1], dtype=torch.float32).unbind()
 
 
 def address(x: Tensor, index: Tensor | None, *tables: Tensor | None) -> tuple[Any, Any]:
     """Return the tables as the kernels read them, and index, si, K and stride to go with them."""
-    count = max(len(t) for t in tables if t is not None)
-    if index is None and count not in (1, len(x)):
-        raise ValueError(f"expected tables of 1 or {len(x)} rows, got {count}")
+    count = max([t.shape[0] for t in tables if t is not None])
+    if index is None and count not in (1, x.shape[0]):
+        raise ValueError(f"expected tables of 1 or {x.shape[0]} rows, got {count}")
     shape = (count, x.shape[1])
-    found = [None if t is None else t.expand(shape).contiguous() for t in tables]
+    found = [t if t is None or _lies_as(t, shape) else t.expand(shape).contiguous() for t in tables]
     stride = 0 if count == 1 else shape[1]
     if index is None:
         return found, (None, 0, 0, stride)
-    step = 0 if len(index) == 1 else index.stride(0)
+    step = 0 if index.shape[0] == 1 else index.stride(0)
     return found, (index, step, count - 1, stride)
+
+
+def _lies_as(t: Tensor, shape: tuple[int, int]) -> bool:
+    return t.shape == shape and t.is_contiguous()
 
 
 def _whole(centre: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

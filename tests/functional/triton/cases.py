@@ -14,6 +14,7 @@ import normswap
 from normswap.functional import backend, kernels
 from normswap.functional.labels import Context
 from normswap.functional.triton import plan, tile
+from normswap.functional.triton.launching import launch
 from normswap.methods import cn_layer
 from tests.support import builders, oracles
 from tests.support.builders import assert_close, make_batch, running_of
@@ -386,7 +387,7 @@ def test_offsets_beyond_int32(last):
     strides = (channels * positions, down, across)
     out = torch.zeros(2 * parts * 2, 2, dtype=torch.int64, device=DEVICE)
     geometry = (channels, positions, *strides, parts, part)
-    plan.launch(_ends, len(out), out, *geometry, BM=rows, BC=columns)
+    launch(_ends, len(out), out, *geometry, BM=rows, BC=columns)
     expected = [
         [n * channels * positions + s * part * down + c * across, 3 * down + 3 * across]
         for n in range(2)

@@ -1,0 +1,69 @@
+"""Image files unpacked and decoded by several processes, which load no torch for it."""
+
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from .errors import RecipeError
+
+# A process takes as long to start as some hundreds of small images to decode.
+PART, LEAST = 200, 1000
+
+
+def unpack(archive: Path, folder: Path, workers: int) -> None:
+    """Unpack a zip into a folder."""
+    with zipfile.ZipFile(archive) as opened:
+        names = opened.namelist()
+        # One of each folder first: processes that make the same folder get into each other's way.
+        opened.extractall(folder, {name.rpartition("/")[0]: name for name in names}.values())
+    files = [name for name in names if not name.endswith("/")]
+    # Large parts, since each reads the list of files again.
+    part = max(LEAST, -(-len(files) // workers))
+    _shared("unpacking", part, _unpack, files, workers, archive, folder)
+
+
+def decode(paths: Sequence[Path], size: int, workers: int) -> np.ndarray:
+    """Decode images into uint8 (N, size, size, 3), in the order of `paths`."""
+    return np.concatenate(_shared("decoding", PART, _decode, paths, workers, size))
+
+
+def _shared(
+    what: str, part: int, work: Any, items: Sequence[Any], workers: int, *args: Any
+) -> list[Any]:
+    """Give what `work` makes of so many items at a time, in order; show a bar on a terminal."""
+    parts = [items[start : start + part] for start in range(0, len(items), part)]
+    bar = partial(tqdm, desc=what, total=len(parts), disable=None)
+    number = min(workers, len(items) // LEAST)
+    if number < 2:
+        return [work(part, *args) for part in bar(parts)]
+    with ProcessPoolExecutor(number, get_context("spawn")) as pool:
+        waiting = [pool.submit(work, part, *args) for part in parts]
+        try:
+            return [future.result() for future in bar(waiting)]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _unpack(names: Sequence[str], archive: Path, folder: Path) -> None:
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(folder, names)
+
+
+def _decode(paths: Sequence[Path], size: int) -> np.ndarray:
+    images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
+    for index, path in enumerate(paths):
+        try:
+            with Image.open(path) as image:
+                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"cannot read the image {path}: {error}") from error
+        images[index] = np.array(fitted)
+    return images

@@ -1,0 +1,77 @@
+"""What a launch hands to a program that was compiled before, without Triton's own look at it."""
+
+import pytest
+import torch
+
+from normswap.functional.triton import launching
+
+
+class Kernel:
+    """Stands for a kernel of Triton: counts how often it was asked, and what its programs got."""
+
+    arg_names = ("x", "table", "count", "eps", "K", "BC")
+
+    def __init__(self):
+        self.asked, self.started = 0, []
+
+    def __getitem__(self, grid):
+        def run(*args, **meta):
+            self.asked += 1
+            return Program(self)
+
+        return run
+
+
+class Program:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *values: self.kernel.started.append((grid, values))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled(monkeypatch):
+    monkeypatch.setattr(launching, "_COMPILED", {})
+
+
+def start(kernel, x, table=None, count=3, eps=1e-5, **more):
+    launching.launch(kernel, 7, x, table, count, eps, **{"BC": 16, "K": 4, "num_warps": 8, **more})
+
+
+def test_the_second_launch_starts_the_program_with_addresses_and_constants_in_order():
+    kernel, x, table = Kernel(), torch.ones(8), torch.ones(4)
+    start(kernel, x, table)
+    start(kernel, x, table, eps=0.1)
+    assert kernel.asked == 1
+    values = (x.data_ptr(), table.data_ptr(), 3, 0.1, 4, 16)
+    assert kernel.started == [((7, 1, 1), values)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"table": None},
+        {"x": torch.ones(8, dtype=torch.float16)},
+        {"x": torch.ones(9)[1:]},  # not aligned to 16 bytes
+        {"count": 1},
+        {"BC": 32},
+        {"num_warps": 4},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_another_kind_of_arguments_is_compiled(other):
+    kernel, given = Kernel(), {"x": torch.ones(8), "table": torch.ones(4)}
+    start(kernel, **given)
+    start(kernel, **{**given, **other})
+    assert kernel.asked == 2
+    assert not kernel.started
+
+
+def test_old_programs_make_room(monkeypatch):
+    monkeypatch.setattr(launching, "_MOST", 2)
+    kernel, x = Kernel(), torch.ones(8)
+    for count in (2, 3, 4, 2):
+        start(kernel, x, count=count)
+    assert kernel.asked == 4
+    assert len(launching._COMPILED) == 2
