@@ -39,6 +39,8 @@ def test_it_leaves_the_rest_to_torch(working, monkeypatch):
     assert backend.triton_for(x_of(torch.float64)) is None
     assert backend.triton_for(x[:, :, 0, 0]) is None
     assert backend.triton_for(x[:0]) is None
+    assert backend.triton_for(x.repeat(1, 1, 1, 2)[..., ::2]) is None
+    assert backend.triton_for(x[:, :, 0].transpose(1, 2)) is None
     assert backend.triton_for(x, "cn", torch.zeros(3, 2).t()) is None
     assert backend.triton_for(x, "cn", torch.zeros(3, device="meta")) is None
     found = []

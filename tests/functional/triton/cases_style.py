@@ -127,3 +127,15 @@ def test_crossnorm(dtype, layout, instances, in_parts):
     assert_close(graphed.cpu(), wanted, SHARE[dtype])
     with torch.no_grad():
         assert torch.equal(cross_norm(x, permutation, instances), y)
+
+
+@pytest.mark.parametrize("view", [lambda x: x[..., ::2], lambda x: x[:, :, 0].transpose(1, 2)])
+def test_crossnorm_of_a_view(view):
+    x = view(make((3, 4, 5, 6))[0].detach()).requires_grad_()
+    permutation = torch.tensor([2, 0, 1], device=DEVICE)
+    wide = x.detach().cpu().double().requires_grad_()
+    y, expected = cross_norm(x, permutation), oracle_cross_norm(wide, permutation, 2)
+    assert_close(y.cpu(), expected, SHARE[torch.float32])
+    (found,) = torch.autograd.grad(y.sum(), [x])
+    (wanted,) = torch.autograd.grad(expected.sum(), [wide])
+    assert float((found.cpu() - wanted).abs().max()) < 1e-5
