@@ -1,0 +1,73 @@
+"""Each example runs, learns from labels that arrive, and gives back what it trained."""
+
+import importlib
+
+import pytest
+import torch
+
+from normswap.methods.layer import ContextLayer
+
+# The package that an example is about, and what its score has to reach; chance is in brackets.
+EXAMPLES = {
+    "plain": ("sklearn", 0.8),  # (0.1)
+    "lightning_module": ("lightning", 0.8),  # (0.1)
+    "hf_trainer": ("transformers", 0.7),  # (0.1)
+    "accelerate_loop": ("accelerate", 0.8),  # (0.1)
+    "timm_style": ("timm", 0.7),  # (0.1)
+    "torchvision_detection": ("torchvision", 0.6),  # (0.05)
+    "monai_sites": ("monai", 0.6),  # Dice (0.01)
+}
+
+
+def run(name, tmp_path, **settings):
+    for package in ("sklearn", EXAMPLES[name][0]):
+        pytest.importorskip(package)
+    return importlib.import_module(f"recipes.examples.{name}").main(str(tmp_path), **settings)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the packages, which are not pinned
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_learns_and_every_context_gets_its_samples(name, tmp_path):
+    model, score = run(name, tmp_path)
+    assert score > EXAMPLES[name][1]
+    layers = [m for m in model.modules() if isinstance(m, ContextLayer)]
+    assert layers
+    for layer in layers:
+        for table in (layer.weight, layer.running_mean):
+            start = 1 if table is layer.weight else 0
+            assert (table != start).any(1).all(), "a context never had a sample"
+            assert not torch.equal(table[0], table[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_integers_pass_the_default_collator_of_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    from recipes.examples.digits import SCANNERS
+    from recipes.examples.hf_trainer import Rows
+
+    class Integers(Rows):
+        def __getitem__(self, index):
+            row = super().__getitem__(index)
+            return {**row, "context": SCANNERS.index(row["context"])}
+
+    _, named = run("hf_trainer", tmp_path / "names")
+    _, numbered = run("hf_trainer", tmp_path / "numbers", rows=Integers, collator=None)
+    assert named == numbered
+
+
+def test_mixup_within_contexts_mixes_no_two():
+    pytest.importorskip("timm")
+    pytest.importorskip("sklearn")
+    from timm.data import Mixup
+
+    from recipes.examples.timm_style import mixed_within_contexts
+
+    labels = torch.tensor([0, 1, 0, 1, 1, 0, 1, 1])
+    images = (10.0**labels)[:, None, None, None].expand(8, 1, 2, 2).clone()
+    classes = torch.arange(8)
+    mixed, targets, left = mixed_within_contexts(
+        Mixup(num_classes=8, label_smoothing=0), images, classes, labels
+    )
+    assert left.tolist() == [0, 0, 1, 1, 1, 1]  # of three zeros and five ones
+    torch.testing.assert_close(mixed[:, 0, 0, 0], 10.0**left)
+    assert (targets @ labels.float()).tolist() == pytest.approx(left.tolist())
