@@ -1,6 +1,7 @@
 """Image files unpacked and decoded by several processes, which load no torch for it."""
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -19,7 +20,18 @@ PART, LEAST = 200, 1000
 
 
 def unpack(archive: Path, folder: Path, workers: int) -> None:
-    """Unpack a zip into a folder."""
+    """Unpack a zip into a folder.
+
+    Raises:
+        RecipeError: a broken or encrypted zip.
+    """
+    try:
+        _unpack_all(archive, folder, workers)
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, OSError) as error:
+        raise RecipeError(f"cannot unpack {archive}: {error}") from error
+
+
+def _unpack_all(archive: Path, folder: Path, workers: int) -> None:
     with zipfile.ZipFile(archive) as opened:
         names = opened.namelist()
         # One of each folder first: processes that make the same folder get into each other's way.
@@ -63,7 +75,7 @@ def _decode(paths: Sequence[Path], size: int) -> np.ndarray:
         try:
             with Image.open(path) as image:
                 fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the decoders of formats raise errors of many classes
             raise RecipeError(f"cannot read the image {path}: {error}") from error
         images[index] = np.array(fitted)
     return images

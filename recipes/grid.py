@@ -138,10 +138,15 @@ def processes(number: int) -> Iterator[Callable[[Work], tuple[Train, Order]]]:
 
         def finished(cells: list[Cell]) -> Iterator[Cell]:
             cell_of = {pool.submit(work, cell): cell for cell in cells}
+            # What went wrong is said last, when all that went well is kept.
+            failed = []
             for future in as_completed(cell_of):
-                cell = cell_of[future]
-                found[repr(cell)] = future
-                yield cell
+                found[repr(cell_of[future])] = future
+                if future.exception() is None:
+                    yield cell_of[future]
+                else:
+                    failed.append(cell_of[future])
+            yield from failed
 
         return lambda cell, _: found[repr(cell)].result(), finished
 

@@ -19,6 +19,7 @@ Published at 100 epochs of CIFAR-10, rate 1e-3: bn 86.90, cn-x 87.57, acn 87.97 
 warms up and falls, and no decay of norms. Without --data it trains on tiles of photographs.
 """
 
+import getpass
 import hashlib
 import statistics
 import tempfile
@@ -75,7 +76,7 @@ def prepared(options: Namespace) -> Path:
     if options.data is not None and options.data.exists():
         key += [options.data.resolve(), options.data.stat().st_size, options.data.stat().st_mtime]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir(), f"normswap-papers-{digest}.pt")
+    path = Path(tempfile.gettempdir(), f"normswap-papers-{getpass.getuser()}-{digest}.pt")
     if not path.exists() or options.data is None or options.data.is_dir():
         data = sensors.load(options, seed=0)
         trains = data.images[data.train].split(TEST_BATCH)

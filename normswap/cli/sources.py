@@ -1,6 +1,7 @@
 """Where a model of the command line comes from: timm, torchvision, transformers, a function."""
 
 import argparse
+import importlib
 import inspect
 import os
 import pkgutil
@@ -80,11 +81,13 @@ def _torchvision(name: str) -> nn.Module:
 def _transformers(name: str) -> nn.Module:
     library: Any = need("transformers", "transformers", "a model of transformers")
     try:
-        config = library.AutoConfig.from_pretrained(name)
+        config = library.AutoConfig.from_pretrained(name, trust_remote_code=False)
         # The class that the weights are of has a head, which may have norms.
         named = getattr(library, (config.architectures or [""])[0], None)
-        model: nn.Module = named(config) if named else library.AutoModel.from_config(config)
-    except (OSError, ValueError) as error:  # no such name, no network, or no model of the library
+        if isinstance(named, type) and issubclass(named, nn.Module):
+            return named(config)
+        model: nn.Module = library.AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a configuration that is not ours makes go wrong
         said = " ".join(str(error).split())
         raise NormswapError(f"cannot read a configuration from {name!r}: {said}") from error
     return model
@@ -96,11 +99,19 @@ _LIBRARIES = {"timm": _timm, "torchvision": _torchvision, "transformers": _trans
 def _call(source: str) -> nn.Module:
     if os.getcwd() not in sys.path:  # a console script does not look there
         sys.path.insert(0, os.getcwd())
+    module = source.partition(":")[0]
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # What the module itself imports and does not find is a fault of its own.
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise NormswapError(f"expected --source as {FORMS}, got {source!r}: {error}") from error
     try:
         function: Any = pkgutil.resolve_name(source)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (AttributeError, ValueError) as error:
         raise NormswapError(f"expected --source as {FORMS}, got {source!r}: {error}") from error
-    check_callable(f"--source {source}", function, "function()", 0)
+    check_callable(f"the function of --source {source}", function, "function()", 0)
     model = function()
     if not isinstance(model, nn.Module):
         raise NormswapError(f"expected {source} to return a model, got {describe(model)}")

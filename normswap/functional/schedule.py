@@ -13,6 +13,8 @@ from normswap.functional.draws import is_captured, refuse_capture
 from normswap.util.arguments import check_count, check_number
 
 REMEMBERED = 4096
+# Where CUDA graphs are.
+CAPTURES = "cuda"
 
 
 class Schedule:
@@ -67,7 +69,10 @@ class Schedule:
         Args:
             device: where the flags of a compiled forward live; pass that of the model's input.
         """
-        if torch.compiler.is_compiling() or (is_captured() and not in_backward()):
+        captured = is_captured() and not in_backward()
+        if captured and (device is None or device.type != CAPTURES):
+            device = torch.device(CAPTURES)  # the model's first input may be no tensor of a GPU
+        if torch.compiler.is_compiling() or captured:
             rank = torch.rand(self.num_sites, device=device).argsort().argsort()
             self._flags = (rank < self.active) & (torch.rand((), device=device) < self.p)
             return
@@ -108,8 +113,11 @@ class Schedule:
         if self._flags is None:
             answer: bool | Tensor = self._ask(site, ticket)
         else:
-            # A graph break: the compiled part of this forward began the draw.
+            # A graph break: the compiled part of this forward began the draw. Or a CUDA graph is
+            # captured, whose memory nothing may keep beside it.
             answer = self._flags[site].to(device)
+            if is_captured():
+                return answer
         self._answers[ticket] = answer
         if len(self._answers) > REMEMBERED:
             self._answers.popitem(last=False)
@@ -117,9 +125,9 @@ class Schedule:
 
     def _ask(self, site: int, seed: int) -> bool:
         draw = self._draw
+        if self.p > 0:
+            refuse_capture("which CrossNorm layers fire")
         if draw.fired is None or site in draw.asked:
-            if self.p > 0:
-                refuse_capture("which CrossNorm layers fire")
             self._begin(seed)
         draw.asked.add(site)
         return draw.fired is not None and site in draw.fired

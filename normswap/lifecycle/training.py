@@ -126,13 +126,16 @@ def freeze(
         chosen = {id(getattr(m, name)) for m in layers for name in m.context_parameters}
     else:
         chosen = {id(p) for p in model.parameters()}
-    if also is not None:
-        chosen |= {id(p) for m in find_modules("also", also, model) for p in m.parameters()}
     if not chosen:
         raise ConversionError(
             f"nothing to train with train={train!r}: no layer has such parameters; "
             'use "norms" or "all"'
         )
+    if also is not None:
+        more = {id(p) for m in find_modules("also", also, model) for p in m.parameters()}
+        if not more:
+            raise ConversionError(f"expected also= of modules with parameters, got {also!r}")
+        chosen |= more
     for parameter in model.parameters():
         # A quantised or integer parameter takes no gradient.
         if parameter.is_floating_point() or parameter.is_complex():

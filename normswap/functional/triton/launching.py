@@ -34,10 +34,11 @@ def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) ->
             place = value.data_ptr()
             values.append(place)
             # What a compiled program depends on: it reads aligned vectors, and takes 1 as constant.
-            kinds.append((value.dtype, place % 16 == 0))
+            # A tensor elsewhere is of no kind that was compiled: Triton refuses it.
+            kinds.append((value.dtype, value.device, place % 16 == 0))
         else:
             values.append(value)
-            kinds.append(float if isinstance(value, float) else value)
+            kinds.append(float if isinstance(value, float) else (type(value), value))
     key = tuple(kinds)
     found = _COMPILED.get(key)
     if found is not None:

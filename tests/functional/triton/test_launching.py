@@ -54,7 +54,9 @@ def test_the_second_launch_starts_the_program_with_addresses_and_constants_in_or
         {"table": None},
         {"x": torch.ones(8, dtype=torch.float16)},
         {"x": torch.ones(9)[1:]},  # not aligned to 16 bytes
+        {"table": torch.ones(4, device="meta")},
         {"count": 1},
+        {"count": 3.0},
         {"BC": 32},
         {"num_warps": 4},
     ],
