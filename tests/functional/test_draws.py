@@ -1,38 +1,55 @@
-"""What the host draws is not recorded into a CUDA graph, which would repeat it."""
+"""In a CUDA graph draws are made on the device: replays would repeat what the host draws."""
 
 import pytest
 import torch
 
 import normswap
 from normswap.errors import InputError
+from normswap.functional import schedule
 
 
-@pytest.fixture(autouse=True)
-def _capturing(monkeypatch):
+@pytest.fixture
+def capturing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_streamcapturing", lambda: True)
+    monkeypatch.setattr(schedule, "CAPTURES", "cpu")
 
 
-def test_a_layer_that_draws_whether_it_fires_is_refused():
+def test_a_layer_draws_on_the_device_whether_it_fires(capturing):
     layer, x = normswap.CrossNorm(p=0.5), torch.randn(4, 3, 5, 5)
-    with pytest.raises(
-        InputError, match=r"CrossNorm fires to be drawn anew .* eval mode or with p=0"
-    ):
-        layer(x)
+    assert isinstance(layer._draw_fire(x), torch.Tensor)
+    changed = [not torch.equal(layer(x), x) for _ in range(20)]
+    assert any(changed)
+    assert not all(changed)
     assert layer.eval()(x) is x
 
 
-def test_so_is_the_schedule_of_a_model():
-    schedule = normswap.Schedule(0.5, 1, 2)
-    for draw in (schedule.begin, lambda: schedule.fires(0)):
-        with pytest.raises(InputError, match="which CrossNorm layers fire to be drawn anew"):
-            draw()
+def test_so_does_a_model_and_keeps_nothing_of_the_graph(capturing):
+    drawn = normswap.Schedule(1.0, 1, 3)
+    drawn.begin()
+    answers = [drawn.fires(site) for site in range(3)]
+    assert all(isinstance(answer, torch.Tensor) for answer in answers)
+    assert sum(map(int, answers)) == 1
+    assert not drawn._answers
 
 
-def test_what_is_certain_is_not_drawn():
+def test_a_part_without_its_root_is_refused(capturing):
+    with pytest.raises(InputError, match="which CrossNorm layers fire to be drawn anew"):
+        normswap.Schedule(0.5, 1, 2).fires(0)
+
+
+def test_so_is_one_that_the_host_drew_for_before(monkeypatch, request):
+    drawn = normswap.Schedule(1.0, 1, 1)
+    drawn.begin()
+    request.getfixturevalue("capturing")
+    with pytest.raises(InputError, match="which CrossNorm layers fire to be drawn anew"):
+        drawn.fires(0)
+
+
+def test_what_is_certain_is_not_drawn(capturing):
     x = torch.randn(4, 3, 5, 5)
     assert normswap.CrossNorm(p=0)(x) is x
     assert normswap.CrossNorm(p=1)(x) is not x
-    schedule = normswap.Schedule(0, 1, 2)
-    schedule.begin()
-    assert not schedule.fires(0)
+    drawn = normswap.Schedule(0, 1, 2)
+    drawn.begin()
+    assert not drawn.fires(0)

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from normswap.errors import InputError, NormswapError
-from normswap.functional import draws, schedule
+from normswap.errors import NormswapError
 from normswap.functional.schedule import Schedule
 from normswap.methods.crossnorm import CrossNorm
 
@@ -166,27 +165,3 @@ def test_on_a_gpu_without_waiting_for_it():
         torch.cuda.set_sync_debug_mode("default")
     torch._dynamo.reset()
     torch.compile(model, fullgraph=True)(x).sum().backward()
-
-
-@pytest.fixture
-def captured(monkeypatch):
-    """As where a CUDA graph is captured; what is drawn on the device is drawn on the CPU."""
-    for module in (draws, schedule):
-        monkeypatch.setattr(module, "is_captured", lambda: True)
-    monkeypatch.setattr(schedule, "CAPTURES", "cpu")
-
-
-def test_a_capture_draws_tensors_and_keeps_none(captured):
-    model = Model(0.5, 1, 3).schedule
-    model.begin()
-    answers = [model.fires(site) for site in range(3)]
-    assert all(isinstance(answer, torch.Tensor) for answer in answers)
-    assert not model._answers
-
-
-def test_a_part_in_a_capture_never_takes_the_host_s_draw(monkeypatch):
-    drawn = Model(1.0, 1, 1).schedule
-    drawn.begin()
-    monkeypatch.setattr(draws, "is_captured", lambda: True)
-    with pytest.raises(InputError, match="would repeat one draw"):
-        drawn.fires(0)
