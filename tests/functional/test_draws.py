@@ -11,7 +11,7 @@ from normswap.functional import schedule
 @pytest.fixture
 def capturing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_streamcapturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(schedule, "CAPTURES", "cpu")
 
 
