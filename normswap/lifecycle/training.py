@@ -132,8 +132,9 @@ def freeze(
             'use "norms" or "all"'
         )
     if also is not None:
-        more = {id(p) for m in find_modules("also", also, model) for p in m.parameters()}
-        if not more:
+        named = find_modules("also", also, model)
+        more = {id(p) for m in named for p in m.parameters()}
+        if named and not more:
             raise ConversionError(f"expected also= of modules with parameters, got {also!r}")
         chosen |= more
     for parameter in model.parameters():

@@ -237,3 +237,11 @@ def test_a_held_norm_goes_back_to_its_mode_after_a_pass_in_eval_mode():
     normswap.adapt(model, [torch.randn(8, 3, 8, 8)], 0, progress=False)
     normswap.freeze(model, "all", "update")
     assert all(m.training for m in model.modules())
+
+
+def test_also_without_parameters_is_refused():
+    model = normswap.convert(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()), "cn-x", contexts=2
+    )
+    with pytest.raises(normswap.ConversionError, match="also= of modules with parameters"):
+        normswap.freeze(model, "norms", also=nn.ReLU)
