@@ -1,7 +1,8 @@
 """How a kernel is started: by Triton once for each kind of arguments, then without asking again.
 
-Triton looks at every argument of every launch to find the program that was compiled for its kind,
-60 us of host time for thirty arguments, where a layer of batch norm takes 40 in all.
+Triton looks at every argument of every launch to find the program that was compiled for its kind.
+Without that a training step of a CN layer, eight launches, took .74 ms of host time more than batch
+norm's in place of .85, on a machine with an H100.
 """
 
 from typing import Any
