@@ -13,6 +13,7 @@ from normswap.graph.blocks.insert import insert_layers
 from normswap.graph.state import (
     ContainerState,
     Variant,
+    needs_context,
     own_forward_of,
     state_of,
     takes_arguments_as_given,
@@ -156,7 +157,7 @@ def _misses_norms(module: nn.Module, calls: list[str]) -> bool:
     children = map(module.get_submodule, calls)
     covered = {m for c in children if takes_context(c, scope) for m in c.modules()}
     norms = (m for m in module.modules() if STATE not in vars(m) and m not in covered)
-    return any(takes_context(norm, scope) for norm in norms)
+    return any(needs_context(norm, scope) for norm in norms)
 
 
 def _returns_tensor(path: Traced) -> bool:

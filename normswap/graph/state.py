@@ -173,16 +173,19 @@ def context_argument(module: nn.Module) -> str | None:
 
 
 def takes_context(module: nn.Module, scope: Scope) -> str | None:
-    """Return the name of a module's context argument, where it takes the labels of a scope.
+    """Return the name of a module's context argument, where it takes the labels of a scope."""
+    needed = needs_context(module, scope) and takes_arguments_as_given(module)
+    return context_argument(module) if needed else None
+
+
+def needs_context(module: nn.Module, scope: Scope) -> bool:
+    """Return whether the labels of a module, passed or in scope, are those of a scope.
 
     A model that was converted by itself has labels of its own.
     """
-    argument = context_argument(module)
-    if argument is None:
-        return None
     own = scope_of(module)
     foreign = own is not None and own.model is not scope.model
-    return None if foreign or not takes_arguments_as_given(module) else argument
+    return context_argument(module) is not None and not foreign
 
 
 def takes_arguments_as_given(module: nn.Module) -> bool:
