@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.pinned import find_pinned
 from normswap.graph.state import RECORD, context_argument
+from normswap.sites import looks_like_norm
 from normswap.util.copies import attributes_of
 
 _WRAPPERS = {
@@ -24,7 +25,7 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         ConversionError: not a module; lazy, scripted, compiled, traced, wrapped for distribution,
-            prepared for quantisation, or converted already.
+            dispatched by accelerate, prepared for quantisation, or converted already.
     """
     expect_module(model)
     for name, module in model.named_modules():
@@ -46,6 +47,9 @@ def _obstacle(module: nn.Module) -> str | None:
     for wrapper, why in _WRAPPERS.items():
         if wrapper in kinds:
             return why
+    if looks_like_norm(module) and "_hf_hook" in vars(module):
+        remove = "accelerate.hooks.remove_hook_from_submodules(model)"
+        return f"is dispatched by accelerate; convert first, then dispatch, or call {remove} before"
     if isinstance(module, fx.GraphModule):
         return "is a traced graph (fx.GraphModule); convert the module it was traced from"
     quantised = type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torchao."))

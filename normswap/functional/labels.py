@@ -221,14 +221,17 @@ def labels_per_row(
         index: the sample of each row, (rows,), where no rule tells.
 
     Raises:
-        ContextError: another device than x, or rows not a multiple of N.
+        ContextError: labels without values where x has some, or rows not a multiple of N.
     """
     labels = context.labels
-    if labels.device != x.device:
+    if labels.is_meta and not x.is_meta:
         raise ContextError(
             f"expected `context` on {x.device}, where the input of {site} is, got it on "
             f"{labels.device}; move it with .to({str(x.device)!r})"
         )
+    if labels.device != x.device:
+        # A model may be spread over several devices; labels enter it on that of its inputs.
+        labels = kept(labels, x.device, lambda: _with_memo(context.labels.to(x.device)))
     rows, given = x.shape[0], labels.shape[0]
     if context.whole or how == "any":
         return labels[:1].expand(rows)

@@ -56,7 +56,7 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
     scopes = scopes_of(model)
     if not scopes:
         raise not_converted(model, " with a method that takes labels")
-    device = next((p.device for p in model.parameters()), None)
+    device = next((p.device for p in model.parameters() if not p.is_meta), None)
     resolved = [None if context is None else s.resolve(context, device) for s in scopes]
     opened = [s.open(given) for s, given in zip(scopes, resolved, strict=True)]
     try:

@@ -215,6 +215,17 @@ def test_labels_on_another_device():
         make_model()(images(), context=labels)
 
 
+def test_labels_follow_the_input_to_the_device_of_each_part():
+    class Split(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).to("meta"))
+
+    base = Split(trained_norm(), trained_norm()).eval()
+    model = normswap.convert(base, "cn", contexts=3, verify=False)
+    model[1].to("meta")
+    assert model(images(), context=torch.tensor([0, 1, 2, 0])).is_meta
+
+
 @pytest.mark.parametrize(
     "labels", [1, "art", ["photo"] * 4, [0, 1, 2, None], numpy.zeros(4, dtype=int)], ids=named
 )

@@ -1,6 +1,7 @@
 """Children that are wrapped, copied or replaced after conversion still get the labels."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -141,6 +142,30 @@ def test_a_norm_wrapped_after_conversion(wrap):
     run(wrapped, context=LABELS)
     wrapped.b._modules["norm"] = wrap(wrapped.b.norm)
     assert_same(run(wrapped, context=LABELS), run(plain, context=LABELS))
+
+
+def set_forward(module):
+    """Put a forward on the instance, as accelerate's hooks do."""
+    own = module.forward
+    module.forward = functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))
+
+
+HOOKED = {
+    "forward": set_forward,
+    "keywords": lambda m: m.register_forward_pre_hook(lambda *given: None, with_kwargs=True),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKED.values(), ids=HOOKED)
+@pytest.mark.parametrize("names", [["a.norm"], ["a", "b.norm"], ["", "a", "a.norm"]], ids=str)
+def test_modules_hooked_after_conversion(hook, names):
+    plain = make(Both())
+    hooked = copy.deepcopy(plain)
+    for name in names:
+        hook(hooked.get_submodule(name))
+    assert_same(run(hooked, context=LABELS), run(plain, context=LABELS))
+    with normswap.use_context(hooked, LABELS):
+        assert_same(run(hooked), run(plain, context=LABELS))
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
