@@ -17,11 +17,12 @@ def add_show(commands: Any) -> None:
     """Add the command to what ``add_subparsers`` returned."""
     parser = commands.add_parser("show", help="show what a saved conversion is; needs no model")
     parser.add_argument("folder", help="that normswap.save wrote, or user/name on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.set_defaults(run=_show)
 
 
 def _show(options: argparse.Namespace) -> str:
-    folder = find_folder(options.folder)
+    folder = find_folder(options.folder, options.revision)
     content = read_description(folder)
     base, file, name = content["base"], content["file"], content["method"]
     known = name in methods()

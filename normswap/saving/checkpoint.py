@@ -120,6 +120,7 @@ def load(
     base: nn.Module,
     folder: str | PathLike[str],
     *,
+    revision: str | None = None,
     inplace: bool = False,
     check_values: bool = True,
     trace: bool = True,
@@ -133,7 +134,9 @@ def load(
         base: the model that was converted, before conversion, with the weights it had then; what
             was saved besides the layers replaces its own.
         folder: that `save` wrote; or "user/name", a repository of the Hugging Face hub with such a
-            folder's files, where no folder here has the name and huggingface_hub is installed.
+            folder's files, where no folder here has the name, nor is "user" one, and
+            huggingface_hub is installed.
+        revision: branch, tag or commit of the repository; given, the hub is asked in any case.
         inplace: change `base` itself instead of a copy.
         check_values: whether the base's tensors that were not saved must have the values they had
             when the saved model was converted. False takes them as they are.
@@ -154,7 +157,7 @@ def load(
     expect_module(base)
     check_flag("inplace", inplace)
     check_flag("check_values", check_values)
-    content, tensors = read_folder(find_folder(folder))
+    content, tensors = read_folder(find_folder(folder, revision))
     if content["method"] not in methods():
         raise UnknownNameError(
             f"{folder} was saved with method {content['method']!r}, which is not registered here; "

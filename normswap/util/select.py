@@ -94,6 +94,10 @@ def find_modules(name: str, selector: Any, model: nn.Module) -> list[nn.Module]:
     read = read_selector(name, selector)
     if isinstance(read, tuple):
         return [module for part in read for module in find_modules(name, part, model)]
+    if read == "":
+        raise ConversionError(
+            f"expected {name}= to name parts of {type(model).__name__}, got '', the model itself"
+        )
     names: dict[nn.Module, list[str]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(fqn)

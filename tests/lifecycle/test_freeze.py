@@ -193,6 +193,13 @@ def test_freeze_finds_also_a_shared_module_by_its_second_name():
     assert model.head.weight.requires_grad
 
 
+@pytest.mark.parametrize("also", ["", ["head", ""]])
+def test_freeze_refuses_the_empty_name_which_is_the_model(also):
+    model = normswap.convert(ConvNet(), "cn", contexts=2)
+    with pytest.raises(normswap.ConversionError, match="expected also= to name parts"):
+        normswap.freeze(model, also=also)
+
+
 @pytest.mark.parametrize("also", ["haed", ["neck", "haed"]])
 def test_freeze_refuses_a_name_that_matches_nothing(also):
     model = convert(ConvNet(), "cn")

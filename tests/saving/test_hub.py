@@ -64,7 +64,7 @@ def test_a_repository_that_is_not_there_is_an_error_that_says_both(tmp_path):
     pytest.importorskip("huggingface_hub")
     code = f"import sys, normswap.cli as c; sys.stderr = sys.stdout; c.main(['show', '{NAME}'])"
     said = run(tmp_path, code)
-    assert f"found no folder {NAME}, and the hub gives no repository of that name: " in said
+    assert f"found no folder {NAME}, and the hub gives no repository {NAME} so: " in said
     assert said.count("\n") == 1
 
 
@@ -83,6 +83,42 @@ def test_other_paths_are_never_looked_up(tmp_path, monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(normswap.CheckpointError, match="found no folder"):
         normswap.load(base, folder)
+
+
+def test_a_name_beside_a_folder_here_is_not_looked_up(tmp_path, monkeypatch):
+    base, _ = make()
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(normswap.CheckpointError, match=r"no folder norm in runs, .*revision="):
+        normswap.load(base, "runs/norm")
+
+
+@pytest.mark.parametrize("here", [False, True], ids=["alone", "beside a folder"])
+def test_a_revision_pins_the_repository(tmp_path, here):
+    pytest.importorskip("huggingface_hub")
+    base, model = make()
+    normswap.save(model, cache(tmp_path / "cache", NAME))
+    if here:
+        (tmp_path / NAME).mkdir(parents=True)
+    torch.save(base, tmp_path / "base.pt")
+    code = f"""
+import normswap, torch
+base = torch.load("base.pt", weights_only=False)
+print(normswap.summary(normswap.load(base, "{NAME}", revision="{COMMIT}")).contexts)
+try:
+    normswap.load(base, "{NAME}", revision="v2")
+except normswap.CheckpointError as error:
+    print(error)
+"""
+    contexts, said = run(tmp_path, code).strip().split("\n")
+    assert contexts == "('a', 'b', 'c')"
+    assert "the hub gives no repository" in said
+
+
+@pytest.mark.parametrize(("folder", "revision"), [("norms", "main"), (NAME, ""), (NAME, 3)])
+def test_a_revision_of_no_repository_is_refused(folder, revision):
+    with pytest.raises(normswap.CheckpointError, match="expected revision="):
+        normswap.load(make()[0], folder, revision=revision)
 
 
 def test_without_the_library_the_error_names_the_extra(tmp_path, monkeypatch):
