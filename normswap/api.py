@@ -18,6 +18,7 @@ from normswap.conversion.verification import Reference, compare, run_original
 from normswap.errors import AdviceWarning, ConversionError, expect_module, not_converted
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
+from normswap.graph.use_context import scopes_of
 from normswap.lifecycle.record import Record, find_inside, find_root
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import get_method
@@ -119,6 +120,8 @@ def convert(
         record.verification = _compare(converted, reference, record)
     converted.__dict__[RECORD] = record
     record.marks = mark(other_tensors(converted))
+    for scope in scopes_of(converted):
+        scope.watch.quiet = unknown is not None
     exempt_norms(converted)
     if advice:
         warnings.warn(advice, AdviceWarning, stacklevel=2)

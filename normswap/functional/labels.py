@@ -60,11 +60,12 @@ def resolve_labels(
         labels = torch.tensor(labels)
     if not isinstance(labels, Tensor):
         indices = _to_indices(labels, names)
-        if indices:
-            _require_range(min(indices), max(indices), num_contexts, names)
+        limits = (min(indices), max(indices)) if indices else None
+        if limits is not None:
+            _require_range(*limits, num_contexts, names)
         values = _place(torch.tensor(indices, dtype=torch.int64, device="cpu"), device)
         whole = isinstance(labels, (str, int))
-        return Context(_with_memo(values), -1 in indices, whole)
+        return Context(_with_memo(values, limits), -1 in indices, whole)
     if labels.is_nested or labels.layout != torch.strided:
         raise ContextError(
             "expected `context` as a dense tensor (N,), got one that is "
@@ -81,8 +82,10 @@ def resolve_labels(
         )
     whole = labels.dim() == 0
     labels = labels.long().reshape(-1)
-    unknown = _check_range(labels, num_contexts, names)
-    return Context(_with_memo(_place(labels, device)), unknown, whole)
+    limits = _check_range(labels, num_contexts, names)
+    unknown = None if limits is None else limits[0] < 0
+    limits = limits if labels.numel() else None
+    return Context(_with_memo(_place(labels, device), limits), unknown, whole)
 
 
 def _place(labels: Tensor, device: torch.device | None) -> Tensor:
@@ -97,8 +100,9 @@ def _place(labels: Tensor, device: torch.device | None) -> Tensor:
 class _Memo:
     """What was made of labels, in the state they had, inside or outside of a CUDA graph."""
 
-    def __init__(self, labels: Tensor) -> None:
+    def __init__(self, labels: Tensor, limits: tuple[int, int] | None = None) -> None:
         self.labels_are = _state(labels)
+        self.limits = limits
         self.made: dict[Hashable, Any] = {}
 
 
@@ -107,13 +111,19 @@ def _state(labels: Tensor) -> tuple[int, bool]:
     return labels._version, captured
 
 
-def _with_memo(labels: Tensor) -> Tensor:
-    """Return labels that remember what is made of them; see `kept`."""
+def _with_memo(labels: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
+    """Return labels that remember what is made of them; see `kept`, and `host_range`."""
     if not is_eager() or type(labels) is not Tensor or labels.is_inference():
         return labels
     labels = labels.detach()
-    labels.memo = _Memo(labels)  # type: ignore[attr-defined]
+    labels.memo = _Memo(labels, limits)  # type: ignore[attr-defined]
     return labels
+
+
+def host_range(labels: Tensor) -> tuple[int, int] | None:
+    """Return the lowest and the highest of checked labels, None where the host was not told."""
+    memo: _Memo | None = getattr(labels, "memo", None)
+    return None if memo is None else memo.limits
 
 
 def kept(labels: Tensor, key: Hashable, make: Callable[[], T]) -> T:
@@ -176,13 +186,15 @@ def _require_range(low: int, high: int, num_contexts: int, names: Sequence[str])
         )
 
 
-def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> bool | None:
-    """Return whether a label is -1, None if the host cannot know; raise if one is out of range."""
+def _check_range(
+    labels: Tensor, num_contexts: int, names: Sequence[str]
+) -> tuple[int, int] | None:
+    """Return the range of labels, None if the host cannot know; raise if one is out of it."""
     traced = torch.compiler.is_compiling() or torch._C._is_tracing()
     if traced or labels.is_meta or type(labels) is not Tensor:
         return None
     if labels.numel() == 0:
-        return False
+        return 0, 0
     if _is_under_vmap(labels):
         return None
     if labels.device.type != "cpu":
@@ -191,7 +203,7 @@ def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> boo
         return None
     low, high = (int(v) for v in labels.aminmax())
     _require_range(low, high, num_contexts, names)
-    return low < 0
+    return low, high
 
 
 def _is_under_vmap(t: Tensor) -> bool:

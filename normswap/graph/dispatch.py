@@ -130,7 +130,7 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
         return own_forward(module, values)
     leaves: list[Any] = []
     key = tuple([describe(value, leaves) for value in values])
-    context, mixed = enter_context(state, values, leaves, context)
+    context, mixed = enter_context(state, values, leaves, context, module.training)
     if mixed:
         rows = state.scope.rows
         return rows.run(module, state, lambda v, c: _run(module, state, v, c), values, context)

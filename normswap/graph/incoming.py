@@ -9,7 +9,7 @@ from normswap.graph.state import ContainerState
 
 
 def enter_context(
-    state: ContainerState, values: Any, leaves: list[Any], context: Any
+    state: ContainerState, values: Any, leaves: list[Any], context: Any, training: bool
 ) -> tuple[Context | None, bool]:
     """Return the context of this call, and whether the rows of samples have to be told apart.
 
@@ -18,6 +18,8 @@ def enter_context(
     if type(context) is Context:
         return context, False
     resolved = resolve(state, values, leaves, context)
+    if not state.fqn:
+        state.scope.watch.note(resolved, training, state.scope.names)
     if resolved is None:
         return None, False
     if _is_single(resolved, values):

@@ -11,6 +11,7 @@ from normswap.errors import ContextError
 from normswap.functional.backward import UNKNOWN, Remembered, may_run_again
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.graph.entries import SEVERAL, Entry, Local
+from normswap.graph.label_watch import LabelWatch
 from normswap.graph.rows.check import Rows
 from normswap.graph.rows.run import is_measuring
 from normswap.util.original_class import STATE
@@ -58,6 +59,7 @@ class Scope:
         self._blocks: list[None] = []
         self._labelled = False
         self._checkpoints = Remembered()
+        self.watch = LabelWatch()
 
     @property
     def model(self) -> "Scope":

@@ -101,6 +101,7 @@ def add_context(
     hand_over(plans, grown)
     for scope in scopes_of(root):
         scope.num_contexts, scope.names = after.count, after.names
+        scope.watch.quiet = True  # training may go on with the new context alone
     _note(record, after, layers)
     policy = contexts.unknown
     # The mixture stays the same function where all its parts are like one.

@@ -5,6 +5,7 @@ from dataclasses import replace
 from torch import nn
 
 from normswap.errors import ConversionError
+from normswap.graph.use_context import scopes_of
 from normswap.lifecycle.record import find_root, method_layers, policy_of
 from normswap.methods.base import get_method
 from normswap.methods.layer import ContextLayer
@@ -34,4 +35,6 @@ def set_unknown(model: nn.Module, unknown: str) -> None:
     for layer in method_layers(root).values():
         if isinstance(layer, ContextLayer):
             layer.unknown = policy
+    for scope in scopes_of(root):
+        scope.watch.quiet = True
     record.contexts = replace(record.contexts, unknown=policy)
