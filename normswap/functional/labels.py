@@ -186,9 +186,7 @@ def _require_range(low: int, high: int, num_contexts: int, names: Sequence[str])
         )
 
 
-def _check_range(
-    labels: Tensor, num_contexts: int, names: Sequence[str]
-) -> tuple[int, int] | None:
+def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> tuple[int, int] | None:
     """Return the range of labels, None if the host cannot know; raise if one is out of it."""
     traced = torch.compiler.is_compiling() or torch._C._is_tracing()
     if traced or labels.is_meta or type(labels) is not Tensor:

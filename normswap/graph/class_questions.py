@@ -10,7 +10,7 @@ import builtins
 import types
 from collections import ChainMap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -19,13 +19,25 @@ from normswap.graph.pinned import closure_of
 from normswap.graph.tracing.bytecode import Statement, codes_of, read_code
 from normswap.graph.tracing.failure import is_library
 from normswap.graph.tracing.uses import COMPARES
-from normswap.util.original_class import STATE, class_of
+from normswap.util.original_class import ORIGINAL, STATE, class_of
 
 _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
 
 
-def find_question(module: nn.Module, changed: dict[type, type]) -> str:
-    """Return what a module's forward asks about the class of modules that only a trace can answer.
+class Question(NamedTuple):
+    """What a forward asks, of which class, and whether of that class alone, not of those below."""
+
+    text: str
+    cls: type
+    exact: bool = True
+
+    def means(self, cls: type) -> bool:
+        """Return whether it is asked of a class."""
+        return cls is self.cls or (not self.exact and issubclass(cls, self.cls))
+
+
+def find_questions(module: nn.Module, changed: dict[type, type]) -> Iterator[Question]:
+    """Yield what a module's forward asks about the class of modules that only a trace can answer.
 
     `changed` gives the class now of each class before conversion.
     """
@@ -37,18 +49,20 @@ def find_question(module: nn.Module, changed: dict[type, type]) -> str:
         asks_kind = any(_has(values, isinstance) for values, _ in parts)
         for values, (_, _, operations) in parts:
             found = [c for value in values for c in _classes(value)]
-            exact = next((c for c in found if c in changed), None)
-            kind = next((c for c in found if c in kinds), None)
-            compares = operations & COMPARES or any(isinstance(v, dict) for v in values)
-            asked = (exact if compares else None) or (kind if _has(values, issubclass) else None)
+            exact = [c for c in found if c in changed]
+            below = [c for c in found if c in kinds]
+            if not (operations & COMPARES or any(isinstance(v, dict) for v in values)):
+                exact = []
+            asked = exact or (below if _has(values, issubclass) else [])
             if asks_type and asked:
-                return f"{function.__qualname__} compares a type with {asked.__name__}"
+                text = f"{function.__qualname__} compares a type with {asked[0].__name__}"
+                yield from (Question(text, c, asked is exact) for c in asked)
             built = operations & _BUILDS
             alone = _has(values, isinstance) and not built and all(_has(values, c) for c in found)
-            if asks_kind and kind and not alone:
-                several = f"asks whether something is of several classes, {kind.__name__} among"
-                return f"{function.__qualname__} {several} them"
-    return ""
+            if asks_kind and below and not alone:
+                several = f"asks whether something is of several classes, {below[0].__name__} among"
+                text = f"{function.__qualname__} {several} them"
+                yield from (Question(text, c, exact=False) for c in below)
 
 
 def _has(values: list[Any], value: Any) -> bool:
@@ -111,13 +125,40 @@ def check_questions(model: nn.Module) -> None:
     for name, module in model.named_modules():
         old = class_of(module)
         if old not in asked:
-            asked[old] = find_question(module, changed)
+            questions = list(find_questions(module, changed))
+            asked[old] = f"{questions[0].text}, {_way_out(questions, model)}" if questions else ""
         state: Any = vars(module).get(STATE)
         if state is not None:
             state.question = asked[old]
         ways = [] if state is None else state.seen()
         if not ways or any(way.run is None or way.calls_user_code for way in ways):
             check_question(name, asked[old])
+
+
+def _way_out(questions: list[Question], model: nn.Module) -> str:
+    """Say which norms to leave out, so that nothing of the classes changes that are asked for."""
+    left: dict[str, None] = {}
+    for name, module in model.named_modules():
+        old = class_of(module)
+        asked = [
+            q.cls for q in questions if old is q.cls or (not q.exact and issubclass(old, q.cls))
+        ]
+        if not asked or old is type(module) or any(f"'{p}.*'" in left for p in _above(name)):
+            continue
+        if not name:
+            return "which conversion changes: it is the model's own class"
+        # Layers may be of a part itself, or of the norms below it.
+        names = [asked[0].__name__] if ORIGINAL in vars(module) else [repr(name), f"'{name}.*'"]
+        left |= dict.fromkeys(names)
+    exclude = next(iter(left)) if len(left) == 1 else f"[{', '.join(left)}]"
+    return f"which conversion changes; leave norms out with exclude={exclude}"
+
+
+def _above(name: str) -> Iterator[str]:
+    """Yield the names of the modules that a module is in."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def check_question(name: str, question: str) -> None:
@@ -129,6 +170,5 @@ def check_question(name: str, question: str) -> None:
     if question:
         raise ConversionError(
             f"expected a forward that can be traced, or asks isinstance(value, one_class) only, at "
-            f"{name or 'the model'}, got one where {question}, which conversion changes; leave "
-            "norms of that class, or below it, out with exclude="
+            f"{name or 'the model'}, got one where {question}"
         )

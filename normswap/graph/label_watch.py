@@ -56,7 +56,7 @@ class LabelWatch:
         what = "unknown (-1)" if label < 0 else f"of context {names[label]!r}"
         self._warn(
             f"all labels of the first {_ENOUGH} forwards in training are {what}, of "
-            f"{len(names)} contexts: the others learn nothing. Check the labels, or shuffle the data"
+            f"{len(names)} contexts: the others learn nothing. Check labels, or shuffle the data"
         )
 
     def _warn(self, message: str) -> None:

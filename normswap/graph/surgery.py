@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,6 @@ from normswap.util.original_class import ORIGINAL
 
 _PLAIN = (bool, int, float, str, type(None), torch.Size)
 _OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "scope", ORIGINAL}
-_REFERS = (
-    "cannot convert: {} holds a norm to be replaced in {}, which would go on running it; "
-    "leave that norm out with exclude="
-)
 
 
 class Surgery:
@@ -74,12 +70,13 @@ class Surgery:
                 if isinstance(value, list | tuple) and all([isinstance(v, _PLAIN) for v in value]):
                     continue
                 where = f"{name}.{key}".lstrip(".")
-                if any(id(part) in layers for part in find_pinned(value)):
-                    raise ConversionError(_REFERS.format(where, "a function"))
+                for part in find_pinned(value):
+                    if id(part) in layers:
+                        _refuse_holder(where, "a function", layers[id(part)])
                 if type(value) is set or (key.startswith("_") and isinstance(value, dict)):
                     continue
                 if (holder := _keeping(value, layers)) is not None:
-                    raise ConversionError(_REFERS.format(where, holder))
+                    _refuse_holder(where, *holder)
                 self._replace_in(vars(module), [(key, value)], layers)
                 self._replace_in(value, _entries(value), layers)
 
@@ -178,19 +175,26 @@ def _entries(value: Any) -> list[tuple[Any, Any]]:
     return list(value.items()) if type(value) is dict else []
 
 
-def _keeping(value: Any, layers: dict[int, nn.Module]) -> str | None:
-    """Return what, of a value or of its entries, goes on running a replaced norm, None for none."""
-    if isinstance(value, tuple) and any(id(part) in layers for part in value):
-        return "a tuple"
+def _keeping(value: Any, layers: dict[int, nn.Module]) -> tuple[str, nn.Module] | None:
+    """Return what, of a value or of its entries, goes on running a replaced norm, and its layer."""
+    for part in value if isinstance(value, tuple) else ():
+        if id(part) in layers:
+            return "a tuple", layers[id(part)]
     for part in (value, *(part for _, part in _entries(value))):
         function = getattr(part, "func", part)
         owner = getattr(function, "__self__", function)
         bound = (*part.args, *part.keywords.values()) if isinstance(part, functools.partial) else ()
-        if any(id(given) in layers for given in bound) or (
-            id(owner) in layers and owner is not part
-        ):
-            return "a function of the norm"
+        for given in (*bound, *([owner] if owner is not part else [])):
+            if id(given) in layers:
+                return "a function of the norm", layers[id(given)]
     return None
+
+
+def _refuse_holder(where: str, holder: str, layer: nn.Module) -> NoReturn:
+    raise ConversionError(
+        f"cannot convert: {where} holds a norm to be replaced in {holder}, which would go on "
+        f"running it; leave that norm out with exclude={vars(layer)[ORIGINAL].site.fqn!r}"
+    )
 
 
 def restore_forwards(model: nn.Module) -> None:

@@ -41,6 +41,6 @@ def test_a_norm_held_by_a_bound_method_is_refused():
             return self.function(x)
 
     model = Bound()
-    with pytest.raises(normswap.ConversionError, match="holds a norm to be replaced"):
+    with pytest.raises(normswap.ConversionError, match=r"holds a norm to be replaced.*exclude='"):
         normswap.convert(model, inplace=True)
     assert isinstance(model.norm, nn.BatchNorm1d)
