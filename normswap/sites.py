@@ -1,6 +1,6 @@
 """Read normalisation layers into `Site`s: which classes are norms, and what each one states."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -108,6 +108,16 @@ def looks_like_norm(module: nn.Module) -> bool:
     return name.endswith(_FROZEN) or (leaf and ("Norm" in name or name.endswith("BN")))
 
 
+def computed_tensor(module: nn.Module, names: Iterable[str]) -> str:
+    """Return the first of these that hooks compute before each forward, as pruning does, or ""."""
+    return next((name for name in names if isinstance(vars(module).get(name), Tensor)), "")
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Return whether a tensor is of a class of torchao, whose bits nothing here reads."""
+    return type(tensor).__module__.startswith("torchao.")
+
+
 def read_site(
     fqn: str, module: nn.Module, aliases: tuple[str, ...] = (), like: Tensor | None = None
 ) -> Site | str:
@@ -127,9 +137,8 @@ def read_site(
         return "its forward was replaced on the instance"
     if hasattr(module, "parametrizations"):
         return "its parameters are parametrized; remove the parametrization first"
-    computed = [n for n in ("weight", "bias") if isinstance(vars(module).get(n), Tensor)]
-    if computed:  # by a hook, before each forward, as pruning and weight norm do
-        return f"its {computed[0]} is computed from other tensors; make it a parameter first"
+    if computed := computed_tensor(module, ("weight", "bias")):
+        return f"its {computed} is computed from other tensors; make it a parameter first"
     if name.endswith(_FROZEN):
         return _read_frozen(fqn, module, aliases)
     if not isinstance(module, _NormBase):

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.pinned import find_pinned
 from normswap.graph.state import RECORD, context_argument
-from normswap.sites import looks_like_norm
+from normswap.sites import is_quantised, looks_like_norm
 from normswap.util.copies import attributes_of
 
 _WRAPPERS = {
@@ -55,6 +55,8 @@ def _obstacle(module: nn.Module) -> str | None:
     quantised = type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torchao."))
     if quantised and type(module).__name__ not in _STUBS:
         return "is prepared for quantisation; convert first, then prepare"
+    if any(map(is_quantised, module.parameters(recurse=False))):
+        return "is quantised; convert first, then quantise"
     if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
         return "is lazy: its shapes are unknown until a first forward; run one, then convert"
     if context_argument(module) is not None or RECORD in vars(module):

@@ -1,5 +1,6 @@
 """Norms that layers of a method replace."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,9 @@ from normswap.sites import Site, find_norms, read_site
 from normswap.util.arguments import meant
 from normswap.util.select import Selector, why_kept
 
+# Classes of torchvision, detectron2 and mmdetection that cut regions out of feature maps.
+_POOLS = re.compile("roi_?(align|pool|extract)", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Replacement:
@@ -35,6 +39,11 @@ class Replacement:
     def advice(self, model: nn.Module, options: Any) -> str | None:
         """Return what the method warns of, before the model changes."""
         norms = [model.get_submodule(site.fqn) for site in self.sites]
+        if all(map(_is_frozen, norms, self.sites)):
+            return (
+                "these norms are frozen, and so are the layers in their place, which learn nothing "
+                'until normswap.freeze(model, "norms", stats="frozen"), whose also= names what else'
+            )
         return self.method.advise(norms, options)
 
     def apply(self, surgery: Surgery, record: Record) -> nn.Module:
@@ -104,6 +113,7 @@ def find_replacement(
     rows: list[Row] = []
     chosen: list[Site] = []
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    stages = _second_stages(model) if method.needs_context and select is None else []
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for fqn, module, aliases in find_norms(model):
         size = sum(p.numel() for p in module.parameters())
@@ -114,6 +124,9 @@ def find_replacement(
         site = read_site(fqn, module, aliases, like)
         if why := why_kept(select, exclude, names, module):
             row.action, row.reason = "kept", why
+        elif stage := next((s for s in stages if fqn.startswith(f"{s}.")), None):
+            row.action = "kept"
+            row.reason = f"its rows are regions that {stage} pools; labels of samples cannot follow"
         elif isinstance(site, str):
             row.reason = site
         else:
@@ -127,6 +140,17 @@ def find_replacement(
     if chosen[0].fqn == "":
         return Bare(method, rows, chosen[0])
     return Replacement(method, rows, chosen)
+
+
+def _second_stages(model: nn.Module) -> list[str]:
+    """Return the names of the modules that pool regions: how many a sample has, no shape tells."""
+    pools = (name for name, m in model.named_modules() if _POOLS.search(type(m).__name__))
+    return [parent for name in pools if (parent := name.rpartition(".")[0])]
+
+
+def _is_frozen(norm: nn.Module, site: Site) -> bool:
+    given = [p.requires_grad for p in norm.parameters(recurse=False)]
+    return site.frozen or (bool(given) and not any(given))
 
 
 def _why_tied(norm: nn.Module, holders: Counter[int]) -> str:

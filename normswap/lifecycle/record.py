@@ -13,6 +13,7 @@ from normswap.lifecycle.original import original_of
 from normswap.methods.base import Contexts
 from normswap.methods.layer import POLICIES
 from normswap.report import Row, Verification
+from normswap.sites import computed_tensor
 from normswap.util.arguments import check_choice, describe, listed, unknown_name
 
 
@@ -64,6 +65,12 @@ def find_root(model: nn.Module) -> tuple[nn.Module, Record]:
                 f"expected a converted model, got {type(root).__name__}, which holds one: pass its "
                 f".{inner[0]}"
             )
+        if state_of(root) is not None:
+            raise ConversionError(
+                f"expected a converted model, got a {type(root).__name__} that is a part of one: "
+                "pass the whole, or specialize or revert that before the part is taken out of it "
+                "(as PEFT's merge_and_unload does)"
+            )
     raise not_converted(root)
 
 
@@ -90,6 +97,21 @@ def inserted_layers(root: nn.Module) -> dict[str, nn.Module]:
 def method_layers(root: nn.Module) -> dict[str, nn.Module]:
     """Return every layer of the method, replaced or inserted."""
     return replaced_layers(root) | inserted_layers(root)
+
+
+def check_parameters(root: nn.Module) -> None:
+    """Raise where a layer's parameter is computed before each forward, which reads another one.
+
+    Raises:
+        ConversionError: it is.
+    """
+    for name, layer in method_layers(root).items():
+        names = (*getattr(layer, "context_parameters", ()), "weight", "bias")
+        if computed := computed_tensor(layer, names):
+            raise ConversionError(
+                f"expected {name or 'the layer'}.{computed} as a parameter, got one that is "
+                "computed from others; if pruned, call torch.nn.utils.prune.remove on it first"
+            )
 
 
 def context_index(record: Record, context: str | int) -> int:

@@ -11,6 +11,7 @@ from normswap.graph.surgery import Surgery, restore_forwards
 from normswap.lifecycle.original import is_untouched, lacks_values, original_of, rebuild, write
 from normswap.lifecycle.record import (
     Record,
+    check_parameters,
     context_or_pooled,
     find_root,
     inserted_layers,
@@ -132,6 +133,7 @@ def _restore(
         discard: whether to take the values at conversion.
         inplace: whether to change `root`.
     """
+    check_parameters(root)
     target = root if inplace else copy_model(root)
     if not discard:
         _check_inserted(target, record)

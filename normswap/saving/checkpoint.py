@@ -14,7 +14,7 @@ from normswap.conversion.target import Target, carry_out, find_target
 from normswap.errors import CheckpointError, UnknownNameError, expect_module
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
-from normswap.lifecycle.record import Record, find_root
+from normswap.lifecycle.record import Record, check_parameters, find_root
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import Contexts, get_method, methods, parse_options
 from normswap.report import Verification
@@ -31,6 +31,7 @@ from normswap.saving.fingerprint import (
 )
 from normswap.saving.folder import as_folder, read_folder, write_folder
 from normswap.saving.hub import find_folder
+from normswap.sites import is_quantised
 from normswap.util.arguments import check_choice, check_flag
 from normswap.util.copies import copy_model
 
@@ -60,19 +61,22 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
             WEIGHTS ARE NOT SAVED; or "all", every tensor.
 
     Raises:
-        ConversionError: not a converted model.
+        ConversionError: not a converted model; a parameter of a layer that is pruned.
         NormswapError: safetensors is missing.
-        CheckpointError: sharded parameters, or none with values; an option of the method that
-            JSON cannot hold; a folder that cannot be written to.
+        CheckpointError: sharded or quantised parameters, or none with values; an option of the
+            method that JSON cannot hold; a folder that cannot be written to.
         UnknownNameError: another `state`.
     """
     check_choice("state", state, _STATES)
     root, record = find_root(model)
     path = as_folder(folder)
+    check_parameters(root)
     layers, others = layer_tensors(root), other_tensors(root)
     for name, tensor in (layers | others).items():
-        if tensor.is_meta or hasattr(tensor, "full_tensor"):
-            what = "without values" if tensor.is_meta else "sharded; gather the model first"
+        what = "without values" if tensor.is_meta else ""
+        what = "sharded; gather the model first" if hasattr(tensor, "full_tensor") else what
+        what = "quantised; save the model before that" if is_quantised(tensor) else what
+        if what:
             raise CheckpointError(f"cannot save {name}: it is {what}")
     changed = find_changed(others, record.marks)
     stored = {

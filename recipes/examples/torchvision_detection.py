@@ -56,7 +56,7 @@ def main(folder="runs/examples/detection"):
     """Train, save and load; return the loaded model and the share of boxes it finds."""
     torch.manual_seed(0)
     original = detector()
-    # Norms of box heads, as of fasterrcnn_resnet50_fpn_v2, may need exclude="roi_heads.*".
+    # Norms of box heads, as of fasterrcnn_resnet50_fpn_v2, stay as they are.
     model = normswap.convert(original, "cn", contexts=CAMERAS).train()
     optimizer = torch.optim.AdamW(normswap.param_groups(model, lr=0.003, weight_decay=0.01))
     loader = DataLoader(list(map(scene, range(240))), 12, shuffle=True, collate_fn=list)
