@@ -1,0 +1,82 @@
+"""Ultralytics' own trainer: the camera of an image is in its file's name; then one is exported.
+
+pip install ultralytics
+python -m recipes.examples.ultralytics_cameras
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torchvision.io import write_png
+from ultralytics.models.yolo.detect import DetectionTrainer
+
+import normswap
+
+CAMERAS = ["day", "thermal"]
+# In place of "yolo11n.yaml": three convolutions, and boxes at a stride of 8.
+BACKBONE = [[-1, 1, "Conv", [width, 3, 2]] for width in (16, 32, 64)]
+MODEL = {"nc": 1, "backbone": BACKBONE, "head": [[[2], 1, "Detect", ["nc"]]]}
+
+
+class Trainer(DetectionTrainer):
+    def get_model(self, *args, **kwargs):
+        model = super().get_model(*args, **kwargs)
+        # The head keeps its norms: `predict(augment=True)` asks for its exact class.
+        head = f"model.{len(model.model) - 1}.*"
+        return normswap.convert(model, "cn", contexts=CAMERAS, exclude=head)
+
+    def get_dataloader(self, path, batch_size=16, rank=0, mode="train"):
+        loader = super().get_dataloader(path, batch_size, rank, mode)
+        own, find = type(loader), lambda: self.model if mode == "train" else self.ema.ema
+
+        def with_cameras(loader):
+            for batch in own.__iter__(loader):
+                cameras = [Path(file).stem.split("-")[0] for file in batch["im_file"]]
+                with normswap.use_context(find(), cameras):
+                    yield batch
+
+        loader.__class__ = type("Labelled", (own,), {"__iter__": with_cameras})
+        return loader
+
+    def final_eval(self):
+        """Leave out the last validation, which fuses: that is for specialised models."""
+
+
+def write_scenes(folder):
+    """Write scenes with a bright square, thermal ones inverted, and what describes them."""
+    for kind in ("images/train", "images/val", "labels/train", "labels/val"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for index in range(128):
+        name = f"{'train' if index < 96 else 'val'}/{CAMERAS[index % 2]}-{index}"
+        left, top, size = torch.randint(16, 32, (3,)).tolist()
+        image = torch.randint(40, 80, (3, 64, 64), dtype=torch.uint8)
+        image[:, top : top + size, left : left + size] += 120
+        write_png(255 - image if index % 2 else image, f"{folder}/images/{name}.png")
+        box = f"0 {(left + size / 2) / 64} {(top + size / 2) / 64} {size / 64} {size / 64}"
+        (folder / f"labels/{name}.txt").write_text(box)
+    data = {"path": str(folder), "train": "images/train", "val": "images/val", "names": ["square"]}
+    (folder / "data.yaml").write_text(json.dumps(data))
+    (folder / "model.yaml").write_text(json.dumps(MODEL))
+
+
+def main(folder="runs/examples/ultralytics"):
+    """Train, and export for one camera; return the averaged model and its mAP50."""
+    folder = Path(folder).resolve()
+    write_scenes(folder)
+    settings = {name: str(folder / f"{name}.yaml") for name in ("model", "data")}
+    settings |= {"optimizer": "AdamW", "lr0": 0.01, "warmup_epochs": 0, "epochs": 16, "batch": 8}
+    settings |= {"imgsz": 64, "workers": 0, "device": "cpu", "project": str(folder), "val": False}
+    # Mosaic, as mixup, makes one image of several cameras, which no label is right for.
+    trainer = Trainer(overrides={**settings, "mosaic": 0, "plots": False, "save": False})
+    trainer.train()
+    model, score = trainer.ema.ema.float().eval(), trainer.metrics["metrics/mAP50(B)"]
+    plain = normswap.specialize(model, "day").fuse()  # of one camera: fuses and exports
+    plain(images := torch.rand(2, 3, 64, 64))  # the head makes its anchors once
+    torch.jit.trace(plain, images, strict=False).save(folder / "day.pt")
+    print(f"mAP50 {score:.3f}; exported to {folder}/day.pt")
+    return model, score
+
+
+if __name__ == "__main__":
+    main()
