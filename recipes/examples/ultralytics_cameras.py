@@ -1,6 +1,5 @@
 """Ultralytics' own trainer: the camera of an image is in its file's name; then one is exported.
 
-pip install ultralytics
 python -m recipes.examples.ultralytics_cameras
 """
 
@@ -14,9 +13,8 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 import normswap
 
 CAMERAS = ["day", "thermal"]
-# In place of "yolo11n.yaml": three convolutions, and boxes at a stride of 8.
 BACKBONE = [[-1, 1, "Conv", [width, 3, 2]] for width in (16, 32, 64)]
-MODEL = {"nc": 1, "backbone": BACKBONE, "head": [[[2], 1, "Detect", ["nc"]]]}
+MODEL = {"nc": 1, "backbone": BACKBONE, "head": [[[2], 1, "Detect", ["nc"]]]}  # or yolo11n.yaml
 
 
 class Trainer(DetectionTrainer):
@@ -28,12 +26,12 @@ class Trainer(DetectionTrainer):
 
     def get_dataloader(self, path, batch_size=16, rank=0, mode="train"):
         loader = super().get_dataloader(path, batch_size, rank, mode)
-        own, find = type(loader), lambda: self.model if mode == "train" else self.ema.ema
+        own = type(loader)
 
         def with_cameras(loader):
             for batch in own.__iter__(loader):
                 cameras = [Path(file).stem.split("-")[0] for file in batch["im_file"]]
-                with normswap.use_context(find(), cameras):
+                with normswap.use_context(self.model if mode == "train" else self.ema.ema, cameras):
                     yield batch
 
         loader.__class__ = type("Labelled", (own,), {"__iter__": with_cameras})
@@ -55,9 +53,9 @@ def write_scenes(folder):
         write_png(255 - image if index % 2 else image, f"{folder}/images/{name}.png")
         box = f"0 {(left + size / 2) / 64} {(top + size / 2) / 64} {size / 64} {size / 64}"
         (folder / f"labels/{name}.txt").write_text(box)
-    data = {"path": str(folder), "train": "images/train", "val": "images/val", "names": ["square"]}
-    (folder / "data.yaml").write_text(json.dumps(data))
-    (folder / "model.yaml").write_text(json.dumps(MODEL))
+    parts = {"train": "images/train", "val": "images/val", "names": ["square"]}
+    for name, content in (("data", {"path": str(folder), **parts}), ("model", MODEL)):
+        (folder / f"{name}.yaml").write_text(json.dumps(content))
 
 
 def main(folder="runs/examples/ultralytics"):
