@@ -20,7 +20,7 @@ brightness, colour, sharpness. What stays and comes near to a test: autocontrast
 
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -54,7 +54,7 @@ def run(options: Namespace) -> None:
     images.settle(options)
     device = images.pick_device(options.device)
 
-    @lru_cache(maxsize=1)  # the seed is the outer loop
+    @grid.Latest  # the seed is the outer loop
     def data_of(seed: int) -> tuple[DomainData, dict[str, dict[int, Tensor]]]:
         data = images.load_mixed(options, seed)
         clean = data.images[data.test]
@@ -77,7 +77,7 @@ def run(options: Namespace) -> None:
         images.train(cell["method"], model, loader, config, log)
         return errors(model, loader, corrupted)
 
-    records = grid.run_cells(folder, grid.cells(options), train)
+    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
     compared, aside = relative(records)
     shown = dict(FIGURES)
     if any(record.get("mce") is not None for record in compared):

@@ -16,7 +16,7 @@ statistics too, and what comes of that is not to be put down to contexts.
 """
 
 from argparse import Namespace
-from functools import lru_cache, partial
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -66,7 +66,7 @@ def run(options: Namespace) -> None:
         for method in options.methods
     ]
 
-    @lru_cache(maxsize=1)
+    @grid.Latest
     def start_of(held_out: str, seed: int) -> tuple[Namespace, DomainData, NearestDomain]:
         config = config_of(options, held_out, seed)
         data = images.load(config, seed)
@@ -77,7 +77,7 @@ def run(options: Namespace) -> None:
         start = start_of(cell["held_out"], cell["seed"])
         return train_one(cell["method"], *start, device, log)
 
-    records = grid.run_cells(folder, cells, train)
+    records = grid.run_cells(folder, cells, train, grid.jobs_of(options))
     rows = tabulated(records, grid.read_lines(folder / grid.EPOCHS), options.reach)
     headings = {domain: domain for domain in (names if options.joint else held)}
     if len(headings) > 1:

@@ -57,16 +57,16 @@ def run(options: Namespace) -> None:
     for lr in options.rates:
         check_rates(Namespace(lr=lr, weight_decay=options.weight_decay))
     work = {"path": prepared(options), "device": images.pick_device(options.device)}
-    folder = grid.open_run(options, "papers", (*runs.FREE, "jobs"))
+    folder = grid.open_run(options, "papers")
+    jobs = grid.jobs_of(options)
     tried = [{"method": m, "seed": 0, "lr": lr} for lr in options.rates for m in options.methods]
     rates = dict.fromkeys(options.methods, options.rates[0])
-    with grid.processes(options.jobs) as shared:
-        if len(options.rates) > 1:
-            tries = shared(partial(train_one, options=options, rates=None, **work))
-            for record in sorted(grid.run_cells(folder, tried, *tries), key=accuracy):
-                rates[record["cell"]["method"]] = record["cell"]["lr"]
-        final = shared(partial(train_one, options=options, rates=rates, **work))
-        records = grid.run_cells(folder, grid.cells(options), *final)
+    if len(options.rates) > 1:
+        tries = partial(train_one, options=options, rates=None, **work)
+        for record in sorted(grid.run_cells(folder, tried, tries, jobs), key=accuracy):
+            rates[record["cell"]["method"]] = record["cell"]["lr"]
+    final = partial(train_one, options=options, rates=rates, **work)
+    records = grid.run_cells(folder, grid.cells(options), final, jobs)
     grid.finish(folder, tabulated(records))
 
 
@@ -104,6 +104,7 @@ def network(classes: int, width: int, size: int) -> nn.Module:
 
 def train_one(
     cell: grid.Cell,
+    _log: grid.Log,
     options: Namespace,
     rates: dict[str, float] | None,
     path: Path,
@@ -207,7 +208,6 @@ def add_options(parser: Parser) -> None:
     add("--norm", type=int, choices=(1, 2, 3), default=1, help="which of the three is replaced")
     add("--width", type=count, default=64, help="channels of the first convolution; then 2x, 4x")
     add("--amp", action="store_true", help="bfloat16 by autocast")
-    add("--jobs", type=count, default=1, metavar="N", help="trainings at once, in N processes")
 
 
 main = partial(grid.command, "papers", __doc__, add_options, run)

@@ -15,7 +15,7 @@ call everything background scores next to nothing, as the report says.
 
 from argparse import Namespace
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def run(options: Namespace) -> None:
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         return train_one(cell, scenes(cell["seed"]), options, device, log, folder)
 
-    records = grid.run_cells(folder, grid.cells(options), train)
+    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
     data = scenes(0)
     title = f"sources {', '.join(data.sources)}; targets {', '.join(data.targets)}"
     targets = {f"on_{name}": name for name in data.targets}
@@ -133,9 +133,7 @@ def loader(options: Namespace) -> Callable[[int], Scenes]:
     sources = options.source or ["gravel", "grass"]
     targets = options.target or ["brick", "moon"]
     counts = SMOKE_COUNTS if options.smoke else COUNTS
-    return lru_cache(1)(
-        lambda seed: make_scenes(sources, targets, options.image_size, seed, counts)
-    )
+    return grid.Latest(lambda seed: make_scenes(sources, targets, options.image_size, seed, counts))
 
 
 def build(method: str, data: Scenes, seed: int, options: Namespace) -> nn.Module:

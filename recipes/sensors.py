@@ -21,7 +21,7 @@ import statistics
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,13 @@ def run(options: Namespace) -> None:
     check_rates(options)
     device = images.pick_device(options.device)
 
-    @lru_cache(maxsize=1)  # the seed is the outer loop
+    @grid.Latest  # the seed is the outer loop
     def data_of(seed: int) -> DomainData:
         return seen(load(options, seed), seed)
 
     data_of(0)  # what is wrong with images is said before a run is made
     folder = grid.open_run(options, "sensors")
+    jobs = grid.jobs_of(options)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         data = data_of(cell["seed"])
@@ -80,9 +81,9 @@ def run(options: Namespace) -> None:
             for method in options.methods
             for factor in (1 / 3, 1, 3)
         ]
-        for record in sorted(grid.run_cells(folder, tried, train), key=known_mean):
+        for record in sorted(grid.run_cells(folder, tried, train, jobs), key=known_mean):
             rates[record["cell"]["method"]] = record["cell"]["lr"]
-    records = grid.run_cells(folder, grid.cells(options), train)
+    records = grid.run_cells(folder, grid.cells(options), train, jobs)
     headings = {**{name: name for name in SENSORS}, "mean": "mean"}
     more = {"gain": "more than bn"} | ({"lr": "rate, 1e-3"} if options.tune else {})
     grid.show(folder, tabulated(records), headings, "accuracy by sensor", more)

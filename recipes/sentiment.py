@@ -91,7 +91,7 @@ def run(options: Namespace) -> None:
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         return train_one(cell, data, len(words) + 2, options, device, log)
 
-    records = grid.run_cells(folder, grid.cells(options), train)
+    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
     grid.draw_points(folder / "results.png", records, ACCURACIES, "sentences, by norm")
     most = data["target"].labels.bincount().max().item() / len(data["target"].labels)
     note = f"Of the product sentences {100 * most:.1f} % are of the larger class."

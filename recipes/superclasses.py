@@ -28,7 +28,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -71,7 +71,7 @@ def run(options: Namespace) -> None:
     if options.superclasses is None:
         options.superclasses = list(DIGITS if options.data is None else PACS)
 
-    @lru_cache(maxsize=1)  # the seed is the outer loop
+    @grid.Latest  # the seed is the outer loop
     def data_of(seed: int) -> DomainData:
         return with_superclasses(images.load_mixed(options, seed), options.superclasses)
 
@@ -82,7 +82,7 @@ def run(options: Namespace) -> None:
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         return train_one(cell, data_of(cell["seed"]), options, device, log)
 
-    records = grid.run_cells(folder, grid.cells(options), train)
+    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
     rows = [*records, *masked(records)]
     title = f"superclasses as contexts: {options.model}, {options.image_size} px"
     grid.draw_points(folder / "results.png", rows, FIGURES, title)

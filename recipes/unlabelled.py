@@ -123,7 +123,7 @@ def run(
         averaged, figures = fit(model, step, options, seed, log)
         return {**measure(averaged, loader), **figures}
 
-    records = grid.run_cells(folder, grid.cells(options), train)
+    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
     grid.show(folder, records, headings, title, COUNTED)
 
 

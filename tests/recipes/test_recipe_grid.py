@@ -141,3 +141,28 @@ def test_a_picture_shows_every_run(tmp_path, monkeypatch):
     assert sorted(shown) == [20, 20, 21, 21]
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def fails_once(cell, log):
+    if cell == CELLS[1]:
+        raise ValueError("of this training")
+    return train(cell, log)
+
+
+def test_processes_keep_what_went_well_and_raise_what_did_not(tmp_path):
+    folder = grid.open_run(options(tmp_path), "toy")
+    with pytest.raises(ValueError, match="of this training"):
+        grid.run_cells(folder, CELLS, fails_once, jobs=2)
+
+    kept = [record["cell"] for record in grid.read_lines(folder / grid.RESULTS)]
+    assert sorted(map(str, kept)) == sorted(map(str, [CELLS[0], *CELLS[2:]]))
+    records = grid.run_cells(folder, CELLS, train, jobs=2)
+    assert [record["cell"] for record in records] == CELLS
+    assert len(grid.read_lines(folder / grid.EPOCHS)) == len(CELLS)
+
+
+def test_trainings_share_the_cores_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid.torch, "get_num_threads", lambda: 3)
+    assert grid.jobs_of(options(tmp_path, "--device", "cpu")) == 3
+    assert grid.jobs_of(options(tmp_path, "--device", "cpu", "--jobs", "2")) == 2
+    assert grid.jobs_of(options(tmp_path, "--device", "cpu", "--smoke")) == 1
