@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import grid, images, methods
+from . import grid, images, methods, reports
 from .corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
 from .data import TEST_BATCH, DomainData, Loader
 from .options import Parser, of_cell
@@ -84,14 +84,14 @@ def run(options: Namespace) -> None:
         shown["mce"] = RELATIVE
     source = "digits" if options.data is None else options.data.resolve().name
     title = f"error on corrupted images: {source}, {options.model}, {options.image_size} px"
-    grid.draw_points(folder / "results.png", compared, FIGURES, title, "error, %")
+    reports.draw_points(folder / "results.png", compared, FIGURES, title, "error, %")
     text = "errors in %, means over families and severities; "
     text += "mean +- standard deviation over seeds\n"
     text += "mCE is a mean of ratios: a family in which bn is hardly ever wrong weighs as much as "
     text += "any, so a few more errors there can outweigh fewer errors in all\n\n"
-    text += grid.table(compared, shown) + "\n\nby family, severities together\n\n"
-    text += grid.table(compared, {name: name for name in FAMILIES})
-    grid.finish(folder, text + aside)
+    text += reports.table(compared, shown) + "\n\nby family, severities together\n\n"
+    text += reports.table(compared, {name: name for name in FAMILIES})
+    reports.finish(folder, text + aside)
 
 
 @torch.inference_mode()

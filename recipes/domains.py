@@ -25,7 +25,7 @@ from torch import nn
 
 import normswap
 
-from . import grid, images, methods, runs, scores
+from . import grid, images, methods, reports, runs, scores
 from .data import DomainData, Loader
 from .errors import RecipeError
 from .nearest import NearestDomain
@@ -85,7 +85,8 @@ def run(options: Namespace) -> None:
     more = {"trained": "domains trained on"}
     if options.joint:
         more = {"first": "mean after 1 epoch", "reached": f"epochs to {options.reach:g} %"}
-    grid.show(folder, rows, headings, "accuracy by domain", more)
+    compared = "mean" if len(headings) > 1 else None
+    reports.show(folder, rows, headings, "accuracy by domain", more, compared)
 
 
 def config_of(options: Namespace, held_out: str, seed: int) -> Namespace:

@@ -30,7 +30,7 @@ from torchvision.utils import save_image
 
 from normswap import plot
 
-from . import folders, gan, grid, images, runs
+from . import folders, gan, grid, images, reports, runs
 from .data import stratified_mask
 from .digits import draw
 from .errors import RecipeError
@@ -148,8 +148,8 @@ def run(options: Namespace) -> None:
     records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
     draw_epochs(folder, records, data.real)
     real = {"cell": {"method": "real"}, **data.real}
-    table = grid.table([real, *records], HEADINGS)
-    grid.finish(folder, f"{data.note}\n\n{table}")
+    table = reports.table([real, *records], HEADINGS)
+    reports.finish(folder, f"{data.note}\n\n{table}")
 
 
 def train_one(

@@ -10,7 +10,6 @@ runs/NAME/results.png
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from joblib import Parallel, delayed
-from tabulate import tabulate
 from tqdm import tqdm
 
 import normswap
@@ -31,7 +29,6 @@ from .errors import RecipeError
 from .options import Parser, count
 
 RESULTS, EPOCHS = "results.jsonl", "epochs.jsonl"
-MARKERS = "Ds^v"
 Cell = dict[str, Any]
 Log = Callable[[dict[str, Any]], None]
 Train = Callable[[Cell, Log], dict[str, Any]]
@@ -199,89 +196,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise RecipeError(f"cannot read {path}: {error}; delete it to run all again") from error
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Give mean and standard deviation over seeds as text."""
-    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
-def table(records: Sequence[dict[str, Any]], figures: dict[str, str]) -> str:
-    """Tabulate figures of each method as mean and standard deviation over its seeds."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        rows.setdefault(record["cell"]["method"], []).append(record)
-    lines = []
-    for method, group in rows.items():
-        found = [[r[name] for r in group if r.get(name) is not None] for name in figures]
-        texts = [spread(v) if v else "-" for v in found]
-        some = [f" ({len(v)} of {len(group)})" if 0 < len(v) < len(group) else "" for v in found]
-        lines.append([method, len(group), *(map("".join, zip(texts, some, strict=True)))])
-    return tabulate(
-        lines, ["method", "runs", *figures.values()], tablefmt="github", numalign="right"
-    )
-
-
-def draw_points(
-    path: Path,
-    records: Sequence[dict[str, Any]],
-    figures: dict[str, str],
-    title: str,
-    unit: str = "accuracy, %",
-) -> None:
-    """Draw a column a figure, and in it, for each method, its runs and their mean."""
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(record["cell"]["method"] for record in records))
-    wide = max(6.0, 1.5 + 0.2 * (len(names) + 1) * len(figures))
-    canvas = Figure(figsize=(wide, 4.2), dpi=120)
-    axes = canvas.subplots()
-    step = 0.8 / len(names)
-    for index, name in enumerate(names):
-        colour, label, marker = f"C{index % 10}", str(name), MARKERS[index // 10 % len(MARKERS)]
-        for column, key in enumerate(figures):
-            values = [
-                r[key] for r in records if r["cell"]["method"] == name and r.get(key) is not None
-            ]
-            if not values:
-                continue
-            x = column + (index - (len(names) - 1) / 2) * step
-            error = statistics.stdev(values) if len(values) > 1 else 0.0
-            axes.errorbar(
-                x, statistics.mean(values), error, fmt=marker, color=colour, label=label,
-                markersize=5, capsize=3,
-            )  # fmt: skip
-            label = None
-            axes.plot([x + 0.25 * step] * len(values), values, ".", color=colour, alpha=0.5)
-    axes.set_xticks(range(len(figures)), list(figures.values()))
-    axes.set_xlim(-0.5, len(figures) - 0.5)
-    for column in range(1, len(figures)):
-        axes.axvline(column - 0.5, color="0.85", linewidth=0.8)
-    axes.grid(axis="y", color="0.9")
-    axes.set_ylabel(unit)
-    axes.set_title(title)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), title="method")
-    with runs.atomic(path) as temporary:
-        canvas.savefig(temporary, format="png", bbox_inches="tight")
-
-
-def finish(folder: Path, text: str) -> None:
-    """Write and print the report."""
-    versions = runs.read_config(folder, "versions")
-    made = ", ".join(f"{k} {v}" for k, v in versions.items() if k != "command")
-    runs.write_text(folder / "report.txt", f"{versions['command']}\n{made}\n\n{text}\n")
-    print(text)
-    print(f"{folder} is complete")
-
-
-def show(
-    folder: Path,
-    records: Sequence[dict[str, Any]],
-    figures: dict[str, str],
-    title: str,
-    more: dict[str, str] | None = None,
-) -> None:
-    """End a run with a picture and a table of its figures, and in the table of `more`."""
-    draw_points(folder / "results.png", records, figures, title)
-    finish(folder, table(records, {**figures, **(more or {})}))

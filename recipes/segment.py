@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods
+from . import grid, images, methods, reports
 from .errors import RecipeError
 from .options import Parser, check_rates, count
 from .runs import atomic
@@ -111,17 +111,17 @@ def run(options: Namespace) -> None:
     title = f"sources {', '.join(data.sources)}; targets {', '.join(data.targets)}"
     targets = {f"on_{name}": name for name in data.targets}
     points = {"source": "sources", "target": "targets", **(targets if len(targets) > 1 else {})}
-    grid.draw_points(folder / "results.png", records, points, title, "mean IoU, %")
+    reports.draw_points(folder / "results.png", records, points, title, "mean IoU, %")
     rows = {m: torch.from_numpy(np.load(masks_of(folder, m))) for m in options.methods}
     draw_predictions(folder / "predictions.png", data, shown(data), rows, "test scenes, seed 0")
     each = {f"on_{name}": name for name in data.sources} | targets
     parts = [
         f"mean IoU, %; {title}; label unknown unless said",
-        grid.table(records, HEADINGS),
-        grid.table(records, {"valid": "sources, validation", **each}),
+        reports.table(records, HEADINGS),
+        reports.table(records, {"valid": "sources, validation", **each}),
         background(data, TEST),
     ]
-    grid.finish(folder, "\n\n".join(parts))
+    reports.finish(folder, "\n\n".join(parts))
 
 
 def loader(options: Namespace) -> Callable[[int], Scenes]:

@@ -36,7 +36,7 @@ from torch import nn
 
 import normswap
 
-from . import grid, images, methods, scores
+from . import grid, images, methods, reports, scores
 from .data import TEST_BATCH, DomainData, Loader
 from .errors import RecipeError
 from .options import Parser, of_cell
@@ -85,13 +85,13 @@ def run(options: Namespace) -> None:
     records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
     rows = [*records, *masked(records)]
     title = f"superclasses as contexts: {options.model}, {options.image_size} px"
-    grid.draw_points(folder / "results.png", rows, FIGURES, title)
+    reports.draw_points(folder / "results.png", rows, FIGURES, title)
     text = "test accuracy, %; mean +- standard deviation over seeds\n\n"
-    text += grid.table(rows, FIGURES)
+    text += reports.table(rows, FIGURES)
     for record in records:
         if "clusters" in record and record["cell"]["seed"] == 0:
             text += f"\n\n{record['cell']['method']}, seed 0: {record['clusters']}"
-    grid.finish(folder, text)
+    reports.finish(folder, text)
 
 
 def train_one(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods
+from . import grid, images, methods, reports
 from .augment import colour, each, seeded
 from .data import DomainData, Loader
 from .errors import RecipeError
@@ -124,7 +124,7 @@ def run(
         return {**measure(averaged, loader), **figures}
 
     records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
-    grid.show(folder, records, headings, title, COUNTED)
+    reports.show(folder, records, headings, title, COUNTED)
 
 
 def forward(model: nn.Module, parts: Sequence[Tensor], contexts: Sequence[int]) -> list[Tensor]:

@@ -2,11 +2,9 @@ import json
 from argparse import Namespace
 
 import pytest
-from matplotlib.figure import Figure
 
 from recipes import grid, runs
 from recipes.errors import RecipeError
-from recipes.grid import draw_points
 from recipes.options import Parser
 
 
@@ -103,44 +101,6 @@ def test_cells_are_all_methods_of_a_seed_together_and_of_one_seed_in_a_smoke_tes
 def test_no_seeds_are_an_error(tmp_path):
     with pytest.raises(RecipeError, match="expected 1 or more, got 0"):
         options(tmp_path, "--seeds", "0")
-
-
-def test_the_table_is_of_mean_and_sample_deviation(tmp_path):
-    records = [{"cell": cell, **train(cell, lambda _: None)} for cell in CELLS]
-    text = grid.table(records, {"accuracy": "right, %", "none": "missing"})
-
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert rows[0] == ["method", "runs", "right, %", "missing"]
-    assert rows[2] == ["bn", "2", "20.5 +- 0.7", "-"]  # of 20 and 21: sqrt(0.5)
-
-
-def test_the_report_names_command_and_versions(tmp_path):
-    folder = grid.open_run(options(tmp_path), "toy")
-    grid.finish(folder, "a table")
-
-    report = (folder / "report.txt").read_text()
-    assert report.startswith("python -m recipes")
-    assert "torch" in report
-    assert report.endswith("a table\n")
-
-
-def test_a_picture_shows_every_run(tmp_path, monkeypatch):
-    shown = []
-    save = Figure.savefig
-
-    def spy(figure, *args, **kwargs):
-        dots = [line for line in figure.axes[0].lines if line.get_marker() == "."]
-        shown.extend(y for line in dots for y in line.get_ydata())
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", spy)
-    records = [{"cell": cell, **train(cell, lambda _: None)} for cell in CELLS]
-    path = tmp_path / "points.png"
-    draw_points(path, records, {"accuracy": "right", "none": "missing"}, "toy")
-
-    assert sorted(shown) == [20, 20, 21, 21]
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def fails_once(cell, log):
