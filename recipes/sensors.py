@@ -37,6 +37,7 @@ from . import grid, images, reports, scores
 from .augment import Augmentation
 from .data import DomainData, Loader, stratified_mask
 from .errors import RecipeError
+from .folders import OFFICIAL
 from .options import ByData, Parser, by_data, check_rates, count, of_cell
 from .training import takes_context
 
@@ -94,12 +95,12 @@ def load(options: Namespace, seed: int) -> DomainData:
     if options.data is None:
         return tiles(options.image_size, seed, options.limit or TILES)
     data = images.load(options)
-    if data.domain_names != ["test", "train"]:
+    if data.domain_names != OFFICIAL:
         raise RecipeError(
             f"expected --data {options.data} to hold the folders train and test, of CLASS/image, "
             f"got {', '.join(data.domain_names)}"
         )
-    return replace(data, test=data.domains == 0, train=data.domains == 1)
+    return data
 
 
 def tiles(size: int, seed: int, limit: int) -> DomainData:
