@@ -1,6 +1,6 @@
 """Ultralytics' own trainer: the camera of an image is in its file's name; then one is exported.
 
-python -m recipes.examples.ultralytics_cameras
+pip install ultralytics && python -m recipes.examples.ultralytics_cameras
 """
 
 import json
@@ -60,8 +60,7 @@ def write_scenes(folder):
 
 def main(folder="runs/examples/ultralytics"):
     """Train, and export for one camera; return the averaged model and its mAP50."""
-    folder = Path(folder).resolve()
-    write_scenes(folder)
+    write_scenes(folder := Path(folder).resolve())
     settings = {name: str(folder / f"{name}.yaml") for name in ("model", "data")}
     settings |= {"optimizer": "AdamW", "lr0": 0.01, "warmup_epochs": 0, "epochs": 16, "batch": 8}
     settings |= {"imgsz": 64, "workers": 0, "device": "cpu", "project": str(folder), "val": False}
