@@ -102,6 +102,26 @@ def test_torchao_quantises_a_specialised_model_as_the_original(tmp_path):
         normswap.convert(base, "cn", contexts=2)
 
 
+def test_quantised_after_training_a_specialised_model_stays_near():
+    fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    from torch.ao.quantization import get_default_qconfig_mapping
+
+    _, model = make()
+    plain = normswap.specialize(model, "a")
+    expected = plain(IMAGES).detach()
+    prepared = fx.prepare_fx(plain, get_default_qconfig_mapping(), (IMAGES,))
+    prepared(IMAGES)
+    found = fx.convert_fx(prepared)(IMAGES).detach()
+    assert float((found - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
+def test_a_specialised_model_is_traced_and_frozen():
+    _, model = make()
+    plain = normswap.specialize(model, "b")
+    frozen = torch.jit.freeze(torch.jit.trace(plain, IMAGES[:2]))
+    torch.testing.assert_close(frozen(IMAGES), outputs(model, context="b"), rtol=1e-4, atol=1e-5)
+
+
 def convolutions(base):
     return [n for n, m in base.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
 
