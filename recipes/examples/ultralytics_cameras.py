@@ -3,7 +3,6 @@
 pip install ultralytics && python -m recipes.examples.ultralytics_cameras
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -55,7 +54,7 @@ def write_scenes(folder):
         (folder / f"labels/{name}.txt").write_text(box)
     parts = {"train": "images/train", "val": "images/val", "names": ["square"]}
     for name, content in (("data", {"path": str(folder), **parts}), ("model", MODEL)):
-        (folder / f"{name}.yaml").write_text(json.dumps(content))
+        (folder / f"{name}.yaml").write_text(str(content))  # YAML reads it
 
 
 def main(folder="runs/examples/ultralytics"):
@@ -69,8 +68,9 @@ def main(folder="runs/examples/ultralytics"):
     trainer.train()
     model, score = trainer.ema.ema.float().eval(), trainer.metrics["metrics/mAP50(B)"]
     plain = normswap.specialize(model, "day").fuse()  # of one camera: fuses and exports
+    plain.model[-1].export = True
     plain(images := torch.rand(2, 3, 64, 64))  # the head makes its anchors once
-    torch.jit.trace(plain, images, strict=False).save(folder / "day.pt")
+    torch.jit.trace(plain, images).save(folder / "day.pt")
     print(f"mAP50 {score:.3f}; exported to {folder}/day.pt")
     return model, score
 
