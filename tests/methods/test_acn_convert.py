@@ -165,7 +165,7 @@ def test_state_dict_saves_loads_and_copies(options):
 
 
 # Each assignment and each kind of statistics in both modes.
-@pytest.mark.parametrize(("options", "training"), zip(EVERY, [True, False] * 3, strict=True))
+@pytest.mark.parametrize(("options", "training"), list(zip(EVERY, [True, False] * 3, strict=True)))
 def test_compiles_into_one_graph(options, training):
     torch._dynamo.reset()
     _, model = make_net(training, **options)
