@@ -11,15 +11,6 @@ from tests.support.acn import ASSIGNMENTS, STATISTICS, make_bimodal
 from tests.support.builders import assert_close, make_batch
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # Steps of microseconds: a second thread waits longer than it works.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def train_on_bimodal(layer, steps):
     x, target = make_bimodal()
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)

@@ -6,4 +6,5 @@ import pytest
 def sampled(values, few):
     """Return parameters, all after the first few marked `exhaustive`."""
     values = list(values)
-    return values[:few] + [pytest.param(v, marks=pytest.mark.exhaustive) for v in values[few:]]
+    others = [v if isinstance(v, tuple) else (v,) for v in values[few:]]
+    return values[:few] + [pytest.param(*v, marks=pytest.mark.exhaustive) for v in others]
