@@ -25,6 +25,8 @@ def test_the_smallest_member_with_norms_stands_for_a_family():
     assert smallest_members(names, 1, 60, float("inf")) == ["resnet18", "vgg13_bn"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_one_architecture_of_every_family_of_timm_is_converted(tmp_path, capsys):
     options = ["--smallest-per-family", "--structure", "--blocks", "1", "--workers", "1"]
     out = tmp_path / "out"
@@ -43,6 +45,7 @@ FAMILIES = [
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_architectures_of_many_families_convert_right(tmp_path, capsys):
     options = ["--blocks", "1", "--workers", "1", "--memory-gb", "8", "--out", str(tmp_path / "o")]
     code = main(["--filter", *FAMILIES, *options])
