@@ -22,14 +22,10 @@ from tests.support.sampling import sampled
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["finetune", "--smoke", "--model", "test_resnet", "--image-size", "16"]
-FILES = [
-    "checkpoint.pt",
-    "config.json",
-    "curves.png",
-    "metrics.jsonl",
-    "model.safetensors",
-    "report.txt",
-]
+FILES = ["checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"]
+FILES += ["model.safetensors", "report.txt"]
+# One of each kind of state: of contexts, of components, of a schedule beside statistics.
+METHODS = sorted(normswap.methods(), key=lambda name: name not in ("cn", "acn", "cnsn"))
 
 
 def finetune_quickly(out: Path, *options: str) -> int:
@@ -153,10 +149,6 @@ def test_autocast_trains(tmp_path):
     # At 16 px the last maps are one pixel, and there the gradient of a strided 3x3 convolution in
     # bfloat16 is not finite in some calls on the CPU (torch 2.14.1).
     assert finetune_quickly(tmp_path, "--name", "run", "--amp", "--image-size", "48") == 0
-
-
-# One of each kind of state: of contexts, of components, of a schedule beside statistics.
-METHODS = sorted(normswap.methods(), key=lambda name: name not in ("cn", "acn", "cnsn"))
 
 
 @pytest.mark.parametrize("method", sampled(METHODS, 3))
