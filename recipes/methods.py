@@ -16,6 +16,12 @@ import normswap
 from .training import takes_context
 
 FROZEN = "-frozen"
+# Settings of a method that recipes know by a name of their own.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cn-first": ("cn", {"select": "first"}),
+    "cn-shared": ("cn", {"affine": "shared"}),
+    "cn-x-batch": ("cn-x", {"statistics": "batch"}),
+}
 
 
 def base_of(method: str) -> str:
@@ -27,7 +33,8 @@ def convert(
     model: nn.Module, method: str, contexts: Sequence[str] | int | None, **settings: Any
 ) -> nn.Module:
     """Convert a model; as long as it is not trained, it computes the same function."""
-    name = base_of(method)
+    name, variant = VARIANTS.get(base_of(method), (base_of(method), {}))
+    settings = {**variant, **settings}
     if name in normswap.methods():
         labelled = normswap.get_method(name).needs_context
         model = normswap.convert(model, name, contexts=contexts if labelled else None, **settings)

@@ -1,5 +1,6 @@
 """How often a model is right on the images that test, by what it is told of their contexts."""
 
+import statistics
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ HEADINGS = {
     "pooled": "unknown: pooled",
     "posterior": "unknown: posterior",
 }
+
+KNOWN = HEADINGS["known"]
 
 
 def own(batch: Batch) -> Tensor:
@@ -72,6 +75,51 @@ def by_label(
         normswap.set_unknown(model, policy)
         found[policy] = accuracy(model, loader, indices)
     return found
+
+
+class Surest(nn.Module):
+    """Answers as the context that is surest of an image."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normswap.most_confident(self.model, x)[0]
+
+
+def by_told(
+    model: nn.Module, measure: Callable[[nn.Module, Label | None], dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Measure a model by what it is told: its own contexts, or nothing, by each policy.
+
+    One that takes no contexts has what is measured under "".
+    """
+    if not takes_context(model):
+        return {"": measure(model, None)}
+    found = {KNOWN: measure(model, own)}
+    for policy in POLICIES:
+        normswap.set_unknown(model, policy)
+        found[HEADINGS[policy]] = measure(model, None)
+    return {**found, "unknown: most confident": measure(Surest(model), None)}
+
+
+def known_mean(record: dict[str, Any]) -> float:
+    """Give the mean of what `by_told` found in a training, told the contexts if they are taken."""
+    found = record["accuracy"]
+    return statistics.mean(found.get(KNOWN, found.get("")).values())
+
+
+def rows_by_told(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give one record for a method, what it is told, and a seed, of `by_told` and the rate."""
+    rows = []
+    for record in records:
+        method, seed = record["cell"].values()
+        for told, accuracy in record["accuracy"].items():
+            cell = {"method": f"{method}, {told}" if told else method, "seed": seed}
+            mean = statistics.mean(accuracy.values())
+            rows.append({"cell": cell, **accuracy, "mean": mean, "lr": 1000 * record["lr"]})
+    return rows
 
 
 def by_domain(
