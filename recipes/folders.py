@@ -139,7 +139,7 @@ def list_folder(root: Path, flat: bool = False) -> tuple[Files, int | None]:
     return files, split
 
 
-def decode(paths: Sequence[Path], size: int, workers: int) -> Tensor:
-    """Decode images into one uint8 tensor (N, 3, size, size), in the order of `paths`."""
+def decode(paths: Sequence[Path], size: int | tuple[int, int], workers: int) -> Tensor:
+    """Decode images into one uint8 tensor (N, 3, H, W), in the order of `paths`."""
     pixels = torch.from_numpy(decoding.decode(paths, size, workers))
     return pixels.permute(0, 3, 1, 2).contiguous()

@@ -21,14 +21,14 @@ of the weights after the last step. With --tune each method's rate is a third of
 threefold, by the last fifth of the training images; what tests is read once, after that.
 """
 
+import copy
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
@@ -40,48 +40,42 @@ from . import grid, images, methods, reports, scores, unlabelled
 from .errors import RecipeError, check_names
 from .options import Parser, count, of_cell, resolve
 from .scenes import IGNORED, TEST, TRAIN, VALID, Scenes
-from .scenes_folder import read_sites, without_validation
+from .scenes_folder import read_sites
 from .training import takes_context
 from .weights import EFFICIENTNET_LITE0, NARROW, SCRATCH, make_features
 
 METHODS = ("bn", "cn", "cn-first", "cn-x", "cn-x-batch")
-FILL = 8  # batches from which new norms get their first statistics
-ADAPT = 32  # batches of patches that a site is adapted to
+FILL, ADAPT = 8, 32  # batches that give new norms their statistics, and that a site is adapted to
 WHOLE = 4  # whole images a forward
 
 
 class UNet(nn.Module):
-    """Features of a backbone, coarse to fine, each joined by those of twice the size."""
+    """Features of a backbone, the coarsest first, enlarged and joined by the next finer ones."""
 
     def __init__(self, options: Namespace) -> None:
         super().__init__()
-        given = options.pretrained, options.weights
-        self.backbone = make_features(options.model, options.levels, *given)
+        start = options.pretrained, options.weights
+        self.backbone = make_features(options.model, options.levels, *start)
         skips = [3, *self.backbone.feature_info.channels()]
-        above, joins = skips[-1], []
-        for skip in reversed(skips[:-1]):
+        above, self.joins = skips.pop(), nn.ModuleList()
+        for skip in reversed(skips):
             wide = max(skip, options.width)
-            joins.append(nn.Sequential(
-                nn.Conv2d(above + skip, wide, 3, padding=1, bias=False),
-                nn.BatchNorm2d(wide), nn.ReLU(),
-            ))  # fmt: skip
+            convolution = nn.Conv2d(above + skip, wide, 3, padding=1, bias=False)
+            self.joins.append(nn.Sequential(convolution, nn.BatchNorm2d(wide), nn.ReLU()))
             above = wide
-        self.joins = nn.ModuleList(joins)
         self.head = nn.Conv2d(above, 2, 1)
-        self.register_buffer(
-            "mean", torch.tensor(self.backbone.pretrained_cfg["mean"])[:, None, None]
-        )
-        self.register_buffer(
-            "std", torch.tensor(self.backbone.pretrained_cfg["std"])[:, None, None]
-        )
+        for name in ("mean", "std"):
+            made_for = torch.tensor(self.backbone.pretrained_cfg[name])
+            self.register_buffer(name, made_for[:, None, None])
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Give scores (N, 2, H, W) of images (N, 3, H, W) in [0, 1]."""
         x = (pictures - self.mean) / self.std
         skips = [x, *self.backbone(x)]
-        x = skips[len(self.joins)]
-        for i in range(len(self.joins)):  # by number, as in `segment.FCN`
-            skip = skips[len(self.joins) - 1 - i]
+        last = len(self.joins)
+        x = skips[last]
+        for i in range(last):  # by number, as in `segment.FCN`
+            skip = skips[last - 1 - i]
             x = self.joins[i](torch.cat([F.interpolate(x, skip.shape[-2:]), skip], 1))
         return self.head(x)
 
@@ -90,23 +84,191 @@ def run(options: Namespace) -> None:
     if options.model is None and options.weights != EFFICIENTNET_LITE0:
         options.model = NARROW
     resolve(options, steps=2, batch_size=4, image_size=64, patch=32, limit=5)
+    if options.patch > options.image_size:
+        raise RecipeError(f"expected --patch of at most {options.image_size}, got {options.patch}")
     device = images.pick_device(options.device)
     data = read_sites(options.data, options.image_size, options.limit)
     if options.adapt is not None:
         check_names("--adapt to be one of the sites", [options.adapt], data.sources)
-    if not options.patch <= options.image_size:
-        raise RecipeError(f"expected --patch of at most {options.image_size}, got {options.patch}")
+        if frozen := [m for m in options.methods if m.endswith(methods.FROZEN)]:
+            raise RecipeError(f"expected methods that adapt with --adapt, got {', '.join(frozen)}")
     for method in options.methods:  # what cannot be converted is said before a run is made
-        build(method, options, data, 0)
+        build(of_cell(options, method=method, seed=0), data)
     folder = grid.open_run(options, "multisite")
 
     def train(rates: dict[str, float], cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         config = of_cell(options, **{"lr": rates.get(cell["method"]), **cell})
-        return train_one(without_validation(data) if "lr" in cell else data, config, device, log)
+        return train_one(data, VALID if "lr" in cell else TEST, config, device, log)
 
-    records = grid.tuned(folder, options, train, lambda r: mean(told(r["dice"]).values()))
-    headings = {**{name: name for name in data.sources}, "mean": "mean"}
-    rows = reports.by_told(records, "dice")
-    auc = reports.table(reports.by_told(records, "auc"), headings, "mean")
-    reports.show(folder, rows, headings, "Dice by site, %", {"lr": "rate, 1e-3"}, "mean")
-    print("AUC, %\n" + auc)
+    records = grid.run_tuned(folder, options, train, scores.known_mean, grid.rates_of(options))
+    headings, more = {name: name for name in data.sources}, {"lr": "rate, 1e-3"}
+    compared = "mean" if options.adapt is None else "others"
+    headings[compared] = "mean" if options.adapt is None else f"all but {options.adapt}"
+    if options.adapt is None:
+        more |= {f"auc_{name}": f"AUC {name}" for name in data.sources}
+    rows = scores.rows_by_told(records)
+    reports.show(folder, rows, headings, "Dice of vessels, %", more, compared)
+
+
+def contexts_of(config: Namespace, data: Scenes) -> list[str]:
+    """Give the sites that train."""
+    return data.sources if config.adapt is None else [config.adapt]
+
+
+def among(data: Scenes, parts: Sequence[int], names: Sequence[str]) -> Tensor:
+    """Give the indices of the images of these parts of these sites."""
+    return torch.cat([data.where(p, data.sources.index(name)) for p in parts for name in names])
+
+
+def build(config: Namespace, data: Scenes) -> nn.Module:
+    """Build the network and convert it; by seed every method starts as the same function."""
+    torch.manual_seed(config.seed)
+    names = contexts_of(config, data)
+    try:
+        model = UNet(config)
+        given = copy.deepcopy(model.backbone.state_dict())
+        # A new BatchNorm claims mean 0 and variance 1; a norm that learns its statistics would
+        # start from that claim.
+        normswap.update_stats(model, unlabelled_patches(data, names, config, FILL), progress=False)
+    except (RuntimeError, AssertionError, IndexError, AttributeError) as error:
+        raise RecipeError(
+            f"{config.model} gives no feature maps {config.levels} of patches of {config.patch} px "
+            f"({str(error).splitlines()[0]}); try other --levels, --patch or --model"
+        ) from error
+    if config.pretrained or config.weights != SCRATCH:
+        model.backbone.load_state_dict(given)
+    if config.method.endswith(methods.FROZEN):  # the decoder is new: it has nothing to keep
+        methods.convert(model.backbone, config.method, None)
+        return model
+    return methods.convert(model, config.method, names, verify=False)
+
+
+def patches(
+    data: Scenes, chosen: Tensor, config: Namespace, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw a batch of patches of these images, mirrored at random: pixels, masks and sites."""
+    draw = partial(torch.randint, generator=torch.Generator().manual_seed(seed))
+    size, line = config.batch_size, torch.arange(config.patch)
+    picked = chosen[draw(len(chosen), (size,))]
+    rows, columns = (draw(s - config.patch + 1, (size, 1)) + line for s in data.masks.shape[1:])
+    columns = torch.where(draw(2, (size, 1)) == 1, columns.flip(1), columns)
+    at = picked[:, None, None], rows[:, :, None], columns[:, None, :]
+    pictures = data.images.permute(0, 2, 3, 1)[at].permute(0, 3, 1, 2).float() / 255
+    return pictures, data.masks[at].long(), data.domains[picked]
+
+
+def unlabelled_patches(
+    data: Scenes, names: Sequence[str], config: Namespace, batches: int
+) -> list[Tensor]:
+    """Draw batches of patches of the training images of these sites."""
+    chosen = among(data, (TRAIN, VALID), names)
+    return [patches(data, chosen, config, seed)[0] for seed in range(batches)]
+
+
+def train_one(
+    data: Scenes, part: int, config: Namespace, device: torch.device, log: grid.Log
+) -> dict[str, Any]:
+    """Train one model; give its Dice in per cent on a part, by what it is told, by site."""
+    model = build(config, data).to(device, memory_format=torch.channels_last)
+    names = contexts_of(config, data)
+    chosen = among(data, (TRAIN,) if part == VALID else (TRAIN, VALID), names)
+    labelled = takes_context(model)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.amp)
+
+    def step(model: nn.Module, index: int) -> unlabelled.Loss:
+        batch = patches(data, chosen, config, config.seed * 1_000_003 + index)
+        pictures, masks, sites = (t.to(device) for t in batch)
+        told = {"context": sites if len(names) > 1 else torch.zeros_like(sites)}
+        with autocast():
+            found = model(pictures, **(told if labelled else {})).float()
+        inside, vessels = masks != IGNORED, masks == 1
+        likely = found.softmax(1)[:, 1] * inside
+        dice = (2 * (likely * vessels).sum() + 1) / (likely.sum() + vessels.sum() + 1)
+        return F.cross_entropy(found, masks, ignore_index=IGNORED) + 1 - dice, {}
+
+    model, figures = unlabelled.fit(model, step, config, config.seed, log)
+    find = partial(probabilities, data=data, part=part, autocast=autocast)
+    record = {"lr": config.lr, **figures}
+    if config.adapt is not None:
+        return {
+            **record,
+            **(
+                adapted(model, data, config, find)
+                if part == TEST
+                else {"accuracy": {"": {name: dice_of(*find(model, None, name)) for name in names}}}
+            ),
+        }
+
+    def measure(model: nn.Module, label: scores.Label | None) -> dict[str, float]:
+        told = data.sources if label else [None] * len(data.sources)
+        return {n: dice_of(*find(model, c, n)) for c, n in zip(told, data.sources, strict=True)}
+
+    found = scores.by_told(model, measure)
+    told, more = next(iter(found)), {}
+    for name in data.sources:
+        likely, truth = find(model, name if labelled else None, name)
+        inside = truth != IGNORED
+        more[f"auc_{name}"] = 100 * roc_auc_score(truth[inside], likely[inside])
+    return {**record, "accuracy": found, "more": {told: more}}
+
+
+def adapted(model: nn.Module, data: Scenes, config: Namespace, find: Any) -> dict[str, Any]:
+    """Adapt a model to each other site; give Dice as it is, and adapted.
+
+    That of the site that trained is then the mean over the models, told the site if they take it.
+    """
+    home, labelled = config.adapt, takes_context(model)
+    before = {name: dice_of(*find(model, None, name)) for name in data.sources}
+    after, own = {}, []
+    for name in (name for name in data.sources if name != home):
+        changed, seen = copy.deepcopy(model), unlabelled_patches(data, [name], config, ADAPT)
+        if labelled:
+            normswap.add_context(changed, name, like=0)
+            normswap.adapt(changed, seen, name, progress=False)
+        else:
+            normswap.update_stats(changed, seen, progress=False)
+        after[name] = dice_of(*find(changed, name if labelled else None, name))
+        own.append(dice_of(*find(changed, home if labelled else None, home)))
+    others = {"": {"others": mean(v for k, v in before.items() if k != home)}}
+    others["adapted"] = {"others": mean(after.values())}
+    return {"accuracy": {"": before, "adapted": {home: mean(own), **after}}, "more": others}
+
+
+@torch.inference_mode()
+def probabilities(
+    model: nn.Module, context: str | None, site: str, data: Scenes, part: int, autocast: Any
+) -> tuple[Tensor, Tensor]:
+    """Give how likely each pixel is a vessel's, of the images of a part of a site, and masks."""
+    model.eval()
+    device = next(model.parameters()).device
+    told = {} if context is None else {"context": context}
+    chosen, found = among(data, (part,), [site]), []
+    for rows in chosen.split(WHOLE):
+        with autocast():
+            likely = model(data.images[rows].to(device).float() / 255, **told).float().softmax(1)
+        found.append(likely[:, 1].cpu())
+    return torch.cat(found), data.masks[chosen]
+
+
+def dice_of(likely: Tensor, masks: Tensor) -> float:
+    """Give the mean of the images' Dice coefficients, in per cent, at a probability of a half."""
+    found, truth = (likely > 0.5) & (masks != IGNORED), masks == 1
+    both, sizes = ((found & truth).sum((1, 2)), found.sum((1, 2)) + truth.sum((1, 2)))
+    return float((200 * both / sizes.clamp(min=1)).mean())
+
+
+def add_options(parser: Parser) -> None:
+    grid.add_methods(parser, METHODS, (*METHODS, "bn-frozen"))
+    parser.share("model", "pretrained", "tune", "amp", weights=SCRATCH, image_size=512, lr=3e-3)
+    parser.share(steps=200, batch_size=8, weight_decay=0.05)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder or zip SITE/{train,test}/{images,masks}")
+    add("--limit", type=count, metavar="N", help="images of each part of each site")
+    add("--adapt", metavar="SITE", help="train on this site alone, and adapt to the others")
+    add("--patch", type=count, default=96, help="pixels a side of what trains")
+    add("--levels", nargs="+", type=int, default=[0, 1, 2, 3], help="feature maps, finest first")
+    add("--width", type=count, default=8, help="channels at the least, of the decoder")
+    add("--ema", type=float, default=0.98, help="decay of the averaged weights")
+
+
+main = partial(grid.command, "multisite", __doc__, add_options, run)

@@ -111,14 +111,18 @@ def known_mean(record: dict[str, Any]) -> float:
 
 
 def rows_by_told(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give one record for a method, what it is told, and a seed, of `by_told` and the rate."""
+    """Give one record for a method, what it is told, and a seed.
+
+    It has what `by_told` found, the rate, and what the training has under "more" for that.
+    """
     rows = []
     for record in records:
         method, seed = record["cell"].values()
         for told, accuracy in record["accuracy"].items():
             cell = {"method": f"{method}, {told}" if told else method, "seed": seed}
             mean = statistics.mean(accuracy.values())
-            rows.append({"cell": cell, **accuracy, "mean": mean, "lr": 1000 * record["lr"]})
+            more = {"lr": 1000 * record["lr"], **record.get("more", {}).get(told, {})}
+            rows.append({"cell": cell, **accuracy, "mean": mean, **more})
     return rows
 
 
