@@ -5,6 +5,7 @@ evaluation does, and learns the affine (of `cn`, one a context). What such a row
 of doing without batch statistics; what `cn-frozen` gains on `bn-frozen` comes of contexts.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import normswap
+from normswap.errors import AdviceWarning
 
 from .training import takes_context
 
@@ -37,7 +39,10 @@ def convert(
     settings = {**variant, **settings}
     if name in normswap.methods():
         labelled = normswap.get_method(name).needs_context
-        model = normswap.convert(model, name, contexts=contexts if labelled else None, **settings)
+        told = contexts if labelled else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AdviceWarning)  # what it advises is what is compared
+            model = normswap.convert(model, name, contexts=told, **settings)
     if not method.endswith(FROZEN):
         return model
     if takes_context(model):

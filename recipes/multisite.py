@@ -189,21 +189,15 @@ def train_one(
     model, figures = unlabelled.fit(model, step, config, config.seed, log)
     find = partial(probabilities, data=data, part=part, autocast=autocast)
     record = {"lr": config.lr, **figures}
-    if config.adapt is not None:
-        return {
-            **record,
-            **(
-                adapted(model, data, config, find)
-                if part == TEST
-                else {"accuracy": {"": {name: dice_of(*find(model, None, name)) for name in names}}}
-            ),
-        }
+    if config.adapt is not None and part == TEST:
+        return {**record, **adapted(model, data, config, find)}
 
     def measure(model: nn.Module, label: scores.Label | None) -> dict[str, float]:
-        told = data.sources if label else [None] * len(data.sources)
-        return {n: dice_of(*find(model, c, n)) for c, n in zip(told, data.sources, strict=True)}
+        return {name: dice_of(*find(model, name if label else None, name)) for name in names}
 
-    found = scores.by_told(model, measure)
+    found = scores.by_told(model, measure, part == TEST)
+    if part == VALID:
+        return {**record, "accuracy": found}
     told, more = next(iter(found)), {}
     for name in data.sources:
         likely, truth = find(model, name if labelled else None, name)
@@ -259,13 +253,13 @@ def dice_of(likely: Tensor, masks: Tensor) -> float:
 
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, METHODS, (*METHODS, "bn-frozen"))
-    parser.share("model", "pretrained", "tune", "amp", weights=SCRATCH, image_size=512, lr=3e-3)
+    parser.share("model", "pretrained", "tune", "amp", weights=SCRATCH, image_size=320, lr=3e-3)
     parser.share(steps=200, batch_size=8, weight_decay=0.05)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder or zip SITE/{train,test}/{images,masks}")
     add("--limit", type=count, metavar="N", help="images of each part of each site")
     add("--adapt", metavar="SITE", help="train on this site alone, and adapt to the others")
-    add("--patch", type=count, default=96, help="pixels a side of what trains")
+    add("--patch", type=count, default=64, help="pixels a side of what trains")
     add("--levels", nargs="+", type=int, default=[0, 1, 2, 3], help="feature maps, finest first")
     add("--width", type=count, default=8, help="channels at the least, of the decoder")
     add("--ema", type=float, default=0.98, help="decay of the averaged weights")

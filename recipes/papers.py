@@ -38,7 +38,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normswap
-from normswap.errors import AdviceWarning
 
 from . import grid, images, methods, reports, runs, sensors
 from .data import validation
@@ -121,12 +120,10 @@ def train_one(
     # A norm that learns its statistics must not start from what a fresh BatchNorm claims.
     torch.optim.swa_utils.update_bn((x for x, *_ in islice(batches(-1), 8)), model)
     if config.method in METHODS:
-        settings = {"components": config.contexts} if config.method == "acn" else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AdviceWarning)  # of norms trained before
-            model = methods.convert(
-                model, config.method, data.domain_names, select=f"norm{config.norm}", **settings
-            )
+        settings: dict[str, Any] = {"select": f"norm{config.norm}"}
+        if config.method == "acn":
+            settings["components"] = config.contexts
+        model = methods.convert(model, config.method, data.domain_names, **settings)
     model.to(memory_format=torch.channels_last)
     told = takes_context(model)
     steps = max(1, len(chosen) // config.batch_size)

@@ -89,15 +89,19 @@ class Surest(nn.Module):
 
 
 def by_told(
-    model: nn.Module, measure: Callable[[nn.Module, Label | None], dict[str, float]]
+    model: nn.Module,
+    measure: Callable[[nn.Module, Label | None], dict[str, float]],
+    unknown: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """Measure a model by what it is told: its own contexts, or nothing, by each policy.
+    """Measure a model by what it is told: its own contexts, and nothing, by each policy.
 
     One that takes no contexts has what is measured under "".
     """
     if not takes_context(model):
         return {"": measure(model, None)}
     found = {KNOWN: measure(model, own)}
+    if not unknown:
+        return found
     for policy in POLICIES:
         normswap.set_unknown(model, policy)
         found[HEADINGS[policy]] = measure(model, None)

@@ -65,7 +65,8 @@ def run(options: Namespace) -> None:
     def train(rates: dict[str, float], cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         data = data_of(cell["seed"])
         config = of_cell(options, **{"lr": rates.get(cell["method"]), **cell})
-        return train_one(validation(data) if "lr" in cell else data, config, device, log)
+        final = "lr" not in cell
+        return train_one(data if final else validation(data), config, device, log, final)
 
     rates = grid.rates_of(options)
     records = grid.run_tuned(folder, options, train, scores.known_mean, rates)
@@ -145,7 +146,7 @@ def network(classes: int, width: int = 16) -> nn.Module:
 
 
 def train_one(
-    data: DomainData, config: Namespace, device: torch.device, log: grid.Log
+    data: DomainData, config: Namespace, device: torch.device, log: grid.Log, final: bool
 ) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent, by what it is told, by context."""
     torch.manual_seed(config.seed)
@@ -157,7 +158,7 @@ def train_one(
     model.to(memory_format=torch.channels_last)
     images.train(config.method, model, loader, config, log)
     measure = partial(scores.by_domain, loader=loader, names=data.domain_names, amp=config.amp)
-    found = scores.by_told(model, lambda model, label: measure(model, label=label))
+    found = scores.by_told(model, lambda model, label: measure(model, label=label), final)
     return {"accuracy": found, "lr": config.lr}
 
 

@@ -63,7 +63,7 @@ def make_backbone(
 
 
 def make_features(name: str, levels: list[int], pretrained: bool, weights: str) -> nn.Module:
-    """Build a model that gives its feature maps at these levels; arguments as of `make_backbone`."""
+    """Build a model that gives its feature maps at these levels; see `make_backbone`."""
     known, settings = VARIANTS.get(name, (name, {}))
     model = timm.create_model(
         known, pretrained=pretrained, features_only=True, out_indices=levels, **settings
