@@ -15,6 +15,7 @@ from .data import Batch, Loader
 from .training import Arm, takes_context
 
 POLICIES = ("pooled", "posterior")
+KNOWN = "known"
 # Gives the context labels that a model is told for a batch.
 Label = Callable[[Batch], Tensor | int]
 HEADINGS = {
@@ -23,8 +24,6 @@ HEADINGS = {
     "pooled": "unknown: pooled",
     "posterior": "unknown: posterior",
 }
-
-KNOWN = HEADINGS["known"]
 
 
 def own(batch: Batch) -> Tensor:
@@ -104,8 +103,8 @@ def by_told(
         return found
     for policy in POLICIES:
         normswap.set_unknown(model, policy)
-        found[HEADINGS[policy]] = measure(model, None)
-    return {**found, "unknown: most confident": measure(Surest(model), None)}
+        found[policy] = measure(model, None)
+    return {**found, "most confident": measure(Surest(model), None)}
 
 
 def known_mean(record: dict[str, Any]) -> float:

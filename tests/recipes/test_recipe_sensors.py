@@ -5,9 +5,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from recipes import sensors
+from recipes import scores, sensors
 from recipes.__main__ import main
-from recipes.sensors import SENSORS, sense, tabulated
+from recipes.sensors import SENSORS, sense
 
 
 def read(path) -> list[dict]:
@@ -32,7 +32,7 @@ def test_the_smoke_setting_chooses_rates_and_tells_every_sensor(tmp_path):
     assert [r["cell"]["lr"] for r in tried] == pytest.approx(rates * 3)
     for record in final:
         known = {
-            r["cell"]["lr"]: sensors.known_mean(r)
+            r["cell"]["lr"]: scores.known_mean(r)
             for r in tried
             if r["cell"]["method"] == record["cell"]["method"]
         }
@@ -96,10 +96,10 @@ def test_every_answer_of_a_training_is_a_row():
         return {"cell": {"method": method, "seed": 0}, "accuracy": accuracy, "lr": 0.002}
 
     told = {"colour": 30.0, "night": 40.0}
-    rows = tabulated([
+    rows = scores.rows_by_told([
         record("bn", {"": {"colour": 10.0, "night": 20.0}}),
-        record("cn", {sensors.KNOWN: told, "pooled": {"colour": 1.0, "night": 3.0}}),
+        record("cn", {scores.KNOWN: told, "pooled": {"colour": 1.0, "night": 3.0}}),
     ])  # fmt: skip
     assert [(r["cell"]["method"], r["mean"]) for r in rows] == [
-        ("bn", 15), (f"cn, {sensors.KNOWN}", 35), ("cn, pooled", 2),
+        ("bn", 15), (f"cn, {scores.KNOWN}", 35), ("cn, pooled", 2),
     ]  # fmt: skip
