@@ -130,7 +130,7 @@ def build(config: Namespace, data: Scenes) -> nn.Module:
         # A new BatchNorm claims mean 0 and variance 1; a norm that learns its statistics would
         # start from that claim.
         normswap.update_stats(model, unlabelled_patches(data, names, config, FILL), progress=False)
-    except (RuntimeError, AssertionError, IndexError, AttributeError) as error:
+    except (normswap.NormswapError, RuntimeError, IndexError, AttributeError) as error:
         raise RecipeError(
             f"{config.model} gives no feature maps {config.levels} of patches of {config.patch} px "
             f"({str(error).splitlines()[0]}); try other --levels, --patch or --model"

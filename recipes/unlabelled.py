@@ -112,8 +112,11 @@ def run(
             f"{int((here & data.test).sum()):,} test images of {options.image_size} px"
         )
 
+    # Labels of other domains than the first must have no say in what is left out.
+    groups = torch.where(data.domains == 0, data.labels, len(data.classes) + data.domains)
+
     def train(rates: dict[str, float], cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        seed, part = cell["seed"], validation(data) if "lr" in cell else data
+        seed, part = cell["seed"], validation(data, groups) if "lr" in cell else data
         config = of_cell(options, **{"lr": rates.get(cell["method"]), **cell})
         model, loader, _ = images.build(config, part, seed, device, fill=False)
         views = Views(loader)

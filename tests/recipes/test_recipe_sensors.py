@@ -53,6 +53,19 @@ def test_a_zip_trains_on_its_train_and_tests_on_its_test(split, tmp_path):
     assert data.images[data.test, 0].unique().tolist() == [100]
 
 
+def test_domains_with_a_split_are_the_contexts(split, tmp_path):
+    for domain in ("day", "night"):
+        shutil.copytree(split, tmp_path / "domains" / domain)
+    given = ["--smoke", "--data", str(tmp_path / "domains"), "--image-size", "16", "--no-flip"]
+    given += ["--methods", "bn", "cn", "cn-x", "--name", "run", "--out", str(tmp_path / "runs")]
+    assert main(["sensors", *given]) == 0
+
+    results = read(tmp_path / "runs" / "run" / "results.jsonl")
+    found = [accuracy for r in results for accuracy in r["accuracy"].values()]
+    assert len(found) == 9
+    assert all(set(accuracy) == {"day", "night"} for accuracy in found)
+
+
 def test_a_folder_without_a_split_is_an_error(folder, tmp_path, capsys):
     assert main(["sensors", "--data", str(folder), "--out", str(tmp_path / "runs")]) == 2
     assert "to hold the folders train and test, of CLASS/image, got day" in capsys.readouterr().err
