@@ -79,7 +79,7 @@ def stratified_mask(groups: Tensor, fraction: float, generator: torch.Generator)
 
 
 def validation(data: DomainData, groups: Tensor | None = None) -> DomainData:
-    """Let a fifth of the training images of each group, or class, test in place of those that do."""
+    """Let a fifth of the training images of each group (class) test in place of those that do."""
     groups = torch.where(data.train, data.labels if groups is None else groups, -1)
     chosen = data.train & stratified_mask(groups, 0.2, torch.Generator().manual_seed(0))
     return replace(data, train=data.train & ~chosen, test=chosen)
