@@ -38,6 +38,7 @@ METHODS = {
     "crossnorm": ("crossnorm", "ce"),
     "selfnorm": ("selfnorm", "ce"),
     "cnsn": ("cnsn", "ce"),
+    "mixstyle": ("mixstyle", "ce"),
     "crossnorm+jsd": ("crossnorm", "jsd"),
     "cnsn+jsd": ("cnsn", "jsd"),
     "bn+augmix": ("bn", "augmix"),

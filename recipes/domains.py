@@ -97,24 +97,7 @@ def config_of(options: Namespace, held_out: str, seed: int) -> Namespace:
 def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Module:
     """Convert the model; every method computes the same function before it is trained."""
     settings: dict[str, Any] = {"assignment": "instance"} if method == "acn" else {}
-    if method == "mixstyle":
-        settings = after_early_stages(model)
     return methods.convert(model, method, contexts, verify=False, **settings)
-
-
-def after_early_stages(model: nn.Module) -> dict[str, Any]:
-    """Return where MixStyle's authors have it: after layer1 and layer2 of a ResNet.
-
-    Raises:
-        RecipeError: the model does not say which its stages are.
-    """
-    stages = [i["module"] for i in getattr(model, "feature_info", ()) if i["reduction"] in (4, 8)]
-    if not stages:
-        raise RecipeError(
-            f"expected a timm model with stages of reduction 4 and 8 for mixstyle, got "
-            f"{type(model).__name__}; leave mixstyle out of --methods"
-        )
-    return {"placement": "output", "select": stages}
 
 
 def train_one(
