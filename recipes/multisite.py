@@ -12,9 +12,9 @@ neither with a mask of the field of view.
     cn-x        a learned mean and spread for each site, no statistics of the batch
     cn-x-batch  BatchNorm, then each site's learned mean and spread (`statistics="batch"`)
 
-With --adapt SITE it trains on that site alone and sees images of the others without masks: `as is`
-they are taken for the site's own; `adapted` has statistics of theirs, re-estimated in a BatchNorm
-(AdaBN), or in a context that is added for them, which leaves the site's own answers as they were.
+With --adapt SITE it trains on that site alone, and is tested on the others as it is, and `adapted`
+to their training images, without masks: BatchNorm by statistics estimated anew (AdaBN), methods
+with contexts by one that is added, which leaves the answers for the site's own images as they were.
 
 By seed all methods have the same start, patches and order; the model tested is the moving average
 of the weights after the last step. With --tune each method's rate is a third of --lr, it, or its
@@ -44,9 +44,10 @@ from .scenes_folder import read_sites
 from .training import takes_context
 from .weights import EFFICIENTNET_LITE0, NARROW, SCRATCH, make_features
 
+TRAINING = TRAIN, VALID
 METHODS = ("bn", "cn", "cn-first", "cn-x", "cn-x-batch")
 FILL, ADAPT = 8, 32  # batches that give new norms their statistics, and that a site is adapted to
-WHOLE = 4  # whole images a forward
+WHOLE, NARROWEST = 4, 8  # whole images a forward; channels of the decoder at the least
 
 
 class UNet(nn.Module):
@@ -59,7 +60,7 @@ class UNet(nn.Module):
         skips = [3, *self.backbone.feature_info.channels()]
         above, self.joins = skips.pop(), nn.ModuleList()
         for skip in reversed(skips):
-            wide = max(skip, options.width)
+            wide = max(skip, NARROWEST)
             convolution = nn.Conv2d(above + skip, wide, 3, padding=1, bias=False)
             self.joins.append(nn.Sequential(convolution, nn.BatchNorm2d(wide), nn.ReLU()))
             above = wide
@@ -101,23 +102,17 @@ def run(options: Namespace) -> None:
         return train_one(data, VALID if "lr" in cell else TEST, config, device, log)
 
     records = grid.run_tuned(folder, options, train, scores.known_mean, grid.rates_of(options))
-    headings, more = {name: name for name in data.sources}, {"lr": "rate, 1e-3"}
-    compared = "mean" if options.adapt is None else "others"
-    headings[compared] = "mean" if options.adapt is None else f"all but {options.adapt}"
-    if options.adapt is None:
-        more |= {f"auc_{name}": f"AUC {name}" for name in data.sources}
-    rows = scores.rows_by_told(records)
-    reports.show(folder, rows, headings, "Dice of vessels, %", more, compared)
+    headings = {name: name for name in data.sources if name != options.adapt} | {"mean": "mean"}
+    aside = {f"auc_{name}": f"AUC {name}" for name in data.sources}
+    if options.adapt is not None:
+        aside = {options.adapt: f"{options.adapt}, its own"}
+    rows, more = scores.rows_by_told(records), {"lr": "rate, 1e-3", **aside}
+    reports.show(folder, rows, headings, "Dice of vessels, %", more, "mean")
 
 
 def contexts_of(config: Namespace, data: Scenes) -> list[str]:
     """Give the sites that train."""
     return data.sources if config.adapt is None else [config.adapt]
-
-
-def among(data: Scenes, parts: Sequence[int], names: Sequence[str]) -> Tensor:
-    """Give the indices of the images of these parts of these sites."""
-    return torch.cat([data.where(p, data.sources.index(name)) for p in parts for name in names])
 
 
 def build(config: Namespace, data: Scenes) -> nn.Module:
@@ -129,7 +124,8 @@ def build(config: Namespace, data: Scenes) -> nn.Module:
         given = copy.deepcopy(model.backbone.state_dict())
         # A new BatchNorm claims mean 0 and variance 1; a norm that learns its statistics would
         # start from that claim.
-        normswap.update_stats(model, unlabelled_patches(data, names, config, FILL), progress=False)
+        fill = [patches(data, names, TRAINING, config, seed)[0] for seed in range(FILL)]
+        normswap.update_stats(model, fill, progress=False)
     except (normswap.NormswapError, RuntimeError, IndexError, AttributeError) as error:
         raise RecipeError(
             f"{config.model} gives no feature maps {config.levels} of patches of {config.patch} px "
@@ -144,9 +140,10 @@ def build(config: Namespace, data: Scenes) -> nn.Module:
 
 
 def patches(
-    data: Scenes, chosen: Tensor, config: Namespace, seed: int
+    data: Scenes, names: Sequence[str], parts: Sequence[int], config: Namespace, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a batch of patches of these images, mirrored at random: pixels, masks and sites."""
+    """Draw a batch of patches of parts of these sites, mirrored at random: pixels, masks, sites."""
+    chosen = torch.cat([data.where(p, data.sources.index(name)) for p in parts for name in names])
     draw = partial(torch.randint, generator=torch.Generator().manual_seed(seed))
     size, line = config.batch_size, torch.arange(config.patch)
     picked = chosen[draw(len(chosen), (size,))]
@@ -157,26 +154,17 @@ def patches(
     return pictures, data.masks[at].long(), data.domains[picked]
 
 
-def unlabelled_patches(
-    data: Scenes, names: Sequence[str], config: Namespace, batches: int
-) -> list[Tensor]:
-    """Draw batches of patches of the training images of these sites."""
-    chosen = among(data, (TRAIN, VALID), names)
-    return [patches(data, chosen, config, seed)[0] for seed in range(batches)]
-
-
 def train_one(
     data: Scenes, part: int, config: Namespace, device: torch.device, log: grid.Log
 ) -> dict[str, Any]:
     """Train one model; give its Dice in per cent on a part, by what it is told, by site."""
     model = build(config, data).to(device, memory_format=torch.channels_last)
-    names = contexts_of(config, data)
-    chosen = among(data, (TRAIN,) if part == VALID else (TRAIN, VALID), names)
-    labelled = takes_context(model)
+    names, labelled = contexts_of(config, data), takes_context(model)
+    parts = (TRAIN,) if part == VALID else TRAINING
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.amp)
 
     def step(model: nn.Module, index: int) -> unlabelled.Loss:
-        batch = patches(data, chosen, config, config.seed * 1_000_003 + index)
+        batch = patches(data, names, parts, config, config.seed * 1_000_003 + index)
         pictures, masks, sites = (t.to(device) for t in batch)
         told = {"context": sites if len(names) > 1 else torch.zeros_like(sites)}
         with autocast():
@@ -207,25 +195,29 @@ def train_one(
 
 
 def adapted(model: nn.Module, data: Scenes, config: Namespace, find: Any) -> dict[str, Any]:
-    """Adapt a model to each other site; give Dice as it is, and adapted.
+    """Adapt a model to each other site; give its Dice as it is, and adapted.
 
-    That of the site that trained is then the mean over the models, told the site if they take it.
+    Beside it is that of the site that trained, after all adaptations its mean over them.
     """
     home, labelled = config.adapt, takes_context(model)
-    before = {name: dice_of(*find(model, None, name)) for name in data.sources}
-    after, own = {}, []
-    for name in (name for name in data.sources if name != home):
-        changed, seen = copy.deepcopy(model), unlabelled_patches(data, [name], config, ADAPT)
+
+    def dice(model: nn.Module, context: str, site: str) -> float:
+        return dice_of(*find(model, context if labelled else None, site))
+
+    others = [name for name in data.sources if name != home]
+    before, after, own = {name: dice(model, home, name) for name in others}, {}, []
+    for name in others:
+        changed = copy.deepcopy(model)
+        seen = [patches(data, [name], TRAINING, config, seed)[0] for seed in range(ADAPT)]
         if labelled:
-            normswap.add_context(changed, name, like=0)
+            normswap.add_context(changed, name, like=home)
             normswap.adapt(changed, seen, name, progress=False)
         else:
             normswap.update_stats(changed, seen, progress=False)
-        after[name] = dice_of(*find(changed, name if labelled else None, name))
-        own.append(dice_of(*find(changed, home if labelled else None, home)))
-    others = {"": {"others": mean(v for k, v in before.items() if k != home)}}
-    others["adapted"] = {"others": mean(after.values())}
-    return {"accuracy": {"": before, "adapted": {home: mean(own), **after}}, "more": others}
+        after[name] = dice(changed, name, name)
+        own.append(dice(changed, home, home))
+    more = {"": {home: dice(model, home, home)}, "adapted": {home: mean(own)}}
+    return {"accuracy": {"": before, "adapted": after}, "more": more}
 
 
 @torch.inference_mode()
@@ -236,7 +228,7 @@ def probabilities(
     model.eval()
     device = next(model.parameters()).device
     told = {} if context is None else {"context": context}
-    chosen, found = among(data, (part,), [site]), []
+    chosen, found = data.where(part, data.sources.index(site)), []
     for rows in chosen.split(WHOLE):
         with autocast():
             likely = model(data.images[rows].to(device).float() / 255, **told).float().softmax(1)
@@ -261,7 +253,6 @@ def add_options(parser: Parser) -> None:
     add("--adapt", metavar="SITE", help="train on this site alone, and adapt to the others")
     add("--patch", type=count, default=64, help="pixels a side of what trains")
     add("--levels", nargs="+", type=int, default=[0, 1, 2, 3], help="feature maps, finest first")
-    add("--width", type=count, default=8, help="channels at the least, of the decoder")
     add("--ema", type=float, default=0.98, help="decay of the averaged weights")
 
 
