@@ -161,21 +161,19 @@ def train_one(
     model = build(config, data).to(device, memory_format=torch.channels_last)
     names, labelled = contexts_of(config, data), takes_context(model)
     parts = (TRAIN,) if part == VALID else TRAINING
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.amp)
 
     def step(model: nn.Module, index: int) -> unlabelled.Loss:
         batch = patches(data, names, parts, config, config.seed * 1_000_003 + index)
         pictures, masks, sites = (t.to(device) for t in batch)
         told = {"context": sites if len(names) > 1 else torch.zeros_like(sites)}
-        with autocast():
-            found = model(pictures, **(told if labelled else {})).float()
+        found = model(pictures, **(told if labelled else {})).float()
         inside, vessels = masks != IGNORED, masks == 1
         likely = found.softmax(1)[:, 1] * inside
         dice = (2 * (likely * vessels).sum() + 1) / (likely.sum() + vessels.sum() + 1)
         return F.cross_entropy(found, masks, ignore_index=IGNORED) + 1 - dice, {}
 
     model, figures = unlabelled.fit(model, step, config, config.seed, log)
-    find = partial(probabilities, data=data, part=part, autocast=autocast)
+    find = partial(probabilities, data=data, part=part)
     record = {"lr": config.lr, **figures}
     if config.adapt is not None and part == TEST:
         return {**record, **adapted(model, data, config, find)}
@@ -183,7 +181,7 @@ def train_one(
     def measure(model: nn.Module, label: scores.Label | None) -> dict[str, float]:
         return {name: dice_of(*find(model, name if label else None, name)) for name in names}
 
-    found = scores.by_told(model, measure, part == TEST)
+    found = scores.by_told(model, measure, scores.EVERY if part == TEST else ())
     if part == VALID:
         return {**record, "accuracy": found}
     told, more = next(iter(found)), {}
@@ -222,7 +220,7 @@ def adapted(model: nn.Module, data: Scenes, config: Namespace, find: Any) -> dic
 
 @torch.inference_mode()
 def probabilities(
-    model: nn.Module, context: str | None, site: str, data: Scenes, part: int, autocast: Any
+    model: nn.Module, context: str | None, site: str, data: Scenes, part: int
 ) -> tuple[Tensor, Tensor]:
     """Give how likely each pixel is a vessel's, of the images of a part of a site, and masks."""
     model.eval()
@@ -230,8 +228,7 @@ def probabilities(
     told = {} if context is None else {"context": context}
     chosen, found = data.where(part, data.sources.index(site)), []
     for rows in chosen.split(WHOLE):
-        with autocast():
-            likely = model(data.images[rows].to(device).float() / 255, **told).float().softmax(1)
+        likely = model(data.images[rows].to(device).float() / 255, **told).softmax(1)
         found.append(likely[:, 1].cpu())
     return torch.cat(found), data.masks[chosen]
 

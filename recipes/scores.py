@@ -3,7 +3,7 @@
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from .data import Batch, Loader
 from .training import Arm, takes_context
 
 POLICIES = ("pooled", "posterior")
-KNOWN = "known"
+KNOWN, SUREST = "known", "most confident"
+EVERY = (*POLICIES, SUREST)
+T = TypeVar("T")
 # Gives the context labels that a model is told for a batch.
 Label = Callable[[Batch], Tensor | int]
 HEADINGS = {
@@ -60,22 +62,6 @@ def accuracy(
     return 100 * int(parallel.total(hits)) / len(indices)
 
 
-def by_label(
-    model: nn.Module, loader: Loader, indices: Tensor, label: Label = own
-) -> dict[str, float]:
-    """Measure the accuracy by what a model is told: `known`, and by policy for what is not.
-
-    Of a model that takes no contexts there is `plain` alone.
-    """
-    if not takes_context(model):
-        return {"plain": accuracy(model, loader, indices)}
-    found = {"known": accuracy(model, loader, indices, label)}
-    for policy in POLICIES:
-        normswap.set_unknown(model, policy)
-        found[policy] = accuracy(model, loader, indices)
-    return found
-
-
 class Surest(nn.Module):
     """Answers as the context that is surest of an image."""
 
@@ -89,9 +75,9 @@ class Surest(nn.Module):
 
 def by_told(
     model: nn.Module,
-    measure: Callable[[nn.Module, Label | None], dict[str, float]],
-    unknown: bool = True,
-) -> dict[str, dict[str, float]]:
+    measure: Callable[[nn.Module, Label | None], T],
+    policies: Sequence[str],
+) -> dict[str, T]:
     """Measure a model by what it is told: its own contexts, and nothing, by each policy.
 
     One that takes no contexts has what is measured under "".
@@ -99,12 +85,24 @@ def by_told(
     if not takes_context(model):
         return {"": measure(model, None)}
     found = {KNOWN: measure(model, own)}
-    if not unknown:
-        return found
-    for policy in POLICIES:
-        normswap.set_unknown(model, policy)
-        found[policy] = measure(model, None)
-    return {**found, "most confident": measure(Surest(model), None)}
+    for policy in policies:
+        if policy in POLICIES:
+            normswap.set_unknown(model, policy)
+        found[policy] = measure(Surest(model) if policy == SUREST else model, None)
+    return found
+
+
+def by_label(
+    model: nn.Module, loader: Loader, indices: Tensor, label: Label = own
+) -> dict[str, float]:
+    """Measure the accuracy by what a model is told: `known`, and by policy for what is not.
+
+    Of a model that takes no contexts there is `plain` alone.
+    """
+    found = by_told(
+        model, lambda model, told: accuracy(model, loader, indices, told and label), POLICIES
+    )
+    return {told or "plain": value for told, value in found.items()}
 
 
 def known_mean(record: dict[str, Any]) -> float:

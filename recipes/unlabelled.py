@@ -52,7 +52,7 @@ def add_options(parser: Parser, plain: str, steps: int, batch: int) -> None:
     shown = ("bn", "cnsn", "cn", "cn-x") if plain == "labels-only" else ("bn", "cn", "cn-x")
     grid.add_methods(parser, (plain, *shown), known)
     parser.share(
-        "data", "weights", "limit", "tune",
+        "data", "weights", "limit", "tune", "amp",
         flip=True, image_size=ByData(24, 64), model=ByData(NARROW, EFFICIENTNET_LITE0_TIMM),
         steps=steps, batch_size=batch, lr=TUNED, weight_decay=0.05,
     )  # fmt: skip
@@ -159,12 +159,14 @@ def fit(
     optimizer, schedule = make_optimizer(model, options.lr, options.weight_decay, options.steps)
     ema = ModelEmaV3(model, decay=options.ema, use_warmup=True)
     every = max(1, options.steps // NOTES)
+    device = next(model.parameters()).device.type
     noted: list[dict[str, float]] = []
     model.train()
     for index in range(options.steps):
         torch.manual_seed(seed * 1_000_003 + index)
         schedule.step_update(index)
-        loss, figures = step(model, index)
+        with torch.autocast(device, torch.bfloat16, enabled=options.amp):
+            loss, figures = step(model, index)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

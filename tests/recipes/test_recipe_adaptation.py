@@ -47,7 +47,7 @@ def test_labels_of_the_target_change_no_training(tmp_path, monkeypatch):
 
 
 def test_labels_of_the_target_choose_no_rate(tmp_path, monkeypatch):
-    given = ["adaptation", "--smoke", "--tune", "--methods", "bn", "cn-x-batch"]
+    given = ["adaptation", "--smoke", "--tune", "--amp", "--methods", "bn", "cn-x-batch"]
     load = images.load
 
     def shuffled(*args, **kwargs):

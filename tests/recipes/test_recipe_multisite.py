@@ -73,7 +73,7 @@ def test_every_method_is_tested_on_each_site_by_what_it_is_told(sites, tmp_path)
 
 
 def test_rates_are_chosen_without_what_tests(sites, tmp_path):
-    given = ["--tune", "--methods", "bn", "cn"]
+    given = ["--tune", "--amp", "--methods", "bn", "cn"]
     spoilt = shutil.copytree(sites, tmp_path / "spoilt")
     for site, wide in (("east", 64), ("west", 56)):
         for path in (spoilt / site / "test" / "images").iterdir():
