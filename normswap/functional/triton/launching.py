@@ -25,10 +25,12 @@ def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) ->
         args: tensors, numbers and None.
         meta: constants, and options of Triton such as num_warps.
     """
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
+    device = x.device
+    index = device.index
+    if index is not None and index != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
             return launch(kernel, programs, x, *args, **meta)
-    kinds: list[Any] = [kernel, x.device.index, *meta.items()]
+    kinds: list[Any] = [kernel, index, *meta.items()]
     values: list[Any] = []
     for value in (x, *args):
         if isinstance(value, Tensor):
@@ -36,19 +38,24 @@ def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) ->
             values.append(place)
             # What a compiled program depends on: it reads aligned vectors, and takes 1 as constant.
             # A tensor elsewhere is of no kind that was compiled: Triton refuses it.
-            kinds.append((value.dtype, value.device, place % 16 == 0))
+            kinds += (value.dtype, value.device, place % 16 == 0)
         else:
             values.append(value)
-            kinds.append(float if isinstance(value, float) else (type(value), value))
+            kinds.append(float if isinstance(value, float) else value)
     key = tuple(kinds)
     found = _COMPILED.get(key)
-    if found is not None:
-        compiled, constants = found
-        compiled[(programs, 1, 1)](*values, *constants)
+    if found is None:
+        compiled = kernel[(programs,)](x, *args, **meta)
+        if compiled is not None:  # as the interpreter returns
+            if len(_COMPILED) >= _MOST:
+                del _COMPILED[next(iter(_COMPILED))]
+            _COMPILED[key] = compiled, [meta[name] for name in kernel.arg_names[len(values) :]]
         return None
-    compiled = kernel[(programs,)](x, *args, **meta)
-    if compiled is not None:  # as the interpreter returns
-        if len(_COMPILED) >= _MOST:
-            del _COMPILED[next(iter(_COMPILED))]
-        _COMPILED[key] = compiled, [meta[name] for name in kernel.arg_names[len(values) :]]
+    compiled, constants = found
+    stream = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
+    # As Triton itself goes on from here, without its hooks.
+    compiled.run(
+        *(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None),
+        *(*values, *constants),
+    )
     return None

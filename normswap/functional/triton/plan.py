@@ -107,10 +107,10 @@ class Rows(NamedTuple):
 
 
 def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
-    """Return what kernels take that have all contexts, (KP, BC) values, in a program.
+    """Return what kernels take that have all contexts, (KP, WC) values, in a program.
 
     There are as few programs as instances: eight warps each, where others have four.
     """
     rows = power(contexts)
     columns = min(_TILE // 2 // rows, 256, power(channels))
-    return {"KP": rows, "BN": max(1, min(16, _TILE // 2 // columns)), "BC": columns, "num_warps": 8}
+    return {"KP": rows, "WN": max(1, min(16, _TILE // 2 // columns)), "WC": columns, "num_warps": 8}

@@ -1,7 +1,7 @@
-"""Kernels for samples without a label that weigh the contexts, each sample for itself.
+"""What `cn_kernels` do for samples without a label that weigh the contexts, each for itself.
 
-A program takes one instance and all contexts, KP rows, BC channels at a time. The row of instance n
-in tables (K + N, C) is K + n. Those with a label, whose `index` is below K, are left out.
+A program takes one instance n and all contexts, KP rows, BC channels at a time. Its row in tables
+(K + N, C) is K + n.
 """
 
 import triton
@@ -32,10 +32,9 @@ def load_affine(weight, bias, priors, c, K, C, KP: tl.constexpr):
     return load_rows(weight, c, 0.0, K, C, KP) * root, load_rows(bias, c, 0.0, K, C, KP) * root
 
 
-@triton.jit(do_not_specialize=["K", "si", "S"])
+@triton.jit
 def weigh(
-    part_mean, part_var, index, si, mean, var, weight, bias, priors,
-    centre, scale, shift, weights, eps,
+    n, part_mean, part_var, mean, var, weight, bias, priors, centre, scale, shift, weights, eps,
     K, C, M, S, PART, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write the probability of each context, (N, K), and the map that they mix, about the mean.
@@ -44,10 +43,6 @@ def weigh(
     (v_c + (m_c - mu_kc)^2) / V_kc])``, ``scale = sum_k w_k A_k``, A_k = weight_k / sqrt(V_k), and
     ``shift = sum_k w_k (bias_k + (m - mu_k) A_k)``.
     """
-    n = tl.program_id(0).to(tl.int64)
-    if index is not None:
-        if tl.load(index + n * si) < K:
-            return
     # Parts are counted from the instance on: int32 divides at once.
     part_mean += n * S * C
     part_var += n * S * C
@@ -83,9 +78,9 @@ def weigh(
         tl.store(shift + row + c, tl.sum(w[:, None] * moved, 0), c < C)
 
 
-@triton.jit(do_not_specialize=["K", "si", "S"])
+@triton.jit
 def pull_weights(
-    first, second, index, si, mean, var, weight, bias, priors, centre, weights, spread, constant,
+    n, first, second, mean, var, weight, bias, priors, centre, weights, spread, constant,
     eps, K, C, M, S, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write what else than ``dy * scale`` dx has: ``spread (x - m) + constant``.
@@ -94,9 +89,6 @@ def pull_weights(
     ``dw_k = sum_c A_k (D2 + (m - mu_k) D1) + bias_k D1``, ``dl_k = w_k (dw_k - sum_j w_j dw_j)``,
     spread = -sum_k dl_k / (V_k M), constant = -sum_k dl_k (m - mu_k) / (V_k M).
     """
-    n = tl.program_id(0).to(tl.int64)
-    if tl.load(index + n * si) < K:
-        return
     first += n * S * C
     second += n * S * C
     k = tl.arange(0, KP)
