@@ -46,10 +46,7 @@ def tables(
     running ones. Of KP contexts, 0 for none, samples without a label weigh all.
     """
     program, own = tl.program_id(0), K * tl.cdiv(C, BC)
-    row = True
-    if KP > 0:
-        row = program < own
-    if row:
+    if KP == 0 or program < own:
         write_row(
             program, running_mean, running_var, batches, weight, bias, priors, parts, rows, found,
             low, high, eps, momentum, N, R, K, C, M, S, PART, BATCH, SORTED, KP > 0, BN, BC,
@@ -60,7 +57,7 @@ def tables(
             needed = tl.load(rows + n) >= K
         if needed:
             centre, scale, shift, rest = split(found, R, C)
-            _, _, _, _, _, _, weights = split_rest(rest, K, C)
+            weights = split_rest(rest, K, C)[6]
             weigh(
                 n, parts, parts + N.to(tl.int64) * S * C, running_mean, running_var, weight, bias,
                 priors, centre, scale, shift, weights, eps, K, C, M, S, PART, KP, WN, WC,
@@ -146,15 +143,14 @@ def apply_and_move(
     A launch after `tables` has read them for samples without a label.
     """
     apply(x, y, tables, rows, 1, R, K, C, C, M, sn, sm, sc, S, PART, BM, BC)
-    centre, _, _, rest = split(tables, R, C)
-    _, var, values, rates, _, _, _ = split_rest(rest, K, C)
-    width = tl.cdiv(C, BC)
+    rest, width = split_rest(split(tables, R, C)[3], K, C), tl.cdiv(C, BC)
+    var, values, rates = rest[1], rest[2], rest[3]
     for block in range(tl.program_id(0), K * width, tl.num_programs(0)):
         k, _, at, ok = take_row(block, C, BC)
         count, rate = tl.load(values + k), tl.load(rates + k)
         if count > 1.5:
             new = tl.load(var + at, ok, 0.0) * (count / (count - 1))
-            move(running_mean, tl.load(centre + at, ok, 0.0), rate, at, ok)
+            move(running_mean, tl.load(tables + at, ok, 0.0), rate, at, ok)
             move(running_var, new, rate, at, ok)
             if block % width == 0:
                 tl.store(batches + k, tl.load(batches + k) + 1)
@@ -183,10 +179,7 @@ def pull(
     constant = spread + R.to(tl.int64) * C
     centre, scale, _, rest = split(tables, R, C)
     inverse, _, values, _, known_mean, known_var, weights = split_rest(rest, K, C)
-    row = True
-    if KP > 0:
-        row = program < own
-    if row:
+    if KP == 0 or program < own:
         pull_row(
             program, dots, second, rows + N, rows + 2 * N, inverse, scale, values, priors, weights,
             known_mean, known_var, centre, dweight, dbias, spread, constant, low, high, eps,

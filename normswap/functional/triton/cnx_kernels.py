@@ -54,7 +54,8 @@ def pull(
     sigma_k: dmu = -A D1, dlog_sigma = -A D2; dweight = sum_k D2 / sigma_k, dbias = sum_k D1.
     """
     k, c, at, ok = take_row(tl.program_id(0), C, BC)
-    centre, scale, _, inverse = split(tables, K + 1, C)
+    lying = split(tables, K + 1, C)
+    centre, scale, inverse = lying[0], lying[1], lying[3]
     first, second = dots, dots + N.to(tl.int64) * S * C
     order, offsets = rows + N, rows + 2 * N
     if k < K:
@@ -67,10 +68,10 @@ def pull(
             # Samples without a label have a share of every context that is pooled.
             share = tl.load(priors + k).to(tl.float32) / add_priors(priors, low, high, BN)
             one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)
-            a = tl.load(scale + K * C + c, ok, 0.0)
-            r = tl.load(inverse + K * C + c, ok, 0.0)
+            pool = K.to(tl.int64) * C + c
+            a, r = tl.load(scale + pool, ok, 0.0), tl.load(inverse + pool, ok, 0.0)
             by_var = -0.5 * a * r * r * two
-            off = tl.load(mu + at, ok, 0.0).to(tl.float32) - tl.load(centre + K * C + c, ok, 0.0)
+            off = tl.load(mu + at, ok, 0.0).to(tl.float32) - tl.load(centre + pool, ok, 0.0)
             var = tl.exp(2 * tl.load(log_sigma + at, ok, 0.0).to(tl.float32))
             dm += share * (2 * off * by_var - a * one)
             dl += share * 2 * var * by_var
