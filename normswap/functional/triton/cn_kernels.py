@@ -56,11 +56,13 @@ def tables(
         if rows is not None:
             needed = tl.load(rows + n) >= K
         if needed:
-            centre, scale, shift, rest = split(found, R, C)
-            weights = split_rest(rest, K, C)[6]
+            weights = split_rest(split(found, R, C)[3], K, C)[6] + n * K
+            # Parts are counted from the instance on: int32 divides at once.
+            part_mean = parts + n * S * C
             weigh(
-                n, parts, parts + N.to(tl.int64) * S * C, running_mean, running_var, weight, bias,
-                priors, centre, scale, shift, weights, eps, K, C, M, S, PART, KP, WN, WC,
+                part_mean, part_mean + N.to(tl.int64) * S * C, running_mean, running_var, weight,
+                bias, priors, found + (K + n) * C, R.to(tl.int64) * C, weights, eps,
+                K, C, M, S, PART, KP, WN, WC,
             )  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def write_row(
     gain = tl.zeros([BC], tl.float32)
     bias_k = tl.zeros([BC], tl.float32)
     count = 0.0
-    if k < K:
+    if KEEP or k < K:
         root = tl.rsqrt(tl.load(priors + k).to(tl.float32))
         gain = tl.load(weight + at, ok, 0.0).to(tl.float32) * root
         bias_k = tl.load(bias + at, ok, 0.0).to(tl.float32) * root
