@@ -19,7 +19,7 @@ from normswap.functional.triton import cn_kernels, rows_kernels, sweeps
 from normswap.functional.triton.cn_formula import Norm as Norm
 from normswap.functional.triton.cn_formula import differentiate
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import Plan, Rows, cut_contexts, plan
+from normswap.functional.triton.plan import Rows, cut_contexts, plan
 from normswap.functional.triton.sorting import find_rows, sort_labels
 
 
@@ -29,7 +29,8 @@ class Cut(NamedTuple):
     Attributes:
         size: R, rows of centre, scale and shift: K + 1, or K + N where samples weigh the contexts.
         values: of all tables, float32; `cn_kernels.split_rest` says which.
-        numbers: what kernels over tables take as N, R, K, C, M, S and PART.
+        numbers: what kernels over tables take as N, R, K, C, M and S.
+        part: what they take as PART.
         blocks: what they take as BN, BC, KP, WN and WC.
         programs: of a launch over them.
     """
@@ -37,21 +38,25 @@ class Cut(NamedTuple):
     size: int
     values: int
     numbers: tuple[int, ...]
+    part: int
     blocks: dict[str, int]
     programs: int
 
 
 @lru_cache(maxsize=4096)
-def _cut(p: Plan, contexts: int, pools: bool, weighs: bool) -> Cut:
-    instances, channels, positions = p.shape
+def _cut(
+    instances: int, geometry: tuple[int, ...], contexts: int, pools: bool, weighs: bool
+) -> Cut:
+    channels, positions, *_, splits, part = geometry
     own = Rows(contexts + pools, channels)
     size, values = contexts + 1, 2 * (contexts + 1) * channels + 2 * _line(contexts)
     blocks, programs = {"KP": 0, "WN": 1, "WC": 1}, own.programs
     if weighs:
         size, values = contexts + instances, values + contexts * (2 * channels + instances)
         blocks, programs = cut_contexts(contexts, channels), own.programs + instances
-    numbers = (instances, size, contexts, channels, positions, p.splits, p.part)
-    return Cut(size, 3 * size * channels + values, numbers, {**own.blocks, **blocks}, programs)
+    numbers = (instances, size, contexts, channels, positions, splits)
+    values += 3 * size * channels
+    return Cut(size, values, numbers, part, {**own.blocks, **blocks}, programs)
 
 
 def _line(contexts: int) -> int:
@@ -71,7 +76,8 @@ def norm_contexts(
         note: called with the moments each context is normalised with and its number of values.
     """
     contexts, instances = norm.weight.shape[0], x.shape[0]
-    cut = _cut(plan(x), contexts, norm.pooled is not None, norm.weighs)
+    geometry = plan(x).geometry
+    cut = _cut(instances, geometry, contexts, norm.pooled is not None, norm.weighs)
     if not batched and not records((x, norm.weight, norm.bias)):
         index = None
         if norm.weighs and labels is not None:
@@ -99,7 +105,7 @@ def _make_tables(
         cn_kernels.tables,
         cut.programs,
         *(*norm.running, norm.batches, norm.weight, norm.bias, norm.priors, parts, index, found),
-        *(*(norm.pooled or (0, 0)), norm.eps, norm.momentum, *cut.numbers),
+        *(norm.pooled or (0, 0), norm.eps, norm.momentum, cut.numbers, cut.part),
         BATCH=batched,
         SORTED=ordered,
         **cut.blocks,
@@ -128,7 +134,7 @@ class _ContextNorm(Function):
             cn_kernels.apply_and_move,
             p.programs,
             *(x, y, tables, index, *norm.moved, norm.batches, cut.size, contexts),
-            *p.geometry,
+            p.geometry,
             **p.blocks,
         )
         return y
@@ -144,19 +150,19 @@ class _ContextNorm(Function):
             found = differentiate(x, norm, known, labels, ctx.batched, grads[0], needed[:3])
             return *found, *[None] * 5
         p, dy = plan(x), kernels.match(grads[0], x)
-        instances, size, contexts, channels, _, splits, _ = cut.numbers
+        instances, size, contexts, channels, _, splits = cut.numbers
         moves = needed[0] and (ctx.batched or norm.weighs)
         dx = torch.empty_like(x) if needed[0] else None
         room = 2 * channels * (instances * splits + (size if moves else 0))
         found = x.new_empty(room, dtype=torch.float32)
-        over_x = (found, tables, index, size, contexts, *p.geometry)
+        over_x = (found, tables, index, size, contexts, p.geometry)
         launch(rows_kernels.dots, p.programs, dy, x, None if moves else dx, *over_x, **p.blocks)
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
         launch(
             cn_kernels.pull,
             cut.programs,
             *(found, index, tables, weight, bias, priors, dweight, dbias),
-            *(*(norm.pooled or (0, 0)), norm.eps, *cut.numbers[:-1]),
+            *(norm.pooled or (0, 0), norm.eps, cut.numbers),
             MOVES=moves,
             WEIGHED=norm.weighs,
             **cut.blocks,

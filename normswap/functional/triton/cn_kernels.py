@@ -15,7 +15,7 @@ import triton.language as tl
 from normswap.functional.triton.pool_kernels import add_priors, pool
 from normswap.functional.triton.posterior_kernels import add_weighted_dots, pull_weights, weigh
 from normswap.functional.triton.rows_kernels import apply, split, take_row
-from normswap.functional.triton.tile import add_dots, add_moments
+from normswap.functional.triton.tile import add_dots, add_moments, find_parts_of
 
 
 @triton.jit
@@ -210,7 +210,7 @@ def pull_row(
     Of contexts whose moments are not the batch's, nothing else.
     """
     k, c, at, ok = take_row(program, C, BC)
-    lo, hi = tl.load(offsets + k) * S, tl.load(offsets + k + 1) * S
+    lo, hi = find_parts_of(offsets, k, S)
     one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)
     by_weight = tl.load(inverse + at, ok, 0.0) * two
     if MOVES:
@@ -219,11 +219,11 @@ def pull_row(
         minus = tl.load(scale + at, ok, 0.0) * share
         tl.store(spread + at, minus * tl.load(inverse + at, ok, 0.0) * by_weight, ok)
         tl.store(constant + at, minus * one, ok)
-    if k < K:
+    if WEIGHED or k < K:
         root = tl.sqrt(tl.load(priors + k).to(tl.float32))
         by_weight /= root
         by_bias = one / root
-        lo, hi = tl.load(offsets + K) * S, tl.load(offsets + K + 1) * S
+        lo, hi = find_parts_of(offsets, K, S)
         if WEIGHED:
             mu = tl.load(known_mean + at, ok, 0.0)
             one, two = add_weighted_dots(

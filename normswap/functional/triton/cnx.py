@@ -67,7 +67,7 @@ def _make_tables(
         cnx_kernels.tables,
         cut.programs,
         *(*learned, priors, index, found),
-        *(*(pooled or (0, 0)), x.shape[0], contexts, channels),
+        *(pooled or (0, 0), x.shape[0], contexts, channels),
         **cut.blocks,
     )
     return found
@@ -99,13 +99,13 @@ class _LearnedNorm(Function):
         dx = torch.empty_like(x) if needed[0] else None
         found = x.new_empty(2 * instances * p.splits * channels, dtype=torch.float32)
         given = (dy, x, dx, found, tables, index, contexts + 1, contexts)
-        launch(rows_kernels.dots, p.programs, *given, *p.geometry, **p.blocks)
+        launch(rows_kernels.dots, p.programs, *given, p.geometry, **p.blocks)
         pulled = [None if t is None else torch.empty_like(t) for t in learned]
         cut = Rows(contexts + (weight is not None), channels)
         launch(
             cnx_kernels.pull,
             cut.programs,
-            *(found, index, tables, mu, log_sigma, priors, *pulled, *(pooled or (0, 0))),
+            *(found, index, tables, mu, log_sigma, priors, *pulled, pooled or (0, 0)),
             *(instances, contexts, channels, p.splits),
             **cut.blocks,
         )

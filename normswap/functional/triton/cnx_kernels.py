@@ -5,7 +5,7 @@ import triton.language as tl
 
 from normswap.functional.triton.pool_kernels import add_priors, pool
 from normswap.functional.triton.rows_kernels import split, take_row
-from normswap.functional.triton.tile import add_dots, find_parts
+from normswap.functional.triton.tile import add_dots, find_parts, find_parts_of
 
 
 @triton.jit(do_not_specialize=["low", "high", "N", "K"])
@@ -59,11 +59,11 @@ def pull(
     first, second = dots, dots + N.to(tl.int64) * S * C
     order, offsets = rows + N, rows + 2 * N
     if k < K:
-        lo, hi = tl.load(offsets + k) * S, tl.load(offsets + k + 1) * S
+        lo, hi = find_parts_of(offsets, k, S)
         one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)
         a = tl.load(scale + at, ok, 0.0)
         dm, dl = -a * one, -a * two
-        lo, hi = tl.load(offsets + K) * S, tl.load(offsets + K + 1) * S
+        lo, hi = find_parts_of(offsets, K, S)
         if (lo < hi) & (low <= k) & (k < high):
             # Samples without a label have a share of every context that is pooled.
             share = tl.load(priors + k).to(tl.float32) / add_priors(priors, low, high, BN)

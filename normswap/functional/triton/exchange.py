@@ -41,7 +41,7 @@ def _exchange(x: Tensor, permutation: Tensor, axis: int, eps: float) -> tuple[Te
     launch(
         exchange_kernels.exchange,
         cut.programs,
-        *(x, y, *parts.unbind(), permutation, inverse, *kept, eps, *cut.geometry),
+        *(x, y, *parts.unbind(), permutation, inverse, *kept, eps, cut.geometry),
         **_blocks(cut, axis),
     )
     return y, inverse, kept
@@ -67,7 +67,7 @@ class _Exchange(Function):
         launch(
             exchange_kernels.differentiate,
             cut.programs,
-            *(dy, x, dx, *sums, inverse, *kept, *cut.geometry),
+            *(dy, x, dx, *sums, inverse, *kept, cut.geometry),
             **_blocks(cut, ctx.axis),
         )
         return dx, *[None] * 4

@@ -23,7 +23,7 @@ def part_stats(x: Tensor, index: Tensor | None = None, least: int = 0) -> Tensor
     p = plan(x)
     found = _room(x, p.splits)
     step = 0 if index is None else index.stride(0)
-    launch(tile.stats, p.programs, x, found, index, step, least, *p.geometry, **p.blocks)
+    launch(tile.stats, p.programs, x, found, index, step, least, p.geometry, **p.blocks)
     return found
 
 
@@ -49,7 +49,7 @@ def affine(
     """Return ``(x - centre) * scale + shift``, in the dtype and layout of x; None is 0."""
     p, y = plan(x), torch.empty_like(x)
     tables, rows = _address(x, index, centre, scale, shift)
-    launch(tile.apply, p.programs, x, y, *tables, *rows, *p.geometry, **p.blocks)
+    launch(tile.apply, p.programs, x, y, *tables, *rows, p.geometry, **p.blocks)
     return y
 
 
@@ -68,7 +68,7 @@ def affine_of(x: Tensor, tables: Tensor, labels: Tensor | None, size: int, conte
     stride = 0 if labels is None and size == contexts + 1 else x.shape[1]
     step = 0 if labels is None or labels.shape[0] == 1 else labels.stride(0)
     given = (x, y, tables, labels, step, size, contexts, stride)
-    launch(rows_kernels.apply, p.programs, *given, *p.geometry, **p.blocks)
+    launch(rows_kernels.apply, p.programs, *given, p.geometry, **p.blocks)
     return y
 
 
@@ -82,7 +82,7 @@ def part_dots(
     p, dx = plan(x), None if scale is None else torch.empty_like(x)
     found = _room(x, p.splits)
     tables, rows = _address(x, None, centre, scale)
-    launch(tile.dots, p.programs, dy, x, dx, found, *tables, *rows, *p.geometry, **p.blocks)
+    launch(tile.dots, p.programs, dy, x, dx, found, *tables, *rows, p.geometry, **p.blocks)
     return dx, found
 
 
@@ -104,7 +104,7 @@ def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tens
     """Return ``a * dy + b * (x - centre) + c`` in the dtype and layout of x."""
     p, dx = plan(x), torch.empty_like(x)
     tables, rows = _address(x, None, a, b, c, centre)
-    launch(tile.combine, p.programs, dy, x, dx, *tables, *rows, *p.geometry, **p.blocks)
+    launch(tile.combine, p.programs, dy, x, dx, *tables, *rows, p.geometry, **p.blocks)
     return dx
 
 

@@ -137,6 +137,12 @@ def add_dots(first, second, order, lo, hi, c, C, S, BN: tl.constexpr):
 
 
 @triton.jit
+def find_parts_of(offsets, k, S):
+    """Return which parts instances of context k have, first and last; int32 divides fast."""
+    return tl.load(offsets + k).to(tl.int32) * S, tl.load(offsets + k + 1).to(tl.int32) * S
+
+
+@triton.jit
 def find_parts(order, i, hi, c, C, S, BN: tl.constexpr):
     """Return where BN parts from the i-th on lie in (N, S, C), which of S they are, and a mask."""
     j = i + tl.arange(0, BN)
