@@ -74,8 +74,8 @@ class ContextNorm(ContextTables):
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
+        tables = (self.weight, self.bias, *self._buffers.values())
         if not (self.training and (self.synced or self.shrink)):
-            tables = (*self._parameters.values(), *self._buffers.values())
             triton = self.find_triton(x, unlabelled, *tables)
             if triton is not None:
                 return self._normalize_by_triton(triton, x, labels, unlabelled)
@@ -104,23 +104,21 @@ class ContextNorm(ContextTables):
         self, triton: Any, x: Tensor, labels: Tensor | None, unlabelled: bool
     ) -> Tensor:
         batched = labels is not None and self.training and not (self.frozen or self.stats_frozen)
-        # As attributes they would be looked for in several places, each time.
-        held: Any = {**self._parameters, **self._buffers}
-        buffers = running = Moments(held["running_mean"], held["running_var"])
+        buffers = running = Moments(self.running_mean, self.running_var)
         again = in_backward()
         if self.training and (again or may_run_again()):
             running = self._at_first_run(Moments(*(t.clone() for t in buffers)))
         together = sum_over_ddp() is not None
         weighs = self.weighs(unlabelled)
-        affine: list[Tensor] = [held["weight"], held["bias"]]
+        affine: list[Tensor] = [self.weight, self.bias]
         if self.shared_affine:
             affine = [t * self.priors.sqrt().unsqueeze(1) for t in affine]
         norm = triton.Norm(
             *affine,
-            held["priors"],
+            self.priors,
             running,
             buffers if batched and not (again or together) else None,
-            held["num_batches_tracked"],
+            self.num_batches_tracked,
             self.eps,
             self.momentum,
             None if weighs else self.pooled_contexts(unlabelled),
