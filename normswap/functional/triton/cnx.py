@@ -98,8 +98,8 @@ class _LearnedNorm(Function):
         instances, _, _ = p.shape
         dx = torch.empty_like(x) if needed[0] else None
         found = x.new_empty(2 * instances * p.splits * channels, dtype=torch.float32)
-        given = (dy, x, dx, found, tables, index, contexts + 1, contexts)
-        launch(rows_kernels.dots, p.programs, *given, p.geometry, **p.blocks)
+        over_x = (dy, x, dx, found, tables, index, contexts + 1, contexts)
+        launch(rows_kernels.dots, p.programs, *over_x, p.geometry, **p.blocks)
         pulled = [None if t is None else torch.empty_like(t) for t in learned]
         cut = Rows(contexts + (weight is not None), channels)
         launch(

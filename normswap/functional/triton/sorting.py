@@ -44,7 +44,7 @@ def sort_labels(labels: Tensor, contexts: int, own_rows: bool = False) -> Sorted
     def sort() -> SortedLabels:
         number = len(labels)
         packed = labels.new_empty(2 * number + contexts + 2)
-        rows, order, offsets = packed.split([number, number, contexts + 2])
+        rows, order, offsets = packed.split_with_sizes([number, number, contexts + 2])
         torch.remainder(labels, contexts + 1, out=rows)  # -1 becomes K
         found = torch.empty_like(rows)
         torch.sort(rows, stable=True, out=(found, order))
