@@ -112,18 +112,12 @@ def _thread(module: nn.Module, traced: list[Traced], paths: Paths, kinds: Any) -
     for path in traced:
         context = _add_context(path.graph)
         _pass_context(module, path.graph, context, calls)
-        for node, region in path.regions:
-            inner = _add_context(region.graph)
-            _pass_context(module, region.graph, inner, calls)
-            region.run = _compile(region.graph, name)
-            node.args = (*node.args, context)
     writes = {path.writes for path in traced if not path.failure}
     if len(writes) > 1:
         raise TraceFailure("changes a list or dict it is given in one branch only")
     own = own_forward_of(kinds, next(iter(writes)))
     run = join(traced, lambda graph: _compile(graph, name), own)
-    graphs = [g for path in traced for g in (path.graph, *(r.graph for _, r in path.regions))]
-    user_code = any(map(_calls_code, graphs))
+    user_code = any(_calls_code(path.graph) for path in traced)
     return Variant(
         run=run,
         guards=paths.guards,

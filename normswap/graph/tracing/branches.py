@@ -159,6 +159,5 @@ def end_at_question(tracer: ContainerTracer, error: Exception) -> None:
         raise TraceFailure(reason, methods) from error
     for node in reversed(nodes[last:]):
         result.graph.erase_node(node)
-    result.regions = [(node, region) for node, region in result.regions if node in nodes[:last]]
     result.outlined = [node for node in result.outlined if node in nodes[:last]]
     result.failure = reason

@@ -13,7 +13,6 @@ from normswap.graph.tracing.bytecode import is_compared
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.patches import Patches, ask_user_only, named_apply, stand_for
-from normswap.graph.tracing.region import trace_checkpointed
 from normswap.graph.tracing.stand_ins import symbolic_isinstance
 from normswap.graph.tracing.tracer import ContainerTracer
 from normswap.graph.tracing.value_kinds import any_leaf
@@ -34,12 +33,6 @@ class Session(Protocol):
 
 def patch_torch(patches: Patches, session: Session, original: Any) -> Callable[..., Any]:
     """Replace it; return what stands for `original`, torch's checkpoint."""
-
-    def checkpoint(function: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if session.tracer is None:
-            return original(function, *args, **kwargs)
-        return trace_checkpointed(session.tracer, function, args, kwargs)
-
     apply = vars(torch.autograd.Function)["apply"]
 
     def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +40,7 @@ def patch_torch(patches: Patches, session: Session, original: Any) -> Callable[.
             return apply.__get__(None, cls)(*args, **kwargs)
         return session.tracer.create_proxy("call_function", named_apply(cls), args, kwargs)
 
-    stand_in = stand_for(checkpoint, original)
+    stand_in = stand_for(_refuse(session, original, lambda *_: "uses checkpoint"), original)
     patches.set(torch.utils.checkpoint, "checkpoint", stand_in)
     patches.set(torch.autograd.Function, "apply", classmethod(apply_function))
     patches.set(torch.jit, "isinstance", symbolic_isinstance)

@@ -7,7 +7,6 @@ from torch import fx
 
 from normswap.graph.tracing.list_effects import Writes
 from normswap.graph.tracing.reads import Reads
-from normswap.graph.tracing.region import Region
 
 
 @dataclass
@@ -17,7 +16,6 @@ class Traced:
     Attributes:
         graph: its placeholders are the symbolic parts of the arguments, in order.
         reads: what must still hold for it to stand for the forward.
-        regions: checkpointed parts, each with the node of the graph that calls it.
         children: path of a submodule that is called -> whether it certainly returns a tensor.
         alike: whether it stands for containers of the same structure, too.
         outlined: nodes that call a method of the container.
@@ -31,7 +29,6 @@ class Traced:
 
     graph: fx.Graph
     reads: Reads = field(default_factory=Reads)
-    regions: list[tuple[fx.Node, Region]] = field(default_factory=list)
     children: dict[str, bool] = field(default_factory=dict)
     alike: bool = True
     outlined: list[fx.Node] = field(default_factory=list)
@@ -42,7 +39,7 @@ class Traced:
     failure: str = ""
 
     def copy(self) -> "Traced":
-        """Return a path with a graph of its own, to be changed; one without checkpointed parts."""
+        """Return a path with a graph of its own, to be changed."""
         graph = fx.Graph(tracer_cls=self.graph._tracer_cls)
         nodes: dict[fx.Node, Any] = {}
         output = graph.graph_copy(self.graph, nodes)

@@ -18,7 +18,6 @@ from normswap.graph.tracing.list_effects import Writes, hand_on, may_be_changed,
 from normswap.graph.tracing.method_calls import Outlined, find_changes, methods_running
 from normswap.graph.tracing.names import Names, returns_tensor
 from normswap.graph.tracing.reads import MISSING, Of
-from normswap.graph.tracing.region import Region
 from normswap.graph.tracing.symbol import MOST_QUESTIONS, Value, question_key, unpack
 from normswap.graph.tracing.traced import Traced
 from normswap.util.original_class import container_class
@@ -61,7 +60,6 @@ class ContainerTracer(fx.Tracer):
         self.graph = fx.Graph(tracer_cls=type(self))
         self.result = Traced(self.graph)
         self.reads = self.result.reads
-        self.region: Region | None = None
         self.texts: list[str] = []  # of symbolic values, so far for nothing known
         self._known: dict[Any, bool] = {}
         self._reshaped = 0
@@ -89,8 +87,6 @@ class ContainerTracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Answer whether a symbolic value is true, for this path."""
-        if self.region is not None:
-            raise TraceFailure("branches inside a checkpointed part on a value known when it runs")
         key = question_key(obj.node)
         key = key and (key, self._reshaped)
         if key in self._known:
@@ -122,11 +118,7 @@ class ContainerTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Turn an argument of a call into one of a node."""
         if isinstance(a, fx.Proxy):
-            if a.node.graph is self.graph:
-                return a.node
-            if self.region is None or a.node.graph is not self.result.graph:
-                raise TraceFailure("a checkpointed part is used outside of it")
-            return self.region.capture(a.node)
+            return a.node
         if isinstance(a, Tensor):
             if id(a) not in self._tensors:
                 raise TraceFailure("uses a tensor that is not an attribute of the module")

@@ -79,8 +79,7 @@ def test_a_checkpoint_taken_where_a_gradient_is_asked_for():
                 return checkpoint(self.b, torch.stack(features).sum(0), use_reentrant=False)
             return self.b(torch.stack(features).sum(0))
 
-    converted = check(Model())
-    assert not normswap.summary(converted).opaque
+    converted = check(Model(), opaque="uses checkpoint")
     separate(converted)
     gradients = []
     for needed in (True, False):
