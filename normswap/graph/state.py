@@ -12,7 +12,7 @@ from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.class_questions import check_question
 from normswap.graph.scope import Scope, scope_of
-from normswap.graph.tracing import NO_GUARDS, Guards, Kind, Writes, describe, rebuild
+from normswap.graph.tracing import NO_GUARDS, Guards, Kind, Writes, describe
 from normswap.util.original_class import STATE
 
 
@@ -82,7 +82,6 @@ class ContainerState:
         override: a forward that was set on the instance, if any.
         variants: ways to run it, by kinds of arguments.
         assumed: kinds that were traced before any call; calls may bring others.
-        planned: paths traced before, by kinds of arguments.
         insertions: layers inserted in its residual blocks.
         blocks: how many of those it had when they were inserted.
         before: name of a layer its first argument passes through first, if any.
@@ -107,7 +106,6 @@ class ContainerState:
         self.override: Callable[..., Any] | None = None
         self.variants: dict[tuple[Kind, ...], list[Variant]] = {}
         self.assumed: set[tuple[Kind, ...]] = set()
-        self.planned: dict[tuple[Kind, ...], Any] = {}
         self.insertions: tuple[InsertedLayer, ...] = ()
         self.blocks = 0
         self.before: str | None = None
@@ -140,7 +138,7 @@ class ContainerState:
     def __getstate__(self) -> dict[str, Any]:
         """Functions do not pickle; the kinds do, and each is traced again on loading."""
         kinds: dict[Any, list[Variant]] = {k: [] for k, found in self.variants.items() if found}
-        return {**self.__dict__, "variants": kinds, "planned": {}}
+        return {**self.__dict__, "variants": kinds}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ContainerState":
         """Copies share the graphs, which name modules by path."""
@@ -239,23 +237,3 @@ def untraced(module: nn.Module, reason: str) -> ConversionError:
         f"expected {vars(module)[STATE].fqn or 'the model'} to run as it was traced, since "
         f"layers are inserted in its residual blocks, but its forward {reason}"
     )
-
-
-def own_forward_of(kinds: tuple[Kind, ...], writes: Writes) -> Callable[..., Any]:
-    """Return a function of the symbolic parts of such arguments that calls `run_scoped`.
-
-    Args:
-        kinds: of the arguments.
-        writes: which of them it changes; their contents are returned beside the output.
-    """
-
-    def run(module: nn.Module, *leaves: Any) -> Any:
-        *given, context = leaves
-        supply = iter(given)
-        values = tuple([rebuild(kind, supply) for kind in kinds])
-        output = run_scoped(module, values, context)
-        if vars(module)[STATE].insertions:
-            raise untraced(module, "takes a branch that no graph stands for")
-        return (output, [values[i] for i, _ in writes]) if writes else output
-
-    return run

@@ -49,17 +49,6 @@ def find_changes(cls: type, method: str) -> tuple[set[str], set[str]]:
     return looked_up, stored
 
 
-def methods_running(root: nn.Module, frame: types.FrameType | None) -> list[str]:
-    """Return the methods of a container, other than forward, that this frame runs in."""
-    names = []
-    while frame is not None:
-        name = method_of(root, frame)
-        if name:
-            names.append(name)
-        frame = frame.f_back
-    return names
-
-
 def methods_failed(root: nn.Module, error: BaseException | None) -> list[str]:
     """Return the methods of a container that an error came out of, innermost first."""
     names: list[str] = []

@@ -1,7 +1,8 @@
 """What a forward read while it was traced: put back if it changed, compared before each run."""
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +97,19 @@ def walk(module: Any, path: Path) -> Any:
     return module
 
 
+@contextmanager
+def flipped(module: nn.Module, guards: Guards) -> Iterator[bool]:
+    """Put the modules whose mode was read into the other one; yield whether there are any."""
+    read = [walk(module, path) for path, name, _ in guards.attributes if name == "training"]
+    for part in read:
+        part.__dict__["training"] = not part.training
+    try:
+        yield bool(read)
+    finally:
+        for part in read:
+            part.__dict__["training"] = not part.training
+
+
 def _function(value: Any) -> Any:
     """Return the function of a bound method, and what stands behind a name while tracing."""
     value = getattr(value, "__func__", value)
@@ -178,22 +192,16 @@ class Reads:
                 restore(value, before)
         return changed
 
-
-def merge(reads: Iterable[Reads]) -> Guards:
-    """Return what must hold for everything that was read to be right."""
-    attributes, children, methods, names = {}, {}, {}, {}
-    for read in reads:
-        attributes.update(read.attributes)
-        children.update(read.children)
-        methods.update(read.methods)
-        names.update(read.names)
-    return Guards(
-        tuple((_split(path), name, value) for (path, name), value in attributes.items()),
-        tuple((_split(path), children[path]) for path in sorted(children)),
-        tuple((_split(path), name, f) for (path, name), f in methods.items()),
-        tuple(entry for entry in names.values() if not isinstance(entry[2], property)),
-        tuple(entry for entry in names.values() if isinstance(entry[2], property)),
-    )
+    def guards(self) -> Guards:
+        """Return what must hold for everything that was read to be right."""
+        names = self.names.values()
+        return Guards(
+            tuple((_split(path), name, value) for (path, name), value in self.attributes.items()),
+            tuple((_split(path), self.children[path]) for path in sorted(self.children)),
+            tuple((_split(path), name, f) for (path, name), f in self.methods.items()),
+            tuple(entry for entry in names if not isinstance(entry[2], property)),
+            tuple(entry for entry in names if isinstance(entry[2], property)),
+        )
 
 
 class Settings:

@@ -7,7 +7,6 @@ become calls, so that nothing is computed while tracing. Anything else raises `T
 nothing outside of the trace changed.
 """
 
-import functools
 import gc
 import math
 import sys
@@ -19,11 +18,11 @@ import torch
 from torch import nn
 
 from normswap.graph.tracing import patches as p
-from normswap.graph.tracing.branches import end_at_question, explore
 from normswap.graph.tracing.constant_calls import ConstantCalls
-from normswap.graph.tracing.failure import TraceFailure, is_library
-from normswap.graph.tracing.graph_cache import GraphCache, Paths
+from normswap.graph.tracing.failure import TraceFailure, in_words, is_library
+from normswap.graph.tracing.graph_cache import GraphCache
 from normswap.graph.tracing.list_effects import Writes, find_writes, snapshot_lists
+from normswap.graph.tracing.method_calls import methods_failed
 from normswap.graph.tracing.stand_ins import STAND_INS
 from normswap.graph.tracing.torch_patches import patch_torch
 from normswap.graph.tracing.traced import Traced
@@ -128,8 +127,8 @@ class TraceSession:
                 self._local.set(table, name, stand_in)
         return True
 
-    def paths(self, root: nn.Module, call: Callable[..., Any], kinds: tuple[Kind, ...]) -> Paths:
-        """Trace every path of a container's forward, or find those of one that is alike.
+    def trace(self, root: nn.Module, call: Callable[..., Any], kinds: tuple[Kind, ...]) -> Traced:
+        """Trace a container's forward, or find the graph of one that is alike.
 
         Methods that no graph stands for are calls in the graph.
 
@@ -147,9 +146,9 @@ class TraceSession:
             return found
         while True:
             outlined = self._outlined.get(cls, ())
-            trace = functools.partial(self._trace, root, cls.forward, call, kinds, outlined)
             try:
-                return self.cache.keep((cls, kinds), root, explore(trace))
+                traced = self._trace(root, cls.forward, call, kinds, outlined)
+                return self.cache.keep((cls, kinds), traced)
             except TraceFailure as failure:
                 method = next((m for m in failure.methods if m not in outlined), None)
                 if method is None or len(outlined) == _MOST_OUTLINED:
@@ -163,16 +162,9 @@ class TraceSession:
         call: Callable[..., Any],
         kinds: tuple[Kind, ...],
         outlined: tuple[str, ...],
-        answers: tuple[bool, ...],
     ) -> Traced:
-        """Trace one path, which gives these answers to the first questions.
-
-        Returns:
-            The graph; with a failure, one that ends at its last question, after which the
-            module's own forward may be run from its start instead.
-        """
         names = self.cache.names_of(root)
-        tracer = ContainerTracer(root, names, self._suspended, answers, outlined)
+        tracer = ContainerTracer(root, names, self._suspended, outlined)
         leaves: list[Any] = []
         for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
             proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
@@ -212,7 +204,9 @@ class TraceSession:
             reason = f"changes .{changed} inside forward"
             raise TraceFailure(reason, watch.methods_naming(changed))
         if failure is not None:
-            end_at_question(tracer, failure)
+            methods = methods_failed(root, failure)
+            raise TraceFailure(in_words(failure), methods) from failure
+        tracer.result.guards = tracer.reads.guards()
         return tracer.result
 
     def _globals_of(self, forward: Callable[..., Any], cls: type) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Build the graph of one container: its nodes, its symbolic values, and what it read."""
 
 import functools
-import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -15,10 +14,10 @@ from torch.fx.proxy import TracerBase
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.list_effects import Writes, hand_on, may_be_changed, take_back
-from normswap.graph.tracing.method_calls import Outlined, find_changes, methods_running
+from normswap.graph.tracing.method_calls import Outlined, find_changes
 from normswap.graph.tracing.names import Names, returns_tensor
-from normswap.graph.tracing.reads import MISSING, Of
-from normswap.graph.tracing.symbol import MOST_QUESTIONS, Value, question_key, unpack
+from normswap.graph.tracing.reads import MISSING, Of, Reads
+from normswap.graph.tracing.symbol import Value, unpack
 from normswap.graph.tracing.traced import Traced
 from normswap.util.original_class import container_class
 
@@ -41,7 +40,6 @@ class ContainerTracer(fx.Tracer):
         root: the container.
         names: of its modules and tensors.
         writes_of: what a callee does to the lists and dicts it is given.
-        answers: to the first questions whether a symbolic value is true; True to those after.
         outlined: names of methods of the container that are called, not entered.
     """
 
@@ -50,19 +48,15 @@ class ContainerTracer(fx.Tracer):
         root: nn.Module,
         names: Names,
         writes_of: WritesOf,
-        answers: tuple[bool, ...] = (),
         outlined: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.root = root
-        self.given = answers
         self.outlined = outlined
         self.graph = fx.Graph(tracer_cls=type(self))
-        self.result = Traced(self.graph)
-        self.reads = self.result.reads
+        self.result = Traced(self.graph, names)
+        self.reads = Reads()
         self.texts: list[str] = []  # of symbolic values, so far for nothing known
-        self._known: dict[Any, bool] = {}
-        self._reshaped = 0
         # By methods that were called, and have not run.
         self._looked_up: set[str] = set()
         self._stored: set[str] = set()
@@ -86,28 +80,13 @@ class ContainerTracer(fx.Tracer):
         raise TraceFailure(_LOOPS)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Answer whether a symbolic value is true, for this path."""
-        key = question_key(obj.node)
-        key = key and (key, self._reshaped)
-        if key in self._known:
-            return self._known[key]
-        result, place = self.result, len(self.result.answers)
-        result.asked_in += methods_running(self.root, sys._getframe(1))[:1]
-        if place >= MOST_QUESTIONS:
-            raise TraceFailure("branches endlessly on values only known when it runs")
-        answer = self.given[place] if place < len(self.given) else True
-        result.questions.append(self.create_proxy("call_function", bool, (obj,), {}).node)
-        result.answers = (*result.answers, answer)
-        if key is not None:
-            self._known[key] = answer
-        return answer
+        """Refuse to branch on a symbolic value."""
+        raise TraceFailure("branches on a value that is known only when it runs")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless the forward changed a mode that a graph does not carry."""
         if _modes() != self._modes:
             raise TraceFailure(SWITCHES)
-        if args[0] == "call_method" and args[1].endswith("_"):
-            self._reshaped += 1  # what was asked of its shape may have another answer now
         if args[1] is torch._assert:
             message = str(args[2][1:])
             for text in [text for text in self.texts if text in message]:
@@ -193,9 +172,7 @@ class ContainerTracer(fx.Tracer):
         self._looked_up |= looked_up
         self._stored |= stored
         itself = self.create_proxy("get_attr", "converted_container", (), {})
-        value = self.create_proxy("call_function", method, (itself, *args), kwargs)
-        self.result.outlined.append(value.node)
-        return value
+        return self.create_proxy("call_function", method, (itself, *args), kwargs)
 
     def miss(self, module: nn.Module, name: str) -> None:
         """Note that a module has no attribute of this name."""
