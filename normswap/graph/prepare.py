@@ -18,7 +18,6 @@ from normswap.graph.state import (
     takes_context,
 )
 from normswap.graph.tracing import (
-    Outlined,
     Traced,
     TraceFailure,
     TraceSession,
@@ -122,9 +121,7 @@ def _calls_code(graph: fx.Graph) -> bool:
     """Return whether a graph calls code of the user's, which may reach any norm."""
     functions = {node.target for node in graph.nodes if node.op == "call_function"}
     return any(
-        isinstance(f, Outlined)
-        or (isinstance(f, types.FunctionType) and not is_library(f.__module__))
-        for f in functions
+        isinstance(f, types.FunctionType) and not is_library(f.__module__) for f in functions
     )
 
 

@@ -8,8 +8,7 @@
    may do or find something else in another run ends the trace first (`whitelist`, `failure`).
 4. What the forward read of the module and around it is kept, put back if it changed, and compared
    before each run of the graph (`reads`); where it differs, the forward is traced anew.
-5. What it does to lists it was given, the graph returns (`list_effects`). A method that cannot be
-   traced is a call in the graph (`method_calls`).
+5. What it does to lists it was given, the graph returns (`list_effects`).
 6. The caller adds the context to calls that take it, compiles the graph and keeps it (`prepare`).
 """
 
@@ -18,7 +17,6 @@ from normswap.graph.tracing.failure import is_library as is_library
 from normswap.graph.tracing.list_effects import Writes as Writes
 from normswap.graph.tracing.list_effects import aliased as aliased
 from normswap.graph.tracing.list_effects import write_back as write_back
-from normswap.graph.tracing.method_calls import Outlined as Outlined
 from normswap.graph.tracing.reads import NO_GUARDS as NO_GUARDS
 from normswap.graph.tracing.reads import Guards as Guards
 from normswap.graph.tracing.reads import flipped as flipped

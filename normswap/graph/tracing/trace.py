@@ -22,7 +22,6 @@ from normswap.graph.tracing.constant_calls import ConstantCalls
 from normswap.graph.tracing.failure import TraceFailure, in_words, is_library
 from normswap.graph.tracing.graph_cache import GraphCache
 from normswap.graph.tracing.list_effects import Writes, find_writes, snapshot_lists
-from normswap.graph.tracing.method_calls import methods_failed
 from normswap.graph.tracing.stand_ins import STAND_INS
 from normswap.graph.tracing.torch_patches import patch_torch
 from normswap.graph.tracing.traced import Traced
@@ -31,7 +30,6 @@ from normswap.graph.tracing.value_kinds import TENSOR, Kind, leaf_kinds, rebuild
 from normswap.graph.tracing.watch import Watch
 from normswap.util.original_class import container_class
 
-_MOST_OUTLINED = 4
 _LOCK = threading.RLock()
 _OPEN: list["TraceSession"] = []
 _CHECKPOINT = torch.utils.checkpoint.checkpoint
@@ -58,7 +56,6 @@ class TraceSession:
         self.layers = layers
         self.cache = GraphCache()
         self._writes_of = writes_of
-        self._outlined: dict[type, tuple[str, ...]] = {}  # methods that no graph stands for
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
         self._patches = p.Patches()
@@ -130,8 +127,6 @@ class TraceSession:
     def trace(self, root: nn.Module, call: Callable[..., Any], kinds: tuple[Kind, ...]) -> Traced:
         """Trace a container's forward, or find the graph of one that is alike.
 
-        Methods that no graph stands for are calls in the graph.
-
         Args:
             root: the container.
             call: ``call(forward, root, values)`` spreads values over the signature.
@@ -144,16 +139,7 @@ class TraceSession:
         found = self.cache.find((cls, kinds), root)
         if found is not None:
             return found
-        while True:
-            outlined = self._outlined.get(cls, ())
-            try:
-                traced = self._trace(root, cls.forward, call, kinds, outlined)
-                return self.cache.keep((cls, kinds), traced)
-            except TraceFailure as failure:
-                method = next((m for m in failure.methods if m not in outlined), None)
-                if method is None or len(outlined) == _MOST_OUTLINED:
-                    raise
-                self._outlined[cls] = (*outlined, method)
+        return self.cache.keep((cls, kinds), self._trace(root, cls.forward, call, kinds))
 
     def _trace(
         self,
@@ -161,10 +147,9 @@ class TraceSession:
         forward: Callable[..., Any],
         call: Callable[..., Any],
         kinds: tuple[Kind, ...],
-        outlined: tuple[str, ...],
     ) -> Traced:
         names = self.cache.names_of(root)
-        tracer = ContainerTracer(root, names, self._suspended, outlined)
+        tracer = ContainerTracer(root, names, self._suspended)
         leaves: list[Any] = []
         for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
             proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
@@ -176,7 +161,7 @@ class TraceSession:
         outer = self._tracer, self._local, self._entered
         self._tracer, self._local, self._entered = tracer, p.Patches(), set()
         tracer.reads.name(container_class(root), "forward", forward)
-        watch = Watch(self._enter_globals, tracer.reads, root)
+        watch = Watch(self._enter_globals, tracer.reads)
         failure: Exception | None = None
         # The collector runs code of others in the middle of a forward, which is not judged.
         collecting = gc.isenabled()
@@ -201,11 +186,9 @@ class TraceSession:
             self._tracer, self._local, self._entered = outer
             changed = tracer.reads.put_back()
         if failure is None and changed:
-            reason = f"changes .{changed} inside forward"
-            raise TraceFailure(reason, watch.methods_naming(changed))
+            raise TraceFailure(f"changes .{changed} inside forward")
         if failure is not None:
-            methods = methods_failed(root, failure)
-            raise TraceFailure(in_words(failure), methods) from failure
+            raise TraceFailure(in_words(failure)) from failure
         tracer.result.guards = tracer.reads.guards()
         return tracer.result
 

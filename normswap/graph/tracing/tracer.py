@@ -1,6 +1,5 @@
 """Build the graph of one container: its nodes, its symbolic values, and what it read."""
 
-import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -13,8 +12,7 @@ from torch.fx.proxy import TracerBase
 
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
-from normswap.graph.tracing.list_effects import Writes, hand_on, may_be_changed, take_back
-from normswap.graph.tracing.method_calls import Outlined, find_changes
+from normswap.graph.tracing.list_effects import Writes, hand_on, take_back
 from normswap.graph.tracing.names import Names, returns_tensor
 from normswap.graph.tracing.reads import MISSING, Of, Reads
 from normswap.graph.tracing.symbol import Value, unpack
@@ -40,7 +38,6 @@ class ContainerTracer(fx.Tracer):
         root: the container.
         names: of its modules and tensors.
         writes_of: what a callee does to the lists and dicts it is given.
-        outlined: names of methods of the container that are called, not entered.
     """
 
     def __init__(
@@ -48,18 +45,13 @@ class ContainerTracer(fx.Tracer):
         root: nn.Module,
         names: Names,
         writes_of: WritesOf,
-        outlined: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.root = root
-        self.outlined = outlined
         self.graph = fx.Graph(tracer_cls=type(self))
         self.result = Traced(self.graph, names)
         self.reads = Reads()
         self.texts: list[str] = []  # of symbolic values, so far for nothing known
-        # By methods that were called, and have not run.
-        self._looked_up: set[str] = set()
-        self._stored: set[str] = set()
         self._paths, self._tensors = names.paths, names.tensors
         self._modes = _modes()
         self._writes_of = writes_of
@@ -165,15 +157,6 @@ class ContainerTracer(fx.Tracer):
             if path is not None:
                 self.reads.children[path] = tuple(module._modules)
 
-    def _call_method(self, method: Outlined, *args: Any, **kwargs: Any) -> Any:
-        if any(map(may_be_changed, (*args, *kwargs.values()))):
-            raise TraceFailure(f"hands a list or dict to .{method.name}, which may change it")
-        looked_up, stored = find_changes(type(self.root), method.name)
-        self._looked_up |= looked_up
-        self._stored |= stored
-        itself = self.create_proxy("get_attr", "converted_container", (), {})
-        return self.create_proxy("call_function", method, (itself, *args), kwargs)
-
     def miss(self, module: nn.Module, name: str) -> None:
         """Note that a module has no attribute of this name."""
         path = self._paths.get(id(module))
@@ -205,9 +188,6 @@ class ContainerTracer(fx.Tracer):
             if isinstance(value, nn.ParameterList | nn.ParameterDict) and id(value) in self._paths:
                 self.reads.attribute(self._paths[id(value)], size, getattr(value, size))
             return value
-        changeable = name in self._looked_up and isinstance(value, list | dict | set)
-        if changeable or name in self._stored:
-            raise TraceFailure(f"reads .{name}, which a method it called may have changed")
         function = getattr(value, "__func__", value)
         builtin = isinstance(value, types.BuiltinMethodType | types.MethodWrapperType)
         if name in vars(module) or not (builtin or isinstance(function, types.FunctionType)):
@@ -216,8 +196,6 @@ class ContainerTracer(fx.Tracer):
             return value
         if vars(nn.Module).get(name) is function and name not in _READERS:
             raise TraceFailure(f"calls .{name}() inside forward")
-        if module is self.root and name in self.outlined:
-            return functools.partial(self._call_method, Outlined(name))
         if not is_torch(function.__module__):
             self.reads.method(path, name, function)
         return value

@@ -13,7 +13,6 @@ from torch import nn
 
 from normswap.graph.tracing.bytecode import Load, Test, read_code
 from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
-from normswap.graph.tracing.method_calls import method_of
 from normswap.graph.tracing.reads import Reads
 from normswap.graph.tracing.symbol import is_certain
 from normswap.graph.tracing.uses import CALLS, HANDS_ON, RENAMES, SETS
@@ -30,24 +29,15 @@ class Watch:
     Args:
         enter: told the globals of each; returns whether they are a forward's own, not a library's.
         reads: collects what they read.
-        root: the container; its methods that run are remembered.
     """
 
-    def __init__(
-        self, enter: Callable[[dict[str, Any]], bool], reads: Reads, root: nn.Module
-    ) -> None:
+    def __init__(self, enter: Callable[[dict[str, Any]], bool], reads: Reads) -> None:
         self._enter = enter
         self._reads = reads
-        self._root = root
-        self._methods: dict[str, tuple[str, ...]] = {}
         self._refused: dict[types.CodeType, dict[int, str]] = {}
         self._outer: Any = None
         self._start: types.FrameType | None = None
         self._loading = 0
-
-    def methods_naming(self, name: str) -> list[str]:
-        """Return the methods of the container that ran and look up a name."""
-        return [method for method, used in self._methods.items() if name in used]
 
     def __enter__(self) -> None:
         self._outer, self._start = sys.gettrace(), sys._getframe(1)
@@ -64,9 +54,6 @@ class Watch:
             return self._let_load(frame)
         if self._loading or not self._enter(frame.f_globals):
             return None
-        method = method_of(self._root, frame)
-        if method:
-            self._methods[method] = frame.f_code.co_names
         self._note_method(frame)
         code = read_code(frame.f_code)
         if code.catches and not _is_given_nothing(frame.f_code):
