@@ -21,7 +21,6 @@ from normswap.graph.tracing import (
     Traced,
     TraceFailure,
     TraceSession,
-    Writes,
     describe,
     example_of,
     find_other,
@@ -36,8 +35,8 @@ _COUNT = itertools.count()
 
 
 def open_session(layers: tuple[type, ...] = ()) -> TraceSession:
-    """Return a session whose callees are prepared where their effects are asked for."""
-    return TraceSession(layers, _writes_of)
+    """Return a session whose callees are prepared where it is asked whether they have a graph."""
+    return TraceSession(layers, _has_graph)
 
 
 def prepare(module: nn.Module, values: tuple[Any, ...], session: TraceSession) -> Variant:
@@ -77,13 +76,13 @@ def _variant(module: nn.Module, state: ContainerState, key: Any, session: TraceS
     return variant
 
 
-def _writes_of(
+def _has_graph(
     session: TraceSession, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], Writes] | None:
-    """Return what a callee does to the lists and dicts it is given; None if that is unknown."""
+) -> bool:
+    """Return whether a graph stands for a callee on such arguments; trace it if need be."""
     state = state_of(module)
     if state is None or state.override is not None:
-        return None
+        return False
     cls: Any = type(module)
     values: tuple[Any, ...] = cls.bind(module, *args, **kwargs)
     variant = state.find(module, values)
@@ -94,7 +93,7 @@ def _writes_of(
             if all(v.run is None for v in state.variants.get(key, ())):
                 state.variants.pop(key, None)
         state.assumed |= set(state.variants) - met
-    return None if variant.run is None else (values, variant.writes)
+    return variant.run is not None
 
 
 def _thread(module: nn.Module, graph: fx.Graph, traced: Traced) -> Variant:
@@ -105,8 +104,7 @@ def _thread(module: nn.Module, graph: fx.Graph, traced: Traced) -> Variant:
         run=_compile(graph, f"{type(module).__module__}.{type(module).__qualname__}"),
         guards=traced.guards,
         calls=tuple(_call(module, path) for path in calls),
-        returns_tensor=_returns_tensor(graph, traced),
-        writes=traced.writes,
+        returns_tensor=_returns_tensor(graph),
         calls_user_code=user_code,
         scoped=user_code or _misses_norms(module, calls),
     )
@@ -134,10 +132,8 @@ def _misses_norms(module: nn.Module, calls: set[str]) -> bool:
     return any(takes_context(norm, scope) for norm in norms)
 
 
-def _returns_tensor(graph: fx.Graph, traced: Traced) -> bool:
+def _returns_tensor(graph: fx.Graph) -> bool:
     result: Any = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
-    if traced.writes:
-        result = result[0]
     return isinstance(result, fx.Node) and is_certain(result)
 
 

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.class_questions import check_question
 from normswap.graph.scope import Scope, scope_of
-from normswap.graph.tracing import NO_GUARDS, Guards, Kind, Writes, describe
+from normswap.graph.tracing import NO_GUARDS, Guards, Kind, describe
 from normswap.util.original_class import STATE
 
 
@@ -26,8 +25,6 @@ class Variant:
         guards: what of the module, and outside of it, must be as it was.
         calls: (path, class, whether `takes_arguments_as_given`) of the submodules the graph calls.
         returns_tensor: whether that is certain; it may be None else.
-        writes: what it changes of the lists and dicts it is given; where there is any, `run`
-            returns its output and their new contents.
         calls_user_code: whether functions or methods of the user's run in it, which may reach any
             norm.
         scoped: whether it runs with the context in scope, since it may reach norms other than by
@@ -39,7 +36,6 @@ class Variant:
     guards: Guards = NO_GUARDS
     calls: tuple[tuple[tuple[str, ...], type, bool], ...] = ()
     returns_tensor: bool = False
-    writes: Writes = ()
     calls_user_code: bool = False
     scoped: bool = False
 
@@ -229,11 +225,3 @@ def _each_in_scope(scope: Scope, context: Any, items: Iterator[Any]) -> Iterator
     end = object()
     while (item := in_scope(scope, context, next, items, end)) is not end:
         yield item
-
-
-def untraced(module: nn.Module, reason: str) -> ConversionError:
-    """Return the error of a container that runs without the layers inserted in it."""
-    return ConversionError(
-        f"expected {vars(module)[STATE].fqn or 'the model'} to run as it was traced, since "
-        f"layers are inserted in its residual blocks, but its forward {reason}"
-    )

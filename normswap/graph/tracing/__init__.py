@@ -8,15 +8,12 @@
    may do or find something else in another run ends the trace first (`whitelist`, `failure`).
 4. What the forward read of the module and around it is kept, put back if it changed, and compared
    before each run of the graph (`reads`); where it differs, the forward is traced anew.
-5. What it does to lists it was given, the graph returns (`list_effects`).
+5. It may not change lists that it was given, nor hand its own to those who may (`list_effects`).
 6. The caller adds the context to calls that take it, compiles the graph and keeps it (`prepare`).
 """
 
 from normswap.graph.tracing.failure import TraceFailure as TraceFailure
 from normswap.graph.tracing.failure import is_library as is_library
-from normswap.graph.tracing.list_effects import Writes as Writes
-from normswap.graph.tracing.list_effects import aliased as aliased
-from normswap.graph.tracing.list_effects import write_back as write_back
 from normswap.graph.tracing.reads import NO_GUARDS as NO_GUARDS
 from normswap.graph.tracing.reads import Guards as Guards
 from normswap.graph.tracing.reads import flipped as flipped

@@ -21,7 +21,7 @@ from normswap.graph.tracing import patches as p
 from normswap.graph.tracing.constant_calls import ConstantCalls
 from normswap.graph.tracing.failure import TraceFailure, in_words, is_library
 from normswap.graph.tracing.graph_cache import GraphCache
-from normswap.graph.tracing.list_effects import Writes, find_writes, snapshot_lists
+from normswap.graph.tracing.list_effects import check_given, snapshot_lists
 from normswap.graph.tracing.stand_ins import STAND_INS
 from normswap.graph.tracing.torch_patches import patch_torch
 from normswap.graph.tracing.traced import Traced
@@ -45,17 +45,17 @@ class TraceSession:
 
     Args:
         layers: classes of the norm layers, whose forward called by itself counts as a call.
-        writes_of: what a module does to the lists and dicts it is called with, see `tracer`.
+        has_graph: ``has_graph(session, module, args, kwargs)``, whether a graph stands for a call.
     """
 
     def __init__(
         self,
         layers: tuple[Any, ...] = (),
-        writes_of: Callable[..., tuple[Any, Writes] | None] = lambda *_: None,
+        has_graph: Callable[..., bool] = lambda *_: False,
     ) -> None:
         self.layers = layers
         self.cache = GraphCache()
-        self._writes_of = writes_of
+        self._has_graph = has_graph
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
         self._patches = p.Patches()
@@ -173,9 +173,7 @@ class TraceSession:
                 output = call(forward, root, values)
                 if tracer.texts:
                     raise TraceFailure("writes, as text, a value known only when it runs")
-                writes = tracer.result.writes = find_writes(values, lists, output)
-                if writes:
-                    output = (output, tuple(values[i] for i, _ in writes))
+                check_given(lists, output)
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
         except Exception as error:
             failure = error
@@ -197,13 +195,13 @@ class TraceSession:
             self._globals[cls] = p.globals_of(forward, cls)
         return self._globals[cls]
 
-    def _suspended(self, *call: Any) -> tuple[Any, Writes] | None:
-        """Ask what a callee does to its arguments, which may be a trace of its own."""
+    def _suspended(self, *call: Any) -> bool:
+        """Ask whether a graph stands for a callee, which may be a trace of its own."""
         tracer, self._tracer = self._tracer, None
         outer = sys.gettrace()
         sys.settrace(None)
         try:
-            return self._writes_of(self, *call)
+            return self._has_graph(self, *call)
         finally:
             sys.settrace(outer)
             self._tracer = tracer

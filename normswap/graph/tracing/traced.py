@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import fx
 
-from normswap.graph.tracing.list_effects import Writes
 from normswap.graph.tracing.names import Names
 from normswap.graph.tracing.reads import NO_GUARDS, Guards
 
@@ -20,8 +19,6 @@ class Traced:
         guards: what must still hold for it to stand for the forward.
         children: path of a submodule that is called -> whether it certainly returns a tensor.
         alike: whether it stands for containers of the same structure, too.
-        writes: what it changes of the lists and dicts it is given; where there is any, the graph
-            returns (output, their new contents).
         variant: what was made of it for containers without inserted layers, if anything.
     """
 
@@ -30,7 +27,6 @@ class Traced:
     guards: Guards = NO_GUARDS
     children: dict[str, bool] = field(default_factory=dict)
     alike: bool = True
-    writes: Writes = ()
     variant: Any = None
 
     def copy(self) -> fx.Graph:

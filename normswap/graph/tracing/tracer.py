@@ -12,7 +12,7 @@ from torch.fx.proxy import TracerBase
 
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
-from normswap.graph.tracing.list_effects import Writes, hand_on, take_back
+from normswap.graph.tracing.list_effects import hands_lists
 from normswap.graph.tracing.names import Names, returns_tensor
 from normswap.graph.tracing.reads import MISSING, Of, Reads
 from normswap.graph.tracing.symbol import Value, unpack
@@ -27,8 +27,8 @@ _READERS = {
     *("get_buffer", "extra_repr", "_get_name"),
 }
 _LOOPS = "loops over, or takes apart, a value whose length is known only when it runs"
-# From a call to (its arguments, one a parameter; which it changes), None if that is unknown.
-WritesOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Writes] | None]
+# Of a call: whether a graph stands for the callee.
+HasGraph = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], bool]
 
 
 class ContainerTracer(fx.Tracer):
@@ -37,14 +37,14 @@ class ContainerTracer(fx.Tracer):
     Args:
         root: the container.
         names: of its modules and tensors.
-        writes_of: what a callee does to the lists and dicts it is given.
+        has_graph: whether a graph stands for a callee that is given lists or dicts.
     """
 
     def __init__(
         self,
         root: nn.Module,
         names: Names,
-        writes_of: WritesOf,
+        has_graph: HasGraph,
     ) -> None:
         super().__init__()
         self.root = root
@@ -54,7 +54,7 @@ class ContainerTracer(fx.Tracer):
         self.texts: list[str] = []  # of symbolic values, so far for nothing known
         self._paths, self._tensors = names.paths, names.tensors
         self._modes = _modes()
-        self._writes_of = writes_of
+        self._has_graph = has_graph
 
     def proxy(self, node: fx.Node) -> Value:
         """Wrap a node."""
@@ -131,20 +131,15 @@ class ContainerTracer(fx.Tracer):
             parent = parent.rpartition(".")[0]
             children = tuple(self.root.get_submodule(parent)._modules)
             self.reads.children[parent] = children
-        args, kwargs, given_lists = hand_on(self, module, args, kwargs)
-        self.result.alike &= not given_lists.nodes
+        if hands_lists(self, module, (*args, *kwargs.values())):
+            self.result.alike = False  # it depends on more than the class of the callee
+            if not self._has_graph(module, args, kwargs):
+                name = container_class(module).__name__
+                raise TraceFailure(f"hands a list or dict to a {name} that may change it")
         proxy = self.create_proxy("call_module", path, args, kwargs)
         something = self.result.children[path] = returns_tensor(module)
         proxy.node.meta["something"] = something
-        take_back(given_lists)
         return proxy
-
-    def writes_of(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Writes] | None:
-        """Return what a callee does to the lists and dicts it is given; None if that is unknown."""
-        self.result.alike = False  # it depends on more than the class of the callee
-        return self._writes_of(module, args, kwargs)
 
     def record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record the call of a free function."""

@@ -37,9 +37,7 @@ def test_a_list_a_child_appends_to():
             y = self.append(self.a(x), found)
             return self.b(y) + torch.stack(found).sum(0) * len(found)
 
-    report = normswap.summary(check(Model()))
-    assert not report.opaque
-    assert report.count(delivery="threaded") == len(report.rows) == 4
+    check(Model(), opaque="hands a list or dict to a Append that may change it")
 
 
 def test_a_dict_a_child_fills():
@@ -53,7 +51,7 @@ def test_a_dict_a_child_fills():
             self.add(self.a(x), found=found)
             return self.b(sum(found.values()))
 
-    assert not normswap.summary(check(Model())).opaque
+    check(Model(), opaque="hands a list or dict to a Add that may change it")
 
 
 def test_the_callers_own_list_is_changed():
