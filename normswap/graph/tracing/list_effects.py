@@ -1,8 +1,8 @@
 """Lists and dicts that a forward is given, or hands on.
 
 A graph takes such an argument apart and makes it anew for its callees, so that a change of one
-would be lost. A forward that changes or returns one is scoped; so is one that hands its own to a module
-unless a graph stands for that module on such arguments, which then does neither.
+would be lost. A forward that changes or returns one is scoped; so is one that hands its own to a
+module, unless a graph stands for that module on such arguments, which then does neither.
 
 Serves DenseNet and DLA in timm, which hand lists of features to their layers.
 """

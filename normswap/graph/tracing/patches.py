@@ -6,7 +6,6 @@ import math
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -104,31 +103,6 @@ def wrap_leaf(
         return function(*args, **kwargs)
 
     return stand_for(call, function)
-
-
-def mapping_classes(table: dict[str, Any]) -> list[Any]:
-    """Return the classes among a module's globals whose making is a call in a graph.
-
-    Serves the outputs of transformers: dataclasses that are dicts as well, which look at what they
-    are made of.
-    """
-    classes = [value for value in table.values() if isinstance(value, type)]
-    return [cls for cls in classes if issubclass(cls, dict) and is_dataclass(cls)]
-
-
-def wrap_new(cls: Any, record: Callable[[Callable[..., Any], Any, Any], Any]) -> Any:
-    """Return a ``__new__`` that records the making of an object from symbolic values."""
-    original = cls.__new__
-
-    def __new__(made: Any, *args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        known = any(map(may_be_changed, given)) or any_leaf(given, _CALLABLES)
-        if known or not any_leaf(given, (fx.Proxy,)):
-            return original(made, *args, **kwargs)
-        # Being of another class, this is left as it is by __init__.
-        return record(made, args, kwargs)
-
-    return staticmethod(stand_for(__new__, original))
 
 
 def stand_for(replacement: Callable[..., Any], original: Any) -> Callable[..., Any]:

@@ -1,12 +1,10 @@
 """The symbolic values that run through a forward while it is traced, and what is asked of them."""
 
 import operator
-from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import Tensor, fx
 
-from normswap.errors import ConversionError
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 
 # Attributes and methods of tensors that may be None.
@@ -75,60 +73,6 @@ def is_certain(node: fx.Node) -> bool:
     if module.startswith("normswap."):  # a method, a checkpointed part: what they return is theirs
         return False
     return is_torch(module) or module in ("_operator", "operator", "math", "builtins", "")
-
-
-def unpack(value: Value) -> Iterator[Any] | None:
-    """Return the parts of a value that is cut into a number of parts known without running it.
-
-    Returns:
-        None where it is not known.
-    """
-    node, parts = value.node, cast(Any, value)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    given = (*node.args[1:2], *node.kwargs.values())
-    sizes = next((v for v in given if isinstance(v, list | tuple)), None)
-    if name in ("split", "split_with_sizes") and sizes is not None:
-        return iter([parts[i] for i in range(len(sizes))])
-    length: Any = None
-    if name == "chunk" and _dimension(node) not in (None, 0):
-        # A batch may have fewer samples than the chunks asked for.
-        length = node.kwargs.get("chunks", node.args[1] if len(node.args) > 1 else None)
-    elif name == "getitem" and _is_shape(node.args[0]):
-        part: Any = node.args[1]
-        if isinstance(part, slice) and part.step is None:
-            first = part.start in (None, 0) and isinstance(part.stop, int) and part.stop > 0
-            last = part.stop is None and isinstance(part.start, int) and part.start < 0
-            length = part.stop if first else -part.start if last else None
-    if type(length) is not int:
-        return None
-    value.tracer.create_proxy("call_function", check_parts, (value, length), {})
-    return iter([parts[i] for i in range(length)])
-
-
-def _dimension(node: fx.Node) -> Any:
-    return node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
-
-
-def _is_shape(node: Any) -> bool:
-    if not isinstance(node, fx.Node):
-        return False
-    if node.target is getattr:
-        return bool(node.args[1] == "shape")
-    return bool(node.target == "size" and len(node.args) == 1 and not node.kwargs)
-
-
-def check_parts(value: Any, length: int) -> None:
-    """Raise where a value has another number of parts than the graph takes of it.
-
-    Raises:
-        ConversionError: naming both numbers.
-    """
-    if len(value) != length:
-        raise ConversionError(
-            f"expected {length} parts, as this forward asks for, got {len(value)}: the input is "
-            "too small, or has too few dimensions, to be cut so; a forward that takes fewer is "
-            "right with convert(..., trace=False)"
-        )
 
 
 def _keep_in_place(name: str) -> None:

@@ -111,9 +111,6 @@ class TraceSession:
                 (table, name, p.wrap_leaf(function, self._record, self._enter_globals))
                 for name, function in p.leaf_names(table)
             ]
-            self._tables[key] += [
-                (cls, "__new__", p.wrap_new(cls, self._record)) for cls in p.mapping_classes(table)
-            ]
         for owner, name, wrapped in self._tables[key]:
             self._local.set(owner, name, wrapped)
         for name, value in list(table.items()):
@@ -182,11 +179,10 @@ class TraceSession:
                 gc.enable()
             self._local.undo()
             self._tracer, self._local, self._entered = outer
-            changed = tracer.reads.put_back()
-        if failure is None and changed:
-            raise TraceFailure(f"changes .{changed} inside forward")
         if failure is not None:
             raise TraceFailure(in_words(failure)) from failure
+        if changed := tracer.reads.changed():
+            raise TraceFailure(f"changes .{changed} inside forward")
         tracer.result.guards = tracer.reads.guards()
         return tracer.result
 

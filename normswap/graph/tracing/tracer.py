@@ -3,7 +3,6 @@
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.list_effects import hands_lists
 from normswap.graph.tracing.names import Names, returns_tensor
-from normswap.graph.tracing.reads import MISSING, Of, Reads
-from normswap.graph.tracing.symbol import Value, unpack
+from normswap.graph.tracing.reads import ANY_TENSOR, MISSING, Reads
+from normswap.graph.tracing.symbol import Value
 from normswap.graph.tracing.traced import Traced
 from normswap.util.original_class import container_class
 
@@ -61,11 +60,8 @@ class ContainerTracer(fx.Tracer):
         return Value(node, self)
 
     def iter(self, obj: Any) -> Iterator[Any]:
-        """Take a symbolic value apart."""
-        parts = unpack(obj)
-        if parts is None:
-            raise TraceFailure(_LOOPS)
-        return parts
+        """Refuse to take a symbolic value apart, but for what torch.fx knows."""
+        raise TraceFailure(_LOOPS)
 
     def keys(self, obj: Any) -> Any:
         """Refuse to unpack a symbolic value as a mapping."""
@@ -96,28 +92,16 @@ class ContainerTracer(fx.Tracer):
             return self._get(a).node
         if isinstance(a, nn.Module):
             raise TraceFailure(f"passes a module ({type(a).__name__}) as an argument")
-        if isinstance(a, dict) and type(a) is not dict:
-            return self._create_mapping(a)
-        if isinstance(a, tuple) and hasattr(a, "_fields"):
-            # A call, since before torch 2.10 generated code does not know the class by name.
-            args = tuple(self.create_arg(part) for part in a)
-            return self.create_node("call_function", type(a), args, {})
-        if isinstance(a, list | tuple) and type(a) not in (list, tuple) and _has_no_fields(a):
+        if type(a) is OrderedDict:
+            items = [(k, self.create_arg(v)) for k, v in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        known = type(a) in (list, tuple, dict) or type(a).__module__.startswith("torch.fx")
+        if isinstance(a, list | tuple | dict) and not known:
             raise TraceFailure(f"builds a {type(a).__name__}")
         try:
             return TracerBase.create_arg(self, a)
         except NotImplementedError:
             raise TraceFailure(f"hands on an object of class {type(a).__name__}") from None
-
-    def _create_mapping(self, a: Any) -> fx.Node:
-        if is_dataclass(a):
-            given = {f.name: v for f in fields(a) if (v := getattr(a, f.name)) is not None}
-            kwargs = {k: self.create_arg(v) for k, v in given.items()}
-            return self.create_node("call_function", type(a), (), kwargs)
-        if type(a) is OrderedDict:
-            items = [(k, self.create_arg(v)) for k, v in a.items()]
-            return self.create_node("call_function", OrderedDict, (items,), {})
-        raise TraceFailure(f"builds a {type(a).__name__}")
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Record the call of a submodule."""
@@ -162,7 +146,7 @@ class ContainerTracer(fx.Tracer):
         """Read a parameter or buffer; the graph stands for a forward as long as there is one."""
         target = self._tensors[id(tensor)]
         path, _, name = target.rpartition(".")
-        self.reads.attributes.setdefault((path, name), Of(Tensor))
+        self.reads.attributes.setdefault((path, name), ANY_TENSOR)
         return self.create_proxy("get_attr", target, (), {})
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
@@ -199,10 +183,6 @@ class ContainerTracer(fx.Tracer):
 def _overrides_call(cls: type) -> bool:
     owner = next(base for base in cls.__mro__ if "__call__" in vars(base))
     return not is_torch(owner.__module__)
-
-
-def _has_no_fields(a: Any) -> bool:
-    return not hasattr(a, "_fields") and not type(a).__module__.startswith("torch.fx")
 
 
 def _modes() -> tuple[bool, ...]:

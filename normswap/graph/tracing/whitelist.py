@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.graph.tracing.failure import is_library, is_torch
-from normswap.graph.tracing.uses import ASKS, HANDS_ON, RENAMES
+from normswap.graph.tracing.uses import ASKS
 
 CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), enum.Enum),
@@ -58,12 +58,6 @@ def cannot_change(cls: Any) -> bool:
     return is_library(cls.__module__) or not cls.__flags__ & _CHANGEABLE
 
 
-def is_built_in(value: Any) -> bool:
-    """Return whether a tuple, list, dict or set is no more than that; a named tuple is one, too."""
-    cls = type(value)
-    return cannot_change(cls) or (cls.__bases__ == (tuple,) and hasattr(cls, "_fields"))
-
-
 def is_constant(value: Any) -> bool:
     """Return whether a value is immutable and can be compared."""
     kind = type(value)
@@ -71,9 +65,10 @@ def is_constant(value: Any) -> bool:
         fit = (
             cannot_change(part) if isinstance(part, type) else is_constant(part) for part in value
         )
-        return is_built_in(value) and all(fit)
+        return cannot_change(kind) and all(fit)
     if isinstance(value, enum.Enum) and not cannot_change(kind):
-        return all(is_constant(vars(value)[name]) for name in vars(value).keys() - {"__objclass__"})
+        # What else its members hold, or its class does, may change.
+        return all(name in kind.__members__ or name.startswith("_") for name in vars(kind))
     return isinstance(value, CONSTANTS) and cannot_change(kind)
 
 
@@ -95,9 +90,10 @@ def why_unfit(value: Any, name: str, use: str = "") -> str:
         root = value.__name__.partition(".")[0]
         return "" if root in ("torch", "math") else f"hands on the module {value.__name__}"
     if isinstance(value, type | types.GenericAlias | types.UnionType) or _module(value) == "typing":
-        handed = isinstance(value, type) and use in (HANDS_ON, RENAMES) and not cannot_change(value)
-        why = f"hands on the class {name}, whose attributes may change" if handed else ""
-        return why or _unfit_class(value, name)
+        if isinstance(value, type) and use != ASKS and not cannot_change(value):
+            made = not issubclass(value, BaseException)
+            return f"makes or hands on a {name}, whose attributes may change" if made else ""
+        return _unfit_class(value, name)
     if isinstance(value, Tensor | nn.Module):
         return f"reads {name}, a {type(value).__name__} that is no attribute of it"
     owner = getattr(value, "__self__", None)
