@@ -186,6 +186,7 @@ def test_a_forward_may_ask_what_its_argument_is(ask):
 
     Model.ask = ask
     why = {"match": "is another object", "type": "is another object", "getattr": "has .logits"}
+    why["callable"] = "calls callable()"
     check(Model(), opaque=why.get(ask))
 
 

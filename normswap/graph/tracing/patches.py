@@ -111,16 +111,6 @@ def stand_for(replacement: Callable[..., Any], original: Any) -> Callable[..., A
     return replacement
 
 
-def named_apply(cls: Any) -> Callable[..., Any]:
-    """Return a function for a graph that applies a ``torch.autograd.Function``."""
-
-    def apply(*args: Any, **kwargs: Any) -> Any:
-        return cls.apply(*args, **kwargs)
-
-    apply.__name__ = apply.__qualname__ = f"{cls.__name__}_apply"
-    return apply
-
-
 def ask_user_only(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Return a query of a mode that torch may ask but a traced forward may not branch on."""
 

@@ -54,15 +54,6 @@ def _check_holder(value: Any, name: str) -> None:
         raise TraceFailure(f"looks up .{name} of {value.__name__} by getattr or hasattr")
 
 
-def symbolic_callable(value: Any) -> bool:
-    """Answer for a tensor argument; a symbolic value is always callable."""
-    if not isinstance(value, fx.Proxy):
-        return callable(value)
-    if is_input(value):
-        return False
-    raise TraceFailure("asks whether a value that is only known when it runs is callable")
-
-
 def symbolic_type(value: Any, *rest: Any) -> Any:
     """Answer what is compared with a type: for a converted module, the type of the original."""
     if rest:
@@ -98,7 +89,6 @@ STAND_INS: dict[str, Callable[..., Any]] = {
         ("isinstance", symbolic_isinstance),
         ("hasattr", symbolic_hasattr),
         ("getattr", symbolic_getattr),
-        ("callable", symbolic_callable),
         ("type", symbolic_type),
     )
 }

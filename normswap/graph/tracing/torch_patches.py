@@ -6,16 +6,15 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from normswap.graph.tracing import stand_ins
 from normswap.graph.tracing.bytecode import is_compared
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
-from normswap.graph.tracing.patches import Patches, ask_user_only, named_apply, stand_for
+from normswap.graph.tracing.patches import Patches, ask_user_only, stand_for
 from normswap.graph.tracing.stand_ins import symbolic_isinstance
 from normswap.graph.tracing.tracer import ContainerTracer
-from normswap.graph.tracing.value_kinds import any_leaf
 from normswap.util.original_class import class_of
 
 _MODES = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
@@ -33,16 +32,8 @@ class Session(Protocol):
 
 def patch_torch(patches: Patches, session: Session, original: Any) -> Callable[..., Any]:
     """Replace it; return what stands for `original`, torch's checkpoint."""
-    apply = vars(torch.autograd.Function)["apply"]
-
-    def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if session.tracer is None or not any_leaf((args, kwargs), (fx.Proxy,)):
-            return apply.__get__(None, cls)(*args, **kwargs)
-        return session.tracer.create_proxy("call_function", named_apply(cls), args, kwargs)
-
     stand_in = stand_for(_refuse(session, original, lambda *_: "uses checkpoint"), original)
     patches.set(torch.utils.checkpoint, "checkpoint", stand_in)
-    patches.set(torch.autograd.Function, "apply", classmethod(apply_function))
     patches.set(torch.jit, "isinstance", symbolic_isinstance)
     patches.set(torch, "is_tensor", lambda v: symbolic_isinstance(v, Tensor))
     for name in _MODES:

@@ -82,32 +82,28 @@ def example_of(value: Any) -> Any:
     return rebuild(kind, (EXAMPLE if isinstance(v, _SYMBOLIC) else v for v in leaves))
 
 
-def leaf_kinds(kind: Kind) -> Iterator[str]:
-    """Yield TENSOR or NUMBER for each symbolic part, in the order `describe` collects them."""
-    if kind in (TENSOR, NUMBER):
+def _leaves(kind: Kind) -> Iterator[Kind]:
+    """Yield the parts of a kind that have no parts, in the order `describe` meets them."""
+    tag, content = kind if isinstance(kind, tuple) else (None, None)
+    if tag in ("tuple", "size", "list"):
+        for part in content:
+            yield from _leaves(part)
+    elif tag in ("dict", "ordered"):
+        for _, part in content:
+            yield from _leaves(part)
+    else:
         yield kind
-    elif kind is not None:
-        tag, content = kind
-        if tag in ("tuple", "size", "list"):
-            for part in content:
-                yield from leaf_kinds(part)
-        elif tag in ("dict", "ordered"):
-            for _, part in content:
-                yield from leaf_kinds(part)
+
+
+def leaf_kinds(kind: Kind) -> list[str]:
+    """Return TENSOR or NUMBER for each symbolic part, in the order `describe` collects them."""
+    return [leaf for leaf in _leaves(kind) if leaf in (TENSOR, NUMBER)]
 
 
 def find_other(kind: Kind) -> str | None:
     """Return the type name of a part that no graph can take, None where there is none."""
-    if kind is None or kind in (TENSOR, NUMBER):
-        return None
-    tag, content = kind
-    if tag == OTHER:
-        return str(content)
-    if tag in ("tuple", "size", "list"):
-        return next((o for o in map(find_other, content) if o), None)
-    if tag in ("dict", "ordered"):
-        return next((o for _, k in content if (o := find_other(k))), None)
-    return None
+    others = (leaf for leaf in _leaves(kind) if isinstance(leaf, tuple) and leaf[0] == OTHER)
+    return next((name for _, name in others), None)
 
 
 def find_lists(value: Any) -> Iterator[Any]:

@@ -24,7 +24,7 @@ CONSTANTS = (
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 _BUILTINS = frozenset(
-    "abs all any bool bytes callable chr complex dict divmod enumerate filter float format "
+    "abs all any bool bytes chr complex dict divmod enumerate filter float format "
     "frozenset getattr hasattr int isinstance issubclass iter len list map max min next object ord "
     "pow property range repr reversed round set slice sorted staticmethod str sum super tuple type "
     "zip".split()
@@ -147,17 +147,12 @@ def _unfit_function(value: Any, name: str) -> str:
         return "" if fit else f"calls {name}()"
     if is_torch(module) and not module.startswith("normswap."):
         fit = name in _TORCH or module.startswith(_TORCH_MODULES) or id(value) in _overridable()
-        return "" if fit or _is_apply(value) else f"calls {module}.{name}()"
+        return "" if fit else f"calls {module}.{name}()"
     if root == "numpy":
         return f"calls {module}.{name}()" if "random" in module else ""
     if root in sys.stdlib_module_names:
         return "" if root in _PURE else f"calls {module}.{name}()"
     return ""
-
-
-def _is_apply(value: Any) -> bool:
-    owner = getattr(value, "__self__", None)
-    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
 @functools.cache

@@ -78,7 +78,7 @@ def test_a_checkpoint_taken_where_a_gradient_is_asked_for():
                 return checkpoint(self.b, torch.stack(features).sum(0), use_reentrant=False)
             return self.b(torch.stack(features).sum(0))
 
-    converted = check(Model(), opaque="uses checkpoint")
+    converted = check(Model(), opaque="branches on a value")
     separate(converted)
     gradients = []
     for needed in (True, False):
