@@ -155,6 +155,7 @@ class Reads:
             given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
             if not all(is_constant(d) or isinstance(d, (*FUNCTIONS, type)) for d in given):
                 raise TraceFailure(f"goes by {value.__name__}, whose defaults may change")
+            self._add_code(given)
             for name in ("__code__", "__defaults__", "__kwdefaults__"):
                 self.names[id(value), name] = (value, name, _copied(getattr(value, name)))
 

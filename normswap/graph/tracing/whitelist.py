@@ -67,8 +67,9 @@ def is_constant(value: Any) -> bool:
         )
         return cannot_change(kind) and all(fit)
     if isinstance(value, enum.Enum) and not cannot_change(kind):
-        # What else its members hold, or its class does, may change.
-        return all(name in kind.__members__ or name.startswith("_") for name in vars(kind))
+        # What else the member holds, or its class does, may change.
+        names = vars(kind).keys() - kind.__members__.keys() | vars(value).keys()
+        return all(name.startswith("_") for name in names)
     return isinstance(value, CONSTANTS) and cannot_change(kind)
 
 

@@ -113,7 +113,7 @@ class OfObject(Holder):
     ("model", "reason"),
     [
         (OfModule, "calls random.random(), a method of a Random"),
-        (OfObject, "calls a method of .source, a Random"),
+        (OfObject, "reads .source, a Random"),
     ],
 )
 def test_random_depth(model, reason):
