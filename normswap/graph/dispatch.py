@@ -140,9 +140,8 @@ def _find_variant(module: nn.Module, state: ContainerState, key: Any, values: An
     """Return the way to run the container on arguments of these kinds, traced now if need be."""
     if not state.trace:
         return UNTRACED
-    for variant in state.variants.get(key, ()):
-        if variant.holds(module):
-            return variant
+    if (variant := state.find(module, key)) is not None:
+        return variant
     if torch.compiler.is_dynamo_compiling():
         return Variant(None, "met a new kind of arguments inside torch.compile")
     with open_session(state.layers) as session:

@@ -85,7 +85,7 @@ def _has_graph(
         return False
     cls: Any = type(module)
     values: tuple[Any, ...] = cls.bind(module, *args, **kwargs)
-    variant = state.find(module, values)
+    variant = state.find(module, tuple(describe(value, []) for value in values))
     if variant is None:
         met = set(state.variants)
         variant = prepare(module, tuple(example_of(value) for value in values), session)

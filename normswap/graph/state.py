@@ -11,7 +11,7 @@ from torch import nn
 from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.class_questions import check_question
 from normswap.graph.scope import Scope, scope_of
-from normswap.graph.tracing import NO_GUARDS, Guards, Kind, describe
+from normswap.graph.tracing import NO_GUARDS, Guards, Kind
 from normswap.util.original_class import STATE
 
 
@@ -119,10 +119,12 @@ class ContainerState:
         around = [name for name in (self.before, self.after) if name is not None]
         return [*(insertion.child for insertion in self.insertions), *around]
 
-    def find(self, module: nn.Module, values: tuple[Any, ...]) -> Variant | None:
-        """Return the way to run the module on arguments like these, None where none is known."""
-        key = tuple([describe(value, []) for value in values])
-        return next((v for v in self.variants.get(key, ()) if v.holds(module)), None)
+    def find(self, module: nn.Module, kinds: tuple[Kind, ...]) -> Variant | None:
+        """Return the way to run the module on such arguments, None where none is known."""
+        for variant in self.variants.get(kinds, ()):
+            if variant.holds(module):
+                return variant
+        return None
 
     def seen(self) -> list[Variant]:
         """Return the variants calls have met, or the assumed ones where none were met yet."""

@@ -52,20 +52,6 @@ class Patches:
                 setattr(owner, name, value)
 
 
-def globals_of(forward: Callable[..., Any], cls: Any) -> list[dict[str, Any]]:
-    """Return the globals that the methods of a module class see, torch's own left out."""
-    tables: dict[int, dict[str, Any]] = {}
-    functions = [forward, *(f for base in cls.__mro__ for f in vars(base).values())]
-    for function in functions:
-        function = getattr(function, "__func__", function)
-        while hasattr(function, "__wrapped__"):
-            function = function.__wrapped__
-        table = getattr(function, "__globals__", None)
-        if table is not None and not is_torch(table.get("__name__", "")):
-            tables[id(table)] = table
-    return list(tables.values())
-
-
 def leaf_names(table: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return the functions among a module's globals that a graph calls instead of entering."""
     found: list[tuple[str, Any]] = []
@@ -79,13 +65,11 @@ def leaf_names(table: dict[str, Any]) -> list[tuple[str, Any]]:
 def wrap_leaf(
     function: Callable[..., Any],
     record: Callable[[Callable[..., Any], Any, Any], Any],
-    enter: Callable[[dict[str, Any]], bool],
 ) -> Callable[..., Any]:
     """Return a function that records its call when an argument is symbolic.
 
     A call that is handed a module or a callable is entered instead, since a norm may be reached
-    from there; so is one that could change a list or dict. `enter` is then told the globals it
-    will see.
+    from there; so is one that could change a list or dict.
     """
     own = isinstance(function, types.FunctionType) and not is_library(function.__module__)
 
@@ -98,8 +82,6 @@ def wrap_leaf(
             changes = own and any(map(may_be_changed, (*args, *kwargs.values())))
             if not (changes or any_leaf(given, _CALLABLES)):
                 return record(function, args, kwargs)
-        if isinstance(function, types.FunctionType):
-            enter(function.__globals__)
         return function(*args, **kwargs)
 
     return stand_for(call, function)

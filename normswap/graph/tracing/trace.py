@@ -60,8 +60,7 @@ class TraceSession:
         self._thread = threading.get_ident()
         self._patches = p.Patches()
         self._local = p.Patches()
-        self._tables: dict[int, list[tuple[Any, str, Any]]] = {}
-        self._globals: dict[Any, list[dict[str, Any]]] = {}
+        self._tables: dict[int, dict[str, Any]] = {}
         self._entered: set[int] = set()
         self._library: set[int] = set()
 
@@ -76,7 +75,7 @@ class TraceSession:
         _OPEN.append(self)
         self._checkpoint = patch_torch(self._patches, self, _CHECKPOINT)
         for name in p.MATH:
-            wrapped = p.wrap_leaf(getattr(math, name), self._record, self._enter_globals)
+            wrapped = p.wrap_leaf(getattr(math, name), self._record)
             self._patches.set(math, name, wrapped)
         return self
 
@@ -107,18 +106,13 @@ class TraceSession:
             return False
         self._entered.add(key)
         if key not in self._tables:
-            self._tables[key] = [
-                (table, name, p.wrap_leaf(function, self._record, self._enter_globals))
-                for name, function in p.leaf_names(table)
-            ]
-        for owner, name, wrapped in self._tables[key]:
-            self._local.set(owner, name, wrapped)
-        for name, value in list(table.items()):
-            if value is _CHECKPOINT:
-                self._local.set(table, name, self._checkpoint)
-        for name, stand_in in STAND_INS.items():
-            if name not in table:
-                self._local.set(table, name, stand_in)
+            found = {name: value for name, value in STAND_INS.items() if name not in table}
+            for name, function in p.leaf_names(table):
+                found[name] = p.wrap_leaf(function, self._record)
+            found |= {k: self._checkpoint for k, value in table.items() if value is _CHECKPOINT}
+            self._tables[key] = found
+        for name, value in self._tables[key].items():
+            self._local.set(table, name, value)
         return True
 
     def trace(self, root: nn.Module, call: Callable[..., Any], kinds: tuple[Kind, ...]) -> Traced:
@@ -164,8 +158,6 @@ class TraceSession:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            for table in self._globals_of(forward, type(root)):
-                self._enter_globals(table)
             with ConstantCalls(tracer), watch:
                 output = call(forward, root, values)
                 if tracer.texts:
@@ -185,11 +177,6 @@ class TraceSession:
             raise TraceFailure(f"changes .{changed} inside forward")
         tracer.result.guards = tracer.reads.guards()
         return tracer.result
-
-    def _globals_of(self, forward: Callable[..., Any], cls: type) -> list[dict[str, Any]]:
-        if cls not in self._globals:
-            self._globals[cls] = p.globals_of(forward, cls)
-        return self._globals[cls]
 
     def _suspended(self, *call: Any) -> bool:
         """Ask whether a graph stands for a callee, which may be a trace of its own."""
