@@ -86,7 +86,7 @@ class TraceSession:
 
     def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         assert self.tracer is not None
-        return self.tracer.record(function, args, kwargs)
+        return self.tracer.create_proxy("call_function", function, args, kwargs)
 
     def _enter_globals(self, table: dict[str, Any]) -> bool:
         """Replace the free functions a function in these globals may call.

@@ -39,12 +39,7 @@ class ContainerTracer(fx.Tracer):
         has_graph: whether a graph stands for a callee that is given lists or dicts.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        names: Names,
-        has_graph: HasGraph,
-    ) -> None:
+    def __init__(self, root: nn.Module, names: Names, has_graph: HasGraph) -> None:
         super().__init__()
         self.root = root
         self.graph = fx.Graph(tracer_cls=type(self))
@@ -124,10 +119,6 @@ class ContainerTracer(fx.Tracer):
         something = self.result.children[path] = returns_tensor(module)
         proxy.node.meta["something"] = something
         return proxy
-
-    def record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Record the call of a free function."""
-        return self.create_proxy("call_function", function, args, kwargs)
 
     def _note_children(self, *modules: nn.Module) -> None:
         """Note which children modules have: a forward may count them, or go through them."""
