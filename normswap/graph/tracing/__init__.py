@@ -6,8 +6,8 @@
    functions of its modules, a few of torch's (`patches`, `stand_ins`, `torch_patches`).
 3. The bytecode of each function is read before it runs (`watch`, `bytecode`). An instruction that
    may do or find something else in another run ends the trace first (`whitelist`, `failure`).
-4. What the forward read of the module and around it is kept, and compared before each run of the
-   graph (`reads`); where it differs, the forward is traced anew. Lists and dicts it reads are copies.
+4. What the forward read of the module and around it is kept, lists and dicts as copies, and
+   compared before each run of the graph (`reads`); where it differs, the forward is traced anew.
 5. It may not change lists that it was given, nor hand its own to those who may (`list_effects`).
 6. The caller adds the context to calls that take it, compiles the graph and keeps it (`prepare`).
 """
