@@ -140,17 +140,14 @@ class ContainerState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ContainerState":
         """Copies share the graphs, which name modules by path."""
-        scope = copy.deepcopy(self.scope, memo)
-        state = type(self)(self.fqn, scope, self.layers, self.first_norm, self.trace)
+        state = type(self).__new__(type(self))
+        state.__dict__.update(self.__dict__)
+        for name in ("scope", "override", "schedule"):
+            setattr(state, name, copy.deepcopy(getattr(self, name), memo))
         if not self.fqn:
             state.scope.origin = None  # the whole model is copied
-        state.override = copy.deepcopy(self.override, memo)
         state.variants = {key: list(found) for key, found in self.variants.items()}
         state.assumed = set(self.assumed)
-        state.insertions, state.blocks = self.insertions, self.blocks
-        state.before, state.after = self.before, self.after
-        state.schedule = copy.deepcopy(self.schedule, memo)
-        state.question = self.question
         return state
 
 

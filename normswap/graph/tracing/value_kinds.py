@@ -115,27 +115,24 @@ def find_lists(value: Any) -> Iterator[Any]:
             yield from find_lists(part)
 
 
-def symbolic_parts(value: Any) -> list[fx.Proxy]:
-    """Return the symbolic values that a value is, or that its tuples, lists and dicts hold."""
-    if isinstance(value, fx.Proxy):
-        return [value]
+def _parts(value: Any) -> Iterator[Any]:
+    """Yield what a value is, or what its tuples, lists, dicts, sets and slices hold."""
+    if isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
     if isinstance(value, dict):
         value = tuple(value.values())
-    return (
-        [p for part in value for p in symbolic_parts(part)]
-        if isinstance(value, list | tuple)
-        else []
-    )
+    if isinstance(value, tuple | list | set | frozenset):
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield value
+
+
+def symbolic_parts(value: Any) -> list[fx.Proxy]:
+    """Return the symbolic values that a value is or holds."""
+    return [part for part in _parts(value) if isinstance(part, fx.Proxy)]
 
 
 def any_leaf(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Return whether a value, or anything inside its tuples, lists, dicts, is one of `kinds`."""
-    if isinstance(value, kinds):
-        return True
-    if isinstance(value, tuple | list | set | frozenset):
-        return any(any_leaf(v, kinds) for v in value)
-    if isinstance(value, dict):
-        return any(any_leaf(v, kinds) for v in value.values())
-    if isinstance(value, slice):
-        return any(any_leaf(v, kinds) for v in (value.start, value.stop, value.step))
-    return False
+    """Return whether a value is, or holds, one of `kinds`."""
+    return any(isinstance(part, kinds) for part in _parts(value))
