@@ -18,6 +18,7 @@ from normswap.graph.state import (
     takes_context,
 )
 from normswap.graph.tracing import (
+    Guards,
     Traced,
     TraceFailure,
     TraceSession,
@@ -35,8 +36,8 @@ _COUNT = itertools.count()
 
 
 def open_session(layers: tuple[type, ...] = ()) -> TraceSession:
-    """Return a session whose callees are prepared where it is asked whether they have a graph."""
-    return TraceSession(layers, _has_graph)
+    """Return a session whose callees are prepared where it is asked for their graphs."""
+    return TraceSession(layers, _guards_of)
 
 
 def prepare(module: nn.Module, values: tuple[Any, ...], session: TraceSession) -> Variant:
@@ -76,13 +77,13 @@ def _variant(module: nn.Module, state: ContainerState, key: Any, session: TraceS
     return variant
 
 
-def _has_graph(
+def _guards_of(
     session: TraceSession, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> bool:
-    """Return whether a graph stands for a callee on such arguments; trace it if need be."""
+) -> Guards | None:
+    """Return what a callee's graph for such arguments depends on; None where there is none."""
     state = state_of(module)
     if state is None or state.override is not None:
-        return False
+        return None
     cls: Any = type(module)
     values: tuple[Any, ...] = cls.bind(module, *args, **kwargs)
     variant = state.find(module, tuple(describe(value, []) for value in values))
@@ -93,7 +94,7 @@ def _has_graph(
             if all(v.run is None for v in state.variants.get(key, ())):
                 state.variants.pop(key, None)
         state.assumed |= set(state.variants) - met
-    return variant.run is not None
+    return None if variant.run is None else variant.guards
 
 
 def _thread(module: nn.Module, graph: fx.Graph, traced: Traced) -> Variant:

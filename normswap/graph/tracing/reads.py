@@ -13,6 +13,7 @@ from normswap.graph.tracing.value_kinds import find_lists
 from normswap.graph.tracing.whitelist import FUNCTIONS, cannot_change, is_constant
 
 _MOST_PARTS = 256
+_OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
 # Stand for an attribute that is not there, and for any tensor: a graph reads that anew.
 MISSING, ANY_TENSOR = object(), object()
 Path = tuple[str, ...]
@@ -129,7 +130,7 @@ class Reads:
             raise TraceFailure(
                 f"reads .{name}, a {type(value).__name__}, which may have changed unnoticed"
             )
-        if (path, name) not in self.attributes:
+        if (path, name) not in self.given:
             self._add_code(value)
             self.attributes[path, name] = _copied(value)
             self.given[path, name] = _copied(value)
@@ -151,13 +152,27 @@ class Reads:
         if isinstance(value, list | tuple | dict):
             for part in value.values() if isinstance(value, dict) else value:
                 self._add_code(part)
-        elif isinstance(value, types.FunctionType) and not is_library(value.__module__):
-            given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-            if not all(is_constant(d) or isinstance(d, (*FUNCTIONS, type)) for d in given):
+        known = (id(value), "__code__") in self.names
+        if isinstance(value, types.FunctionType) and not (known or is_library(value.__module__)):
+            parts = {name: getattr(value, name) for name in _OF_FUNCTIONS} | vars(value)
+            held = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            held += tuple(vars(value).values())
+            if not all(is_constant(part) or isinstance(part, (*FUNCTIONS, type)) for part in held):
                 raise TraceFailure(f"goes by {value.__name__}, whose defaults may change")
-            self._add_code(given)
-            for name in ("__code__", "__defaults__", "__kwdefaults__"):
-                self.names[id(value), name] = (value, name, _copied(getattr(value, name)))
+            for name, part in parts.items():
+                self.names[id(value), name] = (value, name, _copied(part))
+            self._add_code(held)
+
+    def below(self, path: str, guards: Guards) -> None:
+        """Note what a child's graph depends on."""
+        for sub, name, value in guards.attributes:
+            self.attributes.setdefault((".".join((path, *sub)), name), value)
+        for sub, children in guards.children:
+            self.children.setdefault(".".join((path, *sub)), children)
+        for sub, name, function in guards.methods:
+            self.methods.setdefault((".".join((path, *sub)), name), function)
+        for holder, name, value in (*guards.names, *guards.properties):
+            self.names.setdefault((id(holder), name), (holder, name, value))
 
     def holds(self, value: Any) -> bool:
         """Return whether a list or dict is, or is in, an attribute that was read."""

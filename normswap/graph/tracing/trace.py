@@ -22,6 +22,7 @@ from normswap.graph.tracing.constant_calls import ConstantCalls
 from normswap.graph.tracing.failure import TraceFailure, in_words, is_library
 from normswap.graph.tracing.graph_cache import GraphCache
 from normswap.graph.tracing.list_effects import check_given, snapshot_lists
+from normswap.graph.tracing.reads import Guards
 from normswap.graph.tracing.stand_ins import STAND_INS
 from normswap.graph.tracing.torch_patches import patch_torch
 from normswap.graph.tracing.traced import Traced
@@ -45,17 +46,17 @@ class TraceSession:
 
     Args:
         layers: classes of the norm layers, whose forward called by itself counts as a call.
-        has_graph: ``has_graph(session, module, args, kwargs)``, whether a graph stands for a call.
+        guards_of: ``guards_of(session, module, args, kwargs)`` of a call, see `tracer`.
     """
 
     def __init__(
         self,
         layers: tuple[Any, ...] = (),
-        has_graph: Callable[..., bool] = lambda *_: False,
+        guards_of: Callable[..., Guards | None] = lambda *_: None,
     ) -> None:
         self.layers = layers
         self.cache = GraphCache()
-        self._has_graph = has_graph
+        self._guards_of = guards_of
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
         self._patches = p.Patches()
@@ -178,13 +179,13 @@ class TraceSession:
         tracer.result.guards = tracer.reads.guards()
         return tracer.result
 
-    def _suspended(self, *call: Any) -> bool:
-        """Ask whether a graph stands for a callee, which may be a trace of its own."""
+    def _suspended(self, *call: Any) -> Guards | None:
+        """Ask for the graph of a callee, which may be a trace of its own."""
         tracer, self._tracer = self._tracer, None
         outer = sys.gettrace()
         sys.settrace(None)
         try:
-            return self._has_graph(self, *call)
+            return self._guards_of(self, *call)
         finally:
             sys.settrace(outer)
             self._tracer = tracer

@@ -13,7 +13,7 @@ from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.list_effects import hands_lists
 from normswap.graph.tracing.names import Names, returns_tensor
-from normswap.graph.tracing.reads import ANY_TENSOR, MISSING, Reads
+from normswap.graph.tracing.reads import ANY_TENSOR, MISSING, Guards, Reads
 from normswap.graph.tracing.symbol import Value
 from normswap.graph.tracing.traced import Traced
 from normswap.util.original_class import container_class
@@ -26,8 +26,8 @@ _READERS = {
     *("get_buffer", "extra_repr", "_get_name"),
 }
 _LOOPS = "loops over, or takes apart, a value whose length is known only when it runs"
-# Of a call: whether a graph stands for the callee.
-HasGraph = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], bool]
+# Of a call: what the graph depends on that stands for the callee, None where none does.
+GuardsOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Guards | None]
 
 
 class ContainerTracer(fx.Tracer):
@@ -36,10 +36,10 @@ class ContainerTracer(fx.Tracer):
     Args:
         root: the container.
         names: of its modules and tensors.
-        has_graph: whether a graph stands for a callee that is given lists or dicts.
+        guards_of: of the graph of a callee that is given lists or dicts.
     """
 
-    def __init__(self, root: nn.Module, names: Names, has_graph: HasGraph) -> None:
+    def __init__(self, root: nn.Module, names: Names, guards_of: GuardsOf) -> None:
         super().__init__()
         self.root = root
         self.graph = fx.Graph(tracer_cls=type(self))
@@ -48,7 +48,7 @@ class ContainerTracer(fx.Tracer):
         self.texts: list[str] = []  # of symbolic values, so far for nothing known
         self._paths, self._tensors = names.paths, names.tensors
         self._modes = _modes()
-        self._has_graph = has_graph
+        self._guards_of = guards_of
 
     def proxy(self, node: fx.Node) -> Value:
         """Wrap a node."""
@@ -112,9 +112,11 @@ class ContainerTracer(fx.Tracer):
             self.reads.children[parent] = children
         if hands_lists(self, module, (*args, *kwargs.values())):
             self.result.alike = False  # it depends on more than the class of the callee
-            if not self._has_graph(module, args, kwargs):
+            guards = self._guards_of(module, args, kwargs)
+            if guards is None:
                 name = container_class(module).__name__
                 raise TraceFailure(f"hands a list or dict to a {name} that may change it")
+            self.reads.below(path, guards)
         proxy = self.create_proxy("call_module", path, args, kwargs)
         something = self.result.children[path] = returns_tensor(module)
         proxy.node.meta["something"] = something

@@ -106,6 +106,35 @@ def test_a_list_a_child_only_reads():
     assert not normswap.summary(check(Model())).opaque
 
 
+def test_a_list_a_child_appends_to_in_training_only():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(CHANNELS)
+
+        def forward(self, found):
+            y = self.norm(found[0])
+            if self.training:
+                found.append(y)
+            return y
+
+    class Model(Holder):
+        def __init__(self):
+            super().__init__()
+            self.part = Part()
+
+        def forward(self, x):
+            found = [self.a(x)]
+            return self.b(self.part(found)) * len(found)
+
+    model = Model().eval()
+    converted = normswap.convert(model, "cn", verify=False)
+    for mode in (False, True, False):
+        for one in (model, converted):
+            one.train(mode)
+        close(call(converted, (images(),)), call(model, (images(),)))
+
+
 def test_a_list_changed_inside_a_checkpointed_part():
     class Model(Holder):
         def forward(self, x):
