@@ -24,6 +24,7 @@ COMMANDS = {
     "fixmatch": "train on a few labels a class and many images without (FixMatch)",
     "segment": "train a segmentation on some domains, test it on others",
     "sentiment": "train a sentence classifier on films, test it on product reviews",
+    "results": "make the tables of RESULTS.md from the runs that are kept",
     "bench": "time a model with other norms beside the model as it is",
 }
 

@@ -20,14 +20,14 @@ brightness, colour, sharpness. What stays and comes near to a test: autocontrast
 
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import grid, images, methods
+from . import grid, images, methods, reports
 from .corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
 from .data import TEST_BATCH, DomainData, Loader
 from .options import Parser, of_cell
@@ -38,6 +38,7 @@ METHODS = {
     "crossnorm": ("crossnorm", "ce"),
     "selfnorm": ("selfnorm", "ce"),
     "cnsn": ("cnsn", "ce"),
+    "mixstyle": ("mixstyle", "ce"),
     "crossnorm+jsd": ("crossnorm", "jsd"),
     "cnsn+jsd": ("cnsn", "jsd"),
     "bn+augmix": ("bn", "augmix"),
@@ -54,7 +55,7 @@ def run(options: Namespace) -> None:
     images.settle(options)
     device = images.pick_device(options.device)
 
-    @lru_cache(maxsize=1)  # the seed is the outer loop
+    @grid.Latest  # the seed is the outer loop
     def data_of(seed: int) -> tuple[DomainData, dict[str, dict[int, Tensor]]]:
         data = images.load_mixed(options, seed)
         clean = data.images[data.test]
@@ -77,21 +78,21 @@ def run(options: Namespace) -> None:
         images.train(cell["method"], model, loader, config, log)
         return errors(model, loader, corrupted)
 
-    records = grid.run_cells(folder, grid.cells(options), train)
+    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
     compared, aside = relative(records)
     shown = dict(FIGURES)
     if any(record.get("mce") is not None for record in compared):
         shown["mce"] = RELATIVE
     source = "digits" if options.data is None else options.data.resolve().name
     title = f"error on corrupted images: {source}, {options.model}, {options.image_size} px"
-    grid.draw_points(folder / "results.png", compared, FIGURES, title, "error, %")
+    reports.draw_points(folder / "results.png", compared, FIGURES, title, "error, %")
     text = "errors in %, means over families and severities; "
     text += "mean +- standard deviation over seeds\n"
     text += "mCE is a mean of ratios: a family in which bn is hardly ever wrong weighs as much as "
     text += "any, so a few more errors there can outweigh fewer errors in all\n\n"
-    text += grid.table(compared, shown) + "\n\nby family, severities together\n\n"
-    text += grid.table(compared, {name: name for name in FAMILIES})
-    grid.finish(folder, text + aside)
+    text += reports.table(compared, shown) + "\n\nby family, severities together\n\n"
+    text += reports.table(compared, {name: name for name in FAMILIES})
+    reports.finish(folder, text + aside)
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ statistics too, and what comes of that is not to be put down to contexts.
 """
 
 from argparse import Namespace
-from functools import lru_cache, partial
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import nn
 
 import normswap
 
-from . import grid, images, methods, runs, scores
+from . import grid, images, methods, reports, runs, scores
 from .data import DomainData, Loader
 from .errors import RecipeError
 from .nearest import NearestDomain
@@ -66,7 +66,7 @@ def run(options: Namespace) -> None:
         for method in options.methods
     ]
 
-    @lru_cache(maxsize=1)
+    @grid.Latest
     def start_of(held_out: str, seed: int) -> tuple[Namespace, DomainData, NearestDomain]:
         config = config_of(options, held_out, seed)
         data = images.load(config, seed)
@@ -77,7 +77,7 @@ def run(options: Namespace) -> None:
         start = start_of(cell["held_out"], cell["seed"])
         return train_one(cell["method"], *start, device, log)
 
-    records = grid.run_cells(folder, cells, train)
+    records = grid.run_cells(folder, cells, train, grid.jobs_of(options))
     rows = tabulated(records, grid.read_lines(folder / grid.EPOCHS), options.reach)
     headings = {domain: domain for domain in (names if options.joint else held)}
     if len(headings) > 1:
@@ -85,7 +85,8 @@ def run(options: Namespace) -> None:
     more = {"trained": "domains trained on"}
     if options.joint:
         more = {"first": "mean after 1 epoch", "reached": f"epochs to {options.reach:g} %"}
-    grid.show(folder, rows, headings, "accuracy by domain", more)
+    compared = "mean" if len(headings) > 1 else None
+    reports.show(folder, rows, headings, "accuracy by domain", more, compared)
 
 
 def config_of(options: Namespace, held_out: str, seed: int) -> Namespace:
@@ -96,24 +97,7 @@ def config_of(options: Namespace, held_out: str, seed: int) -> Namespace:
 def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Module:
     """Convert the model; every method computes the same function before it is trained."""
     settings: dict[str, Any] = {"assignment": "instance"} if method == "acn" else {}
-    if method == "mixstyle":
-        settings = after_early_stages(model)
     return methods.convert(model, method, contexts, verify=False, **settings)
-
-
-def after_early_stages(model: nn.Module) -> dict[str, Any]:
-    """Return where MixStyle's authors have it: after layer1 and layer2 of a ResNet.
-
-    Raises:
-        RecipeError: the model does not say which its stages are.
-    """
-    stages = [i["module"] for i in getattr(model, "feature_info", ()) if i["reduction"] in (4, 8)]
-    if not stages:
-        raise RecipeError(
-            f"expected a timm model with stages of reduction 4 and 8 for mixstyle, got "
-            f"{type(model).__name__}; leave mixstyle out of --methods"
-        )
-    return {"placement": "output", "select": stages}
 
 
 def train_one(

@@ -15,6 +15,7 @@ from .data import Augmentation, DomainData, stratified_mask
 from .errors import RecipeError, check_names
 
 TEST_FRACTION = 0.2
+OFFICIAL = ["test", "train"]
 
 
 def load_folder(
@@ -30,6 +31,7 @@ def load_folder(
     """Load a folder of domains, or a zip of it; images become squares, by resizing and cropping.
 
     A fifth of each class of each domain is the test split; of the held-out domain, all of it.
+    Domains named `train` and `test` are what they say: an official split of one domain.
     """
     if zipfile.is_zipfile(root):
         with TemporaryDirectory() as folder:
@@ -54,6 +56,10 @@ def load_folder(
     labels, homes = map(torch.tensor, numbers)
     generator = torch.Generator().manual_seed(seed)
     test = stratified_mask(homes * len(classes) + labels, TEST_FRACTION, generator)
+    note = f"a random fifth of each class of each domain of {root.name} tests"
+    if domain_names == OFFICIAL:
+        test = homes == OFFICIAL.index("test")
+        note = f"{root.name} says which images test"
     if held_out is not None:
         test |= homes == domain_names.index(held_out)
     return DomainData(
@@ -66,7 +72,7 @@ def load_folder(
         domain_names=domain_names,
         augmentation=Augmentation(side=(0.7, 1.0), shift=0.0, flip=True),
         held_out=held_out,
-        note=f"a random fifth of each class of each domain of {root.name} tests",
+        note=note,
     )
 
 

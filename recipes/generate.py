@@ -30,7 +30,7 @@ from torchvision.utils import save_image
 
 from normswap import plot
 
-from . import folders, gan, grid, images, runs
+from . import folders, gan, grid, images, reports, runs
 from .data import stratified_mask
 from .digits import draw
 from .errors import RecipeError
@@ -128,27 +128,28 @@ def run(options: Namespace) -> None:
     data = load(options.data, options.smoke, device)
     print(data.note)
     folder = grid.open_run(options, "generate")
-    rows = [(data.labels == c).nonzero().flatten()[:COLUMNS] for c in range(len(data.classes))]
+    classes = data.classes
+    rows = [(data.labels == c).nonzero().flatten()[:COLUMNS] for c in range(len(classes))]
+    asked = torch.arange(len(classes)).repeat_interleave(COLUMNS)
     save_samples(folder / "samples-real.png", data.images[torch.cat(rows)])
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         pair = gan.build(
-            cell["method"], data.classes, options.width, data.images, data.labels, cell["seed"]
+            cell["method"], classes, options.width, data.images, data.labels, cell["seed"]
         )
         pair.generator.to(device)
         pair.discriminator.to(device)
         figures = train_one(pair, cell["seed"], data, options, log)
         if cell["seed"] == 0:
-            asked = torch.arange(len(data.classes)).repeat_interleave(COLUMNS)
             made = generate(pair, asked, seed=1)
             save_samples(folder / f"samples-{cell['method']}.png", made)
         return figures
 
-    records = grid.run_cells(folder, grid.cells(options), train)
+    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
     draw_epochs(folder, records, data.real)
     real = {"cell": {"method": "real"}, **data.real}
-    table = grid.table([real, *records], HEADINGS)
-    grid.finish(folder, f"{data.note}\n\n{table}")
+    table = reports.table([real, *records], HEADINGS)
+    reports.finish(folder, f"{data.note}\n\n{table}")
 
 
 def train_one(

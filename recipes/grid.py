@@ -10,33 +10,31 @@ runs/NAME/results.png
 
 import argparse
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from tabulate import tabulate
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 import normswap
 
-from . import runs
+from . import images, runs
 from .errors import RecipeError
 from .options import Parser, count
 
 RESULTS, EPOCHS = "results.jsonl", "epochs.jsonl"
-MARKERS = "Ds^v"
 Cell = dict[str, Any]
 Log = Callable[[dict[str, Any]], None]
 Train = Callable[[Cell, Log], dict[str, Any]]
-Order = Callable[[list[Cell]], Iterable[Cell]]
-Work = Callable[[Cell], dict[str, Any]]
+Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
+MOST_JOBS = 8  # each holds the images and a model
+T = TypeVar("T")
 
 
 def command(
@@ -70,6 +68,10 @@ def add_methods(
         help=f"of {', '.join(known)}; bn is the model as it is",
     )  # fmt: skip
     parser.add_argument("--seeds", type=count, default=seeds, help="how many, from 0 on")
+    parser.add_argument(
+        "--jobs", type=count, metavar="N",
+        help=f"trainings at once (default: on a CPU one a core, {MOST_JOBS} at most; else one)",
+    )  # fmt: skip
     runs.add_options(parser)
 
 
@@ -86,13 +88,21 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     return [{"method": method, "seed": seed} for seed in seeds for method in options.methods]
 
 
+def jobs_of(options: argparse.Namespace) -> int:
+    """Give how many trainings run at once: what was asked for, or a core's worth each on a CPU."""
+    if options.jobs is not None:
+        return int(options.jobs)
+    on_cpu = images.pick_device(options.device).type == "cpu"
+    return min(torch.get_num_threads(), MOST_JOBS) if on_cpu and not options.smoke else 1
+
+
 def run_cells(
-    folder: Path, wanted: Sequence[Cell], train: Train, order: Order = iter
+    folder: Path, wanted: Sequence[Cell], train: Train, jobs: int = 1
 ) -> list[dict[str, Any]]:
     """Run every cell that has no result yet; give the records of all, in their order.
 
-    `order` gives these cells one by one in the order to run them in, such as that in which other
-    processes finish them; a result that names its seconds keeps them.
+    Several jobs are processes that share the threads of this one; the epochs of a training then
+    arrive with its result. A training that fails is raised when all others have finished.
     """
     done = read_lines(folder / RESULTS)
     finished = [record["cell"] for record in done]
@@ -101,59 +111,81 @@ def run_cells(
         f"writing {folder}; to continue after a stop, the same with --name {folder.name} --resume"
     )
     missing = [c for i, c in enumerate(wanted) if c not in [*finished, *wanted[:i]]]
-    first = len(wanted) - len(missing)
-    bar = tqdm(order(missing), initial=first, total=len(wanted), unit="training", disable=None)
-    for cell in bar:
-        label = " ".join(map(str, cell.values()))
-        bar.set_postfix_str(label)
+    bar = tqdm(initial=len(wanted) - len(missing), total=len(wanted), unit="training", disable=None)
 
-        def log(figures: dict[str, Any], cell: Cell = cell, label: str = label) -> None:
-            epochs.append({"cell": cell, **figures})
-            runs.write_lines(folder / EPOCHS, epochs)
-            shown = {k: f"{v:.3g}" for k, v in figures.items() if isinstance(v, float)}
-            bar.set_postfix_str(f"{label}: {', '.join(f'{k} {v}' for k, v in shown.items())}")
+    def log(cell: Cell, figures: dict[str, Any]) -> None:
+        epochs.append({"cell": cell, **figures})
+        runs.write_lines(folder / EPOCHS, epochs)
+        shown = {k: f"{v:.3g}" for k, v in figures.items() if isinstance(v, float)}
+        bar.set_postfix_str(f"{name_of(cell)}: {', '.join(f'{k} {v}' for k, v in shown.items())}")
 
-        start = time.perf_counter()
-        figures = {"cell": cell, **train(cell, log)}
-        figures.setdefault("seconds", round(time.perf_counter() - start, 1))
-        done.append(figures)
-        runs.write_lines(folder / RESULTS, done)
+    if jobs == 1 or len(missing) < 2:
+        outcomes = (timed(train, cell, partial(log, cell)) for cell in missing)
+    else:
+        threads = max(1, torch.get_num_threads() // jobs)
+        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+        outcomes = pool(delayed(apart)(train, cell, threads) for cell in missing)
+    failed = []
+    with bar:
+        for outcome in outcomes:
+            if isinstance(outcome, Failed):
+                failed.append(outcome)
+                continue
+            record, logged = outcome
+            for figures in logged:
+                log(record["cell"], figures)
+            done.append(record)
+            runs.write_lines(folder / RESULTS, done)
+            bar.update()
+    if failed:
+        raise failed[0].error
     return [next(record for record in done if record["cell"] == cell) for cell in wanted]
 
 
-@contextmanager
-def processes(number: int) -> Iterator[Callable[[Work], tuple[Train, Order]]]:
-    """Give what makes work that can be pickled into `train` and `order` of `run_cells`.
+def name_of(cell: Cell) -> str:
+    return " ".join(map(str, cell.values()))
 
-    So many processes share it, with the threads of this one; a single one is this one.
-    """
-    if number == 1:
-        yield lambda work: (lambda cell, _: work(cell), iter)
-        return
-    threads = max(1, torch.get_num_threads() // number)
-    pool = ProcessPoolExecutor(number, get_context("spawn"), torch.set_num_threads, (threads,))
 
-    def shared(work: Work) -> tuple[Train, Order]:
-        found: dict[str, Future[dict[str, Any]]] = {}
+def timed(train: Train, cell: Cell, log: Log) -> Outcome:
+    """Train a cell; give its record, with its seconds, and no epochs that are not logged yet."""
+    start = time.perf_counter()
+    figures = {"cell": cell, **train(cell, log)}
+    figures.setdefault("seconds", round(time.perf_counter() - start, 1))
+    return figures, []
 
-        def finished(cells: list[Cell]) -> Iterator[Cell]:
-            cell_of = {pool.submit(work, cell): cell for cell in cells}
-            # What went wrong is said last, when all that went well is kept.
-            failed = []
-            for future in as_completed(cell_of):
-                found[repr(cell_of[future])] = future
-                if future.exception() is None:
-                    yield cell_of[future]
-                else:
-                    failed.append(cell_of[future])
-            yield from failed
 
-        return lambda cell, _: found[repr(cell)].result(), finished
+@dataclass
+class Failed:
+    """What a training in another process raised."""
 
+    error: Exception
+
+
+def apart(train: Train, cell: Cell, threads: int) -> Outcome | Failed:
+    """Train a cell in a process of its own kind; give its record and its epochs."""
+    torch.set_num_threads(threads)
+    epochs: list[dict[str, Any]] = []
     try:
-        yield shared
-    finally:
-        pool.shutdown(cancel_futures=True)
+        record, _ = timed(train, cell, epochs.append)
+    except Exception as error:  # raised by who collects, when the other trainings are kept
+        return Failed(error)
+    return record, epochs
+
+
+class Latest(Generic[T]):
+    """Keeps what `make` gave for the latest arguments; in another process it is made there."""
+
+    def __init__(self, make: Callable[..., T]) -> None:
+        self._make = make
+        self._found: tuple[tuple[Any, ...], T] | None = None
+
+    def __call__(self, *args: Any) -> T:
+        if self._found is None or self._found[0] != args:
+            self._found = args, self._make(*args)
+        return self._found[1]
+
+    def __reduce__(self) -> tuple[type["Latest[T]"], tuple[Callable[..., T]]]:
+        return type(self), (self._make,)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -164,89 +196,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise RecipeError(f"cannot read {path}: {error}; delete it to run all again") from error
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Give mean and standard deviation over seeds as text."""
-    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
-def table(records: Sequence[dict[str, Any]], figures: dict[str, str]) -> str:
-    """Tabulate figures of each method as mean and standard deviation over its seeds."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        rows.setdefault(record["cell"]["method"], []).append(record)
-    lines = []
-    for method, group in rows.items():
-        found = [[r[name] for r in group if r.get(name) is not None] for name in figures]
-        texts = [spread(v) if v else "-" for v in found]
-        some = [f" ({len(v)} of {len(group)})" if 0 < len(v) < len(group) else "" for v in found]
-        lines.append([method, len(group), *(map("".join, zip(texts, some, strict=True)))])
-    return tabulate(
-        lines, ["method", "runs", *figures.values()], tablefmt="github", numalign="right"
-    )
-
-
-def draw_points(
-    path: Path,
-    records: Sequence[dict[str, Any]],
-    figures: dict[str, str],
-    title: str,
-    unit: str = "accuracy, %",
-) -> None:
-    """Draw a column a figure, and in it, for each method, its runs and their mean."""
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(record["cell"]["method"] for record in records))
-    wide = max(6.0, 1.5 + 0.2 * (len(names) + 1) * len(figures))
-    canvas = Figure(figsize=(wide, 4.2), dpi=120)
-    axes = canvas.subplots()
-    step = 0.8 / len(names)
-    for index, name in enumerate(names):
-        colour, label, marker = f"C{index % 10}", str(name), MARKERS[index // 10 % len(MARKERS)]
-        for column, key in enumerate(figures):
-            values = [
-                r[key] for r in records if r["cell"]["method"] == name and r.get(key) is not None
-            ]
-            if not values:
-                continue
-            x = column + (index - (len(names) - 1) / 2) * step
-            error = statistics.stdev(values) if len(values) > 1 else 0.0
-            axes.errorbar(
-                x, statistics.mean(values), error, fmt=marker, color=colour, label=label,
-                markersize=5, capsize=3,
-            )  # fmt: skip
-            label = None
-            axes.plot([x + 0.25 * step] * len(values), values, ".", color=colour, alpha=0.5)
-    axes.set_xticks(range(len(figures)), list(figures.values()))
-    axes.set_xlim(-0.5, len(figures) - 0.5)
-    for column in range(1, len(figures)):
-        axes.axvline(column - 0.5, color="0.85", linewidth=0.8)
-    axes.grid(axis="y", color="0.9")
-    axes.set_ylabel(unit)
-    axes.set_title(title)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), title="method")
-    with runs.atomic(path) as temporary:
-        canvas.savefig(temporary, format="png", bbox_inches="tight")
-
-
-def finish(folder: Path, text: str) -> None:
-    """Write and print the report."""
-    versions = runs.read_config(folder, "versions")
-    made = ", ".join(f"{k} {v}" for k, v in versions.items() if k != "command")
-    runs.write_text(folder / "report.txt", f"{versions['command']}\n{made}\n\n{text}\n")
-    print(text)
-    print(f"{folder} is complete")
-
-
-def show(
-    folder: Path,
-    records: Sequence[dict[str, Any]],
-    figures: dict[str, str],
-    title: str,
-    more: dict[str, str] | None = None,
-) -> None:
-    """End a run with a picture and a table of its figures, and in the table of `more`."""
-    draw_points(folder / "results.png", records, figures, title)
-    finish(folder, table(records, {**figures, **(more or {})}))

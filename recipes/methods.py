@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import normswap
 
+from .errors import RecipeError
 from .training import takes_context
 
 FROZEN = "-frozen"
@@ -29,6 +30,8 @@ def convert(
     """Convert a model; as long as it is not trained, it computes the same function."""
     name = base_of(method)
     if name in normswap.methods():
+        if name == "mixstyle":
+            settings = {**after_early_stages(model), **settings}
         labelled = normswap.get_method(name).needs_context
         model = normswap.convert(model, name, contexts=contexts if labelled else None, **settings)
     if not method.endswith(FROZEN):
@@ -40,3 +43,18 @@ def convert(
         if isinstance(norm, _BatchNorm):
             norm.register_forward_pre_hook(lambda norm, _: norm.train(False) and None)
     return model
+
+
+def after_early_stages(model: nn.Module) -> dict[str, Any]:
+    """Return where MixStyle's authors have it: after layer1 and layer2 of a ResNet.
+
+    Raises:
+        RecipeError: the model does not say which its stages are.
+    """
+    stages = [i["module"] for i in getattr(model, "feature_info", ()) if i["reduction"] in (4, 8)]
+    if not stages:
+        raise RecipeError(
+            f"expected a timm model with stages of reduction 4 and 8 for mixstyle, got "
+            f"{type(model).__name__}; leave mixstyle out of --methods"
+        )
+    return {"placement": "output", "select": stages}

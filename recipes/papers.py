@@ -21,13 +21,11 @@ warms up and falls, and no decay of norms. Without --data it trains on tiles of 
 
 import getpass
 import hashlib
-import statistics
 import tempfile
 import time
 import warnings
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
@@ -36,19 +34,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 
 import normswap
 from normswap.errors import AdviceWarning
 
-from . import grid, images, runs, sensors
+from . import grid, images, reports, runs, sensors
 from .options import ByData, Parser, by_data, check_rates, count, of_cell
 from .resident import epoch_of, load, ready
 from .training import check_finite, make_optimizer, takes_context
 
 METHODS = "cn", "cn-x", "cn-x-batch", "acn"
-PUBLISHED = {"bn": 86.90, "cn-x": 87.57, "acn": 87.97}
 TEST_BATCH = 1000
 
 
@@ -57,17 +53,21 @@ def run(options: Namespace) -> None:
     for lr in options.rates:
         check_rates(Namespace(lr=lr, weight_decay=options.weight_decay))
     work = {"path": prepared(options), "device": images.pick_device(options.device)}
-    folder = grid.open_run(options, "papers", (*runs.FREE, "jobs"))
+    folder = grid.open_run(options, "papers")
+    jobs = grid.jobs_of(options)
     tried = [{"method": m, "seed": 0, "lr": lr} for lr in options.rates for m in options.methods]
     rates = dict.fromkeys(options.methods, options.rates[0])
-    with grid.processes(options.jobs) as shared:
-        if len(options.rates) > 1:
-            tries = shared(partial(train_one, options=options, rates=None, **work))
-            for record in sorted(grid.run_cells(folder, tried, *tries), key=accuracy):
-                rates[record["cell"]["method"]] = record["cell"]["lr"]
-        final = shared(partial(train_one, options=options, rates=rates, **work))
-        records = grid.run_cells(folder, grid.cells(options), *final)
-    grid.finish(folder, tabulated(records))
+    if len(options.rates) > 1:
+        tries = partial(train_one, options=options, rates=None, **work)
+        for record in sorted(grid.run_cells(folder, tried, tries, jobs), key=accuracy):
+            rates[record["cell"]["method"]] = record["cell"]["lr"]
+    final = partial(train_one, options=options, rates=rates, **work)
+    records = grid.run_cells(folder, grid.cells(options), final, jobs)
+    early = max(1, options.epochs // 4)
+    rows = [{**r, "lr": 1000 * r["lr"], "early": r["losses"][early - 1]} for r in records]
+    more = {"lr": "rate, 1e-3", "early": f"loss of epoch {early}", "seconds": "seconds"}
+    title = "accuracy of a shallow CNN, %"
+    reports.show(folder, rows, {"accuracy": "accuracy, %"}, title, more, "accuracy", 2)
 
 
 def prepared(options: Namespace) -> Path:
@@ -104,6 +104,7 @@ def network(classes: int, width: int, size: int) -> nn.Module:
 
 def train_one(
     cell: grid.Cell,
+    _log: grid.Log,
     options: Namespace,
     rates: dict[str, float] | None,
     path: Path,
@@ -172,28 +173,6 @@ def accuracy(record: dict[str, Any]) -> float:
     return float(record["accuracy"])
 
 
-def tabulated(records: Sequence[dict[str, Any]]) -> str:
-    """Tabulate accuracies, and what they are more than bn's of the same seeds."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in records:
-        found.setdefault(record["cell"]["method"], {})[record["cell"]["seed"]] = record
-    rows = []
-    for method, runs_of in found.items():
-        plain = found.get("bn", {}) if method != "bn" else {}
-        gains = [accuracy(r) - accuracy(plain[s]) for s, r in runs_of.items() if s in plain]
-        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
-        gain = f"{statistics.mean(gains):+.2f}" if gains else ""
-        rate = next(iter(runs_of.values()))["lr"]
-        rows.append([
-            method, len(runs_of), f"{rate:g}", grid.spread([*map(accuracy, runs_of.values())], 2),
-            gain if error is None else f"{gain} +- {error:.2f}", PUBLISHED.get(method, ""),
-            f"{statistics.mean(r['seconds'] for r in runs_of.values()):.0f}",
-        ])  # fmt: skip
-    headings = ["method", "runs", "rate", "accuracy, %", "more than bn +- standard error"]
-    headings += ["published, 100 epochs", "seconds a run"]
-    return tabulate(rows, headings, tablefmt="github", disable_numparse=True)
-
-
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, ("bn", "cn", "cn-x", "acn"), ("bn", *METHODS))
     parser.share(image_size=ByData(16, 32), epochs=20, batch_size=256, weight_decay=1e-4)
@@ -207,7 +186,6 @@ def add_options(parser: Parser) -> None:
     add("--norm", type=int, choices=(1, 2, 3), default=1, help="which of the three is replaced")
     add("--width", type=count, default=64, help="channels of the first convolution; then 2x, 4x")
     add("--amp", action="store_true", help="bfloat16 by autocast")
-    add("--jobs", type=count, default=1, metavar="N", help="trainings at once, in N processes")
 
 
 main = partial(grid.command, "papers", __doc__, add_options, run)

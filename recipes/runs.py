@@ -35,7 +35,7 @@ FORMAT = "normswap-recipe-2"
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.json", "metrics.jsonl"
 # What has no say in the figures of a run, and what a resumed one may have more or less of.
 NOT_SETTINGS = ("out", "name", "resume", "device")
-FREE = ("methods", "seeds", "workers")
+FREE = ("methods", "seeds", "workers", "jobs")
 
 
 @contextmanager

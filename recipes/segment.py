@@ -15,7 +15,7 @@ call everything background scores next to nothing, as the report says.
 
 from argparse import Namespace
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods
+from . import grid, images, methods, reports
 from .errors import RecipeError
 from .options import Parser, check_rates, count
 from .runs import atomic
@@ -106,22 +106,22 @@ def run(options: Namespace) -> None:
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         return train_one(cell, scenes(cell["seed"]), options, device, log, folder)
 
-    records = grid.run_cells(folder, grid.cells(options), train)
+    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
     data = scenes(0)
     title = f"sources {', '.join(data.sources)}; targets {', '.join(data.targets)}"
     targets = {f"on_{name}": name for name in data.targets}
     points = {"source": "sources", "target": "targets", **(targets if len(targets) > 1 else {})}
-    grid.draw_points(folder / "results.png", records, points, title, "mean IoU, %")
+    reports.draw_points(folder / "results.png", records, points, title, "mean IoU, %")
     rows = {m: torch.from_numpy(np.load(masks_of(folder, m))) for m in options.methods}
     draw_predictions(folder / "predictions.png", data, shown(data), rows, "test scenes, seed 0")
     each = {f"on_{name}": name for name in data.sources} | targets
     parts = [
         f"mean IoU, %; {title}; label unknown unless said",
-        grid.table(records, HEADINGS),
-        grid.table(records, {"valid": "sources, validation", **each}),
+        reports.table(records, HEADINGS),
+        reports.table(records, {"valid": "sources, validation", **each}),
         background(data, TEST),
     ]
-    grid.finish(folder, "\n\n".join(parts))
+    reports.finish(folder, "\n\n".join(parts))
 
 
 def loader(options: Namespace) -> Callable[[int], Scenes]:
@@ -133,9 +133,7 @@ def loader(options: Namespace) -> Callable[[int], Scenes]:
     sources = options.source or ["gravel", "grass"]
     targets = options.target or ["brick", "moon"]
     counts = SMOKE_COUNTS if options.smoke else COUNTS
-    return lru_cache(1)(
-        lambda seed: make_scenes(sources, targets, options.image_size, seed, counts)
-    )
+    return grid.Latest(lambda seed: make_scenes(sources, targets, options.image_size, seed, counts))
 
 
 def build(method: str, data: Scenes, seed: int, options: Namespace) -> nn.Module:

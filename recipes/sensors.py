@@ -21,7 +21,7 @@ import statistics
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, scores
+from . import grid, images, reports, scores
 from .augment import Augmentation
 from .data import DomainData, Loader, stratified_mask
 from .errors import RecipeError
+from .folders import OFFICIAL
 from .options import ByData, Parser, by_data, check_rates, count, of_cell
 from .training import takes_context
 
@@ -53,7 +54,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "cn-x-batch": ("cn-x", {"statistics": "batch"}),
 }
 TILES = 200
-KNOWN = "sensor known"
+KNOWN = "known"
 
 
 def run(options: Namespace) -> None:
@@ -61,12 +62,13 @@ def run(options: Namespace) -> None:
     check_rates(options)
     device = images.pick_device(options.device)
 
-    @lru_cache(maxsize=1)  # the seed is the outer loop
+    @grid.Latest  # the seed is the outer loop
     def data_of(seed: int) -> DomainData:
         return seen(load(options, seed), seed)
 
     data_of(0)  # what is wrong with images is said before a run is made
     folder = grid.open_run(options, "sensors")
+    jobs = grid.jobs_of(options)
 
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         data = data_of(cell["seed"])
@@ -80,12 +82,12 @@ def run(options: Namespace) -> None:
             for method in options.methods
             for factor in (1 / 3, 1, 3)
         ]
-        for record in sorted(grid.run_cells(folder, tried, train), key=known_mean):
+        for record in sorted(grid.run_cells(folder, tried, train, jobs), key=known_mean):
             rates[record["cell"]["method"]] = record["cell"]["lr"]
-    records = grid.run_cells(folder, grid.cells(options), train)
+    records = grid.run_cells(folder, grid.cells(options), train, jobs)
     headings = {**{name: name for name in SENSORS}, "mean": "mean"}
-    more = {"gain": "more than bn"} | ({"lr": "rate, 1e-3"} if options.tune else {})
-    grid.show(folder, tabulated(records), headings, "accuracy by sensor", more)
+    more = {"lr": "rate, 1e-3"} if options.tune else {}
+    reports.show(folder, tabulated(records), headings, "accuracy by sensor", more, "mean")
 
 
 def load(options: Namespace, seed: int) -> DomainData:
@@ -93,12 +95,12 @@ def load(options: Namespace, seed: int) -> DomainData:
     if options.data is None:
         return tiles(options.image_size, seed, options.limit or TILES)
     data = images.load(options)
-    if data.domain_names != ["test", "train"]:
+    if data.domain_names != OFFICIAL:
         raise RecipeError(
             f"expected --data {options.data} to hold the folders train and test, of CLASS/image, "
             f"got {', '.join(data.domain_names)}"
         )
-    return replace(data, test=data.domains == 0, train=data.domains == 1)
+    return data
 
 
 def tiles(size: int, seed: int, limit: int) -> DomainData:
@@ -193,8 +195,8 @@ def train_one(
     found = {KNOWN: measure(model, label=scores.own)}
     for policy in scores.POLICIES:
         normswap.set_unknown(model, policy)
-        found[f"unknown: {policy}"] = measure(model)
-    found["unknown: most confident"] = measure(Surest(model))
+        found[policy] = measure(model)
+    found["most confident"] = measure(Surest(model))
     return {"accuracy": found, "lr": config.lr}
 
 
@@ -205,17 +207,14 @@ def known_mean(record: dict[str, Any]) -> float:
 
 
 def tabulated(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give one record a method, what it is told, and seed; gains are on bn of the same seed."""
-    plain = {r["cell"]["seed"]: known_mean(r) for r in records if r["cell"]["method"] == "bn"}
+    """Give one record a method, what it is told, and seed."""
     rows = []
     for record in records:
         method, seed = record["cell"].values()
         for told, accuracy in record["accuracy"].items():
             cell = {"method": f"{method}, {told}" if told else method, "seed": seed}
             mean = statistics.mean(accuracy.values())
-            gain = mean - plain[seed] if told and seed in plain else None
-            figures = {"mean": mean, "gain": gain, "lr": 1000 * record["lr"]}
-            rows.append({"cell": cell, **accuracy, **figures})
+            rows.append({"cell": cell, **accuracy, "mean": mean, "lr": 1000 * record["lr"]})
     return rows
 
 

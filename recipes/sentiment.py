@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods
+from . import grid, images, methods, reports
 from .errors import RecipeError
 from .options import Parser, check_rates
 
@@ -91,12 +91,12 @@ def run(options: Namespace) -> None:
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         return train_one(cell, data, len(words) + 2, options, device, log)
 
-    records = grid.run_cells(folder, grid.cells(options), train)
-    grid.draw_points(folder / "results.png", records, ACCURACIES, "sentences, by norm")
+    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
+    reports.draw_points(folder / "results.png", records, ACCURACIES, "sentences, by norm")
     most = data["target"].labels.bincount().max().item() / len(data["target"].labels)
     note = f"Of the product sentences {100 * most:.1f} % are of the larger class."
-    table = grid.table(records, {**ACCURACIES, "best_epoch": "epoch"})
-    grid.finish(folder, f"{table}\n\n{note}")
+    table = reports.table(records, {**ACCURACIES, "best_epoch": "epoch"})
+    reports.finish(folder, f"{table}\n\n{note}")
 
 
 def build(method: str, words: int, seed: int) -> nn.Module:

@@ -28,7 +28,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -36,7 +36,7 @@ from torch import nn
 
 import normswap
 
-from . import grid, images, methods, scores
+from . import grid, images, methods, reports, scores
 from .data import TEST_BATCH, DomainData, Loader
 from .errors import RecipeError
 from .options import Parser, of_cell
@@ -71,7 +71,7 @@ def run(options: Namespace) -> None:
     if options.superclasses is None:
         options.superclasses = list(DIGITS if options.data is None else PACS)
 
-    @lru_cache(maxsize=1)  # the seed is the outer loop
+    @grid.Latest  # the seed is the outer loop
     def data_of(seed: int) -> DomainData:
         return with_superclasses(images.load_mixed(options, seed), options.superclasses)
 
@@ -82,16 +82,16 @@ def run(options: Namespace) -> None:
     def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         return train_one(cell, data_of(cell["seed"]), options, device, log)
 
-    records = grid.run_cells(folder, grid.cells(options), train)
+    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
     rows = [*records, *masked(records)]
     title = f"superclasses as contexts: {options.model}, {options.image_size} px"
-    grid.draw_points(folder / "results.png", rows, FIGURES, title)
+    reports.draw_points(folder / "results.png", rows, FIGURES, title)
     text = "test accuracy, %; mean +- standard deviation over seeds\n\n"
-    text += grid.table(rows, FIGURES)
+    text += reports.table(rows, FIGURES)
     for record in records:
         if "clusters" in record and record["cell"]["seed"] == 0:
             text += f"\n\n{record['cell']['method']}, seed 0: {record['clusters']}"
-    grid.finish(folder, text)
+    reports.finish(folder, text)
 
 
 def train_one(

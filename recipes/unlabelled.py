@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods
+from . import grid, images, methods, reports
 from .augment import colour, each, seeded
 from .data import DomainData, Loader
 from .errors import RecipeError
@@ -123,8 +123,8 @@ def run(
         averaged, figures = fit(model, step, options, seed, log)
         return {**measure(averaged, loader), **figures}
 
-    records = grid.run_cells(folder, grid.cells(options), train)
-    grid.show(folder, records, headings, title, COUNTED)
+    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
+    reports.show(folder, records, headings, title, COUNTED)
 
 
 def forward(model: nn.Module, parts: Sequence[Tensor], contexts: Sequence[int]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from . import preact  # noqa: F401 - registers its model
 from .errors import RecipeError
 
 EFFICIENTNET_LITE0 = "efficientnet-lite0"

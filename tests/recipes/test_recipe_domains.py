@@ -37,6 +37,7 @@ def test_every_domain_is_held_out_of_every_method(tmp_path, capsys):
     assert set(cn["accuracy"]["pooled"]) == {"90"}
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt",
+        "table.json",
     }  # fmt: skip
     assert "cn, posterior" in capsys.readouterr().out
 

@@ -26,6 +26,7 @@ def test_the_smoke_run_trains_and_tests_every_method(tmp_path, capsys):
         assert expected == set(record) & set(HEADINGS)
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt",
+        "table.json",
     }  # fmt: skip
     assert "unlabelled" in capsys.readouterr().out
 

@@ -34,6 +34,15 @@ def test_the_whole_held_out_domain_tests(folder):
     assert data.test[data.domains == 1].sum() == 2
 
 
+def test_folders_named_train_and_test_are_the_official_split(folder):
+    (folder / "day").rename(folder / "test")
+    (folder / "night").rename(folder / "train")
+    data = load_folder(folder, 16)
+    # The fixture paints what was night 50 red, what was day 100.
+    assert torch.equal(data.test, data.images[:, 0, 8, 8] == 100)
+    assert torch.equal(data.train, ~data.test)
+
+
 def test_the_number_of_threads_does_not_change_the_images(folder):
     assert torch.equal(
         load_folder(folder, 16, workers=1).images, load_folder(folder, 16, workers=4).images

@@ -2,11 +2,9 @@ import json
 from argparse import Namespace
 
 import pytest
-from matplotlib.figure import Figure
 
 from recipes import grid, runs
 from recipes.errors import RecipeError
-from recipes.grid import draw_points
 from recipes.options import Parser
 
 
@@ -105,39 +103,26 @@ def test_no_seeds_are_an_error(tmp_path):
         options(tmp_path, "--seeds", "0")
 
 
-def test_the_table_is_of_mean_and_sample_deviation(tmp_path):
-    records = [{"cell": cell, **train(cell, lambda _: None)} for cell in CELLS]
-    text = grid.table(records, {"accuracy": "right, %", "none": "missing"})
-
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert rows[0] == ["method", "runs", "right, %", "missing"]
-    assert rows[2] == ["bn", "2", "20.5 +- 0.7", "-"]  # of 20 and 21: sqrt(0.5)
+def fails_once(cell, log):
+    if cell == CELLS[1]:
+        raise ValueError("of this training")
+    return train(cell, log)
 
 
-def test_the_report_names_command_and_versions(tmp_path):
+def test_processes_keep_what_went_well_and_raise_what_did_not(tmp_path):
     folder = grid.open_run(options(tmp_path), "toy")
-    grid.finish(folder, "a table")
+    with pytest.raises(ValueError, match="of this training"):
+        grid.run_cells(folder, CELLS, fails_once, jobs=2)
 
-    report = (folder / "report.txt").read_text()
-    assert report.startswith("python -m recipes")
-    assert "torch" in report
-    assert report.endswith("a table\n")
+    kept = [record["cell"] for record in grid.read_lines(folder / grid.RESULTS)]
+    assert sorted(map(str, kept)) == sorted(map(str, [CELLS[0], *CELLS[2:]]))
+    records = grid.run_cells(folder, CELLS, train, jobs=2)
+    assert [record["cell"] for record in records] == CELLS
+    assert len(grid.read_lines(folder / grid.EPOCHS)) == len(CELLS)
 
 
-def test_a_picture_shows_every_run(tmp_path, monkeypatch):
-    shown = []
-    save = Figure.savefig
-
-    def spy(figure, *args, **kwargs):
-        dots = [line for line in figure.axes[0].lines if line.get_marker() == "."]
-        shown.extend(y for line in dots for y in line.get_ydata())
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", spy)
-    records = [{"cell": cell, **train(cell, lambda _: None)} for cell in CELLS]
-    path = tmp_path / "points.png"
-    draw_points(path, records, {"accuracy": "right", "none": "missing"}, "toy")
-
-    assert sorted(shown) == [20, 20, 21, 21]
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert list(tmp_path.iterdir()) == [path]
+def test_trainings_share_the_cores_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid.torch, "get_num_threads", lambda: 3)
+    assert grid.jobs_of(options(tmp_path, "--device", "cpu")) == 3
+    assert grid.jobs_of(options(tmp_path, "--device", "cpu", "--jobs", "2")) == 2
+    assert grid.jobs_of(options(tmp_path, "--device", "cpu", "--smoke")) == 1

@@ -119,16 +119,3 @@ def test_the_network_has_three_norms_of_which_one_is_named():
     norms = [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms == ["norm1", "norm2", "norm3"]
     assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
-
-
-def test_gains_are_paired_and_have_a_standard_error():
-    def record(method, seed, accuracy):
-        cell = {"method": method, "seed": seed}
-        return {"cell": cell, "accuracy": accuracy, "lr": 1e-3, "seconds": 5.0}
-
-    found = {("bn", 0): 80.0, ("bn", 1): 82.0, ("acn", 0): 81.0, ("acn", 1): 85.0}
-    text = papers.tabulated([record(*key, value) for key, value in found.items()])
-    # Gains of 1 and 3: a standard deviation of sqrt(2), over sqrt(2).
-    assert "+2.00 +- 1.00" in text
-    assert "87.97" in text
-    assert "more than bn" in text

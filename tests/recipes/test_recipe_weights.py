@@ -157,3 +157,16 @@ def test_a_new_head_on_downloaded_weights_starts_at_zero(monkeypatch):
     model, notes = make_backbone("resnet10t", 1000, pretrained=True)
     assert model.fc.weight.any()
     assert notes == []
+
+
+def test_the_small_preactivation_network_normalises_before_each_convolution():
+    model, _ = make_backbone("preact_resnet8", 10)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            module.register_forward_hook(lambda m, _, out: seen.append((m, out.shape[-1])))
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    kinds = "".join("n" if isinstance(m, nn.BatchNorm2d) else "c" for m, _ in seen)
+    # Behind the stem; in two blocks the skip's convolution runs first; the head is a convolution.
+    assert kinds == "c" + "ncnc" + "nccnc" * 2 + "nc"
+    assert [size for _, size in seen] == [32] * 6 + [16] * 5 + [8] * 5 + [1]

@@ -1,0 +1,110 @@
+"""`python -m recipes results`: the tables of RESULTS.md, made from the runs that are kept.
+
+    python -m recipes results                      rewrite the tables in RESULTS.md
+    python -m recipes results --keep runs/sensors  keep a finished run, or put it in place of one
+    python -m recipes results --draw DIR           draw a picture of each into a folder
+
+`recipes/kept/NAME.json` holds the figures of each method and seed of one run, its command and
+versions. In RESULTS.md `<!-- table NAME -->` says where its table stands, up to `<!-- end -->`.
+"""
+
+import json
+import re
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import grid, runs
+from .errors import RecipeError
+from .options import Parser
+from .reports import TABLE, Report, draw_points
+
+HERE = Path(__file__).parent
+KEPT, PAGE = HERE / "kept", HERE / "RESULTS.md"
+PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def run(options: Namespace) -> None:
+    if options.keep is not None:
+        keep(options.keep, options.kept, options.name or options.keep.name)
+    reports = {path.stem: read(path) for path in sorted(options.kept.glob("*.json"))}
+    page = options.page.read_text(encoding="utf-8")
+    runs.write_text(options.page, filled(page, reports))
+    if options.draw is not None:
+        options.draw.mkdir(parents=True, exist_ok=True)
+        for name, (report, _) in reports.items():
+            path = options.draw / f"{name}.png"
+            draw_points(path, report.records, report.figures, report.title)
+    print(f"{options.page}: tables of {', '.join(reports) or 'no run'}")
+
+
+def keep(folder: Path, kept: Path, name: str) -> None:
+    """Copy what the table of a finished run is made of; paths become their last part."""
+    path = folder / TABLE
+    if not path.exists():
+        raise RecipeError(f"expected a finished run with {TABLE} in it, got {folder}")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for record in found["records"]:
+        for key, value in record.items():
+            record[key] = round(value, 4) if isinstance(value, float) else value
+    words = found["versions"]["command"].split()
+    found["versions"]["command"] = " ".join(map(shortened, without_places(words)))
+    kept.mkdir(parents=True, exist_ok=True)
+    records = ",\n".join(json.dumps(record) for record in found.pop("records"))
+    text = json.dumps(found, indent=1)[:-2] + f',\n "records": [\n{records}\n]\n}}\n'
+    runs.write_text(kept / f"{name}.json", text)
+
+
+def shortened(word: str) -> str:
+    return word.rsplit("/", 1)[-1]
+
+
+def without_places(words: list[str]) -> list[str]:
+    """Leave out where a run went and how many ran at once: neither changes a figure."""
+    left: list[str] = []
+    skipped = False
+    for word in words:
+        if not skipped and word not in ("--out", "--name", "--jobs", "--resume"):
+            left.append(word)
+        skipped = word in ("--out", "--name", "--jobs")
+    return left
+
+
+def read(path: Path) -> tuple[Report, dict[str, str]]:
+    """Read a kept run; give its report and versions."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        versions = found.pop("versions")
+        return Report(**found), versions
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"expected {path} to be a kept run, got {error!r}") from error
+
+
+def filled(page: str, reports: dict[str, tuple[Report, dict[str, str]]]) -> str:
+    """Give a page with the table of each run in its place."""
+    missing = [name for _, name, _ in PLACE.findall(page) if name not in reports]
+    if missing:
+        raise RecipeError(
+            f"expected a kept run for each table, got none for {', '.join(missing)}; keep one with "
+            "python -m recipes results --keep RUN --name NAME"
+        )
+
+    def table(found: re.Match[str]) -> str:
+        report, versions = reports[found[2]]
+        made = ", ".join(f"{k} {v}" for k, v in versions.items() if k not in ("command", "threads"))
+        return f"{found[1]}`{versions['command']}` ({made})\n\n{report.table()}\n{found[3]}"
+
+    return PLACE.sub(table, page)
+
+
+def add_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--keep", type=Path, metavar="RUN", help="a finished run, such as runs/sensors")
+    add("--name", help="under which it is kept, instead of its folder's")
+    add("--draw", type=Path, metavar="DIR", help="a folder for the pictures")
+    add("--page", type=Path, default=PAGE, help="the page with the tables")
+    add("--kept", type=Path, default=KEPT, help="the folder of kept runs")
+
+
+main = partial(grid.command, "results", __doc__, add_options, run)
