@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normswap.graph.tracing.failure import TraceFailure, is_library
 from normswap.graph.tracing.value_kinds import find_lists
-from normswap.graph.tracing.whitelist import FUNCTIONS, cannot_change, is_constant
+from normswap.graph.tracing.whitelist import FUNCTIONS, cannot_change, is_apply, is_constant
 
 _MOST_PARTS = 256
 _OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
@@ -219,4 +219,5 @@ def _is_comparable(value: Any) -> bool:
         return isinstance(value.__self__, nn.Module)
     if isinstance(value, type):
         return cannot_change(value)
-    return is_constant(value) or isinstance(value, (*FUNCTIONS, Tensor, nn.Module))
+    known = isinstance(value, (*FUNCTIONS, Tensor, nn.Module)) and not is_apply(value)
+    return known or is_constant(value)

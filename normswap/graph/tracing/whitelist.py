@@ -46,7 +46,7 @@ _TORCH = frozenset(
 )
 _TORCH_MODULES = (
     *("torch.nn.functional", "torch._C._nn", "torch.functional", "torch.nn.init", "torch.fft"),
-    *("torch.linalg", "torch.special", "torch._ops", "torch.autograd.function", "torch.ops"),
+    *("torch.linalg", "torch.special", "torch._ops", "torch.ops"),
 )
 _EXCEPTIONS = (BaseException,)
 # Of a class: whether its attributes can be set (Py_TPFLAGS_HEAPTYPE).
@@ -71,6 +71,12 @@ def is_constant(value: Any) -> bool:
         names = vars(kind).keys() - kind.__members__.keys() | vars(value).keys()
         return all(name.startswith("_") for name in names)
     return isinstance(value, CONSTANTS) and cannot_change(kind)
+
+
+def is_apply(value: Any) -> bool:
+    """Return whether a value applies a function of autograd: run on symbols, it has no backward."""
+    owner = getattr(value, "__self__", None)
+    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
 def why_unfit(value: Any, name: str, use: str = "") -> str:
@@ -98,6 +104,8 @@ def why_unfit(value: Any, name: str, use: str = "") -> str:
     if isinstance(value, Tensor | nn.Module):
         return f"reads {name}, a {type(value).__name__} that is no attribute of it"
     owner = getattr(value, "__self__", None)
+    if is_apply(value):
+        return f"calls {name}(), of a function of autograd"
     if not isinstance(owner, type | nn.Module | types.ModuleType | None):
         return f"calls {name}(), a method of a {type(owner).__name__} outside of it"
     if callable(value) and not _is_object(value):
