@@ -102,7 +102,7 @@ def test_shell_blocks_run_or_parse(document, only_parse, tmp_path):
                 with pytest.raises(Parsed):
                     recipes.__main__.main(arguments)
         elif words[0] == "python":
-            path = {"PYTHONPATH": str(ROOT)}
+            path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             subprocess.run([sys.executable, *words[1:]], check=True, cwd=tmp_path, env=path)
         else:
             assert words[0] in GATE, words

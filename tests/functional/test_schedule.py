@@ -60,7 +60,7 @@ def draws(mode, schedule, count):
     [
         ("eager", 0.5, 2),
         ("eager", 0.25, 1),
-        ("compiled", 0.25, 1),
+        pytest.param("compiled", 0.25, 1, marks=pytest.mark.exhaustive),
         ("compiled layers", 0.5, 2),
     ],
 )

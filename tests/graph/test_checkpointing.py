@@ -87,7 +87,7 @@ def test_checkpointing_in_eval_mode_after_training_takes_the_statistics_of_now(m
 
 @pytest.mark.parametrize("method", ["cn", "acn", "selfnorm"])
 def test_timm_checkpointing_moves_the_statistics_once(method):
-    model = timm.create_model("resnet10t", num_classes=3)
+    model = timm.create_model("test_resnet", num_classes=3)
     contexts = {"contexts": 2} if method == "cn" else {}
     plain = normswap.convert(model, method, **contexts, verify=False).train()
     checked = copy.deepcopy(plain)

@@ -11,7 +11,7 @@ from torch import nn
 import normswap
 from normswap import AdaptiveContextNorm, ConversionError, UnknownNameError
 from normswap.methods.acn_layer import AdaptiveContextNorm as Layer
-from tests.support.acn import EVERY_KIND, STATISTICS, Net, make_acn, make_net
+from tests.support.acn import EVERY, EVERY_KIND, STATISTICS, Net, make_acn, make_net
 from tests.support.builders import assert_close, make_batch, random_, trained_norm
 
 X = make_batch((6, 3, 7, 7))
@@ -164,8 +164,8 @@ def test_state_dict_saves_loads_and_copies(options):
     assert torch.equal(copy.deepcopy(model)(x), model(x))
 
 
-@EVERY_KIND
-@pytest.mark.parametrize("training", [True, False])
+# Each assignment and each kind of statistics in both modes.
+@pytest.mark.parametrize(("options", "training"), list(zip(EVERY, [True, False] * 3, strict=True)))
 def test_compiles_into_one_graph(options, training):
     torch._dynamo.reset()
     _, model = make_net(training, **options)

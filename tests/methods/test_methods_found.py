@@ -25,6 +25,11 @@ class Groups(Method):
     def build(self, site, source, contexts, options):
         return nn.GroupNorm(1, site.num_features)
 """
+MODEL = """
+
+def model():
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+"""
 
 
 def run(folder, *command):
@@ -45,36 +50,41 @@ def install(folder, package, entry, source=METHOD):
     (about / "entry_points.txt").write_text(f"[{GROUP}]\n{entry}\n")
 
 
-@pytest.mark.parametrize("entry", ["group = other_norms", "group = other_norms:Groups"])
-def test_another_packages_method_is_listed_and_converts(tmp_path, entry):
-    install(tmp_path, "other-norms", entry)
-    listed = run(tmp_path, "-m", "normswap", "methods").stdout
-    assert "group norm, of another package" in listed
-    assert "cn-x" in listed
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What is said where packages bring methods: good, broken, and of a name that is taken."""
+    folder = tmp_path_factory.mktemp("packages")
+    install(folder, "other-norms", "group = other_norms", METHOD + MODEL)
+    install(folder, "more-norms", "more = more_norms:Groups", METHOD.replace('"group"', '"more"'))
+    install(folder, "broken-norms", "broken = broken_norms", "import nothing_there")
+    install(folder, "taking-norms", "cn = taking_norms", METHOD.replace('"group"', '"cn"'))
     code = """
-import sys, normswap
+import normswap
 from normswap.cli import main
-print(normswap.get_method('group').title)
-sys.exit(main(['inspect', 'test_resnet', '--method', 'group']))
+for name in ('group', 'more'):
+    print(normswap.get_method(name).title)
+    main(['inspect', '--source', 'other_norms:model', '--method', name])
+print('listed')
+main(['methods'])
 """
-    said = run(tmp_path, "-c", code).stdout
-    assert "another package" in said
-    assert "GroupNorm" in said
+    return run(folder, "-c", code)
 
 
-def test_an_entry_point_that_fails_is_a_warning_that_names_its_package(tmp_path):
-    install(tmp_path, "broken-norms", "broken = broken_norms", "import nothing_there")
-    install(tmp_path, "other-norms", "group = other_norms")
-    found = run(tmp_path, "-m", "normswap", "methods")
-    assert "group norm, of another package" in found.stdout
+def test_another_packages_method_converts_and_is_listed(found):
+    used, _, listed = found.stdout.partition("listed\n")
+    assert used.count("group norm, of another package\n") == 2
+    assert used.count("GroupNorm") >= 2
+    lines = [line.split()[0] for line in listed.splitlines() if "of another package" in line]
+    assert sorted(lines) == ["group", "more"]
+    assert "cn-x" in listed
+
+
+def test_an_entry_point_that_fails_is_a_warning_that_names_its_package(found):
     assert "the method 'broken' of broken-norms is not there" in found.stderr
     assert "ModuleNotFoundError: No module named 'nothing_there'" in found.stderr
 
 
-def test_a_name_of_this_package_is_not_taken_over(tmp_path):
-    install(tmp_path, "other-norms", "cn = other_norms", METHOD.replace('"group"', '"cn"'))
-    found = run(tmp_path, "-m", "normswap", "methods")
-    assert "of another package" not in found.stdout
+def test_a_name_of_this_package_is_not_taken_over(found):
     assert "a method 'cn' is registered already" in found.stderr
 
 

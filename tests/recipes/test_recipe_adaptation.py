@@ -14,6 +14,9 @@ def results(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+SMALL = ["adaptation", "--smoke", "--model", "test_resnet"]
+
+
 def test_the_smoke_run_trains_and_tests_every_method(tmp_path, capsys):
     assert main(["adaptation", "--smoke", "--out", str(tmp_path)]) == 0
 
@@ -28,7 +31,7 @@ def test_the_smoke_run_trains_and_tests_every_method(tmp_path, capsys):
 
 
 def test_labels_of_the_target_change_no_training(tmp_path, monkeypatch):
-    given = ["adaptation", "--smoke", "--methods", "bn", "cn", "--out", str(tmp_path)]
+    given = [*SMALL, "--methods", "bn", "cn", "--out", str(tmp_path)]
     load = images.load
 
     def shuffled(*args, **kwargs):
@@ -47,7 +50,7 @@ def test_labels_of_the_target_change_no_training(tmp_path, monkeypatch):
 
 
 def test_images_that_test_change_no_training(tmp_path, monkeypatch):
-    given = ["adaptation", "--smoke", "--methods", "bn", "cn-x", "--out", str(tmp_path)]
+    given = [*SMALL, "--methods", "bn", "cn-x", "--out", str(tmp_path)]
     load = images.load
 
     def blackened(*args, **kwargs):
@@ -83,7 +86,7 @@ def test_a_second_forward_leaves_the_buffers_and_has_gradients(method):
 
 def test_a_folder_runs_from_the_named_source_to_the_target(folder, tmp_path, capsys):
     given = ["--data", str(folder), "--source", "night", "--target", "day", "--image-size", "32"]
-    given += ["--model", "resnet10t", "--smoke", "--methods", "cn", "--out", str(tmp_path)]
+    given += ["--model", "test_resnet", "--smoke", "--methods", "cn", "--out", str(tmp_path)]
     assert main(["adaptation", *given]) == 0
     assert "source night" in capsys.readouterr().out
 

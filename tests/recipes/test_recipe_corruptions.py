@@ -12,6 +12,7 @@ from recipes.options import Parser
 
 
 def run(tmp_path, *given, name="run"):
+    given = ["--model", "test_resnet", *given]
     return main(["corruptions", "--out", str(tmp_path), "--name", name, *given])
 
 

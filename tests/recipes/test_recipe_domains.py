@@ -23,7 +23,7 @@ def read(path) -> list[dict]:
 
 def test_every_domain_is_held_out_of_every_method(tmp_path, capsys):
     methods = ["bn", "mixstyle", "cn"]
-    given = ["--smoke", "--held-out", "0", "90", "--methods", *methods]
+    given = ["--smoke", "--model", "test_resnet", "--held-out", "0", "90", "--methods", *methods]
     assert main(["domains", *given, "--out", str(tmp_path)]) == 0
 
     folder = tmp_path / "domains-smoke"

@@ -18,17 +18,14 @@ from normswap.methods.base import Method
 from recipes import finetune, images
 from recipes.__main__ import main
 from tests.recipes.test_recipe_options import parser_of
+from tests.support.sampling import sampled
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["finetune", "--smoke", "--model", "test_resnet", "--image-size", "16"]
-FILES = [
-    "checkpoint.pt",
-    "config.json",
-    "curves.png",
-    "metrics.jsonl",
-    "model.safetensors",
-    "report.txt",
-]
+FILES = ["checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"]
+FILES += ["model.safetensors", "report.txt"]
+# One of each kind of state: of contexts, of components, of a schedule beside statistics.
+METHODS = sorted(normswap.methods(), key=lambda name: name not in ("cn", "acn", "cnsn"))
 
 
 def finetune_quickly(out: Path, *options: str) -> int:
@@ -154,7 +151,7 @@ def test_autocast_trains(tmp_path):
     assert finetune_quickly(tmp_path, "--name", "run", "--amp", "--image-size", "48") == 0
 
 
-@pytest.mark.parametrize("method", normswap.methods())
+@pytest.mark.parametrize("method", sampled(METHODS, 3))
 def test_resuming_after_an_interrupt_equals_an_uninterrupted_run(
     tmp_path, monkeypatch, method, capsys
 ):
@@ -180,7 +177,7 @@ def test_resuming_after_an_interrupt_equals_an_uninterrupted_run(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_resuming_after_kill_9_equals_an_uninterrupted_run(tmp_path):
-    options = [*QUICK, "--out", str(tmp_path), "--epochs", "10"]
+    options = [*QUICK, "--out", str(tmp_path), "--epochs", "6"]
     command = [sys.executable, "-u", "-m", "recipes", *options, "--name", "killed"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the runs it is compared with
     with subprocess.Popen(
@@ -190,7 +187,7 @@ def test_resuming_after_kill_9_equals_an_uninterrupted_run(tmp_path):
             if line.startswith("epoch 2:"):
                 break
         process.send_signal(signal.SIGKILL)
-    assert 2 <= len(metrics(tmp_path / "killed")) < 10
+    assert 2 <= len(metrics(tmp_path / "killed")) < 6
     assert main(["finetune", "--out", str(tmp_path), "--name", "killed", "--resume"]) == 0
     assert main([*options, "--name", "whole"]) == 0
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed")

@@ -139,17 +139,21 @@ class Groups(Method):
         return layer
 
 
+# Slow, or of two processes; asked of every method, and of what varies one in exhaustive runs.
+SLOW = {"compiles_into_one_graph", "exports", "gradients", "synchronised", "functional_transforms"}
+VARIANTS = [
+    (Shift, {}),
+    (Groups, {}),
+    ("cn", {"shrink": 4.0, "affine": "shared"}),
+    ("cn-x", {"statistics": "batch"}),
+]
 EVERY = [
-    check
-    for method in (*normswap.methods(), Shift, Groups)
-    for check in method_checks(method, processes=True)
-] + [
-    check
-    for method, options in (
-        ("cn", {"shrink": 4.0, "affine": "shared"}),
-        ("cn-x", {"statistics": "batch"}),
-    )
-    for check in method_checks(method, processes=True, **options)
+    *(check for name in normswap.methods() for check in method_checks(name, processes=True)),
+    *(
+        pytest.param(check, marks=pytest.mark.exhaustive if check.name in SLOW else ())
+        for method, options in VARIANTS
+        for check in method_checks(method, processes=True, **options)
+    ),
 ]
 
 

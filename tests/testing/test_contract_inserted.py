@@ -16,7 +16,7 @@ EACH = pytest.mark.parametrize("method", METHODS)
 
 def make_model():
     torch.manual_seed(0)
-    model = timm.create_model("resnet10t", num_classes=7).eval()
+    model = timm.create_model("test_resnet", num_classes=7).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2)

@@ -116,7 +116,7 @@ def test_norms_with_children_are_in_eval_while_a_model_is_measured():
     class Siamese(nn.Module):
         def __init__(self):
             super().__init__()
-            self.body = timm.create_model("efficientnet_lite0", num_classes=3)
+            self.body = timm.create_model("test_efficientnet", num_classes=3)
 
         def forward(self, x):
             one, two = self.body(torch.cat([x, 2 * x])).chunk(2)
