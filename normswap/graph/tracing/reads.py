@@ -158,7 +158,9 @@ class Reads:
             held = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
             held += tuple(vars(value).values())
             if not all(is_constant(part) or isinstance(part, (*FUNCTIONS, type)) for part in held):
-                raise TraceFailure(f"goes by {value.__name__}, whose defaults may change")
+                raise TraceFailure(
+                    f"goes by {value.__name__}, whose defaults or attributes may change"
+                )
             for name, part in parts.items():
                 self.names[id(value), name] = (value, name, _copied(part))
             self._add_code(held)
