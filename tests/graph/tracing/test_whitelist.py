@@ -43,6 +43,16 @@ class OfClass(Base):
         return super().forward(x) * self.__class__.factor
 
 
+class OfMethod(Base):
+    def scale(self):
+        return 1
+
+    scale.by = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.scale.by
+
+
 class Extra(Base):
     def forward(self, x):
         return super().forward(x) * (1 + len(self.extra))
@@ -66,6 +76,7 @@ CHANGES = {
     Constant: lambda model, patch: patch.setitem(globals(), "SCALE", 3.0),
     Item: lambda model, patch: patch.setitem(SETTINGS, "scale", 3.0),
     OfClass: lambda model, patch: patch.setattr(OfClass, "factor", 3.0),
+    OfMethod: lambda model, patch: patch.setattr(OfMethod.scale, "by", 3.0),
     Extra: set_extra,
     Tuple: set_base,
 }
