@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 COMMANDS = {
     "finetune": "fine-tune a timm backbone with context-aware norms beside plain BatchNorm",
     "sensors": "train on images of cameras that differ, the camera known: where contexts pay",
+    "multisite": "segment vessels of the retina from two cameras, the camera known",
     "papers": "a published table again: a shallow CNN, contexts from a mixture",
     "domains": "train on several domains, test on one never seen, or on all",
     "adaptation": "adapt to a domain without labels (AdaMatch), domains as contexts",

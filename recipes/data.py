@@ -6,7 +6,7 @@ pure function of the seed and its number, which is what lets a resumed run repea
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ TEST_BATCH = 256
 class DomainData:
     """Labelled images of several domains, with which of them train and which test.
 
+    `given_split` is whether the data came with what trains and what tests.
+
     Shape: images (N, 3, S, S) uint8; labels and domains (N,) int64; train and test (N,) bool.
     """
 
@@ -36,6 +38,7 @@ class DomainData:
     augmentation: Augmentation
     held_out: str | None = None
     note: str = ""
+    given_split: bool = False
 
     @property
     def contexts(self) -> list[str]:
@@ -73,6 +76,13 @@ def stratified_mask(groups: Tensor, fraction: float, generator: torch.Generator)
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         picked[members[:count]] = True
     return picked
+
+
+def validation(data: DomainData, groups: Tensor | None = None) -> DomainData:
+    """Let a fifth of the training images of each group (class) test in place of those that do."""
+    groups = torch.where(data.train, data.labels if groups is None else groups, -1)
+    chosen = data.train & stratified_mask(groups, 0.2, torch.Generator().manual_seed(0))
+    return replace(data, train=data.train & ~chosen, test=chosen)
 
 
 class Loader:

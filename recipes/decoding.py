@@ -42,8 +42,11 @@ def _unpack_all(archive: Path, folder: Path, workers: int) -> None:
     _shared("unpacking", part, _unpack, files, workers, archive, folder)
 
 
-def decode(paths: Sequence[Path], size: int, workers: int) -> np.ndarray:
-    """Decode images into uint8 (N, size, size, 3), in the order of `paths`."""
+def decode(paths: Sequence[Path], size: int | tuple[int, int], workers: int) -> np.ndarray:
+    """Decode images into uint8 (N, H, W, 3), in the order of `paths`.
+
+    The size is that of a square, or width and height.
+    """
     return np.concatenate(_shared("decoding", PART, _decode, paths, workers, size))
 
 
@@ -69,12 +72,15 @@ def _unpack(names: Sequence[str], archive: Path, folder: Path) -> None:
         opened.extractall(folder, names)
 
 
-def _decode(paths: Sequence[Path], size: int) -> np.ndarray:
-    images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
+def _decode(paths: Sequence[Path], size: int | tuple[int, int]) -> np.ndarray:
+    width, height = (size, size) if isinstance(size, int) else size
+    images = np.empty((len(paths), height, width, 3), dtype=np.uint8)
     for index, path in enumerate(paths):
         try:
             with Image.open(path) as image:
-                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+                fitted = ImageOps.fit(
+                    image.convert("RGB"), (width, height), Image.Resampling.BICUBIC
+                )
         except Exception as error:  # the decoders of formats raise errors of many classes
             raise RecipeError(f"cannot read the image {path}: {error}") from error
         images[index] = np.array(fitted)

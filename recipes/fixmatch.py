@@ -31,7 +31,7 @@ from .unlabelled import Views, draw, pseudo_loss
 
 LABELLED, UNLABELLED = 0, 1
 CONTEXTS = ("labelled", "unlabelled")
-HEADINGS = {**scores.HEADINGS, "known": "context: unlabelled"}
+HEADINGS = {"told": "told unlabelled if taken", **{k: scores.HEADINGS[k] for k in scores.POLICIES}}
 
 
 def run(options: Namespace) -> None:
@@ -40,7 +40,7 @@ def run(options: Namespace) -> None:
     images.pick(data, options.labels, 0, "--labels")
     title = f"FixMatch, {options.labels} labels for each of {len(data.classes)} classes"
     plan = partial(plan_of, options)
-    unlabelled.run(options, "fixmatch", data, CONTEXTS, plan, measure, HEADINGS, title)
+    unlabelled.run(options, "fixmatch", data, CONTEXTS, plan, measure, HEADINGS, title, "told")
 
 
 def plan_of(options: Namespace, cell: grid.Cell, views: Views) -> unlabelled.Plan:

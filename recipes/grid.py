@@ -142,6 +142,32 @@ def run_cells(
     return [next(record for record in done if record["cell"] == cell) for cell in wanted]
 
 
+def run_tuned(
+    folder: Path,
+    options: argparse.Namespace,
+    train: Callable[[dict[str, float], Cell, Log], dict[str, Any]],
+    score: Callable[[dict[str, Any]], float],
+    rates: Sequence[float],
+) -> list[dict[str, Any]]:
+    """Run the grid with each method at that one of these rates of which `score` is highest.
+
+    `train` is given the rates that were chosen. There are none yet for a training that tries one,
+    with seed 0: it has its rate in its cell, as "lr", and must not see what tests.
+    """
+    jobs = jobs_of(options)
+    chosen = dict.fromkeys(options.methods, rates[0])
+    if len(rates) > 1:
+        tried = [{"method": m, "seed": 0, "lr": lr} for m in options.methods for lr in rates]
+        for record in sorted(run_cells(folder, tried, partial(train, {}), jobs), key=score):
+            chosen[record["cell"]["method"]] = record["cell"]["lr"]
+    return run_cells(folder, cells(options), partial(train, chosen), jobs)
+
+
+def rates_of(options: argparse.Namespace) -> list[float]:
+    """Give the rates to choose from: with --tune --lr, a third of it, and its threefold."""
+    return [options.lr * factor for factor in ((1 / 3, 1, 3) if options.tune else (1,))]
+
+
 def name_of(cell: Cell) -> str:
     return " ".join(map(str, cell.values()))
 

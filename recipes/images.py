@@ -94,7 +94,8 @@ def load(
     if given.data is None:
         limit = limit and 10 * len(angles) * limit
         return load_digits(size, seed, held_out, limit, angles)
-    return load_folder(given.data, size, seed, held_out, limit, given.workers, domains, flat)
+    data = load_folder(given.data, size, seed, held_out, limit, given.workers, domains, flat)
+    return replace(data, augmentation=replace(data.augmentation, flip=given.flip))
 
 
 def pick(data: DomainData, count: int, seed: int, option: str) -> Tensor:

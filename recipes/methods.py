@@ -5,6 +5,7 @@ evaluation does, and learns the affine (of `cn`, one a context). What such a row
 of doing without batch statistics; what `cn-frozen` gains on `bn-frozen` comes of contexts.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import normswap
+from normswap.errors import AdviceWarning
 
 from .errors import RecipeError
 from .training import takes_context
 
 FROZEN = "-frozen"
+# Settings of a method that recipes know by a name of their own.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cn-first": ("cn", {"select": "first"}),
+    "cn-shared": ("cn", {"affine": "shared"}),
+    "cn-x-batch": ("cn-x", {"statistics": "batch"}),
+}
 
 
 def base_of(method: str) -> str:
@@ -28,12 +36,16 @@ def convert(
     model: nn.Module, method: str, contexts: Sequence[str] | int | None, **settings: Any
 ) -> nn.Module:
     """Convert a model; as long as it is not trained, it computes the same function."""
-    name = base_of(method)
+    name, variant = VARIANTS.get(base_of(method), (base_of(method), {}))
+    settings = {**variant, **settings}
     if name in normswap.methods():
         if name == "mixstyle":
             settings = {**after_early_stages(model), **settings}
         labelled = normswap.get_method(name).needs_context
-        model = normswap.convert(model, name, contexts=contexts if labelled else None, **settings)
+        told = contexts if labelled else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AdviceWarning)  # what it advises is what is compared
+            model = normswap.convert(model, name, contexts=told, **settings)
     if not method.endswith(FROZEN):
         return model
     if takes_context(model):

@@ -29,6 +29,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normswap
-from normswap.errors import AdviceWarning
 
-from . import grid, images, reports, runs, sensors
+from . import grid, images, methods, reports, runs, sensors
+from .data import validation
 from .options import ByData, Parser, by_data, check_rates, count, of_cell
 from .resident import epoch_of, load, ready
 from .training import check_finite, make_optimizer, takes_context
@@ -54,15 +55,8 @@ def run(options: Namespace) -> None:
         check_rates(Namespace(lr=lr, weight_decay=options.weight_decay))
     work = {"path": prepared(options), "device": images.pick_device(options.device)}
     folder = grid.open_run(options, "papers")
-    jobs = grid.jobs_of(options)
-    tried = [{"method": m, "seed": 0, "lr": lr} for lr in options.rates for m in options.methods]
-    rates = dict.fromkeys(options.methods, options.rates[0])
-    if len(options.rates) > 1:
-        tries = partial(train_one, options=options, rates=None, **work)
-        for record in sorted(grid.run_cells(folder, tried, tries, jobs), key=accuracy):
-            rates[record["cell"]["method"]] = record["cell"]["lr"]
-    final = partial(train_one, options=options, rates=rates, **work)
-    records = grid.run_cells(folder, grid.cells(options), final, jobs)
+    train = partial(train_one, options=options, **work)
+    records = grid.run_tuned(folder, options, train, itemgetter("accuracy"), options.rates)
     early = max(1, options.epochs // 4)
     rows = [{**r, "lr": 1000 * r["lr"], "early": r["losses"][early - 1]} for r in records]
     more = {"lr": "rate, 1e-3", "early": f"loss of epoch {early}", "seconds": "seconds"}
@@ -103,10 +97,10 @@ def network(classes: int, width: int, size: int) -> nn.Module:
 
 
 def train_one(
+    rates: dict[str, float],
     cell: grid.Cell,
     _log: grid.Log,
     options: Namespace,
-    rates: dict[str, float] | None,
     path: Path,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -116,7 +110,7 @@ def train_one(
     """
     start = time.perf_counter()
     config = of_cell(options, **cell)
-    data = load(path, device) if rates else sensors.validation(load(path, device))
+    data = load(path, device) if rates else validation(load(path, device))
     lr, epochs = (rates[config.method], config.epochs) if rates else (config.lr, config.rate_epochs)
     chosen, tests = data.train.nonzero()[:, 0], data.test.nonzero()[:, 0]
     data = replace(data, labels=data.labels.to(device), domains=data.domains.to(device))
@@ -126,15 +120,10 @@ def train_one(
     # A norm that learns its statistics must not start from what a fresh BatchNorm claims.
     torch.optim.swa_utils.update_bn((x for x, *_ in islice(batches(-1), 8)), model)
     if config.method in METHODS:
-        method = config.method.removesuffix("-batch")
-        settings: dict[str, Any] = {"contexts": data.domain_names}
-        if method == "acn":
-            settings = {"components": config.contexts}
-        if method != config.method:
-            settings["statistics"] = "batch"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AdviceWarning)  # of norms trained before
-            model = normswap.convert(model, method, select=f"norm{config.norm}", **settings)
+        settings: dict[str, Any] = {"select": f"norm{config.norm}"}
+        if config.method == "acn":
+            settings["components"] = config.contexts
+        model = methods.convert(model, config.method, data.domain_names, **settings)
     model.to(memory_format=torch.channels_last)
     told = takes_context(model)
     steps = max(1, len(chosen) // config.batch_size)
@@ -169,23 +158,17 @@ def train_one(
     return {**figures, "losses": losses.tolist()}
 
 
-def accuracy(record: dict[str, Any]) -> float:
-    return float(record["accuracy"])
-
-
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, ("bn", "cn", "cn-x", "acn"), ("bn", *METHODS))
     parser.share(image_size=ByData(16, 32), epochs=20, batch_size=256, weight_decay=1e-4)
+    parser.share("data", "limit", "amp")
     add = parser.add_argument
-    add("--data", type=Path, help="folder or zip {train,test}/CLASS/image, instead of tiles")
-    add("--limit", type=count, metavar="N", help="images of each class that train, and that test")
     add("--workers", type=count, default=2, help="processes that decode images")
     add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of AdamW, to choose of")
     add("--rate-epochs", type=count, default=5, help="epochs of each choice of a rate")
     add("--contexts", type=count, default=3, help="Gaussians of the mixture")
     add("--norm", type=int, choices=(1, 2, 3), default=1, help="which of the three is replaced")
     add("--width", type=count, default=64, help="channels of the first convolution; then 2x, 4x")
-    add("--amp", action="store_true", help="bfloat16 by autocast")
 
 
 main = partial(grid.command, "papers", __doc__, add_options, run)

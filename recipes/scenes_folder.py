@@ -4,15 +4,20 @@ A pixel of a mask is its class, 255 where there is none. Both are resized and ce
 square, masks by nearest neighbour.
 """
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from . import decoding
 from .data import Augmentation, stratified_mask
 from .errors import RecipeError, check_names
 from .folders import decode
@@ -104,8 +109,45 @@ def pairs(folder: Path) -> list[tuple[Path, Path]]:
     return found
 
 
-def read_mask(image: Path, mask: Path, size: int) -> Tensor:
-    """Read a mask as (size, size) uint8."""
+def read_sites(root: Path, height: int, limit: int | None = None) -> Scenes:
+    """Read SITE/{train,test}/{images,masks} of a folder or a zip of it, whole images and masks 0/1.
+
+    Of each site's training images the last fifth, by name, validates. Images keep their shape;
+    narrower ones are padded on the right with black, that is ignored.
+    """
+    if zipfile.is_zipfile(root):
+        with TemporaryDirectory() as folder:
+            decoding.unpack(root, Path(folder, root.name), workers=1)
+            return read_sites(Path(folder, root.name), height, limit)
+    sites = sorted(p.parents[1].name for p in root.glob("*/train/images") if p.is_dir())
+    if len(sites) < 2:
+        raise RecipeError(
+            f"expected --data to hold two sites or more, SITE/train/images/NAME.png, got "
+            f"{', '.join(sites) or 'none'} at {root}"
+        )
+    images, masks, numbers = [], [], []
+    for number, part in product(range(len(sites)), (TRAIN, TEST)):
+        found = pairs(root / sites[number] / ("test" if part == TEST else "train"))[:limit]
+        last = max(1, len(found) // 5) if part == TRAIN else 0
+        for index, (image, mask) in enumerate(found):
+            with Image.open(image) as opened:
+                size = round(opened.width * height / opened.height), height
+            images.append(decode([image], size, workers=1)[0])
+            masks.append(read_mask(image, mask, size))
+            numbers.append((number, VALID if index >= len(found) - last > 0 else part))
+    if not torch.cat([m.flatten() for m in masks]).max() == 1:
+        raise RecipeError(f"expected masks of 0 and 1 under {root}")
+    widest = max(mask.shape[1] for mask in masks)
+    wide = [F.pad(image, (0, widest - image.shape[2])) for image in images]
+    flat = [F.pad(mask, (0, widest - mask.shape[1]), value=IGNORED) for mask in masks]
+    domains, parts = torch.tensor(numbers).T
+    whole = Augmentation(side=(1.0, 1.0), shift=0.0, flip=True)
+    return Scenes(torch.stack(wide), torch.stack(flat), domains, parts, sites, [], 2, whole)
+
+
+def read_mask(image: Path, mask: Path, size: int | tuple[int, int]) -> Tensor:
+    """Read a mask as uint8 (H, W), of a square's size, or of width and height."""
+    width, height = (size, size) if isinstance(size, int) else size
     try:
         with Image.open(mask) as opened, Image.open(image) as beside:
             if opened.mode not in ("L", "P", "1"):
@@ -118,7 +160,7 @@ def read_mask(image: Path, mask: Path, size: int) -> Tensor:
                     f"expected the mask {mask} to have its image's size {beside.size}, "
                     f"got {opened.size}"
                 )
-            fitted = ImageOps.fit(opened, (size, size), Image.Resampling.NEAREST)
+            fitted = ImageOps.fit(opened, (width, height), Image.Resampling.NEAREST)
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read {mask} or {image}: {error}") from error
     return torch.from_numpy(np.array(fitted).astype(np.uint8))

@@ -1,8 +1,9 @@
 """How often a model is right on the images that test, by what it is told of their contexts."""
 
+import statistics
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from .data import Batch, Loader
 from .training import Arm, takes_context
 
 POLICIES = ("pooled", "posterior")
+KNOWN, SUREST = "known", "most confident"
+EVERY = (*POLICIES, SUREST)
+T = TypeVar("T")
 # Gives the context labels that a model is told for a batch.
 Label = Callable[[Batch], Tensor | int]
 HEADINGS = {
@@ -58,6 +62,36 @@ def accuracy(
     return 100 * int(parallel.total(hits)) / len(indices)
 
 
+class Surest(nn.Module):
+    """Answers as the context that is surest of an image."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normswap.most_confident(self.model, x)[0]
+
+
+def by_told(
+    model: nn.Module,
+    measure: Callable[[nn.Module, Label | None], T],
+    policies: Sequence[str],
+) -> dict[str, T]:
+    """Measure a model by what it is told: its own contexts, and nothing, by each policy.
+
+    One that takes no contexts has what is measured under "".
+    """
+    if not takes_context(model):
+        return {"": measure(model, None)}
+    found = {KNOWN: measure(model, own)}
+    for policy in policies:
+        if policy in POLICIES:
+            normswap.set_unknown(model, policy)
+        found[policy] = measure(Surest(model) if policy == SUREST else model, None)
+    return found
+
+
 def by_label(
     model: nn.Module, loader: Loader, indices: Tensor, label: Label = own
 ) -> dict[str, float]:
@@ -65,13 +99,32 @@ def by_label(
 
     Of a model that takes no contexts there is `plain` alone.
     """
-    if not takes_context(model):
-        return {"plain": accuracy(model, loader, indices)}
-    found = {"known": accuracy(model, loader, indices, label)}
-    for policy in POLICIES:
-        normswap.set_unknown(model, policy)
-        found[policy] = accuracy(model, loader, indices)
-    return found
+    found = by_told(
+        model, lambda model, told: accuracy(model, loader, indices, told and label), POLICIES
+    )
+    return {told or "plain": value for told, value in found.items()}
+
+
+def known_mean(record: dict[str, Any]) -> float:
+    """Give the mean of what `by_told` found in a training, told the contexts if they are taken."""
+    found = record["accuracy"]
+    return statistics.mean(found.get(KNOWN, found.get("")).values())
+
+
+def rows_by_told(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give one record for a method, what it is told, and a seed.
+
+    It has what `by_told` found, the rate, and what the training has under "more" for that.
+    """
+    rows = []
+    for record in records:
+        method, seed = record["cell"].values()
+        for told, accuracy in record["accuracy"].items():
+            cell = {"method": f"{method}, {told}" if told else method, "seed": seed}
+            mean = statistics.mean(accuracy.values())
+            more = {"lr": 1000 * record["lr"], **record.get("more", {}).get(told, {})}
+            rows.append({"cell": cell, **accuracy, "mean": mean, **more})
+    return rows
 
 
 def by_domain(

@@ -10,19 +10,19 @@ The sensor is the context. Accuracy is on other images, told the sensor, or not:
     cn-first    these at the first norm alone (`select="first"`)
     cn-shared   statistics of each sensor's own, one scale and shift (`affine="shared"`)
     cn-x-batch  BatchNorm, then each sensor's learned mean and spread (`statistics="batch"`)
+    cn-x        such a mean and spread alone
 
 A ResNet of 8 layers is trained from scratch. By seed all methods have the same start, images and
 order; figures are of the last epoch. By default it tells which of twelve photographs a tile is cut
-from; half of the tiles test. With --tune each method's rate is a third of --lr, it, or its
-threefold, by a fifth of the training images of seed 0; what tests is read once, after that.
+from; half of the tiles test. --data takes images {train,test}/CLASS/image, or
+DOMAIN/{train,test}/CLASS/image, of which the domains are the contexts and nothing else is done to
+them; --limit is of each part of each domain. With --tune each method's rate is a third of --lr, it,
+or its threefold, by a fifth of the training images of seed 0; what tests is read once, after that.
 """
 
-import statistics
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,15 +31,12 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import Tensor, nn
 
-import normswap
-
-from . import grid, images, reports, scores
+from . import grid, images, methods, reports, scores
 from .augment import Augmentation
-from .data import DomainData, Loader, stratified_mask
+from .data import DomainData, Loader, stratified_mask, validation
 from .errors import RecipeError
-from .folders import OFFICIAL
-from .options import ByData, Parser, by_data, check_rates, count, of_cell
-from .training import takes_context
+from .options import ByData, Parser, by_data, check_rates, of_cell
+from .training import fill_statistics
 
 # Those of scikit-image's wheel with detail nearly everywhere.
 PHOTOGRAPHS = (
@@ -47,47 +44,36 @@ PHOTOGRAPHS = (
     *("hubble_deep_field", "immunohistochemistry", "moon", "retina"),
 )
 SENSORS = ["colour", "infrared", "edges", "night"]
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "cn": ("cn", {}),
-    "cn-first": ("cn", {"select": "first"}),
-    "cn-shared": ("cn", {"affine": "shared"}),
-    "cn-x-batch": ("cn-x", {"statistics": "batch"}),
-}
+METHODS = ("bn", "cn", "cn-first", "cn-shared", "cn-x-batch")
 TILES = 200
-KNOWN = "known"
 
 
 def run(options: Namespace) -> None:
     by_data(options, epochs=1, limit=4)
     check_rates(options)
     device = images.pick_device(options.device)
+    loaded = grid.Latest(lambda seed: load(options, seed))
 
     @grid.Latest  # the seed is the outer loop
     def data_of(seed: int) -> DomainData:
-        return seen(load(options, seed), seed)
+        data = loaded(0 if options.data else seed)
+        return seen(data, seed) if len(data.domain_names) == 1 else data
 
-    data_of(0)  # what is wrong with images is said before a run is made
+    names = data_of(0).domain_names  # what is wrong with images is said before a run is made
     folder = grid.open_run(options, "sensors")
-    jobs = grid.jobs_of(options)
 
-    def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
+    def train(rates: dict[str, float], cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
         data = data_of(cell["seed"])
-        config = of_cell(options, **{"lr": rates[cell["method"]], **cell})
-        return train_one(validation(data) if "lr" in cell else data, config, device, log)
+        config = of_cell(options, **{"lr": rates.get(cell["method"]), **cell})
+        final = "lr" not in cell
+        return train_one(data if final else validation(data), config, device, log, final)
 
-    rates = dict.fromkeys(options.methods, options.lr)
-    if options.tune:
-        tried = [
-            {"method": method, "seed": 0, "lr": options.lr * factor}
-            for method in options.methods
-            for factor in (1 / 3, 1, 3)
-        ]
-        for record in sorted(grid.run_cells(folder, tried, train, jobs), key=known_mean):
-            rates[record["cell"]["method"]] = record["cell"]["lr"]
-    records = grid.run_cells(folder, grid.cells(options), train, jobs)
-    headings = {**{name: name for name in SENSORS}, "mean": "mean"}
+    rates = grid.rates_of(options)
+    records = grid.run_tuned(folder, options, train, scores.known_mean, rates)
+    headings = {**{name: name for name in names}, "mean": "mean"}
     more = {"lr": "rate, 1e-3"} if options.tune else {}
-    reports.show(folder, tabulated(records), headings, "accuracy by sensor", more, "mean")
+    title = "accuracy by context, %"
+    reports.show(folder, scores.rows_by_told(records), headings, title, more, "mean")
 
 
 def load(options: Namespace, seed: int) -> DomainData:
@@ -95,7 +81,7 @@ def load(options: Namespace, seed: int) -> DomainData:
     if options.data is None:
         return tiles(options.image_size, seed, options.limit or TILES)
     data = images.load(options)
-    if data.domain_names != OFFICIAL:
+    if not data.given_split:
         raise RecipeError(
             f"expected --data {options.data} to hold the folders train and test, of CLASS/image, "
             f"got {', '.join(data.domain_names)}"
@@ -147,13 +133,6 @@ def sense(pictures: Tensor, sensor: str, generator: torch.Generator) -> Tensor:
     return x.round().clamp(0, 255).to(torch.uint8).expand_as(pictures)
 
 
-def validation(data: DomainData) -> DomainData:
-    """Let a fifth of the training images of each class test in place of those that do."""
-    groups = torch.where(data.train, data.labels, -1)
-    chosen = data.train & stratified_mask(groups, 0.2, torch.Generator().manual_seed(0))
-    return replace(data, train=data.train & ~chosen, test=chosen)
-
-
 def network(classes: int, width: int = 16) -> nn.Module:
     """Make a ResNet of 8 layers for small images."""
     blocks = [BasicBlock(width, width)]
@@ -166,68 +145,28 @@ def network(classes: int, width: int = 16) -> nn.Module:
     )  # fmt: skip
 
 
-class Surest(nn.Module):
-    """Answers as the context that is surest of an image."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return normswap.most_confident(self.model, x)[0]
-
-
 def train_one(
-    data: DomainData, config: Namespace, device: torch.device, log: grid.Log
+    data: DomainData, config: Namespace, device: torch.device, log: grid.Log, final: bool
 ) -> dict[str, Any]:
-    """Train one model; give its accuracies in per cent, by what it is told, by sensor."""
+    """Train one model; give its accuracies in per cent, by what it is told, by context."""
     torch.manual_seed(config.seed)
-    model = network(len(data.classes))
-    if config.method in METHODS:
-        method, settings = METHODS[config.method]
-        model = normswap.convert(model, method, contexts=SENSORS, **settings)
-    model.to(device, memory_format=torch.channels_last)
+    model = network(len(data.classes)).to(device)
     loader = Loader(data, (0.5,) * 3, (0.25,) * 3, config.batch_size, device)
+    if config.method == "cn-x":
+        fill_statistics(model, loader, config.seed)
+    model = methods.convert(model, config.method, data.domain_names)
+    model.to(memory_format=torch.channels_last)
     images.train(config.method, model, loader, config, log)
-    measure = partial(scores.by_domain, loader=loader, names=SENSORS)
-    if not takes_context(model):
-        return {"accuracy": {"": measure(model)}, "lr": config.lr}
-    found = {KNOWN: measure(model, label=scores.own)}
-    for policy in scores.POLICIES:
-        normswap.set_unknown(model, policy)
-        found[policy] = measure(model)
-    found["most confident"] = measure(Surest(model))
+    measure = partial(scores.by_domain, loader=loader, names=data.domain_names, amp=config.amp)
+    policies = scores.EVERY if final else ()
+    found = scores.by_told(model, lambda model, label: measure(model, label=label), policies)
     return {"accuracy": found, "lr": config.lr}
 
 
-def known_mean(record: dict[str, Any]) -> float:
-    """Give the mean over sensors, told to the methods that take them."""
-    accuracy = record["accuracy"]
-    return statistics.mean(accuracy.get(KNOWN, accuracy.get("")).values())
-
-
-def tabulated(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give one record a method, what it is told, and seed."""
-    rows = []
-    for record in records:
-        method, seed = record["cell"].values()
-        for told, accuracy in record["accuracy"].items():
-            cell = {"method": f"{method}, {told}" if told else method, "seed": seed}
-            mean = statistics.mean(accuracy.values())
-            rows.append({"cell": cell, **accuracy, "mean": mean, "lr": 1000 * record["lr"]})
-    return rows
-
-
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, ("bn", *METHODS))
-    parser.share(image_size=ByData(16, 32), epochs=ByData(10, 4), batch_size=64, lr=2e-3)
-    add = parser.add_argument
-    add("--data", type=Path, help="folder or zip {train,test}/CLASS/image, instead of tiles")
-    add(
-        "--limit", type=count, metavar="N",
-        help=f"images of each class that train, and that test; {TILES} of tiles unless given",
-    )  # fmt: skip
-    add("--tune", action="store_true", help="choose each method's rate, as told above")
+    grid.add_methods(parser, METHODS, (*METHODS, "cn-x"))
+    parser.share("data", "limit", "tune", "amp", flip=True, batch_size=64, lr=2e-3)
+    parser.share(image_size=ByData(16, 32), epochs=ByData(10, 4))
 
 
 main = partial(grid.command, "sensors", __doc__, add_options, run)

@@ -15,6 +15,7 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ import normswap
 
 from . import grid, images, methods, reports
 from .augment import colour, each, seeded
-from .data import DomainData, Loader
+from .data import DomainData, Loader, validation
 from .errors import RecipeError
-from .options import TUNED, ByData, Parser, resolve
+from .options import TUNED, ByData, Parser, of_cell, resolve
 from .training import check_finite, make_optimizer, takes_context
 from .weights import EFFICIENTNET_LITE0_TIMM, NARROW, SCRATCH
 
@@ -47,12 +48,12 @@ Plan = tuple[Sequence[Tensor], Step]
 def add_options(parser: Parser, plain: str, steps: int, batch: int) -> None:
     """Add the options that these recipes have in common, defaults of the digits given."""
     frozen = [f"{name}{methods.FROZEN}" for name in (plain, "bn", "cn")]
-    known = (plain, "bn", *normswap.methods(), *frozen)
+    known = (plain, "bn", *normswap.methods(), *methods.VARIANTS, *frozen)
     shown = ("bn", "cnsn", "cn", "cn-x") if plain == "labels-only" else ("bn", "cn", "cn-x")
     grid.add_methods(parser, (plain, *shown), known)
     parser.share(
-        "data", "weights",
-        image_size=ByData(24, 64), model=ByData(NARROW, EFFICIENTNET_LITE0_TIMM),
+        "data", "weights", "limit", "tune", "amp",
+        flip=True, image_size=ByData(24, 64), model=ByData(NARROW, EFFICIENTNET_LITE0_TIMM),
         steps=steps, batch_size=batch, lr=TUNED, weight_decay=0.05,
     )  # fmt: skip
     parser.add_argument("--ema", type=float, default=0.98, help="decay of the averaged weights")
@@ -94,7 +95,12 @@ def run(
     measure: Callable[[nn.Module, Loader], dict[str, Any]],
     headings: dict[str, str],
     title: str,
+    score: str,
 ) -> None:
+    """Run a grid of trainings; `score` names the figure that chooses a rate, if that is asked for.
+
+    Compared with BatchNorm is `told`, what a model finds that is told contexts if it takes them.
+    """
     device = images.pick_device(options.device)
     # What is wrong with images, model or weights is said before a run is made.
     images.build(options, data, 0, device, fill=False)
@@ -106,9 +112,13 @@ def run(
             f"{int((here & data.test).sum()):,} test images of {options.image_size} px"
         )
 
-    def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        seed = cell["seed"]
-        model, loader, _ = images.build(options, data, seed, device, fill=False)
+    # Labels of other domains than the first must have no say in what is left out.
+    groups = torch.where(data.domains == 0, data.labels, len(data.classes) + data.domains)
+
+    def train(rates: dict[str, float], cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
+        seed, part = cell["seed"], validation(data, groups) if "lr" in cell else data
+        config = of_cell(options, **{"lr": rates.get(cell["method"]), **cell})
+        model, loader, _ = images.build(config, part, seed, device, fill=False)
         views = Views(loader)
         start, step = plan(cell, views)
         if options.weights == SCRATCH:
@@ -120,11 +130,15 @@ def run(
         model = methods.convert(
             model, cell["method"], contexts, example_inputs=inputs, verify=False
         )
-        averaged, figures = fit(model, step, options, seed, log)
-        return {**measure(averaged, loader), **figures}
+        averaged, figures = fit(model, step, config, seed, log)
+        found = measure(averaged, loader)
+        found["told"] = found.get("known", found.get("plain"))
+        return {**found, **figures, "rate": 1000 * config.lr}
 
-    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
-    reports.show(folder, records, headings, title, COUNTED)
+    rates = grid.rates_of(options)
+    records = grid.run_tuned(folder, options, train, itemgetter(score), rates)
+    more = {**COUNTED, **({"rate": "rate, 1e-3"} if options.tune else {})}
+    reports.show(folder, records, headings, title, more, "told")
 
 
 def forward(model: nn.Module, parts: Sequence[Tensor], contexts: Sequence[int]) -> list[Tensor]:
@@ -145,12 +159,14 @@ def fit(
     optimizer, schedule = make_optimizer(model, options.lr, options.weight_decay, options.steps)
     ema = ModelEmaV3(model, decay=options.ema, use_warmup=True)
     every = max(1, options.steps // NOTES)
+    device = next(model.parameters()).device.type
     noted: list[dict[str, float]] = []
     model.train()
     for index in range(options.steps):
         torch.manual_seed(seed * 1_000_003 + index)
         schedule.step_update(index)
-        loss, figures = step(model, index)
+        with torch.autocast(device, torch.bfloat16, enabled=options.amp):
+            loss, figures = step(model, index)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -54,15 +54,34 @@ def make_backbone(
     known, settings = VARIANTS.get(name, (name, {}))
     model = timm.create_model(known, pretrained=pretrained, num_classes=classes, **settings)
     if weights != SCRATCH:
-        lite = weights == EFFICIENTNET_LITE0
-        state = load_efficientnet_lite0() if lite else read_state_dict(Path(weights))
-        return model, load_weights(model, state, weights)
+        return model, load_weights(model, state_of(weights), weights)
     if not pretrained or classes == model.pretrained_cfg["num_classes"]:
         return model, []
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.startswith(_head_names(model)):
             nn.init.zeros_(parameter)
     return model, [f"the head, of {classes} classes, starts at zero"]
+
+
+def make_features(name: str, levels: list[int], pretrained: bool, weights: str) -> nn.Module:
+    """Build a model that gives its feature maps at these levels; see `make_backbone`."""
+    known, settings = VARIANTS.get(name, (name, {}))
+    model = timm.create_model(
+        known, pretrained=pretrained, features_only=True, out_indices=levels, **settings
+    )
+    if weights != SCRATCH:
+        state, wanted = state_of(weights), model.state_dict()
+        load_weights(model, {k: v for k, v in state.items() if k in wanted}, weights)
+    return model
+
+
+def state_of(weights: str) -> dict[str, Tensor]:
+    """Read the packaged weights, or those of a file."""
+    return (
+        load_efficientnet_lite0()
+        if weights == EFFICIENTNET_LITE0
+        else read_state_dict(Path(weights))
+    )
 
 
 def load_efficientnet_lite0() -> dict[str, Tensor]:
@@ -157,5 +176,5 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> list
 
 def _head_names(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the names of the classifier's tensors, from timm's own configuration."""
-    names = model.pretrained_cfg["classifier"]
+    names = model.pretrained_cfg.get("classifier", ())  # feature maps have none
     return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 # Where Triton's kernels run, and what they read; float64 is for torch's operators.
 DEVICES = ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TYPES = (Tensor, nn.Parameter)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,14 +39,15 @@ def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
         name: of the module: the passes over x by default.
         tables: tensors that kernels are to read, or to write, as they lie.
     """
-    if x.device.type not in DEVICES or x.dtype not in _DTYPES or x.dim() < 3:
+    device, dtype = x.device, x.dtype
+    if device.type not in DEVICES or dtype not in _DTYPES or x.dim() < 3 or not is_eager():
         return None
-    given = (x, *(t for t in tables if t is not None))
-    if any(type(t) not in (Tensor, nn.Parameter) for t in given) or not is_eager():
+    if type(x) not in _TYPES or x.numel() == 0:
         return None
-    if x.numel() == 0 or not all(t.is_contiguous() and t.device == x.device for t in given[1:]):
-        return None
-    if os.environ.get("NORMSWAP_TRITON") == "0" or not _works(x.device, x.dtype):
+    for t in tables:
+        if t is not None and not (type(t) in _TYPES and t.is_contiguous() and t.device == device):
+            return None
+    if os.environ.get("NORMSWAP_TRITON") == "0" or not _works(device, dtype):
         return None
     return _module(name) if _module("plan").serves(x) else None
 

@@ -49,6 +49,28 @@ def test_labels_of_the_target_change_no_training(tmp_path, monkeypatch):
         assert one == other
 
 
+def test_labels_of_the_target_choose_no_rate(tmp_path, monkeypatch):
+    given = ["adaptation", "--smoke", "--tune", "--amp", "--methods", "bn", "cn-x-batch"]
+    load = images.load
+
+    def shuffled(*args, **kwargs):
+        data = load(*args, **kwargs)
+        target = data.domains == adaptation.TARGET
+        data.labels[target] = data.labels[target].flip(0)
+        return data
+
+    assert main([*given, "--out", str(tmp_path), "--name", "true"]) == 0
+    monkeypatch.setattr(images, "load", shuffled)
+    assert main([*given, "--out", str(tmp_path), "--name", "shuffled"]) == 0
+    one, other = (results(tmp_path / name) for name in ("true", "shuffled"))
+    for mine, theirs in zip(one, other, strict=True):
+        assert (mine["rate"], mine["source"]) == (theirs["rate"], theirs["source"])
+    for record in one[6:]:
+        mine = [r for r in one[:6] if r["cell"]["method"] == record["cell"]["method"]]
+        best = max(r["source"] for r in mine)
+        assert best in [r["source"] for r in mine if r["rate"] == record["rate"]]
+
+
 def test_images_that_test_change_no_training(tmp_path, monkeypatch):
     given = [*SMALL, "--methods", "bn", "cn-x", "--out", str(tmp_path)]
     load = images.load

@@ -125,3 +125,47 @@ def test_a_folder_of_classes_is_one_domain_where_that_is_asked_for(folder):
     assert load_folder(folder, 16, flat=True).domain_names == ["day", "night"]
     with pytest.raises(RecipeError, match="in no class"):
         load_folder(folder / "night", 16)
+
+
+def given_split(folder: Path) -> Path:
+    """Let the first three images of each class train, and the others test."""
+    for path in sorted(folder.rglob("*.png")):
+        domain, name = path.relative_to(folder).parts[:2]
+        part = folder / domain / ("train" if int(path.stem) < 3 else "test") / name
+        part.mkdir(parents=True, exist_ok=True)
+        path.rename(part / path.name)
+        if not any((folder / domain / name).iterdir()):
+            (folder / domain / name).rmdir()
+    return folder
+
+
+def test_the_split_of_a_folder_is_kept_in_each_domain(folder):
+    plain = load_folder(folder, 16)
+    data = load_folder(given_split(folder), 16)
+    assert data.given_split
+    assert not plain.given_split
+    assert (data.domain_names, data.classes) == (plain.domain_names, plain.classes)
+    # The fixture paints 40 * (image + 1) blue, and 100 * (class + 1) green.
+    assert torch.equal(data.train, data.images[:, 2, 8, 8] <= 120)
+    assert torch.equal(data.test, ~data.train)
+    assert torch.equal(data.images[:, 1, 8, 8].long(), 100 + 100 * data.labels)
+
+
+def test_a_limit_is_of_each_part_of_a_split(folder):
+    data = load_folder(given_split(folder), 16, limit=1)
+    groups = 4 * data.test + 2 * data.domains + data.labels
+    assert groups.bincount().tolist() == [1] * 8
+
+
+def test_the_parts_alone_are_one_domain_of_the_name_of_the_folder(folder):
+    (folder / "night").rename(folder / "train")
+    (folder / "day").rename(folder / "test")
+    data = load_folder(folder, 16)
+    assert data.domain_names == [folder.name]
+    assert torch.equal(data.test, data.images[:, 0, 8, 8] == 100)
+
+
+def test_a_class_without_images_that_test_is_named(folder):
+    shutil.rmtree(given_split(folder) / "day" / "test" / "dog")
+    with pytest.raises(RecipeError, match="images of 'dog' of 'day' in train and in test"):
+        load_folder(folder, 16)

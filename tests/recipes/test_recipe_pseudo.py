@@ -127,7 +127,7 @@ def test_each_part_of_a_batch_gets_its_own_context():
 
 def test_the_average_of_the_weights_is_what_is_given_back():
     model = torch.nn.Linear(2, 1)
-    options = argparse.Namespace(lr=0.1, weight_decay=0.0, steps=6, ema=0.5)
+    options = argparse.Namespace(lr=0.1, weight_decay=0.0, steps=6, ema=0.5, amp=False)
     seen, notes = [], []
 
     def step(model, index):

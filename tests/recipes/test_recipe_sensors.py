@@ -5,9 +5,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from recipes import sensors
+from recipes import scores, sensors
 from recipes.__main__ import main
-from recipes.sensors import SENSORS, sense, tabulated
+from recipes.sensors import SENSORS, sense
 
 
 def read(path) -> list[dict]:
@@ -32,7 +32,7 @@ def test_the_smoke_setting_chooses_rates_and_tells_every_sensor(tmp_path):
     assert [r["cell"]["lr"] for r in tried] == pytest.approx(rates * 3)
     for record in final:
         known = {
-            r["cell"]["lr"]: sensors.known_mean(r)
+            r["cell"]["lr"]: scores.known_mean(r)
             for r in tried
             if r["cell"]["method"] == record["cell"]["method"]
         }
@@ -51,6 +51,19 @@ def test_a_zip_trains_on_its_train_and_tests_on_its_test(split, tmp_path):
     data = sensors.load(Namespace(data=split, image_size=16, limit=None), seed=0)
     assert data.images[data.train, 0].unique().tolist() == [50]
     assert data.images[data.test, 0].unique().tolist() == [100]
+
+
+def test_domains_with_a_split_are_the_contexts(split, tmp_path):
+    for domain in ("day", "night"):
+        shutil.copytree(split, tmp_path / "domains" / domain)
+    given = ["--smoke", "--data", str(tmp_path / "domains"), "--image-size", "16", "--no-flip"]
+    given += ["--methods", "bn", "cn", "cn-x", "--name", "run", "--out", str(tmp_path / "runs")]
+    assert main(["sensors", *given]) == 0
+
+    results = read(tmp_path / "runs" / "run" / "results.jsonl")
+    found = [accuracy for r in results for accuracy in r["accuracy"].values()]
+    assert len(found) == 9
+    assert all(set(accuracy) == {"day", "night"} for accuracy in found)
 
 
 def test_a_folder_without_a_split_is_an_error(folder, tmp_path, capsys):
@@ -96,10 +109,10 @@ def test_every_answer_of_a_training_is_a_row():
         return {"cell": {"method": method, "seed": 0}, "accuracy": accuracy, "lr": 0.002}
 
     told = {"colour": 30.0, "night": 40.0}
-    rows = tabulated([
+    rows = scores.rows_by_told([
         record("bn", {"": {"colour": 10.0, "night": 20.0}}),
-        record("cn", {sensors.KNOWN: told, "pooled": {"colour": 1.0, "night": 3.0}}),
+        record("cn", {scores.KNOWN: told, "pooled": {"colour": 1.0, "night": 3.0}}),
     ])  # fmt: skip
     assert [(r["cell"]["method"], r["mean"]) for r in rows] == [
-        ("bn", 15), (f"cn, {sensors.KNOWN}", 35), ("cn, pooled", 2),
+        ("bn", 15), (f"cn, {scores.KNOWN}", 35), ("cn, pooled", 2),
     ]  # fmt: skip

@@ -1,10 +1,10 @@
 """CN by Triton's kernels: three launches forward in training, three backward; two in evaluation.
 
-One more each way for samples without a label that weigh the contexts, and then, in evaluation, one
-for their moments.
+One more in evaluation where samples without a label weigh the contexts, for their moments.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,37 +15,52 @@ from normswap.functional import kernels
 from normswap.functional.moments import Moments
 from normswap.functional.segments import count
 from normswap.functional.tables import records
-from normswap.functional.triton import cn_kernels, sweeps
+from normswap.functional.triton import cn_kernels, rows_kernels, sweeps
 from normswap.functional.triton.cn_formula import Norm as Norm
 from normswap.functional.triton.cn_formula import differentiate
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import Rows, plan
-from normswap.functional.triton.posterior import Posterior, pull_weights, weigh
-from normswap.functional.triton.sorting import SortedLabels, find_rows, sort_labels
+from normswap.functional.triton.plan import Rows, cut_contexts, plan
+from normswap.functional.triton.sorting import find_rows, sort_labels
 
 
-class Tables(NamedTuple):
-    """``y = (x - centre) * scale + shift`` for contexts and samples without a label, (K + 1, C).
-
-    Where each of the latter has its own map, centre, scale and shift are (K + N, C).
+class Cut(NamedTuple):
+    """How a layer's tables lie in one tensor, and programs share them; by sizes alone.
 
     Attributes:
-        centre: means.
-        scale: see above.
-        shift: see above.
-        inverse: reciprocal standard deviations.
-        var: variances.
-        values: of a channel in the batch, (K + 1,); 0 where the moments are not the batch's.
-        rates: how far the running moments are to move, (K + 1,).
+        size: R, rows of centre, scale and shift: K + 1, or K + N where samples weigh the contexts.
+        values: of all tables, float32; `cn_kernels.split_rest` says which.
+        numbers: what kernels over tables take as N, R, K, C, M and S.
+        part: what they take as PART.
+        blocks: what they take as BN, BC, KP, WN and WC.
+        programs: of a launch over them.
     """
 
-    centre: Tensor
-    scale: Tensor
-    shift: Tensor
-    inverse: Tensor
-    var: Tensor
-    values: Tensor
-    rates: Tensor
+    size: int
+    values: int
+    numbers: tuple[int, ...]
+    part: int
+    blocks: dict[str, int]
+    programs: int
+
+
+@lru_cache(maxsize=4096)
+def _cut(
+    instances: int, geometry: tuple[int, ...], contexts: int, pools: bool, weighs: bool
+) -> Cut:
+    channels, positions, *_, splits, part = geometry
+    own = Rows(contexts + pools, channels)
+    size, values = contexts + 1, 2 * (contexts + 1) * channels + 2 * _line(contexts)
+    blocks, programs = {"KP": 0, "WN": 1, "WC": 1}, own.programs
+    if weighs:
+        size, values = contexts + instances, values + contexts * (2 * channels + instances)
+        blocks, programs = cut_contexts(contexts, channels), own.programs + instances
+    numbers = (instances, size, contexts, channels, positions, splits)
+    values += 3 * size * channels
+    return Cut(size, values, numbers, part, {**own.blocks, **blocks}, programs)
+
+
+def _line(contexts: int) -> int:
+    return (contexts + 16) // 16 * 16
 
 
 def norm_contexts(
@@ -60,57 +75,42 @@ def norm_contexts(
         batched: whether with the moments of the batch, where a context has two values or more.
         note: called with the moments each context is normalised with and its number of values.
     """
-    contexts = len(norm.weight)
+    contexts, instances = norm.weight.shape[0], x.shape[0]
+    geometry = plan(x).geometry
+    cut = _cut(instances, geometry, contexts, norm.pooled is not None, norm.weighs)
     if not batched and not records((x, norm.weight, norm.bias)):
+        index = None
         if norm.weighs and labels is not None:
-            labels = find_rows(labels.expand(len(x)), contexts)
-        (centre, scale, shift, *_), _ = _make_tables(x, norm, labels, None, False)
-        if labels is None:
-            scale, shift, centre = scale[contexts:], shift[contexts:], centre[contexts:]
-        return sweeps.affine(x, scale, shift, centre, labels)
+            index = labels = find_rows(labels.expand(instances), contexts)
+        tables = _make_tables(x, norm, cut, index, False, False)
+        return sweeps.affine_of(x, tables, labels, cut.size, contexts)
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
-    labels = labels.expand(len(x))
-    segments = sort_labels(labels, contexts)
-    if norm.weighs:
-        segments = segments._replace(labels=find_rows(labels, contexts))
-    y: Tensor = _ContextNorm.apply(x, norm.weight, norm.bias, norm, segments, batched, note)
+    found = sort_labels(labels.expand(instances), contexts, norm.weighs).packed
+    y: Tensor = _ContextNorm.apply(x, norm.weight, norm.bias, norm, cut, found, batched, note)
     return y
 
 
 def _make_tables(
-    x: Tensor, norm: Norm, index: Tensor | None, segments: SortedLabels | None, batched: bool
-) -> tuple[Tables, Posterior | None]:
-    p, (contexts, channels) = plan(x), norm.weight.shape
-    wide, rows = torch.float32, contexts + (len(x) if norm.weighs else 1)
-    found = Tables(
-        *x.new_empty(3, rows, channels, dtype=wide).unbind(),
-        *x.new_empty(2, contexts + 1, channels, dtype=wide).unbind(),
-        *x.new_empty(2, contexts + 1, dtype=wide).unbind(),
-    )
-    parts = batch = known = None
+    x: Tensor, norm: Norm, cut: Cut, index: Tensor | None, ordered: bool, batched: bool
+) -> Tensor:
+    """Return all tables; with the row of each instance as index, or all that is sorted."""
+    parts = None
     if batched:
-        parts = batch = sweeps.part_stats(x)
+        parts = sweeps.part_stats(x)
     elif norm.weighs:
-        parts = sweeps.part_stats(x, index, contexts)
-    if norm.weighs and batched:
-        known = Moments(*x.new_empty(2, contexts, channels, dtype=wide).unbind())
-    order, offsets = (None, None) if segments is None else segments[1:]
-    cut = Rows(contexts + (norm.pooled is not None), channels)
+        parts = sweeps.part_stats(x, index, cut.numbers[2])
+    found = x.new_empty(cut.values, dtype=torch.float32)
     launch(
         cn_kernels.tables,
         cut.programs,
-        *(*norm.running, norm.batches, norm.weight, norm.bias, norm.priors),
-        *(*(batch or (None, None)), order, offsets, *found[:-1]),
-        *(found.rates if batched else None, *(known or (None, None))),
-        *(norm.pooled or (0, 0)),
-        *(norm.eps, norm.momentum, contexts, channels, p.shape[2], p.splits, p.part),
+        *(*norm.running, norm.batches, norm.weight, norm.bias, norm.priors, parts, index, found),
+        *(norm.pooled or (0, 0), norm.eps, norm.momentum, cut.numbers, cut.part),
+        BATCH=batched,
+        SORTED=ordered,
         **cut.blocks,
     )
-    if not norm.weighs or parts is None:
-        return found, None
-    known = known or Moments(found.centre[:contexts], found.var[:contexts])
-    return found, weigh(x, parts, index, known, norm, found[:3])
+    return found
 
 
 class _ContextNorm(Function):
@@ -118,66 +118,67 @@ class _ContextNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, norm, segments, batched, note = inputs
-        contexts = len(weight)
-        found, posterior = _make_tables(x, norm, segments.labels, segments, batched)
-        centre, scale, shift, inverse, var, values, _ = found
-        weights, known = posterior or (None, (None, None))
-        ctx.norm, ctx.batched = norm, batched
+        x, weight, bias, norm, cut, index, batched, note = inputs
+        tables = _make_tables(x, norm, cut, index, True, batched)
+        ctx.norm, ctx.cut, ctx.batched = norm, cut, batched
         # All that depends on x is saved as tensors are: checkpointing computes all of it anew.
-        ctx.save_for_backward(
-            *(x, weight, bias, norm.priors, *segments),
-            *(centre, scale, inverse, var, values, weights, *known),
-        )
+        ctx.save_for_backward(x, weight, bias, norm.priors, index, tables)
         if note is not None:
-            used = Moments(centre[:contexts], var[:contexts])
-            note(used, count(values[:contexts].unsqueeze(1)))
+            used, values, _ = _moments(tables, cut)
+            note(Moments(*(t[:-1] for t in used)), count(values[:-1].unsqueeze(1)))
+        contexts = cut.numbers[2]
         if norm.moved is None:
-            return sweeps.affine(x, scale, shift, centre, segments.labels)
+            return sweeps.affine_of(x, tables, index, cut.size, contexts)
         p, y = plan(x), torch.empty_like(x)
-        tables, (index, si, _, stride) = sweeps.address(x, segments.labels, centre, scale, shift)
         launch(
             cn_kernels.apply_and_move,
             p.programs,
-            *(x, y, *tables, index, si, contexts, stride),
-            *(*norm.moved, norm.batches, var, values, found.rates),
-            *p.geometry,
+            *(x, y, tables, index, *norm.moved, norm.batches, cut.size, contexts),
+            p.geometry,
             **p.blocks,
         )
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, priors, index, order, offsets, *tables = ctx.saved_tensors
-        centre, scale, inverse, var, values, weights, *known = tables
-        needed = ctx.needs_input_grad[:3]
-        norm = ctx.norm._replace(weight=weight, bias=bias, priors=priors)
+        x, weight, bias, priors, index, tables = ctx.saved_tensors
+        norm, cut, needed = ctx.norm, ctx.cut, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            norm = norm._replace(running=Moments(centre[: len(weight) + 1], var))
-            given = Moments(*known) if norm.weighs else None
-            found = differentiate(x, norm, given, index, ctx.batched, grads[0], needed)
-            return *found, None, None, None, None
-        p, (contexts, channels) = plan(x), weight.shape
-        dy = kernels.match(grads[0], x)
+            used, _, known = _moments(tables, cut)
+            norm = norm._replace(weight=weight, bias=bias, priors=priors, running=used)
+            labels = index[: len(x)]
+            found = differentiate(x, norm, known, labels, ctx.batched, grads[0], needed[:3])
+            return *found, *[None] * 5
+        p, dy = plan(x), kernels.match(grads[0], x)
+        instances, size, contexts, channels, _, splits = cut.numbers
         moves = needed[0] and (ctx.batched or norm.weighs)
-        at_once = scale if needed[0] and not moves else None
-        dx, first, second = sweeps.part_dots(dy, x, centre, at_once, index)
+        dx = torch.empty_like(x) if needed[0] else None
+        room = 2 * channels * (instances * splits + (size if moves else 0))
+        found = x.new_empty(room, dtype=torch.float32)
+        over_x = (found, tables, index, size, contexts, p.geometry)
+        launch(rows_kernels.dots, p.programs, dy, x, None if moves else dx, *over_x, **p.blocks)
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-        spread, constant = torch.empty_like(scale), torch.empty_like(scale)
-        cut = Rows(contexts + (norm.pooled is not None), channels)
         launch(
             cn_kernels.pull,
             cut.programs,
-            *(first, second, order, offsets, inverse, scale, values, priors),
-            *(weights, *known, centre if norm.weighs else None, dweight, dbias),
-            *((spread, constant) if moves else (None, None)),
-            *(*(norm.pooled or (0, 0)), norm.eps, contexts, channels, p.splits),
+            *(found, index, tables, weight, bias, priors, dweight, dbias),
+            *(norm.pooled or (0, 0), norm.eps, cut.numbers),
+            MOVES=moves,
+            WEIGHED=norm.weighs,
             **cut.blocks,
         )
         if moves:
-            if norm.weighs:
-                posterior = Posterior(weights, Moments(*known))
-                dots, pulled = (first, second), (spread, constant)
-                pull_weights(x, dots, index, posterior, norm, centre, pulled)
-            dx = sweeps.combine(dy, x, scale, spread, constant, centre, index)
-        return dx, dweight, dbias, None, None, None, None
+            launch(rows_kernels.combine, p.programs, dy, x, dx, *over_x, **p.blocks)
+        return dx, dweight, dbias, *[None] * 5
+
+
+def _moments(tables: Tensor, cut: Cut) -> tuple[Moments, Tensor, Moments | None]:
+    """Return the moments that were used, (K + 1, C), their number of values, and those compared."""
+    contexts, channels = cut.numbers[2:4]
+    size = (contexts + 1) * channels
+    rest = tables[3 * cut.size * channels :]
+    used = Moments(*(t.view(-1, channels) for t in (tables[:size], rest[size : 2 * size])))
+    values = rest[2 * size :][: contexts + 1]
+    known = rest[2 * (size + _line(contexts)) :][: 2 * contexts * channels]
+    compared = Moments(*known.view(2, contexts, channels)) if len(known) else None
+    return used, values, compared

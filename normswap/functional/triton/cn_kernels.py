@@ -1,104 +1,116 @@
 """CN's kernels over tables (K + 1, C): of K contexts, and of samples without a label.
 
-Where each of the latter weighs the contexts for itself, `posterior_kernels` write their rows.
+Where each of the latter weighs the contexts for itself, there are (K + N, C), and programs of one
+instance each, of `posterior_kernels`, after the others.
 
 A program takes one row and BC channels. It walks the instances of its context, which are sorted,
-BN at a time. Contexts `low` to `high` are pooled for the samples without a label: all, one, or, if
-that is an error, none, which makes their row NaN.
+BN at a time: `rows`, if SORTED, has the row of each instance, (N,), then the instances by context,
+then where in those a context starts, (K + 2,). Contexts `low` to `high` are pooled for the samples
+without a label: all, one, or, if that is an error, none, which makes their row NaN.
 """
 
 import triton
 import triton.language as tl
 
-from normswap.functional.triton.posterior_kernels import add_weighted_dots
-from normswap.functional.triton.tile import add_dots, add_moments, apply
+from normswap.functional.triton.pool_kernels import add_priors, pool
+from normswap.functional.triton.posterior_kernels import add_weighted_dots, pull_weights, weigh
+from normswap.functional.triton.rows_kernels import apply, split, take_row
+from normswap.functional.triton.tile import add_dots, add_moments, find_parts_of
 
 
 @triton.jit
-def take_row(C, BC: tl.constexpr):
-    """Return this program's row, channels, and their place in a table."""
-    width = tl.cdiv(C, BC)
-    k = (tl.program_id(0) // width).to(tl.int64)
-    c = tl.program_id(0) % width * BC + tl.arange(0, BC)
-    return k, c, k * C + c, c < C
+def split_rest(rest, K, C):
+    """Return what lies behind centre, scale and shift.
 
-
-@triton.jit
-def pool(
-    mean, var, weight, bias, priors, low, high, c, C, LOG: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
-    """Return moments, gain and bias of contexts low to high as one Gaussian; moments in float64.
-
-    With LOG, var holds the logarithm of the standard deviation.
+    Reciprocal standard deviations and variances, (K + 1, C); the number of values that are in the
+    batch, 0 where the moments are not the batch's, and how far the running moments are to move,
+    (K + 1,) in whole lines of 16; and, where samples weigh the contexts, the moments, (K, C), that
+    they compare with, and their weights, (N, K).
     """
-    total = tl.zeros(c.shape, tl.float64)
-    one = tl.zeros(c.shape, tl.float64)
-    two = tl.zeros(c.shape, tl.float64)
-    gain = tl.zeros(c.shape, tl.float32)
-    shift = tl.zeros(c.shape, tl.float32)
-    for i in range(low, high, BN):
-        k = i + tl.arange(0, BN)
-        ok = (k < high)[:, None] & (c < C)[None, :]
-        at = k.to(tl.int64)[:, None] * C + c[None, :]
-        p = tl.load(priors + k, k < high, 0.0).to(tl.float64)[:, None]
-        m = tl.load(mean + at, ok, 0.0).to(tl.float64)
-        v = tl.load(var + at, ok, 0.0).to(tl.float64)
-        if LOG:
-            v = tl.exp(2 * v)
-        total += tl.sum(p, 0)
-        one += tl.sum(p * m, 0)
-        two += tl.sum(p * (v + m * m), 0)
-        if weight is not None:
-            root = tl.sqrt(p.to(tl.float32))
-            gain += tl.sum(root * tl.load(weight + at, ok, 0.0).to(tl.float32), 0)
-            shift += tl.sum(root * tl.load(bias + at, ok, 0.0).to(tl.float32), 0)
-    mu = one / total
-    total32 = total.to(tl.float32)
-    return mu, tl.maximum(two / total - mu * mu, 0.0), gain / total32, shift / total32
+    size, line = K.to(tl.int64) * C, (K + 16) // 16 * 16
+    var = rest + size + C
+    values = var + size + C
+    known = values + 2 * line
+    return rest, var, values, values + line, known, known + size, known + 2 * size
 
 
-@triton.jit(do_not_specialize=["S", "K", "low", "high"])
+@triton.jit(do_not_specialize=["low", "high", "N", "R", "K", "S"])
 def tables(
-    running_mean, running_var, batches, weight, bias, priors, part_mean, part_var, order, offsets,
-    centre, scale, shift, inverse, var, values, rates, known_mean, known_var,
-    low, high, eps, momentum,
-    K, C, M, S, PART, BN: tl.constexpr, BC: tl.constexpr,
+    running_mean, running_var, batches, weight, bias, priors, parts, rows, found,
+    low, high, eps, momentum, N, R, K, C, M, S, PART, BATCH: tl.constexpr, SORTED: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, WN: tl.constexpr, WC: tl.constexpr,
 ):  # fmt: skip
     """Write the map of each row, ``y = (x - centre) * scale + shift``, and what it is made of.
 
-    With moments of the batch where there are parts and a context has two values or more, else with
-    the running ones. ``rates`` says how far the latter are to move; with a momentum of None, to the
-    average of all batches. ``known``, if any, takes a copy of them, as they are to move.
+    With moments of the BATCH, of `parts`, where a context has two values or more, else with the
+    running ones. Of KP contexts, 0 for none, samples without a label weigh all.
     """
-    k, c, at, ok = take_row(C, BC)
+    program, own = tl.program_id(0), K * tl.cdiv(C, BC)
+    if KP == 0 or program < own:
+        write_row(
+            program, running_mean, running_var, batches, weight, bias, priors, parts, rows, found,
+            low, high, eps, momentum, N, R, K, C, M, S, PART, BATCH, SORTED, KP > 0, BN, BC,
+        )  # fmt: skip
+    else:
+        n, needed = (program - own).to(tl.int64), True
+        if rows is not None:
+            needed = tl.load(rows + n) >= K
+        if needed:
+            weights = split_rest(split(found, R, C)[3], K, C)[6] + n * K
+            # Parts are counted from the instance on: int32 divides at once.
+            part_mean = parts + n * S * C
+            weigh(
+                part_mean, part_mean + N.to(tl.int64) * S * C, running_mean, running_var, weight,
+                bias, priors, found + (K + n) * C, R.to(tl.int64) * C, weights, eps,
+                K, C, M, S, PART, KP, WN, WC,
+            )  # fmt: skip
+
+
+@triton.jit
+def write_row(
+    program, running_mean, running_var, batches, weight, bias, priors, parts, rows, found,
+    low, high, eps, momentum, N, R, K, C, M, S, PART,
+    BATCH: tl.constexpr, SORTED: tl.constexpr, KEEP: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Write one row; KEEP the running moments that others compare with, as they are to move.
+
+    With a momentum of None, these move to the average of all batches.
+    """
+    k, c, at, ok = take_row(program, C, BC)
+    centre, scale, shift, rest = split(found, R, C)
+    inverse, var, values, rates, known_mean, known_var, _ = split_rest(rest, K, C)
     mu = tl.zeros([BC], tl.float64)
     v = tl.zeros([BC], tl.float64)
     gain = tl.zeros([BC], tl.float32)
     bias_k = tl.zeros([BC], tl.float32)
     count = 0.0
-    if k < K:
+    if KEEP or k < K:
         root = tl.rsqrt(tl.load(priors + k).to(tl.float32))
         gain = tl.load(weight + at, ok, 0.0).to(tl.float32) * root
         bias_k = tl.load(bias + at, ok, 0.0).to(tl.float32) * root
         mu = tl.load(running_mean + at, ok, 0.0).to(tl.float64)
         v = tl.load(running_var + at, ok, 0.0).to(tl.float64)
-        if known_mean is not None:
+        if KEEP:
             tl.store(known_mean + at, mu.to(tl.float32), ok)
             tl.store(known_var + at, v.to(tl.float32), ok)
-        if part_mean is not None:
+        if BATCH:
+            offsets = rows + 2 * N
             lo, hi = tl.load(offsets + k), tl.load(offsets + k + 1)
             number = (hi - lo) * M
             if number > 1:
                 count = number.to(tl.float32)
+                part_var = parts + N.to(tl.int64) * S * C
                 mu, two = add_moments(
-                    part_mean, part_var, order, lo * S, hi * S, c, C, M, S, PART, BN
+                    parts, part_var, rows + N, lo * S, hi * S, c, C, M, S, PART, BN
                 )
                 mu /= number
                 v = tl.maximum(two / number - mu * mu, 0.0)
     else:
         needed = True
-        if offsets is not None:
-            needed = tl.load(offsets + K + 1) > tl.load(offsets + K)
+        if SORTED:
+            offsets = rows + 2 * N + K
+            needed = tl.load(offsets + 1) > tl.load(offsets)
         if needed:
             mu, v, gain, bias_k = pool(
                 running_mean, running_var, weight, bias, priors, low, high, c, C, False, BN
@@ -111,9 +123,9 @@ def tables(
     tl.store(shift + at, bias_k - (mu - near).to(tl.float32) * (gain * inv), ok)
     tl.store(inverse + at, inv, ok)
     tl.store(var + at, spread, ok)
-    if tl.program_id(0) % tl.cdiv(C, BC) == 0:
+    if program % tl.cdiv(C, BC) == 0:
         tl.store(values + k, count)
-        if rates is not None:
+        if BATCH:
             rate = 0.0
             if count > 1.5:
                 if momentum is None:
@@ -123,27 +135,24 @@ def tables(
             tl.store(rates + k, rate)
 
 
-@triton.jit(do_not_specialize=["K", "si", "S"])
+@triton.jit(do_not_specialize=["R", "K", "si", "S"])
 def apply_and_move(
-    x, y, centre, scale, shift, index, si, K, stride,
-    running_mean, running_var, batches, var, values, rates,
+    x, y, tables, rows, running_mean, running_var, batches, R, K,
     C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Do what `apply` does, and move the running statistics of contexts with moments.
 
     A launch after `tables` has read them for samples without a label.
     """
-    apply(
-        x, y, centre, scale, shift, index, si, K, stride, C, M, sn, sm, sc, S, PART, BM, BC
-    )  # fmt: skip
-    width = tl.cdiv(C, BC)
+    apply(x, y, tables, rows, 1, R, K, C, C, M, sn, sm, sc, S, PART, BM, BC)
+    rest, width = split_rest(split(tables, R, C)[3], K, C), tl.cdiv(C, BC)
+    var, values, rates = rest[1], rest[2], rest[3]
     for block in range(tl.program_id(0), K * width, tl.num_programs(0)):
-        k, c = block // width, block % width * BC + tl.arange(0, BC)
+        k, _, at, ok = take_row(block, C, BC)
         count, rate = tl.load(values + k), tl.load(rates + k)
         if count > 1.5:
-            at, ok = k.to(tl.int64) * C + c, c < C
             new = tl.load(var + at, ok, 0.0) * (count / (count - 1))
-            move(running_mean, tl.load(centre + at, ok, 0.0), rate, at, ok)
+            move(running_mean, tl.load(tables + at, ok, 0.0), rate, at, ok)
             move(running_var, new, rate, at, ok)
             if block % width == 0:
                 tl.store(batches + k, tl.load(batches + k) + 1)
@@ -156,35 +165,66 @@ def move(running, new, rate, at, ok):
     tl.store(running + at, (old + rate * (new - old)).to(running.dtype.element_ty), ok)
 
 
-@triton.jit(do_not_specialize=["S", "K", "low", "high"])
+@triton.jit(do_not_specialize=["low", "high", "N", "R", "K", "S"])
 def pull(
-    first, second, order, offsets, inverse, scale, values, priors,
-    weights, known_mean, known_var, centre, dweight, dbias, spread, constant, low, high, eps,
-    K, C, S, BN: tl.constexpr, BC: tl.constexpr,
+    dots, rows, tables, weight, bias, priors, dweight, dbias, low, high, eps,
+    N, R, K, C, M, S, MOVES: tl.constexpr, WEIGHED: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, WN: tl.constexpr, WC: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of weight and bias, and what else than ``dy * scale`` dx has.
+    """Write the gradients of weight and bias, and, if x MOVES its moments, what else dx has.
+
+    Samples without a label have WEIGHED the contexts or not.
+    """
+    program, own = tl.program_id(0), K * tl.cdiv(C, BC)
+    second = dots + N.to(tl.int64) * S * C
+    spread = second + N.to(tl.int64) * S * C
+    constant = spread + R.to(tl.int64) * C
+    centre, scale, _, rest = split(tables, R, C)
+    inverse, _, values, _, known_mean, known_var, weights = split_rest(rest, K, C)
+    if KP == 0 or program < own:
+        pull_row(
+            program, dots, second, rows + N, rows + 2 * N, inverse, scale, values, priors, weights,
+            known_mean, known_var, centre, dweight, dbias, spread, constant, low, high, eps,
+            K, C, S, MOVES, WEIGHED, BN, BC,
+        )  # fmt: skip
+    elif MOVES:
+        n = (program - own).to(tl.int64)
+        if tl.load(rows + n) >= K:
+            pull_weights(
+                n, dots, second, known_mean, known_var, weight, bias, priors,
+                centre, weights, spread, constant, eps, K, C, M, S, KP, WN, WC,
+            )  # fmt: skip
+
+
+@triton.jit
+def pull_row(
+    program, first, second, order, offsets, inverse, scale, values, priors, weights,
+    known_mean, known_var, centre, dweight, dbias, spread, constant, low, high, eps,
+    K, C, S, MOVES: tl.constexpr, WEIGHED: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Write one row.
 
     With D1 = sum dy and D2 = sum dy (x - mu_k) over the L values of a context, and r = 1 / sigma_k:
     dbias = D1, dweight = r D2, both over sqrt(lambda_k), and
     ``dx = A dy + spread (x - mu_k) + constant``, spread = -A r^2 D2 / L, constant = -A D1 / L.
-    Without a spread, and of contexts whose moments are not the batch's, nothing else.
+    Of contexts whose moments are not the batch's, nothing else.
     """
-    k, c, at, ok = take_row(C, BC)
-    lo, hi = tl.load(offsets + k) * S, tl.load(offsets + k + 1) * S
+    k, c, at, ok = take_row(program, C, BC)
+    lo, hi = find_parts_of(offsets, k, S)
     one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)
     by_weight = tl.load(inverse + at, ok, 0.0) * two
-    if spread is not None:
+    if MOVES:
         count = tl.load(values + k)
         share = tl.where(count > 1.5, -1 / tl.maximum(count, 1.0), 0.0)
         minus = tl.load(scale + at, ok, 0.0) * share
         tl.store(spread + at, minus * tl.load(inverse + at, ok, 0.0) * by_weight, ok)
         tl.store(constant + at, minus * one, ok)
-    if k < K:
+    if WEIGHED or k < K:
         root = tl.sqrt(tl.load(priors + k).to(tl.float32))
         by_weight /= root
         by_bias = one / root
-        lo, hi = tl.load(offsets + K) * S, tl.load(offsets + K + 1) * S
-        if weights is not None:
+        lo, hi = find_parts_of(offsets, K, S)
+        if WEIGHED:
             mu = tl.load(known_mean + at, ok, 0.0)
             one, two = add_weighted_dots(
                 first, second, order, weights, centre, mu, lo, hi, k, c, K, C, S, BN
@@ -199,13 +239,3 @@ def pull(
             by_bias += share * one
         tl.store(dweight + at, by_weight.to(dweight.dtype.element_ty), ok)
         tl.store(dbias + at, by_bias.to(dbias.dtype.element_ty), ok)
-
-
-@triton.jit
-def add_priors(priors, low, high, BN: tl.constexpr):
-    """Return the sum of the priors of contexts low to high."""
-    total = 0.0
-    for i in range(low, high, BN):
-        k = i + tl.arange(0, BN)
-        total += tl.sum(tl.load(priors + k, k < high, 0.0).to(tl.float32), 0)
-    return total

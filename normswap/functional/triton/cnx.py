@@ -10,10 +10,10 @@ from normswap.functional import kernels
 from normswap.functional.affine import Centred
 from normswap.functional.moments import Moments, pool_moments
 from normswap.functional.tables import apply_centred, records
-from normswap.functional.triton import cnx_kernels, sweeps
+from normswap.functional.triton import cnx_kernels, rows_kernels, sweeps
 from normswap.functional.triton.launching import launch
 from normswap.functional.triton.plan import Rows, plan
-from normswap.functional.triton.sorting import SortedLabels, sort_labels
+from normswap.functional.triton.sorting import sort_labels
 
 
 class Learned(NamedTuple):
@@ -23,15 +23,6 @@ class Learned(NamedTuple):
     log_sigma: Tensor
     weight: Tensor | None
     bias: Tensor | None
-
-
-class Tables(NamedTuple):
-    """``y = (x - centre) * scale + shift`` and 1 / sigma, of contexts and the pool: (K + 1, C)."""
-
-    centre: Tensor
-    scale: Tensor
-    shift: Tensor
-    inverse: Tensor
 
 
 def norm_learned(
@@ -50,33 +41,33 @@ def norm_learned(
         priors: (K,).
         pooled: see `normswap.functional.triton.cn.Norm`.
     """
-    contexts = len(learned.mu)
+    contexts = learned.mu.shape[0]
     if not records((x, *(t for t in learned if t is not None))):
-        found = _make_tables(learned, priors, pooled, None)
-        centre, scale, shift = found[:3]
-        if labels is None:
-            centre, scale, shift = centre[contexts:], scale[contexts:], shift[contexts:]
-        return sweeps.affine(x, scale, shift, centre, labels)
+        tables = _make_tables(x, learned, priors, pooled, None)
+        return sweeps.affine_of(x, tables, labels, contexts + 1, contexts)
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
-    segments = sort_labels(labels.expand(len(x)), contexts)
-    y: Tensor = _LearnedNorm.apply(x, *learned, priors, pooled, segments)
+    index = sort_labels(labels.expand(x.shape[0]), contexts).packed
+    y: Tensor = _LearnedNorm.apply(x, *learned, priors, pooled, index)
     return y
 
 
 def _make_tables(
-    learned: Learned, priors: Tensor, pooled: tuple[int, int] | None, segments: SortedLabels | None
-) -> Tables:
+    x: Tensor,
+    learned: Learned,
+    priors: Tensor,
+    pooled: tuple[int, int] | None,
+    index: Tensor | None,
+) -> Tensor:
+    """Return centre, scale, shift and 1 / sigma of contexts and the pool, (4, K + 1, C)."""
     contexts, channels = learned.mu.shape
-    empty = learned.mu.new_empty(4, contexts + 1, channels, dtype=torch.float32)
-    found = Tables(*empty.unbind())
+    found = x.new_empty(4 * (contexts + 1) * channels, dtype=torch.float32)
     cut = Rows(contexts + (pooled is not None), channels)
     launch(
         cnx_kernels.tables,
         cut.programs,
-        learned.mu,
-        *(*learned[1:], priors, None if segments is None else segments.offsets),
-        *(*found, *(pooled or (0, 0)), contexts, channels),
+        *(*learned, priors, index, found),
+        *(pooled or (0, 0), x.shape[0], contexts, channels),
         **cut.blocks,
     )
     return found
@@ -85,37 +76,40 @@ def _make_tables(
 class _LearnedNorm(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, *learned, priors, pooled, segments = inputs
-        found = _make_tables(Learned(*learned), priors, pooled, segments)
-        centre, scale, shift, inverse = found
+        x, *learned, priors, pooled, index = inputs
+        tables, contexts = (
+            _make_tables(x, Learned(*learned), priors, pooled, index),
+            len(learned[0]),
+        )
         ctx.pooled = pooled
-        ctx.save_for_backward(x, *learned, priors, *segments, centre, scale, inverse)
-        return sweeps.affine(x, scale, shift, centre, segments.labels)
+        ctx.save_for_backward(x, *learned, priors, index, tables)
+        return sweeps.affine_of(x, tables, index, contexts + 1, contexts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, *learned, priors, labels, order, offsets, centre, scale, inverse = ctx.saved_tensors
-        needed, pooled = ctx.needs_input_grad[:5], ctx.pooled
+        x, *learned, priors, index, tables = ctx.saved_tensors
+        needed, pooled = ctx.needs_input_grad, ctx.pooled
         if torch.is_grad_enabled():
-            given = Learned(*learned)
-            pulled = _differentiate(x, given, priors, pooled, labels, grads[0], needed)
+            given, labels = Learned(*learned), index[: len(x)]
+            pulled = _differentiate(x, given, priors, pooled, labels, grads[0], needed[:5])
             return *pulled, None, None, None
         mu, log_sigma, weight, _ = learned
-        dy, (contexts, channels) = kernels.match(grads[0], x), mu.shape
-        at_once = scale if needed[0] else None
-        dx, first, second = sweeps.part_dots(dy, x, centre, at_once, labels)
-        found = [None if t is None else torch.empty_like(t) for t in learned]
+        p, dy, (contexts, channels) = plan(x), kernels.match(grads[0], x), mu.shape
+        instances, _, _ = p.shape
+        dx = torch.empty_like(x) if needed[0] else None
+        found = x.new_empty(2 * instances * p.splits * channels, dtype=torch.float32)
+        over_x = (dy, x, dx, found, tables, index, contexts + 1, contexts)
+        launch(rows_kernels.dots, p.programs, *over_x, p.geometry, **p.blocks)
+        pulled = [None if t is None else torch.empty_like(t) for t in learned]
         cut = Rows(contexts + (weight is not None), channels)
         launch(
             cnx_kernels.pull,
             cut.programs,
-            first,
-            *(second, labels, labels.stride(0), order, offsets, mu, log_sigma, priors),
-            *(centre, scale, inverse, *found, *(pooled or (0, 0))),
-            *(len(x), contexts, channels, plan(x).splits),
+            *(found, index, tables, mu, log_sigma, priors, *pulled, pooled or (0, 0)),
+            *(instances, contexts, channels, p.splits),
             **cut.blocks,
         )
-        return dx, *found, None, None, None
+        return dx, *pulled, None, None, None
 
 
 def _differentiate(
@@ -141,7 +135,7 @@ def _differentiate(
         scale = inverse if weight is None else weight.float() * inverse
         shift = torch.zeros_like(scale) if bias is None else bias.float().expand_as(scale)
         table = Centred(torch.cat((mean, pool.mean)), scale, shift)
-        y = apply_centred(x, table, torch.where(labels < 0, contexts, labels))
+        y = apply_centred(x, table, labels)
     wanted = [t for t, need in zip((x, *given), needed, strict=True) if t is not None and need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needed]

@@ -112,7 +112,7 @@ def forward(
             part,
             *assigned,
             *bounds,
-            *cut.geometry,
+            cut.geometry,
             **cut.blocks,
         )
     factor = number / max(number - 1, 1)
@@ -122,7 +122,7 @@ def forward(
     )  # fmt: skip
     launch(
         mix, cut.programs[0], x, y, used, count, weight, bias, *assigned, *bounds,
-        settings.eps if running else 0.0, *cut.geometry, UPDATE=settings.update, **cut.blocks,
+        settings.eps if running else 0.0, cut.geometry, UPDATE=settings.update, **cut.blocks,
     )  # fmt: skip
     return y, used
 
@@ -141,11 +141,11 @@ def backward(
     found = [torch.empty_like(t) for t in inputs[1:]]
     launch(
         pulls, cut.programs[0], x, dy, pulled, used, *assigned, *bounds,
-        *cut.geometry, **cut.blocks,
+        cut.geometry, **cut.blocks,
     )  # fmt: skip
     launch(
         differentiate, cut.programs[0], x, dy, dx, pulled, part, used, weight, *assigned,
-        *bounds, eps, *cut.geometry, **cut.blocks,
+        *bounds, eps, cut.geometry, **cut.blocks,
     )  # fmt: skip
     launch(
         finish, cut.programs[1], pulled, part, used, weight, assigned[0], assigned[2],

@@ -37,11 +37,11 @@ def _blocks(cut: Plan, axis: int) -> dict[str, int]:
 def _exchange(x: Tensor, permutation: Tensor, axis: int, eps: float) -> tuple[Tensor, ...]:
     """Return y, the inverse permutation, and mean, deviation and scale, (3, N, C)."""
     cut, parts, y = plan(x), sweeps.part_stats(x), torch.empty_like(x)
-    inverse, kept = torch.empty_like(permutation), parts.mean.new_empty(3, *x.shape[:2])
+    inverse, kept = torch.empty_like(permutation), parts.new_empty(3, *x.shape[:2])
     launch(
         exchange_kernels.exchange,
         cut.programs,
-        *(x, y, *parts, permutation, inverse, *kept, eps, *cut.geometry),
+        *(x, y, *parts.unbind(), permutation, inverse, *kept, eps, cut.geometry),
         **_blocks(cut, axis),
     )
     return y, inverse, kept
@@ -63,11 +63,11 @@ class _Exchange(Function):
         if torch.is_grad_enabled():
             return *differentiate(x, ctx.glue, (), grads[0], (True,)), *[None] * 4
         cut, dy, dx = plan(x), kernels.match(grads[0], x), torch.empty_like(x)
-        _, *sums = sweeps.part_dots(dy, x, kept[0])
+        sums = sweeps.part_dots(dy, x, kept[0])[1].unbind()
         launch(
             exchange_kernels.differentiate,
             cut.programs,
-            *(dy, x, dx, *sums, inverse, *kept, *cut.geometry),
+            *(dy, x, dx, *sums, inverse, *kept, cut.geometry),
             **_blocks(cut, ctx.axis),
         )
         return dx, *[None] * 4

@@ -15,14 +15,19 @@ from normswap.functional.triton.plan import plan, power
 class Parts:
     """The passes over x, whose sums the glue adds up, so that no launch does."""
 
-    stats = staticmethod(sweeps.part_stats)
     affine = staticmethod(sweeps.affine)
     combine = staticmethod(sweeps.combine)
 
     @staticmethod
+    def stats(x: Tensor) -> Moments:
+        """Return mean and variance of the parts, (N, S, C)."""
+        return Moments(*sweeps.part_stats(x).unbind())
+
+    @staticmethod
     def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``sum dy`` and ``sum dy * (x - centre)`` of the parts, (N, S, C)."""
-        return sweeps.part_dots(dy, x, centre)[1:]
+        first, second = sweeps.part_dots(dy, x, centre)[1].unbind()
+        return first, second
 
 
 class GateGlue:

@@ -22,13 +22,16 @@ def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) ->
         kernel: of `triton.jit`; its parameters are x, those of args, then constants.
         programs: how many.
         x: see above.
-        args: tensors, numbers and None.
+        args: tensors, numbers, None, and tuples of integers, which stand for what they hold.
         meta: constants, and options of Triton such as num_warps.
     """
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
+    device = x.device
+    index = device.index
+    if index is not None and index != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
             return launch(kernel, programs, x, *args, **meta)
-    kinds: list[Any] = [kernel, x.device.index, *meta.items()]
+    # Not the kernel itself, whose hash is slow.
+    kinds: list[Any] = [id(kernel), index, *meta, *meta.values()]
     values: list[Any] = []
     for value in (x, *args):
         if isinstance(value, Tensor):
@@ -36,19 +39,27 @@ def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) ->
             values.append(place)
             # What a compiled program depends on: it reads aligned vectors, and takes 1 as constant.
             # A tensor elsewhere is of no kind that was compiled: Triton refuses it.
-            kinds.append((value.dtype, value.device, place % 16 == 0))
+            kinds += (value.dtype, value.device, place % 16 == 0)
+        elif isinstance(value, tuple):
+            values += value
+            kinds.append(value)
         else:
             values.append(value)
-            kinds.append(float if isinstance(value, float) else (type(value), value))
+            kinds.append(float if isinstance(value, float) else value)
     key = tuple(kinds)
     found = _COMPILED.get(key)
     if found is not None:
-        compiled, constants = found
-        compiled[(programs, 1, 1)](*values, *constants)
+        run, function, metadata, constants, *_ = found
+        stream = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
+        # What Triton itself calls in the end; the three are for those who watch launches.
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
         return None
-    compiled = kernel[(programs,)](x, *args, **meta)
+    given = [v for value in args for v in (value if isinstance(value, tuple) else (value,))]
+    compiled = kernel[(programs,)](x, *given, **meta)
     if compiled is not None:  # as the interpreter returns
         if len(_COMPILED) >= _MOST:
             del _COMPILED[next(iter(_COMPILED))]
-        _COMPILED[key] = compiled, [meta[name] for name in kernel.arg_names[len(values) :]]
+        constants = [meta[name] for name in kernel.arg_names[len(values) :]]
+        started = compiled.run, compiled.function, compiled.packed_metadata, constants
+        _COMPILED[key] = *started, kernel, compiled  # which are to live as long
     return None

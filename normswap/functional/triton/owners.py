@@ -34,7 +34,7 @@ def forward(
     launch(
         owners_kernels.assign,
         -(-channels // int(blocks["BC"])),
-        *(*sweeps.part_stats(x), *kept, shift, used),
+        *(*sweeps.part_stats(x).unbind(), *kept, shift, used),
         *(*parameters, *(running or (None, None, None)), *log_sigma_bounds(settings.eps)),
         *(settings.momentum, number / max(number - 1, 1), settings.eps if running else 0.0),
         *(*cut.shape, cut.splits, cut.part),
@@ -54,7 +54,7 @@ def backward(
     x, weight, _, *assigned = inputs
     used, (centre, squares, scale) = kept
     cut, blocks, dy = plan(x), _blocks(x, used.shape[1]), kernels.match(dy, x)
-    _, *sums = sweeps.part_dots(dy, x, centre)
+    sums = sweeps.part_dots(dy, x, centre)[1].unbind()
     spread, constant = torch.empty_like(scale), torch.empty_like(scale)
     found = [torch.empty_like(t) for t in inputs[1:]]
     launch(

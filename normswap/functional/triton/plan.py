@@ -29,6 +29,9 @@ class Plan(NamedTuple):
         splits: parts of the positions of an instance, each a program's.
         part: positions of a part; the last one may have fewer.
         tile: positions and channels of a tile.
+        programs: of a launch.
+        geometry: what the kernels of `tile` take as C, M, sn, sm, sc, S and PART.
+        blocks: what they take as BM and BC.
     """
 
     shape: tuple[int, int, int]
@@ -36,21 +39,9 @@ class Plan(NamedTuple):
     splits: int
     part: int
     tile: tuple[int, int]
-
-    @property
-    def programs(self) -> int:
-        """Programs of a launch."""
-        return self.shape[0] * self.splits * -(-self.shape[1] // self.tile[1])
-
-    @property
-    def geometry(self) -> tuple[int, ...]:
-        """What the kernels of `tile` take as C, M, sn, sm, sc, S and PART."""
-        return (self.shape[1], self.shape[2], *self.strides, self.splits, self.part)
-
-    @property
-    def blocks(self) -> dict[str, int]:
-        """What the kernels of `tile` take as BM and BC."""
-        return {"BM": self.tile[0], "BC": self.tile[1]}
+    programs: int
+    geometry: tuple[int, ...]
+    blocks: dict[str, int]
 
 
 def plan(x: Tensor) -> Plan:
@@ -81,7 +72,16 @@ def _plan(shape: torch.Size, contiguous: bool) -> Plan:
     splits = max(1, min(-(-positions // rows), wanted))
     part = -(-positions // (splits * rows)) * rows
     splits = -(-positions // part)
-    return Plan((instances, channels, positions), strides, splits, part, (rows, columns))
+    return Plan(
+        (instances, channels, positions),
+        strides,
+        splits,
+        part,
+        (rows, columns),
+        instances * splits * -(-channels // columns),
+        (channels, positions, *strides, splits, part),
+        {"BM": rows, "BC": columns},
+    )
 
 
 def power(count: int) -> int:
@@ -107,10 +107,10 @@ class Rows(NamedTuple):
 
 
 def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
-    """Return what kernels take that have all contexts, (KP, BC) values, in a program.
+    """Return what kernels take that have all contexts, (KP, WC) values, in a program.
 
     There are as few programs as instances: eight warps each, where others have four.
     """
     rows = power(contexts)
     columns = min(_TILE // 2 // rows, 256, power(channels))
-    return {"KP": rows, "BN": max(1, min(16, _TILE // 2 // columns)), "BC": columns, "num_warps": 8}
+    return {"KP": rows, "WN": max(1, min(16, _TILE // 2 // columns)), "WC": columns, "num_warps": 8}

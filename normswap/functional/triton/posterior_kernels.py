@@ -1,7 +1,7 @@
-"""Kernels for samples without a label that weigh the contexts, each sample for itself.
+"""What `cn_kernels` do for samples without a label that weigh the contexts, each for itself.
 
-A program takes one instance and all contexts, KP rows, BC channels at a time. The row of instance n
-in tables (K + N, C) is K + n. Those with a label, whose `index` is below K, are left out.
+A program takes one instance n and all contexts, KP rows, BC channels at a time. Its row in tables
+(K + N, C) is K + n.
 """
 
 import triton
@@ -32,27 +32,18 @@ def load_affine(weight, bias, priors, c, K, C, KP: tl.constexpr):
     return load_rows(weight, c, 0.0, K, C, KP) * root, load_rows(bias, c, 0.0, K, C, KP) * root
 
 
-@triton.jit(do_not_specialize=["K", "si", "S"])
+@triton.jit
 def weigh(
-    part_mean, part_var, index, si, mean, var, weight, bias, priors,
-    centre, scale, shift, weights, eps,
+    part_mean, part_var, mean, var, weight, bias, priors, row, size, weights, eps,
     K, C, M, S, PART, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write the probability of each context, (N, K), and the map that they mix, about the mean.
+    """Write the probability of each context, and the map that they mix, about the mean.
 
     With the instance's moments m, v: ``w_k = softmax_k(log lambda_k - 1/2 sum_c [log V_kc +
     (v_c + (m_c - mu_kc)^2) / V_kc])``, ``scale = sum_k w_k A_k``, A_k = weight_k / sqrt(V_k), and
     ``shift = sum_k w_k (bias_k + (m - mu_k) A_k)``.
     """
-    n = tl.program_id(0).to(tl.int64)
-    if index is not None:
-        if tl.load(index + n * si) < K:
-            return
-    # Parts are counted from the instance on: int32 divides at once.
-    part_mean += n * S * C
-    part_var += n * S * C
     k = tl.arange(0, KP)
-    row = (K + n) * C
     per_value = tl.full([], 1.0, tl.float64) / M
     # Summed in float64, as there are many channels: the error of a logit is a weight's.
     logits = tl.log(tl.load(priors + k, k < K, 1.0).to(tl.float32)).to(tl.float64)
@@ -61,7 +52,7 @@ def weigh(
         one, two = add_moments(part_mean, part_var, None, 0, S, c, C, M, S, PART, BN)
         m = one * per_value
         near, v = m.to(tl.float32), tl.maximum(two * per_value - m * m, 0.0).to(tl.float32)
-        tl.store(centre + row + c, near, c < C)
+        tl.store(row + c, near, c < C)
         mu, r = load_moments(mean, var, eps, c, K, C, KP)
         off = near[None, :] - mu
         cost = (v[None, :] + off * off) * r * r - 2 * tl.log(r)
@@ -69,23 +60,23 @@ def weigh(
     logits = tl.where(k < K, logits, float("-inf"))
     share = tl.exp((logits - tl.max(logits, 0)).to(tl.float32))
     w = share / tl.sum(share, 0)
-    tl.store(weights + n * K + k, w, k < K)
+    tl.store(weights + k, w, k < K)
     # Other threads have written what this one reads.
     tl.debug_barrier()
     for i in range(0, C, BC):
         c = i + tl.arange(0, BC)
-        near = tl.load(centre + row + c, c < C, 0.0)
+        near = tl.load(row + c, c < C, 0.0)
         mu, r = load_moments(mean, var, eps, c, K, C, KP)
         gain, b = load_affine(weight, bias, priors, c, K, C, KP)
         a = gain * r
-        tl.store(scale + row + c, tl.sum(w[:, None] * a, 0), c < C)
+        tl.store(row + size + c, tl.sum(w[:, None] * a, 0), c < C)
         moved = b + (near[None, :] - mu) * a
-        tl.store(shift + row + c, tl.sum(w[:, None] * moved, 0), c < C)
+        tl.store(row + 2 * size + c, tl.sum(w[:, None] * moved, 0), c < C)
 
 
-@triton.jit(do_not_specialize=["K", "si", "S"])
+@triton.jit
 def pull_weights(
-    first, second, index, si, mean, var, weight, bias, priors, centre, weights, spread, constant,
+    n, first, second, mean, var, weight, bias, priors, centre, weights, spread, constant,
     eps, K, C, M, S, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write what else than ``dy * scale`` dx has: ``spread (x - m) + constant``.
@@ -94,9 +85,6 @@ def pull_weights(
     ``dw_k = sum_c A_k (D2 + (m - mu_k) D1) + bias_k D1``, ``dl_k = w_k (dw_k - sum_j w_j dw_j)``,
     spread = -sum_k dl_k / (V_k M), constant = -sum_k dl_k (m - mu_k) / (V_k M).
     """
-    n = tl.program_id(0).to(tl.int64)
-    if tl.load(index + n * si) < K:
-        return
     first += n * S * C
     second += n * S * C
     k = tl.arange(0, KP)

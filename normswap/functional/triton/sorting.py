@@ -12,14 +12,17 @@ class SortedLabels(NamedTuple):
     """Instances by context.
 
     Attributes:
-        labels: context of each instance, (N,); -1 for none.
+        rows: of each instance, (N,): its context, or K; or, where those without one have rows of
+            their own, what `find_rows` returns.
         order: instances, (N,), by context; those without one last.
         offsets: where in `order` a context starts, (K + 2,); K is none.
+        packed: all three, one after the other.
     """
 
-    labels: Tensor
+    rows: Tensor
     order: Tensor
     offsets: Tensor
+    packed: Tensor
 
 
 def find_rows(labels: Tensor, contexts: int) -> Tensor:
@@ -32,16 +35,23 @@ def find_rows(labels: Tensor, contexts: int) -> Tensor:
     return kept(labels, (find_rows, contexts), make)
 
 
-def sort_labels(labels: Tensor, contexts: int) -> SortedLabels:
+def sort_labels(labels: Tensor, contexts: int, own_rows: bool = False) -> SortedLabels:
     """Return the instances sorted by context, once for all layers that the labels meet.
 
     On the device of the labels, (N,) in [-1, K); nothing waits for it.
     """
 
     def sort() -> SortedLabels:
-        # -1 becomes K.
-        found, order = labels.remainder(contexts + 1).sort(stable=True)
+        number = len(labels)
+        packed = labels.new_empty(2 * number + contexts + 2)
+        rows, order, offsets = packed.split_with_sizes([number, number, contexts + 2])
+        torch.remainder(labels, contexts + 1, out=rows)  # -1 becomes K
+        found = torch.empty_like(rows)
+        torch.sort(rows, stable=True, out=(found, order))
         starts = torch.arange(contexts + 2, device=labels.device)
-        return SortedLabels(labels, order, torch.searchsorted(found, starts))
+        torch.searchsorted(found, starts, out=offsets)
+        if own_rows:
+            rows.copy_(find_rows(labels, contexts))
+        return SortedLabels(rows, order, offsets, packed)
 
-    return kept(labels, (sort_labels, contexts), sort)
+    return kept(labels, (sort_labels, contexts, own_rows), sort)

@@ -10,32 +10,32 @@ import torch
 from torch import Tensor
 
 from normswap.functional.moments import Moments
-from normswap.functional.triton import tile
+from normswap.functional.triton import rows_kernels, tile
 from normswap.functional.triton.launching import launch
 from normswap.functional.triton.plan import Rows, plan
 
 
-def part_stats(x: Tensor, index: Tensor | None = None, least: int = 0) -> Moments:
-    """Return mean and biased variance of parts of the positions, (N, S, C), S as in `plan`.
+def part_stats(x: Tensor, index: Tensor | None = None, least: int = 0) -> Tensor:
+    """Return mean and biased variance of parts of the positions, (2, N, S, C), S as in `plan`.
 
     With an index, (N,), only instances whose index is no less than `least` have any.
     """
     p = plan(x)
-    mean, var = _room(x, p.splits)
+    found = _room(x, p.splits)
     step = 0 if index is None else index.stride(0)
-    launch(tile.stats, p.programs, x, mean, var, index, step, least, *p.geometry, **p.blocks)
-    return Moments(mean, var)
+    launch(tile.stats, p.programs, x, found, index, step, least, p.geometry, **p.blocks)
+    return found
 
 
 def stats(x: Tensor) -> Moments:
     """Return mean and biased variance of each channel of each instance, (N, C)."""
     p, parts = plan(x), part_stats(x)
     if p.splits == 1:
-        return Moments(parts.mean[:, 0], parts.var[:, 0])
+        return Moments(*parts.squeeze(2).unbind())
     (instances, channels, positions), cut = p.shape, Rows(len(x), x.shape[1])
     mean, var = x.new_empty(2, instances, channels, dtype=torch.float32).unbind()
     sizes = (channels, positions, p.splits, p.part)
-    launch(tile.merge, cut.programs, parts.mean, parts.var, mean, var, *sizes, **cut.blocks)
+    launch(tile.merge, cut.programs, parts, mean, var, *sizes, **cut.blocks)
     return Moments(mean, var)
 
 
@@ -48,61 +48,72 @@ def affine(
 ) -> Tensor:
     """Return ``(x - centre) * scale + shift``, in the dtype and layout of x; None is 0."""
     p, y = plan(x), torch.empty_like(x)
-    tables, rows = address(x, index, centre, scale, shift)
-    launch(tile.apply, p.programs, x, y, *tables, *rows, *p.geometry, **p.blocks)
+    tables, rows = _address(x, index, centre, scale, shift)
+    launch(tile.apply, p.programs, x, y, *tables, *rows, p.geometry, **p.blocks)
+    return y
+
+
+def affine_of(x: Tensor, tables: Tensor, labels: Tensor | None, size: int, contexts: int) -> Tensor:
+    """Return what `affine` does, by tables that lie in one tensor; see `rows_kernels`.
+
+    Args:
+        x: (N, C, *).
+        tables: centre, scale and shift, (R, C) each, come first.
+        labels: the row of each instance, (N,); or (1,), that of all; -1 is row K. None where all
+            have that, or, with K + N rows, instance n has row K + n.
+        size: R.
+        contexts: K.
+    """
+    p, y = plan(x), torch.empty_like(x)
+    stride = 0 if labels is None and size == contexts + 1 else x.shape[1]
+    step = 0 if labels is None or labels.shape[0] == 1 else labels.stride(0)
+    given = (x, y, tables, labels, step, size, contexts, stride)
+    launch(rows_kernels.apply, p.programs, *given, p.geometry, **p.blocks)
     return y
 
 
 def part_dots(
-    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor | None = None, index: Tensor | None = None
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return ``dy * scale``, if there is a scale, ``sum dy`` and ``sum dy * (x - centre)``.
+    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """Return ``dy * scale``, if there is a scale, and sums of dy and ``dy * (x - centre)``.
 
-    The sums are over parts of the positions, (N, S, C); dy is laid out as x.
+    The sums are over parts of the positions, (2, N, S, C); dy is laid out as x.
     """
     p, dx = plan(x), None if scale is None else torch.empty_like(x)
-    first, second = _room(x, p.splits)
-    tables, rows = address(x, index, centre, scale)
-    launch(tile.dots, p.programs, dy, x, dx, first, second, *tables, *rows, *p.geometry, **p.blocks)
-    return dx, first, second
+    found = _room(x, p.splits)
+    tables, rows = _address(x, None, centre, scale)
+    launch(tile.dots, p.programs, dy, x, dx, found, *tables, *rows, p.geometry, **p.blocks)
+    return dx, found
 
 
 def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``sum dy`` and ``sum dy * (x - centre)``, of the shape of centre."""
-    return _whole(centre, *part_dots(dy, x, centre)[1:])
+    return _whole(centre, part_dots(dy, x, centre)[1])
 
 
 def scale_and_dot(
     dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dy * scale`` and what `dot` returns."""
-    dx, first, second = part_dots(dy, x, centre, scale)
+    dx, found = part_dots(dy, x, centre, scale)
     assert dx is not None
-    return dx, *_whole(centre, first, second)
+    return dx, *_whole(centre, found)
 
 
-def combine(
-    dy: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    centre: Tensor,
-    index: Tensor | None = None,
-) -> Tensor:
+def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tensor) -> Tensor:
     """Return ``a * dy + b * (x - centre) + c`` in the dtype and layout of x."""
     p, dx = plan(x), torch.empty_like(x)
-    tables, rows = address(x, index, a, b, c, centre)
-    launch(tile.combine, p.programs, dy, x, dx, *tables, *rows, *p.geometry, **p.blocks)
+    tables, rows = _address(x, None, a, b, c, centre)
+    launch(tile.combine, p.programs, dy, x, dx, *tables, *rows, p.geometry, **p.blocks)
     return dx
 
 
-def _room(x: Tensor, splits: int) -> tuple[Tensor, ...]:
-    """Return two tables of the parts, (N, S, C)."""
-    return x.new_empty(2, x.shape[0], splits, x.shape[1], dtype=torch.float32).unbind()
+def _room(x: Tensor, splits: int) -> Tensor:
+    """Return two tables of the parts, (2, N, S, C)."""
+    return x.new_empty(2, x.shape[0], splits, x.shape[1], dtype=torch.float32)
 
 
-def address(x: Tensor, index: Tensor | None, *tables: Tensor | None) -> tuple[Any, Any]:
+def _address(x: Tensor, index: Tensor | None, *tables: Tensor | None) -> tuple[Any, Any]:
     """Return the tables as the kernels read them, and index, si, K and stride to go with them."""
     count = max([t.shape[0] for t in tables if t is not None])
     if index is None and count not in (1, x.shape[0]):
@@ -120,10 +131,9 @@ def _lies_as(t: Tensor, shape: tuple[int, int]) -> bool:
     return t.shape == shape and t.is_contiguous()
 
 
-def _whole(centre: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def _whole(centre: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """Return sums over parts, and over instances where the tables have one row."""
-    if first.shape[:2] == (len(centre), 1):
-        return first[:, 0], second[:, 0]
-    both = torch.stack((first, second)).sum((1, 2) if len(centre) == 1 else 2)
-    one, two = both.view(2, *centre.shape)
-    return one, two
+    if found.shape[1:3] != (len(centre), 1):
+        found = found.sum((1, 2) if len(centre) == 1 else 2)
+    first, second = found.view(2, *centre.shape).unbind()
+    return first, second

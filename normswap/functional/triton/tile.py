@@ -34,6 +34,12 @@ def inside(i, hi, c, C, BM: tl.constexpr):
 
 
 @triton.jit
+def size_of_parts(C, BC: tl.constexpr):
+    """Return how many values a table of the parts, (N, S, C), has."""
+    return (tl.num_programs(0) // tl.cdiv(C, BC)).to(tl.int64) * C
+
+
+@triton.jit
 def find_row(index, si, n, K, stride):
     """Return the offset of the row of tables of an instance."""
     row = n.to(tl.int64)
@@ -55,9 +61,9 @@ def load(table, at, ok):
 
 @triton.jit(do_not_specialize=["K", "si", "S"])
 def stats(
-    x, mean, var, index, si, K, C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr
+    x, found, index, si, K, C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
-    """Write mean and biased variance of each part, (N, S, C): x is read once.
+    """Write mean and biased variance of each part, (2, N, S, C): x is read once.
 
     Tiles have moments about their own mean, which merge without loss of digits (Chan et al.).
     With an index, only of instances whose index is K or more.
@@ -83,17 +89,18 @@ def stats(
         count += size
         x += BM * sm
     row = (n.to(tl.int64) * S + part) * C + c
-    tl.store(mean + row, mu, c < C)
-    tl.store(var + row, squares / count, c < C)
+    tl.store(found + row, mu, c < C)
+    tl.store(found + size_of_parts(C, BC) + row, squares / count, c < C)
 
 
 @triton.jit(do_not_specialize=["S"])
-def merge(part_mean, part_var, mean, var, C, M, S, PART, BN: tl.constexpr, BC: tl.constexpr):
-    """Write the moments (N, C) of what parts (N, S, C) make up, by the law of total variance."""
+def merge(parts, mean, var, C, M, S, PART, BN: tl.constexpr, BC: tl.constexpr):
+    """Write the moments (N, C) of what parts (2, N, S, C) make up, by the law of total variance."""
     width = tl.cdiv(C, BC)
     n = (tl.program_id(0) // width).to(tl.int64)
     c = tl.program_id(0) % width * BC + tl.arange(0, BC)
-    first, second = add_moments(part_mean, part_var, None, n * S, n * S + S, c, C, M, S, PART, BN)
+    part_var = parts + size_of_parts(C, BC) * S
+    first, second = add_moments(parts, part_var, None, n * S, n * S + S, c, C, M, S, PART, BN)
     mu = first / M
     tl.store(mean + n * C + c, mu.to(tl.float32), c < C)
     tl.store(var + n * C + c, tl.maximum(second / M - mu * mu, 0.0).to(tl.float32), c < C)
@@ -130,6 +137,12 @@ def add_dots(first, second, order, lo, hi, c, C, S, BN: tl.constexpr):
 
 
 @triton.jit
+def find_parts_of(offsets, k, S):
+    """Return which parts instances of context k have, first and last; int32 divides fast."""
+    return tl.load(offsets + k).to(tl.int32) * S, tl.load(offsets + k + 1).to(tl.int32) * S
+
+
+@triton.jit
 def find_parts(order, i, hi, c, C, S, BN: tl.constexpr):
     """Return where BN parts from the i-th on lie in (N, S, C), which of S they are, and a mask."""
     j = i + tl.arange(0, BN)
@@ -161,10 +174,10 @@ def apply(
 
 @triton.jit(do_not_specialize=["K", "si", "S"])
 def dots(
-    dy, x, dx, first, second, centre, scale, index, si, K, stride,
+    dy, x, dx, found, centre, scale, index, si, K, stride,
     C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write ``sum dy`` and ``sum dy (x - centre)`` of each part, (N, S, C); and ``dx = dy scale``.
+    """Write sums of dy and ``dy (x - centre)`` over each part, (2, N, S, C), and ``dx = dy scale``.
 
     The last only where there is a dx.
     """
@@ -190,8 +203,8 @@ def dots(
         dy += BM * sm
         x += BM * sm
     row = (n.to(tl.int64) * S + part) * C + c
-    tl.store(first + row, one, there)
-    tl.store(second + row, two, there)
+    tl.store(found + row, one, there)
+    tl.store(found + size_of_parts(C, BC) + row, two, there)
 
 
 @triton.jit(do_not_specialize=["K", "si", "S"])

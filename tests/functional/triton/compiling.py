@@ -9,8 +9,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-INT64 = {"index", "labels", "order", "offsets", "batches", "permutation", "inverted"}
-INT32 = {"M", "N", "K", "S", "PART", "T", "TILES", "P", "si", "low", "high"}
+INT64 = {"index", "rows", "batches", "permutation", "inverted"}
+INT32 = {"M", "N", "K", "R", "S", "PART", "T", "TILES", "P", "si", "low", "high"}
 FLOAT32 = {"eps", "momentum", "factor", "least", "most", "height"}
 FLOAT64 = {"moments"}
 STRIDES = {"C", "stride", "sn", "sm", "sc"}

@@ -3,14 +3,14 @@
 import pytest
 
 pytest.importorskip("triton")
-from normswap.functional.triton import cn_kernels, cnx_kernels, posterior_kernels, tile
+from normswap.functional.triton import cn_kernels, cnx_kernels, rows_kernels, tile
 from normswap.functional.triton.plan import cut_contexts
 from tests.functional.triton.compiling import compile_kernel
 
 ROWS = {"BN": 64, "BC": 16}
-KNOWN = dict.fromkeys(("known_mean", "known_var"))
-RUNNING = KNOWN | dict.fromkeys(("part_mean", "part_var", "order", "offsets", "rates"))
-POOLED = KNOWN | dict.fromkeys(("weights", "centre"))
+NONE_WEIGH = {"KP": 0, "WN": 1, "WC": 1}
+TRAINING = {"BATCH": True, "SORTED": True}
+RUNNING = {"parts": None, "rows": None, "BATCH": False, "SORTED": False}
 OVER_X = [
     (tile.stats, {"index": None}),
     (tile.stats, {}),
@@ -19,25 +19,28 @@ OVER_X = [
     (tile.dots, {}),
     (tile.dots, {"dx": None, "scale": None}),
     (tile.combine, {}),
+    (rows_kernels.apply, {}),
+    (rows_kernels.apply, {"rows": None}),
+    (rows_kernels.dots, {"dx": None}),
+    (rows_kernels.combine, {}),
     (cn_kernels.apply_and_move, {}),
 ]
 OVER_TABLES = [
     (tile.merge, {}),
-    (cn_kernels.tables, {}),
-    (cn_kernels.tables, KNOWN | {"momentum": None}),
-    (cn_kernels.tables, RUNNING),
-    (cn_kernels.pull, {}),
-    (cn_kernels.pull, POOLED),
-    (cn_kernels.pull, POOLED | {"spread": None, "constant": None}),
+    (cn_kernels.tables, NONE_WEIGH | TRAINING),
+    (cn_kernels.tables, NONE_WEIGH | TRAINING | {"momentum": None}),
+    (cn_kernels.tables, NONE_WEIGH | RUNNING),
+    (cn_kernels.pull, NONE_WEIGH | {"MOVES": True, "WEIGHED": False}),
+    (cn_kernels.pull, NONE_WEIGH | {"MOVES": False, "WEIGHED": False}),
     (cnx_kernels.tables, {}),
-    (cnx_kernels.tables, {"offsets": None, "weight": None, "bias": None}),
+    (cnx_kernels.tables, {"rows": None, "weight": None, "bias": None}),
     (cnx_kernels.pull, {}),
     (cnx_kernels.pull, {"dweight": None, "dbias": None}),
 ]
 OVER_CONTEXTS = [
-    (posterior_kernels.weigh, {}),
-    (posterior_kernels.weigh, {"index": None}),
-    (posterior_kernels.pull_weights, {}),
+    (cn_kernels.tables, TRAINING),
+    (cn_kernels.tables, {"rows": None, "BATCH": False, "SORTED": False}),
+    (cn_kernels.pull, {"MOVES": True, "WEIGHED": True}),
 ]
 # Layout and tile as `plan` has them: channels last, large and small maps, and one position.
 CUTS = [("bf16", True, 32, 64), ("fp32", False, 1024, 2), ("fp16", False, 64, 32)]
@@ -70,7 +73,7 @@ def test_kernels_over_contexts(architecture, contexts):
     cut = cut_contexts(contexts, 2048)
     cut["warps"] = cut.pop("num_warps")
     for kernel, given in OVER_CONTEXTS:
-        registers, spilled, widths = compile_kernel(kernel, architecture, **cut, **given)
+        registers, spilled, widths = compile_kernel(kernel, architecture, **ROWS, **cut, **given)
         assert spilled == 0, kernel
         assert registers <= 128, kernel
         assert 128 in widths, kernel

@@ -12,22 +12,28 @@ class Kernel:
     arg_names = ("x", "table", "count", "eps", "K", "BC")
 
     def __init__(self):
-        self.asked, self.started = 0, []
+        self.asked, self.given, self.started = 0, [], []
 
     def __getitem__(self, grid):
         def run(*args, **meta):
             self.asked += 1
+            self.given.append(args)
             return Program(self)
 
         return run
 
 
 class Program:
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, kernel):
         self.kernel = kernel
 
-    def __getitem__(self, grid):
-        return lambda *values: self.kernel.started.append((grid, values))
+    def run(self, x, y, z, stream, function, metadata, described, enter, leave, *values):
+        """Take what Triton's own launch hands on."""
+        assert (function, metadata) == ("function", "metadata")
+        assert described is enter is leave is None
+        self.kernel.started.append(((x, y, z), values))
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +74,16 @@ def test_another_kind_of_arguments_is_compiled(other):
     start(kernel, **{**given, **other})
     assert kernel.asked == 2
     assert not kernel.started
+
+
+def test_a_tuple_stands_for_the_integers_it_holds():
+    kernel, x = Kernel(), torch.ones(8)
+    for eps in (0.1, 0.2):
+        launching.launch(kernel, 7, x, None, (3, 4), eps, BC=16)
+    assert kernel.given == [(x, None, 3, 4, 0.1)]
+    assert kernel.started[0][1][:5] == (x.data_ptr(), None, 3, 4, 0.2)
+    launching.launch(kernel, 7, x, None, (3, 5), 0.1, BC=16)
+    assert kernel.asked == 2
 
 
 def test_old_programs_make_room(monkeypatch):

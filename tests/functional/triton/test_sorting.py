@@ -27,6 +27,13 @@ def test_instances_without_a_context_have_rows_of_their_own_after_those_of_conte
     assert find_rows(torch.tensor([-1]).expand(3), 4).tolist() == [4, 5, 6]
 
 
+def test_rows_order_and_offsets_lie_one_after_the_other():
+    for labels, own, rows in (([1, -1, 0], False, [1, 2, 0]), ([1, -1, 0], True, [1, 3, 0])):
+        found = sort_labels(torch.tensor(labels), 2, own)
+        assert found.rows.tolist() == rows
+        assert found.packed.tolist() == [*rows, *found.order.tolist(), *found.offsets.tolist()]
+
+
 def test_checked_labels_are_sorted_once():
     labels = resolve(torch.tensor(GIVEN)).labels
     assert sort_labels(labels, 3) is sort_labels(labels, 3)

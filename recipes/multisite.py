@@ -1,0 +1,256 @@
+"""`python -m recipes multisite`: vessels of the retina from cameras that differ, the camera known.
+
+A U-Net (Ronneberger et al., MICCAI 2015) over a timm `features_only` backbone trains on patches of
+the images of all sites together; the site is the context. Tested are whole images of each site,
+told the site, or not. A site's Dice is the mean over its images, its AUC is over all their pixels,
+neither with a mask of the field of view.
+
+    bn          the network as it is, with BatchNorm
+    bn-frozen   the backbone's BatchNorm keeps the statistics of the given weights
+    cn          statistics, scale and shift of each site's own in every norm
+    cn-first    these at the first norm alone (`select="first"`)
+    cn-x        a learned mean and spread for each site, no statistics of the batch
+    cn-x-batch  BatchNorm, then each site's learned mean and spread (`statistics="batch"`)
+
+With --adapt SITE it trains on that site alone, and is tested on the others as it is, and `adapted`
+to their training images, without masks: BatchNorm by statistics estimated anew (AdaBN), methods
+with contexts by one that is added, which leaves the answers for the site's own images as they were.
+
+By seed all methods have the same start, patches and order; the model tested is the moving average
+of the weights after the last step. With --tune each method's rate is a third of --lr, it, or its
+threefold, by the last fifth of the training images; what tests is read once, after that.
+"""
+
+import copy
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+import normswap
+
+from . import grid, images, methods, reports, scores, unlabelled
+from .errors import RecipeError, check_names
+from .options import Parser, count, of_cell, resolve
+from .scenes import IGNORED, TEST, TRAIN, VALID, Scenes
+from .scenes_folder import read_sites
+from .training import takes_context
+from .weights import EFFICIENTNET_LITE0, NARROW, SCRATCH, make_features
+
+TRAINING = TRAIN, VALID
+METHODS = ("bn", "cn", "cn-first", "cn-x", "cn-x-batch")
+FILL, ADAPT = 8, 32  # batches that give new norms their statistics, and that a site is adapted to
+WHOLE, NARROWEST = 4, 8  # whole images a forward; channels of the decoder at the least
+
+
+class UNet(nn.Module):
+    """Features of a backbone, the coarsest first, enlarged and joined by the next finer ones."""
+
+    def __init__(self, options: Namespace) -> None:
+        super().__init__()
+        start = options.pretrained, options.weights
+        self.backbone = make_features(options.model, options.levels, *start)
+        skips = [3, *self.backbone.feature_info.channels()]
+        above, self.joins = skips.pop(), nn.ModuleList()
+        for skip in reversed(skips):
+            wide = max(skip, NARROWEST)
+            convolution = nn.Conv2d(above + skip, wide, 3, padding=1, bias=False)
+            self.joins.append(nn.Sequential(convolution, nn.BatchNorm2d(wide), nn.ReLU()))
+            above = wide
+        self.head = nn.Conv2d(above, 2, 1)
+        for name in ("mean", "std"):
+            made_for = torch.tensor(self.backbone.pretrained_cfg[name])
+            self.register_buffer(name, made_for[:, None, None])
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Give scores (N, 2, H, W) of images (N, 3, H, W) in [0, 1]."""
+        x = (pictures - self.mean) / self.std
+        skips = [x, *self.backbone(x)]
+        last = len(self.joins)
+        x = skips[last]
+        for i in range(last):  # by number, as in `segment.FCN`
+            skip = skips[last - 1 - i]
+            x = self.joins[i](torch.cat([F.interpolate(x, skip.shape[-2:]), skip], 1))
+        return self.head(x)
+
+
+def run(options: Namespace) -> None:
+    if options.model is None and options.weights != EFFICIENTNET_LITE0:
+        options.model = NARROW
+    resolve(options, steps=2, batch_size=4, image_size=64, patch=32, limit=5)
+    if options.patch > options.image_size:
+        raise RecipeError(f"expected --patch of at most {options.image_size}, got {options.patch}")
+    device = images.pick_device(options.device)
+    data = read_sites(options.data, options.image_size, options.limit)
+    if options.adapt is not None:
+        check_names("--adapt to be one of the sites", [options.adapt], data.sources)
+        if frozen := [m for m in options.methods if m.endswith(methods.FROZEN)]:
+            raise RecipeError(f"expected methods that adapt with --adapt, got {', '.join(frozen)}")
+    for method in options.methods:  # what cannot be converted is said before a run is made
+        build(of_cell(options, method=method, seed=0), data)
+    folder = grid.open_run(options, "multisite")
+
+    def train(rates: dict[str, float], cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
+        config = of_cell(options, **{"lr": rates.get(cell["method"]), **cell})
+        return train_one(data, VALID if "lr" in cell else TEST, config, device, log)
+
+    records = grid.run_tuned(folder, options, train, scores.known_mean, grid.rates_of(options))
+    headings = {name: name for name in data.sources if name != options.adapt} | {"mean": "mean"}
+    aside = {f"auc_{name}": f"AUC {name}" for name in data.sources}
+    if options.adapt is not None:
+        aside = {options.adapt: f"{options.adapt}, its own"}
+    rows, more = scores.rows_by_told(records), {"lr": "rate, 1e-3", **aside}
+    reports.show(folder, rows, headings, "Dice of vessels, %", more, "mean")
+
+
+def contexts_of(config: Namespace, data: Scenes) -> list[str]:
+    """Give the sites that train."""
+    return data.sources if config.adapt is None else [config.adapt]
+
+
+def build(config: Namespace, data: Scenes) -> nn.Module:
+    """Build the network and convert it; by seed every method starts as the same function."""
+    torch.manual_seed(config.seed)
+    names = contexts_of(config, data)
+    try:
+        model = UNet(config)
+        given = copy.deepcopy(model.backbone.state_dict())
+        # A new BatchNorm claims mean 0 and variance 1; a norm that learns its statistics would
+        # start from that claim.
+        fill = [patches(data, names, TRAINING, config, seed)[0] for seed in range(FILL)]
+        normswap.update_stats(model, fill, progress=False)
+    except (normswap.NormswapError, RuntimeError, IndexError, AttributeError) as error:
+        raise RecipeError(
+            f"{config.model} gives no feature maps {config.levels} of patches of {config.patch} px "
+            f"({str(error).splitlines()[0]}); try other --levels, --patch or --model"
+        ) from error
+    if config.pretrained or config.weights != SCRATCH:
+        model.backbone.load_state_dict(given)
+    if config.method.endswith(methods.FROZEN):  # the decoder is new: it has nothing to keep
+        methods.convert(model.backbone, config.method, None)
+        return model
+    return methods.convert(model, config.method, names, verify=False)
+
+
+def patches(
+    data: Scenes, names: Sequence[str], parts: Sequence[int], config: Namespace, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw a batch of patches of parts of these sites, mirrored at random: pixels, masks, sites."""
+    chosen = torch.cat([data.where(p, data.sources.index(name)) for p in parts for name in names])
+    draw = partial(torch.randint, generator=torch.Generator().manual_seed(seed))
+    size, line = config.batch_size, torch.arange(config.patch)
+    picked = chosen[draw(len(chosen), (size,))]
+    rows, columns = (draw(s - config.patch + 1, (size, 1)) + line for s in data.masks.shape[1:])
+    columns = torch.where(draw(2, (size, 1)) == 1, columns.flip(1), columns)
+    at = picked[:, None, None], rows[:, :, None], columns[:, None, :]
+    pictures = data.images.permute(0, 2, 3, 1)[at].permute(0, 3, 1, 2).float() / 255
+    return pictures, data.masks[at].long(), data.domains[picked]
+
+
+def train_one(
+    data: Scenes, part: int, config: Namespace, device: torch.device, log: grid.Log
+) -> dict[str, Any]:
+    """Train one model; give its Dice in per cent on a part, by what it is told, by site."""
+    model = build(config, data).to(device, memory_format=torch.channels_last)
+    names, labelled = contexts_of(config, data), takes_context(model)
+    parts = (TRAIN,) if part == VALID else TRAINING
+
+    def step(model: nn.Module, index: int) -> unlabelled.Loss:
+        batch = patches(data, names, parts, config, config.seed * 1_000_003 + index)
+        pictures, masks, sites = (t.to(device) for t in batch)
+        told = {"context": sites if len(names) > 1 else torch.zeros_like(sites)}
+        found = model(pictures, **(told if labelled else {})).float()
+        inside, vessels = masks != IGNORED, masks == 1
+        likely = found.softmax(1)[:, 1] * inside
+        dice = (2 * (likely * vessels).sum() + 1) / (likely.sum() + vessels.sum() + 1)
+        return F.cross_entropy(found, masks, ignore_index=IGNORED) + 1 - dice, {}
+
+    model, figures = unlabelled.fit(model, step, config, config.seed, log)
+    find = partial(probabilities, data=data, part=part)
+    record = {"lr": config.lr, **figures}
+    if config.adapt is not None and part == TEST:
+        return {**record, **adapted(model, data, config, find)}
+
+    def measure(model: nn.Module, label: scores.Label | None) -> dict[str, float]:
+        return {name: dice_of(*find(model, name if label else None, name)) for name in names}
+
+    found = scores.by_told(model, measure, scores.EVERY if part == TEST else ())
+    if part == VALID:
+        return {**record, "accuracy": found}
+    told, more = next(iter(found)), {}
+    for name in data.sources:
+        likely, truth = find(model, name if labelled else None, name)
+        inside = truth != IGNORED
+        more[f"auc_{name}"] = 100 * roc_auc_score(truth[inside], likely[inside])
+    return {**record, "accuracy": found, "more": {told: more}}
+
+
+def adapted(model: nn.Module, data: Scenes, config: Namespace, find: Any) -> dict[str, Any]:
+    """Adapt a model to each other site; give its Dice as it is, and adapted.
+
+    Beside it is that of the site that trained, after all adaptations its mean over them.
+    """
+    home, labelled = config.adapt, takes_context(model)
+
+    def dice(model: nn.Module, context: str, site: str) -> float:
+        return dice_of(*find(model, context if labelled else None, site))
+
+    others = [name for name in data.sources if name != home]
+    before, after, own = {name: dice(model, home, name) for name in others}, {}, []
+    for name in others:
+        changed = copy.deepcopy(model)
+        seen = [patches(data, [name], TRAINING, config, seed)[0] for seed in range(ADAPT)]
+        if labelled:
+            normswap.add_context(changed, name, like=home)
+            normswap.adapt(changed, seen, name, progress=False)
+        else:
+            normswap.update_stats(changed, seen, progress=False)
+        after[name] = dice(changed, name, name)
+        own.append(dice(changed, home, home))
+    more = {"": {home: dice(model, home, home)}, "adapted": {home: mean(own)}}
+    return {"accuracy": {"": before, "adapted": after}, "more": more}
+
+
+@torch.inference_mode()
+def probabilities(
+    model: nn.Module, context: str | None, site: str, data: Scenes, part: int
+) -> tuple[Tensor, Tensor]:
+    """Give how likely each pixel is a vessel's, of the images of a part of a site, and masks."""
+    model.eval()
+    device = next(model.parameters()).device
+    told = {} if context is None else {"context": context}
+    chosen, found = data.where(part, data.sources.index(site)), []
+    for rows in chosen.split(WHOLE):
+        likely = model(data.images[rows].to(device).float() / 255, **told).softmax(1)
+        found.append(likely[:, 1].cpu())
+    return torch.cat(found), data.masks[chosen]
+
+
+def dice_of(likely: Tensor, masks: Tensor) -> float:
+    """Give the mean of the images' Dice coefficients, in per cent, at a probability of a half."""
+    found, truth = (likely > 0.5) & (masks != IGNORED), masks == 1
+    both, sizes = ((found & truth).sum((1, 2)), found.sum((1, 2)) + truth.sum((1, 2)))
+    return float((200 * both / sizes.clamp(min=1)).mean())
+
+
+def add_options(parser: Parser) -> None:
+    grid.add_methods(parser, METHODS, (*METHODS, "bn-frozen"))
+    parser.share("model", "pretrained", "tune", "amp", weights=SCRATCH, image_size=320, lr=3e-3)
+    parser.share(steps=200, batch_size=8, weight_decay=0.05)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder or zip SITE/{train,test}/{images,masks}")
+    add("--limit", type=count, metavar="N", help="images of each part of each site")
+    add("--adapt", metavar="SITE", help="train on this site alone, and adapt to the others")
+    add("--patch", type=count, default=64, help="pixels a side of what trains")
+    add("--levels", nargs="+", type=int, default=[0, 1, 2, 3], help="feature maps, finest first")
+    add("--ema", type=float, default=0.98, help="decay of the averaged weights")
+
+
+main = partial(grid.command, "multisite", __doc__, add_options, run)
