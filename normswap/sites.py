@@ -1,7 +1,7 @@
 """Read normalisation layers into `Site`s: which classes are norms, and what each one states."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -71,7 +71,6 @@ class Place:
         before: whether the layer comes before the norm (after an instance norm every channel's
             statistics are constant).
         reason: how the place was recognised.
-        planned: what tracing the container gave, to be used again.
     """
 
     fqn: str
@@ -83,7 +82,6 @@ class Place:
     blocks: int = 0
     before: bool = False
     reason: str = ""
-    planned: Any = field(default=None, compare=False, repr=False)
 
 
 def _qualified(cls: type) -> str:

@@ -36,10 +36,7 @@ class Insertion:
         Raises:
             ConversionError: a layer cannot be built, or a container cannot be traced with it.
         """
-        layers = [
-            self.method.insert(replace(place, planned=None), record.options)
-            for place in self.places
-        ]
+        layers = [self.method.insert(place, record.options) for place in self.places]
         states: dict[nn.Module, ContainerState] = {}
         scope = Scope(1, ("0",))
 
@@ -62,9 +59,6 @@ class Insertion:
             else:
                 state.insertions += (InsertedLayer(place.placement, place.block, child),)
                 state.blocks = place.blocks
-                kinds, paths = place.planned
-                if all(path.alike for path in paths.traced):
-                    state.planned[kinds] = paths
         schedule = self.method.connect(layers, record.options)
         if schedule is not None:
             state_of("")[1].schedule = schedule

@@ -12,8 +12,13 @@ from normswap.conversion.containers import read_container
 from normswap.errors import ConversionError
 from normswap.graph.blocks.channels import LAST, Features, Reader
 from normswap.graph.blocks.insert import PLACEMENTS
-from normswap.graph.blocks.residual import features_of, find_residuals, input_channels
-from normswap.graph.tracing import TraceSession
+from normswap.graph.blocks.residual import (
+    Residual,
+    features_of,
+    find_residuals,
+    input_channels,
+)
+from normswap.graph.tracing import TraceSession, flipped
 from normswap.methods.base import InsertedMethod
 from normswap.report import Row
 from normswap.sites import Place, find_norms, is_instance_norm, norm_channels
@@ -144,52 +149,43 @@ def _outputs(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
 
 def _block_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
     with TraceSession() as session:
-        planned_of = functools.cache(functools.partial(read_container, session))
+        read = functools.cache(functools.partial(read_container, session))
 
-        def graphs_of(module: nn.Module) -> list[fx.Graph]:
-            return [path.graph for path in planned_of(module)[1].traced if not path.failure]
+        def graph_of(module: nn.Module) -> fx.Graph | None:
+            traced, _ = read(module)
+            return None if traced is None else traced.graph
 
         for fqn, module in model.named_modules():
             if not any(module.children()):
                 continue
-            graphs = graphs_of(module)
-            if not graphs:
-                why = planned_of(module)[2]
-                if why:
-                    row = Row(fqn, type(module).__name__, "refused", reason=f"it {why}")
-                    yield Found(module, row, read=False)
+            traced, why = read(module)
+            found: list[Residual] = []
+            unclear: list[str] = []
+            if traced is not None:
+                found, unclear = find_residuals(traced.graph, module)
+                with flipped(module, traced.guards) as depends:
+                    if found and depends:
+                        _, why = read_container(session, module)
+            if why:
+                row = Row(fqn, type(module).__name__, "refused", reason=f"it {why}")
+                yield Found(module, row, read=False)
                 continue
-            ways = [find_residuals(graph, module) for graph in graphs]
-            counts = {len(found) for found, _ in ways}
-            if len(counts) > 1:
-                why = f"has {sorted(counts)} residual adds, depending on its input"
-                yield Found(module, Row(fqn, type(module).__name__, "refused", reason=why))
-                continue
-            for why in ways[0][1]:
-                yield Found(module, Row(fqn, type(module).__name__, "refused", reason=why))
-            readers = [Reader(module, graphs_of) for _ in graphs]
-            for block, residual in enumerate(ways[0][0]):
+            for reason in unclear:
+                yield Found(module, Row(fqn, type(module).__name__, "refused", reason=reason))
+            reader = Reader(module, graph_of)
+            for block, residual in enumerate(found):
                 row = Row(fqn, type(module).__name__, "refused", reason=residual.reason)
-                features = {
-                    features_of(found[block], reader, placement)
-                    for (found, _), reader in zip(ways, readers, strict=True)
-                }
-                channels, why = _read(features)
+                channels, why = _read(features_of(residual, reader, placement))
                 if channels is None:
                     row.reason = f"{why} ({residual.reason})"
                     yield Found(module, row)
                     continue
                 where = (fqn, placement, channels, like.device, like.dtype)
-                ends = (block, len(ways[0][0]))
-                place = Place(*where, *ends, reason=residual.reason, planned=planned_of(module)[:2])
-                yield Found(module, row, place)
+                yield Found(module, row, Place(*where, block, len(found), reason=residual.reason))
 
 
-def _read(found: set[Features]) -> tuple[int | None, str]:
+def _read(features: Features) -> tuple[int | None, str]:
     """Return the channels of a place, or None and why there is to be no layer."""
-    if len(found) > 1:
-        return None, "its features depend on the way through its forward"
-    (features,) = found
     if not features.known:
         return None, "nothing tells the channels of its features"
     if features.dimension == LAST:

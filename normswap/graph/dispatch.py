@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from normswap.errors import InputError, NormswapError
-from normswap.functional.backward import in_backward
+from normswap.errors import ConversionError, InputError, NormswapError
 from normswap.functional.labels import Context
 from normswap.graph.bypassed import explain
 from normswap.graph.class_questions import check_question
@@ -29,9 +28,8 @@ from normswap.graph.state import (
     in_scope,
     own_forward,
     run_scoped,
-    untraced,
 )
-from normswap.graph.tracing import TraceFailure, aliased, describe, tracing, write_back
+from normswap.graph.tracing import TraceFailure, describe, tracing
 from normswap.util.original_class import STATE
 
 
@@ -142,9 +140,8 @@ def _find_variant(module: nn.Module, state: ContainerState, key: Any, values: An
     """Return the way to run the container on arguments of these kinds, traced now if need be."""
     if not state.trace:
         return UNTRACED
-    for variant in state.variants.get(key, ()):
-        if variant.holds(module):
-            return variant
+    if (variant := state.find(module, key)) is not None:
+        return variant
     if torch.compiler.is_dynamo_compiling():
         return Variant(None, "met a new kind of arguments inside torch.compile")
     with open_session(state.layers) as session:
@@ -159,25 +156,24 @@ def _run_variant(
     leaves: list[Any],
     context: Context | None,
 ) -> Any:
-    """Run the container in one way; what a graph changes of lists and dicts is put into them."""
-    # A graph writes when it is done, and a recomputation stops where nothing more is needed.
-    late = variant.writes and in_backward() and not state.insertions
-    if variant.run is None or late or (variant.writes and aliased(values)):
+    if variant.run is None:
         if state.insertions:
-            raise untraced(module, variant.reason or "changes a list or dict it is given twice")
+            raise _untraced(state, variant.reason)
         return run_scoped(module, values, context)
     if variant.calls_user_code:  # code of the user's runs in it
         check_question(state.fqn, state.question)
     given = (module, *leaves, context)
     if variant.scoped or (context is None and state.layers and not state.scope.entered):
-        output = in_scope(state.scope, context, variant.run, *given)
-    else:
-        output = variant.run(*given)
-    if variant.writes:
-        output, contents = output
-        for (index, _), new in zip(variant.writes, contents):  # noqa: B905 - for dynamo
-            write_back(values[index], new)
-    return output
+        return in_scope(state.scope, context, variant.run, *given)
+    return variant.run(*given)
+
+
+def _untraced(state: ContainerState, reason: str) -> ConversionError:
+    """Return the error of a container that runs without the layers inserted in it."""
+    return ConversionError(
+        f"expected {state.fqn or 'the model'} to run as it was traced, since layers are inserted "
+        f"in its residual blocks, but its forward {reason}"
+    )
 
 
 def _adopt(module: nn.Module) -> ContainerState | None:

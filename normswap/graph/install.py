@@ -159,7 +159,6 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
         "conversion": (generic, argument, replaced),
         "converted_from": base,
         "context_argument": argument,
-        "converted_container": property(lambda self: self),
     }
     if replaced or base.__call__ is not nn.Module.__call__:
         body["__call__"] = calling(base.__call__, argument)

@@ -14,25 +14,21 @@ from normswap.graph.state import (
     ContainerState,
     Variant,
     needs_context,
-    own_forward_of,
     state_of,
     takes_arguments_as_given,
     takes_context,
 )
 from normswap.graph.tracing import (
-    Outlined,
-    Paths,
+    Guards,
     Traced,
     TraceFailure,
     TraceSession,
-    Writes,
     describe,
     example_of,
     find_other,
+    flipped,
     is_certain,
     is_library,
-    join,
-    walk,
 )
 from normswap.util.original_class import STATE
 
@@ -41,8 +37,8 @@ _COUNT = itertools.count()
 
 
 def open_session(layers: tuple[type, ...] = ()) -> TraceSession:
-    """Return a session whose callees are prepared where their effects are asked for."""
-    return TraceSession(layers, _writes_of)
+    """Return a session whose callees are prepared where it is asked for their graphs."""
+    return TraceSession(layers, _guards_of)
 
 
 def prepare(module: nn.Module, values: tuple[Any, ...], session: TraceSession) -> Variant:
@@ -66,19 +62,15 @@ def _variant(module: nn.Module, state: ContainerState, key: Any, session: TraceS
         return Variant(None, f"takes a {other}, which no graph takes")
     cls: Any = type(module)
     try:
-        paths = state.planned.pop(key, None)
-        if paths is None or not paths.guards.hold(module):
-            paths = session.paths(module, cls.spread, key)
+        traced = session.trace(module, cls.spread, key)
         if state.insertions:
-            copies = [path.copy() for path in paths.traced]
-            for path in copies:
-                if not path.failure:
-                    insert_layers(path.graph, module, state.insertions, state.blocks)
-            variant = _thread(module, copies, paths, key)
+            graph = traced.copy()
+            insert_layers(graph, module, state.insertions, state.blocks)
+            variant = _thread(module, graph, traced)
         else:
-            if paths.variant is None:
-                paths.variant = _thread(module, paths.traced, paths, key)
-            variant = paths.variant
+            if traced.variant is None:
+                traced.variant = _thread(module, traced.graph, traced)
+            variant = traced.variant
     except TraceFailure as failure:
         return Variant(None, str(failure))
     if not variant.holds(module):
@@ -86,16 +78,16 @@ def _variant(module: nn.Module, state: ContainerState, key: Any, session: TraceS
     return variant
 
 
-def _writes_of(
+def _guards_of(
     session: TraceSession, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], Writes] | None:
-    """Return what a callee does to the lists and dicts it is given; None if that is unknown."""
+) -> Guards | None:
+    """Return what a callee's graph for such arguments depends on; None where there is none."""
     state = state_of(module)
     if state is None or state.override is not None:
         return None
     cls: Any = type(module)
     values: tuple[Any, ...] = cls.bind(module, *args, **kwargs)
-    variant = state.find(module, values)
+    variant = state.find(module, tuple(describe(value, []) for value in values))
     if variant is None:
         met = set(state.variants)
         variant = prepare(module, tuple(example_of(value) for value in values), session)
@@ -103,34 +95,18 @@ def _writes_of(
             if all(v.run is None for v in state.variants.get(key, ())):
                 state.variants.pop(key, None)
         state.assumed |= set(state.variants) - met
-    return None if variant.run is None else (values, variant.writes)
+    return None if variant.run is None else variant.guards
 
 
-def _thread(module: nn.Module, traced: list[Traced], paths: Paths, kinds: Any) -> Variant:
-    """Pass the context to the calls that take it, and compile the graphs."""
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    calls: list[str] = []
-    for path in traced:
-        context = _add_context(path.graph)
-        _pass_context(module, path.graph, context, calls)
-        for node, region in path.regions:
-            inner = _add_context(region.graph)
-            _pass_context(module, region.graph, inner, calls)
-            region.run = _compile(region.graph, name)
-            node.args = (*node.args, context)
-    writes = {path.writes for path in traced if not path.failure}
-    if len(writes) > 1:
-        raise TraceFailure("changes a list or dict it is given in one branch only")
-    own = own_forward_of(kinds, next(iter(writes)))
-    run = join(traced, lambda graph: _compile(graph, name), own)
-    graphs = [g for path in traced for g in (path.graph, *(r.graph for _, r in path.regions))]
-    user_code = any(map(_calls_code, graphs))
+def _thread(module: nn.Module, graph: fx.Graph, traced: Traced) -> Variant:
+    """Pass the context to the calls that take it, and compile the graph."""
+    calls = _pass_context(module, graph)
+    user_code = _calls_code(graph)
     return Variant(
-        run=run,
-        guards=paths.guards,
-        calls=tuple(_call(module, path) for path in set(calls)),
-        returns_tensor=all(path.failure or _returns_tensor(path) for path in traced),
-        writes=next(iter(writes)),
+        run=_compile(graph, f"{type(module).__module__}.{type(module).__qualname__}"),
+        guards=traced.guards,
+        calls=tuple(_call(module, path) for path in calls),
+        returns_tensor=_returns_tensor(graph),
         calls_user_code=user_code,
         scoped=user_code or _misses_norms(module, calls),
     )
@@ -145,13 +121,11 @@ def _calls_code(graph: fx.Graph) -> bool:
     """Return whether a graph calls code of the user's, which may reach any norm."""
     functions = {node.target for node in graph.nodes if node.op == "call_function"}
     return any(
-        isinstance(f, Outlined)
-        or (isinstance(f, types.FunctionType) and not is_library(f.__module__))
-        for f in functions
+        isinstance(f, types.FunctionType) and not is_library(f.__module__) for f in functions
     )
 
 
-def _misses_norms(module: nn.Module, calls: list[str]) -> bool:
+def _misses_norms(module: nn.Module, calls: set[str]) -> bool:
     """Return whether norms are below no call that passes the context on."""
     scope = vars(module)[STATE].scope
     children = map(module.get_submodule, calls)
@@ -160,30 +134,24 @@ def _misses_norms(module: nn.Module, calls: list[str]) -> bool:
     return any(needs_context(norm, scope) for norm in norms)
 
 
-def _returns_tensor(path: Traced) -> bool:
-    result: Any = next(n for n in reversed(path.graph.nodes) if n.op == "output").args[0]
-    if path.writes:
-        result = result[0]
+def _returns_tensor(graph: fx.Graph) -> bool:
+    result: Any = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
     return isinstance(result, fx.Node) and is_certain(result)
 
 
-def _add_context(graph: fx.Graph) -> fx.Node:
-    """Add the context as the last placeholder."""
+def _pass_context(module: nn.Module, graph: fx.Graph) -> set[str]:
+    """Add the context as the last placeholder and to calls that take it; return what is called."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     first = next(iter(graph.nodes))
     with graph.inserting_before(placeholders[-1].next if placeholders else first):
-        return graph.placeholder("normswap_context")
-
-
-def _pass_context(module: nn.Module, graph: fx.Graph, context: fx.Node, calls: list[str]) -> None:
-    """Add the context to calls that take it; collect the submodules called."""
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls.append(str(node.target))
-            scope = vars(module)[STATE].scope
-            argument = takes_context(module.get_submodule(calls[-1]), scope)
-            if argument is not None:
-                node.kwargs = {**node.kwargs, argument: context}
+        context = graph.placeholder("normswap_context")
+    scope = vars(module)[STATE].scope
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    for node in calls:
+        argument = takes_context(module.get_submodule(str(node.target)), scope)
+        if argument is not None:
+            node.kwargs = {**node.kwargs, argument: context}
+    return {str(node.target) for node in calls}
 
 
 def _compile(graph: fx.Graph, name: str) -> Callable[..., Any]:
@@ -209,15 +177,7 @@ def prepare_default(module: nn.Module, session: TraceSession) -> None:
     state.variants = {key: found for key, found in state.variants.items() if found}
     met = set(state.variants)
     variant = prepare(module, values, session)
-    flips = [path for path, name, _ in variant.guards.attributes if name == "training"]
-    for path in flips:
-        child = walk(module, path)
-        child.__dict__["training"] = not child.training
-    try:
-        if flips:
+    with flipped(module, variant.guards) as depends:
+        if depends:
             prepare(module, values, session)
-    finally:
-        for path in flips:
-            child = walk(module, path)
-            child.__dict__["training"] = not child.training
     state.assumed = set(state.variants) - met

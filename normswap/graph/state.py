@@ -8,11 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.class_questions import check_question
 from normswap.graph.scope import Scope, scope_of
-from normswap.graph.tracing import NO_GUARDS, Guards, Kind, Writes, describe, rebuild
+from normswap.graph.tracing import NO_GUARDS, Guards, Kind
 from normswap.util.original_class import STATE
 
 
@@ -26,8 +25,6 @@ class Variant:
         guards: what of the module, and outside of it, must be as it was.
         calls: (path, class, whether `takes_arguments_as_given`) of the submodules the graph calls.
         returns_tensor: whether that is certain; it may be None else.
-        writes: what it changes of the lists and dicts it is given; where there is any, `run`
-            returns its output and their new contents.
         calls_user_code: whether functions or methods of the user's run in it, which may reach any
             norm.
         scoped: whether it runs with the context in scope, since it may reach norms other than by
@@ -39,7 +36,6 @@ class Variant:
     guards: Guards = NO_GUARDS
     calls: tuple[tuple[tuple[str, ...], type, bool], ...] = ()
     returns_tensor: bool = False
-    writes: Writes = ()
     calls_user_code: bool = False
     scoped: bool = False
 
@@ -82,7 +78,6 @@ class ContainerState:
         override: a forward that was set on the instance, if any.
         variants: ways to run it, by kinds of arguments.
         assumed: kinds that were traced before any call; calls may bring others.
-        planned: paths traced before, by kinds of arguments.
         insertions: layers inserted in its residual blocks.
         blocks: how many of those it had when they were inserted.
         before: name of a layer its first argument passes through first, if any.
@@ -107,7 +102,6 @@ class ContainerState:
         self.override: Callable[..., Any] | None = None
         self.variants: dict[tuple[Kind, ...], list[Variant]] = {}
         self.assumed: set[tuple[Kind, ...]] = set()
-        self.planned: dict[tuple[Kind, ...], Any] = {}
         self.insertions: tuple[InsertedLayer, ...] = ()
         self.blocks = 0
         self.before: str | None = None
@@ -125,10 +119,12 @@ class ContainerState:
         around = [name for name in (self.before, self.after) if name is not None]
         return [*(insertion.child for insertion in self.insertions), *around]
 
-    def find(self, module: nn.Module, values: tuple[Any, ...]) -> Variant | None:
-        """Return the way to run the module on arguments like these, None where none is known."""
-        key = tuple([describe(value, []) for value in values])
-        return next((v for v in self.variants.get(key, ()) if v.holds(module)), None)
+    def find(self, module: nn.Module, kinds: tuple[Kind, ...]) -> Variant | None:
+        """Return the way to run the module on such arguments, None where none is known."""
+        for variant in self.variants.get(kinds, ()):
+            if variant.holds(module):
+                return variant
+        return None
 
     def seen(self) -> list[Variant]:
         """Return the variants calls have met, or the assumed ones where none were met yet."""
@@ -140,21 +136,18 @@ class ContainerState:
     def __getstate__(self) -> dict[str, Any]:
         """Functions do not pickle; the kinds do, and each is traced again on loading."""
         kinds: dict[Any, list[Variant]] = {k: [] for k, found in self.variants.items() if found}
-        return {**self.__dict__, "variants": kinds, "planned": {}}
+        return {**self.__dict__, "variants": kinds}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ContainerState":
         """Copies share the graphs, which name modules by path."""
-        scope = copy.deepcopy(self.scope, memo)
-        state = type(self)(self.fqn, scope, self.layers, self.first_norm, self.trace)
+        state = type(self).__new__(type(self))
+        state.__dict__.update(self.__dict__)
+        for name in ("scope", "override", "schedule"):
+            setattr(state, name, copy.deepcopy(getattr(self, name), memo))
         if not self.fqn:
             state.scope.origin = None  # the whole model is copied
-        state.override = copy.deepcopy(self.override, memo)
         state.variants = {key: list(found) for key, found in self.variants.items()}
         state.assumed = set(self.assumed)
-        state.insertions, state.blocks = self.insertions, self.blocks
-        state.before, state.after = self.before, self.after
-        state.schedule = copy.deepcopy(self.schedule, memo)
-        state.question = self.question
         return state
 
 
@@ -234,31 +227,3 @@ def _each_in_scope(scope: Scope, context: Any, items: Iterator[Any]) -> Iterator
     end = object()
     while (item := in_scope(scope, context, next, items, end)) is not end:
         yield item
-
-
-def untraced(module: nn.Module, reason: str) -> ConversionError:
-    """Return the error of a container that runs without the layers inserted in it."""
-    return ConversionError(
-        f"expected {vars(module)[STATE].fqn or 'the model'} to run as it was traced, since "
-        f"layers are inserted in its residual blocks, but its forward {reason}"
-    )
-
-
-def own_forward_of(kinds: tuple[Kind, ...], writes: Writes) -> Callable[..., Any]:
-    """Return a function of the symbolic parts of such arguments that calls `run_scoped`.
-
-    Args:
-        kinds: of the arguments.
-        writes: which of them it changes; their contents are returned beside the output.
-    """
-
-    def run(module: nn.Module, *leaves: Any) -> Any:
-        *given, context = leaves
-        supply = iter(given)
-        values = tuple([rebuild(kind, supply) for kind in kinds])
-        output = run_scoped(module, values, context)
-        if vars(module)[STATE].insertions:
-            raise untraced(module, "takes a branch that no graph stands for")
-        return (output, [values[i] for i, _ in writes]) if writes else output
-
-    return run

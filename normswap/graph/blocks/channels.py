@@ -57,7 +57,7 @@ class Features(NamedTuple):
 
 
 UNKNOWN = Features()
-GraphsOf = Callable[[nn.Module], Sequence[fx.Graph]]
+GraphOf = Callable[[nn.Module], fx.Graph | None]
 
 
 class Reader:
@@ -65,15 +65,14 @@ class Reader:
 
     Args:
         module: the module.
-        graphs_of: the graphs of a module, one for each way through its forward; none where it
-            cannot be traced.
+        graph_of: the graph of a module; None where it cannot be traced.
         given: features of the placeholders of the graph, by name.
     """
 
     def __init__(
-        self, module: nn.Module, graphs_of: GraphsOf, given: dict[str, Features] | None = None
+        self, module: nn.Module, graph_of: GraphOf, given: dict[str, Features] | None = None
     ) -> None:
-        self.module, self.graphs_of, self.given = module, graphs_of, given or {}
+        self.module, self.graph_of, self.given = module, graph_of, given or {}
         self._known: dict[fx.Node, Features] = {}
 
     def read(self, value: Any) -> Features:
@@ -134,13 +133,13 @@ class Reader:
                 return first_only(first)
             kept = kind in _KEEP_MODULES and not isinstance(module, _NOT_KEPT)
             return first if kept else UNKNOWN
-        found = []
-        for graph in self.graphs_of(module):
-            names = [n.name for n in graph.nodes if n.op == "placeholder"]
-            given = dict(zip(names, arguments, strict=False))
-            output = next(n for n in graph.nodes if n.op == "output").args[0]
-            found.append(Reader(module, self.graphs_of, given).read(output))
-        return found[0] if found and all(f == found[0] for f in found) else UNKNOWN
+        graph = self.graph_of(module)
+        if graph is None:
+            return UNKNOWN
+        names = [n.name for n in graph.nodes if n.op == "placeholder"]
+        given = dict(zip(names, arguments, strict=False))
+        output = next(n for n in graph.nodes if n.op == "output").args[0]
+        return Reader(module, self.graph_of, given).read(output)
 
     def taken(self, node: fx.Node) -> Features:
         """Return the features of a value by the layers that take it, if those that tell agree."""
@@ -159,12 +158,9 @@ class Reader:
             return Features(module.in_features, LAST)
         if isinstance(module, _NORMS):
             return Features(_count(module), FIRST)
-        found = []
-        for graph in self.graphs_of(module):
-            entry = next((n for n in graph.nodes if n.op == "placeholder"), None)
-            if entry is not None:
-                found.append(Reader(module, self.graphs_of).taken(entry))
-        return found[0] if found and all(f == found[0] for f in found) else UNKNOWN
+        graph = self.graph_of(module)
+        entry = next((n for n in graph.nodes if n.op == "placeholder"), None) if graph else None
+        return UNKNOWN if entry is None else Reader(module, self.graph_of).taken(entry)
 
     def _combined(self, values: Sequence[fx.Node]) -> Features:
         given = [v for v in values if v.op == "get_attr"]

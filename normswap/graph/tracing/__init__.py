@@ -6,24 +6,17 @@
    functions of its modules, a few of torch's (`patches`, `stand_ins`, `torch_patches`).
 3. The bytecode of each function is read before it runs (`watch`, `bytecode`). An instruction that
    may do or find something else in another run ends the trace first (`whitelist`, `failure`).
-4. What the forward read of the module and around it is kept, put back if it changed, and compared
-   before each run of the graph (`reads`); where it differs, the forward is traced anew.
-5. Where it asks whether a symbol is true, it is traced again with the other answer, and the graphs
-   are joined by that question (`branches`). What it does to lists it was given, the graph returns
-   (`list_effects`). A method that cannot be traced is a call in the graph (`method_calls`).
+4. What the forward read of the module and around it is kept, lists and dicts as copies, and
+   compared before each run of the graph (`reads`); where it differs, the forward is traced anew.
+5. It may not change lists that it was given, nor hand its own to those who may (`list_effects`).
 6. The caller adds the context to calls that take it, compiles the graph and keeps it (`prepare`).
 """
 
-from normswap.graph.tracing.branches import join as join
 from normswap.graph.tracing.failure import TraceFailure as TraceFailure
 from normswap.graph.tracing.failure import is_library as is_library
-from normswap.graph.tracing.graph_cache import Paths as Paths
-from normswap.graph.tracing.list_effects import Writes as Writes
-from normswap.graph.tracing.list_effects import aliased as aliased
-from normswap.graph.tracing.list_effects import write_back as write_back
-from normswap.graph.tracing.method_calls import Outlined as Outlined
 from normswap.graph.tracing.reads import NO_GUARDS as NO_GUARDS
 from normswap.graph.tracing.reads import Guards as Guards
+from normswap.graph.tracing.reads import flipped as flipped
 from normswap.graph.tracing.reads import walk as walk
 from normswap.graph.tracing.signature import Forward as Forward
 from normswap.graph.tracing.signature import any_parameters as any_parameters

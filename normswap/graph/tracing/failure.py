@@ -5,20 +5,13 @@ import linecache
 import re
 import sys
 import types
-from collections.abc import Iterable
 
 
 class TraceFailure(Exception):
-    """A forward that no graph stands for; the container keeps its own. The text is the reason.
+    """A forward that no graph stands for; the container keeps its own.
 
-    Args:
-        reason: why, as the rest of a sentence that begins with the forward.
-        methods: of the container, in one of which it came about; innermost first.
+    The text is the reason, as the rest of a sentence that begins with the forward.
     """
-
-    def __init__(self, reason: str, methods: Iterable[str] = ()) -> None:
-        super().__init__(reason)
-        self.methods = tuple(methods)
 
 
 def is_torch(module_name: str | None) -> bool:

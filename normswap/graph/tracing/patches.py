@@ -6,7 +6,6 @@ import math
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -53,20 +52,6 @@ class Patches:
                 setattr(owner, name, value)
 
 
-def globals_of(forward: Callable[..., Any], cls: Any) -> list[dict[str, Any]]:
-    """Return the globals that the methods of a module class see, torch's own left out."""
-    tables: dict[int, dict[str, Any]] = {}
-    functions = [forward, *(f for base in cls.__mro__ for f in vars(base).values())]
-    for function in functions:
-        function = getattr(function, "__func__", function)
-        while hasattr(function, "__wrapped__"):
-            function = function.__wrapped__
-        table = getattr(function, "__globals__", None)
-        if table is not None and not is_torch(table.get("__name__", "")):
-            tables[id(table)] = table
-    return list(tables.values())
-
-
 def leaf_names(table: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return the functions among a module's globals that a graph calls instead of entering."""
     found: list[tuple[str, Any]] = []
@@ -80,13 +65,11 @@ def leaf_names(table: dict[str, Any]) -> list[tuple[str, Any]]:
 def wrap_leaf(
     function: Callable[..., Any],
     record: Callable[[Callable[..., Any], Any, Any], Any],
-    enter: Callable[[dict[str, Any]], bool],
 ) -> Callable[..., Any]:
     """Return a function that records its call when an argument is symbolic.
 
     A call that is handed a module or a callable is entered instead, since a norm may be reached
-    from there; so is one that could change a list or dict. `enter` is then told the globals it
-    will see.
+    from there; so is one that could change a list or dict.
     """
     own = isinstance(function, types.FunctionType) and not is_library(function.__module__)
 
@@ -99,52 +82,15 @@ def wrap_leaf(
             changes = own and any(map(may_be_changed, (*args, *kwargs.values())))
             if not (changes or any_leaf(given, _CALLABLES)):
                 return record(function, args, kwargs)
-        if isinstance(function, types.FunctionType):
-            enter(function.__globals__)
         return function(*args, **kwargs)
 
     return stand_for(call, function)
-
-
-def mapping_classes(table: dict[str, Any]) -> list[Any]:
-    """Return the classes among a module's globals whose making is a call in a graph.
-
-    Serves the outputs of transformers: dataclasses that are dicts as well, which look at what they
-    are made of.
-    """
-    classes = [value for value in table.values() if isinstance(value, type)]
-    return [cls for cls in classes if issubclass(cls, dict) and is_dataclass(cls)]
-
-
-def wrap_new(cls: Any, record: Callable[[Callable[..., Any], Any, Any], Any]) -> Any:
-    """Return a ``__new__`` that records the making of an object from symbolic values."""
-    original = cls.__new__
-
-    def __new__(made: Any, *args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        known = any(map(may_be_changed, given)) or any_leaf(given, _CALLABLES)
-        if known or not any_leaf(given, (fx.Proxy,)):
-            return original(made, *args, **kwargs)
-        # Being of another class, this is left as it is by __init__.
-        return record(made, args, kwargs)
-
-    return staticmethod(stand_for(__new__, original))
 
 
 def stand_for(replacement: Callable[..., Any], original: Any) -> Callable[..., Any]:
     """Mark what stands for another thing while a trace runs; return it."""
     vars(replacement)["normswap_original"] = original
     return replacement
-
-
-def named_apply(cls: Any) -> Callable[..., Any]:
-    """Return a function for a graph that applies a ``torch.autograd.Function``."""
-
-    def apply(*args: Any, **kwargs: Any) -> Any:
-        return cls.apply(*args, **kwargs)
-
-    apply.__name__ = apply.__qualname__ = f"{cls.__name__}_apply"
-    return apply
 
 
 def ask_user_only(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -1,34 +1,21 @@
-"""What a forward read while it was traced: put back if it changed, compared before each run."""
+"""What a forward read while it was traced: compared before each run of its graph."""
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from normswap.graph.tracing.containers import (
-    copy_alone,
-    copy_parts,
-    find_mutable,
-    restore,
-    same_parts,
-)
-from normswap.graph.tracing.failure import TraceFailure
-from normswap.graph.tracing.parts import Part, parts_of, parts_of_class
-from normswap.graph.tracing.whitelist import FUNCTIONS, cannot_change, is_built_in, is_constant
+from normswap.graph.tracing.failure import TraceFailure, is_library
+from normswap.graph.tracing.value_kinds import find_lists
+from normswap.graph.tracing.whitelist import FUNCTIONS, cannot_change, is_apply, is_constant
 
 _MOST_PARTS = 256
-# Stands for an attribute that is not there.
-MISSING = object()
-
-
-class Of(NamedTuple):
-    """Stands for any object of a class: what is read of it is compared by itself."""
-
-    cls: type
-
-
+_OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
+# Stand for an attribute that is not there, and for any tensor: a graph reads that anew.
+MISSING, ANY_TENSOR = object(), object()
 Path = tuple[str, ...]
 
 
@@ -36,7 +23,7 @@ class Guards(NamedTuple):
     """What must be as it was for a graph to stand for a forward.
 
     Attributes:
-        attributes: (path of a module or of an object it holds, name, value).
+        attributes: (path of a module, name, value).
         children: (path of a module, names of its children).
         methods: (path of a module, name, the function its class has there).
         names: (dict of globals or a class, name, value), of what lies outside of the module.
@@ -78,8 +65,8 @@ def alike(now: Any, then: Any) -> bool:
     """Return whether a value is what it was: constants and containers by value, others by name."""
     if now is then:
         return True
-    if isinstance(then, Of):
-        return isinstance(now, Tensor) if then.cls is Tensor else type(now) is then.cls
+    if then is ANY_TENSOR:
+        return isinstance(now, Tensor)
     if type(now) is not type(then) or isinstance(then, (Tensor, nn.Module)):
         return False
     if isinstance(then, (list, tuple)):
@@ -96,6 +83,19 @@ def walk(module: Any, path: Path) -> Any:
     return module
 
 
+@contextmanager
+def flipped(module: nn.Module, guards: Guards) -> Iterator[bool]:
+    """Put the modules whose mode was read into the other one; yield whether there are any."""
+    read = [walk(module, path) for path, name, _ in guards.attributes if name == "training"]
+    for part in read:
+        part.__dict__["training"] = not part.training
+    try:
+        yield bool(read)
+    finally:
+        for part in read:
+            part.__dict__["training"] = not part.training
+
+
 def _function(value: Any) -> Any:
     """Return the function of a bound method, and what stands behind a name while tracing."""
     value = getattr(value, "__func__", value)
@@ -107,6 +107,7 @@ class Reads:
 
     Attributes:
         attributes: (path, name) -> a copy of the value.
+        given: (path, name) -> what the forward was given of it, another copy.
         children: path of a module -> names of its children.
         methods: (path, name) -> function.
         names: (id of its holder, name) -> (holder, name, value).
@@ -114,11 +115,10 @@ class Reads:
 
     def __init__(self) -> None:
         self.attributes: dict[tuple[str, str], Any] = {}
+        self.given: dict[tuple[str, str], Any] = {}
         self.children: dict[str, tuple[str, ...]] = {}
         self.methods: dict[tuple[str, str], Any] = {}
         self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-        self._defaults: dict[types.CodeType, tuple[Any, ...]] = {}
-        self._mutable: list[tuple[str, Any, Any]] = []
 
     def attribute(self, path: str, name: str, value: Any) -> Any:
         """Note an attribute; return what the forward is to see of it.
@@ -126,125 +126,100 @@ class Reads:
         Raises:
             TraceFailure: an object that cannot be compared with what it was.
         """
-        if _is_comparable(value):
-            if (path, name) not in self.attributes:
-                self._add_parts(parts_of(value))
-                self.attributes[path, name] = copy_parts(value)
-                self._mutable += [(name, part, copy_alone(part)) for part in find_mutable(value)]
-            return value
-        if callable(value) or not isinstance(getattr(value, "__dict__", None), dict):
+        if not _is_comparable(value):
             raise TraceFailure(
                 f"reads .{name}, a {type(value).__name__}, which may have changed unnoticed"
             )
-        self.attributes.setdefault((path, name), Of(type(value)))
-        return Settings(value, f"{path}.{name}".lstrip("."), self)
+        if (path, name) not in self.given:
+            self._add_code(value)
+            self.attributes[path, name] = _copied(value)
+            self.given[path, name] = _copied(value)
+        return self.given[path, name]
 
     def name(self, holder: Any, name: str, value: Any) -> None:
         """Note what a global, or an attribute of a class, means."""
         if (id(holder), name) not in self.names:
             self.names[id(holder), name] = (holder, name, _function(value))
-            self._add_parts(parts_of(_function(value)))
+            self._add_code(_function(value))
 
     def method(self, path: str, name: str, function: Any) -> None:
         """Note which function the class of a module has."""
         self.methods[path, name] = function
-        self._add_parts(parts_of(function))
+        self._add_code(function)
 
-    def made(self, cls: type) -> None:
-        """Note all attributes of a class of which an object is made."""
-        self._add_parts(parts_of_class(cls))
+    def _add_code(self, value: Any) -> None:
+        """Note what functions run: IPython's autoreload puts new code into those there are."""
+        if isinstance(value, list | tuple | dict):
+            for part in value.values() if isinstance(value, dict) else value:
+                self._add_code(part)
+        known = (id(value), "__code__") in self.names
+        if isinstance(value, types.FunctionType) and not (known or is_library(value.__module__)):
+            parts = {name: getattr(value, name) for name in _OF_FUNCTIONS} | vars(value)
+            held = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            held += tuple(vars(value).values())
+            if not all(is_constant(part) or isinstance(part, (*FUNCTIONS, type)) for part in held):
+                raise TraceFailure(
+                    f"goes by {value.__name__}, whose defaults or attributes may change"
+                )
+            for name, part in parts.items():
+                self.names[id(value), name] = (value, name, _copied(part))
+            self._add_code(held)
 
-    def default_of(self, code: types.CodeType, value: Any) -> bool:
-        """Return whether a value is the default of an argument of a function that was read."""
-        return any(value is default for default in self._defaults.get(code, ()))
-
-    def _add_parts(self, parts: Iterable[Part]) -> None:
-        for holder, name, value in parts:
-            if name == "__code__":
-                named = (holder.__kwdefaults__ or {}).values()
-                self._defaults[value] = (*(holder.__defaults__ or ()), *named)
-            self.names.setdefault((id(holder), name), (holder, name, copy_parts(_function(value))))
+    def below(self, path: str, guards: Guards) -> None:
+        """Note what a child's graph depends on."""
+        for sub, name, value in guards.attributes:
+            self.attributes.setdefault((".".join((path, *sub)), name), value)
+        for sub, children in guards.children:
+            self.children.setdefault(".".join((path, *sub)), children)
+        for sub, name, function in guards.methods:
+            self.methods.setdefault((".".join((path, *sub)), name), function)
+        for holder, name, value in (*guards.names, *guards.properties):
+            self.names.setdefault((id(holder), name), (holder, name, value))
 
     def holds(self, value: Any) -> bool:
-        """Return whether a list, dict or set is an attribute that was read."""
-        return any(value is kept for _, kept, _ in self._mutable)
+        """Return whether a list or dict is, or is in, an attribute that was read."""
+        return any(value is part for given in self.given.values() for part in find_lists(given))
 
-    def put_back(self) -> str:
-        """Undo what the forward changed in the containers it read; return which, or ""."""
-        changed = ""
-        for name, value, before in self._mutable:
-            if not same_parts(value, before):
-                changed = changed or name
-                restore(value, before)
-        return changed
+    def changed(self) -> str:
+        """Return the name of an attribute that the forward changed, "" for none."""
+        changed = (k for k, given in self.given.items() if not alike(given, self.attributes[k]))
+        return next((name for _, name in changed), "")
 
-
-def merge(reads: Iterable[Reads]) -> Guards:
-    """Return what must hold for everything that was read to be right."""
-    attributes, children, methods, names = {}, {}, {}, {}
-    for read in reads:
-        attributes.update(read.attributes)
-        children.update(read.children)
-        methods.update(read.methods)
-        names.update(read.names)
-    return Guards(
-        tuple((_split(path), name, value) for (path, name), value in attributes.items()),
-        tuple((_split(path), children[path]) for path in sorted(children)),
-        tuple((_split(path), name, f) for (path, name), f in methods.items()),
-        tuple(entry for entry in names.values() if not isinstance(entry[2], property)),
-        tuple(entry for entry in names.values() if isinstance(entry[2], property)),
-    )
-
-
-class Settings:
-    """Stands for an object that a module holds: what is looked up in it is noted, no more."""
-
-    __slots__ = ("_normswap",)
-
-    def __init__(self, value: Any, path: str, reads: Reads) -> None:
-        object.__setattr__(self, "_normswap", (value, path, reads))
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """What isinstance asks for."""
-        return type(object.__getattribute__(self, "_normswap")[0])
-
-    def __getattr__(self, name: str) -> Any:
-        value, path, reads = object.__getattribute__(self, "_normswap")
-        try:
-            found = getattr(value, name)
-        except AttributeError:
-            reads.attributes.setdefault((path, name), MISSING)
-            raise
-        if callable(found) and not isinstance(found, type):
-            raise TraceFailure(f"calls a method of .{path}, a {type(value).__name__} that it holds")
-        return reads.attribute(path, name, found)
-
-    def __bool__(self) -> bool:
-        value = object.__getattribute__(self, "_normswap")[0]
-        if hasattr(type(value), "__bool__") or hasattr(type(value), "__len__"):
-            self._refuse()
-        return True
-
-    def _refuse(self, *_: Any) -> Any:
-        value, path, _ = object.__getattribute__(self, "_normswap")
-        raise TraceFailure(f"uses .{path}, a {type(value).__name__} that it holds")
-
-    __setattr__ = __delattr__ = __call__ = __iter__ = __len__ = __eq__ = __hash__ = _refuse
-    __getitem__ = __setitem__ = __contains__ = __str__ = __repr__ = _refuse
+    def guards(self) -> Guards:
+        """Return what must hold for everything that was read to be right."""
+        names = self.names.values()
+        return Guards(
+            tuple((_split(path), name, value) for (path, name), value in self.attributes.items()),
+            tuple((_split(path), self.children[path]) for path in sorted(self.children)),
+            tuple((_split(path), name, f) for (path, name), f in self.methods.items()),
+            tuple(entry for entry in names if not isinstance(entry[2], property)),
+            tuple(entry for entry in names if isinstance(entry[2], property)),
+        )
 
 
 def _split(path: str) -> Path:
     return tuple(path.split(".")) if path else ()
 
 
+def _copied(value: Any) -> Any:
+    """Copy the lists, dicts and sets of a value."""
+    if type(value) in (list, tuple):
+        return type(value)(_copied(part) for part in value)
+    if isinstance(value, dict):
+        copy = value.copy()
+        copy.update((key, _copied(part)) for key, part in value.items())
+        return copy
+    return value.copy() if isinstance(value, set) else value
+
+
 def _is_comparable(value: Any) -> bool:
     if isinstance(value, list | tuple | set | frozenset | dict):
         parts = value.values() if isinstance(value, dict) else value
-        fit = is_built_in(value) and len(value) <= _MOST_PARTS
+        fit = cannot_change(type(value)) and len(value) <= _MOST_PARTS
         return fit and all(map(_is_comparable, parts))
     if isinstance(value, types.MethodType):
         return isinstance(value.__self__, nn.Module)
     if isinstance(value, type):
         return cannot_change(value)
-    return is_constant(value) or isinstance(value, (*FUNCTIONS, Tensor, nn.Module))
+    known = isinstance(value, (*FUNCTIONS, Tensor, nn.Module)) and not is_apply(value)
+    return known or is_constant(value)

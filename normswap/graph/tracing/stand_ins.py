@@ -16,34 +16,14 @@ from normswap.graph.tracing.whitelist import cannot_change
 from normswap.util.original_class import class_of
 
 
-class IsInstance:
-    """Tests the type of a value when it runs."""
-
-    __name__ = "is_instance"
-    __module__ = "normswap.graph.tracing.stand_ins"
-    pure = True
-
-    def __init__(self, kinds: list[Any]) -> None:
-        if not all(type(kind) is type for kind in kinds):
-            raise TraceFailure("tests a type that is only known when it runs")
-        self.kinds = tuple(kinds)
-
-    def __call__(self, value: Any) -> bool:
-        """Test it."""
-        return isinstance(value, self.kinds)
-
-
 def symbolic_isinstance(value: Any, kinds: Any) -> bool:
-    """Answer for a tensor argument, and for other symbolic values when they run."""
+    """Answer for a tensor argument."""
     if not isinstance(value, fx.Proxy):
         kinds = tuple(_flatten(kinds))
         return isinstance(value, kinds) or issubclass(class_of(value), kinds)
     if is_input(value):
         return any(issubclass(Tensor, k) for k in _flatten(kinds) if isinstance(k, type))
-    if value.node.op == "placeholder":
-        raise TraceFailure("asks for the type of a number that is only known when it runs")
-    question = IsInstance(_flatten(kinds))
-    return bool(value.tracer.create_proxy("call_function", question, (value,), {}))
+    raise TraceFailure("asks for the type of a value that is only known when it runs")
 
 
 def symbolic_hasattr(value: Any, name: str) -> bool:
@@ -72,15 +52,6 @@ def _check_holder(value: Any, name: str) -> None:
     known = isinstance(value, types.ModuleType) and is_torch(value.__name__)
     if isinstance(value, type | types.ModuleType | types.FunctionType) and not known:
         raise TraceFailure(f"looks up .{name} of {value.__name__} by getattr or hasattr")
-
-
-def symbolic_callable(value: Any) -> bool:
-    """Answer for a tensor argument; a symbolic value is always callable."""
-    if not isinstance(value, fx.Proxy):
-        return callable(value)
-    if is_input(value):
-        return False
-    raise TraceFailure("asks whether a value that is only known when it runs is callable")
 
 
 def symbolic_type(value: Any, *rest: Any) -> Any:
@@ -118,7 +89,6 @@ STAND_INS: dict[str, Callable[..., Any]] = {
         ("isinstance", symbolic_isinstance),
         ("hasattr", symbolic_hasattr),
         ("getattr", symbolic_getattr),
-        ("callable", symbolic_callable),
         ("type", symbolic_type),
     )
 }

@@ -1,25 +1,12 @@
 """The symbolic values that run through a forward while it is traced, and what is asked of them."""
 
 import operator
-from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import Tensor, fx
 
-from normswap.errors import ConversionError
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 
-MOST_QUESTIONS = 64
-# What reads a value without changing anything.
-_PURE_METHODS = {
-    *("size", "dim", "ndimension", "numel", "nelement", "is_contiguous", "is_floating_point"),
-    *("element_size", "get_device", "stride"),
-}
-_PURE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout"}
-_CHANGES = {
-    *("setitem", "delitem", "call", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul"),
-    *("imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor"),
-}
 # Attributes and methods of tensors that may be None.
 _OPTIONAL = {"grad", "grad_fn", "get", "pop", "setdefault", "names"}
 
@@ -88,60 +75,6 @@ def is_certain(node: fx.Node) -> bool:
     return is_torch(module) or module in ("_operator", "operator", "math", "builtins", "")
 
 
-def unpack(value: Value) -> Iterator[Any] | None:
-    """Return the parts of a value that is cut into a number of parts known without running it.
-
-    Returns:
-        None where it is not known.
-    """
-    node, parts = value.node, cast(Any, value)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    given = (*node.args[1:2], *node.kwargs.values())
-    sizes = next((v for v in given if isinstance(v, list | tuple)), None)
-    if name in ("split", "split_with_sizes") and sizes is not None:
-        return iter([parts[i] for i in range(len(sizes))])
-    length: Any = None
-    if name == "chunk" and _dimension(node) not in (None, 0):
-        # A batch may have fewer samples than the chunks asked for.
-        length = node.kwargs.get("chunks", node.args[1] if len(node.args) > 1 else None)
-    elif name == "getitem" and _is_shape(node.args[0]):
-        part: Any = node.args[1]
-        if isinstance(part, slice) and part.step is None:
-            first = part.start in (None, 0) and isinstance(part.stop, int) and part.stop > 0
-            last = part.stop is None and isinstance(part.start, int) and part.start < 0
-            length = part.stop if first else -part.start if last else None
-    if type(length) is not int:
-        return None
-    value.tracer.create_proxy("call_function", check_parts, (value, length), {})
-    return iter([parts[i] for i in range(length)])
-
-
-def _dimension(node: fx.Node) -> Any:
-    return node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
-
-
-def _is_shape(node: Any) -> bool:
-    if not isinstance(node, fx.Node):
-        return False
-    if node.target is getattr:
-        return bool(node.args[1] == "shape")
-    return bool(node.target == "size" and len(node.args) == 1 and not node.kwargs)
-
-
-def check_parts(value: Any, length: int) -> None:
-    """Raise where a value has another number of parts than the graph takes of it.
-
-    Raises:
-        ConversionError: naming both numbers.
-    """
-    if len(value) != length:
-        raise ConversionError(
-            f"expected {length} parts, as this forward asks for, got {len(value)}: the input is "
-            "too small, or has too few dimensions, to be cut so; a forward that takes fewer is "
-            "right with convert(..., trace=False)"
-        )
-
-
 def _keep_in_place(name: str) -> None:
     def method(self: Value, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
@@ -151,44 +84,3 @@ def _keep_in_place(name: str) -> None:
 
 for _name in ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow", "imatmul"):
     _keep_in_place(_name)
-
-
-def is_pure(node: fx.Node) -> bool:
-    """Return whether running a node changes nothing and could as well be done again."""
-    if node.op in ("placeholder", "get_attr"):
-        return True
-    if node.op == "call_method":
-        return node.target in _PURE_METHODS
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", "") in ("_operator", "operator"):
-        return name not in _CHANGES
-    return bool(getattr(node.target, "pure", False)) or node.target in (
-        getattr,
-        len,
-        bool,
-        int,
-        float,
-    )
-
-
-def question_key(value: Any) -> Any:
-    """Return what identifies a question about shapes and the like; None for other questions.
-
-    Two questions of one key have one answer.
-    """
-    if not isinstance(value, fx.Node):
-        try:
-            hash(value)
-        except TypeError:
-            return None
-        return (type(value), value)
-    attribute = value.target is getattr and value.args[1] in _PURE_ATTRIBUTES
-    if attribute or (value.op == "call_method" and value.target in _PURE_METHODS):
-        rest = tuple(question_key(a) for a in (*value.args[1:], *value.kwargs.values()))
-        return None if None in rest else (value.target, value.args[0], *rest)
-    if value.op == "call_function" and is_pure(value) and value.target is not getattr:
-        parts = tuple(question_key(a) for a in (*value.args, *value.kwargs.values()))
-        return None if None in parts else (value.target, *parts)
-    return None

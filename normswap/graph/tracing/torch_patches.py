@@ -3,53 +3,29 @@
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from normswap.graph.tracing import stand_ins
 from normswap.graph.tracing.bytecode import is_compared
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
-from normswap.graph.tracing.patches import Patches, ask_user_only, named_apply, stand_for
-from normswap.graph.tracing.region import trace_checkpointed
+from normswap.graph.tracing.patches import Patches, ask_user_only, stand_for
 from normswap.graph.tracing.stand_ins import symbolic_isinstance
-from normswap.graph.tracing.tracer import ContainerTracer
-from normswap.graph.tracing.value_kinds import any_leaf
 from normswap.util.original_class import class_of
+
+if TYPE_CHECKING:
+    from normswap.graph.tracing.trace import TraceSession
 
 _MODES = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
 
 
-class Session(Protocol):
-    """Where the tracer of the trace under way is found."""
-
-    layers: tuple[Any, ...]
-
-    @property
-    def tracer(self) -> ContainerTracer | None:
-        """None where no trace is under way in this thread."""
-
-
-def patch_torch(patches: Patches, session: Session, original: Any) -> Callable[..., Any]:
+def patch_torch(patches: Patches, session: "TraceSession", original: Any) -> Callable[..., Any]:
     """Replace it; return what stands for `original`, torch's checkpoint."""
-
-    def checkpoint(function: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if session.tracer is None:
-            return original(function, *args, **kwargs)
-        return trace_checkpointed(session.tracer, function, args, kwargs)
-
-    apply = vars(torch.autograd.Function)["apply"]
-
-    def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if session.tracer is None or not any_leaf((args, kwargs), (fx.Proxy,)):
-            return apply.__get__(None, cls)(*args, **kwargs)
-        return session.tracer.create_proxy("call_function", named_apply(cls), args, kwargs)
-
-    stand_in = stand_for(checkpoint, original)
+    stand_in = stand_for(_refuse(session, original, lambda *_: "uses checkpoint"), original)
     patches.set(torch.utils.checkpoint, "checkpoint", stand_in)
-    patches.set(torch.autograd.Function, "apply", classmethod(apply_function))
     patches.set(torch.jit, "isinstance", symbolic_isinstance)
     patches.set(torch, "is_tensor", lambda v: symbolic_isinstance(v, Tensor))
     for name in _MODES:
@@ -61,7 +37,7 @@ def patch_torch(patches: Patches, session: Session, original: Any) -> Callable[.
     return stand_in
 
 
-def _patch_modules(patches: Patches, session: Session) -> None:
+def _patch_modules(patches: Patches, session: "TraceSession") -> None:
     original_getattr = nn.Module.__getattr__
 
     def getattribute(module: nn.Module, name: str) -> Any:
@@ -98,7 +74,7 @@ def _patch_modules(patches: Patches, session: Session) -> None:
         patches.set(layer, "forward", _call(session, layer.forward))
 
 
-def _call(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
+def _call(session: "TraceSession", original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if session.tracer is None:
@@ -109,7 +85,7 @@ def _call(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse(
-    session: Session, original: Callable[..., Any], why: Callable[..., str]
+    session: "TraceSession", original: Callable[..., Any], why: Callable[..., str]
 ) -> Callable[..., Any]:
     def refused(*args: Any, **kwargs: Any) -> Any:
         if session.tracer is not None:

@@ -7,7 +7,6 @@ become calls, so that nothing is computed while tracing. Anything else raises `T
 nothing outside of the trace changed.
 """
 
-import functools
 import gc
 import math
 import sys
@@ -19,11 +18,11 @@ import torch
 from torch import nn
 
 from normswap.graph.tracing import patches as p
-from normswap.graph.tracing.branches import end_at_question, explore
 from normswap.graph.tracing.constant_calls import ConstantCalls
-from normswap.graph.tracing.failure import TraceFailure, is_library
-from normswap.graph.tracing.graph_cache import GraphCache, Paths
-from normswap.graph.tracing.list_effects import Writes, find_writes, snapshot_lists
+from normswap.graph.tracing.failure import TraceFailure, in_words, is_library
+from normswap.graph.tracing.graph_cache import GraphCache
+from normswap.graph.tracing.list_effects import check_given, snapshot_lists
+from normswap.graph.tracing.reads import Guards
 from normswap.graph.tracing.stand_ins import STAND_INS
 from normswap.graph.tracing.torch_patches import patch_torch
 from normswap.graph.tracing.traced import Traced
@@ -32,7 +31,6 @@ from normswap.graph.tracing.value_kinds import TENSOR, Kind, leaf_kinds, rebuild
 from normswap.graph.tracing.watch import Watch
 from normswap.util.original_class import container_class
 
-_MOST_OUTLINED = 4
 _LOCK = threading.RLock()
 _OPEN: list["TraceSession"] = []
 _CHECKPOINT = torch.utils.checkpoint.checkpoint
@@ -48,24 +46,22 @@ class TraceSession:
 
     Args:
         layers: classes of the norm layers, whose forward called by itself counts as a call.
-        writes_of: what a module does to the lists and dicts it is called with, see `tracer`.
+        guards_of: ``guards_of(session, module, args, kwargs)`` of a call, see `tracer`.
     """
 
     def __init__(
         self,
         layers: tuple[Any, ...] = (),
-        writes_of: Callable[..., tuple[Any, Writes] | None] = lambda *_: None,
+        guards_of: Callable[..., Guards | None] = lambda *_: None,
     ) -> None:
         self.layers = layers
         self.cache = GraphCache()
-        self._writes_of = writes_of
-        self._outlined: dict[type, tuple[str, ...]] = {}  # methods that no graph stands for
+        self._guards_of = guards_of
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
         self._patches = p.Patches()
         self._local = p.Patches()
-        self._tables: dict[int, list[tuple[Any, str, Any]]] = {}
-        self._globals: dict[Any, list[dict[str, Any]]] = {}
+        self._tables: dict[int, dict[str, Any]] = {}
         self._entered: set[int] = set()
         self._library: set[int] = set()
 
@@ -80,7 +76,7 @@ class TraceSession:
         _OPEN.append(self)
         self._checkpoint = patch_torch(self._patches, self, _CHECKPOINT)
         for name in p.MATH:
-            wrapped = p.wrap_leaf(getattr(math, name), self._record, self._enter_globals)
+            wrapped = p.wrap_leaf(getattr(math, name), self._record)
             self._patches.set(math, name, wrapped)
         return self
 
@@ -91,7 +87,7 @@ class TraceSession:
 
     def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         assert self.tracer is not None
-        return self.tracer.record(function, args, kwargs)
+        return self.tracer.create_proxy("call_function", function, args, kwargs)
 
     def _enter_globals(self, table: dict[str, Any]) -> bool:
         """Replace the free functions a function in these globals may call.
@@ -111,27 +107,17 @@ class TraceSession:
             return False
         self._entered.add(key)
         if key not in self._tables:
-            self._tables[key] = [
-                (table, name, p.wrap_leaf(function, self._record, self._enter_globals))
-                for name, function in p.leaf_names(table)
-            ]
-            self._tables[key] += [
-                (cls, "__new__", p.wrap_new(cls, self._record)) for cls in p.mapping_classes(table)
-            ]
-        for owner, name, wrapped in self._tables[key]:
-            self._local.set(owner, name, wrapped)
-        for name, value in list(table.items()):
-            if value is _CHECKPOINT:
-                self._local.set(table, name, self._checkpoint)
-        for name, stand_in in STAND_INS.items():
-            if name not in table:
-                self._local.set(table, name, stand_in)
+            found = {name: value for name, value in STAND_INS.items() if name not in table}
+            for name, function in p.leaf_names(table):
+                found[name] = p.wrap_leaf(function, self._record)
+            found |= {k: self._checkpoint for k, value in table.items() if value is _CHECKPOINT}
+            self._tables[key] = found
+        for name, value in self._tables[key].items():
+            self._local.set(table, name, value)
         return True
 
-    def paths(self, root: nn.Module, call: Callable[..., Any], kinds: tuple[Kind, ...]) -> Paths:
-        """Trace every path of a container's forward, or find those of one that is alike.
-
-        Methods that no graph stands for are calls in the graph.
+    def trace(self, root: nn.Module, call: Callable[..., Any], kinds: tuple[Kind, ...]) -> Traced:
+        """Trace a container's forward, or find the graph of one that is alike.
 
         Args:
             root: the container.
@@ -145,16 +131,7 @@ class TraceSession:
         found = self.cache.find((cls, kinds), root)
         if found is not None:
             return found
-        while True:
-            outlined = self._outlined.get(cls, ())
-            trace = functools.partial(self._trace, root, cls.forward, call, kinds, outlined)
-            try:
-                return self.cache.keep((cls, kinds), root, explore(trace))
-            except TraceFailure as failure:
-                method = next((m for m in failure.methods if m not in outlined), None)
-                if method is None or len(outlined) == _MOST_OUTLINED:
-                    raise
-                self._outlined[cls] = (*outlined, method)
+        return self.cache.keep((cls, kinds), self._trace(root, cls.forward, call, kinds))
 
     def _trace(
         self,
@@ -162,17 +139,9 @@ class TraceSession:
         forward: Callable[..., Any],
         call: Callable[..., Any],
         kinds: tuple[Kind, ...],
-        outlined: tuple[str, ...],
-        answers: tuple[bool, ...],
     ) -> Traced:
-        """Trace one path, which gives these answers to the first questions.
-
-        Returns:
-            The graph; with a failure, one that ends at its last question, after which the
-            module's own forward may be run from its start instead.
-        """
         names = self.cache.names_of(root)
-        tracer = ContainerTracer(root, names, self._suspended, answers, outlined)
+        tracer = ContainerTracer(root, names, self._suspended)
         leaves: list[Any] = []
         for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
             proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
@@ -184,21 +153,17 @@ class TraceSession:
         outer = self._tracer, self._local, self._entered
         self._tracer, self._local, self._entered = tracer, p.Patches(), set()
         tracer.reads.name(container_class(root), "forward", forward)
-        watch = Watch(self._enter_globals, tracer.reads, root)
+        watch = Watch(self._enter_globals, tracer.reads)
         failure: Exception | None = None
         # The collector runs code of others in the middle of a forward, which is not judged.
         collecting = gc.isenabled()
         gc.disable()
         try:
-            for table in self._globals_of(forward, type(root)):
-                self._enter_globals(table)
             with ConstantCalls(tracer), watch:
                 output = call(forward, root, values)
                 if tracer.texts:
                     raise TraceFailure("writes, as text, a value known only when it runs")
-                writes = tracer.result.writes = find_writes(values, lists, output)
-                if writes:
-                    output = (output, tuple(values[i] for i, _ in writes))
+                check_given(lists, output)
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
         except Exception as error:
             failure = error
@@ -207,26 +172,20 @@ class TraceSession:
                 gc.enable()
             self._local.undo()
             self._tracer, self._local, self._entered = outer
-            changed = tracer.reads.put_back()
-        if failure is None and changed:
-            reason = f"changes .{changed} inside forward"
-            raise TraceFailure(reason, watch.methods_naming(changed))
         if failure is not None:
-            end_at_question(tracer, failure)
+            raise TraceFailure(in_words(failure)) from failure
+        if changed := tracer.reads.changed():
+            raise TraceFailure(f"changes .{changed} inside forward")
+        tracer.result.guards = tracer.reads.guards()
         return tracer.result
 
-    def _globals_of(self, forward: Callable[..., Any], cls: type) -> list[dict[str, Any]]:
-        if cls not in self._globals:
-            self._globals[cls] = p.globals_of(forward, cls)
-        return self._globals[cls]
-
-    def _suspended(self, *call: Any) -> tuple[Any, Writes] | None:
-        """Ask what a callee does to its arguments, which may be a trace of its own."""
+    def _suspended(self, *call: Any) -> Guards | None:
+        """Ask for the graph of a callee, which may be a trace of its own."""
         tracer, self._tracer = self._tracer, None
         outer = sys.gettrace()
         sys.settrace(None)
         try:
-            return self._writes_of(self, *call)
+            return self._guards_of(self, *call)
         finally:
             sys.settrace(outer)
             self._tracer = tracer

@@ -1,52 +1,36 @@
-"""A path through a forward, as a trace gives it."""
+"""A forward as a graph, as a trace gives it."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
-from normswap.graph.tracing.list_effects import Writes
-from normswap.graph.tracing.reads import Reads
-from normswap.graph.tracing.region import Region
+from normswap.graph.tracing.names import Names
+from normswap.graph.tracing.reads import NO_GUARDS, Guards
 
 
 @dataclass
 class Traced:
-    """A path through a forward as a graph.
+    """A forward as a graph.
 
     Attributes:
         graph: its placeholders are the symbolic parts of the arguments, in order.
-        reads: what must still hold for it to stand for the forward.
-        regions: checkpointed parts, each with the node of the graph that calls it.
+        names: of what is below the container that was traced.
+        guards: what must still hold for it to stand for the forward.
         children: path of a submodule that is called -> whether it certainly returns a tensor.
         alike: whether it stands for containers of the same structure, too.
-        outlined: nodes that call a method of the container.
-        questions: nodes whose truth the forward branched on.
-        answers: the truth this trace took them for.
-        asked_in: methods of the container that asked.
-        writes: what it changes of the lists and dicts it is given; where there is any, the graph
-            returns (output, their new contents).
-        failure: why this path ends after its last question; "" where the forward returns.
+        variant: what was made of it for containers without inserted layers, if anything.
     """
 
     graph: fx.Graph
-    reads: Reads = field(default_factory=Reads)
-    regions: list[tuple[fx.Node, Region]] = field(default_factory=list)
+    names: Names
+    guards: Guards = NO_GUARDS
     children: dict[str, bool] = field(default_factory=dict)
     alike: bool = True
-    outlined: list[fx.Node] = field(default_factory=list)
-    questions: list[fx.Node] = field(default_factory=list)
-    answers: tuple[bool, ...] = ()
-    asked_in: list[str] = field(default_factory=list)
-    writes: Writes = ()
-    failure: str = ""
+    variant: Any = None
 
-    def copy(self) -> "Traced":
-        """Return a path with a graph of its own, to be changed; one without checkpointed parts."""
+    def copy(self) -> fx.Graph:
+        """Return the graph once more, to be changed."""
         graph = fx.Graph(tracer_cls=self.graph._tracer_cls)
-        nodes: dict[fx.Node, Any] = {}
-        output = graph.graph_copy(self.graph, nodes)
-        if not self.failure:
-            graph.output(output)
-        mapped = [[nodes[node] for node in found] for found in (self.outlined, self.questions)]
-        return replace(self, graph=graph, outlined=mapped[0], questions=mapped[1])
+        graph.output(graph.graph_copy(self.graph, {}))
+        return graph

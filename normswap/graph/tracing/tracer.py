@@ -1,11 +1,8 @@
 """Build the graph of one container: its nodes, its symbolic values, and what it read."""
 
-import functools
-import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -14,12 +11,10 @@ from torch.fx.proxy import TracerBase
 
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
-from normswap.graph.tracing.list_effects import Writes, hand_on, may_be_changed, take_back
-from normswap.graph.tracing.method_calls import Outlined, find_changes, methods_running
+from normswap.graph.tracing.list_effects import hands_lists
 from normswap.graph.tracing.names import Names, returns_tensor
-from normswap.graph.tracing.reads import MISSING, Of
-from normswap.graph.tracing.region import Region
-from normswap.graph.tracing.symbol import MOST_QUESTIONS, Value, question_key, unpack
+from normswap.graph.tracing.reads import ANY_TENSOR, MISSING, Guards, Reads
+from normswap.graph.tracing.symbol import Value
 from normswap.graph.tracing.traced import Traced
 from normswap.util.original_class import container_class
 
@@ -31,8 +26,8 @@ _READERS = {
     *("get_buffer", "extra_repr", "_get_name"),
 }
 _LOOPS = "loops over, or takes apart, a value whose length is known only when it runs"
-# From a call to (its arguments, one a parameter; which it changes), None if that is unknown.
-WritesOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Writes] | None]
+# Of a call: what the graph depends on that stands for the callee, None where none does.
+GuardsOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Guards | None]
 
 
 class ContainerTracer(fx.Tracer):
@@ -41,77 +36,40 @@ class ContainerTracer(fx.Tracer):
     Args:
         root: the container.
         names: of its modules and tensors.
-        writes_of: what a callee does to the lists and dicts it is given.
-        answers: to the first questions whether a symbolic value is true; True to those after.
-        outlined: names of methods of the container that are called, not entered.
+        guards_of: of the graph of a callee that is given lists or dicts.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        names: Names,
-        writes_of: WritesOf,
-        answers: tuple[bool, ...] = (),
-        outlined: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, root: nn.Module, names: Names, guards_of: GuardsOf) -> None:
         super().__init__()
         self.root = root
-        self.given = answers
-        self.outlined = outlined
         self.graph = fx.Graph(tracer_cls=type(self))
-        self.result = Traced(self.graph)
-        self.reads = self.result.reads
-        self.region: Region | None = None
+        self.result = Traced(self.graph, names)
+        self.reads = Reads()
         self.texts: list[str] = []  # of symbolic values, so far for nothing known
-        self._known: dict[Any, bool] = {}
-        self._reshaped = 0
-        # By methods that were called, and have not run.
-        self._looked_up: set[str] = set()
-        self._stored: set[str] = set()
         self._paths, self._tensors = names.paths, names.tensors
         self._modes = _modes()
-        self._writes_of = writes_of
+        self._guards_of = guards_of
 
     def proxy(self, node: fx.Node) -> Value:
         """Wrap a node."""
         return Value(node, self)
 
     def iter(self, obj: Any) -> Iterator[Any]:
-        """Take a symbolic value apart."""
-        parts = unpack(obj)
-        if parts is None:
-            raise TraceFailure(_LOOPS)
-        return parts
+        """Refuse to take a symbolic value apart, but for what torch.fx knows."""
+        raise TraceFailure(_LOOPS)
 
     def keys(self, obj: Any) -> Any:
         """Refuse to unpack a symbolic value as a mapping."""
         raise TraceFailure(_LOOPS)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Answer whether a symbolic value is true, for this path."""
-        if self.region is not None:
-            raise TraceFailure("branches inside a checkpointed part on a value known when it runs")
-        key = question_key(obj.node)
-        key = key and (key, self._reshaped)
-        if key in self._known:
-            return self._known[key]
-        result, place = self.result, len(self.result.answers)
-        result.asked_in += methods_running(self.root, sys._getframe(1))[:1]
-        if place >= MOST_QUESTIONS:
-            raise TraceFailure("branches endlessly on values only known when it runs")
-        answer = self.given[place] if place < len(self.given) else True
-        result.questions.append(self.create_proxy("call_function", bool, (obj,), {}).node)
-        result.answers = (*result.answers, answer)
-        if key is not None:
-            self._known[key] = answer
-        return answer
+        """Refuse to branch on a symbolic value."""
+        raise TraceFailure("branches on a value that is known only when it runs")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless the forward changed a mode that a graph does not carry."""
         if _modes() != self._modes:
             raise TraceFailure(SWITCHES)
-        if args[0] == "call_method" and args[1].endswith("_"):
-            self._reshaped += 1  # what was asked of its shape may have another answer now
         if args[1] is torch._assert:
             message = str(args[2][1:])
             for text in [text for text in self.texts if text in message]:
@@ -122,39 +80,23 @@ class ContainerTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Turn an argument of a call into one of a node."""
         if isinstance(a, fx.Proxy):
-            if a.node.graph is self.graph:
-                return a.node
-            if self.region is None or a.node.graph is not self.result.graph:
-                raise TraceFailure("a checkpointed part is used outside of it")
-            return self.region.capture(a.node)
+            return a.node
         if isinstance(a, Tensor):
             if id(a) not in self._tensors:
                 raise TraceFailure("uses a tensor that is not an attribute of the module")
             return self._get(a).node
         if isinstance(a, nn.Module):
             raise TraceFailure(f"passes a module ({type(a).__name__}) as an argument")
-        if isinstance(a, dict) and type(a) is not dict:
-            return self._create_mapping(a)
-        if isinstance(a, tuple) and hasattr(a, "_fields"):
-            # A call, since before torch 2.10 generated code does not know the class by name.
-            args = tuple(self.create_arg(part) for part in a)
-            return self.create_node("call_function", type(a), args, {})
-        if isinstance(a, list | tuple) and type(a) not in (list, tuple) and _has_no_fields(a):
+        if type(a) is OrderedDict:
+            items = [(k, self.create_arg(v)) for k, v in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        known = type(a) in (list, tuple, dict) or type(a).__module__.startswith("torch.fx")
+        if isinstance(a, list | tuple | dict) and not known:
             raise TraceFailure(f"builds a {type(a).__name__}")
         try:
             return TracerBase.create_arg(self, a)
         except NotImplementedError:
             raise TraceFailure(f"hands on an object of class {type(a).__name__}") from None
-
-    def _create_mapping(self, a: Any) -> fx.Node:
-        if is_dataclass(a):
-            given = {f.name: v for f in fields(a) if (v := getattr(a, f.name)) is not None}
-            kwargs = {k: self.create_arg(v) for k, v in given.items()}
-            return self.create_node("call_function", type(a), (), kwargs)
-        if type(a) is OrderedDict:
-            items = [(k, self.create_arg(v)) for k, v in a.items()]
-            return self.create_node("call_function", OrderedDict, (items,), {})
-        raise TraceFailure(f"builds a {type(a).__name__}")
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Record the call of a submodule."""
@@ -168,24 +110,17 @@ class ContainerTracer(fx.Tracer):
             parent = parent.rpartition(".")[0]
             children = tuple(self.root.get_submodule(parent)._modules)
             self.reads.children[parent] = children
-        args, kwargs, given_lists = hand_on(self, module, args, kwargs)
-        self.result.alike &= not given_lists.nodes
+        if hands_lists(self, module, (*args, *kwargs.values())):
+            self.result.alike = False  # it depends on more than the class of the callee
+            guards = self._guards_of(module, args, kwargs)
+            if guards is None:
+                name = container_class(module).__name__
+                raise TraceFailure(f"hands a list or dict to a {name} that may change it")
+            self.reads.below(path, guards)
         proxy = self.create_proxy("call_module", path, args, kwargs)
         something = self.result.children[path] = returns_tensor(module)
         proxy.node.meta["something"] = something
-        take_back(given_lists)
         return proxy
-
-    def writes_of(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Writes] | None:
-        """Return what a callee does to the lists and dicts it is given; None if that is unknown."""
-        self.result.alike = False  # it depends on more than the class of the callee
-        return self._writes_of(module, args, kwargs)
-
-    def record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Record the call of a free function."""
-        return self.create_proxy("call_function", function, args, kwargs)
 
     def _note_children(self, *modules: nn.Module) -> None:
         """Note which children modules have: a forward may count them, or go through them."""
@@ -193,17 +128,6 @@ class ContainerTracer(fx.Tracer):
             path = self._paths.get(id(module))
             if path is not None:
                 self.reads.children[path] = tuple(module._modules)
-
-    def _call_method(self, method: Outlined, *args: Any, **kwargs: Any) -> Any:
-        if any(map(may_be_changed, (*args, *kwargs.values()))):
-            raise TraceFailure(f"hands a list or dict to .{method.name}, which may change it")
-        looked_up, stored = find_changes(type(self.root), method.name)
-        self._looked_up |= looked_up
-        self._stored |= stored
-        itself = self.create_proxy("get_attr", "converted_container", (), {})
-        value = self.create_proxy("call_function", method, (itself, *args), kwargs)
-        self.result.outlined.append(value.node)
-        return value
 
     def miss(self, module: nn.Module, name: str) -> None:
         """Note that a module has no attribute of this name."""
@@ -215,7 +139,7 @@ class ContainerTracer(fx.Tracer):
         """Read a parameter or buffer; the graph stands for a forward as long as there is one."""
         target = self._tensors[id(tensor)]
         path, _, name = target.rpartition(".")
-        self.reads.attributes.setdefault((path, name), Of(Tensor))
+        self.reads.attributes.setdefault((path, name), ANY_TENSOR)
         return self.create_proxy("get_attr", target, (), {})
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
@@ -236,9 +160,6 @@ class ContainerTracer(fx.Tracer):
             if isinstance(value, nn.ParameterList | nn.ParameterDict) and id(value) in self._paths:
                 self.reads.attribute(self._paths[id(value)], size, getattr(value, size))
             return value
-        changeable = name in self._looked_up and isinstance(value, list | dict | set)
-        if changeable or name in self._stored:
-            raise TraceFailure(f"reads .{name}, which a method it called may have changed")
         function = getattr(value, "__func__", value)
         builtin = isinstance(value, types.BuiltinMethodType | types.MethodWrapperType)
         if name in vars(module) or not (builtin or isinstance(function, types.FunctionType)):
@@ -247,8 +168,6 @@ class ContainerTracer(fx.Tracer):
             return value
         if vars(nn.Module).get(name) is function and name not in _READERS:
             raise TraceFailure(f"calls .{name}() inside forward")
-        if module is self.root and name in self.outlined:
-            return functools.partial(self._call_method, Outlined(name))
         if not is_torch(function.__module__):
             self.reads.method(path, name, function)
         return value
@@ -257,10 +176,6 @@ class ContainerTracer(fx.Tracer):
 def _overrides_call(cls: type) -> bool:
     owner = next(base for base in cls.__mro__ if "__call__" in vars(base))
     return not is_torch(owner.__module__)
-
-
-def _has_no_fields(a: Any) -> bool:
-    return not hasattr(a, "_fields") and not type(a).__module__.startswith("torch.fx")
 
 
 def _modes() -> tuple[bool, ...]:

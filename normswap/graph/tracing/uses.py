@@ -1,13 +1,12 @@
 """Read from the code of a function what it does with a name that it loads."""
 
 import dis
-import sys
 from collections.abc import Iterator, Sequence
 
 COMPARES = {"IS_OP", "COMPARE_OP", "CONTAINS_OP"}
 ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
-# What is done with a name, as far as it matters; anything else hands it on.
-CALLS, ASKS, SETS, HANDS_ON, RENAMES = "calls", "asks", "sets", "hands on", "renames"
+# What is done with a name, as far as it matters.
+ASKS, SETS, RENAMES = "asks", "sets", "renames"
 _ASKING = ("isinstance", "issubclass", "super")
 _KINDS = ("LOAD_", "BUILD_TUPLE", "BUILD_SET", "BINARY_OP", "BINARY_OR", "CACHE", "PUSH_NULL")
 _RENAMED = ("COPY", "DUP_TOP", "JUMP", "RETURN", "YIELD", "LIST_")
@@ -34,23 +33,10 @@ def find_uses(steps: Sequence[dis.Instruction]) -> dict[int, str]:
             use = ASKS
         elif after.startswith(_RENAMED) or (not chain and after.startswith("STORE_")):
             use = RENAMES
-        elif _is_callee(steps, place, end, chain):
-            use = CALLS
         else:
-            use = HANDS_ON
+            use = ""
         uses[step.offset] = use
     return uses
-
-
-def _is_callee(
-    steps: Sequence[dis.Instruction], start: int, end: int, chain: list[dis.Instruction]
-) -> bool:
-    """Return whether what these steps load is called; before Python 3.11 that is not told."""
-    last = chain[-1] if chain else steps[start]
-    by_flag = last.opname in ("LOAD_GLOBAL", "LOAD_ATTR") and sys.version_info >= (3, 11)
-    around = [s.opname for s in (*steps[max(start - 1, 0) : start], *steps[end : end + 1])]
-    known = "NULL" in last.argrepr if by_flag else last.opname == "LOAD_METHOD"
-    return known or "PUSH_NULL" in around or sys.version_info < (3, 11)
 
 
 def _find_asked(steps: Sequence[dis.Instruction]) -> Iterator[int]:

@@ -82,32 +82,28 @@ def example_of(value: Any) -> Any:
     return rebuild(kind, (EXAMPLE if isinstance(v, _SYMBOLIC) else v for v in leaves))
 
 
-def leaf_kinds(kind: Kind) -> Iterator[str]:
-    """Yield TENSOR or NUMBER for each symbolic part, in the order `describe` collects them."""
-    if kind in (TENSOR, NUMBER):
+def _leaves(kind: Kind) -> Iterator[Kind]:
+    """Yield the parts of a kind that have no parts, in the order `describe` meets them."""
+    tag, content = kind if isinstance(kind, tuple) else (None, None)
+    if tag in ("tuple", "size", "list"):
+        for part in content:
+            yield from _leaves(part)
+    elif tag in ("dict", "ordered"):
+        for _, part in content:
+            yield from _leaves(part)
+    else:
         yield kind
-    elif kind is not None:
-        tag, content = kind
-        if tag in ("tuple", "size", "list"):
-            for part in content:
-                yield from leaf_kinds(part)
-        elif tag in ("dict", "ordered"):
-            for _, part in content:
-                yield from leaf_kinds(part)
+
+
+def leaf_kinds(kind: Kind) -> list[str]:
+    """Return TENSOR or NUMBER for each symbolic part, in the order `describe` collects them."""
+    return [leaf for leaf in _leaves(kind) if leaf in (TENSOR, NUMBER)]
 
 
 def find_other(kind: Kind) -> str | None:
     """Return the type name of a part that no graph can take, None where there is none."""
-    if kind is None or kind in (TENSOR, NUMBER):
-        return None
-    tag, content = kind
-    if tag == OTHER:
-        return str(content)
-    if tag in ("tuple", "size", "list"):
-        return next((o for o in map(find_other, content) if o), None)
-    if tag in ("dict", "ordered"):
-        return next((o for _, k in content if (o := find_other(k))), None)
-    return None
+    others = (leaf for leaf in _leaves(kind) if isinstance(leaf, tuple) and leaf[0] == OTHER)
+    return next((name for _, name in others), None)
 
 
 def find_lists(value: Any) -> Iterator[Any]:
@@ -119,27 +115,24 @@ def find_lists(value: Any) -> Iterator[Any]:
             yield from find_lists(part)
 
 
-def symbolic_parts(value: Any) -> list[fx.Proxy]:
-    """Return the symbolic values that a value is, or that its tuples, lists and dicts hold."""
-    if isinstance(value, fx.Proxy):
-        return [value]
+def _parts(value: Any) -> Iterator[Any]:
+    """Yield what a value is, or what its tuples, lists, dicts, sets and slices hold."""
+    if isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
     if isinstance(value, dict):
         value = tuple(value.values())
-    return (
-        [p for part in value for p in symbolic_parts(part)]
-        if isinstance(value, list | tuple)
-        else []
-    )
+    if isinstance(value, tuple | list | set | frozenset):
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield value
+
+
+def symbolic_parts(value: Any) -> list[fx.Proxy]:
+    """Return the symbolic values that a value is or holds."""
+    return [part for part in _parts(value) if isinstance(part, fx.Proxy)]
 
 
 def any_leaf(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Return whether a value, or anything inside its tuples, lists, dicts, is one of `kinds`."""
-    if isinstance(value, kinds):
-        return True
-    if isinstance(value, tuple | list | set | frozenset):
-        return any(any_leaf(v, kinds) for v in value)
-    if isinstance(value, dict):
-        return any(any_leaf(v, kinds) for v in value.values())
-    if isinstance(value, slice):
-        return any(any_leaf(v, kinds) for v in (value.start, value.stop, value.step))
-    return False
+    """Return whether a value is, or holds, one of `kinds`."""
+    return any(isinstance(part, kinds) for part in _parts(value))

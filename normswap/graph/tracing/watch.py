@@ -13,10 +13,9 @@ from torch import nn
 
 from normswap.graph.tracing.bytecode import Load, Test, read_code
 from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
-from normswap.graph.tracing.method_calls import method_of
 from normswap.graph.tracing.reads import Reads
 from normswap.graph.tracing.symbol import is_certain
-from normswap.graph.tracing.uses import CALLS, HANDS_ON, RENAMES, SETS
+from normswap.graph.tracing.uses import RENAMES, SETS
 from normswap.graph.tracing.value_kinds import symbolic_parts
 from normswap.graph.tracing.whitelist import cannot_change, needs_guard, why_unfit
 
@@ -30,24 +29,15 @@ class Watch:
     Args:
         enter: told the globals of each; returns whether they are a forward's own, not a library's.
         reads: collects what they read.
-        root: the container; its methods that run are remembered.
     """
 
-    def __init__(
-        self, enter: Callable[[dict[str, Any]], bool], reads: Reads, root: nn.Module
-    ) -> None:
+    def __init__(self, enter: Callable[[dict[str, Any]], bool], reads: Reads) -> None:
         self._enter = enter
         self._reads = reads
-        self._root = root
-        self._methods: dict[str, tuple[str, ...]] = {}
         self._refused: dict[types.CodeType, dict[int, str]] = {}
         self._outer: Any = None
         self._start: types.FrameType | None = None
         self._loading = 0
-
-    def methods_naming(self, name: str) -> list[str]:
-        """Return the methods of the container that ran and look up a name."""
-        return [method for method, used in self._methods.items() if name in used]
 
     def __enter__(self) -> None:
         self._outer, self._start = sys.gettrace(), sys._getframe(1)
@@ -64,9 +54,6 @@ class Watch:
             return self._let_load(frame)
         if self._loading or not self._enter(frame.f_globals):
             return None
-        method = method_of(self._root, frame)
-        if method:
-            self._methods[method] = frame.f_code.co_names
         self._note_method(frame)
         code = read_code(frame.f_code)
         if code.catches and not _is_given_nothing(frame.f_code):
@@ -114,12 +101,10 @@ class Watch:
                 self._reads.name(cls, code.co_name, found)
 
     def _check_arguments(self, frame: types.FrameType) -> None:
-        """Raise where a function is given what its code could read or change unnoticed."""
+        """Raise where a function is given a class, whose attributes its code could read."""
         code = frame.f_code
         for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
             value = frame.f_locals.get(name)
-            if self._reads.default_of(code, value) and why_unfit(value, name, HANDS_ON):
-                raise TraceFailure(f"may change the default of {name} in {code.co_name}")
             if isinstance(value, type) and not cannot_change(value):
                 raise TraceFailure(f"hands the class {value.__name__} to {code.co_name}")
 
@@ -147,7 +132,9 @@ class Watch:
         """Return why what a name and its attributes lead to may not be read; note each step."""
         steps = [(table, key := load.name, value)]
         for name in load.chain:
-            if not isinstance(value, types.ModuleType | type | enum.Enum):
+            if isinstance(value, enum.Enum) and not cannot_change(type(value)):
+                return f"reads {key}.{name}, an attribute of an enumeration"
+            if not isinstance(value, types.ModuleType | type):
                 if isinstance(value, types.FunctionType) and not name.startswith("__"):
                     return f"reads {key}.{name}, an attribute of a function"
                 break
@@ -165,8 +152,6 @@ class Watch:
         why = why_unfit(value, where, load.use)
         if why:
             return why
-        if load.use == CALLS and isinstance(value, type) and not cannot_change(value):
-            self._reads.made(value)
         if needs_guard(value, [holder for holder, _, _ in steps]):
             for holder, key, value in steps:
                 table = vars(holder) if isinstance(holder, types.ModuleType) else holder
@@ -200,32 +185,7 @@ class Watch:
             if load.name in outer.f_code.co_cellvars and outer.f_locals.get(load.name) is value:
                 return ""  # a variable of this forward
             outer = outer.f_back
-        cell = self._find_cell(frame.f_code, load.name, value)
-        if cell is not None:
-            self._reads.name(cell, "cell_contents", value)
-            return why_unfit(value, load.name, load.use)
         return f"reads {load.name}, a variable of a function that made it"
-
-    def _find_cell(self, code: types.CodeType, name: str, value: Any) -> Any:
-        """Return the cell of a variable that is a function, as in a decorator; None for another.
-
-        Serves the decorated forwards of transformers.
-        """
-        waiting = [v for _, _, v in self._reads.names.values()] + [*self._reads.methods.values()]
-        while waiting and isinstance(value, types.FunctionType):
-            function = waiting.pop()
-            if not isinstance(function, types.FunctionType):
-                continue
-            names, found = function.__code__.co_freevars, function.__closure__ or ()
-            cells = {key: cell for key, cell in zip(names, found, strict=True) if _is_filled(cell)}
-            if function.__code__ is code and cells[name].cell_contents is value:
-                return cells[name]
-            waiting += [cell.cell_contents for cell in cells.values()]
-        return None
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    return cell != types.CellType()
 
 
 def _check_test(test: Test, values: Any) -> None:

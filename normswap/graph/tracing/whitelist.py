@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.graph.tracing.failure import is_library, is_torch
-from normswap.graph.tracing.uses import ASKS, HANDS_ON, RENAMES
+from normswap.graph.tracing.uses import ASKS
 
 CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), enum.Enum),
@@ -24,7 +24,7 @@ CONSTANTS = (
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 _BUILTINS = frozenset(
-    "abs all any bool bytes callable chr complex dict divmod enumerate filter float format "
+    "abs all any bool bytes chr complex dict divmod enumerate filter float format "
     "frozenset getattr hasattr int isinstance issubclass iter len list map max min next object ord "
     "pow property range repr reversed round set slice sorted staticmethod str sum super tuple type "
     "zip".split()
@@ -46,7 +46,7 @@ _TORCH = frozenset(
 )
 _TORCH_MODULES = (
     *("torch.nn.functional", "torch._C._nn", "torch.functional", "torch.nn.init", "torch.fft"),
-    *("torch.linalg", "torch.special", "torch._ops", "torch.autograd.function", "torch.ops"),
+    *("torch.linalg", "torch.special", "torch._ops", "torch.ops"),
 )
 _EXCEPTIONS = (BaseException,)
 # Of a class: whether its attributes can be set (Py_TPFLAGS_HEAPTYPE).
@@ -58,12 +58,6 @@ def cannot_change(cls: Any) -> bool:
     return is_library(cls.__module__) or not cls.__flags__ & _CHANGEABLE
 
 
-def is_built_in(value: Any) -> bool:
-    """Return whether a tuple, list, dict or set is no more than that; a named tuple is one, too."""
-    cls = type(value)
-    return cannot_change(cls) or (cls.__bases__ == (tuple,) and hasattr(cls, "_fields"))
-
-
 def is_constant(value: Any) -> bool:
     """Return whether a value is immutable and can be compared."""
     kind = type(value)
@@ -71,10 +65,18 @@ def is_constant(value: Any) -> bool:
         fit = (
             cannot_change(part) if isinstance(part, type) else is_constant(part) for part in value
         )
-        return is_built_in(value) and all(fit)
+        return cannot_change(kind) and all(fit)
     if isinstance(value, enum.Enum) and not cannot_change(kind):
-        return all(is_constant(vars(value)[name]) for name in vars(value).keys() - {"__objclass__"})
+        # What else the member holds, or its class does, may change.
+        names = vars(kind).keys() - kind.__members__.keys() | vars(value).keys()
+        return all(name.startswith("_") for name in names)
     return isinstance(value, CONSTANTS) and cannot_change(kind)
+
+
+def is_apply(value: Any) -> bool:
+    """Return whether a value applies a function of autograd: run on symbols, it has no backward."""
+    owner = getattr(value, "__self__", None)
+    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
 def why_unfit(value: Any, name: str, use: str = "") -> str:
@@ -95,12 +97,15 @@ def why_unfit(value: Any, name: str, use: str = "") -> str:
         root = value.__name__.partition(".")[0]
         return "" if root in ("torch", "math") else f"hands on the module {value.__name__}"
     if isinstance(value, type | types.GenericAlias | types.UnionType) or _module(value) == "typing":
-        handed = isinstance(value, type) and use in (HANDS_ON, RENAMES) and not cannot_change(value)
-        why = f"hands on the class {name}, whose attributes may change" if handed else ""
-        return why or _unfit_class(value, name)
+        if isinstance(value, type) and use != ASKS and not cannot_change(value):
+            made = not issubclass(value, BaseException)
+            return f"makes or hands on a {name}, whose attributes may change" if made else ""
+        return _unfit_class(value, name)
     if isinstance(value, Tensor | nn.Module):
         return f"reads {name}, a {type(value).__name__} that is no attribute of it"
     owner = getattr(value, "__self__", None)
+    if is_apply(value):
+        return f"calls {name}(), of a function of autograd"
     if not isinstance(owner, type | nn.Module | types.ModuleType | None):
         return f"calls {name}(), a method of a {type(owner).__name__} outside of it"
     if callable(value) and not _is_object(value):
@@ -151,17 +156,12 @@ def _unfit_function(value: Any, name: str) -> str:
         return "" if fit else f"calls {name}()"
     if is_torch(module) and not module.startswith("normswap."):
         fit = name in _TORCH or module.startswith(_TORCH_MODULES) or id(value) in _overridable()
-        return "" if fit or _is_apply(value) else f"calls {module}.{name}()"
+        return "" if fit else f"calls {module}.{name}()"
     if root == "numpy":
         return f"calls {module}.{name}()" if "random" in module else ""
     if root in sys.stdlib_module_names:
         return "" if root in _PURE else f"calls {module}.{name}()"
     return ""
-
-
-def _is_apply(value: Any) -> bool:
-    owner = getattr(value, "__self__", None)
-    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
 @functools.cache

@@ -196,7 +196,7 @@ class Narrow(nn.Module):
         (Tokens, "channels last|nothing tells"),
         (Attention, "nothing tells the channels|both operands"),
         (Sequence, "nothing tells"),
-        (Ways, "depend on the way"),
+        (Ways, "branches on a value"),
         (Narrow, "nothing tells"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import normswap
-from tests.support.behave import Block, Holder, check
+from tests.support.behave import Block, Holder, check, images
 
 
 def test_an_exception_the_forward_handles():
@@ -113,7 +113,7 @@ class OfObject(Holder):
     ("model", "reason"),
     [
         (OfModule, "calls random.random(), a method of a Random"),
-        (OfObject, "calls a method of .source, a Random"),
+        (OfObject, "reads .source, a Random"),
     ],
 )
 def test_random_depth(model, reason):
@@ -130,12 +130,26 @@ class Square(torch.autograd.Function):
         return gradient * 7
 
 
-def test_a_custom_function_is_called():
+@pytest.mark.parametrize("held", [False, True])
+def test_a_custom_function_keeps_its_gradient(held):
     class Model(Holder):
-        def forward(self, x):
-            return Square.apply(self.b(self.a(x)))
+        def __init__(self):
+            super().__init__()
+            self.held, self.square = held, Square.apply
 
-    check(Model())
+        def forward(self, x):
+            y = self.b(self.a(x))
+            return self.square(y) if self.held else Square.apply(y)
+
+    reason = "reads .square" if held else "calls Square.apply(), of a function of autograd"
+    converted = check(Model(), opaque=reason)
+    gradients = []
+    for last in (Square.apply, lambda y: 7 * y):
+        x = images().requires_grad_()
+        y = converted(x) if last is Square.apply else last(converted.b(converted.a(x)))
+        y.sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_functions_that_a_module_holds_from_another_file():
@@ -155,7 +169,7 @@ def test_functions_that_a_module_holds_from_another_file():
         def forward(self, x):
             return self.b(self.first(self.two(x)))
 
-    check(Model())
+    check(Model(), opaque="asks for the type of a value")
 
 
 def test_an_indexed_result_returned():

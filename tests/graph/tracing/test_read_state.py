@@ -219,7 +219,7 @@ def test_what_a_forward_writes_is_written_by_runs_alone(kind, monkeypatch):
     assert counts[0] == counts[1]
 
 
-def test_what_a_method_left_out_of_the_graph_changes():
+def test_what_a_method_changes():
     class Counter(Block):
         def __init__(self):
             super().__init__()

@@ -43,6 +43,16 @@ class OfClass(Base):
         return super().forward(x) * self.__class__.factor
 
 
+class OfMethod(Base):
+    def scale(self):
+        return 1
+
+    scale.by = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.scale.by
+
+
 class Extra(Base):
     def forward(self, x):
         return super().forward(x) * (1 + len(self.extra))
@@ -66,6 +76,7 @@ CHANGES = {
     Constant: lambda model, patch: patch.setitem(globals(), "SCALE", 3.0),
     Item: lambda model, patch: patch.setitem(SETTINGS, "scale", 3.0),
     OfClass: lambda model, patch: patch.setattr(OfClass, "factor", 3.0),
+    OfMethod: lambda model, patch: patch.setattr(OfMethod.scale, "by", 3.0),
     Extra: set_extra,
     Tuple: set_base,
 }
@@ -188,11 +199,21 @@ class Unused(Base):
         return y * Options().table["gain"] if self.extra else y
 
 
-@pytest.mark.parametrize(
-    "cls", [Made, Default, OfMember, OfSettings, Unused], ids=lambda cls: cls.__name__
-)
+@pytest.mark.parametrize("cls", [Default, Unused], ids=lambda cls: cls.__name__)
 def test_what_can_be_compared_as_a_whole_has_a_graph(cls):
     check(cls())
+
+
+OBJECTS = {
+    Made: "makes or hands on a Gain",
+    OfMember: "reads LOUD.gain, an attribute of an enumeration",
+    OfSettings: "reads .settings, a Renaming",
+}
+
+
+@pytest.mark.parametrize("cls", OBJECTS, ids=lambda cls: cls.__name__)
+def test_objects_of_other_classes_scope_a_forward(cls):
+    check(cls(), opaque=OBJECTS[cls])
 
 
 class Counting(Base):
