@@ -89,7 +89,8 @@ def find_places(
             listed = "; ".join(f"{f.row.fqn or '(root)'}: {f.row.reason}" for f in found[:10])
             raise ConversionError(
                 f"found no place for a layer in {type(model).__name__} at {asked}"
-                + (f": {listed}" if listed else "; placement='norm' puts one after each norm")
+                + (f": {listed}" if listed else "")
+                + "; placement='norm' puts one after each norm" * (wanted not in ("norm", "output"))
                 + meant(select, [f.row.fqn for f in found if f.row.reason == "not selected"])
             )
         rows += [f.row for f in found]

@@ -31,6 +31,9 @@ def may_run_again() -> bool:
     Checkpointing keeps tensors through hooks, or runs in the forward of an autograd function,
     where forward-mode gradients are off.
     """
+    # The compiler, which meets this frame by itself after a graph break, cannot ask for the hooks.
+    if torch.compiler.is_compiling():
+        return True
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return True
     return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
@@ -70,12 +73,14 @@ class Remembered:
     def __init__(self) -> None:
         self._values: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
+    @torch.compiler.disable  # which reads frames of Python
     def keep(self, value: Any) -> None:
         """Note the value for every checkpointed forward this code runs in."""
         for key in find_checkpoints():
             if self._values.setdefault(key, value) is not value:
                 self._values[key] = UNKNOWN
 
+    @torch.compiler.disable
     def recall(self, outside: Any) -> Any:
         """Return the value of the forward this code computes again.
 

@@ -191,9 +191,13 @@ def _keeping(value: Any, layers: dict[int, nn.Module]) -> tuple[str, nn.Module] 
 
 
 def _refuse_holder(where: str, holder: str, layer: nn.Module) -> NoReturn:
+    original = vars(layer).get(ORIGINAL)  # a norm that is put back has none
+    way_out = "hold its name there"
+    if original is not None:
+        way_out = f"leave that norm out with exclude={original.site.fqn!r}"
     raise ConversionError(
         f"cannot convert: {where} holds a norm to be replaced in {holder}, which would go on "
-        f"running it; leave that norm out with exclude={vars(layer)[ORIGINAL].site.fqn!r}"
+        f"running it; {way_out}"
     )
 
 

@@ -25,7 +25,7 @@ SMALL_BOXES = {"rpn_post_nms_top_n_test": 5, "min_size": 64, "max_size": 64, "bo
 # name -> (how to build it, shape of a sample, what keeps its own forward).
 KINDS = {
     "resnet18": (lambda: models.resnet18(), IMAGE, ()),
-    "googlenet": (lambda: models.googlenet(init_weights=False), IMAGE, ()),
+    "googlenet": (lambda: models.googlenet(init_weights=False), IMAGE, ("",)),
     "mobilenet_v3_small": (lambda: models.mobilenet_v3_small(), IMAGE, ()),
     "shufflenet_v2_x0_5": (lambda: models.shufflenet_v2_x0_5(), IMAGE, ()),
     "regnet_y_400mf": (lambda: models.regnet_y_400mf(), IMAGE, ()),

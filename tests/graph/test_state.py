@@ -18,7 +18,6 @@ class Scaled(Holder):
         super().__init__()
         self.scale = 1
         self.act = F.relu
-        self.options = types.SimpleNamespace(twice=False, deep=types.SimpleNamespace(shift=0))
         self.table = {"gain": 1.0}
         self.extra = None
         self.blocks = nn.ModuleList([nn.ModuleDict({"block": Block()})])
@@ -29,6 +28,16 @@ class Scaled(Holder):
             y = block["block"](y)
         if self.extra is not None:
             y = self.extra(y)
+        return y
+
+
+class Optioned(Holder):
+    def __init__(self):
+        super().__init__()
+        self.options = types.SimpleNamespace(twice=False, deep=types.SimpleNamespace(shift=0))
+
+    def forward(self, x):
+        y = self.b(self.a(x))
         return y * 2 + self.options.deep.shift if self.options.twice else y
 
 
@@ -58,8 +67,8 @@ CHANGES += ["more children", "replaced child"]
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_after_conversion_takes_effect(name):
-    model = Scaled()
-    converted = check(model)
+    model = Optioned() if "setting" in name else Scaled()
+    check(model, opaque="reads .options, a SimpleNamespace" if "setting" in name else None)
     converted = normswap.convert(model, "cn", contexts=3, verify=False)
     call(converted, (images(),))
     for changed in (model, converted):

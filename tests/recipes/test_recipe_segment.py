@@ -109,14 +109,14 @@ def test_cnsn_is_selfnorm_on_the_branches_and_crossnorm_after_the_blocks(data, o
     assert counts == [3, 3]
 
 
-def test_all_norms_of_backbone_and_head_are_threaded():
+def test_all_norms_of_backbone_and_head_are_replaced():
     model = segment.FCN("resnet10t", 5, [1, 2, 3], pretrained=False)
     norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
     converted = normswap.convert(model, "cn", contexts=2, verify=False)
     rows = normswap.summary(converted).rows
 
     assert sum(row.action == "replaced" for row in rows) == norms
-    assert {row.delivery for row in rows} == {"threaded"}
+    assert {row.delivery for row in rows} <= {"threaded", "scoped"}
 
 
 def test_mean_iou_is_overlap_by_union_of_each_class():

@@ -164,7 +164,7 @@ FUNCTIONS = {
             "model": ("converted", ""),
             "train": ("norms", ""),
             "stats": ("update", ""),
-            "also": ("fc", "None, '', []"),
+            "also": ("fc", "None, []"),
         },
     ),
     "param_groups": (
