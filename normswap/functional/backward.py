@@ -73,14 +73,14 @@ class Remembered:
     def __init__(self) -> None:
         self._values: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
-    @torch.compiler.disable  # which reads frames of Python
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads frames of Python
     def keep(self, value: Any) -> None:
         """Note the value for every checkpointed forward this code runs in."""
         for key in find_checkpoints():
             if self._values.setdefault(key, value) is not value:
                 self._values[key] = UNKNOWN
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def recall(self, outside: Any) -> Any:
         """Return the value of the forward this code computes again.
 
