@@ -59,7 +59,7 @@ def run(options: Namespace) -> None:
     records = grid.run_tuned(folder, options, train, itemgetter("accuracy"), options.rates)
     early = max(1, options.epochs // 4)
     rows = [{**r, "lr": 1000 * r["lr"], "early": r["losses"][early - 1]} for r in records]
-    more = {"lr": "rate, 1e-3", "early": f"loss of epoch {early}", "seconds": "seconds"}
+    more = {"lr": "rate, 1e-3", "early": f"loss of epoch {early}"}
     title = "accuracy of a shallow CNN, %"
     reports.show(folder, rows, {"accuracy": "accuracy, %"}, title, more, "accuracy", 2)
 
