@@ -152,14 +152,13 @@ class TraceSession:
         lists = snapshot_lists(values)
         outer = self._tracer, self._local, self._entered
         self._tracer, self._local, self._entered = tracer, p.Patches(), set()
-        tracer.reads.name(container_class(root), "forward", forward)
-        watch = Watch(self._enter_globals, tracer.reads)
         failure: Exception | None = None
         # The collector runs code of others in the middle of a forward, which is not judged.
         collecting = gc.isenabled()
         gc.disable()
         try:
-            with ConstantCalls(tracer), watch:
+            tracer.reads.name(container_class(root), "forward", forward)
+            with ConstantCalls(tracer), Watch(self._enter_globals, tracer.reads):
                 output = call(forward, root, values)
                 if tracer.texts:
                     raise TraceFailure("writes, as text, a value known only when it runs")

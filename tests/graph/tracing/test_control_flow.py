@@ -215,3 +215,20 @@ def test_a_module_that_torch_loads_late(monkeypatch):
     monkeypatch.delattr(package, "_flags")
     converted = normswap.convert(Model(), "cn", contexts=3, verify=False)
     assert not normswap.summary(converted).opaque
+
+
+def test_a_forward_refused_before_its_trace_begins_leaves_the_others_theirs():
+    class Keeps(Holder):
+        def forward(self, x, seen=[]):  # noqa: B006
+            return self.b(self.a(x))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Keeps(), Holder()
+
+        def forward(self, x):
+            return self.second.b(self.first(x))
+
+    converted = check(Model())
+    assert set(normswap.summary(converted).opaque) == {"first"}
