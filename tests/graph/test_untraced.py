@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import normswap
+from tests.support.behave import Both, check
 from tests.support.builders import assert_close
 from tests.support.models import MIXED, MODELS, K, convert, make_inputs, make_model, separate
 
@@ -52,3 +53,8 @@ def test_layers_after_norms_are_not():
     x = make_inputs(model)
     converted = normswap.convert(model, "selfnorm", placement="norm", trace=False)
     assert torch.equal(converted(x), model(x))
+
+
+def test_a_python_whose_bytecode_is_not_read_scopes_every_forward(monkeypatch):
+    monkeypatch.setattr("normswap.graph.tracing.trace.PYTHONS", ())
+    check(Both(), opaque="whose bytecode is not read")
