@@ -25,7 +25,9 @@ def draw_beta(
 
 
 def is_captured() -> bool:
-    """Return whether a CUDA graph is recorded on the current stream."""
+    """Return whether eager code is recorded into a CUDA graph on the current stream."""
+    if torch.compiler.is_compiling():  # draws on the device, and cannot ask for the stream
+        return False
     cuda: Any = torch.cuda
     return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
 

@@ -53,3 +53,16 @@ def test_what_is_certain_is_not_drawn(capturing):
     drawn = normswap.Schedule(0, 1, 2)
     drawn.begin()
     assert not drawn.fires(0)
+
+
+def test_compiled_code_does_not_ask_for_the_stream(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    layer, x = normswap.CrossNorm(p=0.5), torch.randn(4, 3, 5, 5)
+    drawn = normswap.Schedule(1.0, 1, 1)
+
+    def forward(x):
+        drawn.begin(x.device)
+        return torch.where(drawn.fires(0, x.device), layer(x), x)
+
+    run = torch.compile(forward, backend="eager", fullgraph=True)
+    assert run(x).shape == x.shape
