@@ -7,9 +7,9 @@ import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from normswap.graph.tracing.uses import ASKS, ATTRIBUTE, COMPARES, find_uses
+from normswap.graph.tracing.uses import ASKS, ATTRIBUTE, COMPARES, find_uses, instructions_of
 
-_SKIPPED = ("CACHE", "PRECALL", "EXTENDED_ARG", "NOP", "PUSH_NULL")
+_SKIPPED = ("PRECALL", "NOP", "PUSH_NULL")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _FREE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 _STORES_OUTSIDE = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
@@ -85,7 +85,7 @@ _KNOWN: "weakref.WeakKeyDictionary[types.CodeType, Code]" = weakref.WeakKeyDicti
 def read_code(code: types.CodeType) -> Code:
     """Read the instructions of a function."""
     if code not in _KNOWN:
-        steps, uses = steps_of(code), find_uses(list(dis.get_instructions(code)))
+        steps, uses = steps_of(code), find_uses(list(instructions_of(code)))
         loads, refused = _find_loads(code, steps, uses), _find_refused(code, steps, uses)
         statements = list(_split(steps, loads))
         _KNOWN[code] = Code(loads, _find_tests(steps), refused, _catches(steps), statements)
@@ -94,7 +94,7 @@ def read_code(code: types.CodeType) -> Code:
 
 def steps_of(code: types.CodeType) -> list[dis.Instruction]:
     """Return the instructions of a function that do something."""
-    return [step for step in dis.get_instructions(code) if step.opname not in _SKIPPED]
+    return [step for step in instructions_of(code) if step.opname not in _SKIPPED]
 
 
 def returns_nothing(code: types.CodeType) -> bool:
@@ -165,9 +165,9 @@ def _find_tests(steps: list[dis.Instruction]) -> dict[int, Test]:
         if name == "IS_OP" or to_none or name.startswith("MATCH_"):
             none = (to_none or previous is None) and not name.startswith("MATCH_")
             tests[step.offset] = Test(tuple(names), none, calls)
-        if name.startswith(("LOAD_FAST", "LOAD_DEREF")) and isinstance(step.argval, str | tuple):
-            names += [step.argval] if isinstance(step.argval, str) else step.argval
-        elif name.startswith(_ENDS) and not name.startswith("STORE_FAST_LOAD"):
+        if name.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            names.append(step.argval)
+        elif name.startswith(_ENDS):
             names, calls = [], False
         calls |= name.startswith("CALL")
         previous = step.argval if name.startswith("LOAD_CONST") else ...
