@@ -17,8 +17,9 @@ order; figures are of the last epoch. By default it tells which of twelve photog
 from; half of the tiles test. --data takes images {train,test}/CLASS/image, or
 DOMAIN/{train,test}/CLASS/image, of which the domains are the contexts and nothing else is done to
 them; --limit is of each part of each domain. --drop-labels 0.25 hides a quarter of the labels from
-training steps, for use where the sensor is not always known. With --tune each method's rate is a third of --lr, it,
-or its threefold, by a fifth of the training images of seed 0; what tests is read once, after that.
+training steps, for use where the sensor is not always known. With --tune each method's rate is a
+third of --lr, it, or its threefold, by a fifth of the training images of seed 0; what tests is read
+once, after that.
 """
 
 from argparse import Namespace
