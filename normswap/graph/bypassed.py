@@ -74,7 +74,7 @@ def _read(code: types.CodeType, names: dict[str, Any]) -> Iterator[str]:
     for step, after in zip(steps, [*steps[1:], None], strict=True):
         kind, name = step.opname, step.argval
         index = kind == "BINARY_SUBSCR" or step.argrepr == "[]"
-        if named and (kind == "CALL" or index):  # getattr(x, "name"), or x["name"]
+        if named and (kind.startswith("CALL") or index):  # getattr(x, "name"), or x["name"]
             named = False
             continue
         named = kind == "LOAD_CONST" and isinstance(value, nn.Module) and isinstance(name, str)
