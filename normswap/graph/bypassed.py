@@ -74,7 +74,7 @@ def _read(code: types.CodeType, names: dict[str, Any]) -> Iterator[str]:
     for step, after in zip(steps, [*steps[1:], None], strict=True):
         kind, name = step.opname, step.argval
         index = kind == "BINARY_SUBSCR" or step.argrepr == "[]"
-        if named and (kind == "CALL" or index):  # getattr(x, "name"), or x["name"]
+        if named and (kind.startswith("CALL") or index):  # getattr(x, "name"), or x["name"]
             named = False
             continue
         named = kind == "LOAD_CONST" and isinstance(value, nn.Module) and isinstance(name, str)
@@ -86,8 +86,7 @@ def _read(code: types.CodeType, names: dict[str, Any]) -> Iterator[str]:
                     yield f"{vars(value)[ORIGINAL].site.fqn}.{name}"
             value = value._modules.get(name) if isinstance(value, nn.Module) else None
         elif kind.startswith(_LOADS):
-            variable = name[-1] if isinstance(name, tuple) and name else name
-            indexed, value = value, None if kind == "LOAD_CONST" else names.get(variable)
+            indexed, value = value, None if kind == "LOAD_CONST" else names.get(name)
         elif index:  # which of them may be known when it runs
             parts = indexed.children() if isinstance(indexed, nn.Module) else ()
             value = next((part for part in parts if ORIGINAL in vars(part)), None)

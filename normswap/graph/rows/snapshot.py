@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import types
+import warnings
 from collections import deque
 from collections.abc import Collection, Iterator, MutableMapping
 from typing import Any
@@ -216,7 +217,11 @@ def _restore_table(holder: Any, names: Collection[str] | None, kept: dict[Any, A
 def _copied(value: Any) -> Any:
     """Return a copy of an iterator, where one keeps its state; anything else as it is."""
     iterates = isinstance(value, Iterator) and type(value).__module__ in _COPYABLE
-    return copy.copy(value) if iterates and not isinstance(value, types.GeneratorType) else value
+    if not iterates or isinstance(value, types.GeneratorType):
+        return value
+    with warnings.catch_warnings():  # from Python 3.12 on, that a later one has no such copies
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return copy.copy(value)
 
 
 def _holds(collection: Any, kept: Any) -> bool:

@@ -7,9 +7,9 @@ import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from normswap.graph.tracing.uses import ASKS, ATTRIBUTE, COMPARES, find_uses
+from normswap.graph.tracing.uses import ASKS, ATTRIBUTE, COMPARES, find_uses, instructions_of
 
-_SKIPPED = ("CACHE", "PRECALL", "EXTENDED_ARG", "NOP", "PUSH_NULL")
+_SKIPPED = ("PRECALL", "NOP", "PUSH_NULL")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _FREE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 _STORES_OUTSIDE = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
@@ -85,7 +85,7 @@ _KNOWN: "weakref.WeakKeyDictionary[types.CodeType, Code]" = weakref.WeakKeyDicti
 def read_code(code: types.CodeType) -> Code:
     """Read the instructions of a function."""
     if code not in _KNOWN:
-        steps, uses = steps_of(code), find_uses(list(dis.get_instructions(code)))
+        steps, uses = steps_of(code), find_uses(list(instructions_of(code)))
         loads, refused = _find_loads(code, steps, uses), _find_refused(code, steps, uses)
         statements = list(_split(steps, loads))
         _KNOWN[code] = Code(loads, _find_tests(steps), refused, _catches(steps), statements)
@@ -94,15 +94,16 @@ def read_code(code: types.CodeType) -> Code:
 
 def steps_of(code: types.CodeType) -> list[dis.Instruction]:
     """Return the instructions of a function that do something."""
-    return [step for step in dis.get_instructions(code) if step.opname not in _SKIPPED]
+    return [step for step in instructions_of(code) if step.opname not in _SKIPPED]
 
 
 def returns_nothing(code: types.CodeType) -> bool:
     """Return whether a function can only return None."""
-    steps = steps_of(code)
-    ends = [(a, b) for a, b in itertools.pairwise([None, *steps]) if b and "RETURN" in b.opname]
-    constants = [b if b.opname == "RETURN_CONST" else a for a, b in ends]
-    return all(c is not None and "CONST" in c.opname and c.argval is None for c in constants)
+    pairs = itertools.pairwise([None, *steps_of(code)])
+    ends = [(a, b) for a, b in pairs if b is not None and "RETURN" in b.opname]
+    # What is jumped to returns one value of several: x if c else None.
+    last = [b if b.opname == "RETURN_CONST" else None if b.is_jump_target else a for a, b in ends]
+    return all(c is not None and "CONST" in c.opname and c.argval is None for c in last)
 
 
 def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -158,19 +159,20 @@ def _find_tests(steps: list[dis.Instruction]) -> dict[int, Test]:
     tests = {}
     names: list[str] = []
     calls = False
-    previous: object = ...
+    before, constant = "", object()
     for step in steps:
         name = step.opname
         to_none = name.endswith(("_IF_NONE", "_IF_NOT_NONE"))
         if name == "IS_OP" or to_none or name.startswith("MATCH_"):
-            none = (to_none or previous is None) and not name.startswith("MATCH_")
+            none = (to_none or constant is None) and not name.startswith("MATCH_")
             tests[step.offset] = Test(tuple(names), none, calls)
-        if name.startswith(("LOAD_FAST", "LOAD_DEREF")) and isinstance(step.argval, str | tuple):
-            names += [step.argval] if isinstance(step.argval, str) else step.argval
-        elif name.startswith(_ENDS) and not name.startswith("STORE_FAST_LOAD"):
+        named = before.startswith(("COPY", "DUP_TOP")) and name.startswith("STORE_")  # y := x
+        if named or name.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            names.append(step.argval)
+        elif name.startswith(_ENDS) and not name.startswith("JUMP"):  # x if c else y
             names, calls = [], False
         calls |= name.startswith("CALL")
-        previous = step.argval if name.startswith("LOAD_CONST") else ...
+        before, constant = name, step.argval if name.startswith("LOAD_CONST") else ...
     return tests
 
 

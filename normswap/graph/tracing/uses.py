@@ -1,6 +1,8 @@
 """Read from the code of a function what it does with a name that it loads."""
 
 import dis
+import re
+import types
 from collections.abc import Iterator, Sequence
 
 COMPARES = {"IS_OP", "COMPARE_OP", "CONTAINS_OP"}
@@ -8,8 +10,27 @@ ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 # What is done with a name, as far as it matters.
 ASKS, SETS, RENAMES = "asks", "sets", "renames"
 _ASKING = ("isinstance", "issubclass", "super")
-_KINDS = ("LOAD_", "BUILD_TUPLE", "BUILD_SET", "BINARY_OP", "BINARY_OR", "CACHE", "PUSH_NULL")
+_KINDS = ("LOAD_", "BUILD_TUPLE", "BUILD_SET", "BINARY_OP", "BINARY_OR", "PUSH_NULL")
 _RENAMED = ("COPY", "DUP_TOP", "JUMP", "RETURN", "YIELD", "LIST_")
+_MOVES = re.compile("LOAD_FAST|STORE_FAST")
+
+
+def instructions_of(code: types.CodeType) -> Iterator[dis.Instruction]:
+    """Yield the instructions of a function, as all versions of Python have them.
+
+    One that moves two variables is a move of each. One whose argument needs several bytes is
+    where these begin, as a frame that runs it says.
+    """
+    start = None
+    for step in dis.get_instructions(code):
+        start = step.offset if start is None else start
+        if step.opname == "EXTENDED_ARG":
+            continue
+        names = _MOVES.findall(step.opname) or [step.opname]
+        values = step.argval if len(names) > 1 else [step.argval]
+        for name, value in zip(names, values, strict=True):
+            yield step._replace(opname=name, opcode=dis.opmap[name], argval=value, offset=start)
+        start = None
 
 
 def find_uses(steps: Sequence[dis.Instruction]) -> dict[int, str]:
@@ -23,9 +44,9 @@ def find_uses(steps: Sequence[dis.Instruction]) -> dict[int, str]:
         if not step.opname.startswith("LOAD_"):
             continue
         end = place + 1
-        while end < len(steps) and steps[end].opname in (*ATTRIBUTE, "CACHE", "EXTENDED_ARG"):
+        while end < len(steps) and steps[end].opname in ATTRIBUTE:
             end += 1
-        chain = [s for s in steps[place + 1 : end] if s.opname in ATTRIBUTE]
+        chain = steps[place + 1 : end]
         after = steps[end].opname if end < len(steps) else ""
         if after in ("STORE_ATTR", "DELETE_ATTR"):
             use = SETS

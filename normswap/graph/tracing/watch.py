@@ -41,6 +41,8 @@ class Watch:
 
     def __enter__(self) -> None:
         self._outer, self._start = sys.gettrace(), sys._getframe(1)
+        # Python 3.12 tells of instructions only after a frame had asked before it was traced.
+        sys._getframe().f_trace_opcodes = True
         sys.settrace(self._enter_frame)
 
     def __exit__(self, *exc: object) -> None:
@@ -66,7 +68,6 @@ class Watch:
             self._refused[frame.f_code] = refused
         if not refused and not code.tests:
             return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
         stops = refused
 
         def step(frame: types.FrameType, event: str, arg: Any) -> Callable[..., Any]:
@@ -78,6 +79,8 @@ class Watch:
                     _check_test(test, frame.f_locals)
             return step
 
+        # Python 3.13 tells of instructions only where a frame is traced when it asks.
+        frame.f_trace, frame.f_trace_opcodes, frame.f_trace_lines = step, True, False
         return step
 
     def _let_load(self, frame: types.FrameType) -> Callable[..., Any]:

@@ -77,11 +77,14 @@ def test_hooks_of_the_user_run_once_a_call_and_modes_and_flags_stay():
 
 @pytest.mark.parametrize("trace", [True, False])
 @pytest.mark.parametrize("when", ["before", "after", "measured before"])
-@pytest.mark.parametrize("kind", ["hook", "pre-hook", "partial"])
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "partial", "either"])
 def test_hooks_that_put_samples_in_another_order_are_measured(kind, when, trace):
     def register(module):
         if kind == "pre-hook":
             return module.register_forward_pre_hook(lambda m, args: (args[0].flip(0),))
+        if kind == "either":
+            hook = lambda m, args, y: y.flip(0) if len(y) > 1 else None  # noqa: E731
+            return module.register_forward_hook(hook)
         turn = lambda axis, m, args, y: y.flip(axis)  # noqa: E731
         hook = functools.partial(turn, 0) if kind == "partial" else lambda m, args, y: y.flip(0)
         return module.register_forward_hook(hook)

@@ -1,5 +1,6 @@
 """Values that may be None, compared, passed on or returned."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -39,6 +40,41 @@ def test_none_from_a_child():
             return y
 
     check(Model(), opaque="is None, known only")
+
+
+class Uncertain(Holder):
+    def __init__(self):
+        super().__init__()
+        self.maybe, self.asks = Maybe(False), True
+
+
+class InOneLine(Uncertain):
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return y if (found := self.maybe(x)) is None else y * found
+
+
+class OfTwo(Uncertain):
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return y * 2 if (self.maybe(x) if self.asks else x) is None else y
+
+
+class TheOtherOfTwo(Uncertain):
+    def forward(self, x):
+        y, found = self.b(self.a(x)), self.maybe(x)
+        return y * 2 if (found if self.asks else x) is None else y
+
+
+class InAList(Uncertain):
+    def forward(self, x):
+        y, found = self.b(self.a(x)), [self.maybe(x)]
+        return y * len([value for value in found if value is None])
+
+
+@pytest.mark.parametrize("kind", [InOneLine, OfTwo, TheOtherOfTwo, InAList])
+def test_none_wherever_an_expression_takes_it_from(kind):
+    check(kind(), opaque="is None, known only")
 
 
 def test_none_from_a_function():

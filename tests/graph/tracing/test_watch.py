@@ -1,0 +1,30 @@
+"""Each instruction of a forward is seen before it runs."""
+
+import subprocess
+import sys
+
+from tests.support.behave import Block, check
+
+runs = 0
+
+
+class Counting(Block):
+    def forward(self, x):
+        global runs
+        runs += 1
+        return super().forward(x)
+
+
+def test_the_first_forward_of_a_process():
+    code = f"from {__name__} import Counting, check; check(Counting(), opaque='sets runs outside')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_forward_of_so_many_names_that_their_numbers_need_two_bytes():
+    never = "".join(f"        name{number}\n" for number in range(300))
+    code = f"def forward(self, x):\n    global runs\n    if x is None:\n{never}    runs = 1\n"
+    scope = {}
+    exec(f"{code}    return self.norm(self.conv(x))\n", scope)
+    check(type("Long", (Block,), dict(scope, __module__=__name__))(), opaque="sets runs outside")
+    assert "runs" in scope  # by a run, not by the trace
