@@ -29,43 +29,36 @@ from recipes.examples.digits import SCANNERS, Digits
 torch_core.norm_types += (ContextLayer,)
 
 
-def rows():
-    """Return (image, name of the scanner, class) of all digits, and which of them validate."""
-    train, valid = Digits(train=True, size=16), Digits(train=False, size=16)
-    items = [(image, scanner, int(c)) for part in (train, valid) for image, c, scanner in part]
-    return items, range(len(train), len(items))
-
-
 def main(folder="runs/examples/fastai"):
     """Train, save and load; return the loaded model and its accuracy."""
     set_seed(0)
-    items, valid = rows()
+    train, valid = Digits(train=True, size=16), Digits(train=False, size=16)
+    items = [(image, int(digit), scanner) for image, digit, scanner in (*train, *valid)]
     block = DataBlock(
-        # Of two inputs: the image (ImageBlock for files) and the context, in the order of SCANNERS.
-        blocks=(TransformBlock, CategoryBlock(SCANNERS, sort=False), CategoryBlock),
+        # Two inputs: an image (ImageBlock for files), its context in the order of SCANNERS.
+        blocks=(TransformBlock, CategoryBlock(SCANNERS, sort=False), CategoryBlock(range(10))),
         n_inp=2,
-        getters=[ItemGetter(0), ItemGetter(1), ItemGetter(2)],
-        splitter=IndexSplitter(valid),
+        getters=[ItemGetter(0), ItemGetter(2), ItemGetter(1)],
+        splitter=IndexSplitter(range(len(train), len(items))),
     )
-    data = block.dataloaders(items, bs=60, device="cpu")
+    data = block.dataloaders(items, bs=60, device="cpu", num_workers=0)
 
     original = timm.create_model("test_resnet", in_chans=1, num_classes=10)
-    model = normswap.convert(original, "cn", contexts=SCANNERS)  # then the Learner
-    settings = {"loss_func": CrossEntropyLossFlat(), "metrics": accuracy, "path": Path(folder)}
-    learner = Learner(data, model, **settings)
+    model = normswap.convert(original, "cn", contexts=SCANNERS)  # of a vision_learner: its .model
+    learner = Learner(data, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     with learner.no_bar():
         learner.fit_one_cycle(6, 0.01)
 
-    # fastai's own file holds the Learner with the converted model, normswap's what was trained.
-    learner.export("learner.pkl")
-    again = load_learner(Path(folder) / "learner.pkl")
+    # fastai's own file holds a converted model; normswap's what changed since the conversion.
     normswap.save(model, Path(folder) / "norms")
-    again.model = normswap.load(original, Path(folder) / "norms")
-    with again.no_bar():
-        predictions, classes = again.get_preds(dl=again.dls.test_dl(items[-597:], with_labels=True))
-    score = accuracy(predictions, classes).item()
+    learner.path = Path(folder)
+    learner.export()
+    learner = load_learner(Path(folder) / "export.pkl")
+    learner.model = normswap.load(original, Path(folder) / "norms")
+    with learner.no_bar():
+        _, score = learner.validate(dl=learner.dls.test_dl(items[len(train) :], with_labels=True))
     print(f"accuracy {score:.3f}, after loading {folder}/norms")
-    return again.model, score
+    return learner.model, score
 
 
 if __name__ == "__main__":
