@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch._prims_common import suggest_memory_format
+from torch.nn.functional import pad
 
 from normswap.errors import ContextError
 from normswap.util.arguments import check_flag, check_number, describe
@@ -87,9 +87,9 @@ class WithPriors(Resettable):
             state[prefix + "priors"] = known if like is None else known.to(like.device)
 
     def mixing(self, dtype: torch.dtype) -> Tensor:
-        """Return what samples without a label weigh each context with, (K,): lambda, summing to one.
+        """Return lambda, (K,), summing to one again; 0 where a context answers no unknown labels.
 
-        It is 0 for contexts that do not answer for such samples.
+        Both a cast and `add_context` change the sum.
         """
         priors = self.priors.to(dtype)
         if self.answering is not None:

@@ -67,7 +67,7 @@ def test_they_are_those_of_the_loop_over_the_contexts_before(unknown):
     base = nn.Sequential(trained_norm().double())
     x, labels = make_batch((6, 4, 3, 5)), [-1] * 6
     for method in ("cn", "cn-x"):
-        given = {"contexts": 2, "priors": [0.7, 0.3], "unknown": unknown}
+        given = {"contexts": ["a", "b"], "priors": [0.7, 0.3], "unknown": unknown}
         layer = add(separate(normswap.convert(base, method, **given)))[0]
         if method == "cn":
             running = oracles.Running(layer.running_mean[:2], layer.running_var[:2], [1, 1])
