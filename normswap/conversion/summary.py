@@ -13,8 +13,9 @@ from normswap.graph.reach import find_reach
 from normswap.graph.state import context_argument
 from normswap.lifecycle.original import original_of
 from normswap.lifecycle.record import Record
-from normswap.methods.base import Method, get_method
+from normswap.methods.base import Contexts, Method, get_method
 from normswap.report import Report
+from normswap.util.arguments import listed
 
 
 def summarise(root: nn.Module, record: Record) -> Report:
@@ -45,14 +46,13 @@ def summarise(root: nn.Module, record: Record) -> Report:
                     weights = record.contexts.priors.to(statistics.mean.device)
                 row.divergence = gaussian_divergence(statistics, weights)
     sizes = [(p.numel(), p.requires_grad) for p in root.parameters() if not is_lazy(p)]
-    unknown = record.contexts.unknown
     return Report(
         model=record.model,
         method=record.method,
         options=asdict(record.options),
         contexts=record.contexts.names if method.needs_context else (),
         priors=tuple(record.contexts.priors.tolist()) if method.needs_context else (),
-        unknown=record.contexts.names[unknown] if isinstance(unknown, int) else unknown,
+        unknown=_policy(record.contexts),
         rows=rows,
         opaque=reach.opaque,
         traced=reach.traced,
@@ -62,3 +62,12 @@ def summarise(root: nn.Module, record: Record) -> Report:
         parameters=sum(size for size, _ in sizes),
         trainable=sum(size for size, trained in sizes if trained),
     )
+
+
+def _policy(contexts: Contexts) -> str:
+    """Return what samples without a label get, in words."""
+    names, unknown = contexts.names, contexts.unknown
+    if isinstance(unknown, int):
+        return names[unknown]
+    few = unknown != "error" and contexts.answering is not None
+    return f"{unknown} of {listed(names[: contexts.answering])}" if few else unknown

@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 # Where Triton's kernels run, and what they read; float64 is for torch's operators.
 DEVICES = ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TYPES = (Tensor, nn.Parameter)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,6 +30,11 @@ def is_eager() -> bool:
     return not transformed and forward_ad._current_level < 0
 
 
+def is_plain(t: Tensor) -> bool:
+    """Return whether a tensor is torch's own: kernels do not know what a subclass overrides."""
+    return type(t) in (Tensor, nn.Parameter)
+
+
 def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
     """Return a module of `normswap.functional.triton` if it serves x here and now, else None.
 
@@ -42,10 +46,10 @@ def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
     device, dtype = x.device, x.dtype
     if device.type not in DEVICES or dtype not in _DTYPES or x.dim() < 3 or not is_eager():
         return None
-    if type(x) not in _TYPES or x.numel() == 0:
+    if not is_plain(x) or x.numel() == 0:
         return None
     for t in tables:
-        if t is not None and not (type(t) in _TYPES and t.is_contiguous() and t.device == device):
+        if t is not None and not (is_plain(t) and t.is_contiguous() and t.device == device):
             return None
     if os.environ.get("NORMSWAP_TRITON") == "0" or not _works(device, dtype):
         return None

@@ -80,6 +80,8 @@ def resolve_labels(
         raise ContextError(
             f"expected `context` of shape (N,), one label per sample, got {tuple(labels.shape)}"
         )
+    if is_eager() and type(labels).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        labels = labels.as_subclass(Tensor)  # what fastai's pick would be of their class, too
     whole = labels.dim() == 0
     labels = labels.long().reshape(-1)
     limits = _check_range(labels, num_contexts, names)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from normswap.functional.backend import is_eager
+from normswap.functional.backend import is_eager, is_plain
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_by_formula
 from normswap.functional.moments import Moments, compute_dtype
 
@@ -41,9 +41,10 @@ def norm_elements(
 ) -> Normalized:
     """Compute `norm_elements_by_formula` with memory that does not grow with K, and faster.
 
-    Under torch.compile, functorch and forward-mode derivatives the plain formulas run instead.
+    Under torch.compile, functorch and forward-mode derivatives, and on subclasses of tensors, the
+    plain formulas run instead.
     """
-    if not is_eager():
+    if not (is_eager() and is_plain(x)):
         return norm_elements_by_formula(x, mixture, gain, bias, given, eps, batch)
     y, mass, mean, var = _ElementNorm.apply(x, *mixture, gain, bias, *given, eps, batch)
     return Normalized(y, mass, Moments(mean, var))

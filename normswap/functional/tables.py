@@ -4,18 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
-from normswap.functional.backend import is_eager, triton_for
+from normswap.functional.backend import is_eager, is_plain, triton_for
 from normswap.functional.moments import compute_dtype, pick_rows, segment_sum
 
 
 def uses_kernels(x: Tensor) -> bool:
     """Return whether x can go through the kernels here and now."""
-    return is_eager() and type(x) in (Tensor, nn.Parameter) and kernels.suits(x)
+    return is_eager() and is_plain(x) and kernels.suits(x)
 
 
 def records(tensors: Sequence[Tensor]) -> bool:

@@ -38,7 +38,8 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
     For loops that cannot pass ``context=`` themselves. The model may be wrapped (compiled,
     distributed). Blocks nest; None hides the labels of an outer block. A block belongs to its
     thread and its asyncio task: work handed to another thread takes it along by
-    ``contextvars.copy_context().run``. Backward may run after the block.
+    ``contextvars.copy_context().run``. Backward may run after the block. Inside compiled code, a
+    list of names is compiled in: enter the block outside, or give it a tensor.
 
     Sliding windows are samples to the model: where windows of several volumes share a batch, as in
     MONAI's ``sliding_window_inference``, take each one's label by its place, which MONAI gives

@@ -16,7 +16,7 @@ from normswap.methods.base import Contexts, Method, get_method
 from normswap.methods.layer import POLICIES
 from normswap.methods.layer_tensors import has_no_values
 from normswap.methods.norm_values import pick
-from normswap.util.arguments import describe
+from normswap.util.arguments import check_flag, describe
 
 # A share far smaller rounds to zero in the layers, which divide by its root.
 _LEAST = 1e-6
@@ -28,6 +28,7 @@ def add_context(
     *,
     like: str | int = "pooled",
     share: float | None = None,
+    keep_unknown: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
     """Add a context to a converted model, in place.
@@ -36,7 +37,8 @@ def add_context(
     changes, to the bit. Answers without a label do change where the policy looks at all contexts:
     under ``unknown="pooled"`` the mixture has one more part (with ``like="pooled"`` its mean,
     variance and affine stay what they are until the new context is trained), under "posterior" one
-    more candidate. A warning says so; `set_unknown` chooses another policy.
+    more candidate. A warning says so. With `keep_unknown` they are what they were, up to rounding,
+    also while the new context is trained and after `save` and `load`.
 
     Parameters with a row a context are replaced by new ones: pass the `optimizer`, or make it
     anew, else it goes on with the old ones in silence. In its state the new row is that of `like`,
@@ -50,6 +52,9 @@ def add_context(
         share: prior probability of the new context, 1 / (K + 1) by default, at least 1e-6 away from
             0 and 1; the others keep their ratios. The layers' buffers `priors` are appended to and
             not scaled, since CN divides by their roots; their sum is then no longer one.
+        keep_unknown: whether the new context is kept out of the mixture that "pooled", "posterior"
+            and ``specialize(model, "pooled")`` take, as any added later then is. `set_unknown` lets
+            them look at all contexts again.
         optimizer: one that trains these parameters; torch's, timm's, or any that keeps its state
             by parameter and row.
 
@@ -58,7 +63,8 @@ def add_context(
 
     Raises:
         ConversionError: not a converted model; a method without contexts; a name that is taken;
-            an optimizer, or a hook on a parameter, that cannot follow. Nothing is changed then.
+            an optimizer, or a hook on a parameter, that cannot follow; a flag that is no bool.
+            Nothing is changed then.
         UnknownNameError, ContextError: no such context as `like`.
 
     Warns:
@@ -66,6 +72,7 @@ def add_context(
     """
     root, record = find_root(model)
     method, contexts = _check(model, root, record)
+    check_flag("keep_unknown", keep_unknown)
     name = str(contexts.count) if name is None else name
     _check_name(name, contexts)
     index = context_or_pooled(record, like)
@@ -94,7 +101,9 @@ def add_context(
                 grown[old] = _grown_parameter(old, table)
     plans = [] if optimizer is None else plan_growth(optimizer, parameters, mix)
     priors = torch.cat([weights * (1 - share), weights.new_tensor([share])])
-    after = replace(contexts, names=(*contexts.names, name), priors=priors)
+    answering = contexts.answering or (count if keep_unknown else None)
+    names = (*contexts.names, name)
+    after = replace(contexts, names=names, priors=priors, answering=answering)
     # Nothing below can fail.
     for where, layer in layers.items():
         _write(layer, tables[where], grown, after)
@@ -105,11 +114,12 @@ def add_context(
     _note(record, after, layers)
     policy = contexts.unknown
     # The mixture stays the same function where all its parts are like one.
-    if count > 1 and (policy == "posterior" or (policy == "pooled" and index is not None)):
+    looks = count > 1 and answering is None
+    if looks and (policy == "posterior" or (policy == "pooled" and index is not None)):
         warnings.warn(
             f"samples without a label are now answered by context {name!r} too, for a share of "
-            f"{share:.3g} (unknown={policy!r}); normswap.set_unknown chooses a policy that does "
-            "not look at all contexts",
+            f"{share:.3g} (unknown={policy!r}); add_context(..., keep_unknown=True) keeps them as "
+            "they were",
             ContextWarning,
             stacklevel=2,
         )
@@ -197,7 +207,9 @@ def _write(
             layer._parameters[key] = grown[old]
         else:
             layer._buffers[key] = table
-    layer.__dict__.update(num_contexts=contexts.count, names=contexts.names)
+    layer.__dict__.update(
+        num_contexts=contexts.count, names=contexts.names, answering=contexts.answering
+    )
 
 
 def _note(record: Record, contexts: Contexts, layers: dict[str, nn.Module]) -> None:

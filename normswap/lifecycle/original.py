@@ -70,7 +70,7 @@ def make_layer(
                 f"which labels are handed, got {type(layer).__name__}; without labels, set "
                 "needs_context = False"
             )
-        layer.names = contexts.names
+        layer.names, layer.answering = contexts.names, contexts.answering
     elif not isinstance(layer, NormLayer):
         layer.to(site.device, site.dtype)
     return layer

@@ -37,8 +37,9 @@ def update_stats(
 ) -> dict[str, int]:
     """Measure running statistics anew: the plain average over the batches, in place.
 
-    What `torch.optim.swa_utils.update_bn` does, which finds BatchNorm alone: after weights were
-    averaged, or edited, statistics are those of other weights. Covers CN (each context from its
+    What `torch.optim.swa_utils.update_bn` does, and the last epoch of Lightning's
+    `StochasticWeightAveraging`, which find BatchNorm alone: after weights were averaged, or edited,
+    statistics are those of other weights. Covers CN (each context from its
     own samples), ACN, SelfNorm, and batch and instance norms that were not replaced; frozen ones
     stay. Those layers run in training mode, the rest of the model in eval mode.
 

@@ -14,6 +14,7 @@ from normswap.methods.layer import ContextLayer
 def set_unknown(model: nn.Module, unknown: str) -> None:
     """Choose anew what a sample without a label gets in eval, in place.
 
+    "pooled" and "posterior" look at all contexts, also at those that `add_context` kept out.
     The choice is part of the model: copies, pickles and `save` keep it, a state dict does not. No
     parameter or statistic changes, so that policies can be compared after one training.
 
@@ -34,7 +35,7 @@ def set_unknown(model: nn.Module, unknown: str) -> None:
     policy = policy_of(unknown, record.contexts.names)
     for layer in method_layers(root).values():
         if isinstance(layer, ContextLayer):
-            layer.unknown = policy
+            layer.unknown, layer.answering = policy, None
     for scope in scopes_of(root):
         scope.watch.quiet = True
-    record.contexts = replace(record.contexts, unknown=policy)
+    record.contexts = replace(record.contexts, unknown=policy, answering=None)

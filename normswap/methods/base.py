@@ -24,11 +24,13 @@ class Contexts:
         names: one a context; its length is K.
         priors: lambda, (K,) float64, positive, sums to one.
         unknown: policy for samples without a label: "error", "pooled", "posterior" or an index.
+        answering: how many contexts, the first ones, these samples are answered by; None for all.
     """
 
     names: tuple[str, ...]
     priors: Tensor
     unknown: str | int = "pooled"
+    answering: int | None = None
 
     @property
     def count(self) -> int:

@@ -186,7 +186,7 @@ class ContextLayer(WithPriors, NormLayer):
         if isinstance(self.unknown, int):
             pooled = (self.unknown, self.unknown + 1)
         else:
-            pooled = (0, 0 if self.unknown == "error" else self.num_contexts)
+            pooled = (0, 0 if self.unknown == "error" else self.answering or self.num_contexts)
         return pooled if unlabelled else None
 
     def weighs(self, unlabelled: bool) -> bool:
@@ -196,9 +196,10 @@ class ContextLayer(WithPriors, NormLayer):
     def find_triton(self, x: Tensor, unlabelled: bool, *tables: Tensor | None) -> Any:
         """Return the module of Triton's kernels for this layer where they serve, else None.
 
-        They don't where samples without a label weigh more contexts than kernels do.
+        They don't where samples without a label weigh more contexts than kernels do, or not all.
         """
-        if self.weighs(unlabelled) and self.num_contexts > self.most_weighed:
+        few = self.num_contexts <= self.most_weighed and self.answering is None
+        if self.weighs(unlabelled) and not few:
             return None
         return triton_for(x, self.kernels, *tables)
 
@@ -256,4 +257,5 @@ class ContextLayer(WithPriors, NormLayer):
     def extra_repr(self) -> str:
         """List the settings, non-default ones last."""
         text = f"{self.num_features}, num_contexts={self.num_contexts}"
-        return text if self.unknown == "pooled" else f"{text}, unknown={self.unknown!r}"
+        text += "" if self.unknown == "pooled" else f", unknown={self.unknown!r}"
+        return text if self.answering is None else f"{text}, answering={self.answering}"

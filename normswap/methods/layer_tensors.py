@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
+from torch.nn.functional import pad
 
 from normswap.errors import ContextError
 from normswap.util.arguments import check_flag, check_number, describe
@@ -42,6 +43,7 @@ class WithPriors(Resettable):
     priors: Tensor
     kept_priors: Tensor | None = None  # their values, while they are on the meta device
     num_contexts: int
+    answering: int | None = None  # how many contexts answer for unknown labels, where not all
 
     def add_priors(
         self, priors: Tensor | None, device: torch.device | None, dtype: torch.dtype | None
@@ -85,8 +87,13 @@ class WithPriors(Resettable):
             state[prefix + "priors"] = known if like is None else known.to(like.device)
 
     def mixing(self, dtype: torch.dtype) -> Tensor:
-        """Return lambda, (K,), summing to one again after what a cast rounded."""
+        """Return lambda, (K,), summing to one again; 0 where a context answers no unknown labels.
+
+        Both a cast and `add_context` change the sum.
+        """
         priors = self.priors.to(dtype)
+        if self.answering is not None:
+            priors = pad(priors[: self.answering], (0, self.num_contexts - self.answering))
         return priors / priors.sum()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:

@@ -94,6 +94,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
         "contexts": list(record.contexts.names),
         "priors": record.contexts.priors.tolist(),
         "unknown": record.contexts.unknown,
+        "answering": record.contexts.answering,
         "sites": sorted({row.fqn for row in record.rows if _is_site(row)}),
         "base": describe_original(root),
         "values": checksums(
@@ -203,6 +204,7 @@ def _decide(base: nn.Module, content: dict[str, Any], sites: set[str]) -> tuple[
             tuple(content["contexts"]),
             torch.tensor(content["priors"], dtype=torch.float64),
             content["unknown"],
+            content["answering"],
         )
     placement = content["placement"]
     target = find_target(base, method, options, placement, lambda name, _: name in sites, None)

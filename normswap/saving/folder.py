@@ -20,7 +20,7 @@ from normswap.util.read_file import read_file
 from normswap.util.whole_file import digest, digest_of, write_pair
 
 DESCRIPTION = "normswap.json"
-FORMAT = 2  # 1 has no samples
+FORMAT = 3  # 1 has no samples, 2 no number of answering contexts
 _TENSORS = r"tensors-[0-9a-f]{16}\.safetensors"
 _MOST_DESCRIPTION = 1 << 28
 
@@ -132,6 +132,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} was changed after it was written; save again")
     if version == 1:
         content["samples"] = {}
+    if version < 3:
+        content["answering"] = None
     wrong = find_wrong(content)
     if wrong is not None:
         raise CheckpointError(f"{path} is not a description that normswap.save wrote: {wrong}")

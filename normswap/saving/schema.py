@@ -17,6 +17,8 @@ def find_wrong(content: dict[str, Any]) -> str | None:
         return f"expected {len(count)} priors, one a context, got {len(priors)}"
     if isinstance(unknown, int) and unknown not in range(len(count)):
         return f"expected 'unknown' as one of {len(count)} contexts, got {unknown}"
+    if content["answering"] is not None and not 0 < content["answering"] <= len(count):
+        return f"expected 'answering' as up to {len(count)} contexts, got {content['answering']}"
     return None
 
 
@@ -86,6 +88,7 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "contexts": ("distinct names", lambda v: _is_texts(v) and len(v) > 0),
     "priors": ("positive numbers", _is_priors),
     "unknown": ("a policy or an index", lambda v: type(v) is int or _is_text(v)),
+    "answering": ("a number or null", lambda v: v is None or _is_count(v)),
     "sites": ("distinct names", _is_texts),
     "base": ("a class, norms and tensors", _is_base),
     "values": ("checksums by name", _is_sums),

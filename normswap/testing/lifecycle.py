@@ -154,6 +154,9 @@ def check_adds_contexts(case: Case) -> None:
     given: list[Labels] = [0, 1, 2, LABELS]
     before = [case.in_eval(model, x, label) for label in given]
     unknown = case.in_eval(model, x)
+    kept = copy.deepcopy(model)
+    add_context(kept, "d", like="b", keep_unknown=True)
+    require_close(case.in_eval(kept, x), unknown, "without a label, with keep_unknown=True")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ContextWarning)
         indices = [

@@ -1,10 +1,13 @@
 """Triton's kernels serve where they can, and torch's operators where they can't."""
 
+import copy
 import sys
 
 import pytest
 import torch
+from torch import nn
 
+import normswap
 from normswap.functional import backend, kernels
 from tests.support.builders import assert_close, make_batch
 
@@ -59,3 +62,30 @@ def test_without_triton_torch_serves_and_it_is_said_once(on_a_cpu, monkeypatch):
         found = kernels.stats(x)
     assert_close(found.mean, x.double().mean((2, 3)), 1e-6)
     kernels.stats(x)  # warnings are errors here
+
+
+class Tagged(torch.Tensor):
+    """As images and labels of fastai and MONAI are."""
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", ["cn", "cn-x", "acn", "crossnorm", "selfnorm"])
+def test_tensors_of_a_subclass_compute_what_plain_ones_do(method, training):
+    net = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.BatchNorm2d(4)).double()
+    model = normswap.convert(net, method, **({"contexts": 2} if method.startswith("cn") else {}))
+    model.train(training)
+    x, labels = torch.randn(6, 4, 3, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, -1, 1])
+
+    def run(x, labels):
+        given = {"context": labels} if method.startswith("cn") else {}
+        twin = copy.deepcopy(model)
+        torch.manual_seed(0)
+        y = twin(x, **given)
+        y.square().sum().backward()
+        return type(y), [y.detach().as_subclass(torch.Tensor), *(p.grad for p in twin.parameters())]
+
+    _, expected = run(x, labels)
+    kind, actual = run(x.as_subclass(Tagged), labels.as_subclass(Tagged))
+    assert kind is Tagged
+    assert run(x, labels.as_subclass(Tagged))[0] is torch.Tensor
+    torch.testing.assert_close(actual, expected)

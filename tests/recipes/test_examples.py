@@ -16,6 +16,7 @@ EXAMPLES = {
     "timm_style": ("timm", 0.7),  # (0.1)
     "torchvision_detection": ("torchvision", 0.6),  # (0.05)
     "monai_sites": ("monai", 0.6),  # Dice (0.01)
+    "fastai_learner": ("fastai", 0.8),  # (0.1)
     "ultralytics_cameras": ("ultralytics", 0.5),  # mAP50 (0)
 }
 

@@ -284,6 +284,23 @@ def test_one_label_for_all(maker):
         assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("maker", [make_cn, make_weighing, make_cnx])
+def test_where_the_first_two_contexts_answer_for_unknown_labels(maker, training):
+    layer = maker(6, 4, PRIORS, torch.float32).train(training)
+    layer.answering = 2
+    by_formula = copy.deepcopy(layer).double()  # float64 is for torch's operators
+    x, dy = make()
+
+    def run(layer, x, dy):
+        y = layer(x, as_labels(LABELS))
+        return [y, *torch.autograd.grad(y, (x, *layer.parameters()), dy)]
+
+    wide = run(by_formula, x.detach().double().requires_grad_(), dy.double())
+    for found, expected in zip(run(layer, x, dy), wide, strict=True):
+        assert_close(found, expected, SHARE[x.dtype])
+
+
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero)")
 @pytest.mark.parametrize("maker", [make_cn, make_cnx])
 def test_where_unknown_labels_are_an_error_their_rows_are_not_numbers(maker):
