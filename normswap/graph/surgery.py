@@ -166,6 +166,7 @@ def _parts_of(value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
 
     The table is None where the part cannot be exchanged for another.
     """
+    fixed: list[Any]
     if isinstance(value, types.FunctionType):
         fixed, kind = list(find_pinned(value)), "a function"
     elif isinstance(value, functools.partial):
