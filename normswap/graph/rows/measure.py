@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.graph.rows.decode import change_of, code, is_open, moves_others, settle
+from normswap.graph.rows.decode import change_of, code, hold_once, is_open, moves_others, settle
 from normswap.graph.rows.plans import Step
-from normswap.graph.rows.samples import HOWS, exchange, fresh, is_content, rebuild, rolled
+from normswap.graph.rows.samples import HOWS, ended, exchange, fresh, is_content, rebuild, rolled
 
 # None that a program is likely to have started from.
 _OTHER_SEEDS = range(0x5EED0000, 0x5EED0008)
@@ -108,15 +108,18 @@ class Measurement:
         for (step, x), moves, least in zip(met, self._moves(met, noise), noise, strict=True):
             settle(step, x, moves, self.samples, least)
         if steady:
-            try:
-                self._check(met, noise, 0, rolled, "rows whose order depends on their values")
-            except Exception:
-                # Some orders are not the model's to take, as that of samples sorted by length.
-                return [step for step, _ in met]
+            cause = "rows whose order depends on their values"
+            self._check(met, noise, 0, lambda b: self._vary(b, rolled, fresh), cause)
         for sample, self.seed in enumerate(() if steady else _OTHER_SEEDS):
             cause = "rows in an order that changes from call to call"
             self._check(met, noise, sample % self.samples, fresh, cause)
+        self.seed = None
+        self._check(met, noise, 0, lambda b: self._vary(b, ended, lambda v: ended(rolled(v))))
         return [step for step, _ in met]
+
+    def _vary(self, batch: Any, content: Callable[[Any], Any], others: Callable[[Any], Any]) -> Any:
+        """Change samples in one way, and in another the lengths, flags and labels beside them."""
+        return (content if is_content(batch, self.least) else others)(batch)
 
     def _moves(self, met: _Met, noise: list[float]) -> list[Tensor | None]:
         """Return how much each word's runs move each row; None where the path depends on values."""
@@ -141,15 +144,36 @@ class Measurement:
             raise failure
         return [m if at < reach else None for at, m in enumerate(moves)]
 
-    def _check(self, met: _Met, noise: list[float], sample: int, order: Any, cause: str) -> None:
-        """Exchange a sample once more, in another order or after another seed.
+    def _check(
+        self, met: _Met, noise: list[float], sample: int, order: Any, cause: str = ""
+    ) -> None:
+        """Exchange a sample once more, of another batch or after another seed.
 
-        Rows that are not its own must not move.
+        Where rows that are not its own move, there is the cause; without one, the finding holds
+        for this call alone, as it does where a norm is given another number of rows then.
         """
-        new: _Met = self._run(order)
-        moves = self._exchange(new, [sample], "others", order)
-        for (step, _), (other, _), moved, least in zip(met, new, moves, noise, strict=False):
-            if (step.site, step.rows) != (other.site, other.rows):
-                break
-            if not step.cause and moves_others(step, moved, sample, self.samples, least):
+        try:
+            new: _Met = self._run(order)
+            moves = self._exchange(new, [sample], "others", order)
+        except Exception:
+            if order is fresh:
+                raise
+            # Some batches are not the model's to take, as lengths that no sample has.
+            return
+        found = [*zip(new, moves, strict=False)]
+        for at, (step, x) in enumerate(met):
+            other, moved = (found[at][0][0], found[at][1]) if at < len(found) else (None, x)
+            if other is None or other.site != step.site:
+                found = []
+            elif other.rows == step.rows and (
+                step.cause or not moves_others(step, moved, sample, self.samples, noise[at])
+            ):
+                continue
+            elif other.rows != step.rows and cause:
+                found = []
+            if cause and not found:
+                return
+            if cause:
                 step.cause = cause
+            elif not step.cause:
+                hold_once(step, self.samples, x.device)

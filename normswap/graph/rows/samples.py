@@ -15,9 +15,11 @@ _MOST_OTHERS = 3
 
 
 def is_list_of_samples(value: Any, samples: int) -> bool:
-    """Return whether a list holds one entry a sample: images, or what belongs to each of them."""
+    """Return whether a list holds one entry a sample: images, lengths, or what belongs to each."""
     if not isinstance(value, list | tuple) or len(value) != samples or hasattr(value, "_fields"):
         return False
+    if all(type(v) is int for v in value):
+        return True
     if all(isinstance(v, Tensor) for v in value):
         return all(v.dim() <= 3 for v in value)
     return all(isinstance(v, dict) or is_dataclass(v) for v in value)
@@ -74,6 +76,26 @@ def fresh(value: Any) -> Any:
 def rolled(batch: Any) -> Any:
     """Return the batch with its last sample first."""
     return fresh(batch.roll(1, 0) if isinstance(batch, Tensor) else [*batch[-1:], *batch[:-1]])
+
+
+def ended(batch: Any) -> Any:
+    """Return the batch with a last sample that ends earlier, by its length, mask or padding."""
+    if not isinstance(batch, Tensor):
+        new = fresh([*batch])
+        if isinstance(new[-1], int):
+            new[-1] -= new[-1] > 1
+        elif isinstance(new[-1], Tensor) and new[-1].dim() and len(new[-1]) > 1:
+            new[-1] = new[-1][:-1]
+        return new
+    values = batch.detach().clone()
+    last = values[-1]
+    if last.dim():
+        end = torch.zeros_like(last, dtype=torch.bool)
+        end[-1:], end[..., -1:] = True, True
+        last[end] = ~last[end] if last.dtype == torch.bool else 0
+    else:
+        last.copy_(~last if last.dtype == torch.bool else last - (last > 1).to(last))
+    return fresh(values.requires_grad_(batch.requires_grad))
 
 
 def is_content(batch: Any, least: int) -> bool:
