@@ -14,7 +14,8 @@ def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
     """Return the kind of a call, its flags and modes included, and its sizes and numbers."""
     kinds: list[Any] = []
     numbers: list[Any] = []
-    _describe(values, samples, kinds, numbers)
+    for value in values:
+        _describe(value, samples, kinds, numbers)
     seen: set[int] = set()
     stack = [module]
     while stack:

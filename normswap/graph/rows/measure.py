@@ -9,7 +9,16 @@ from torch import Tensor
 
 from normswap.graph.rows.decode import change_of, code, hold_once, is_open, moves_others, settle
 from normswap.graph.rows.plans import Step
-from normswap.graph.rows.samples import HOWS, ended, exchange, fresh, is_content, rebuild, rolled
+from normswap.graph.rows.samples import (
+    HOWS,
+    batches_in,
+    ended,
+    exchange,
+    fresh,
+    is_content,
+    rolled,
+    vary,
+)
 
 # None that a program is likely to have started from.
 _OTHER_SEEDS = range(0x5EED0000, 0x5EED0008)
@@ -28,6 +37,8 @@ class Measurement:
         values: arguments.
         samples: N.
         modes: id of a norm -> its mode outside of the measurement.
+        batches: what a list of as many tensors as each has rows is taken for: one sample each, or
+            batches.
     """
 
     def __init__(
@@ -37,23 +48,19 @@ class Measurement:
         values: Any,
         samples: int,
         modes: dict[int, bool],
+        batches: bool,
     ) -> None:
         self.call, self.restore, self.values, self.samples = call, restore, values, samples
         self.modes = modes
+        self.batches = batches
         # Of the random generators in each run; by default they start as they are.
         self.seed: int | None = None
         self._before: Iterator[tuple[Step, Tensor]] | None = None
         self._found: list[Any] = []
-        batches: list[Any] = []
-
-        def note(batch: Any) -> Any:
-            batches.append(batch)
-            return batch
-
-        rebuild(values, samples, note)
+        found = batches_in(values, samples, batches)
         # Vectors are lengths or labels, unless there is nothing else.
-        self.least = 2 if any(is_content(batch, 2) for batch in batches) else 1
-        self.possible = any(is_content(batch, self.least) for batch in batches)
+        self.least = 2 if any(is_content(batch, 2) for batch in found) else 1
+        self.possible = any(is_content(batch, self.least) for batch in found)
 
     def listen(self, layer: Any, site: str, x: Tensor) -> None:
         """Keep what a norm is given, or compare it with what it was given before."""
@@ -76,7 +83,7 @@ class Measurement:
         """
         self.restore(self.seed)
         self._before, self._found = None if before is None else iter(before), []
-        self.call(rebuild(self.values, self.samples, change))
+        self.call(vary(self.values, self.samples, change, self.batches))
         return self._found
 
     def _exchange(self, met: _Met, picked: list[int], how: str, order: Any = fresh) -> list[Tensor]:

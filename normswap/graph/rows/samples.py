@@ -14,14 +14,18 @@ HOWS = ("others", "shuffle", "noise")
 _MOST_OTHERS = 3
 
 
-def is_list_of_samples(value: Any, samples: int) -> bool:
-    """Return whether a list holds one entry a sample: images, lengths, or what belongs to each."""
+def is_list_of_samples(value: Any, samples: int, batches: bool = False) -> bool:
+    """Return whether a list holds one entry a sample: images, lengths, or what belongs to each.
+
+    Tensors of as many rows as there are may be batches instead; `batches` says that they are.
+    """
     if not isinstance(value, list | tuple) or len(value) != samples or hasattr(value, "_fields"):
         return False
     if all(type(v) is int for v in value):
         return True
     if all(isinstance(v, Tensor) for v in value):
-        return all(v.dim() <= 3 for v in value)
+        may_be_batches = all(v.dim() > 0 and len(v) == samples for v in value)
+        return all(v.dim() <= 3 for v in value) and not (batches and may_be_batches)
     return all(isinstance(v, dict) or is_dataclass(v) for v in value)
 
 
@@ -36,20 +40,39 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def rebuild(value: Any, samples: int, change: Callable[[Any], Any]) -> Any:
+def vary(values: Any, samples: int, change: Callable[[Any], Any], batches: bool = False) -> Any:
+    """Copy the arguments of a call, see `rebuild`; all of them together are no list of samples."""
+    return tuple(rebuild(value, samples, change, batches) for value in values)
+
+
+def batches_in(values: Any, samples: int, batches: bool = False) -> list[Any]:
+    """Return the batches, and the lists of samples, in the arguments of a call."""
+    found: list[Any] = []
+
+    def note(batch: Any) -> Any:
+        found.append(batch)
+        return batch
+
+    vary(values, samples, note, batches)
+    return found
+
+
+def rebuild(value: Any, samples: int, change: Callable[[Any], Any], batches: bool = False) -> Any:
     """Copy an argument, with `change(batch)` for each tensor (N, ...) and list of N samples.
+
+    What may be such a list or several batches is the latter if `batches`.
 
     Raises:
         TypeError: a part that cannot be copied, as an iterator.
     """
     if isinstance(value, Tensor):
         return change(value) if value.dim() > 0 and value.shape[0] == samples else fresh(value)
-    if is_list_of_samples(value, samples):
+    if is_list_of_samples(value, samples, batches):
         return type(value)(change(value))
     parts = parts_of(value)
     if parts is None:
         return value if isinstance(value, nn.Module) else copy.deepcopy(value)
-    new = {key: rebuild(part, samples, change) for key, part in parts.items()}
+    new = {key: rebuild(part, samples, change, batches) for key, part in parts.items()}
     if isinstance(value, list | tuple):
         return (
             type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
@@ -88,13 +111,14 @@ def ended(batch: Any) -> Any:
             new[-1] = new[-1][:-1]
         return new
     values = batch.detach().clone()
-    last = values[-1]
-    if last.dim():
-        end = torch.zeros_like(last, dtype=torch.bool)
-        end[-1:], end[..., -1:] = True, True
-        last[end] = ~last[end] if last.dtype == torch.bool else 0
+    last = values[-1:]
+    if last.dtype == torch.bool:
+        last[..., -1:] = ~last[..., -1:]
+    elif last.dim() == 1:
+        last -= (last > 1).to(last)
     else:
-        last.copy_(~last if last.dtype == torch.bool else last - (last > 1).to(last))
+        # Time may be the first or the last dimension of a sample.
+        last[:, 1:], last[..., 1:] = 0, 0
     return fresh(values.requires_grad_(batch.requires_grad))
 
 
