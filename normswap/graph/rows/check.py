@@ -114,7 +114,7 @@ class Rows:
                 except ContextError as error:
                     run.refused = error
                     raise
-        if context.whole or context.labels.shape[0] == 1:
+        if context.whole or context.labels.shape[0] < 2:
             return None
         return self._recall(layer, site, x.shape[0], context)
 
