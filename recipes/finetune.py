@@ -159,7 +159,7 @@ def add_options(parser: Parser) -> None:
     parser.share(
         "data", "model", "pretrained", "weights",
         image_size=ByData(32, None), epochs=ByData(12, 10), batch_size=64, lr=TUNED,
-        weight_decay=0.05,
+        weight_decay=0.05, drop_labels=0.0,
     )  # fmt: skip
     add = parser.add_argument
     add("--held-out", help="domain that does not train, tested with its label unknown")

@@ -70,6 +70,11 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "choose each method's rate, of a third of --lr, it, and its threefold, with seed 0 "
         "on a part of the training images that does not train then",
     },
+    "drop_labels": {
+        "type": float,
+        "metavar": "P",
+        "help": "hide each context label from a training step with this probability",
+    },
     "limit": {"type": count, "metavar": "N", "help": "images of each class that train, and test"},
     "flip": {
         "action": argparse.BooleanOptionalAction,
@@ -84,7 +89,7 @@ SHARED: dict[str, dict[str, Any]] = {
 # What a training reads, where a recipe has no option for it.
 DEFAULTS = {
     "pretrained": False, "held_out": None, "limit": None, "loss": "ce", "amp": False,
-    "batch_size": 64, "weight_decay": 0.05, "workers": 2, "flip": True,
+    "batch_size": 64, "weight_decay": 0.05, "workers": 2, "flip": True, "drop_labels": 0.0,
 }  # fmt: skip
 
 
@@ -147,13 +152,15 @@ def by_data(options: argparse.Namespace, **smoke: Any) -> None:
 
 
 def check_rates(options: argparse.Namespace) -> None:
-    """Refuse a learning rate or a weight decay that nothing can be trained with."""
+    """Refuse a rate, a weight decay or a share of labels that nothing can be trained with."""
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
         if name.startswith("lr") and value is not None and not value > 0:
             raise RecipeError(f"expected {flag} above 0, got {value}")
         if name == "weight_decay" and value < 0:
             raise RecipeError(f"expected {flag} of 0 or more, got {value}")
+        if name == "drop_labels" and not 0 <= value <= 1:
+            raise RecipeError(f"expected {flag} in [0, 1], got {value}")
 
 
 def of_cell(options: argparse.Namespace, **settings: Any) -> argparse.Namespace:

@@ -16,8 +16,10 @@ A ResNet of 8 layers is trained from scratch. By seed all methods have the same 
 order; figures are of the last epoch. By default it tells which of twelve photographs a tile is cut
 from; half of the tiles test. --data takes images {train,test}/CLASS/image, or
 DOMAIN/{train,test}/CLASS/image, of which the domains are the contexts and nothing else is done to
-them; --limit is of each part of each domain. With --tune each method's rate is a third of --lr, it,
-or its threefold, by a fifth of the training images of seed 0; what tests is read once, after that.
+them; --limit is of each part of each domain. --drop-labels 0.25 hides a quarter of the labels from
+training steps, for use where the sensor is not always known. With --tune each method's rate is a
+third of --lr, it, or its threefold, by a fifth of the training images of seed 0; what tests is read
+once, after that.
 """
 
 from argparse import Namespace
@@ -166,6 +168,7 @@ def train_one(
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, METHODS, (*METHODS, "cn-x"))
     parser.share("data", "limit", "tune", "amp", flip=True, batch_size=64, lr=2e-3)
+    parser.share(drop_labels=0.0)
     parser.share(image_size=ByData(16, 32), epochs=ByData(10, 4))
 
 

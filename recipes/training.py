@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import normswap
+from normswap.contexts import drop_labels
 
 from . import parallel
 from .data import Batch, Loader
@@ -91,6 +92,8 @@ def train_step(
     wait_for(device)
     start = time.perf_counter()
     arm.schedule.step_update(update)
+    if config.drop_labels > 0:
+        batch = replace(batch, context=drop_labels(batch.context, config.drop_labels))
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
         forward = partial(_forward, arm.runner, arm.takes_context)
         loss = training_loss(arm.loss, arm.model, forward, batch)

@@ -191,9 +191,12 @@ def takes_arguments_as_given(module: nn.Module) -> bool:
     table = module.__dict__
     if "forward" in table:
         return False
+    first, last = table["_forward_pre_hooks_with_kwargs"], table["_forward_hooks_with_kwargs"]
+    if not (first or last):
+        return True
     before, after = table["_forward_pre_hooks"], table["_forward_hooks"]
-    hooks = [before[key] for key in table["_forward_pre_hooks_with_kwargs"] if key in before]
-    hooks += [after[key] for key in table["_forward_hooks_with_kwargs"] if key in after]
+    hooks = [before[key] for key in first if key in before]
+    hooks += [after[key] for key in last if key in after]
     return all([str(getattr(hook, "__module__", "")).startswith("normswap.") for hook in hooks])
 
 

@@ -74,11 +74,11 @@ class ContextNorm(ContextTables):
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
-        tables = (self.weight, self.bias, *self._buffers.values())
         if not (self.training and (self.synced or self.shrink)):
-            triton = self.find_triton(x, unlabelled, *tables)
+            affine = self.weight, self.bias
+            triton = self.find_triton(x, unlabelled, *affine, *self._buffers.values())
             if triton is not None:
-                return self._normalize_by_triton(triton, x, labels, unlabelled)
+                return self._normalize_by_triton(triton, x, labels, unlabelled, affine)
         dtype = compute_dtype(x)
         running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
         scripted = not torch.compiler.is_compiling() and torch._C._is_tracing()
@@ -101,26 +101,33 @@ class ContextNorm(ContextTables):
         return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
 
     def _normalize_by_triton(
-        self, triton: Any, x: Tensor, labels: Tensor | None, unlabelled: bool
+        self,
+        triton: Any,
+        x: Tensor,
+        labels: Tensor | None,
+        unlabelled: bool,
+        affine: tuple[Tensor, Tensor],
     ) -> Tensor:
         batched = labels is not None and self.training and not (self.frozen or self.stats_frozen)
+        priors = self.priors
         buffers = running = Moments(self.running_mean, self.running_var)
-        again = in_backward()
-        if self.training and (again or may_run_again()):
-            running = self._at_first_run(Moments(*(t.clone() for t in buffers)))
-        together = sum_over_ddp() is not None
+        again = together = False
+        if self.training:
+            again, together = in_backward(), sum_over_ddp() is not None
+            if again or may_run_again():
+                running = self._at_first_run(Moments(*(t.clone() for t in buffers)))
         weighs = self.weighs(unlabelled)
-        affine: list[Tensor] = [self.weight, self.bias]
         if self.shared_affine:
-            affine = [t * self.priors.sqrt().unsqueeze(1) for t in affine]
+            factor = priors.sqrt().unsqueeze(1)
+            affine = affine[0] * factor, affine[1] * factor
         norm = triton.Norm(
             *affine,
-            self.priors,
+            priors,
             running,
             buffers if batched and not (again or together) else None,
             self.num_batches_tracked,
-            self.eps,
-            self.momentum,
+            float(self.eps),
+            None if self.momentum is None else float(self.momentum),
             None if weighs else self.pooled_contexts(unlabelled),
             weighs,
         )

@@ -82,6 +82,20 @@ def test_training_gives_each_image_the_label_of_its_domain():
         assert torch.equal(context, domains.round().long())
 
 
+def test_labels_are_hidden_from_training_steps_by_the_seed():
+    seen = []
+    for seed in (0, 0, 1):
+        spy, config = Spy(), Namespace(**{**vars(CONFIG), "drop_labels": 0.5, "seed": seed})
+        train_epoch([make_arm("spy", spy, config, 8)], make_loader(coloured()), config, 0)
+        contexts = torch.cat([context for _, _, context in spy.seen])
+        domains = torch.cat([domains.round().long() for _, domains, _ in spy.seen])
+        assert 16 < (contexts == -1).sum() < 48
+        assert torch.equal(contexts, domains.where(contexts != -1, -1))
+        seen.append(contexts)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+
+
 def test_evaluation_gives_the_label_of_the_domain_or_none():
     spy = Spy()
     arm = make_arm("spy", spy, CONFIG, 8)

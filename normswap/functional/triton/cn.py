@@ -29,8 +29,8 @@ class Cut(NamedTuple):
     Attributes:
         size: R, rows of centre, scale and shift: K + 1, or K + N where samples weigh the contexts.
         values: of all tables, float32; `cn_kernels.split_rest` says which.
-        numbers: what kernels over tables take as N, R, K, C, M and S.
-        part: what they take as PART.
+        numbers: what kernels over tables take as N, R, K, C, M, S and PART.
+        rows: what kernels over x take as R, K, C, M, sn, sm, sc, S and PART.
         blocks: what they take as BN, BC, KP, WN and WC.
         programs: of a launch over them.
     """
@@ -38,7 +38,7 @@ class Cut(NamedTuple):
     size: int
     values: int
     numbers: tuple[int, ...]
-    part: int
+    rows: tuple[int, ...]
     blocks: dict[str, int]
     programs: int
 
@@ -54,9 +54,10 @@ def _cut(
     if weighs:
         size, values = contexts + instances, values + contexts * (2 * channels + instances)
         blocks, programs = cut_contexts(contexts, channels), own.programs + instances
-    numbers = (instances, size, contexts, channels, positions, splits)
+    numbers = (instances, size, contexts, channels, positions, splits, part)
     values += 3 * size * channels
-    return Cut(size, values, numbers, part, {**own.blocks, **blocks}, programs)
+    rows = (size, contexts, *geometry)
+    return Cut(size, values, numbers, rows, {**own.blocks, **blocks}, programs)
 
 
 def _line(contexts: int) -> int:
@@ -105,7 +106,7 @@ def _make_tables(
         cn_kernels.tables,
         cut.programs,
         *(*norm.running, norm.batches, norm.weight, norm.bias, norm.priors, parts, index, found),
-        *(norm.pooled or (0, 0), norm.eps, norm.momentum, cut.numbers, cut.part),
+        (*(norm.pooled or (0, 0)), norm.eps, norm.momentum, *cut.numbers),
         BATCH=batched,
         SORTED=ordered,
         **cut.blocks,
@@ -133,8 +134,7 @@ class _ContextNorm(Function):
         launch(
             cn_kernels.apply_and_move,
             p.programs,
-            *(x, y, tables, index, *norm.moved, norm.batches, cut.size, contexts),
-            p.geometry,
+            *(x, y, tables, index, *norm.moved, norm.batches, cut.rows),
             **p.blocks,
         )
         return y
@@ -150,19 +150,19 @@ class _ContextNorm(Function):
             found = differentiate(x, norm, known, labels, ctx.batched, grads[0], needed[:3])
             return *found, *[None] * 5
         p, dy = plan(x), kernels.match(grads[0], x)
-        instances, size, contexts, channels, _, splits = cut.numbers
+        instances, size, _, channels, _, splits, _ = cut.numbers
         moves = needed[0] and (ctx.batched or norm.weighs)
         dx = torch.empty_like(x) if needed[0] else None
         room = 2 * channels * (instances * splits + (size if moves else 0))
         found = x.new_empty(room, dtype=torch.float32)
-        over_x = (found, tables, index, size, contexts, p.geometry)
+        over_x = (found, tables, index, cut.rows)
         launch(rows_kernels.dots, p.programs, dy, x, None if moves else dx, *over_x, **p.blocks)
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
         launch(
             cn_kernels.pull,
             cut.programs,
             *(found, index, tables, weight, bias, priors, dweight, dbias),
-            *(norm.pooled or (0, 0), norm.eps, cut.numbers),
+            (*(norm.pooled or (0, 0)), norm.eps, *cut.numbers[:-1]),
             MOVES=moves,
             WEIGHED=norm.weighs,
             **cut.blocks,

@@ -67,7 +67,7 @@ def _make_tables(
         cnx_kernels.tables,
         cut.programs,
         *(*learned, priors, index, found),
-        *(pooled or (0, 0), x.shape[0], contexts, channels),
+        (*(pooled or (0, 0)), x.shape[0], contexts, channels),
         **cut.blocks,
     )
     return found
@@ -98,15 +98,16 @@ class _LearnedNorm(Function):
         instances, _, _ = p.shape
         dx = torch.empty_like(x) if needed[0] else None
         found = x.new_empty(2 * instances * p.splits * channels, dtype=torch.float32)
-        over_x = (dy, x, dx, found, tables, index, contexts + 1, contexts)
-        launch(rows_kernels.dots, p.programs, *over_x, p.geometry, **p.blocks)
+        numbers = (contexts + 1, contexts, *p.geometry)
+        over_x = (dy, x, dx, found, tables, index, numbers)
+        launch(rows_kernels.dots, p.programs, *over_x, **p.blocks)
         pulled = [None if t is None else torch.empty_like(t) for t in learned]
         cut = Rows(contexts + (weight is not None), channels)
         launch(
             cnx_kernels.pull,
             cut.programs,
-            *(found, index, tables, mu, log_sigma, priors, *pulled, pooled or (0, 0)),
-            *(instances, contexts, channels, p.splits),
+            *(found, index, tables, mu, log_sigma, priors, *pulled),
+            (*(pooled or (0, 0)), instances, contexts, channels, p.splits),
             **cut.blocks,
         )
         return dx, *pulled, None, None, None

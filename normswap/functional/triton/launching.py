@@ -8,8 +8,9 @@ norm's in place of .85, on a machine with an H100.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+_TENSORS = {Tensor, nn.Parameter}
 # By kernel, device and kinds of arguments. Some programs serve a shape each: the oldest make room.
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 _MOST = 8192
@@ -22,7 +23,9 @@ def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) ->
         kernel: of `triton.jit`; its parameters are x, those of args, then constants.
         programs: how many.
         x: see above.
-        args: tensors, numbers, None, and tuples of integers, which stand for what they hold.
+        args: tensors, numbers, None, and tuples of numbers, which stand for what they hold. A
+            number of its own may change from launch to launch where it is no integer; what tuples
+            hold is looked up by value.
         meta: constants, and options of Triton such as num_warps.
     """
     device = x.device
@@ -31,21 +34,23 @@ def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) ->
         with torch.cuda.device(device):
             return launch(kernel, programs, x, *args, **meta)
     # Not the kernel itself, whose hash is slow.
-    kinds: list[Any] = [id(kernel), index, *meta, *meta.values()]
+    kinds: list[Any] = [id(kernel), index, *meta.values()]
     values: list[Any] = []
     for value in (x, *args):
-        if isinstance(value, Tensor):
+        kind = type(value)
+        if kind in _TENSORS or isinstance(value, Tensor):
             place = value.data_ptr()
             values.append(place)
             # What a compiled program depends on: it reads aligned vectors, and takes 1 as constant.
             # A tensor elsewhere is of no kind that was compiled: Triton refuses it.
-            kinds += (value.dtype, value.device, place % 16 == 0)
-        elif isinstance(value, tuple):
+            usual = place & 15 == 0 and value.device == device
+            kinds.append(value.dtype if usual else (value.dtype, value.device, place & 15 == 0))
+        elif kind is tuple:
             values += value
             kinds.append(value)
         else:
             values.append(value)
-            kinds.append(float if isinstance(value, float) else value)
+            kinds.append(kind if kind is float else value)
     key = tuple(kinds)
     found = _COMPILED.get(key)
     if found is not None:

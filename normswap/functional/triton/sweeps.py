@@ -23,7 +23,7 @@ def part_stats(x: Tensor, index: Tensor | None = None, least: int = 0) -> Tensor
     p = plan(x)
     found = _room(x, p.splits)
     step = 0 if index is None else index.stride(0)
-    launch(tile.stats, p.programs, x, found, index, step, least, p.geometry, **p.blocks)
+    launch(tile.stats, p.programs, x, found, index, (step, least, *p.geometry), **p.blocks)
     return found
 
 
@@ -67,8 +67,8 @@ def affine_of(x: Tensor, tables: Tensor, labels: Tensor | None, size: int, conte
     p, y = plan(x), torch.empty_like(x)
     stride = 0 if labels is None and size == contexts + 1 else x.shape[1]
     step = 0 if labels is None or labels.shape[0] == 1 else labels.stride(0)
-    given = (x, y, tables, labels, step, size, contexts, stride)
-    launch(rows_kernels.apply, p.programs, *given, p.geometry, **p.blocks)
+    numbers = (step, size, contexts, stride, *p.geometry)
+    launch(rows_kernels.apply, p.programs, x, y, tables, labels, numbers, **p.blocks)
     return y
 
 
