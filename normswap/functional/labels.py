@@ -284,5 +284,6 @@ def wrong_length(samples: int, given: int, site: str) -> ContextError:
     """Return the error for labels that do not match the batch."""
     return ContextError(
         f"expected `context` with {samples} labels, one per sample, got {given} "
-        f"(first norm: {site}); pass context= or use normswap.use_context"
+        f"(first norm: {site}); pass context= or use normswap.use_context, in the order of "
+        "dimension 0 of the inputs, where samples are"
     )

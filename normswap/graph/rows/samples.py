@@ -102,23 +102,28 @@ def rolled(batch: Any) -> Any:
 
 
 def ended(batch: Any) -> Any:
-    """Return the batch with a last sample that ends earlier, by its length, mask or padding."""
+    """Return the batch with a last sample that ends earlier, by its length, mask or padding.
+
+    Of numbers that may tell kinds, all zero, the first becomes one: order goes by kind, too.
+    """
     if not isinstance(batch, Tensor):
         new = fresh([*batch])
-        if isinstance(new[-1], int):
-            new[-1] -= new[-1] > 1
-        elif isinstance(new[-1], Tensor) and new[-1].dim() and len(new[-1]) > 1:
+        if isinstance(new[0], int):
+            return ended(torch.tensor(new)).tolist()
+        if isinstance(new[-1], Tensor) and new[-1].dim() and len(new[-1]) > 1:
             new[-1] = new[-1][:-1]
         return new
     values = batch.detach().clone()
     last = values[-1:]
-    if last.dtype == torch.bool:
-        last[..., -1:] = ~last[..., -1:]
-    elif last.dim() == 1:
-        last -= (last > 1).to(last)
-    else:
+    if last.dim() > 1 and last.dtype != torch.bool:
         # Time may be the first or the last dimension of a sample.
         last[:, 1:], last[..., 1:] = 0, 0
+    elif last.dim() == 1 and not values.any():
+        values[:1] = 1
+    elif last.dtype == torch.bool:
+        last[..., -1:] = ~last[..., -1:]
+    else:
+        last.copy_((last / 2).to(last.dtype))
     return fresh(values.requires_grad_(batch.requires_grad))
 
 

@@ -39,6 +39,12 @@ class Chosen(Steps):
         return self.norm(x[order].mean(1))[order.argsort()]
 
 
+class Grouped(Steps):
+    def forward(self, x, beside):
+        order = torch.cat([(beside == kind).nonzero()[:, 0] for kind in (0, 1, 2)])
+        return self.norm(x[order].mean(1))[order.argsort()]
+
+
 def mask(lengths, steps):
     return torch.arange(steps) < torch.tensor(lengths)[:, None]
 
@@ -51,13 +57,24 @@ FORMS = {
     "mask of what is left out": (Steps(lambda x, m: ~m), lambda n, steps: ~mask(n, steps)),
     "packed": (Packed(None), lambda n, _: torch.tensor(n)),
     "order": (Chosen(None), lambda n, _: torch.tensor(n)),
+    "kind": (Grouped(None), lambda n, _: torch.tensor(n) % 3),
+    "flag": (Grouped(None), lambda n, _: torch.tensor(n) > 5),
 }
 
 
 @pytest.mark.parametrize(("model", "beside"), FORMS.values(), ids=FORMS)
 def test_lengths_of_another_batch_with_as_many_rows_tell_its_order(model, beside):
     model = apart(normswap.convert(model.double().eval(), "cn", contexts=K, verify=False))
-    for lengths in ([5] * N, [4] * N, [7] * N, [7, 2, 6, 5], [2, 7, 5, 6], [3] * N, [1, 4, 5, 2]):
+    for lengths in (
+        [6] * N,
+        [5] * N,
+        [4] * N,
+        [7] * N,
+        [7, 2, 6, 5],
+        [2, 7, 5, 6],
+        [3] * N,
+        [1, 4, 5, 2],
+    ):
         for steps in (7, 9):
             x = torch.randn(N, steps, 6, dtype=torch.float64)
             x *= mask(lengths, steps)[:, :, None]
@@ -70,7 +87,7 @@ def test_lengths_of_another_batch_with_as_many_rows_tell_its_order(model, beside
 def test_padding_that_only_values_tell_is_never_misread():
     model = Steps(lambda x, _: x.abs().sum(2) > 0)
     model = apart(normswap.convert(model.eval(), "cn", contexts=K, verify=False))
-    for lengths in ([5] * N, [4] * N, [7] * N):
+    for lengths in ([6] * N, [5] * N, [4] * N, [7] * N):
         model(torch.randn(N, 7, 6) * mask(lengths, 7)[:, :, None], None, context=LABELS)
     with pytest.raises(ContextError, match=r"depends on their values.*exclude='norm'"):
         model(torch.randn(N, 7, 6) * mask([7, 2, 6, 5], 7)[:, :, None], None, context=LABELS)
