@@ -169,18 +169,17 @@ class Measurement:
             return
         found = [*zip(new, moves, strict=False)]
         for at, (step, x) in enumerate(met):
-            other, moved = (found[at][0][0], found[at][1]) if at < len(found) else (None, x)
-            if other is None or other.site != step.site:
+            there = at < len(found) and found[at][0][0].site == step.site
+            alike = there and found[at][0][0].rows == step.rows
+            if cause and not alike:
+                return
+            if not there:
                 found = []
-            elif other.rows == step.rows and (
-                step.cause or not moves_others(step, moved, sample, self.samples, noise[at])
+            if step.cause or (
+                alike and not moves_others(step, found[at][1], sample, self.samples, noise[at])
             ):
                 continue
-            elif other.rows != step.rows and cause:
-                found = []
-            if cause and not found:
-                return
             if cause:
                 step.cause = cause
-            elif not step.cause:
+            else:
                 hold_once(step, self.samples, x.device)
