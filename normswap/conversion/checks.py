@@ -79,6 +79,6 @@ def check_copyable(model: nn.Module) -> None:
         norm = next((names[id(h)] for h in find_pinned(value) if id(h) in names), None)
         if norm is not None:
             raise ConversionError(
-                f"cannot convert a copy: {where} holds a function that uses {norm} of the "
-                "original, and would in the copy; pass inplace=True"
+                f"cannot convert a copy: {where} holds a function or weak reference that uses "
+                f"{norm} of the original, and would in the copy; pass inplace=True"
             )

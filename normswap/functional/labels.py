@@ -1,7 +1,7 @@
 """Context labels: from what a caller gives to a checked tensor, and to one label per row of x."""
 
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -54,8 +54,9 @@ def resolve_labels(
     if isinstance(labels, Context):
         return labels
     if hasattr(labels, "__array__") and not isinstance(labels, Tensor):
-        array: Any = labels
-        labels = array.tolist() if array.dtype.kind in "OSU" else torch.as_tensor(array)
+        array: Any = labels.__array__()
+        as_list = array.dtype.kind in "OSU" or not array.dtype.isnative
+        labels = array.tolist() if as_list else torch.as_tensor(array)
     elif isinstance(labels, bool):
         labels = torch.tensor(labels)
     if not isinstance(labels, Tensor):
@@ -144,6 +145,12 @@ def kept(labels: Tensor, key: Hashable, make: Callable[[], T]) -> T:
     return found
 
 
+def is_stale(labels: Tensor) -> bool:
+    """Return whether checked labels were written to since."""
+    memo: _Memo | None = getattr(labels if labels._base is None else labels._base, "memo", None)
+    return memo is not None and memo.labels_are[0] != labels._version
+
+
 def _index(name: str, names: Sequence[str]) -> int:
     for index, known in enumerate(names):
         if known == name:
@@ -155,6 +162,8 @@ def _to_indices(labels: Any, names: Sequence[str]) -> list[int]:
     if isinstance(labels, (str, int)):
         labels = [labels]
     try:
+        if isinstance(labels, Mapping | Set):
+            raise TypeError  # of no order
         items = list(labels)
     except TypeError:
         raise ContextError(
@@ -277,5 +286,6 @@ def wrong_length(samples: int, given: int, site: str) -> ContextError:
     """Return the error for labels that do not match the batch."""
     return ContextError(
         f"expected `context` with {samples} labels, one per sample, got {given} "
-        f"(first norm: {site}); pass context= or use normswap.use_context"
+        f"(first norm: {site}); pass context= or use normswap.use_context, in the order of "
+        "dimension 0 of the inputs, where samples are"
     )

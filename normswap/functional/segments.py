@@ -63,7 +63,8 @@ def segments(labels: Tensor, batched: int, total: int, size: int, dtype: torch.d
     """
 
     def make() -> Segments:
-        rows = labels if total == batched else torch.where(labels < 0, batched, labels)
+        # Backward needs them as they are now, whatever the caller writes into the labels.
+        rows = labels.clone() if total == batched else torch.where(labels < 0, batched, labels)
         ones = labels.new_ones((len(labels), 1), dtype=dtype)
         instances = segment_sum(ones, rows, total)
         instances[batched:] = 0

@@ -42,8 +42,11 @@ def explain(error: BaseException, where: str) -> ConversionError | None:
         where: name of its module.
 
     Returns:
-        None where another cause is as likely: a child raised, or no norm is read.
+        None where another cause is as likely: a child raised, or no norm is read; and for what
+        checkpointing raises to end a recomputation, which it catches itself.
     """
+    if type(error).__module__ == "torch.utils.checkpoint":
+        return None
     trace = error.__traceback__
     found: dict[str, None] = {}
     while trace is not None and trace.tb_frame.f_code is not CALL:

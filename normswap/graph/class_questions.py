@@ -2,16 +2,18 @@
 
 ``isinstance(self.norm, nn.BatchNorm2d)`` is answered by the layers as before, in a trace by what
 stands in for `isinstance`. Nothing can answer ``type(child) is Block`` for a child that is of a
-subclass now but a trace, and nothing tells `torch.compile`, which asks no object, what is among
-several classes.
+subclass now but a trace. Whether a norm is of several classes layers answer, too, but nothing tells
+`torch.compile`, which asks no object then.
 """
 
 import builtins
+import sys
 import types
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from normswap.errors import ConversionError
@@ -25,11 +27,17 @@ _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
 
 
 class Question(NamedTuple):
-    """What a forward asks, of which class, and whether of that class alone, not of those below."""
+    """What a forward asks, of which class.
+
+    Attributes:
+        exact: whether of that class alone, not of those below.
+        compiled: whether it gets its answer except in compiled code.
+    """
 
     text: str
     cls: type
     exact: bool = True
+    compiled: bool = False
 
     def means(self, cls: type) -> bool:
         """Return whether it is asked of a class."""
@@ -62,7 +70,7 @@ def find_questions(module: nn.Module, changed: dict[type, type]) -> Iterator[Que
             if asks_kind and below and not alone:
                 several = f"asks whether something is of several classes, {below[0].__name__} among"
                 text = f"{function.__qualname__} {several} them"
-                yield from (Question(text, c, exact=False) for c in below)
+                yield from (Question(text, c, exact=False, compiled=True) for c in below)
 
 
 def _has(values: list[Any], value: Any) -> bool:
@@ -121,18 +129,24 @@ def check_questions(model: nn.Module) -> None:
         ConversionError: a forward asks, and is not traced.
     """
     changed = {class_of(m): type(m) for m in model.modules() if class_of(m) is not type(m)}
-    asked: dict[type, str] = {}
+    asked: dict[type, tuple[str, str]] = {}
     for name, module in model.named_modules():
         old = class_of(module)
         if old not in asked:
-            questions = list(find_questions(module, changed))
-            asked[old] = f"{questions[0].text}, {_way_out(questions, model)}" if questions else ""
+            found = list(find_questions(module, changed))
+            ever = [q for q in found if not q.compiled]
+            asked[old] = _message(ever, model), _message(ever or found, model)
         state: Any = vars(module).get(STATE)
         if state is not None:
-            state.question = asked[old]
+            state.questions = asked[old]
         ways = [] if state is None else state.seen()
         if not ways or any(way.run is None or way.calls_user_code for way in ways):
-            check_question(name, asked[old])
+            # Without a state nothing stands between compiled code and the forward.
+            check_question(name, asked[old][state is None])
+
+
+def _message(questions: list[Question], model: nn.Module) -> str:
+    return f"{questions[0].text}, {_way_out(questions, model)}" if questions else ""
 
 
 def _way_out(questions: list[Question], model: nn.Module) -> str:
@@ -172,3 +186,22 @@ def check_question(name: str, question: str) -> None:
             f"expected a forward that can be traced, or asks isinstance(value, one_class) only, at "
             f"{name or 'the model'}, got one where {question}"
         )
+
+
+def answered(name: str, questions: tuple[str, str], run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function with code of the user's as one that is asked for classes and answers.
+
+    Args:
+        name: of its module.
+        questions: what the code asks that nothing answers, and that nothing does when compiled.
+        run: the function; it stays out of compiled code where that would answer otherwise.
+
+    Raises:
+        ConversionError: nothing answers.
+    """
+    compiling = torch.compiler.is_dynamo_compiling()
+    check_question(name, questions[compiling])
+    if questions[1] and not compiling and "torch._dynamo" in sys.modules:
+        alone: Callable[..., Any] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+        return alone
+    return run

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from normswap.errors import ConversionError, InputError, NormswapError
 from normswap.functional.labels import Context
 from normswap.graph.bypassed import explain
-from normswap.graph.class_questions import check_question
+from normswap.graph.class_questions import answered
 from normswap.graph.foreign import is_symbolic, run_symbolic
 from normswap.graph.incoming import enter_context, resolve
 from normswap.graph.prepare import open_session, prepare
@@ -124,8 +124,7 @@ def _device_of(values: tuple[Any, ...]) -> torch.device | None:
 def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
     """Run the container without the layers around it."""
     if state.runs_own_forward:
-        check_question(state.fqn, state.question)
-        return own_forward(module, values)
+        return answered(state.fqn, state.questions, own_forward)(module, values)
     leaves: list[Any] = []
     key = tuple([describe(value, leaves) for value in values])
     context, mixed = enter_context(state, values, leaves, context, module.training)
@@ -160,12 +159,13 @@ def _run_variant(
         if state.insertions:
             raise _untraced(state, variant.reason)
         return run_scoped(module, values, context)
-    if variant.calls_user_code:  # code of the user's runs in it
-        check_question(state.fqn, state.question)
+    run = variant.run
+    if variant.calls_user_code:
+        run = answered(state.fqn, state.questions, run)
     given = (module, *leaves, context)
     if variant.scoped or (context is None and state.layers and not state.scope.entered):
-        return in_scope(state.scope, context, variant.run, *given)
-    return variant.run(*given)
+        return in_scope(state.scope, context, run, *given)
+    return run(*given)
 
 
 def _untraced(state: ContainerState, reason: str) -> ConversionError:

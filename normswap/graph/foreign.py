@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from normswap.errors import ConversionError, refuse_scripting
-from normswap.graph.class_questions import check_question
+from normswap.graph.class_questions import answered
 from normswap.graph.state import ContainerState, context_argument, own_forward
 from normswap.graph.tracing.value_kinds import any_leaf
 
@@ -36,8 +36,7 @@ def run_symbolic(
             "would leave out the layers inserted there; trace normswap.specialize(model), or use "
             "torch.export"
         )
-    check_question(state.fqn, state.question)
-    output = own_forward(module, values)
+    output = answered(state.fqn, state.questions, own_forward)(module, values)
     if isinstance(context, fx.Proxy):
         root: Any = context.tracer.root  # type: ignore[attr-defined]
         for node in context.node.graph.find_nodes(op="call_module"):

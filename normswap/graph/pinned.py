@@ -14,8 +14,9 @@ from normswap.graph.tracing.bytecode import codes_of, read_code
 def find_pinned(value: Any) -> Iterator[nn.Module | Tensor]:
     """Yield the modules and tensors that functions in a value hold.
 
-    A function holds what is in its closure and its defaults, and the globals it names. Whatever
-    else there is, partials, bound methods and objects, is copied with a model.
+    A function holds what is in its closure and its defaults, and the globals it names; a weak
+    reference goes on meaning its module, too. Whatever else there is, partials, bound methods and
+    objects, is copied with a model.
     """
     waiting, met = [(value, False)], set[tuple[int, bool]]()
     while waiting:
@@ -27,6 +28,9 @@ def find_pinned(value: Any) -> Iterator[nn.Module | Tensor]:
         if (id(item), pinned) in met:
             continue
         met.add((id(item), pinned))
+        if isinstance(item, weakref.ref):
+            waiting += [(item(), True)] if isinstance(item(), nn.Module) else []
+            continue
         function = isinstance(item, types.FunctionType)
         parts = _parts_of(item) if function else _items_of(item)
         waiting += [(part, pinned or function) for part in parts]

@@ -9,7 +9,7 @@ from torch import nn
 
 from normswap.errors import ContextError
 from normswap.functional.backward import UNKNOWN, Remembered, may_run_again
-from normswap.functional.labels import Context, Labels, resolve_labels
+from normswap.functional.labels import Context, Labels, is_stale, resolve_labels
 from normswap.graph.entries import SEVERAL, Entry, Local
 from normswap.graph.label_watch import LabelWatch
 from normswap.graph.rows.check import Rows
@@ -141,6 +141,11 @@ class Scope:
         """Return the context of the forward that backward computes again here."""
         found = self._checkpoints.recall(UNKNOWN if entry is None else entry.context)
         if found is not UNKNOWN:
+            if found is not None and is_stale(found.labels):
+                raise ContextError(
+                    "expected labels that stay as they are until backward has computed their "
+                    "forward again, got some that were written to since; pass a copy of them"
+                )
             return Entry(found, task)
         if not (self._labelled or self.model._labelled):
             return entry

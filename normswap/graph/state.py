@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from normswap.graph.blocks.insert import InsertedLayer
-from normswap.graph.class_questions import check_question
+from normswap.graph.class_questions import answered
 from normswap.graph.scope import Scope, scope_of
 from normswap.graph.tracing import NO_GUARDS, Guards, Kind
 from normswap.util.original_class import STATE
@@ -83,7 +83,8 @@ class ContainerState:
         before: name of a layer its first argument passes through first, if any.
         after: name of a layer its output passes through, if any.
         schedule: begun anew by each forward, if any; it tells inserted layers what to do.
-        question: what its forward asks about classes that only a trace can answer, "" for nothing.
+        questions: what its forward asks about classes that only a trace can answer, ever and in
+            compiled code; "" for nothing.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class ContainerState:
         self.before: str | None = None
         self.after: str | None = None
         self.schedule: Schedule | None = None
-        self.question = ""
+        self.questions = "", ""
 
     @property
     def runs_own_forward(self) -> bool:
@@ -212,8 +213,8 @@ def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
 def run_scoped(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     """Run the forward the module had before conversion, with the context in scope."""
     state: ContainerState = vars(module)[STATE]
-    check_question(state.fqn, state.question)
-    return in_scope(state.scope, context, own_forward, module, values)
+    run = answered(state.fqn, state.questions, own_forward)
+    return in_scope(state.scope, context, run, module, values)
 
 
 def in_scope(scope: Scope, context: Any, run: Callable[..., Any], *args: Any) -> Any:

@@ -1,7 +1,10 @@
 """Change a model's modules in place, with a way back."""
 
 import functools
-from collections.abc import Iterable
+import types
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +19,7 @@ from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState, state_of
 from normswap.util.original_class import ORIGINAL
 
-_PLAIN = (bool, int, float, str, type(None), torch.Size)
+_PLAIN = (bool, int, float, str, type(None), torch.Size, Tensor)
 _OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "scope", ORIGINAL}
 
 
@@ -52,42 +55,32 @@ class Surgery:
             parent._modules[leaf] = layer
 
     def replace_references(self, layers: dict[int, nn.Module]) -> None:
-        """Replace norms that modules also hold in plain lists, dicts and attributes.
+        """Replace norms that modules also hold in attributes, and in what is held there.
 
         Args:
             layers: id of a replaced norm -> its layer.
 
         Raises:
-            ConversionError: a bound method or partial of a replaced norm, which would go on
-                running it.
+            ConversionError: what cannot be changed, as a tuple or a bound method, holds a norm and
+                would go on running it.
         """
+        waiting: list[tuple[str, str, Any, Any, Any]] = []
+        met = set[int]()
         for name, module in self.model.named_modules():
+            met.add(id(module))
             for key, value in list(vars(module).items()):
-                if key in _OWN or isinstance(value, (*_PLAIN, Tensor)):
-                    continue
-                if isinstance(value, dict | set) and not value:
-                    continue
-                if isinstance(value, list | tuple) and all([isinstance(v, _PLAIN) for v in value]):
-                    continue
-                where = f"{name}.{key}".lstrip(".")
-                for part in find_pinned(value):
-                    if id(part) in layers:
-                        _refuse_holder(where, "a function", layers[id(part)])
-                if type(value) is set or (key.startswith("_") and isinstance(value, dict)):
-                    continue
-                if (holder := _keeping(value, layers)) is not None:
-                    _refuse_holder(where, *holder)
-                self._replace_in(vars(module), [(key, value)], layers)
-                self._replace_in(value, _entries(value), layers)
-
-    def _replace_in(
-        self, holder: Any, entries: list[tuple[Any, Any]], layers: dict[int, nn.Module]
-    ) -> None:
-        """Put the layers of replaced norms into a table, a list or a dict."""
-        for key, value in entries:
+                if key not in _OWN:
+                    waiting.append((f"{name}.{key}".lstrip("."), "", vars(module), key, value))
+        while waiting:
+            where, kind, table, key, value = waiting.pop()
             if id(value) in layers:
-                self._references.append((holder, key, value))
-                holder[key] = layers[id(value)]
+                if table is None:
+                    _refuse_holder(where, kind, layers[id(value)])
+                self._references.append((table, key, value))
+                table[key] = layers[id(value)]
+            elif not isinstance(value, _PLAIN) and id(value) not in met:
+                met.add(id(value))
+                waiting += [(where, *part) for part in _parts_of(value)]
 
     def install(self, sites: list[str], scope: Scope, layers: tuple[type, ...]) -> None:
         """Install a forward that takes the context in every container on the way to a site.
@@ -168,26 +161,39 @@ class Surgery:
             parent._modules[leaf] = module
 
 
+def _parts_of(value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
+    """Yield what a value holds: what kind of holder it is, and a table, a key and the part there.
+
+    The table is None where the part cannot be exchanged for another.
+    """
+    fixed: list[Any]
+    if isinstance(value, types.FunctionType):
+        fixed, kind = list(find_pinned(value)), "a function"
+    elif isinstance(value, functools.partial):
+        fixed, kind = [value.func, *value.args, *value.keywords.values()], "a function of the norm"
+    elif isinstance(value, types.MethodType | types.BuiltinMethodType):
+        fixed, kind = [value.__self__, getattr(value, "__func__", None)], "a function of the norm"
+    elif isinstance(value, weakref.ref):
+        fixed, kind = [value()], "a weak reference"
+    elif isinstance(value, tuple | set | frozenset):
+        fixed, kind = list(value), f"a {type(value).__name__}"
+    elif isinstance(value, nn.Module):
+        fixed = [*value.children(), *(v for k, v in vars(value).items() if k not in _OWN)]
+        kind = f"a {type(value).__name__} that is none of the model's modules"
+    else:
+        fixed, kind = list(value) if isinstance(value, dict) else [], "the keys of a dict"
+        yield from (("", value, *entry) for entry in _entries(value))
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict) and not isinstance(value, type | types.ModuleType):
+            yield from (("", attributes, *entry) for entry in _entries(attributes))
+    yield from ((kind, None, None, part) for part in fixed)
+
+
 def _entries(value: Any) -> list[tuple[Any, Any]]:
-    """Return the keys and values of a plain list or dict, which can be replaced; else none."""
-    if type(value) is list:
+    """Return the keys and values of what can be changed by key; else none."""
+    if isinstance(value, list | deque):
         return list(enumerate(value))
-    return list(value.items()) if type(value) is dict else []
-
-
-def _keeping(value: Any, layers: dict[int, nn.Module]) -> tuple[str, nn.Module] | None:
-    """Return what, of a value or of its entries, goes on running a replaced norm, and its layer."""
-    for part in value if isinstance(value, tuple) else ():
-        if id(part) in layers:
-            return "a tuple", layers[id(part)]
-    for part in (value, *(part for _, part in _entries(value))):
-        function = getattr(part, "func", part)
-        owner = getattr(function, "__self__", function)
-        bound = (*part.args, *part.keywords.values()) if isinstance(part, functools.partial) else ()
-        for given in (*bound, *([owner] if owner is not part else [])):
-            if id(given) in layers:
-                return "a function of the norm", layers[id(given)]
-    return None
+    return list(value.items()) if isinstance(value, dict) else []
 
 
 def _refuse_holder(where: str, holder: str, layer: nn.Module) -> NoReturn:

@@ -67,6 +67,33 @@ def test_array_of_names():
     assert torch.equal(model(x, context=labels), model(x, context=torch.tensor([2, 0, 0, 1])))
 
 
+class Column:
+    """An array of another library, as a column of a table."""
+
+    def __array__(self, dtype=None, copy=None):
+        return EXPECTED.numpy()
+
+
+@pytest.mark.parametrize("labels", [Column(), EXPECTED.numpy().astype(">i8")], ids=["own", "order"])
+def test_arrays_of_any_library_and_byte_order(labels):
+    model, x = make_model(), images()
+    assert torch.equal(model(x, context=labels), model(x, context=EXPECTED))
+
+
+@pytest.mark.parametrize("labels", [{0, 1, 2, -1}, dict.fromkeys([0, 1, 2, -1])])
+def test_labels_without_an_order_are_refused(labels):
+    with pytest.raises(ContextError, match=r"a sequence of them, got (set|dict)"):
+        make_model()(images(), context=labels)
+
+
+@pytest.mark.parametrize("method", ["cn", "cn-x"])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_empty_batch_has_no_labels(method, training):
+    model, x = make_model(method).train(training), images(0)
+    assert model(x, context=EXPECTED[:0]).shape == x.shape
+    assert model(x, context=[]).shape == x.shape
+
+
 @pytest.mark.parametrize("labels", [1, "art", torch.tensor(1), numpy.int64(1), ["art"] * 4])
 @pytest.mark.parametrize("samples", [4, 1])
 def test_one_label_for_the_whole_batch(labels, samples):
@@ -131,6 +158,17 @@ def test_labels_written_over_within_a_scope_are_those_that_count():
         labels.copy_(torch.tensor([2, 0, 1, 1]))
         y = model(x)
     assert torch.equal(y, model(x, context=torch.tensor([2, 0, 1, 1])))
+
+
+def test_labels_written_over_before_backward_count_as_they_were():
+    labels, model, grads = torch.tensor([2, 0, 1, 1]), make_model().double().train(), []
+    for later in (labels, torch.zeros(4, dtype=torch.int64)):
+        given, x = labels.clone(), make_batch((4, 4, 3, 5)).requires_grad_()
+        y = model(x, context=given)
+        given.copy_(later)
+        y.backward(make_batch(y.shape, seed=4))
+        grads.append(x.grad)
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("method", ["cn", "cn-x"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import normswap
 from normswap.errors import ConversionError, VerificationError
@@ -117,6 +118,15 @@ def test_calls_and_settings_are_right(use, trace):
     converted = convert(copy.deepcopy(model), trace=trace, example_inputs=X)
     torch.testing.assert_close(converted(X, context=LABELS), model(X))
     assert not normswap.summary(converted).direct
+
+
+@pytest.mark.parametrize("use", OTHER_VALUES.values(), ids=OTHER_VALUES)
+def test_a_recomputation_that_ends_early_is_no_error(use):
+    model = convert(make(use), verify=False)
+    x = X.clone().requires_grad_()
+    checkpoint(model, x, use_reentrant=False).sum().backward()
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(x.grad, expected)
 
 
 @TRACE

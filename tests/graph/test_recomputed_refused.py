@@ -24,6 +24,16 @@ def test_a_part_under_two_contexts_is_an_error():
         y.sum().backward()
 
 
+@REENTRANT
+def test_labels_written_over_before_backward_are_an_error(reentrant):
+    model, labels = make(Own()), LABELS.clone()
+    with normswap.use_context(model, labels):
+        y = again(reentrant)(model, images().requires_grad_())
+    labels.zero_()
+    with pytest.raises(ContextError, match=r"written to since; pass a copy"):
+        y.sum().backward()
+
+
 def test_labels_passed_inside_the_part_need_nothing():
     model = make(Own())
 

@@ -184,7 +184,7 @@ FUNCTIONS = {
     ),
     "use_context": (
         lambda model, context: normswap.use_context(model, context).__enter__(),
-        {"model": ("converted", ""), "context": (0, "None, -1, 0, [], {}, scalar, [None]")},
+        {"model": ("converted", ""), "context": (0, "None, -1, 0, [], scalar, [None]")},
     ),
     "a forward": (
         lambda context: normswap.convert(BASE, "cn", contexts=2).eval()(IMAGES, context=context),

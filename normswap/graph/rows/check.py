@@ -4,7 +4,8 @@ A model may fold windows or tokens into the batch, repeat it, or put it in anoth
 norm, and no shape tells. So the first call of a kind with mixed labels is preceded by a
 measurement (see `measure`) on its first five samples. An order that is regular holds for any
 number of samples from then on, as long as the norms are met in the same sequence with as many
-rows a sample; any other holds for the one call it was measured for.
+rows a sample; any other holds for the one call it was measured for, and so does one that other
+lengths, masks or kinds of the samples would change.
 
 What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
 order that leaves five samples in place and moves those of a larger batch; an order that a later
@@ -114,7 +115,7 @@ class Rows:
                 except ContextError as error:
                     run.refused = error
                     raise
-        if context.whole or context.labels.shape[0] == 1:
+        if context.whole or context.labels.shape[0] < 2:
             return None
         return self._recall(layer, site, x.shape[0], context)
 

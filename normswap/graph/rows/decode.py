@@ -81,14 +81,25 @@ def _slots(how: str, rows: int, samples: int) -> Tensor:
     return order.view(-1, samples).T if how == REPEATED else order.view(samples, -1)
 
 
+def _owners(step: Step, samples: int) -> Tensor:
+    """Return the sample of each row, (rows,)."""
+    if step.index is not None:
+        return step.index
+    owners = torch.empty(step.rows, dtype=torch.int64)
+    owners[_slots(step.how, step.rows, samples)] = torch.arange(samples).unsqueeze(1)
+    return owners
+
+
 def moves_others(step: Step, moved: Tensor, sample: int, samples: int, noise: float) -> bool:
     """Return whether exchanging a sample moves rows that are not its own, as much as any."""
-    owners = step.index
-    if owners is None:
-        owners = torch.empty(step.rows, dtype=torch.int64)
-        owners[_slots(step.how, step.rows, samples)] = torch.arange(samples).unsqueeze(1)
     least = max(noise, float(moved.max()) / _DOMINANT if len(moved) else 0.0)
-    return bool((moved > least)[owners.cpu() != sample].any())
+    return bool((moved > least)[_owners(step, samples).cpu() != sample].any())
+
+
+def hold_once(step: Step, samples: int, device: torch.device) -> None:
+    """Have a finding hold for this call alone, as an order without a rule does."""
+    step.index = _owners(step, samples).to(device)
+    step.how, step.times = PERMUTED, None
 
 
 def _find_order(rows: list[int], samples: int, x: Tensor) -> str | None:

@@ -14,7 +14,8 @@ def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
     """Return the kind of a call, its flags and modes included, and its sizes and numbers."""
     kinds: list[Any] = []
     numbers: list[Any] = []
-    _describe(values, samples, kinds, numbers)
+    for value in values:
+        _describe(value, samples, kinds, numbers)
     seen: set[int] = set()
     stack = [module]
     while stack:
@@ -47,7 +48,7 @@ def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) ->
     elif isinstance(value, int | float):
         kinds.append("number")
         numbers.append(value)
-    elif is_list_of_samples(value, samples):
+    elif is_list_of_samples(value, samples) and not isinstance(value[0], int):
         found: list[tuple[list[Any], list[Any]]] = [([], []) for _ in value]
         for part, described in zip(value, found, strict=True):
             _describe(part, samples, *described)

@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.graph.rows.decode import change_of, code, is_open, moves_others, settle
+from normswap.graph.rows.decode import change_of, code, hold_once, is_open, moves_others, settle
 from normswap.graph.rows.plans import Step
-from normswap.graph.rows.samples import HOWS, exchange, fresh, is_content, rebuild, rolled
+from normswap.graph.rows.samples import (
+    HOWS,
+    batches_in,
+    ended,
+    exchange,
+    fresh,
+    is_content,
+    rolled,
+    vary,
+)
 
 # None that a program is likely to have started from.
 _OTHER_SEEDS = range(0x5EED0000, 0x5EED0008)
@@ -28,6 +37,8 @@ class Measurement:
         values: arguments.
         samples: N.
         modes: id of a norm -> its mode outside of the measurement.
+        batches: what a list of as many tensors as each has rows is taken for: one sample each, or
+            batches.
     """
 
     def __init__(
@@ -37,23 +48,19 @@ class Measurement:
         values: Any,
         samples: int,
         modes: dict[int, bool],
+        batches: bool,
     ) -> None:
         self.call, self.restore, self.values, self.samples = call, restore, values, samples
         self.modes = modes
+        self.batches = batches
         # Of the random generators in each run; by default they start as they are.
         self.seed: int | None = None
         self._before: Iterator[tuple[Step, Tensor]] | None = None
         self._found: list[Any] = []
-        batches: list[Any] = []
-
-        def note(batch: Any) -> Any:
-            batches.append(batch)
-            return batch
-
-        rebuild(values, samples, note)
+        found = batches_in(values, samples, batches)
         # Vectors are lengths or labels, unless there is nothing else.
-        self.least = 2 if any(is_content(batch, 2) for batch in batches) else 1
-        self.possible = any(is_content(batch, self.least) for batch in batches)
+        self.least = 2 if any(is_content(batch, 2) for batch in found) else 1
+        self.possible = any(is_content(batch, self.least) for batch in found)
 
     def listen(self, layer: Any, site: str, x: Tensor) -> None:
         """Keep what a norm is given, or compare it with what it was given before."""
@@ -76,7 +83,7 @@ class Measurement:
         """
         self.restore(self.seed)
         self._before, self._found = None if before is None else iter(before), []
-        self.call(rebuild(self.values, self.samples, change))
+        self.call(vary(self.values, self.samples, change, self.batches))
         return self._found
 
     def _exchange(self, met: _Met, picked: list[int], how: str, order: Any = fresh) -> list[Tensor]:
@@ -108,15 +115,18 @@ class Measurement:
         for (step, x), moves, least in zip(met, self._moves(met, noise), noise, strict=True):
             settle(step, x, moves, self.samples, least)
         if steady:
-            try:
-                self._check(met, noise, 0, rolled, "rows whose order depends on their values")
-            except Exception:
-                # Some orders are not the model's to take, as that of samples sorted by length.
-                return [step for step, _ in met]
+            cause = "rows whose order depends on their values"
+            self._check(met, noise, 0, lambda b: self._vary(b, rolled, fresh), cause)
         for sample, self.seed in enumerate(() if steady else _OTHER_SEEDS):
             cause = "rows in an order that changes from call to call"
             self._check(met, noise, sample % self.samples, fresh, cause)
+        self.seed = None
+        self._check(met, noise, 0, lambda b: self._vary(b, ended, lambda v: ended(rolled(v))))
         return [step for step, _ in met]
+
+    def _vary(self, batch: Any, content: Callable[[Any], Any], others: Callable[[Any], Any]) -> Any:
+        """Change samples in one way, and in another the lengths, flags and labels beside them."""
+        return (content if is_content(batch, self.least) else others)(batch)
 
     def _moves(self, met: _Met, noise: list[float]) -> list[Tensor | None]:
         """Return how much each word's runs move each row; None where the path depends on values."""
@@ -141,15 +151,35 @@ class Measurement:
             raise failure
         return [m if at < reach else None for at, m in enumerate(moves)]
 
-    def _check(self, met: _Met, noise: list[float], sample: int, order: Any, cause: str) -> None:
-        """Exchange a sample once more, in another order or after another seed.
+    def _check(
+        self, met: _Met, noise: list[float], sample: int, order: Any, cause: str = ""
+    ) -> None:
+        """Exchange a sample once more, of another batch or after another seed.
 
-        Rows that are not its own must not move.
+        Where rows that are not its own move, there is the cause; without one, the finding holds
+        for this call alone, as it does where a norm is given another number of rows then.
         """
-        new: _Met = self._run(order)
-        moves = self._exchange(new, [sample], "others", order)
-        for (step, _), (other, _), moved, least in zip(met, new, moves, noise, strict=False):
-            if (step.site, step.rows) != (other.site, other.rows):
-                break
-            if not step.cause and moves_others(step, moved, sample, self.samples, least):
+        try:
+            new: _Met = self._run(order)
+            moves = self._exchange(new, [sample], "others", order)
+        except Exception:
+            if order is fresh:
+                raise
+            # Some batches are not the model's to take, as lengths that no sample has.
+            return
+        found = [*zip(new, moves, strict=False)]
+        for at, (step, x) in enumerate(met):
+            there = at < len(found) and found[at][0][0].site == step.site
+            alike = there and found[at][0][0].rows == step.rows
+            if cause and not alike:
+                return
+            if not there:
+                found = []
+            if step.cause or (
+                alike and not moves_others(step, found[at][1], sample, self.samples, noise[at])
+            ):
+                continue
+            if cause:
                 step.cause = cause
+            else:
+                hold_once(step, self.samples, x.device)

@@ -14,7 +14,7 @@ from normswap.functional.labels import Context
 from normswap.graph.rows.measure import Measurement
 from normswap.graph.rows.plans import Family, Plan
 from normswap.graph.rows.quiet import find_obstacle, quiet
-from normswap.graph.rows.samples import fresh, rebuild
+from normswap.graph.rows.samples import batches_in, fresh, vary
 
 _LOCK = threading.RLock()
 
@@ -49,15 +49,23 @@ class Run:
         obstacle = find_obstacle(self.module)
         if obstacle:
             return Plan(reason=obstacle)
+        # A list of two images or of two inputs, of two samples: as inputs, images tell nothing.
+        counts = {len(batches_in(self.values, self.samples, several)) for several in (True, False)}
+        plan = self._measure(count, hooks, len(counts) > 1)
+        if len(counts) > 1 and (plan.reason or any(step.cause for step in plan.steps)):
+            plan = self._measure(count, hooks, False)
+        return plan
+
+    def _measure(self, count: int, hooks: bool, batches: bool) -> Plan:
         # One label for all, whichever: rows that nothing is known of can take it.
         whole = Context(self.context.labels[:1].clamp(min=0), False, True)
         try:
-            values = rebuild(self.values, self.samples, lambda batch: fresh(batch[:count]))
+            values = vary(self.values, self.samples, lambda batch: fresh(batch[:count]), batches)
             # Checkpointing around this call would count what is saved for backward.
             unhooked = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
             with _LOCK, unhooked, quiet(self.module, hooks) as (before, modes):
                 found = Measurement(
-                    lambda v: self.call(v, whole), before.restore, values, count, modes
+                    lambda v: self.call(v, whole), before.restore, values, count, modes, batches
                 )
                 if not found.possible:
                     return Plan(reason=f"no argument has {self.samples} samples")

@@ -14,12 +14,18 @@ HOWS = ("others", "shuffle", "noise")
 _MOST_OTHERS = 3
 
 
-def is_list_of_samples(value: Any, samples: int) -> bool:
-    """Return whether a list holds one entry a sample: images, or what belongs to each of them."""
+def is_list_of_samples(value: Any, samples: int, batches: bool = False) -> bool:
+    """Return whether a list holds one entry a sample: images, lengths, or what belongs to each.
+
+    Tensors of as many rows as there are may be batches instead; `batches` says that they are.
+    """
     if not isinstance(value, list | tuple) or len(value) != samples or hasattr(value, "_fields"):
         return False
+    if all(type(v) is int for v in value):
+        return True
     if all(isinstance(v, Tensor) for v in value):
-        return all(v.dim() <= 3 for v in value)
+        may_be_batches = all(v.dim() > 0 and len(v) == samples for v in value)
+        return all(v.dim() <= 3 for v in value) and not (batches and may_be_batches)
     return all(isinstance(v, dict) or is_dataclass(v) for v in value)
 
 
@@ -34,20 +40,39 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def rebuild(value: Any, samples: int, change: Callable[[Any], Any]) -> Any:
+def vary(values: Any, samples: int, change: Callable[[Any], Any], batches: bool = False) -> Any:
+    """Copy the arguments of a call, see `rebuild`; all of them together are no list of samples."""
+    return tuple(rebuild(value, samples, change, batches) for value in values)
+
+
+def batches_in(values: Any, samples: int, batches: bool = False) -> list[Any]:
+    """Return the batches, and the lists of samples, in the arguments of a call."""
+    found: list[Any] = []
+
+    def note(batch: Any) -> Any:
+        found.append(batch)
+        return batch
+
+    vary(values, samples, note, batches)
+    return found
+
+
+def rebuild(value: Any, samples: int, change: Callable[[Any], Any], batches: bool = False) -> Any:
     """Copy an argument, with `change(batch)` for each tensor (N, ...) and list of N samples.
+
+    What may be such a list or several batches is the latter if `batches`.
 
     Raises:
         TypeError: a part that cannot be copied, as an iterator.
     """
     if isinstance(value, Tensor):
         return change(value) if value.dim() > 0 and value.shape[0] == samples else fresh(value)
-    if is_list_of_samples(value, samples):
+    if is_list_of_samples(value, samples, batches):
         return type(value)(change(value))
     parts = parts_of(value)
     if parts is None:
         return value if isinstance(value, nn.Module) else copy.deepcopy(value)
-    new = {key: rebuild(part, samples, change) for key, part in parts.items()}
+    new = {key: rebuild(part, samples, change, batches) for key, part in parts.items()}
     if isinstance(value, list | tuple):
         return (
             type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
@@ -74,6 +99,32 @@ def fresh(value: Any) -> Any:
 def rolled(batch: Any) -> Any:
     """Return the batch with its last sample first."""
     return fresh(batch.roll(1, 0) if isinstance(batch, Tensor) else [*batch[-1:], *batch[:-1]])
+
+
+def ended(batch: Any) -> Any:
+    """Return the batch with a last sample that ends earlier, by its length, mask or padding.
+
+    Of numbers that may tell kinds, all zero, the first becomes one: order goes by kind, too.
+    """
+    if not isinstance(batch, Tensor):
+        new = fresh([*batch])
+        if isinstance(new[0], int):
+            return ended(torch.tensor(new)).tolist()
+        if isinstance(new[-1], Tensor) and new[-1].dim() and len(new[-1]) > 1:
+            new[-1] = new[-1][:-1]
+        return new
+    values = batch.detach().clone()
+    last = values[-1:]
+    if last.dim() > 1 and last.dtype != torch.bool:
+        # Time may be the first or the last dimension of a sample.
+        last[:, 1:], last[..., 1:] = 0, 0
+    elif last.dim() == 1 and not values.any():
+        values[:1] = 1
+    elif last.dtype == torch.bool:
+        last[..., -1:] = ~last[..., -1:]
+    else:
+        last.copy_((last / 2).to(last.dtype))
+    return fresh(values.requires_grad_(batch.requires_grad))
 
 
 def is_content(batch: Any, least: int) -> bool:

@@ -132,3 +132,56 @@ def test_images_of_several_sizes_are_samples():
     assert rows_of(model) == {"norm": "one per sample"}
     flipped = model(images[::-1], targets[::-1], context=LABELS.flip(0))
     assert torch.allclose(y, flipped.flip(0))
+
+
+def as_arguments(model, inputs, context):
+    return model(*inputs, context=context)
+
+
+def as_a_list(model, inputs, context):
+    return model(list(inputs), context=context)
+
+
+def joined(s, *xs):
+    return s.norm(torch.cat(xs)).unflatten(0, (len(xs), -1)).sum(0)
+
+
+INPUTS = {
+    "two": lambda s, a, b: joined(s, a, b),
+    "any": joined,
+    "a list": lambda s, xs: joined(s, *xs),
+    "a list, one by one": lambda s, xs: sum(s.norm(x) for x in xs),
+}
+
+
+@pytest.mark.parametrize("forward", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("shape", [(6,), (6, 2)])
+def test_as_many_inputs_as_samples_are_no_samples(forward, shape):
+    call = as_a_list if forward.__code__.co_varnames[1] == "xs" else as_arguments
+    call = as_arguments if forward is joined else call
+    model = type("Several", (nn.Module,), {"forward": forward})()
+    model.norm = nn.BatchNorm1d(6)
+    model = apart(normswap.convert(model.double().eval(), "cn", contexts=K, verify=False))
+    inputs = torch.randn(2, 2, *shape, dtype=torch.float64)
+    y = call(model, inputs, LABELS[:2])
+    parts = [call(model, inputs[:, i : i + 1], LABELS[i : i + 1]) for i in range(2)]
+    assert torch.allclose(y, torch.cat(parts))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_as_many_images_as_channels_are_samples(at_once):
+    class Images(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, images):
+            if at_once:
+                return self.norm(torch.stack(images))
+            return torch.cat([self.norm(image[None]) for image in images])
+
+    model = apart(normswap.convert(Images().double().eval(), "cn", contexts=K, verify=False))
+    images = [*torch.randn(3, 3, 5, 5, dtype=torch.float64)]
+    y = model(images, context=LABELS[:3])
+    parts = [model([image], context=LABELS[i : i + 1]) for i, image in enumerate(images)]
+    assert torch.allclose(y, torch.cat(parts))
