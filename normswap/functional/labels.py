@@ -66,7 +66,7 @@ def resolve_labels(
             _require_range(*limits, num_contexts, names)
         values = _place(torch.tensor(indices, dtype=torch.int64, device="cpu"), device)
         whole = isinstance(labels, (str, int))
-        return Context(_with_memo(values, limits), -1 in indices, whole)
+        return Context(with_memo(values, limits), -1 in indices, whole)
     if labels.is_nested or labels.layout != torch.strided:
         raise ContextError(
             "expected `context` as a dense tensor (N,), got one that is "
@@ -88,7 +88,7 @@ def resolve_labels(
     limits = _check_range(labels, num_contexts, names)
     unknown = None if limits is None else limits[0] < 0
     limits = limits if labels.numel() else None
-    return Context(_with_memo(_place(labels, device), limits), unknown, whole)
+    return Context(with_memo(_place(labels, device), limits), unknown, whole)
 
 
 def _place(labels: Tensor, device: torch.device | None) -> Tensor:
@@ -114,7 +114,7 @@ def _state(labels: Tensor) -> tuple[int, bool]:
     return labels._version, captured
 
 
-def _with_memo(labels: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
+def with_memo(labels: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
     """Return labels that remember what is made of them; see `kept`, and `host_range`."""
     if not is_eager() or type(labels) is not Tensor or labels.is_inference():
         return labels
@@ -223,69 +223,3 @@ def _is_under_vmap(t: Tensor) -> bool:
             return True
         t = functorch.get_unwrapped(t)
     return False
-
-
-def labels_per_row(
-    context: Context, x: Tensor, site: str, how: str = "", index: Tensor | None = None
-) -> Tensor:
-    """Return one label per row of x, (rows,), given one per sample.
-
-    A model may fold tokens or windows into the batch: rows = r * N. Where it is "repeated", all
-    labels are repeated r times, else each label r times. One label for a whole batch, or for "any"
-    row, is expanded; see `one_label`.
-
-    Args:
-        context: labels.
-        x: what a norm is given.
-        site: name of the norm.
-        how: "repeated", "any", or anything else.
-        index: the sample of each row, (rows,), where no rule tells.
-
-    Raises:
-        ContextError: labels without values where x has some, or rows not a multiple of N.
-    """
-    labels = context.labels
-    if labels.is_meta and not x.is_meta:
-        raise ContextError(
-            f"expected `context` on {x.device}, where the input of {site} is, got it on "
-            f"{labels.device}; move it with .to({str(x.device)!r})"
-        )
-    if labels.device != x.device:
-        # A model may be spread over several devices; labels enter it on that of its inputs.
-        labels = kept(labels, x.device, lambda: _with_memo(context.labels.to(x.device)))
-    rows, given = x.shape[0], labels.shape[0]
-    if context.whole or how == "any":
-        return labels[:1].expand(rows)
-    if index is None and rows == given:
-        return labels
-    if index is None and (given == 0 or rows % given):
-        raise wrong_length(rows, given, site)
-
-    def derive() -> Tensor:
-        if index is not None:
-            return _with_memo(labels[index])
-        times = rows // given
-        repeated = how == "repeated"
-        return _with_memo(labels.repeat(times) if repeated else labels.repeat_interleave(times))
-
-    # The memo holds the index, so that its id stays its own.
-    return kept(labels, (rows, how, id(index)), lambda: (derive(), index))[0]
-
-
-def one_label(labels: Tensor) -> Tensor:
-    """Return the one label, (1,), of labels that are one expanded; else the labels as they are.
-
-    What is traced from one example has to take labels of any other, so there they all stay.
-    """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return labels
-    return labels[:1] if labels.stride(0) == 0 and len(labels) > 0 else labels
-
-
-def wrong_length(samples: int, given: int, site: str) -> ContextError:
-    """Return the error for labels that do not match the batch."""
-    return ContextError(
-        f"expected `context` with {samples} labels, one per sample, got {given} "
-        f"(first norm: {site}); pass context= or use normswap.use_context, in the order of "
-        "dimension 0 of the inputs, where samples are"
-    )

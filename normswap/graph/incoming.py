@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from normswap.functional.labels import Context, wrong_length
+from normswap.functional.label_rows import wrong_length
+from normswap.functional.labels import Context
 from normswap.graph.state import ContainerState
 
 

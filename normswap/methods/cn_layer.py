@@ -11,7 +11,7 @@ from normswap.functional.affine import Centred, centre_norm, pool_norm
 from normswap.functional.backend import is_eager
 from normswap.functional.backward import in_backward, may_run_again
 from normswap.functional.context import norm_contexts
-from normswap.functional.labels import one_label
+from normswap.functional.label_rows import one_label
 from normswap.functional.moments import (
     Moments,
     combine_moments,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.affine import Centred, centre_norm, pool_norm
-from normswap.functional.labels import one_label
+from normswap.functional.label_rows import one_label
 from normswap.functional.moments import (
     Moments,
     compute_dtype,

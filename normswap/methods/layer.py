@@ -8,7 +8,8 @@ from torch import Tensor, fx
 
 from normswap.errors import ContextError, MissingContextError, refuse_scripting
 from normswap.functional.backend import triton_for
-from normswap.functional.labels import Context, Labels, labels_per_row, resolve_labels, wrong_length
+from normswap.functional.label_rows import labels_per_row, wrong_length
+from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.methods.layer_tensors import Resettable, WithPriors, lay_out
 from normswap.methods.layer_tensors import load_shared as load_shared
 from normswap.util.arguments import MOST_CONTEXTS, MOST_FEATURES, check_count, describe

@@ -2,7 +2,8 @@
 
 import torch
 
-from normswap.functional.labels import labels_per_row, resolve_labels
+from normswap.functional.label_rows import labels_per_row
+from normswap.functional.labels import resolve_labels
 from normswap.functional.triton.sorting import find_rows, sort_labels
 
 NAMES = ("a", "b", "c")

@@ -1,0 +1,73 @@
+"""One label for each row of what a norm is given, of labels checked at the entry of a model."""
+
+import torch
+from torch import Tensor
+
+from normswap.errors import ContextError
+from normswap.functional.labels import Context, kept, with_memo
+
+
+def labels_per_row(
+    context: Context, x: Tensor, site: str, how: str = "", index: Tensor | None = None
+) -> Tensor:
+    """Return one label per row of x, (rows,), given one per sample.
+
+    A model may fold tokens or windows into the batch: rows = r * N. Where it is "repeated", all
+    labels are repeated r times, else each label r times. One label for a whole batch, or for "any"
+    row, is expanded; see `one_label`.
+
+    Args:
+        context: labels.
+        x: what a norm is given.
+        site: name of the norm.
+        how: "repeated", "any", or anything else.
+        index: the sample of each row, (rows,), where no rule tells.
+
+    Raises:
+        ContextError: labels without values where x has some, or rows not a multiple of N.
+    """
+    labels = context.labels
+    if labels.is_meta and not x.is_meta:
+        raise ContextError(
+            f"expected `context` on {x.device}, where the input of {site} is, got it on "
+            f"{labels.device}; move it with .to({str(x.device)!r})"
+        )
+    if labels.device != x.device:
+        # A model may be spread over several devices; labels enter it on that of its inputs.
+        labels = kept(labels, x.device, lambda: with_memo(context.labels.to(x.device)))
+    rows, given = x.shape[0], labels.shape[0]
+    if context.whole or how == "any":
+        return labels[:1].expand(rows)
+    if index is None and rows == given:
+        return labels
+    if index is None and (given == 0 or rows % given):
+        raise wrong_length(rows, given, site)
+
+    def derive() -> Tensor:
+        if index is not None:
+            return with_memo(labels[index])
+        times = rows // given
+        repeated = how == "repeated"
+        return with_memo(labels.repeat(times) if repeated else labels.repeat_interleave(times))
+
+    # The memo holds the index, so that its id stays its own.
+    return kept(labels, (rows, how, id(index)), lambda: (derive(), index))[0]
+
+
+def one_label(labels: Tensor) -> Tensor:
+    """Return the one label, (1,), of labels that are one expanded; else the labels as they are.
+
+    What is traced from one example has to take labels of any other, so there they all stay.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return labels
+    return labels[:1] if labels.stride(0) == 0 and len(labels) > 0 else labels
+
+
+def wrong_length(samples: int, given: int, site: str) -> ContextError:
+    """Return the error for labels that do not match the batch."""
+    return ContextError(
+        f"expected `context` with {samples} labels, one per sample, got {given} "
+        f"(first norm: {site}); pass context= or use normswap.use_context, in the order of "
+        "dimension 0 of the inputs, where samples are"
+    )
