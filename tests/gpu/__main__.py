@@ -7,10 +7,13 @@ tells. A step that fails, ends its process or hangs is a line of the report, and
 import argparse
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +25,9 @@ from tests.gpu.supervise import ROOT, Part, run_part
 
 KINDS = ("tests", "layers", "models")
 LATE = "tests/gpu/test_compiled.py"
+# Runs the cases of kernels in a process of its own; here they are a part.
+NESTED = "tests/functional/triton/test_values.py"
+MOST_PROCESSES = 12
 VERSIONS = ("torch", "triton", "timm", "tabulate", "pytest", "scikit-learn")
 
 
@@ -35,21 +41,28 @@ def parts(options: argparse.Namespace) -> list[Part]:
         if "mark.gpu" in path.read_text(encoding="utf-8")
     )
     # Its own settings, with the tests' own fixtures.
-    pytest = [
+    every = [
         *(sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "--rootdir", "."),
-        *("--confcutdir", ".", "-m", "gpu", "-p", "tests.gpu.plugin"),
+        *("--confcutdir", ".", "-p", "tests.gpu.plugin"),
         *("--continue-on-collection-errors", *(["-k", options.select] if options.select else [])),
     ]
+    pytest = [*every, "-m", "gpu"]
+    cases = sorted(
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests/functional/triton").glob("cases*.py")
+    )
+    compiled = {**fixed, "TRITON_INTERPRET": str(int(device == "cpu"))}
     bench = [sys.executable, "-m", "tests.gpu.bench", "--device", device]
-    early = [path for path in marked if path != LATE]
+    early = [path for path in marked if path not in (LATE, NESTED)]
     plain = {**fixed, "NORMSWAP_TRITON": "0"}
     return [
-        Part("tests-eager", [*pytest, *early], 0.45, 60, fixed),
-        Part("tests-without-triton", [*pytest, "tests/gpu/test_layers.py"], 0.2, 60, plain),
+        Part("tests-eager", [*pytest, *early], 0.45, 60, fixed, splits=True),
+        Part("tests-kernels", [*every, *cases], 0.4, 60, compiled, splits=True),
+        Part("tests-without-triton", [*pytest, "tests/gpu/test_layers.py"], 0.2, 60, plain, True),
         Part("layers-all", [*bench, "layers"], 0.35, 60, fixed),
         Part("models-all", [*bench, "models"], 0.75, 90, fixed),
         Part("layers-without-triton", [*bench, "layers", "--eager"], 0.3, 60, plain),
-        Part("tests-compiled", [*pytest, LATE], 0.6, 120, fixed),
+        Part("tests-compiled", [*pytest, LATE], 0.6, 120, fixed, splits=True),
         Part("models-compiled", [*bench, "models-compiled"], 1.0, 300, fixed),
     ]
 
@@ -80,8 +93,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--minutes", type=float, default=8, help="after which what is left is not run (8)")
     add("--only", metavar="PART", help=f"one part by its name, or all {', '.join(KINDS)}")
     add("--select", metavar="EXPRESSION", help="of the tests, those that pytest -k selects")
+    many = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 2))
+    add("--processes", type=int, default=many, metavar="N", help=f"that test at once ({many})")
     add("--device", default="cuda", help="cpu rehearses the run with small inputs")
     options = parser.parse_args(argv)
+    if options.processes < 1:
+        parser.error(f"expected --processes of 1 or more, got {options.processes}")
     if options.device != "cpu" and not torch.cuda.is_available():
         parser.error("no CUDA device is available; --device cpu rehearses the run")
     chosen = [p for p in parts(options) if options.only in (None, p.name, p.name.split("-")[0])]
@@ -99,8 +116,13 @@ def main(argv: list[str] | None = None) -> int:
             report.refused[part.name] = "pytest is not installed"
             continue
         print(f"{time.monotonic() - report.begin:.0f} s: {part.name}", flush=True)
-        report.parts[part.name] = Journal(options.out / f"{part.name}.jsonl")
-        run_part(part, report.parts[part.name], deadline, report.write)
+        shares = part.shares(options.processes)
+        names = [f"{part.name}-{i}" for i in range(len(shares))] if shares[1:] else [part.name]
+        journals = [Journal(options.out / f"{name}.jsonl") for name in names]
+        report.parts[part.name] = journals
+        with ThreadPoolExecutor(len(shares)) as pool:
+            run = partial(run_part, deadline=deadline, changed=report.write)
+            list(pool.map(run, shares, journals))
     report.write()
     print((options.out / "report.md").read_text(encoding="utf-8"))
     return int(report.has_failed())

@@ -1,4 +1,7 @@
-"""A plugin of pytest that keeps a `Journal`: `pytest -p tests.gpu.plugin --journal FILE`."""
+"""A plugin of pytest that keeps a `Journal`: `pytest -p tests.gpu.plugin --journal FILE`.
+
+`--share 2 8` has this process run the third of eight shares of the tests.
+"""
 
 from pathlib import Path
 
@@ -10,10 +13,12 @@ from tests.gpu.measures import leave_if_poisoned
 
 def pytest_addoption(parser):
     parser.addoption("--journal", type=Path, required=True, help="where the lines go")
+    parser.addoption("--share", type=int, nargs=2, default=(0, 1), metavar=("INDEX", "COUNT"))
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(Writer(Journal(config.getoption("--journal"))))
+    journal = Journal(config.getoption("--journal"))
+    config.pluginmanager.register(Writer(journal, *config.getoption("--share")))
 
 
 def reason_of(report) -> str:
@@ -25,8 +30,8 @@ def reason_of(report) -> str:
 
 
 class Writer:
-    def __init__(self, journal: Journal) -> None:
-        self.journal, self.reports = journal, []
+    def __init__(self, journal: Journal, index: int, count: int) -> None:
+        self.journal, self.index, self.count, self.reports = journal, index, count, []
 
     def pytest_collectreport(self, report):
         if report.failed:
@@ -34,7 +39,8 @@ class Writer:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
-        """Leave out what an earlier process did."""
+        """Leave out what other processes do, or an earlier one did."""
+        items[:] = items[self.index :: self.count]
         self.journal.plan([item.nodeid for item in items])
         ended = self.journal.ended()
         items[:] = [item for item in items if item.nodeid not in ended]

@@ -1,6 +1,7 @@
 """What a run has found so far, as JSON and as tables in Markdown."""
 
 import json
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,13 +17,24 @@ class Report:
 
     def __init__(self, out: Path, environment: dict[str, str]) -> None:
         self.out, self.environment = out, environment
-        self.parts: dict[str, Journal] = {}
+        self.parts: dict[str, list[Journal]] = {}
         self.refused: dict[str, str] = {}
         self.begin = time.monotonic()
+        self._lock = threading.Lock()  # the processes of a part are each watched by a thread
 
     def write(self) -> None:
+        with self._lock:
+            self._write()
+
+    def _steps(self) -> dict[str, list[Step]]:
+        return {
+            name: [step for journal in journals for step in journal.steps()]
+            for name, journals in self.parts.items()
+        }
+
+    def _write(self) -> None:
         seconds = round(time.monotonic() - self.begin, 1)
-        parts = {name: journal.steps() for name, journal in self.parts.items()}
+        parts = self._steps()
         whole = {
             "environment": self.environment,
             "seconds": seconds,
@@ -43,7 +55,7 @@ class Report:
 
     def has_failed(self) -> bool:
         """Return whether anything failed, crashed, hung, or could not be started."""
-        steps = [step for journal in self.parts.values() for step in journal.steps()]
+        steps = [step for steps in self._steps().values() for step in steps]
         cases = [case for step in steps for case in _cases(step)]
         return (
             bool(self.refused)

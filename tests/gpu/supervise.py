@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.gpu.journal import CRASHED, HUNG, NOT_RUN, Journal
@@ -23,6 +23,7 @@ class Part:
         share: of the time left when it starts that it may take.
         patience: seconds after which a step counts as hung.
         environment: variables that it sets.
+        splits: whether several processes can take a share each, of `--share INDEX COUNT`.
     """
 
     name: str
@@ -30,6 +31,14 @@ class Part:
     share: float
     patience: float
     environment: dict[str, str] = field(default_factory=dict)
+    splits: bool = False
+
+    def shares(self, processes: int) -> list["Part"]:
+        """Return the part of each process."""
+        if not self.splits or processes == 1:
+            return [self]
+        each = [["--share", str(i), str(processes)] for i in range(processes)]
+        return [replace(self, command=[*self.command, *share]) for share in each]
 
 
 def run_part(part: Part, journal: Journal, deadline: float, changed: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ FEW = "test_another_stream or (test_checkpointing and cn-x)"
 def rehearsed(tmp_path_factory):
     """Return the folder of a run of a few tests and of the layers, and its exit code."""
     out = tmp_path_factory.mktemp("gpu") / "run"
-    given = ["--select", FEW, "--only", "tests-eager"]
+    given = ["--select", FEW, "--only", "tests-eager", "--processes", "2"]
     code = main(["--device", "cpu", "--out", str(out), *given])
     return out, code
 
@@ -71,7 +71,8 @@ def outcomes_of(tmp_path, code, seconds=60.0, patience=5.0):
     """Return how the steps of a worker ended, and the report's text."""
     part = Part("part", [sys.executable, "-c", code], 1.0, patience)
     report = Report(tmp_path, {})
-    report.parts["part"] = journal = Journal(tmp_path / "part.jsonl")
+    journal = Journal(tmp_path / "part.jsonl")
+    report.parts["part"] = [journal]
     run_part(part, journal, time.monotonic() + seconds, report.write)
     report.write()
     found = {step["step"]: step["outcome"] for step in journal.steps()}
@@ -100,7 +101,8 @@ def test_a_part_that_does_not_start_is_a_failure_of_its_own(tmp_path):
 
 def test_a_case_that_fails_leaves_the_others_their_times(tmp_path):
     report = Report(tmp_path, {})
-    report.parts["layers"] = journal = Journal(tmp_path / "layers.jsonl")
+    journal = Journal(tmp_path / "layers.jsonl")
+    report.parts["layers"] = [journal]
     times = {"median": 2.0, "low": 1.0, "high": 3.0}
     bad = {"why": "RuntimeError: out of memory", "text": "Traceback"}
     result = {"ms": {"base": times, "good": {**times, "median": 3.0}, "bad": bad}}
@@ -118,6 +120,7 @@ def test_a_case_that_fails_leaves_the_others_their_times(tmp_path):
     [
         (["--device", "cpu", "--out", "."], "expected a new folder"),
         (["--device", "cpu"], "--out"),
+        (["--out", "new", "--processes", "0"], "expected --processes of 1 or more, got 0"),
         (["--device", "cpu", "--out", "new", "--only", "all"], "expected --only of tests, layers"),
     ],
 )
