@@ -81,9 +81,9 @@ def add_context(
         raise ConversionError(
             f"expected share= in (0, 1), got {describe(share)}; at least {_LEAST} from both ends"
         )
-    layers = method_layers(root)
     tables = {
-        where: _lengthen(where, layer, method, index, share) for where, layer in layers.items()
+        where: _longer(where, layer, method, index, share)
+        for where, layer in method_layers(root).items()
     }
     weights = contexts.priors
     priors = torch.cat([weights * (1 - share), weights.new_tensor([share])])

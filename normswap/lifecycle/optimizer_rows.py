@@ -29,7 +29,8 @@ def plan_states(
         The optimizer and those it wraps, each with the states of the parameters it holds.
 
     Raises:
-        ConversionError: an optimizer that holds none of them, or keeps state of another kind.
+        ConversionError: an optimizer that holds none of them, where there are some, or keeps state
+            of another kind.
     """
     if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
         raise ConversionError(
@@ -37,7 +38,7 @@ def plan_states(
         )
     inner = [value for value in vars(optimizer).values() if isinstance(value, _Optimizer)]
     optimized = {p for group in optimizer.param_groups for p in group["params"]}
-    if not optimized & parameters.keys():
+    if parameters and not optimized & parameters.keys():
         raise ConversionError(
             "expected optimizer= to hold parameters of this model's contexts, found none; pass the "
             "one that trains it, or leave it out and make a new one"
@@ -64,7 +65,7 @@ def _changed(value: Any, parameter: nn.Parameter, where: str, change: Change) ->
     if not isinstance(value, Tensor):
         if isinstance(value, list | tuple | dict) and value:
             raise ConversionError(
-                f"cannot tell the rows of the optimizer's state {where}: {value!r}"
+                f"cannot tell the rows of the optimizer's state {where}: {describe(value)}"
             )
         return value
     shape, wanted = tuple(value.shape), tuple(parameter.shape)
