@@ -92,7 +92,7 @@ def change_contexts(
                 _check_parameter(old, f"{where}.{key}")
                 parameters[old] = f"{where}.{key}"
                 changed[old] = _changed_parameter(old, table, of_grad)
-    plans = [] if optimizer is None else plan_states(optimizer, parameters, of_state)
+    plans = [] if optimizer is None else plan_states(optimizer, parameters, of_state, root)
     # Nothing below can fail.
     for where, layer in layers.items():
         for key, table in tables[where].items():

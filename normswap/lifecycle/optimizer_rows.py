@@ -15,7 +15,7 @@ _Optimizer = torch.optim.Optimizer
 
 
 def plan_states(
-    optimizer: Any, parameters: dict[nn.Parameter, str], change: Change
+    optimizer: Any, parameters: dict[nn.Parameter, str], change: Change, model: nn.Module
 ) -> list[tuple[Any, States]]:
     """Return the state an optimizer will have for parameters with other rows; change nothing.
 
@@ -24,13 +24,13 @@ def plan_states(
             number a row, of one number a column, or a scalar. It may wrap another that does.
         parameters: that will change, with their names.
         change: returns what a table (K, *) becomes.
+        model: that they are of.
 
     Returns:
         The optimizer and those it wraps, each with the states of the parameters it holds.
 
     Raises:
-        ConversionError: an optimizer that holds none of them, where there are some, or keeps state
-            of another kind.
+        ConversionError: an optimizer that holds none of them, or keeps state of another kind.
     """
     if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
         raise ConversionError(
@@ -38,7 +38,8 @@ def plan_states(
         )
     inner = [value for value in vars(optimizer).values() if isinstance(value, _Optimizer)]
     optimized = {p for group in optimizer.param_groups for p in group["params"]}
-    if parameters and not optimized & parameters.keys():
+    # Contexts may have buffers alone.
+    if not optimized & (parameters.keys() or set(model.parameters())):
         raise ConversionError(
             "expected optimizer= to hold parameters of this model's contexts, found none; pass the "
             "one that trains it, or leave it out and make a new one"
