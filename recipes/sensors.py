@@ -167,7 +167,7 @@ def train_one(
         mean, std = (model.pretrained_cfg[name] for name in ("mean", "std"))
     model.to(device)
     loader = Loader(data, mean, std, config.batch_size, device)
-    if config.method == "cn-x":
+    if config.method == "cn-x" and config.weights == SCRATCH:
         fill_statistics(model, loader, config.seed)
     model = methods.convert(model, config.method, data.domain_names)
     model.to(memory_format=torch.channels_last)
