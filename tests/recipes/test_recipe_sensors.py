@@ -124,6 +124,7 @@ def test_given_weights_are_of_their_model_and_have_a_rate_of_their_own(tmp_path)
     assert main([*given, "--out", str(tmp_path)]) == 0
 
     frozen, told = (r["accuracy"] for r in read(tmp_path / "run" / "results.jsonl"))
-    assert set(frozen) == {""} and scores.KNOWN in told
+    assert set(frozen) == {""}
+    assert scores.KNOWN in told
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert (settings["model"], settings["lr"]) == ("tf_efficientnet_lite0", 5e-4)
