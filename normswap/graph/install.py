@@ -79,15 +79,22 @@ class _Quiet(nn.Module):
 
 
 class _Forwarding(type):
-    """What a forward sets on ``type(self)`` it sets on the class of the original, as ever."""
+    """What a forward sets on ``type(self)`` it sets on the class of the original, as ever.
 
-    converted_from: type
+    What is set on a subclass that someone makes of a converted class stays there.
+    """
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        setattr(cls.converted_from, name, value)
+        original = vars(cls).get("converted_from")
+        super().__setattr__(name, value) if original is None else setattr(original, name, value)
 
     def __delattr__(cls, name: str) -> None:
-        delattr(cls.converted_from, name)
+        original = vars(cls).get("converted_from")
+        super().__delattr__(name) if original is None else delattr(original, name)
+
+
+class _ForwardingABCMeta(_Forwarding, abc.ABCMeta):
+    """Lets an abstract base stand beside a converted class, as `higher` has it."""
 
 
 def _subclass(base: Any, body: dict[str, Any]) -> Any:
@@ -96,11 +103,14 @@ def _subclass(base: Any, body: dict[str, Any]) -> Any:
     Neither ``__init_subclass__`` nor the metaclass runs: many of them register what they see.
     """
     own = type(base)
-    kind = _Forwarding if own is type else type(own.__name__, (_Forwarding, own), {})
+    kind: Any = _ForwardingABCMeta
+    if own not in (type, abc.ABCMeta):
+        kind = type(own.__name__, (_Forwarding, own), {})
     cls: Any = type.__new__(kind, base.__name__, (_Quiet, base), body)
     if isinstance(cls, abc.ABCMeta):
         abc._abc_init(cls)  # type: ignore[attr-defined]  # else it shares the caches of its base
     type.__setattr__(cls, "__bases__", (base,))
+    type.__setattr__(cls, "converted_from", base)
     return cls
 
 
@@ -157,7 +167,6 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
         "spread": staticmethod(written.spread),
         "example_values": staticmethod(written.examples),
         "conversion": (generic, argument, replaced),
-        "converted_from": base,
         "context_argument": argument,
     }
     if replaced or base.__call__ is not nn.Module.__call__:
