@@ -2,6 +2,7 @@
 
 import abc
 import inspect
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -106,7 +107,10 @@ def _subclass(base: Any, body: dict[str, Any]) -> Any:
     kind: Any = _ForwardingABCMeta
     if own not in (type, abc.ABCMeta):
         kind = type(own.__name__, (_Forwarding, own), {})
-    cls: Any = type.__new__(kind, base.__name__, (_Quiet, base), body)
+    # Beside a base that begins with ABC or Generic, `_Quiet` could not be taken away again.
+    hooks = (c for c in base.__mro__ if "__init_subclass__" in vars(c))
+    quiet = () if set(hooks) <= {object, typing.Generic} else (_Quiet,)
+    cls: Any = type.__new__(kind, base.__name__, (*quiet, base), body)
     if isinstance(cls, abc.ABCMeta):
         abc._abc_init(cls)  # type: ignore[attr-defined]  # else it shares the caches of its base
     type.__setattr__(cls, "__bases__", (base,))

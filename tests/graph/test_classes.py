@@ -71,6 +71,14 @@ class Template(Holder, typing.Generic[T]):
         return self.b(self.a(x))
 
 
+class AbstractFirst(abc.ABC, Block):
+    """Laid out otherwise in memory, since its first base has no attributes."""
+
+
+class GenericFirst(typing.Generic[T], Block):
+    pass
+
+
 class Last(Block):
     def __init__(self):
         super().__init__()
@@ -80,7 +88,7 @@ class Last(Block):
         return self.last(super().forward(x))
 
 
-CLASSES = [Kinds, Slotted, Template, Last]
+CLASSES = [Kinds, Slotted, Template, AbstractFirst, GenericFirst, Last]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
