@@ -2,7 +2,6 @@
 
 import abc
 import inspect
-import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -72,11 +71,16 @@ def converted_class(
     return next(alive, None) or _make_class(base, *kind)
 
 
-class _Quiet(nn.Module):
-    """Stands before a class while a subclass is made of it, so that its hook does not run."""
+def _quiet(base: Any) -> Any:
+    """Return what stands before a class while a subclass is made of it: its hook does not run.
 
-    def __init_subclass__(cls, **given: Any) -> None:
-        """Do nothing."""
+    To be taken away again it has to be laid out in memory as the class, which begins with ABC or
+    Generic in some models (pykeen).
+    """
+    while base.__dictoffset__:
+        base = base.__base__
+    body = {"__init_subclass__": classmethod(lambda cls, **given: None), "__orig_bases__": ()}
+    return type.__new__(type(base), "quiet", (base,), body)
 
 
 class _Forwarding(type):
@@ -107,10 +111,7 @@ def _subclass(base: Any, body: dict[str, Any]) -> Any:
     kind: Any = _ForwardingABCMeta
     if own not in (type, abc.ABCMeta):
         kind = type(own.__name__, (_Forwarding, own), {})
-    # Beside a base that begins with ABC or Generic, `_Quiet` could not be taken away again.
-    hooks = (c for c in base.__mro__ if "__init_subclass__" in vars(c))
-    quiet = () if set(hooks) <= {object, typing.Generic} else (_Quiet,)
-    cls: Any = type.__new__(kind, base.__name__, (*quiet, base), body)
+    cls: Any = type.__new__(kind, base.__name__, (_quiet(base), base), body)
     if isinstance(cls, abc.ABCMeta):
         abc._abc_init(cls)  # type: ignore[attr-defined]  # else it shares the caches of its base
     type.__setattr__(cls, "__bases__", (base,))

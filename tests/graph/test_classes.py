@@ -75,7 +75,7 @@ class AbstractFirst(abc.ABC, Block):
     """Laid out otherwise in memory, since its first base has no attributes."""
 
 
-class GenericFirst(typing.Generic[T], Block):
+class GenericFirst(typing.Generic[T], Registered, Block, kind="generic"):
     pass
 
 
