@@ -21,7 +21,7 @@ from normswap.graph.blocks.residual import (
 from normswap.graph.tracing import TraceSession, flipped
 from normswap.methods.base import InsertedMethod
 from normswap.report import Row
-from normswap.sites import Place, find_norms, is_instance_norm, norm_channels
+from normswap.sites import Place, find_norms, is_instance_norm, norm_channels, unknown_norm
 from normswap.util.arguments import meant
 from normswap.util.select import Selector, closest, why_kept
 
@@ -128,7 +128,7 @@ def _norm_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Fou
         row = Row(fqn, type(module).__name__, "refused", aliases)
         channels = norm_channels(module)
         if channels is None:
-            row.reason = f"{type(module).__name__} is neither a batch nor an instance norm"
+            row.reason = unknown_norm(module)
             yield Found(module, row)
             continue
         before = is_instance_norm(module)
