@@ -9,7 +9,7 @@ from tests.graph.fuzz.campaign import campaign, fails_alike, safely
 from tests.graph.fuzz.constructs import CONSTRUCTS
 from tests.graph.fuzz.program import parse
 from tests.graph.fuzz.shrink import shrink
-from tests.graph.fuzz.world import Converted
+from tests.graph.fuzz.sides import Converted
 from tests.support.sampling import sampled
 
 PROGRAMS = sorted(Path(__file__).parent.glob("fuzz/programs/*.txt"))
