@@ -29,11 +29,11 @@ def data() -> DomainData:
 
 
 def test_each_method_trains_at_the_rate_that_was_best_for_it(tmp_path):
-    methods = ["bn", "cn", "cn-x", "cn-x-batch", "acn"]
+    methods = ["cn", "cn-x-batch", "acn"]
     assert main([*TINY, *methods, "--out", str(tmp_path), "--name", "run"]) == 0
 
     results = read(tmp_path / "run" / "results.jsonl")
-    tried, final = results[:15], results[15:]
+    tried, final = results[:9], results[9:]
     assert [r["cell"]["method"] for r in final] == methods
     for record in final:
         mine = [r for r in tried if r["cell"]["method"] == record["cell"]["method"]]
@@ -76,6 +76,7 @@ def test_a_zip_is_decoded_once(folder, tmp_path, monkeypatch):
     zipped = shutil.make_archive(str(tmp_path / "zipped"), "zip", folder)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     given = [*TINY, "bn", "--data", zipped, "--image-size", "16", "--batch-size", "4"]
+    given += ["--rates", "1e-3"]
     assert main([*given, "--out", str(tmp_path / "runs")]) == 0
 
     monkeypatch.setattr("recipes.sensors.load", None)

@@ -8,6 +8,7 @@ from PIL import Image
 import normswap
 from recipes import scenes, scenes_folder, segment, segment_scores
 from recipes.__main__ import main
+from recipes.dense import FCN
 from recipes.errors import RecipeError
 from recipes.options import Parser
 
@@ -92,7 +93,7 @@ def test_every_method_starts_as_the_same_function(data, options):
     ],
 )
 def test_residual_blocks_of_a_features_only_backbone_are_found(name, levels, blocks):
-    model = segment.FCN(name, 5, levels, pretrained=False)
+    model = FCN(name, 5, levels, pretrained=False)
     for method, placement in (("selfnorm", "residual"), ("crossnorm", "post")):
         report = normswap.plan(model, method, placement=placement)
         taken = [row for row in report.rows if row.action == "inserted"]
@@ -110,7 +111,7 @@ def test_cnsn_is_selfnorm_on_the_branches_and_crossnorm_after_the_blocks(data, o
 
 
 def test_all_norms_of_backbone_and_head_are_replaced():
-    model = segment.FCN("resnet10t", 5, [1, 2, 3], pretrained=False)
+    model = FCN("resnet10t", 5, [1, 2, 3], pretrained=False)
     norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
     converted = normswap.convert(model, "cn", contexts=2, verify=False)
     report = normswap.summary(converted)

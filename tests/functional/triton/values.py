@@ -13,7 +13,12 @@ from tests.support.fused import laid_out
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # Shares of the largest value; the interpreter cuts off what bfloat16 doesn't hold.
 SHARE = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-CASES = [(dtype, layout) for dtype in SHARE for layout in ("contiguous", "channels_last")]
+CASES = [
+    (torch.float32, "contiguous"),
+    (torch.float32, "channels_last"),
+    (torch.bfloat16, "channels_last"),
+    (torch.float16, "contiguous"),
+]
 EVERY_CASE = pytest.mark.parametrize(("dtype", "layout"), CASES)
 PRIORS = [0.4, 0.1, 0.2, 0.3]
 LABELS = [2, 0, -1, 0, 3, -1, 2]  # context 1 is absent
