@@ -1,17 +1,16 @@
-import json
-
 import pytest
 import torch
 
 import normswap
 from recipes import adaptation, images
 from recipes.__main__ import main
+from recipes.grid import read_lines
 from recipes.scores import HEADINGS
 from recipes.weights import NARROW, make_backbone
 
 
 def results(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return read_lines(folder / "results.jsonl")
 
 
 SMALL = ["adaptation", "--smoke", "--model", "test_resnet"]

@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ import normswap
 from normswap.methods.base import Method
 from recipes import finetune, images
 from recipes.__main__ import main
+from recipes.grid import read_lines
 from tests.recipes.test_recipe_options import parser_of
 from tests.support.sampling import sampled
 
@@ -48,7 +48,7 @@ def options_of(*given: str) -> Namespace:
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(run / "metrics.jsonl")
 
 
 def without_times(value):

@@ -1,11 +1,10 @@
-import json
-
 import pytest
 import torch
 
 from recipes.__main__ import main
 from recipes.digits import load_digits
 from recipes.errors import RecipeError
+from recipes.grid import read_lines
 from recipes.images import pick
 from recipes.scores import HEADINGS
 
@@ -13,7 +12,7 @@ SMALL = ["fixmatch", "--smoke", "--model", "test_resnet"]
 
 
 def results(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return read_lines(folder / "results.jsonl")
 
 
 def test_the_smoke_run_trains_and_tests_every_method_and_repeats_itself(tmp_path, capsys):

@@ -1,4 +1,3 @@
-import json
 import pickle
 import shutil
 
@@ -11,6 +10,7 @@ from PIL import Image
 from recipes import grid, multisite
 from recipes.__main__ import main
 from recipes.errors import RecipeError
+from recipes.grid import read_lines
 from recipes.options import Parser, of_cell
 from recipes.scenes import IGNORED, TEST, TRAIN, VALID
 from recipes.scenes_folder import read_sites
@@ -54,8 +54,7 @@ def config(sites):
 def run(sites, tmp_path, *given):
     given = ["--data", str(sites), "--smoke", *given, "--out", str(tmp_path), "--name", "run"]
     assert main(["multisite", *given]) == 0
-    lines = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_lines(tmp_path / "run" / "results.jsonl")
 
 
 def test_every_method_is_tested_on_each_site_by_what_it_is_told(sites, tmp_path):

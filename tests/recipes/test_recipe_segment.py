@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ from recipes import scenes, scenes_folder, segment, segment_scores
 from recipes.__main__ import main
 from recipes.dense import FCN
 from recipes.errors import RecipeError
+from recipes.grid import read_lines
 from recipes.options import Parser
 
 COUNTS = (6, 2, 4)
@@ -45,15 +44,11 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_the_recipe_runs_every_method_end_to_end_and_reports(tmp_path, capsys):
     assert main(["segment", "--smoke", "--image-size", "32", "--out", str(tmp_path)]) == 0
 
     run = tmp_path / "segment-smoke"
-    assert [r["cell"]["method"] for r in read(run / "results.jsonl")] == list(segment.METHODS)
+    assert [r["cell"]["method"] for r in read_lines(run / "results.jsonl")] == list(segment.METHODS)
     made = {p.name for p in run.iterdir() if not p.name.startswith("masks-")}
     assert made == {
         "config.json", "epochs.jsonl", "results.jsonl", "results.png", "predictions.png",
@@ -69,9 +64,9 @@ def test_it_learns_a_folder_of_images_and_masks_and_the_same_again(folder, tmp_p
     for name in ("one", "two"):
         assert main([*given, "--name", name]) == 0
 
-    one, two = (read(tmp_path / name / "epochs.jsonl") for name in ("one", "two"))
+    one, two = (read_lines(tmp_path / name / "epochs.jsonl") for name in ("one", "two"))
     assert one == two
-    result = read(tmp_path / "one" / "results.jsonl")[0]
+    result = read_lines(tmp_path / "one" / "results.jsonl")[0]
     assert result["target"] > 80  # nothing but background would be about 43
     assert result["source_known"] > 80
 

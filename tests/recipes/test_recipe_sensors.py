@@ -1,4 +1,3 @@
-import json
 import shutil
 from argparse import Namespace
 
@@ -7,11 +6,8 @@ import torch
 
 from recipes import scores, sensors
 from recipes.__main__ import main
+from recipes.grid import read_lines
 from recipes.sensors import SENSORS, sense
-
-
-def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -26,7 +22,7 @@ def test_the_smoke_setting_chooses_rates_and_tells_every_sensor(tmp_path):
     given = ["sensors", "--smoke", "--tune", "--methods", "bn", "cn-first", "cn-x-batch"]
     assert main([*given, "--out", str(tmp_path), "--name", "run"]) == 0
 
-    results = read(tmp_path / "run" / "results.jsonl")
+    results = read_lines(tmp_path / "run" / "results.jsonl")
     tried, final = results[:9], results[9:]
     rates = [2e-3 / 3, 2e-3, 6e-3]
     assert [r["cell"]["lr"] for r in tried] == pytest.approx(rates * 3)
@@ -60,7 +56,7 @@ def test_domains_with_a_split_are_the_contexts(split, tmp_path):
     given += ["--methods", "bn", "cn", "cn-x", "--name", "run", "--out", str(tmp_path / "runs")]
     assert main(["sensors", *given]) == 0
 
-    results = read(tmp_path / "runs" / "run" / "results.jsonl")
+    results = read_lines(tmp_path / "runs" / "run" / "results.jsonl")
     found = [accuracy for r in results for accuracy in r["accuracy"].values()]
     assert len(found) == 9
     assert all(set(accuracy) == {"day", "night"} for accuracy in found)
