@@ -23,7 +23,7 @@ from normswap.methods.base import InsertedMethod
 from normswap.report import Row
 from normswap.sites import Place, find_norms, is_instance_norm, norm_channels
 from normswap.util.arguments import meant
-from normswap.util.select import Selector, why_kept
+from normswap.util.select import Selector, closest, why_kept
 
 ALL_PLACEMENTS = ("norm", "output", *PLACEMENTS, "input")
 
@@ -91,7 +91,7 @@ def find_places(
                 f"found no place for a layer in {type(model).__name__} at {asked}"
                 + (f": {listed}" if listed else "")
                 + "; placement='norm' puts one after each norm" * (wanted not in ("norm", "output"))
-                + meant(select, [f.row.fqn for f in found if f.row.reason == "not selected"])
+                + closest(select, [f.row.fqn for f in found if f.row.reason == "not selected"])
             )
         rows += [f.row for f in found]
         places += chosen
