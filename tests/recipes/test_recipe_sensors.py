@@ -1,3 +1,4 @@
+import json
 import shutil
 from argparse import Namespace
 
@@ -119,7 +120,7 @@ def test_given_weights_are_of_their_model_and_have_a_rate_of_their_own(tmp_path)
     given += ["--methods", "bn-frozen", "cn-first-frozen", "--name", "run"]
     assert main([*given, "--out", str(tmp_path)]) == 0
 
-    frozen, told = (r["accuracy"] for r in read(tmp_path / "run" / "results.jsonl"))
+    frozen, told = (r["accuracy"] for r in read_lines(tmp_path / "run" / "results.jsonl"))
     assert set(frozen) == {""}
     assert scores.KNOWN in told
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
