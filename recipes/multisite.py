@@ -37,48 +37,18 @@ from torch import Tensor, nn
 import normswap
 
 from . import grid, images, methods, reports, scores, unlabelled
+from .dense import UNet
 from .errors import RecipeError, check_names
 from .options import Parser, count, of_cell, resolve
 from .scenes import IGNORED, TEST, TRAIN, VALID, Scenes
 from .scenes_folder import read_sites
 from .training import takes_context
-from .weights import EFFICIENTNET_LITE0, NARROW, SCRATCH, make_features
+from .weights import EFFICIENTNET_LITE0, NARROW, SCRATCH
 
 TRAINING = TRAIN, VALID
 METHODS = ("bn", "cn", "cn-first", "cn-x", "cn-x-batch")
 FILL, ADAPT = 8, 32  # batches that give new norms their statistics, and that a site is adapted to
-WHOLE, NARROWEST = 4, 8  # whole images a forward; channels of the decoder at the least
-
-
-class UNet(nn.Module):
-    """Features of a backbone, the coarsest first, enlarged and joined by the next finer ones."""
-
-    def __init__(self, options: Namespace) -> None:
-        super().__init__()
-        start = options.pretrained, options.weights
-        self.backbone = make_features(options.model, options.levels, *start)
-        skips = [3, *self.backbone.feature_info.channels()]
-        above, self.joins = skips.pop(), nn.ModuleList()
-        for skip in reversed(skips):
-            wide = max(skip, NARROWEST)
-            convolution = nn.Conv2d(above + skip, wide, 3, padding=1, bias=False)
-            self.joins.append(nn.Sequential(convolution, nn.BatchNorm2d(wide), nn.ReLU()))
-            above = wide
-        self.head = nn.Conv2d(above, 2, 1)
-        for name in ("mean", "std"):
-            made_for = torch.tensor(self.backbone.pretrained_cfg[name])
-            self.register_buffer(name, made_for[:, None, None])
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Give scores (N, 2, H, W) of images (N, 3, H, W) in [0, 1]."""
-        x = (pictures - self.mean) / self.std
-        skips = [x, *self.backbone(x)]
-        last = len(self.joins)
-        x = skips[last]
-        for i in range(last):  # by number, as in `segment.FCN`
-            skip = skips[last - 1 - i]
-            x = self.joins[i](torch.cat([F.interpolate(x, skip.shape[-2:]), skip], 1))
-        return self.head(x)
+WHOLE = 4  # whole images a forward
 
 
 def run(options: Namespace) -> None:
@@ -120,7 +90,7 @@ def build(config: Namespace, data: Scenes) -> nn.Module:
     torch.manual_seed(config.seed)
     names = contexts_of(config, data)
     try:
-        model = UNet(config)
+        model = UNet(config.model, config.levels, config.pretrained, config.weights)
         given = copy.deepcopy(model.backbone.state_dict())
         # A new BatchNorm claims mean 0 and variance 1; a norm that learns its statistics would
         # start from that claim.

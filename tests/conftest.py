@@ -1,3 +1,4 @@
+import gc
 import multiprocessing
 import os
 
@@ -21,6 +22,13 @@ def _seeded():
 def _threads():
     # Tensors of tests are small: a second thread waits longer than it works.
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Collect garbage of tests alone, and less often: what is imported by now stays."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -16,6 +16,7 @@ import pytest
 import recipes.__main__
 from normswap.cli.main import main
 from normswap.methods import base
+from tests.recipes.test_examples import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ["README.md", "recipes/README.md", "normswap/README.md", ".github/CONTRIBUTING.md"]
@@ -101,6 +102,8 @@ def test_shell_blocks_run_or_parse(document, only_parse, tmp_path):
             if arguments:
                 with pytest.raises(Parsed):
                     recipes.__main__.main(arguments)
+        elif "recipes.examples." in words[-1]:
+            assert words[-1].rpartition(".")[2] in EXAMPLES  # whose tests run them
         elif words[0] == "python":
             path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             subprocess.run([sys.executable, *words[1:]], check=True, cwd=tmp_path, env=path)

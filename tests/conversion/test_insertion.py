@@ -40,12 +40,12 @@ def test_channels_of_every_place_are_those_that_arrive():
     def record(module, args):
         seen.append((module.place.channels, args[0].shape[1]))
 
-    for placement in ("pre", "residual", "identity", "post", "norm", "input"):
-        for name in ("resnet26t", "regnety_002", "efficientnet_b0", "convnext_atto"):
+    for name in ("resnet26t", "regnety_002", "efficientnet_b0", "convnext_atto"):
+        original = timm.create_model(name).eval()
+        for placement in ("pre", "residual", "identity", "post", "norm", "input"):
             if placement == "norm" and name == "convnext_atto":
                 continue
-            model = timm.create_model(name).eval()
-            model = normswap.convert(model, "scale", placement=placement, verify=False)
+            model = normswap.convert(original, "scale", placement=placement, verify=False)
             for module in model.modules():
                 if isinstance(module, Scale):
                     module.register_forward_pre_hook(record)
@@ -174,7 +174,7 @@ def test_containers_that_iterate_over_their_children_run_an_inserted_layer_once(
     expected = converted(x)
     assert not expected.equal(model(x))
     assert copy.deepcopy(converted)(x).equal(expected)
-    compiled = torch.compile(copy.deepcopy(converted), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(copy.deepcopy(converted), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
     assert normswap.revert(converted, discard=True)(x).equal(model(x))
 

@@ -20,7 +20,7 @@ def _detect(name, **kwargs):
     return build(weights=None, weights_backbone=None, num_classes=3, **kwargs)
 
 
-IMAGE, VIDEO = (3, 64, 64), (3, 4, 32, 32)
+IMAGE, VIDEO = (3, 64, 64), (3, 2, 16, 16)
 SMALL_BOXES = {"rpn_post_nms_top_n_test": 5, "min_size": 64, "max_size": 64, "box_score_thresh": 0}
 # name -> (how to build it, shape of a sample, what keeps its own forward).
 KINDS = {
@@ -29,7 +29,7 @@ KINDS = {
     "mobilenet_v3_small": (lambda: models.mobilenet_v3_small(), IMAGE, ()),
     "shufflenet_v2_x0_5": (lambda: models.shufflenet_v2_x0_5(), IMAGE, ()),
     "regnet_y_400mf": (lambda: models.regnet_y_400mf(), IMAGE, ()),
-    "densenet121": (lambda: models.densenet121(), IMAGE, ()),
+    "densenet": (lambda: models.DenseNet(8, (3, 2), 16), IMAGE, ()),
     "float of a quantisable one": (
         lambda: models.quantization.mobilenet_v2(weights=None, quantize=False),
         IMAGE,

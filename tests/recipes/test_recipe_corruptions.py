@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 
@@ -8,6 +6,7 @@ from recipes.__main__ import main
 from recipes.augment import AugMix
 from recipes.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
 from recipes.digits import load_digits
+from recipes.grid import read_lines
 from recipes.options import Parser
 
 
@@ -17,8 +16,7 @@ def run(tmp_path, *given, name="run"):
 
 
 def results(tmp_path, name="run"):
-    lines = (tmp_path / name / "results.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_lines(tmp_path / name / "results.jsonl")
 
 
 def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys):

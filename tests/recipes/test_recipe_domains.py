@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import timm
 import torch
@@ -12,13 +10,10 @@ from recipes.data import Loader
 from recipes.digits import load_digits
 from recipes.domains import JOINT, tabulated
 from recipes.errors import RecipeError
+from recipes.grid import read_lines
 from recipes.nearest import NearestDomain
 
 CPU = torch.device("cpu")
-
-
-def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_every_domain_is_held_out_of_every_method(tmp_path, capsys):
@@ -27,7 +22,7 @@ def test_every_domain_is_held_out_of_every_method(tmp_path, capsys):
     assert main(["domains", *given, "--out", str(tmp_path)]) == 0
 
     folder = tmp_path / "domains-smoke"
-    results = read(folder / "results.jsonl")
+    results = read_lines(folder / "results.jsonl")
     assert [(r["cell"]["held_out"], r["cell"]["method"]) for r in results] == [
         (held, method) for held in ("0", "90") for method in methods
     ]

@@ -1,5 +1,5 @@
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +17,7 @@ import normswap
 from normswap.methods.base import Method
 from recipes import finetune, images
 from recipes.__main__ import main
+from recipes.grid import read_lines
 from tests.recipes.test_recipe_options import parser_of
 from tests.support.sampling import sampled
 
@@ -47,7 +48,7 @@ def options_of(*given: str) -> Namespace:
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(run / "metrics.jsonl")
 
 
 def without_times(value):
@@ -81,28 +82,39 @@ def test_smoke_run_trains_both_models_and_leaves_every_file(tmp_path, capsys, me
     assert set(arms[method]["accuracy"][kind]) == {"0", "30", "60", "90"}
 
 
-def test_the_picture_is_a_png(tmp_path):
-    assert finetune_quickly(tmp_path, "--name", "run") == 0
-    with Image.open(tmp_path / "run" / "curves.png") as image:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, to look at."""
+    out = tmp_path_factory.mktemp("finetune")
+    assert finetune_quickly(out, "--name", "run") == 0
+    return out / "run"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it, to run again."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_the_picture_is_a_png(finished):
+    with Image.open(finished / "curves.png") as image:
         assert image.format == "PNG"
         assert image.width > 600
 
 
-def test_the_saved_model_is_the_trained_converted_one(tmp_path):
-    assert finetune_quickly(tmp_path, "--name", "run") == 0
+def test_the_saved_model_is_the_trained_converted_one(finished):
     model = timm.create_model("test_resnet", num_classes=10)
     model = normswap.convert(model, method="cn-x", contexts=["0", "30", "60", "90"])
-    saved = load_file(tmp_path / "run" / "model.safetensors")
+    saved = load_file(finished / "model.safetensors")
     model.load_state_dict(saved)
-    trained, _ = torch.load(tmp_path / "run" / "checkpoint.pt")["states"]["cn-x"]
+    trained, _ = torch.load(finished / "checkpoint.pt")["states"]["cn-x"]
     assert trained.keys() == saved.keys()
     assert all(torch.equal(trained[k], v) for k, v in saved.items())
 
 
-def test_the_same_seed_gives_the_same_run(tmp_path):
-    assert finetune_quickly(tmp_path, "--name", "first") == 0
+def test_the_same_seed_gives_the_same_run(finished, tmp_path):
     assert finetune_quickly(tmp_path, "--name", "second") == 0
-    assert_same_checkpoint(tmp_path / "first", tmp_path / "second")
+    assert_same_checkpoint(finished, tmp_path / "second")
 
 
 def test_both_models_start_from_the_same_function(tmp_path):
@@ -194,11 +206,12 @@ def test_resuming_after_kill_9_equals_an_uninterrupted_run(tmp_path):
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_finished_run_resumes_to_its_report(tmp_path, capsys):
-    assert finetune_quickly(tmp_path, "--name", "run") == 0
-    before = metrics(tmp_path / "run")
-    assert main(["finetune", "--out", str(tmp_path), "--name", "run", "--resume"]) == 0
-    assert metrics(tmp_path / "run") == before
+def test_a_finished_run_resumes_to_its_report(copied):
+    (copied / "report.txt").unlink()
+    before = metrics(copied)
+    assert main(["finetune", "--out", str(copied.parent), "--name", "run", "--resume"]) == 0
+    assert metrics(copied) == before
+    assert (copied / "report.txt").exists()
 
 
 @pytest.mark.parametrize(
@@ -233,12 +246,11 @@ def test_an_existing_run_is_left_as_it_is(tmp_path, capsys):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_resuming_with_another_setting_leaves_the_run_as_it_is(tmp_path, capsys):
-    assert finetune_quickly(tmp_path, "--name", "run") == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    assert finetune_quickly(tmp_path, "--name", "run", "--resume", "--seed", "1") == 2
+def test_resuming_with_another_setting_leaves_the_run_as_it_is(copied, capsys):
+    before = {p.name: p.read_bytes() for p in copied.iterdir()}
+    assert finetune_quickly(copied.parent, "--name", "run", "--resume", "--seed", "1") == 2
     assert "expected --seed to be 0" in capsys.readouterr().err
-    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert {p.name: p.read_bytes() for p in copied.iterdir()} == before
 
 
 def test_an_unknown_command_is_refused_with_the_choices(capsys):

@@ -1,5 +1,4 @@
 import copy
-import json
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from PIL import Image
 from recipes import gan, generate
 from recipes.__main__ import main
 from recipes.errors import RecipeError
+from recipes.grid import read_lines
 
 CLASSES = ["a", "b", "c"]
 METHODS = ("bn", gan.ONEHOT, "cn", "cn-x", "acn")
@@ -99,7 +99,7 @@ def test_the_recipe_runs_reports_and_repeats_itself(tmp_path, capsys):
     assert main([*given, "two", "--methods", "cn"]) == 0
 
     folder = tmp_path / "one"
-    results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    results = read_lines(folder / "results.jsonl")
     assert [r["cell"]["method"] for r in results] == list(METHODS)
     assert [r["cell"]["method"] for r in results if "accuracy" in r] == [gan.ONEHOT, "cn", "cn-x"]
     samples = {f"samples-{name}.png" for name in ("real", *METHODS)}

@@ -1,4 +1,3 @@
-import json
 import pickle
 import shutil
 
@@ -11,9 +10,11 @@ from PIL import Image
 from recipes import grid, multisite
 from recipes.__main__ import main
 from recipes.errors import RecipeError
+from recipes.grid import read_lines
 from recipes.options import Parser, of_cell
 from recipes.scenes import IGNORED, TEST, TRAIN, VALID
 from recipes.scenes_folder import read_sites
+from recipes.weights import make_features
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,7 @@ def config(sites):
 def run(sites, tmp_path, *given):
     given = ["--data", str(sites), "--smoke", *given, "--out", str(tmp_path), "--name", "run"]
     assert main(["multisite", *given]) == 0
-    lines = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_lines(tmp_path / "run" / "results.jsonl")
 
 
 def test_every_method_is_tested_on_each_site_by_what_it_is_told(sites, tmp_path):
@@ -73,13 +73,13 @@ def test_every_method_is_tested_on_each_site_by_what_it_is_told(sites, tmp_path)
 
 
 def test_rates_are_chosen_without_what_tests(sites, tmp_path):
-    given = ["--tune", "--amp", "--methods", "bn", "cn"]
+    given = ["--tune", "--amp", "--methods", "cn"]
     spoilt = shutil.copytree(sites, tmp_path / "spoilt")
     for site, wide in (("east", 64), ("west", 56)):
         for path in (spoilt / site / "test" / "images").iterdir():
             Image.new("RGB", (wide, 64)).save(path)
     one, other = (run(root, tmp_path / root.name, *given) for root in (sites, spoilt))
-    for mine, theirs in zip(one[:6], other[:6], strict=True):
+    for mine, theirs in zip(one[:3], other[:3], strict=True):
         assert mine["accuracy"] == theirs["accuracy"]
     assert [r["lr"] for r in one] == [r["lr"] for r in other]
 
@@ -114,7 +114,7 @@ def test_packaged_weights_keep_their_statistics(data, config):
         "bn",
     )
     model = multisite.build(config, data)
-    wanted = multisite.make_features(config.model, config.levels, False, config.weights)
+    wanted = make_features(config.model, config.levels, False, config.weights)
     norm = wanted.bn1.running_mean
     assert norm.abs().sum() > 0
     assert torch.equal(model.backbone.bn1.running_mean, norm)

@@ -1,4 +1,3 @@
-import json
 import shutil
 
 import pytest
@@ -10,12 +9,9 @@ from recipes import papers, resident
 from recipes.__main__ import main
 from recipes.augment import Augmentation
 from recipes.data import DomainData
+from recipes.grid import read_lines
 
 TINY = ["papers", "--smoke", "--methods"]
-
-
-def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -29,11 +25,11 @@ def data() -> DomainData:
 
 
 def test_each_method_trains_at_the_rate_that_was_best_for_it(tmp_path):
-    methods = ["bn", "cn", "cn-x", "cn-x-batch", "acn"]
+    methods = ["cn", "cn-x-batch", "acn"]
     assert main([*TINY, *methods, "--out", str(tmp_path), "--name", "run"]) == 0
 
-    results = read(tmp_path / "run" / "results.jsonl")
-    tried, final = results[:15], results[15:]
+    results = read_lines(tmp_path / "run" / "results.jsonl")
+    tried, final = results[:9], results[9:]
     assert [r["cell"]["method"] for r in final] == methods
     for record in final:
         mine = [r for r in tried if r["cell"]["method"] == record["cell"]["method"]]
@@ -49,7 +45,7 @@ def test_several_processes_find_what_one_finds(tmp_path):
     assert main([*given, "--name", "two", "--jobs", "2"]) == 0
 
     def found(name):
-        results = read(tmp_path / name / "results.jsonl")
+        results = read_lines(tmp_path / name / "results.jsonl")
         return sorted((r["cell"]["method"], r["accuracy"], r["losses"]) for r in results)
 
     assert len(found("one")) == 2
@@ -59,10 +55,10 @@ def test_several_processes_find_what_one_finds(tmp_path):
 def test_a_resumed_run_trains_only_what_is_missing(tmp_path):
     given = [*TINY, "bn", "--rates", "1e-3", "--out", str(tmp_path), "--name", "run"]
     assert main(given) == 0
-    (first,) = read(tmp_path / "run" / "results.jsonl")
+    (first,) = read_lines(tmp_path / "run" / "results.jsonl")
     assert main([*given[:3], "acn", *given[3:], "--resume"]) == 0
 
-    kept, added = read(tmp_path / "run" / "results.jsonl")
+    kept, added = read_lines(tmp_path / "run" / "results.jsonl")
     assert kept == first
     assert added["cell"] == {"method": "acn", "seed": 0}
 
@@ -76,6 +72,7 @@ def test_a_zip_is_decoded_once(folder, tmp_path, monkeypatch):
     zipped = shutil.make_archive(str(tmp_path / "zipped"), "zip", folder)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     given = [*TINY, "bn", "--data", zipped, "--image-size", "16", "--batch-size", "4"]
+    given += ["--rates", "1e-3"]
     assert main([*given, "--out", str(tmp_path / "runs")]) == 0
 
     monkeypatch.setattr("recipes.sensors.load", None)

@@ -1,6 +1,5 @@
 """A run on two processes is the run on one."""
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from recipes import finetune, parallel
 from recipes.__main__ import main
 from recipes.data import Loader
 from recipes.errors import RecipeError
+from recipes.grid import read_lines
 from tests.recipes.test_recipe_data import loader, numbered, numbers_of
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def torchrun(*options):
 
 
 def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(run / "metrics.jsonl")
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")

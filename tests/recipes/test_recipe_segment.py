@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -8,7 +6,9 @@ from PIL import Image
 import normswap
 from recipes import scenes, scenes_folder, segment, segment_scores
 from recipes.__main__ import main
+from recipes.dense import FCN
 from recipes.errors import RecipeError
+from recipes.grid import read_lines
 from recipes.options import Parser
 
 COUNTS = (6, 2, 4)
@@ -44,15 +44,11 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_the_recipe_runs_every_method_end_to_end_and_reports(tmp_path, capsys):
     assert main(["segment", "--smoke", "--image-size", "32", "--out", str(tmp_path)]) == 0
 
     run = tmp_path / "segment-smoke"
-    assert [r["cell"]["method"] for r in read(run / "results.jsonl")] == list(segment.METHODS)
+    assert [r["cell"]["method"] for r in read_lines(run / "results.jsonl")] == list(segment.METHODS)
     made = {p.name for p in run.iterdir() if not p.name.startswith("masks-")}
     assert made == {
         "config.json", "epochs.jsonl", "results.jsonl", "results.png", "predictions.png",
@@ -68,9 +64,9 @@ def test_it_learns_a_folder_of_images_and_masks_and_the_same_again(folder, tmp_p
     for name in ("one", "two"):
         assert main([*given, "--name", name]) == 0
 
-    one, two = (read(tmp_path / name / "epochs.jsonl") for name in ("one", "two"))
+    one, two = (read_lines(tmp_path / name / "epochs.jsonl") for name in ("one", "two"))
     assert one == two
-    result = read(tmp_path / "one" / "results.jsonl")[0]
+    result = read_lines(tmp_path / "one" / "results.jsonl")[0]
     assert result["target"] > 80  # nothing but background would be about 43
     assert result["source_known"] > 80
 
@@ -92,7 +88,7 @@ def test_every_method_starts_as_the_same_function(data, options):
     ],
 )
 def test_residual_blocks_of_a_features_only_backbone_are_found(name, levels, blocks):
-    model = segment.FCN(name, 5, levels, pretrained=False)
+    model = FCN(name, 5, levels, pretrained=False)
     for method, placement in (("selfnorm", "residual"), ("crossnorm", "post")):
         report = normswap.plan(model, method, placement=placement)
         taken = [row for row in report.rows if row.action == "inserted"]
@@ -110,7 +106,7 @@ def test_cnsn_is_selfnorm_on_the_branches_and_crossnorm_after_the_blocks(data, o
 
 
 def test_all_norms_of_backbone_and_head_are_replaced():
-    model = segment.FCN("resnet10t", 5, [1, 2, 3], pretrained=False)
+    model = FCN("resnet10t", 5, [1, 2, 3], pretrained=False)
     norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
     converted = normswap.convert(model, "cn", contexts=2, verify=False)
     report = normswap.summary(converted)

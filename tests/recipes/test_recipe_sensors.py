@@ -7,11 +7,8 @@ import torch
 
 from recipes import scores, sensors
 from recipes.__main__ import main
+from recipes.grid import read_lines
 from recipes.sensors import SENSORS, sense
-
-
-def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -26,7 +23,7 @@ def test_the_smoke_setting_chooses_rates_and_tells_every_sensor(tmp_path):
     given = ["sensors", "--smoke", "--tune", "--methods", "bn", "cn-first", "cn-x-batch"]
     assert main([*given, "--out", str(tmp_path), "--name", "run"]) == 0
 
-    results = read(tmp_path / "run" / "results.jsonl")
+    results = read_lines(tmp_path / "run" / "results.jsonl")
     tried, final = results[:9], results[9:]
     rates = [2e-3 / 3, 2e-3, 6e-3]
     assert [r["cell"]["lr"] for r in tried] == pytest.approx(rates * 3)
@@ -60,7 +57,7 @@ def test_domains_with_a_split_are_the_contexts(split, tmp_path):
     given += ["--methods", "bn", "cn", "cn-x", "--name", "run", "--out", str(tmp_path / "runs")]
     assert main(["sensors", *given]) == 0
 
-    results = read(tmp_path / "runs" / "run" / "results.jsonl")
+    results = read_lines(tmp_path / "runs" / "run" / "results.jsonl")
     found = [accuracy for r in results for accuracy in r["accuracy"].values()]
     assert len(found) == 9
     assert all(set(accuracy) == {"day", "night"} for accuracy in found)
@@ -123,7 +120,7 @@ def test_given_weights_are_of_their_model_and_have_a_rate_of_their_own(tmp_path)
     given += ["--methods", "bn-frozen", "cn-first-frozen", "--name", "run"]
     assert main([*given, "--out", str(tmp_path)]) == 0
 
-    frozen, told = (r["accuracy"] for r in read(tmp_path / "run" / "results.jsonl"))
+    frozen, told = (r["accuracy"] for r in read_lines(tmp_path / "run" / "results.jsonl"))
     assert set(frozen) == {""}
     assert scores.KNOWN in told
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]

@@ -1,4 +1,3 @@
-import json
 import random
 
 import pytest
@@ -7,6 +6,7 @@ import torch
 from recipes import sentiment
 from recipes.__main__ import main
 from recipes.errors import RecipeError
+from recipes.grid import read_lines
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_the_recipe_learns_and_reports(sentences, tmp_path, capsys):
     assert main(["sentiment", *given, "--out", str(tmp_path)]) == 0
 
     folder = tmp_path / "sentiment"
-    results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    results = read_lines(folder / "results.jsonl")
     assert [r["cell"]["method"] for r in results] == list(sentiment.METHODS)
     assert all(r["target"] > 90 for r in results), results
     assert {p.name for p in folder.iterdir()} == {

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from recipes.__main__ import main
 from recipes.data import Loader
 from recipes.digits import load_digits
 from recipes.errors import RecipeError
+from recipes.grid import read_lines
 from recipes.superclasses import DIGITS, with_clusters, with_superclasses
 
 
@@ -29,7 +28,7 @@ def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys):
     assert main(given) == 0
 
     folder = tmp_path / "run"
-    found = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    found = read_lines(folder / "results.jsonl")
     by_method = {r["cell"]["method"]: r for r in found}
     assert list(by_method) == list(superclasses.METHODS)
     assert {p.name for p in folder.iterdir()} == {

@@ -25,46 +25,56 @@ def cache(folder, repository):
     return stored / "snapshots" / COMMIT
 
 
-def run(folder, code):
-    """Run Python in a folder, with its cache of the hub and without network."""
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """A folder, and what is said in it with a cache of the hub and without network."""
+    pytest.importorskip("huggingface_hub")
+    folder = tmp_path_factory.mktemp("hub")
+    base, model = make()
+    normswap.save(model, cache(folder / "cache", NAME))
+    torch.save((base, make_inputs(base)), folder / "base.pt")
+    torch.save(model.eval()(make_inputs(base), context="b"), folder / "expected.pt")
+    code = f"""
+import os, normswap, torch
+from normswap.cli import main
+base, x = torch.load("base.pt", weights_only=False)
+def pinned():
+    print(normswap.summary(normswap.load(base, "{NAME}", revision="{COMMIT}")).contexts)
+    try:
+        normswap.load(base, "{NAME}", revision="v2")
+    except normswap.CheckpointError as error:
+        print(error)
+pinned()
+torch.save(normswap.load(base, "{NAME}").eval()(x, context="b"), "output.pt")
+main(["show", "{NAME}"])
+main(["show", "{NAME}-of-others"])
+os.makedirs("{NAME}")
+pinned()
+"""
     place = {"HF_HUB_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
+    said = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env={**os.environ, **place, "PYTHONPATH": str(ROOT)},
         cwd=folder,
         capture_output=True,
         text=True,
         check=True,
-    ).stdout
+    )
+    return folder, said
 
 
-def test_a_repository_in_the_cache_loads_as_a_folder_does(tmp_path):
-    pytest.importorskip("huggingface_hub")
-    base, model = make()
-    normswap.save(model, cache(tmp_path / "cache", NAME))
-    torch.save((base, make_inputs(base)), tmp_path / "base.pt")
-    code = f"""
-import normswap, torch
-base, x = torch.load("base.pt", weights_only=False)
-torch.save(normswap.load(base, "{NAME}").eval()(x, context="b"), "output.pt")
-"""
-    run(tmp_path, code)
-    expected = model.eval()(make_inputs(base), context="b")
-    torch.testing.assert_close(torch.load(tmp_path / "output.pt"), expected)
+def test_a_repository_in_the_cache_loads_as_a_folder_does(loaded):
+    output, expected = (torch.load(loaded[0] / f"{name}.pt") for name in ("output", "expected"))
+    torch.testing.assert_close(output, expected)
 
 
-def test_the_command_line_shows_a_repository(tmp_path):
-    pytest.importorskip("huggingface_hub")
-    normswap.save(make()[1], cache(tmp_path / "cache", NAME))
-    code = f"from normswap.cli import main; main(['show', '{NAME}'])"
-    assert "contexts        3: a, b, c" in run(tmp_path, code)
+def test_the_command_line_shows_a_repository(loaded):
+    assert "contexts        3: a, b, c" in loaded[1].stdout
 
 
-def test_a_repository_that_is_not_there_is_an_error_that_says_both(tmp_path):
-    pytest.importorskip("huggingface_hub")
-    code = f"import sys, normswap.cli as c; sys.stderr = sys.stdout; c.main(['show', '{NAME}'])"
-    said = run(tmp_path, code)
-    assert f"found no folder {NAME}, and the hub gives no repository {NAME} so: " in said
+def test_a_repository_that_is_not_there_is_an_error_that_says_both(loaded):
+    said, other = loaded[1].stderr, f"{NAME}-of-others"
+    assert f"found no folder {other}, and the hub gives no repository {other} so: " in said
     assert said.count("\n") == 1
 
 
@@ -94,23 +104,9 @@ def test_a_name_beside_a_folder_here_is_not_looked_up(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("here", [False, True], ids=["alone", "beside a folder"])
-def test_a_revision_pins_the_repository(tmp_path, here):
-    pytest.importorskip("huggingface_hub")
-    base, model = make()
-    normswap.save(model, cache(tmp_path / "cache", NAME))
-    if here:
-        (tmp_path / NAME).mkdir(parents=True)
-    torch.save(base, tmp_path / "base.pt")
-    code = f"""
-import normswap, torch
-base = torch.load("base.pt", weights_only=False)
-print(normswap.summary(normswap.load(base, "{NAME}", revision="{COMMIT}")).contexts)
-try:
-    normswap.load(base, "{NAME}", revision="v2")
-except normswap.CheckpointError as error:
-    print(error)
-"""
-    contexts, said = run(tmp_path, code).strip().split("\n")
+def test_a_revision_pins_the_repository(loaded, here):
+    lines = loaded[1].stdout.splitlines()
+    contexts, said = lines[-2:] if here else lines[:2]
     assert contexts == "('a', 'b', 'c')"
     assert "the hub gives no repository" in said
 

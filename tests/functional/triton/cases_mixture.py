@@ -8,9 +8,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import normswap
-from normswap.functional import backend
 from normswap.functional.triton import elements, mixture
-from tests.functional.triton.cases import CASES, DEVICE, SHARE
+from tests.functional.triton.values import CASES, DEVICE, SHARE
 from tests.support.builders import assert_close, make_batch, random_
 from tests.support.fused import laid_out
 from tests.support.mixture_oracle import acn
@@ -21,8 +20,7 @@ RANGES = ((0.5, 1.5), (-1, 1), (-1, 1), (-1, 4), (-0.3, 0.7))
 
 
 @pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    monkeypatch.setattr(backend, "DEVICES", (DEVICE,))
+def few_programs(monkeypatch, on_the_device):
     # Few programs, so that one has several tiles and several have a part in a sum.
     monkeypatch.setattr(elements, "_PROGRAMS", 2)
     elements._cut.cache_clear()

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.graph.fuzz.world import PRIORS, Converted, Outcome, Reference
+from tests.graph.fuzz.sides import PRIORS, Converted, Reference
+from tests.graph.fuzz.world import Outcome
 
 TOLERANCE = 1e-7
 

@@ -17,10 +17,11 @@ from tests.graph.fuzz.compare import (
 )
 from tests.graph.fuzz.observe import Stray
 from tests.graph.fuzz.program import Call, Change, Copy, Original, Program, Threads
+from tests.graph.fuzz.sides import NAMES, Converted, Pooled, Reference
 from tests.graph.fuzz.tensors import images
 from tests.graph.fuzz.threads import call_at_once
 from tests.graph.fuzz.verdict import WAYS_OUT, Verdict, make_failure
-from tests.graph.fuzz.world import NAMES, PRIORS, Converted, Outcome, Reference
+from tests.graph.fuzz.world import Outcome
 
 # What programs raise on purpose.
 _OWN = ("too large", "channels")
@@ -41,15 +42,14 @@ class Trial:
         self.program = program
         self.worlds: list[Any] = []
         self.references = [self._add(Reference(program, k)) for k in range(len(NAMES))]
-        self.pooled: Reference | None = None
+        self.pooled: Pooled | None = None
         self.verdict = Verdict()
         self.stage = "conversion"
         self.last: set[Any] = set()
         if program.unknown == "pooled" and any(
             isinstance(a, Call) and (None in a.labels or not a.labels) for a in program.actions
         ):
-            self.pooled = self._add(Reference(program, 0))
-            self.pool()
+            self.pooled = self._add(Pooled(program, self.references))
         self.converted: dict[str, Converted] = {}
 
     def _add(self, world):
@@ -59,24 +59,6 @@ class Trial:
     def close(self) -> None:
         for world in self.worlds:
             world.close()
-
-    def pool(self) -> None:
-        """Give the reference of unknown labels the contexts' pooled statistics and affines."""
-        if self.pooled is None:
-            return
-        with torch.no_grad():
-            for norm, *each in zip(
-                self.pooled.norms(), *(r.norms() for r in self.references), strict=True
-            ):
-                mean = sum(p * n.running_mean for p, n in zip(PRIORS, each, strict=True))
-                square = sum(
-                    p * (n.running_var + n.running_mean**2)
-                    for p, n in zip(PRIORS, each, strict=True)
-                )
-                norm.running_mean.copy_(mean)
-                norm.running_var.copy_(square - mean**2)
-                norm.weight.copy_(sum(p * n.weight for p, n in zip(PRIORS, each, strict=True)))
-                norm.bias.copy_(sum(p * n.bias for p, n in zip(PRIORS, each, strict=True)))
 
     def start(self, modes: tuple[str, ...]) -> None:
         """Convert, in these ways."""
@@ -149,7 +131,8 @@ class Trial:
             self.call(action)
         elif isinstance(action, Change):
             self.everywhere(lambda world: world.change(action))
-            self.pool()
+            if self.pooled is not None:
+                self.pooled.pool()
         elif isinstance(action, Copy):
             self.stage = action.how
             try:
@@ -233,7 +216,8 @@ class Trial:
             if source not in sources:
                 for norm, state in zip(world.norms(), kept, strict=True):
                     norm.load_state_dict(state)
-        self.pool()
+        if self.pooled is not None:
+            self.pooled.pool()
         return expected
 
     def untouched(self, world: Converted, before: dict[str, torch.Tensor]) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from tests.graph.fuzz.program import Call
+from tests.graph.fuzz.sides import NAMES, Converted
 from tests.graph.fuzz.tensors import images
-from tests.graph.fuzz.world import NAMES, Converted
 
 
 def call_at_once(world: Converted, call: Call, results: dict[int, Any]) -> None:

@@ -1,0 +1,81 @@
+"""Networks that score every pixel, over the feature maps of a timm backbone.
+
+Scores are (N, classes, H, W), of images (N, 3, H, W) in [0, 1].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .weights import SCRATCH, make_features
+
+NARROWEST = 8  # channels of a decoder at the least
+
+
+class Dense(nn.Module):
+    """A backbone whose feature maps, the finest first, are of images as it was made for them."""
+
+    def __init__(self, name: str, levels: list[int], pretrained: bool, weights: str) -> None:
+        super().__init__()
+        self.backbone = make_features(name, levels, pretrained, weights)
+        self.channels: list[int] = self.backbone.feature_info.channels()
+        for key in ("mean", "std"):
+            made_for = torch.tensor(self.backbone.pretrained_cfg[key])
+            self.register_buffer(key, made_for[:, None, None])
+
+    def scaled(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class FCN(Dense):
+    """Scores of every feature map, enlarged and added up (Long et al., CVPR 2015)."""
+
+    def __init__(
+        self, name: str, classes: int, levels: list[int], pretrained: bool, width: int = 64
+    ) -> None:
+        super().__init__(name, levels, pretrained, SCRATCH)
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, classes, 1),
+            )
+            for channels in self.channels
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.backbone(self.scaled(images))
+        # By number: a loop over a list whose length only a run knows cannot be traced, and the
+        # norms would find their labels in scope instead.
+        coarsest = len(self.heads) - 1
+        total = self.heads[coarsest](features[coarsest])
+        for level in reversed(range(coarsest)):
+            finer = self.heads[level](features[level])
+            total = finer + F.interpolate(total, finer.shape[-2:], mode="bilinear")
+        return F.interpolate(total, images.shape[-2:], mode="bilinear")
+
+
+class UNet(Dense):
+    """Features, the coarsest first, enlarged and joined by the next finer ones; two classes."""
+
+    def __init__(self, name: str, levels: list[int], pretrained: bool, weights: str) -> None:
+        super().__init__(name, levels, pretrained, weights)
+        skips = [3, *self.channels]
+        above, self.joins = skips.pop(), nn.ModuleList()
+        for skip in reversed(skips):
+            wide = max(skip, NARROWEST)
+            convolution = nn.Conv2d(above + skip, wide, 3, padding=1, bias=False)
+            self.joins.append(nn.Sequential(convolution, nn.BatchNorm2d(wide), nn.ReLU()))
+            above = wide
+        self.head = nn.Conv2d(above, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.scaled(images)
+        skips = [x, *self.backbone(x)]
+        last = len(self.joins)
+        x = skips[last]
+        for i in range(last):  # by number, as above
+            skip = skips[last - 1 - i]
+            x = self.joins[i](torch.cat([F.interpolate(x, skip.shape[-2:]), skip], 1))
+        return self.head(x)
