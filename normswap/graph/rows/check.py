@@ -13,7 +13,7 @@ call of the same kind changes, by a counter or by a hook of the user's, which do
 What a forward changes where `snapshot` does not look, as a file, changes in a measurement, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class Rows:
             output = call(values, context)
             if run.refused is not None:
                 raise run.refused
-            return output
+            return _each_in_run(run, output) if isinstance(output, Iterator) else output
         finally:
             RUN.reset(token)
 
@@ -214,6 +214,22 @@ class Rows:
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies keep: all, in dicts of their own."""
         return {k: dict(v) if isinstance(v, dict) else v for k, v in self.__dict__.items()}
+
+
+def _each_in_run(run: Run, items: Iterator[Any]) -> Iterator[Any]:
+    """Yield what a forward yields, its norms' rows told as if it returned them all."""
+    end = object()
+    while True:
+        token = RUN.set(run)
+        try:
+            item = next(items, end)
+        finally:
+            RUN.reset(token)
+        if run.refused is not None:
+            raise run.refused
+        if item is end:
+            return
+        yield item
 
 
 def _learn(known: dict[Any, Step], key: Any, step: Step) -> None:
