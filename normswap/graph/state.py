@@ -206,6 +206,9 @@ def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
     state = state_of(module)
     cls: Any = type(module)
     override = None if state is None else state.override
+    if override is None and cls.forward_is_bound:
+        owner = next(c for c in cls.__mro__ if "converted_from" in vars(c))
+        override = super(owner, module).forward
     if override is not None:
         return cls.spread(lambda _, *args, **kwargs: override(*args, **kwargs), module, values)
     return cls.spread(cls.converted_from.forward, module, values)
