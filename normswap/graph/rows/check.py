@@ -23,6 +23,7 @@ from normswap.errors import ContextError, expect_module, not_converted
 from normswap.functional.labels import Context
 from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
+from normswap.graph.rows.quiet import find_obstacle
 from normswap.graph.rows.run import RUN, Run
 
 # Samples of a measurement: fewer leave more orders that look alike.
@@ -80,6 +81,9 @@ class Rows:
 
     def _measure(self, run: Run, count: int) -> Plan:
         """Measure the first samples of a call, or all where their order is irregular."""
+        if obstacle := find_obstacle(run.module):
+            self.reason = obstacle  # of this call; others may have none
+            return Plan(reason=obstacle)
         plan = run.measure(count)
         # Where each sample has as many rows as there are samples, or twice as many, an order
         # transposed again looks like none.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 
@@ -27,6 +28,8 @@ def find_obstacle(module: nn.Module) -> str:
     """Return why a module cannot be run on the side; "" where it can."""
     if in_backward():
         return "this runs in backward"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "this runs under a transform of torch.func"
     for part in module.modules():
         if {cls.__name__ for cls in type(part).__mro__} & _PARALLEL:
             return "a part is wrapped for parallel training"
