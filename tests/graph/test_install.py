@@ -105,11 +105,11 @@ class ByMode(Holder):
 class ByKind(Holder):
     @functools.singledispatchmethod
     def forward(self, x):
-        return self.b(self.a(x))
+        raise TypeError("expected a tensor")
 
     @forward.register
-    def _(self, x: list):
-        return [self.forward(y) for y in x]
+    def _(self, x: torch.Tensor):
+        return self.b(self.a(x))
 
 
 @pytest.mark.parametrize("kind", [ByMode, ByKind])
