@@ -26,6 +26,7 @@ from normswap.lifecycle.adapt import adapt as adapt
 from normswap.lifecycle.add_context import add_context as add_context
 from normswap.lifecycle.calibration import calibrate as calibrate
 from normswap.lifecycle.confident import most_confident as most_confident
+from normswap.lifecycle.remove_context import remove_context as remove_context
 from normswap.lifecycle.revert import revert as revert
 from normswap.lifecycle.revert import specialize as specialize
 from normswap.lifecycle.statistics import update_stats as update_stats

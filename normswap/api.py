@@ -61,7 +61,8 @@ def convert(
             and `priors`, for a method without labels ("acn"): the model's forward then stays as it
             was.
         select: which norms to replace: "first" (the one that a forward meets first), glob,
-            compiled regular expression, type, ``fn(name, module)``, or several; all by default.
+            compiled regular expression, type, ``fn(name, module)``, or several; all by default. A
+            name or expression that matches nothing is an error, a type or function is not.
         exclude: which to leave alone, in the same forms.
         placement: where a method that adds layers puts them: "norm" (after each norm), "output"
             (after each module that `select` names, such as a stage), "pre", "residual", "identity"

@@ -116,6 +116,12 @@ def is_quantised(tensor: Tensor) -> bool:
     return type(tensor).__module__.startswith("torchao.")
 
 
+def unknown_norm(module: nn.Module) -> str:
+    """Say why a module that is called a norm is not replaced; other libraries have such names."""
+    name = type(module).__name__
+    return f"{name} is neither a batch nor an instance norm of torch, torchvision or timm"
+
+
 def read_site(
     fqn: str, module: nn.Module, aliases: tuple[str, ...] = (), like: Tensor | None = None
 ) -> Site | str:
@@ -140,7 +146,7 @@ def read_site(
     if name.endswith(_FROZEN):
         return _read_frozen(fqn, module, aliases)
     if not isinstance(module, _NormBase):
-        return f"{name} is neither a batch nor an instance norm"
+        return unknown_norm(module)
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     owner = _forward_owner(module)
     fused = _qualified(owner) in _FUSED

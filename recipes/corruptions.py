@@ -79,20 +79,21 @@ def run(options: Namespace) -> None:
         return errors(model, loader, corrupted)
 
     records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
-    compared, aside = relative(records)
-    shown = dict(FIGURES)
-    if any(record.get("mce") is not None for record in compared):
-        shown["mce"] = RELATIVE
+    compared, notes = relative(records)
+    more = {"mce": RELATIVE} if any(r.get("mce") is not None for r in compared) else {}
     source = "digits" if options.data is None else options.data.resolve().name
     title = f"error on corrupted images: {source}, {options.model}, {options.image_size} px"
-    reports.draw_points(folder / "results.png", compared, FIGURES, title, "error, %")
-    text = "errors in %, means over families and severities; "
-    text += "mean +- standard deviation over seeds\n"
-    text += "mCE is a mean of ratios: a family in which bn is hardly ever wrong weighs as much as "
-    text += "any, so a few more errors there can outweigh fewer errors in all\n\n"
-    text += reports.table(compared, shown) + "\n\nby family, severities together\n\n"
-    text += reports.table(compared, {name: name for name in FAMILIES})
-    reports.finish(folder, text + aside)
+    families = reports.table(compared, {name: name for name in FAMILIES})
+    notes = [
+        "errors in %, means over families and severities; mean +- standard deviation over seeds",
+        "mCE is a mean of ratios: a family in which bn is hardly ever wrong weighs as much as any, "
+        "so a few more errors there can outweigh fewer errors in all",
+        f"by family, severities together\n\n{families}",
+        *notes,
+    ]
+    reports.show(
+        folder, compared, FIGURES, title, more, "corrupted", unit="error, %", notes=notes
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -123,7 +124,7 @@ def errors(
     return {**result, "by_severity": each}
 
 
-def relative(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+def relative(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
     """Add ``"mce"``: the mean over families of the error as a percentage of bn's, seed by seed.
 
     A family in which bn of that seed makes no error has no ratio; it is left out for all methods of
@@ -145,7 +146,7 @@ def relative(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], s
         for seed, names in left_out.items()
         if names
     ]
-    return found, "".join(f"\n\n{note}" for note in notes)
+    return found, notes
 
 
 def add_options(parser: Parser) -> None:

@@ -183,7 +183,7 @@ def add_options(parser: Parser) -> None:
     grid.add_methods(parser, METHODS)
     parser.share(
         "data", "model", "weights", "pretrained",
-        image_size=ByData(32, 64), epochs=ByData(12, 3), lr=ByStart(2e-3, 5e-4),
+        image_size=ByData(32, 64), epochs=ByData(12, 3), lr=ByStart(2e-3, 5e-4), drop_labels=0.0,
     )  # fmt: skip
     add = parser.add_argument
     add("--joint", action="store_true", help="train on all domains, and hold none out")

@@ -132,9 +132,7 @@ def resolve(options: argparse.Namespace, packaged: bool = False, **smoke: Any) -
     if options.weights is None:
         lite = packaged and options.model == EFFICIENTNET_LITE0_TIMM
         options.weights = EFFICIENTNET_LITE0 if lite else SCRATCH
-    if isinstance(options.lr, ByStart):
-        scratch = options.weights == SCRATCH and not pretrained
-        options.lr = options.lr.random if scratch else options.lr.given
+    by_start(options)
     check_rates(options)
     check_model_name(options.model)
     if options.image_size is None:
@@ -149,6 +147,13 @@ def by_data(options: argparse.Namespace, **smoke: Any) -> None:
     for name, value in given.items():
         if isinstance(value, ByData):
             given[name] = value.digits if options.data is None else value.folder
+
+
+def by_start(options: argparse.Namespace) -> None:
+    """Decide the rate, where it was left to the weights."""
+    if isinstance(options.lr, ByStart):
+        scratch = options.weights == SCRATCH and not vars(options).get("pretrained", False)
+        options.lr = options.lr.random if scratch else options.lr.given
 
 
 def check_rates(options: argparse.Namespace) -> None:

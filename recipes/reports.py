@@ -137,6 +137,7 @@ class Report:
     more: dict[str, str]
     compared: str | None = None
     digits: int = 1
+    unit: str = "accuracy, %"
 
     def table(self) -> str:
         return table(self.records, {**self.figures, **self.more}, self.compared, self.digits)
@@ -159,15 +160,17 @@ def show(
     more: dict[str, str] | None = None,
     compared: str | None = None,
     digits: int = 1,
+    unit: str = "accuracy, %",
+    notes: Sequence[str] = (),
 ) -> None:
-    """End a run with a picture and a table of its figures, and in the table of `more`."""
+    """End a run with a picture and a table of its figures; the table has `more`, and notes."""
     shown = [*figures, *(more or {})]
     kept = [{"cell": r["cell"], **{k: r[k] for k in shown if k in r}} for r in records]
     report = Report(
         records=kept, figures=figures, title=title, more=more or {}, compared=compared,
-        digits=digits,
+        digits=digits, unit=unit,
     )  # fmt: skip
     versions = runs.read_config(folder, "versions")
     runs.write_text(folder / TABLE, json.dumps({**asdict(report), "versions": versions}) + "\n")
-    draw_points(folder / "results.png", kept, figures, title)
-    finish(folder, report.table())
+    draw_points(folder / "results.png", kept, figures, title, unit)
+    finish(folder, "\n\n".join([report.table(), *notes]))

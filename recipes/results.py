@@ -35,7 +35,7 @@ def run(options: Namespace) -> None:
         options.draw.mkdir(parents=True, exist_ok=True)
         for name, (report, _) in reports.items():
             path = options.draw / f"{name}.png"
-            draw_points(path, report.records, report.figures, report.title)
+            draw_points(path, report.records, report.figures, report.title, report.unit)
     print(f"{options.page}: tables of {', '.join(reports) or 'no run'}")
 
 

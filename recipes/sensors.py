@@ -12,7 +12,10 @@ The sensor is the context. Accuracy is on other images, told the sensor, or not:
     cn-x-batch  BatchNorm, then each sensor's learned mean and spread (`statistics="batch"`)
     cn-x        such a mean and spread alone
 
-A ResNet of 8 layers is trained from scratch. By seed all methods have the same start, images and
+    NAME-frozen with the statistics that given weights came with, as evaluation has them
+
+A ResNet of 8 layers is trained from scratch, or with --weights the timm model that these are of is
+trained on, with a new head. By seed all methods have the same start, images and
 order; figures are of the last epoch. By default it tells which of twelve photographs a tile is cut
 from; half of the tiles test. --data takes images {train,test}/CLASS/image, or
 DOMAIN/{train,test}/CLASS/image, of which the domains are the contexts and nothing else is done to
@@ -37,8 +40,9 @@ from . import grid, images, methods, reports, scores
 from .augment import Augmentation
 from .data import DomainData, Loader, stratified_mask, validation
 from .errors import RecipeError
-from .options import ByData, Parser, by_data, check_rates, of_cell
+from .options import ByData, ByStart, Parser, by_data, by_start, check_rates, of_cell, resolve
 from .training import fill_statistics
+from .weights import SCRATCH, make_backbone
 
 # Those of scikit-image's wheel with detail nearly everywhere.
 PHOTOGRAPHS = (
@@ -51,8 +55,13 @@ TILES = 200
 
 
 def run(options: Namespace) -> None:
-    by_data(options, epochs=1, limit=4)
-    check_rates(options)
+    smoke = {"epochs": 1, "limit": 4}
+    if options.weights == SCRATCH:
+        by_data(options, **smoke)
+        by_start(options)
+        check_rates(options)
+    else:
+        resolve(options, **smoke)
     device = images.pick_device(options.device)
     loaded = grid.Latest(lambda seed: load(options, seed))
 
@@ -152,9 +161,13 @@ def train_one(
 ) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent, by what it is told, by context."""
     torch.manual_seed(config.seed)
-    model = network(len(data.classes)).to(device)
-    loader = Loader(data, (0.5,) * 3, (0.25,) * 3, config.batch_size, device)
-    if config.method == "cn-x":
+    model, mean, std = network(len(data.classes)), (0.5,) * 3, (0.25,) * 3
+    if config.weights != SCRATCH:
+        model, _ = make_backbone(config.model, len(data.classes), weights=config.weights)
+        mean, std = (model.pretrained_cfg[name] for name in ("mean", "std"))
+    model.to(device)
+    loader = Loader(data, mean, std, config.batch_size, device)
+    if config.method == "cn-x" and config.weights == SCRATCH:
         fill_statistics(model, loader, config.seed)
     model = methods.convert(model, config.method, data.domain_names)
     model.to(memory_format=torch.channels_last)
@@ -166,9 +179,10 @@ def train_one(
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, METHODS, (*METHODS, "cn-x"))
-    parser.share("data", "limit", "tune", "amp", flip=True, batch_size=64, lr=2e-3)
-    parser.share(drop_labels=0.0)
+    known = (*METHODS, "cn-x", "bn-frozen", "cn-frozen", "cn-first-frozen")
+    grid.add_methods(parser, METHODS, known)
+    parser.share("data", "model", "limit", "tune", "amp", flip=True, batch_size=64)
+    parser.share(weights=SCRATCH, lr=ByStart(2e-3, 5e-4), drop_labels=0.0)
     parser.share(image_size=ByData(16, 32), epochs=ByData(10, 4))
 
 

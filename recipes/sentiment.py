@@ -92,11 +92,10 @@ def run(options: Namespace) -> None:
         return train_one(cell, data, len(words) + 2, options, device, log)
 
     records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
-    reports.draw_points(folder / "results.png", records, ACCURACIES, "sentences, by norm")
     most = data["target"].labels.bincount().max().item() / len(data["target"].labels)
     note = f"Of the product sentences {100 * most:.1f} % are of the larger class."
-    table = reports.table(records, {**ACCURACIES, "best_epoch": "epoch"})
-    reports.finish(folder, f"{table}\n\n{note}")
+    more = {"best_epoch": "epoch"}
+    reports.show(folder, records, ACCURACIES, "sentences, by norm", more, notes=[note])
 
 
 def build(method: str, words: int, seed: int) -> nn.Module:

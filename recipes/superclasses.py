@@ -85,13 +85,11 @@ def run(options: Namespace) -> None:
     records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
     rows = [*records, *masked(records)]
     title = f"superclasses as contexts: {options.model}, {options.image_size} px"
-    reports.draw_points(folder / "results.png", rows, FIGURES, title)
-    text = "test accuracy, %; mean +- standard deviation over seeds\n\n"
-    text += reports.table(rows, FIGURES)
+    notes = ["test accuracy, %; mean +- standard deviation over seeds"]
     for record in records:
         if "clusters" in record and record["cell"]["seed"] == 0:
-            text += f"\n\n{record['cell']['method']}, seed 0: {record['clusters']}"
-    reports.finish(folder, text)
+            notes.append(f"{record['cell']['method']}, seed 0: {record['clusters']}")
+    reports.show(folder, rows, FIGURES, title, notes=notes)
 
 
 def train_one(

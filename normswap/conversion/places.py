@@ -21,9 +21,9 @@ from normswap.graph.blocks.residual import (
 from normswap.graph.tracing import TraceSession, flipped
 from normswap.methods.base import InsertedMethod
 from normswap.report import Row
-from normswap.sites import Place, find_norms, is_instance_norm, norm_channels
+from normswap.sites import Place, find_norms, is_instance_norm, norm_channels, unknown_norm
 from normswap.util.arguments import meant
-from normswap.util.select import Selector, why_kept
+from normswap.util.select import Selector, closest, why_kept
 
 ALL_PLACEMENTS = ("norm", "output", *PLACEMENTS, "input")
 
@@ -91,7 +91,7 @@ def find_places(
                 f"found no place for a layer in {type(model).__name__} at {asked}"
                 + (f": {listed}" if listed else "")
                 + "; placement='norm' puts one after each norm" * (wanted not in ("norm", "output"))
-                + meant(select, [f.row.fqn for f in found if f.row.reason == "not selected"])
+                + closest(select, [f.row.fqn for f in found if f.row.reason == "not selected"])
             )
         rows += [f.row for f in found]
         places += chosen
@@ -128,7 +128,7 @@ def _norm_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Fou
         row = Row(fqn, type(module).__name__, "refused", aliases)
         channels = norm_channels(module)
         if channels is None:
-            row.reason = f"{type(module).__name__} is neither a batch nor an instance norm"
+            row.reason = unknown_norm(module)
             yield Found(module, row)
             continue
         before = is_instance_norm(module)

@@ -17,8 +17,7 @@ from normswap.lifecycle.record import Record
 from normswap.methods.base import Method
 from normswap.report import Row
 from normswap.sites import Site, find_norms, read_site
-from normswap.util.arguments import meant
-from normswap.util.select import Selector, why_kept
+from normswap.util.select import Selector, closest, why_kept
 
 # Classes of torchvision, detectron2 and mmdetection that cut regions out of feature maps.
 _POOLS = re.compile("roi_?(align|pool|extract)", re.IGNORECASE)
@@ -170,5 +169,5 @@ def _nothing_to_replace(model: nn.Module, rows: list[Row], select: Selector) -> 
     )
     return (
         f"found no norm to replace in {type(model).__name__}: {listed or 'it has none at all'}"
-        f"{meant(select, [row.fqn for row in rows if row.reason == 'not selected'])}"
+        f"{closest(select, [row.fqn for row in rows if row.reason == 'not selected'])}"
     )

@@ -15,7 +15,7 @@ from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record
 from normswap.methods.base import BaseMethod, InsertedMethod, Method
 from normswap.sites import find_norms, norm_channels, read_site
-from normswap.util.select import FIRST, Selector, matches
+from normswap.util.select import FIRST, Selector, check_meant, matches
 
 Target: TypeAlias = Replacement | Insertion | InputNorm | Bare
 
@@ -31,7 +31,8 @@ def find_target(
     """Return what is to be changed, with a row for everything that was considered.
 
     Raises:
-        ConversionError: a placement that the method does not have, or nothing to change.
+        ConversionError: a placement that the method does not have, nothing to change, or a name
+            or pattern that matches nothing.
     """
     if select == FIRST:
         name, how = _first(model, method, exclude)
@@ -41,18 +42,22 @@ def find_target(
                 row.reason = how
         return target
     if isinstance(method, InsertedMethod):
-        rows, places = find_places(model, method, placement, options, select, exclude)
-        return Insertion(method, rows, places)
-    assert isinstance(method, Method)
-    if placement == "input":
-        row, place = place_at_input(model)
-        return InputNorm(method, [row], place)
-    if placement is not None:
-        raise ConversionError(
-            f"method {method.name!r} replaces norms where they are; expected placement=None, or "
-            f"'input' for one before the model, got {placement!r}"
-        )
-    return find_replacement(model, method, select, exclude)
+        target = Insertion(method, *find_places(model, method, placement, options, select, exclude))
+    else:
+        assert isinstance(method, Method)
+        if placement == "input":
+            row, place = place_at_input(model)
+            return InputNorm(method, [row], place)
+        if placement is not None:
+            raise ConversionError(
+                f"method {method.name!r} replaces norms where they are; expected placement=None, "
+                f"or 'input' for one before the model, got {placement!r}"
+            )
+        target = find_replacement(model, method, select, exclude)
+    names = [name for row in target.rows for name in (row.fqn, *row.aliases)]
+    check_meant("select", select, names)
+    check_meant("exclude", exclude, names)
+    return target
 
 
 def _first(model: nn.Module, method: BaseMethod, exclude: Selector) -> tuple[str, str]:

@@ -161,11 +161,22 @@ def _way_out(questions: list[Question], model: nn.Module) -> str:
             continue
         if not name:
             return "which conversion changes: it is the model's own class"
-        # Layers may be of a part itself, or of the norms below it.
-        names = [asked[0].__name__] if ORIGINAL in vars(module) else [repr(name), f"'{name}.*'"]
-        left |= dict.fromkeys(names)
+        if ORIGINAL in vars(module):
+            left[asked[0].__name__] = None
+            continue
+        _, *below = module.modules()
+        if _has_layers(module):
+            left[repr(name)] = None
+        if any(ORIGINAL in vars(each) or _has_layers(each) for each in below):
+            left[f"'{name}.*'"] = None
     exclude = next(iter(left)) if len(left) == 1 else f"[{', '.join(left)}]"
     return f"which conversion changes; leave norms out with exclude={exclude}"
+
+
+def _has_layers(module: nn.Module) -> bool:
+    """Return whether layers were inserted in a module itself."""
+    state = vars(module).get(STATE)
+    return state is not None and bool(state.children())
 
 
 def _above(name: str) -> Iterator[str]:

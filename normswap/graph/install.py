@@ -71,23 +71,35 @@ def converted_class(
     return next(alive, None) or _make_class(base, *kind)
 
 
-class _Quiet(nn.Module):
-    """Stands before a class while a subclass is made of it, so that its hook does not run."""
+def _quiet(base: Any) -> Any:
+    """Return what stands before a class while a subclass is made of it: its hook does not run.
 
-    def __init_subclass__(cls, **given: Any) -> None:
-        """Do nothing."""
+    To be taken away again it has to be laid out in memory as the class, which begins with ABC or
+    Generic in some models (pykeen).
+    """
+    while base.__dictoffset__:
+        base = base.__base__
+    body = {"__init_subclass__": classmethod(lambda cls, **given: None), "__orig_bases__": ()}
+    return type.__new__(type(base), "quiet", (base,), body)
 
 
 class _Forwarding(type):
-    """What a forward sets on ``type(self)`` it sets on the class of the original, as ever."""
+    """What a forward sets on ``type(self)`` it sets on the class of the original, as ever.
 
-    converted_from: type
+    What is set on a subclass that someone makes of a converted class stays there.
+    """
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        setattr(cls.converted_from, name, value)
+        original = vars(cls).get("converted_from")
+        super().__setattr__(name, value) if original is None else setattr(original, name, value)
 
     def __delattr__(cls, name: str) -> None:
-        delattr(cls.converted_from, name)
+        original = vars(cls).get("converted_from")
+        super().__delattr__(name) if original is None else delattr(original, name)
+
+
+class _ForwardingABCMeta(_Forwarding, abc.ABCMeta):
+    """Lets an abstract base stand beside a converted class, as `higher` has it."""
 
 
 def _subclass(base: Any, body: dict[str, Any]) -> Any:
@@ -96,11 +108,14 @@ def _subclass(base: Any, body: dict[str, Any]) -> Any:
     Neither ``__init_subclass__`` nor the metaclass runs: many of them register what they see.
     """
     own = type(base)
-    kind = _Forwarding if own is type else type(own.__name__, (_Forwarding, own), {})
-    cls: Any = type.__new__(kind, base.__name__, (_Quiet, base), body)
+    kind: Any = _ForwardingABCMeta
+    if own not in (type, abc.ABCMeta):
+        kind = type(own.__name__, (_Forwarding, own), {})
+    cls: Any = type.__new__(kind, base.__name__, (_quiet(base), base), body)
     if isinstance(cls, abc.ABCMeta):
         abc._abc_init(cls)  # type: ignore[attr-defined]  # else it shares the caches of its base
     type.__setattr__(cls, "__bases__", (base,))
+    type.__setattr__(cls, "converted_from", base)
     return cls
 
 
@@ -157,7 +172,6 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
         "spread": staticmethod(written.spread),
         "example_values": staticmethod(written.examples),
         "conversion": (generic, argument, replaced),
-        "converted_from": base,
         "context_argument": argument,
         # As a property, which is another function on a module than on its class.
         "forward_is_bound": not inspect.isfunction(inspect.getattr_static(base, "forward")),

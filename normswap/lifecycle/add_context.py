@@ -6,15 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normswap.errors import ContextWarning, ConversionError
 from normswap.graph.use_context import scopes_of
-from normswap.lifecycle.optimizer_rows import hand_over, plan_growth
-from normswap.lifecycle.record import Record, context_or_pooled, find_root, method_layers
-from normswap.methods.base import Contexts, Method, get_method
+from normswap.lifecycle.context_rows import change_contexts, check_changeable, table_of
+from normswap.lifecycle.record import context_or_pooled, find_root, method_layers
+from normswap.methods.base import Contexts, Method
 from normswap.methods.layer import POLICIES
-from normswap.methods.layer_tensors import has_no_values
 from normswap.methods.norm_values import pick
 from normswap.util.arguments import check_flag, describe
 
@@ -71,7 +69,7 @@ def add_context(
         ContextWarning: samples without a label get other answers from now on.
     """
     root, record = find_root(model)
-    method, contexts = _check(model, root, record)
+    method, contexts = check_changeable(model, root, record, "add to"), record.contexts
     check_flag("keep_unknown", keep_unknown)
     name = str(contexts.count) if name is None else name
     _check_name(name, contexts)
@@ -83,35 +81,26 @@ def add_context(
         raise ConversionError(
             f"expected share= in (0, 1), got {describe(share)}; at least {_LEAST} from both ends"
         )
-    layers = method_layers(root)
-    tables = {where: _grow(where, layer, method, index, share) for where, layer in layers.items()}
+    tables = {
+        where: _longer(where, layer, method, index, share)
+        for where, layer in method_layers(root).items()
+    }
     weights = contexts.priors
-
-    def mix(table: Tensor) -> Tensor:
-        return pick(table, index, weights.to(table.device))
-
-    parameters: dict[nn.Parameter, str] = {}
-    grown: dict[nn.Parameter, nn.Parameter] = {}
-    for where, layer in layers.items():
-        for key, table in tables[where].items():
-            old = layer._parameters.get(key)
-            if old is not None:
-                _check_parameter(old, f"{where}.{key}")
-                parameters[old] = f"{where}.{key}"
-                grown[old] = _grown_parameter(old, table)
-    plans = [] if optimizer is None else plan_growth(optimizer, parameters, mix)
     priors = torch.cat([weights * (1 - share), weights.new_tensor([share])])
     answering = contexts.answering or (count if keep_unknown else None)
     names = (*contexts.names, name)
     after = replace(contexts, names=names, priors=priors, answering=answering)
-    # Nothing below can fail.
-    for where, layer in layers.items():
-        _write(layer, tables[where], grown, after)
-    hand_over(plans, grown)
+    change_contexts(
+        root,
+        record,
+        after,
+        tables,
+        optimizer,
+        of_state=lambda state: _append(state, pick(state, index, weights.to(state.device))),
+        of_grad=lambda grad: _append(grad, torch.zeros_like(grad[0])),
+    )
     for scope in scopes_of(root):
-        scope.num_contexts, scope.names = after.count, after.names
         scope.watch.quiet = True  # training may go on with the new context alone
-    _note(record, after, layers)
     policy = contexts.unknown
     # The mixture stays the same function where all its parts are like one.
     looks = count > 1 and answering is None
@@ -124,22 +113,6 @@ def add_context(
             stacklevel=2,
         )
     return count
-
-
-def _check(model: nn.Module, root: nn.Module, record: Record) -> tuple[Method, Contexts]:
-    method = get_method(record.method)
-    if not isinstance(method, Method) or not method.needs_context:
-        raise ConversionError(f"method {record.method!r} has no contexts to add to")
-    if has_no_values(root):
-        raise ConversionError(
-            "cannot add a context to a model without values (meta device); load them first"
-        )
-    if any(isinstance(m, DataParallel | DistributedDataParallel) for m in model.modules()):
-        raise ConversionError(
-            "cannot add a context to a model wrapped for parallel training, which holds on to the "
-            "parameters it was given; add it to .module and wrap that anew"
-        )
-    return method, record.contexts
 
 
 def _check_name(name: Any, contexts: Contexts) -> None:
@@ -155,67 +128,20 @@ def _check_name(name: Any, contexts: Contexts) -> None:
         raise ConversionError(f"{name!r} is a policy for unknown labels; choose another name")
 
 
-def _grow(
+def _longer(
     where: str, layer: nn.Module, method: Method, like: int | None, share: float
 ) -> dict[str, Tensor]:
     """Return the tables of a layer with the row of the new context appended."""
-    grown: dict[str, Tensor] = {}
+    longer: dict[str, Tensor] = {}
     for key, row in method.added_rows(layer, like, share).items():
-        if key not in layer._parameters and key not in layer._buffers:
-            raise ConversionError(
-                f"{where}.{key} is neither a parameter nor a buffer (parametrized?), so that no "
-                "row can be added to it"
-            )
-        table = getattr(layer, key).detach()
+        table = table_of(where, layer, key)
         if table.shape[1:] != row.shape:
             raise ConversionError(
                 f"expected a row {tuple(table.shape[1:])} for {where}.{key}, got {tuple(row.shape)}"
             )
-        grown[key] = torch.cat([table, row.detach().to(table).unsqueeze(0)])
-    return grown
+        longer[key] = _append(table, row)
+    return longer
 
 
-def _check_parameter(parameter: nn.Parameter, name: str) -> None:
-    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-        raise ConversionError(
-            f"{name} has hooks, which a new parameter would not run; remove them first"
-        )
-    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
-        raise ConversionError(
-            f"expected {name} as a plain parameter, got {type(parameter.data).__name__}; add "
-            "contexts before the model is sharded"
-        )
-
-
-def _grown_parameter(old: nn.Parameter, table: Tensor) -> nn.Parameter:
-    new = nn.Parameter(table, old.requires_grad)
-    new.__dict__.update(old.__dict__)
-    if old.grad is not None:
-        new.grad = torch.cat([old.grad, torch.zeros_like(old.grad[:1])])
-    return new
-
-
-def _write(
-    layer: nn.Module,
-    tables: dict[str, Tensor],
-    grown: dict[nn.Parameter, nn.Parameter],
-    contexts: Contexts,
-) -> None:
-    for key, table in tables.items():
-        old = layer._parameters.get(key)
-        if old is not None:
-            layer._parameters[key] = grown[old]
-        else:
-            layer._buffers[key] = table
-    layer.__dict__.update(
-        num_contexts=contexts.count, names=contexts.names, answering=contexts.answering
-    )
-
-
-def _note(record: Record, contexts: Contexts, layers: dict[str, nn.Module]) -> None:
-    record.contexts = contexts
-    for row in record.rows:
-        layer = layers.get(row.layer or row.fqn)
-        if layer is not None and row.action in ("replaced", "inserted"):
-            row.contexts = contexts.count
-            row.parameters_after = sum(p.numel() for p in layer.parameters())
+def _append(table: Tensor, row: Tensor) -> Tensor:
+    return torch.cat([table, row.detach().to(table).unsqueeze(0)])

@@ -133,7 +133,8 @@ class Method(BaseMethod):
         """Return the row of one more context for each tensor (K, *) of a layer, by name.
 
         With them appended, the new context, the last, computes in eval mode what `like` does; the
-        others compute what they did. By default what the layer's own ``added_rows`` returns.
+        others compute what they did. `remove_context` takes a row out of the tensors named here.
+        By default what the layer's own ``added_rows`` returns.
 
         Args:
             layer: one this method built.

@@ -12,6 +12,7 @@ from normswap.api import summary
 from normswap.errors import ContextWarning, ConversionError, NormswapError
 from normswap.lifecycle.add_context import add_context
 from normswap.lifecycle.record import method_layers
+from normswap.lifecycle.remove_context import remove_context
 from normswap.lifecycle.revert import revert, specialize
 from normswap.lifecycle.training import freeze
 from normswap.lifecycle.unknown import set_unknown
@@ -148,8 +149,9 @@ def check_saves_and_loads(case: Case) -> None:
 
 @check(labelled)
 def check_adds_contexts(case: Case) -> None:
-    """An added context computes what it is like; the others what they did, to the bit."""
+    """An added context computes what it is like; the others what they did; removed, it is gone."""
     model = case.trained(**case.pooled)
+    state = copy.deepcopy(model.state_dict())
     x = make_inputs(model)
     given: list[Labels] = [0, 1, 2, LABELS]
     before = [case.in_eval(model, x, label) for label in given]
@@ -168,6 +170,9 @@ def check_adds_contexts(case: Case) -> None:
         require_equal(case.in_eval(model, x, label), expected, f"context {label}")
     require_close(case.in_eval(model, x, "d"), unknown, "like the pooled")
     require_close(case.in_eval(model, x, "e"), before[1], "like b")
+    for name in ("e", "d"):
+        remove_context(model, name)
+    require_same_state(model, state, "the contexts added and removed")
 
 
 @check()

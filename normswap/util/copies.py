@@ -28,12 +28,16 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise ConversionError(
             f"cannot copy the model: {_culprit(model)}{type(error).__name__}: {error}; pass "
             "inplace=True where there is one, or take that out of the model"
         ) from error
+    for module in model.modules():
+        if id(module) in memo:  # the layers of einops are made anew, in training mode
+            memo[id(module)].training = module.training
+    return copied
 
 
 def copy_structure(model: nn.Module) -> nn.Module:

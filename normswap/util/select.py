@@ -2,13 +2,13 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError
-from normswap.util.arguments import check_callable, describe, meant
+from normswap.util.arguments import check_callable, describe, listed, meant
 
 Selector: TypeAlias = (
     str | re.Pattern[str] | type | Callable[[str, nn.Module], bool] | Iterable[Any] | None
@@ -78,6 +78,33 @@ def matches(selector: Selector, names: tuple[str, ...], module: nn.Module) -> bo
         return any(matches(part, names, module) for part in selector)
     assert selector is not None
     return any(_ask(selector, name, module) for name in names)
+
+
+def check_meant(argument: str, selector: Selector, known: Sequence[str]) -> None:
+    """Raise if a name or a pattern, or one of several, matches none of the names there are.
+
+    A type or a function may, which are written for many models.
+
+    Raises:
+        ConversionError: it does.
+    """
+    if isinstance(selector, tuple):
+        for part in selector:
+            check_meant(argument, part, known)
+    elif isinstance(selector, str | re.Pattern):
+        if not matches(selector, tuple(known), nn.Identity()):
+            raise ConversionError(
+                f"expected {argument}= to match one of {listed(known, 5)}, got "
+                f"{describe(selector)}{closest(selector, known)}"
+            )
+
+
+def closest(selector: Any, known: Iterable[str]) -> str:
+    """Return a hint at what a selector that matches none of some names meant, "" for none."""
+    known = list(known)
+    if isinstance(selector, str) and any(name.startswith(f"{selector}.") for name in known):
+        return f"; for all inside of it write '{selector}.*'"
+    return meant(selector, known)
 
 
 def find_modules(name: str, selector: Any, model: nn.Module) -> list[nn.Module]:

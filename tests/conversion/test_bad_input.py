@@ -164,6 +164,10 @@ def test_bad_priors(priors, match):
             "overrides the forward",
         ),
         (nn.GroupNorm(1, 3), "neither a batch nor an instance norm"),
+        (
+            type("InstanceNorm", (nn.Identity,), {})(),
+            "InstanceNorm is neither a batch nor an instance norm of torch, torchvision or timm",
+        ),
     ],
 )
 def test_norm_that_cannot_be_replaced_is_listed_with_its_reason(norm, reason):

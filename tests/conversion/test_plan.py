@@ -44,6 +44,27 @@ def test_exclude_wins_over_select():
     assert [row.fqn for row in report.rows if row.action == "replaced"] == ["blocks.0.bn"]
 
 
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"select": ["norm", "block.*"]}, "select= to match one of norm, .*got 'block.*'"),
+        ({"select": "blocks"}, r"not selected .*; for all inside of it write 'blocks\.\*'"),
+        ({"exclude": "nrom"}, "exclude= to match one of norm, .*'nrom'; did you mean 'norm'"),
+        ({"exclude": ["norm", "blocks"]}, r"got 'blocks'; for all inside of it write 'blocks\.\*'"),
+        ({"exclude": re.compile("head")}, r"got re\.compile\('head'\)"),
+        ({"method": "crossnorm", "placement": "norm", "exclude": "head*"}, "got 'head"),
+    ],
+)
+def test_a_name_or_pattern_that_matches_nothing_is_refused(given, match):
+    with pytest.raises(normswap.ConversionError, match=match):
+        normswap.plan(Net(), **given)
+
+
+def test_a_type_or_predicate_may_match_nothing():
+    nothing = [nn.InstanceNorm2d, lambda name, module: False]
+    assert normswap.plan(Net(), exclude=nothing).count(action="replaced") == 3
+
+
 def test_plan_changes_nothing_and_says_what_convert_does():
     net = Net()
     planned = normswap.plan(net, "cn", contexts=["a", "b"])

@@ -71,6 +71,14 @@ class Template(Holder, typing.Generic[T]):
         return self.b(self.a(x))
 
 
+class AbstractFirst(abc.ABC, Block):
+    """Laid out otherwise in memory, since its first base has no attributes."""
+
+
+class GenericFirst(typing.Generic[T], Registered, Block, kind="generic"):
+    pass
+
+
 class Last(Block):
     def __init__(self):
         super().__init__()
@@ -80,7 +88,7 @@ class Last(Block):
         return self.last(super().forward(x))
 
 
-CLASSES = [Kinds, Slotted, Template, Last]
+CLASSES = [Kinds, Slotted, Template, AbstractFirst, GenericFirst, Last]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -117,6 +125,38 @@ def test_a_subclass_of_a_converted_class_runs_the_hook_again():
     converted = normswap.convert(Kinds(), "cn", verify=False)
     child = Meta("Child", (type(converted),), {}, kind="later")
     assert SEEN[-3:] == ["new", (child, "later"), "init"]
+
+
+def test_what_is_set_on_a_subclass_of_a_converted_class_stays_there():
+    made = type(normswap.convert(Last(), "cn", verify=False))
+    child = type(made)("Child", (made,), {})
+    child.__name__, child.note = "Renamed", 1
+    assert (child.__name__, child.note, Last.__name__) == ("Renamed", 1, "Last")
+    del child.note
+    assert not hasattr(child, "note")
+    assert not hasattr(Last, "note")
+
+
+def test_an_abstract_class_may_stand_beside_a_converted_class():
+    model = normswap.convert(Last(), "cn", contexts=3, verify=False).eval()
+    expected = call(model, (images(),), context=LABELS)
+
+    class Patched(type(model), abc.ABC):
+        """As `higher` makes one of each module's class."""
+
+    twin = copy.deepcopy(model)
+    twin.__class__ = Patched
+    close(call(twin, (images(),), context=LABELS), expected)
+
+
+def test_classes_registered_with_an_abstract_class_stay_so():
+    class Abstract(Last, abc.ABC):
+        pass
+
+    Abstract.register(Holder)
+    model = normswap.convert(Abstract(), "cn", verify=False)
+    assert issubclass(Holder, Abstract)
+    assert not issubclass(Holder, type(model))
 
 
 def test_reverting_gives_the_class_back():

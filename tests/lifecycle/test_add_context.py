@@ -200,7 +200,7 @@ REFUSED = [
     ({"name": "d", "share": 1e-40}, None, "at least 1e-06 from both ends"),
     ({"name": "d", "like": "e"}, None, "unknown context 'e'"),
     ({"name": "d", "like": "posterior"}, None, "weighs the contexts by each input"),
-    ({"name": "d"}, wrap, r"add it to \.module"),
+    ({"name": "d"}, wrap, r"give its \.module"),
     ({"name": "d"}, parametrize, r"stem\.1\.weight is neither a parameter nor a buffer"),
     ({"name": "d"}, hook, r"neck\.bias has hooks"),
 ]
@@ -240,8 +240,8 @@ def square(model):
     [
         (lambda m: torch.optim.LBFGS(m.parameters()), 3, "one flat history"),
         (lambda m: torch.optim.SGD([m.head.weight], 0.1), 3, "found none"),
-        (shampoo, 3, "cannot tell how the optimizer's state 'left' of stem.1.weight grows"),
-        (square, 4, "cannot tell how the optimizer's state 'line'"),
+        (shampoo, 3, "cannot tell the rows of the optimizer's state 'left' of stem.1.weight"),
+        (square, 4, "cannot tell the rows of the optimizer's state 'line'"),
     ],
 )
 def test_an_optimizer_that_cannot_follow_is_refused_first(make_optimizer, contexts, match):

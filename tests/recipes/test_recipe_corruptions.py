@@ -27,7 +27,7 @@ def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys):
     found = results(tmp_path)
     assert [r["cell"]["method"] for r in found] == list(corruptions.METHODS)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt",
+        "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt", "table.json",
     }  # fmt: skip
     for r in found:
         each = r["by_severity"]
@@ -72,13 +72,13 @@ def test_mce_is_the_mean_of_ratios_to_bn_of_the_same_seed():
         record("bn", 0, 10.0, 20.0), record("cnsn", 0, 5.0, 30.0),
         record("bn", 1, 0.0, 50.0), record("cnsn", 1, 5.0, 25.0),
     ]  # fmt: skip
-    found, aside = corruptions.relative(given)
+    found, notes = corruptions.relative(given)
 
     count = len(FAMILIES)
     assert [r["mce"] for r in found] == [
         pytest.approx(v) for v in (100, (50 + 150 * (count - 1)) / count, 100, 50)
     ]
-    assert aside.strip() == f"seed 1: bn makes no error in {FAMILIES[0]}, left out of mCE"
+    assert notes == [f"seed 1: bn makes no error in {FAMILIES[0]}, left out of mCE"]
 
 
 def test_mce_needs_bn():

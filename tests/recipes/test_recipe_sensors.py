@@ -116,3 +116,15 @@ def test_every_answer_of_a_training_is_a_row():
     assert [(r["cell"]["method"], r["mean"]) for r in rows] == [
         ("bn", 15), (f"cn, {scores.KNOWN}", 35), ("cn, pooled", 2),
     ]  # fmt: skip
+
+
+def test_given_weights_are_of_their_model_and_have_a_rate_of_their_own(tmp_path):
+    given = ["sensors", "--smoke", "--weights", "efficientnet-lite0"]
+    given += ["--methods", "bn-frozen", "cn-first-frozen", "--name", "run"]
+    assert main([*given, "--out", str(tmp_path)]) == 0
+
+    frozen, told = (r["accuracy"] for r in read(tmp_path / "run" / "results.jsonl"))
+    assert set(frozen) == {""}
+    assert scores.KNOWN in told
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert (settings["model"], settings["lr"]) == ("tf_efficientnet_lite0", 5e-4)

@@ -35,7 +35,7 @@ def test_the_recipe_learns_and_reports(sentences, tmp_path, capsys):
     assert [r["cell"]["method"] for r in results] == list(sentiment.METHODS)
     assert all(r["target"] > 90 for r in results), results
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt",
+        "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt", "table.json",
     }  # fmt: skip
     assert "products" in capsys.readouterr().out
 

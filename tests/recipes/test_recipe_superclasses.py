@@ -33,7 +33,7 @@ def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys):
     by_method = {r["cell"]["method"]: r for r in found}
     assert list(by_method) == list(superclasses.METHODS)
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt",
+        "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt", "table.json",
     }  # fmt: skip
     columns = {"plain", "leaky", "assigned", "pooled", "posterior"}
     assert {name: columns & set(r) for name, r in by_method.items()} == {

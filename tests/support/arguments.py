@@ -19,13 +19,12 @@ class Net(nn.Module):
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 0, 1])
-SELECTED = "'', 'ab', [], ['cn'], set, class, numpy"
 PLANNED = {
     "model": (Net, ""),
     "method": ("cn", ""),
     "contexts": (2, "None, 3, ['cn']"),
     "select": (None, "None"),
-    "exclude": (None, f"None, {SELECTED}"),
+    "exclude": (None, "None, [], class"),
     "placement": (None, "None"),
     "preset": (None, "None"),
     "unknown": ("pooled", "None"),
@@ -144,6 +143,10 @@ FUNCTIONS = {
             "share": (None, "None"),
             "optimizer": (None, "None"),
         },
+    ),
+    "remove_context": (
+        normswap.remove_context,
+        {"model": ("converted", ""), "context": (1, "0"), "optimizer": (None, "None")},
     ),
     "revert": (
         normswap.revert,

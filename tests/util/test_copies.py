@@ -88,6 +88,24 @@ def test_levit_after_an_evaluation_with_gradients():
     torch.testing.assert_close(twin(x), model(x), rtol=1e-3, atol=1e-3)
 
 
+class MadeAnew(nn.Flatten):
+    """Runs its initialisation when it is copied, as the layers of einops do."""
+
+    def __getstate__(self):
+        return {"start_dim": self.start_dim}
+
+    def __setstate__(self, state):
+        self.__init__(**state)
+
+
+def test_modules_that_are_made_anew_when_copied_keep_their_mode():
+    base = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), MadeAnew()).eval()
+    model = normswap.convert(base, "cn", contexts=2)
+    for converted in (model, normswap.revert(model), normswap.specialize(model, 0)):
+        assert not any(module.training for module in converted.modules())
+    assert not any(module.training for module in base.modules())
+
+
 def test_what_cannot_be_copied_is_named():
     model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(3)))
     model[0].lock = threading.Lock()
