@@ -1,5 +1,6 @@
 """What a caller asks of a conversion, checked before anything is copied or changed."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -8,7 +9,7 @@ from typing import Any
 from normswap.contexts.assigner import Assigner
 from normswap.contexts.priors import check_priors
 from normswap.conversion.presets import fill_from_preset
-from normswap.errors import ConversionError
+from normswap.errors import ContextWarning, ConversionError
 from normswap.lifecycle.record import policy_of
 from normswap.methods.base import BaseMethod, Contexts, get_method, parse_options
 from normswap.util.arguments import MOST_CONTEXTS, describe
@@ -105,5 +106,12 @@ def _names(contexts: Any) -> tuple[str, ...]:
     if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
         raise ConversionError(
             f"expected at least one context, names distinct, got {describe(contexts)}"
+        )
+    if any(n.isdecimal() and k != int(n) < count for k, n in enumerate(names)):
+        warnings.warn(
+            f"a name among contexts={describe(contexts)} is the number of another context: a label "
+            "that is a number is an index, so give these labels as names",
+            ContextWarning,
+            stacklevel=2,
         )
     return names

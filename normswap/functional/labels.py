@@ -54,8 +54,10 @@ def resolve_labels(
     if isinstance(labels, Context):
         return labels
     if hasattr(labels, "__array__") and not isinstance(labels, Tensor):
-        array: Any = labels.__array__()
-        as_list = array.dtype.kind in "OSU" or not array.dtype.isnative
+        # A masked array of NumPy says which are unknown, as a list alone.
+        array: Any = labels if hasattr(labels, "filled") else labels.__array__()
+        numbers = array.dtype.kind in "biufc" and array.dtype.isnative
+        as_list = hasattr(labels, "filled") or not numbers
         labels = array.tolist() if as_list else torch.as_tensor(array)
     elif isinstance(labels, bool):
         labels = torch.tensor(labels)
@@ -83,6 +85,8 @@ def resolve_labels(
         )
     if is_eager() and type(labels).__torch_dispatch__ is Tensor.__torch_dispatch__:
         labels = labels.as_subclass(Tensor)  # what fastai's pick would be of their class, too
+        if labels.is_inference() and not torch.is_inference_mode_enabled():
+            labels = labels.clone()  # else none can be kept for backward
     whole = labels.dim() == 0
     labels = labels.long().reshape(-1)
     limits = _check_range(labels, num_contexts, names)
@@ -179,7 +183,7 @@ def _to_index(item: Any, names: Sequence[str]) -> int:
     if item is None:
         return -1
     try:
-        if isinstance(item, bool):
+        if isinstance(item, bool) or getattr(item, "dtype", None) == torch.bool:
             raise TypeError
         return operator.index(item)
     except TypeError:

@@ -19,7 +19,7 @@ from normswap.graph.class_questions import answered
 from normswap.graph.foreign import is_symbolic, run_symbolic
 from normswap.graph.incoming import enter_context, resolve
 from normswap.graph.prepare import open_session, prepare
-from normswap.graph.scope import Scope
+from normswap.graph.scope import RUNNING, Scope
 from normswap.graph.state import (
     UNTRACED,
     ContainerState,
@@ -132,7 +132,13 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
         rows = state.scope.rows
         return rows.run(module, state, lambda v, c: _run(module, state, v, c), values, context)
     variant = _find_variant(module, state, key, values)
-    return _run_variant(module, state, variant, values, leaves, context)
+    if context is None or state.fqn or torch.compiler.is_compiling():
+        return _run_variant(module, state, variant, values, leaves, context)
+    token = RUNNING.set(state.scope)
+    try:
+        return _run_variant(module, state, variant, values, leaves, context)
+    finally:
+        RUNNING.reset(token)
 
 
 def _find_variant(module: nn.Module, state: ContainerState, key: Any, values: Any) -> Variant:

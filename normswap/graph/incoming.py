@@ -19,8 +19,8 @@ def enter_context(
     if type(context) is Context:
         return context, False
     resolved = resolve(state, values, leaves, context)
-    if not state.fqn:
-        state.scope.watch.note(resolved, training, state.scope.names)
+    if resolved is None or not state.fqn:
+        state.scope.model.watch.note(resolved, training, state.scope.names)
     if resolved is None:
         return None, False
     if _is_single(resolved, values):

@@ -173,6 +173,8 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
         "example_values": staticmethod(written.examples),
         "conversion": (generic, argument, replaced),
         "context_argument": argument,
+        # As a property, which is another function on a module than on its class.
+        "forward_is_bound": not inspect.isfunction(inspect.getattr_static(base, "forward")),
     }
     if replaced or base.__call__ is not nn.Module.__call__:
         body["__call__"] = calling(base.__call__, argument)

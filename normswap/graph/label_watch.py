@@ -14,7 +14,7 @@ _ENOUGH = 20
 
 
 class LabelWatch:
-    """What the labels of a model's forwards were; the host never waits to know it.
+    """What labels the forwards of a model and its copies had; the host never waits to know it.
 
     Attributes:
         quiet: whether there is nothing more to warn of, or the user chose it so.
@@ -27,7 +27,7 @@ class LabelWatch:
         self._is_single = True
 
     def note(self, context: Context | None, training: bool, names: Sequence[str]) -> None:
-        """Take note of a forward of the whole model.
+        """Take note of a forward of the whole model, or of a part without labels.
 
         Warns:
             ContextWarning: the first twenty labelled forwards in training had one context, or

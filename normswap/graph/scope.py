@@ -25,9 +25,12 @@ _ALONE = (
     "in backward, got none; pass context=, or open normswap.use_context around it"
 )
 
+# The model whose forward has labels here: they are not those of a part of another model in it.
+RUNNING: ContextVar["Scope | None"] = ContextVar("normswap running", default=None)
+
 _Token: TypeAlias = Token[Entry | None]
 Left: TypeAlias = tuple[Entry | None, _Token | None]
-Opened: TypeAlias = tuple[tuple[Entry | None, Entry | None], tuple[_Token, _Token] | None]
+Opened: TypeAlias = tuple[Entry, tuple[Entry | None, Entry | None], _Token | None]
 
 
 class Scope:
@@ -51,7 +54,8 @@ class Scope:
 
     def _restart(self) -> None:
         self._local = Local()
-        self._block: ContextVar[Entry | None] = ContextVar("normswap block", default=None)
+        # Innermost last. Generators, which have no context of their own, may close any of them.
+        self._open: ContextVar[tuple[Entry, ...]] = ContextVar("normswap blocks", default=())
         # What a thread that a forward starts finds, if it is given `contextvars.copy_context`.
         self._entry: ContextVar[Entry | None] = ContextVar("normswap entry", default=None)
         # With labels, in all threads; lists, since threads can change these without a lock.
@@ -65,6 +69,12 @@ class Scope:
     def model(self) -> "Scope":
         """The scope of the whole model, for that of a copied part."""
         return self if self.origin is None else self.origin.model
+
+    @property
+    def _block(self) -> Entry | None:
+        """The innermost block of this task."""
+        blocks = self._open.get()
+        return blocks[-1] if blocks else None
 
     @property
     def entered(self) -> bool:
@@ -90,7 +100,7 @@ class Scope:
             if may_run_again() and not is_measuring():
                 self._checkpoints.keep(None if entry is None else entry.context)
         if entry is None:
-            self._check_threads(whole)
+            self._check_lost(whole)
             if compiling and not whole and torch.is_grad_enabled() and self.model._labelled:
                 # Where this is a recomputation, which compiled code cannot tell, labels would get
                 # lost; the same code uncompiled can.
@@ -103,9 +113,9 @@ class Scope:
         if here.compiled is not None:
             return here.compiled
         if not compiling:
-            found = self._entry.get() or self._block.get()
+            found = self._entry.get() or self._block
         elif _COMPILES_CONTEXTVARS:
-            found = self._block.get()
+            found = self._block
         elif here.mirror is not None and here.mirror.task == SEVERAL.task:
             raise ContextError(
                 "expected one asyncio task at a time to use normswap.use_context around compiled "
@@ -118,9 +128,17 @@ class Scope:
             found, origin = origin._local.here.entry, origin.origin
         return found
 
-    def _check_threads(self, whole: bool) -> None:
-        """Raise where the labels of another thread may be meant."""
+    def _check_lost(self, whole: bool) -> None:
+        """Raise where the labels of another thread, or of another model's forward, may be meant."""
         model = self.model
+        running = None if whole or torch.compiler.is_compiling() else RUNNING.get()
+        if running is not None and running.model is not model:
+            raise ContextError(
+                "expected labels for a part of one converted model that runs inside a labelled "
+                "forward of another, got those of the other alone; open normswap.use_context "
+                "around both models, torch.nn.ModuleList([one, other]), or around the part (with "
+                "None where they are unknown), or put the model together before it is converted"
+            )
         if not whole and len(model._forwards) > model._local.here.forwards:
             raise ContextError(
                 "expected the context of a forward that runs in another thread to reach the norms "
@@ -185,14 +203,15 @@ class Scope:
         here.entry = None
         if torch.compiler.is_compiling():
             here.compiled = entry
-            return hidden, None
+            return entry, hidden, None
         here.compiled = None
-        here.mirror = entry if here.mirror is self._block.get() else SEVERAL
+        here.mirror = entry if here.mirror is self._block else SEVERAL
         here.blocks += 1
         if context is not None:
             here.labelled += 1
             self._blocks.append(None)
-        return hidden, (self._block.set(entry), self._entry.set(None))
+        self._open.set((*self._open.get(), entry))
+        return entry, hidden, self._entry.set(None)
 
     def _make(self, context: Context | None) -> Entry:
         if context is not None:
@@ -200,23 +219,34 @@ class Scope:
         compiling = torch.compiler.is_compiling()
         return Entry(context, -1 if compiling else torch._C._current_graph_task_id())
 
-    def close(self, opened: Opened) -> None:
-        """Undo `open`."""
-        here = self._local.here
-        (here.entry, here.compiled), tokens = opened
-        if tokens is None:
-            return
-        entry = self._block.get()
-        if entry is not None and entry.context is not None:
+    def close(self, opened: Opened) -> bool:
+        """Undo `open`; return whether the block was the innermost.
+
+        Raises:
+            ContextError: it was opened in another thread or task, where it stays open.
+        """
+        here, (entry, hidden, token) = self._local.here, opened
+        if token is None:
+            here.entry, here.compiled = hidden
+            return True
+        blocks = self._open.get()
+        if not any(block is entry for block in blocks):
+            raise ContextError(
+                "expected a block of normswap.use_context to end in the thread and asyncio task "
+                "that it began in, where its labels now stay, got another; pass context="
+            )
+        here.entry, here.compiled = hidden
+        if entry.context is not None:
             here.labelled -= 1
             self._blocks.pop()
-        self._block.reset(tokens[0])
-        self._entry.reset(tokens[1])
+        self._open.set(tuple(block for block in blocks if block is not entry))
+        self._entry.reset(token)
         here.blocks -= 1
         if not here.blocks:
             here.mirror = None
         elif here.mirror is entry:
-            here.mirror = self._block.get()
+            here.mirror = self._block
+        return entry is blocks[-1]
 
     def resolve(self, labels: Labels, device: torch.device | None = None) -> Context:
         """Check labels against this model's contexts."""
@@ -227,6 +257,7 @@ class Scope:
         new = Scope(self.num_contexts, self.names)
         memo[id(self)] = new
         new.rows = copy.deepcopy(self.rows, memo)
+        new.watch = self.watch  # labels of a model that trains are missed in its EMA copy, too
         new.origin = self if self.origin is None else copy.deepcopy(self.origin, memo)
         return new
 

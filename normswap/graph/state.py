@@ -1,13 +1,14 @@
 """What a converted container carries: the ways to run it, and when each applies."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.class_questions import answered
 from normswap.graph.scope import Scope, scope_of
@@ -205,16 +206,31 @@ def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
     state = state_of(module)
     cls: Any = type(module)
     override = None if state is None else state.override
+    if override is None and cls.forward_is_bound:
+        owner = next(c for c in cls.__mro__ if "converted_from" in vars(c))
+        override = super(owner, module).forward
     if override is not None:
         return cls.spread(lambda _, *args, **kwargs: override(*args, **kwargs), module, values)
     return cls.spread(cls.converted_from.forward, module, values)
 
 
 def run_scoped(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
-    """Run the forward the module had before conversion, with the context in scope."""
+    """Run the forward the module had before conversion, with the context in scope.
+
+    Raises:
+        ConversionError: there are labels, and it returns what is awaited.
+    """
     state: ContainerState = vars(module)[STATE]
     run = answered(state.fqn, state.questions, own_forward)
-    return in_scope(state.scope, context, run, module, values)
+    output = in_scope(state.scope, context, run, module, values)
+    if context is not None and isinstance(output, Awaitable | AsyncIterator):
+        if isinstance(output, Coroutine):
+            output.close()
+        raise ConversionError(
+            f"expected the forward of {state.fqn or 'the model'} to return what it computed, got a "
+            f"{type(output).__name__}, which runs when the labels are gone; write it without async"
+        )
+    return output
 
 
 def in_scope(scope: Scope, context: Any, run: Callable[..., Any], *args: Any) -> Any:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from normswap.errors import expect_module, not_converted
+from normswap.errors import ContextError, expect_module, not_converted
 from normswap.functional.labels import Labels
 from normswap.graph.scope import Scope, scope_of
 from normswap.util.original_class import STATE
@@ -38,8 +38,12 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
     For loops that cannot pass ``context=`` themselves. The model may be wrapped (compiled,
     distributed). Blocks nest; None hides the labels of an outer block. A block belongs to its
     thread and its asyncio task: work handed to another thread takes it along by
-    ``contextvars.copy_context().run``. Backward may run after the block. Inside compiled code, a
-    list of names is compiled in: enter the block outside, or give it a tensor.
+    ``contextvars.copy_context().run``. A generator has none of its own: where two take turns, as
+    loaders that are zipped, each with a block, forwards have the labels of the later block, and the
+    other's end is an error. A copy of the model, as an EMA model, has blocks of its own: for both,
+    give ``torch.nn.ModuleList([model, ema])``. Labels are in the order of what the converted model
+    is given, whatever code around it did. Backward may run after the block. Inside compiled code,
+    a list of names is compiled in: enter the block outside, or give it a tensor.
 
     Sliding windows are samples to the model: where windows of several volumes share a batch, as in
     MONAI's ``sliding_window_inference``, take each one's label by its place, which MONAI gives
@@ -51,7 +55,8 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
 
     Raises:
         ConversionError: no converted model in `model`.
-        ContextError: labels that do not fit.
+        ContextError: labels that do not fit; or blocks that end in another order, thread or task
+            than they began.
     """
     expect_module(model)
     scopes = scopes_of(model)
@@ -63,5 +68,10 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
     try:
         yield
     finally:
-        for scope, before in zip(reversed(scopes), reversed(opened), strict=True):
-            scope.close(before)
+        innermost = [s.close(o) for s, o in zip(reversed(scopes), reversed(opened), strict=True)]
+    if not all(innermost):
+        raise ContextError(
+            "expected blocks of normswap.use_context to end innermost first, got one that ends "
+            "before a later one, as those of generators that take turns do: forwards in both had "
+            "the labels of the later one; pass context=, or open one block for each forward"
+        )

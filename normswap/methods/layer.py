@@ -244,9 +244,22 @@ class ContextLayer(WithPriors, NormLayer):
         if not torch.compiler.is_compiling() and type(context.labels) is Tensor:
             torch._assert_async((context.labels >= 0).all(), "unknown='error', got a label -1")
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Note whose rows they are, where torch notes the version."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["contexts"] = self.names
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Say what to do about tensors of other sizes."""
-        errors = args[-1]
+        """Refuse rows of the same names in another order; say what to do about other sizes."""
+        metadata, errors = args[2], args[-1]
+        saved = (metadata or {}).get("contexts", ())
+        if any(n in self.names and self.names.index(n) != k for k, n in enumerate(saved)):
+            errors.append(
+                f"expected the contexts of {self._where()} in the order {', '.join(self.names)}, "
+                f"got {', '.join(saved)}; convert with contexts={list(saved)!r}"
+            )
+            return
         before = len(errors)
         super()._load_from_state_dict(*args, **kwargs)
         if len(errors) > before:

@@ -1,6 +1,7 @@
 """Where a converted forward is installed, and what else may be done with the modules."""
 
 import copy
+import functools
 import types
 
 import pytest
@@ -87,6 +88,33 @@ def test_a_forward_replaced_on_an_instance():
 
     model.forward = types.MethodType(forward, model)
     check(model, opaque="replaced on the instance")
+
+
+class ByMode(Holder):
+    @property
+    def forward(self):
+        return self.learn if self.training else self.serve
+
+    def learn(self, x):
+        return self.b(self.a(x)) * 2
+
+    def serve(self, x):
+        return self.b(self.a(x))
+
+
+class ByKind(Holder):
+    @functools.singledispatchmethod
+    def forward(self, x):
+        raise TypeError("expected a tensor")
+
+    @forward.register
+    def _(self, x: torch.Tensor):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("kind", [ByMode, ByKind])
+def test_a_forward_that_is_another_on_the_module_than_on_its_class(kind):
+    check(kind(), opaque="")
 
 
 class Staged(Block):

@@ -1,5 +1,6 @@
 """Labels that tell a model nothing are warned of, once."""
 
+import copy
 import warnings
 
 import pytest
@@ -63,6 +64,17 @@ def test_eval_without_labels_after_training_with_them_warns_once():
     with pytest.warns(ContextWarning, match=r"no labels, .* normswap.set_unknown"):
         model(IMAGES)
     silent(model, IMAGES)
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, lambda model: model[:2]], ids=["copy", "part"])
+def test_a_copy_or_a_part_without_labels_after_training_with_them_warns_once(take):
+    model = make()
+    train(model, torch.arange(4) % 2)
+    other = take(model).eval()
+    silent(other, IMAGES, context="day")
+    with pytest.warns(ContextWarning, match="no labels"):
+        other(IMAGES)
+    silent(model.eval(), IMAGES)
 
 
 def test_labels_of_a_block_count():

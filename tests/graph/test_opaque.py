@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import normswap
+from normswap.errors import ConversionError
 from tests.support.behave import CHANNELS, LABELS, Block, Holder, call, check, images, separate
 
 
@@ -129,3 +130,20 @@ def test_labels_of_a_block_stay_out_of_a_call_that_has_its_own():
     with normswap.use_context(converted, LABELS):
         own = call(converted, (images(),), context=LABELS.flip(0))
     torch.testing.assert_close(own, call(converted, (images(),), context=LABELS.flip(0)))
+
+
+class Awaited(Holder):
+    async def forward(self, x):
+        return self.b(self.a(x))
+
+
+class Streamed(Holder):
+    async def forward(self, x):
+        yield self.b(self.a(x))
+
+
+@pytest.mark.parametrize("kind", [Awaited, Streamed])
+def test_a_forward_that_runs_when_the_labels_are_gone_is_refused(kind):
+    model = normswap.convert(kind().eval(), "cn", contexts=3, verify=False)
+    with pytest.raises(ConversionError, match=r"the forward of the model .* without async"):
+        model(images(), context=LABELS)

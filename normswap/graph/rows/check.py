@@ -13,7 +13,7 @@ call of the same kind changes, by a counter or by a hook of the user's, which do
 What a forward changes where `snapshot` does not look, as a file, changes in a measurement, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from normswap.errors import ContextError, expect_module, not_converted
 from normswap.functional.labels import Context
 from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
+from normswap.graph.rows.quiet import find_obstacle
 from normswap.graph.rows.run import RUN, Run
 
 # Samples of a measurement: fewer leave more orders that look alike.
@@ -74,12 +75,15 @@ class Rows:
             output = call(values, context)
             if run.refused is not None:
                 raise run.refused
-            return output
+            return _each_in_run(run, output) if isinstance(output, Iterator) else output
         finally:
             RUN.reset(token)
 
     def _measure(self, run: Run, count: int) -> Plan:
         """Measure the first samples of a call, or all where their order is irregular."""
+        if obstacle := find_obstacle(run.module):
+            self.reason = obstacle  # of this call; others may have none
+            return Plan(reason=obstacle)
         plan = run.measure(count)
         # Where each sample has as many rows as there are samples, or twice as many, an order
         # transposed again looks like none.
@@ -214,6 +218,22 @@ class Rows:
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies keep: all, in dicts of their own."""
         return {k: dict(v) if isinstance(v, dict) else v for k, v in self.__dict__.items()}
+
+
+def _each_in_run(run: Run, items: Iterator[Any]) -> Iterator[Any]:
+    """Yield what a forward yields, its norms' rows told as if it returned them all."""
+    end = object()
+    while True:
+        token = RUN.set(run)
+        try:
+            item = next(items, end)
+        finally:
+            RUN.reset(token)
+        if run.refused is not None:
+            raise run.refused
+        if item is end:
+            return
+        yield item
 
 
 def _learn(known: dict[Any, Step], key: Any, step: Step) -> None:

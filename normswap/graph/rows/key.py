@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.graph.rows.samples import is_list_of_samples, parts_of
+from normswap.graph.rows.samples import as_tensors, is_list_of_samples, parts_of
 
 _FLAGS, _NUMBERS = {bool, str, type(None)}, {int, float}
 
@@ -39,6 +39,7 @@ def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
 
 def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) -> None:
     """Describe an argument: what it is to `kinds`, its sizes and numbers to `numbers`."""
+    value = as_tensors(value)
     if isinstance(value, Tensor):
         batch = value.dim() > 0 and value.shape[0] == samples
         kinds.append((value.dtype, value.dim(), batch))

@@ -1,7 +1,9 @@
 """Measure which sample each row at each norm is from, by exchanging samples; see `decode`."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from normswap.graph.rows.samples import (
 
 # None that a program is likely to have started from.
 _OTHER_SEEDS = range(0x5EED0000, 0x5EED0008)
+
+# What a forward yields may have no end.
+_MOST_ITEMS = 1000
 
 # What the norms met in a run, and what each was given.
 _Met = list[tuple[Step, Tensor]]
@@ -83,7 +88,9 @@ class Measurement:
         """
         self.restore(self.seed)
         self._before, self._found = None if before is None else iter(before), []
-        self.call(vary(self.values, self.samples, change, self.batches))
+        output = self.call(vary(self.values, self.samples, change, self.batches))
+        if isinstance(output, Iterator):
+            deque(islice(output, _MOST_ITEMS), maxlen=0)
         return self._found
 
     def _exchange(self, met: _Met, picked: list[int], how: str, order: Any = fresh) -> list[Tensor]:

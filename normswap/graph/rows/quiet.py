@@ -1,5 +1,6 @@
 """Run a model on the side: nothing of it stays or is heard, and norms treat samples apart."""
 
+import inspect
 import io
 import logging
 import sys
@@ -10,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_pre_hooks
 
 from normswap.functional.backward import in_backward
 from normswap.graph.rows.snapshot import Snapshot, function_of
@@ -25,6 +28,8 @@ def find_obstacle(module: nn.Module) -> str:
     """Return why a module cannot be run on the side; "" where it can."""
     if in_backward():
         return "this runs in backward"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "this runs under a transform of torch.func"
     for part in module.modules():
         if {cls.__name__ for cls in type(part).__mro__} & _PARALLEL:
             return "a part is wrapped for parallel training"
@@ -63,6 +68,30 @@ def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Snapshot, dict[int, 
     finally:
         for table, own in tables:
             table.update(own)
+
+
+def after_hooks(module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what the pre-hooks of a container make of the arguments of its forward.
+
+    Those that see keyword arguments are left out: they see the labels, and may move them, too.
+    """
+    cls: Any = type(module)
+    known = list(inspect.signature(cls.bind).parameters.values())[1:]
+    seen, own = module._forward_pre_hooks_with_kwargs, module._forward_pre_hooks
+    hooks = [hook for key, hook in own.items() if key not in seen]
+
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # A caller leaves defaults out.
+        while args and len(args) <= len(known) and args[-1] is known[len(args) - 1].default:
+            args = args[:-1]
+        for hook in (*_global_forward_pre_hooks.values(), *hooks):
+            made = hook(module, args)
+            if made is not None:
+                args = made if isinstance(made, tuple) else (made,)
+        return cls.bind(module, *args, **kwargs)
+
+    made: tuple[Any, ...] = cls.spread(run, module, values)
+    return made
 
 
 def _takes_part(hook: Any) -> bool:

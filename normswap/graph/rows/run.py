@@ -4,16 +4,18 @@ import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_pre_hooks
 
 from normswap.errors import ContextError
 from normswap.functional.labels import Context
 from normswap.graph.rows.measure import Measurement
 from normswap.graph.rows.plans import Family, Plan
-from normswap.graph.rows.quiet import find_obstacle, quiet
+from normswap.graph.rows.quiet import after_hooks, quiet
 from normswap.graph.rows.samples import batches_in, fresh, vary
 
 _LOCK = threading.RLock()
@@ -46,9 +48,6 @@ class Run:
 
     def measure(self, count: int, hooks: bool = False) -> Plan:
         """Measure on the first samples of this call; hooks of the user's run only if asked."""
-        obstacle = find_obstacle(self.module)
-        if obstacle:
-            return Plan(reason=obstacle)
         # A list of two images or of two inputs, of two samples: as inputs, images tell nothing.
         counts = {len(batches_in(self.values, self.samples, several)) for several in (True, False)}
         plan = self._measure(count, hooks, len(counts) > 1)
@@ -56,7 +55,12 @@ class Run:
             plan = self._measure(count, hooks, False)
         return plan
 
-    def _measure(self, count: int, hooks: bool, batches: bool) -> Plan:
+    def _measure(self, count: int, hooks: bool, batches: bool, around: bool = True) -> Plan:
+        """Measure once, through the container's own pre-hooks; they ran before labels entered.
+
+        They are run on what they made, and left out where the model then raises.
+        """
+        around = around and bool(self.module._forward_pre_hooks or _global_forward_pre_hooks)
         # One label for all, whichever: rows that nothing is known of can take it.
         whole = Context(self.context.labels[:1].clamp(min=0), False, True)
         try:
@@ -64,14 +68,22 @@ class Run:
             # Checkpointing around this call would count what is saved for backward.
             unhooked = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
             with _LOCK, unhooked, quiet(self.module, hooks) as (before, modes):
+                enter = partial(after_hooks, self.module) if around else tuple
                 found = Measurement(
-                    lambda v: self.call(v, whole), before.restore, values, count, modes, batches
+                    lambda v: self.call(enter(v), whole),
+                    before.restore,
+                    values,
+                    count,
+                    modes,
+                    batches,
                 )
                 if not found.possible:
                     return Plan(reason=f"no argument has {self.samples} samples")
                 self.measurement = found
                 return Plan(found.steps())
         except Exception as error:
+            if around:
+                return self._measure(count, hooks, batches, around=False)
             # The model's own code, given samples that it may not be made for.
             what = f"{type(error).__name__}: {error}".split("\n")[0]
             return Plan(reason=f"the model raises on other samples, {what:.120}")

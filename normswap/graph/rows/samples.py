@@ -40,6 +40,18 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
     return None
 
 
+def as_tensors(value: Any) -> Any:
+    """Return an array of NumPy, or a list of them, as tensors; anything else as it is."""
+    if isinstance(value, list | tuple) and value and all(map(_is_array, value)):
+        return [torch.tensor(part) for part in value]
+    return torch.tensor(value) if _is_array(value) else value
+
+
+def _is_array(value: Any) -> bool:
+    found = type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
+    return found and value.dtype.kind in "biufc" and value.dtype.isnative
+
+
 def vary(values: Any, samples: int, change: Callable[[Any], Any], batches: bool = False) -> Any:
     """Copy the arguments of a call, see `rebuild`; all of them together are no list of samples."""
     return tuple(rebuild(value, samples, change, batches) for value in values)
@@ -65,6 +77,10 @@ def rebuild(value: Any, samples: int, change: Callable[[Any], Any], batches: boo
     Raises:
         TypeError: a part that cannot be copied, as an iterator.
     """
+    tensors = as_tensors(value)
+    if tensors is not value:
+        new = rebuild(tensors, samples, change, batches)
+        return new.numpy() if isinstance(new, Tensor) else type(value)(v.numpy() for v in new)
     if isinstance(value, Tensor):
         return change(value) if value.dim() > 0 and value.shape[0] == samples else fresh(value)
     if is_list_of_samples(value, samples, batches):

@@ -8,6 +8,7 @@ nothing outside of the trace changed.
 """
 
 import gc
+import inspect
 import math
 import sys
 import threading
@@ -137,6 +138,8 @@ class TraceSession:
             version = ".".join(map(str, sys.version_info[:2]))
             raise TraceFailure(f"is compiled by Python {version}, whose bytecode is not read")
         cls: Any = container_class(root)
+        if inspect.iscoroutinefunction(cls.forward):
+            raise TraceFailure("is async")
         found = self.cache.find((cls, kinds), root)
         if found is not None:
             return found

@@ -1,5 +1,6 @@
 """Samples are told apart in inputs of every form."""
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -185,3 +186,29 @@ def test_as_many_images_as_channels_are_samples(at_once):
     y = model(images, context=LABELS[:3])
     parts = [model([image], context=LABELS[i : i + 1]) for i, image in enumerate(images)]
     assert torch.allclose(y, torch.cat(parts))
+
+
+@pytest.mark.parametrize("order", ["as they are", "flipped", "pairs"])
+@pytest.mark.parametrize("form", ["an array", "a list of arrays", "a tuple of arrays"])
+def test_arrays_of_numpy_are_samples(form, order):
+    class Arrays(Rows):
+        def forward(self, x):
+            return super().forward(torch.stack([torch.from_numpy(row) for row in x]))
+
+    model = apart(normswap.convert(Arrays(ORDERS[order]).double().eval(), "cn", contexts=K))
+    x = numpy.random.default_rng(0).normal(size=(N, 6))
+    given = {"an array": x, "a list of arrays": [*x], "a tuple of arrays": (*x,)}[form]
+    for count in (N, 2):
+        y = model(given[:count], context=LABELS[:count])
+        assert torch.allclose(y, singly(model, given[:count], LABELS[:count]))
+
+
+def test_arrays_of_numpy_that_their_values_sort_are_an_error():
+    class Sorting(Rows):
+        def forward(self, rows):
+            return super().forward(torch.stack([*map(torch.from_numpy, sorted(rows, key=sum))]))
+
+    model = Sorting(ORDERS["as they are"]).double().eval()
+    model = apart(normswap.convert(model, "cn", contexts=K, verify=False))
+    with pytest.raises(ContextError, match="each row of the input of norm to be of one sample"):
+        model([*numpy.random.default_rng(0).normal(size=(N, 6))], context=LABELS)

@@ -5,9 +5,23 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.func import vmap
 
 import normswap
-from tests.support.rows import LABELS, ORDERS, K, N, apart, check, ordered, pairs, rows_of, taken
+from normswap.errors import ContextError
+from tests.support.rows import (
+    LABELS,
+    ORDERS,
+    K,
+    N,
+    apart,
+    check,
+    ordered,
+    pairs,
+    rows_of,
+    singly,
+    taken,
+)
 
 TAILS = {
     "swapped": lambda n: [*range(n - 2), n - 1, n - 2],
@@ -133,3 +147,16 @@ def test_a_forward_that_is_set_later_is_measured_anew(trace):
     assert model(x, context=LABELS).equal(child.norm(x, context=LABELS))
     child.forward = lambda x: child.norm(x.flip(0))
     assert model(x, context=LABELS).equal(child.norm(x.flip(0), context=LABELS.flip(0)))
+
+
+def test_orders_are_measured_after_a_transform_of_torch_func_could_not():
+    model = ordered(ORDERS["flipped"])
+    x = torch.randn(N, 6, dtype=torch.float64)
+    vmap(lambda x: model(x, context=LABELS))(x[None])
+    assert torch.allclose(model(x, context=LABELS), singly(model, x))
+    with pytest.raises(ContextError, match="under a transform of torch"):
+        vmap(lambda x: model(x, context=LABELS))(x[None])
+    normswap.fix_rows(model)
+    model(x, context=LABELS)
+    found = vmap(lambda x: model(x, context=LABELS))(x[None])
+    assert torch.allclose(found[0], singly(model, x))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.errors import MissingContextError
+from normswap.errors import ContextError, MissingContextError
 from tests.support.behave import LABELS, Block, Both, Holder, Own, images
 from tests.support.scoped import Paused, in_thread, make, run
 
@@ -144,3 +144,50 @@ def test_a_model_that_was_used_is_freed():
     del model
     gc.collect()
     assert scope() is None
+
+
+def test_loaders_that_take_turns_with_a_block_each_are_an_error(model):
+    def labelled(label):
+        for _ in range(2):
+            with normswap.use_context(model, label):
+                yield images()
+
+    unlabelled, loaders = run(model), zip(labelled(0), labelled(2), strict=True)
+    next(loaders)
+    assert torch.equal(run(model), run(model, context=2))
+    with pytest.raises(ContextError, match="end innermost first"):
+        next(loaders)
+    del loaders
+    assert torch.equal(run(model), unlabelled)
+
+
+def test_blocks_given_up_in_any_order_leave_the_labels_of_those_that_stay(model):
+    unlabelled, blocks = run(model), [normswap.use_context(model, k) for k in range(3)]
+    for block in blocks:
+        block.__enter__()
+    for last, rest in ((1, 2), (2, 0)):
+        blocks[last].gen.close()
+        assert torch.equal(run(model), run(model, context=rest))
+    blocks[0].gen.close()
+    assert torch.equal(run(model), unlabelled)
+
+
+def test_a_block_that_ends_in_another_thread_is_an_error(model, pool):
+    block = normswap.use_context(model, 2)
+    block.__enter__()
+    with pytest.raises(ContextError, match="in the thread and asyncio task that it began in"):
+        pool.submit(block.gen.close).result()
+    assert torch.equal(run(model), run(model, context=2))
+
+
+def test_a_part_of_another_model_does_not_lose_the_labels_of_a_forward(model):
+    other = copy.deepcopy(model)
+    other.b = model.b
+    expected = run(model, context=LABELS)
+    with pytest.raises(ContextError, match="a part of one converted model"):
+        run(other, context=LABELS)
+    with normswap.use_context(nn.ModuleList([model, other]), LABELS):
+        assert torch.equal(run(other), expected)
+    with normswap.use_context(model.b, None), torch.no_grad():
+        unlabelled = model.b(model.a(images(), context=LABELS))
+        assert torch.equal(run(other, context=LABELS), unlabelled)
