@@ -223,7 +223,8 @@ def run_scoped(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     state: ContainerState = vars(module)[STATE]
     run = answered(state.fqn, state.questions, own_forward)
     output = in_scope(state.scope, context, run, module, values)
-    if context is not None and isinstance(output, Awaitable | AsyncIterator):
+    # A tuple, not a union: torch 2.9's compiler does not take isinstance of a union.
+    if context is not None and isinstance(output, (Awaitable, AsyncIterator)):
         if isinstance(output, Coroutine):
             output.close()
         raise ConversionError(
