@@ -211,7 +211,7 @@ def answered(name: str, questions: tuple[str, str], run: Callable[..., Any]) -> 
         ConversionError: nothing answers.
     """
     compiling = torch.compiler.is_dynamo_compiling()
-    check_question(name, questions[compiling])
+    check_question(name, questions[1] if compiling else questions[0])
     if questions[1] and not compiling and "torch._dynamo" in sys.modules:
         alone: Callable[..., Any] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
         return alone
