@@ -50,6 +50,8 @@ def labels_per_row(
         repeated = how == "repeated"
         return with_memo(labels.repeat(times) if repeated else labels.repeat_interleave(times))
 
+    if torch.compiler.is_compiling():  # nothing is kept there, and torch 2.9 traces no id()
+        return derive()
     # The memo holds the index, so that its id stays its own.
     return kept(labels, (rows, how, id(index)), lambda: (derive(), index))[0]
 
