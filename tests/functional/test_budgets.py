@@ -7,6 +7,9 @@ import normswap
 from normswap.functional.labels import resolve_labels
 from tests.support.launches import cost_of, fake_cuda, move, remembered
 
+pytestmark = pytest.mark.skipif(
+    torch.__version__.startswith("2.9"), reason="aborts on fake tensors of a GPU that is not there"
+)
 CN, CNX = normswap.ContextNorm, normswap.ContextNormX
 LAYERS = {
     "cn": (lambda: CN(64, 4), False),
