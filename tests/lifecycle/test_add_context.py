@@ -5,12 +5,12 @@ import copy
 import pytest
 import timm.optim
 import torch
-from torch import nn
 
 import normswap
 from normswap import ConversionError
 from tests.support.builders import SKEWED, assert_close
 from tests.support.models import make_inputs, make_model, same, separate
+from tests.support.more_contexts import hook, parametrize, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore:samples without a label are now answered")
 EACH = pytest.mark.parametrize("method", ["cn", "cn-x"])
@@ -174,20 +174,6 @@ def test_an_instance_norm_grows_too():
     expected = model(x, context="b")
     normswap.add_context(model, "d", like="b")
     assert_close(model(x, context="d"), expected)
-
-
-def wrap(model):
-    return nn.DataParallel(model)
-
-
-def hook(model):
-    model.neck.bias.register_hook(lambda grad: grad)
-    return model
-
-
-def parametrize(model):
-    nn.utils.parametrize.register_parametrization(model.stem[1], "weight", nn.Identity())
-    return model
 
 
 REFUSED = [

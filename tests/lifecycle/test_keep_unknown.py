@@ -14,16 +14,9 @@ from normswap.methods.layer import ContextLayer
 from tests.support import oracles
 from tests.support.builders import assert_close, make_batch, trained_norm
 from tests.support.models import make_inputs, make_model, separate
+from tests.support.more_contexts import KINDS, POLICIES
 from tests.support.saved import describe, rewrite
 
-POLICIES = pytest.mark.parametrize("unknown", ["pooled", "posterior"])
-KINDS = {
-    "cn": {"method": "cn"},
-    "cn shared": {"method": "cn", "affine": "shared"},
-    "cn-x": {"method": "cn-x"},
-    "cn-x batch": {"method": "cn-x", "statistics": "batch"},
-    "instance": {"method": "cn", "name": "Instance"},
-}
 UNKNOWN = torch.full((6,), -1)
 MIXED = torch.tensor([0, 1, -1, 0, 1, -1])
 

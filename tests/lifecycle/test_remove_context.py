@@ -12,16 +12,9 @@ from normswap import ContextWarning, ConversionError
 from tests.support import oracles
 from tests.support.builders import SKEWED, assert_close, make_batch, trained_norm
 from tests.support.models import NAMES, make_inputs, make_model, same, separate
+from tests.support.more_contexts import KINDS, POLICIES, hook, parametrize, wrap
 
 quiet = pytest.mark.filterwarnings("ignore:without '", "ignore:samples without a label are now")
-POLICIES = pytest.mark.parametrize("unknown", ["pooled", "posterior"])
-KINDS = {
-    "cn": {"method": "cn"},
-    "cn shared": {"method": "cn", "affine": "shared"},
-    "cn-x": {"method": "cn-x"},
-    "cn-x batch": {"method": "cn-x", "statistics": "batch"},
-    "instance": {"method": "cn", "name": "Instance"},
-}
 EACH = pytest.mark.parametrize("kind", KINDS)
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 1e-4, momentum=0.9),
@@ -170,20 +163,6 @@ def test_contexts_kept_out_of_the_mixture_stay_out(unknown):
     assert normswap.summary(model).unknown == f"{unknown} of a, c"
     normswap.remove_context(model, "e")
     assert normswap.summary(model).unknown == unknown
-
-
-def wrap(model):
-    return nn.DataParallel(model)
-
-
-def hook(model):
-    model.neck.bias.register_hook(lambda grad: grad)
-    return model
-
-
-def parametrize(model):
-    nn.utils.parametrize.register_parametrization(model.stem[1], "weight", nn.Identity())
-    return model
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from normswap.functional.labels import Context
 from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
-from normswap.graph.rows.run import RUN, Run
+from normswap.graph.rows.run import RUN, Run, each_in_run
 
 # Samples of a measurement: fewer leave more orders that look alike.
 _FEW = 5
@@ -75,7 +75,7 @@ class Rows:
             output = call(values, context)
             if run.refused is not None:
                 raise run.refused
-            return _each_in_run(run, output) if isinstance(output, Iterator) else output
+            return each_in_run(run, output) if isinstance(output, Iterator) else output
         finally:
             RUN.reset(token)
 
@@ -218,22 +218,6 @@ class Rows:
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies keep: all, in dicts of their own."""
         return {k: dict(v) if isinstance(v, dict) else v for k, v in self.__dict__.items()}
-
-
-def _each_in_run(run: Run, items: Iterator[Any]) -> Iterator[Any]:
-    """Yield what a forward yields, its norms' rows told as if it returned them all."""
-    end = object()
-    while True:
-        token = RUN.set(run)
-        try:
-            item = next(items, end)
-        finally:
-            RUN.reset(token)
-        if run.refused is not None:
-            raise run.refused
-        if item is end:
-            return
-        yield item
 
 
 def _learn(known: dict[Any, Step], key: Any, step: Step) -> None:
