@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.graph.rows.samples import as_tensors, is_list_of_samples, parts_of
+from normswap.graph.rows.samples import as_tensors, is_list_of_samples, parts_of, tensors_of
 
 _FLAGS, _NUMBERS = {bool, str, type(None)}, {int, float}
 
@@ -56,7 +56,9 @@ def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) ->
         kinds.append(frozenset(tuple(kind) for kind, _ in found))
         numbers.append(frozenset(tuple(number) for _, number in found))
     else:
-        parts = parts_of(value) or {}
+        parts = parts_of(value)
+        if parts is None:
+            parts = dict(enumerate(tensors_of(value)))
         kinds.append((type(value).__qualname__, *map(str, parts)))
         for part in parts.values():
             _describe(part, samples, kinds, numbers)

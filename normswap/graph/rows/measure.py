@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -62,10 +63,11 @@ class Measurement:
         self.seed: int | None = None
         self._before: Iterator[tuple[Step, Tensor]] | None = None
         self._found: list[Any] = []
-        found = batches_in(values, samples, batches)
+        found, self.beside = batches_in(values, samples, batches)
         # Vectors are lengths or labels, unless there is nothing else.
         self.least = 2 if any(is_content(batch, 2) for batch in found) else 1
         self.possible = any(is_content(batch, self.least) for batch in found)
+        self.vectors = not all(is_content(batch, self.least) for batch in found)
 
     def listen(self, layer: Any, site: str, x: Tensor) -> None:
         """Keep what a norm is given, or compare it with what it was given before."""
@@ -80,7 +82,12 @@ class Measurement:
         else:
             self._before = iter(())
 
-    def _run(self, change: Callable[[Any], Any] = fresh, before: _Met | None = None) -> list[Any]:
+    def _run(
+        self,
+        change: Callable[[Any], Any] = fresh,
+        before: _Met | None = None,
+        beside: Callable[[Any], Any] = fresh,
+    ) -> list[Any]:
         """Run the model; return what each norm is given.
 
         Where that of another run is given, return how much each row moved instead, as far as the
@@ -88,12 +95,14 @@ class Measurement:
         """
         self.restore(self.seed)
         self._before, self._found = None if before is None else iter(before), []
-        output = self.call(vary(self.values, self.samples, change, self.batches))
+        output = self.call(vary(self.values, self.samples, change, self.batches, beside))
         if isinstance(output, Iterator):
             deque(islice(output, _MOST_ITEMS), maxlen=0)
         return self._found
 
-    def _exchange(self, met: _Met, picked: list[int], how: str, order: Any = fresh) -> list[Tensor]:
+    def _exchange(
+        self, met: _Met, picked: list[int], how: str, order: Any = fresh, beside: Any = fresh
+    ) -> list[Tensor]:
         """Return how much each row moves when some samples, of a batch in an order, change."""
         generator = torch.Generator().manual_seed(len(how) + 31 * sum(picked))
 
@@ -103,7 +112,7 @@ class Measurement:
                 return batch
             return exchange(batch, picked, how, generator)
 
-        return self._run(change, met)
+        return self._run(change, met, beside)
 
     def steps(self) -> list[Step]:
         """Return every call of a norm, with what was found of its rows.
@@ -123,12 +132,17 @@ class Measurement:
             settle(step, x, moves, self.samples, least)
         if steady:
             cause = "rows whose order depends on their values"
-            self._check(met, noise, 0, lambda b: self._vary(b, rolled, fresh), cause)
+            self._check(met, noise, 0, partial(self._vary, content=rolled, others=fresh), cause)
         for sample, self.seed in enumerate(() if steady else _OTHER_SEEDS):
             cause = "rows in an order that changes from call to call"
             self._check(met, noise, sample % self.samples, fresh, cause)
         self.seed = None
-        self._check(met, noise, 0, lambda b: self._vary(b, ended, lambda v: ended(rolled(v))))
+        if self.vectors:
+            self._check(met, noise, 0, partial(self._vary, content=fresh, others=rolled))
+        for at in {self.samples - 1, (self.samples - 1) // 2}:
+            self._check(met, noise, at, partial(ended, at=at))
+        if self.beside:
+            self._check(met, noise, 0, beside=rolled)
         return [step for step, _ in met]
 
     def _vary(self, batch: Any, content: Callable[[Any], Any], others: Callable[[Any], Any]) -> Any:
@@ -159,18 +173,24 @@ class Measurement:
         return [m if at < reach else None for at, m in enumerate(moves)]
 
     def _check(
-        self, met: _Met, noise: list[float], sample: int, order: Any, cause: str = ""
+        self,
+        met: _Met,
+        noise: list[float],
+        sample: int,
+        order: Any = fresh,
+        cause: str = "",
+        beside: Any = fresh,
     ) -> None:
-        """Exchange a sample once more, of another batch or after another seed.
+        """Exchange a sample once more, of another batch, beside others or after another seed.
 
         Where rows that are not its own move, there is the cause; without one, the finding holds
         for this call alone, as it does where a norm is given another number of rows then.
         """
         try:
-            new: _Met = self._run(order)
-            moves = self._exchange(new, [sample], "others", order)
+            new: _Met = self._run(order, beside=beside)
+            moves = self._exchange(new, [sample], "others", order, beside)
         except Exception:
-            if order is fresh:
+            if order is fresh and beside is fresh:
                 raise
             # Some batches are not the model's to take, as lengths that no sample has.
             return

@@ -49,7 +49,8 @@ class Run:
     def measure(self, count: int, hooks: bool = False) -> Plan:
         """Measure on the first samples of this call; hooks of the user's run only if asked."""
         # A list of two images or of two inputs, of two samples: as inputs, images tell nothing.
-        counts = {len(batches_in(self.values, self.samples, several)) for several in (True, False)}
+        found = [batches_in(self.values, self.samples, several)[0] for several in (True, False)]
+        counts = set(map(len, found))
         plan = self._measure(count, hooks, len(counts) > 1)
         if len(counts) > 1 and (plan.reason or any(step.cause for step in plan.steps)):
             plan = self._measure(count, hooks, False)

@@ -1,9 +1,11 @@
 """The samples in the arguments of a forward: copy them, exchange some of them."""
 
 import copy
+import copyreg
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 # How a sample is changed, in this order: each reaches what the one before it may have missed.
 HOWS = ("others", "shuffle", "noise")
 _MOST_OTHERS = 3
+# What is looked into of an object: one that holds more is no batch.
+_MOST_HELD = 1000
 
 
 def is_list_of_samples(value: Any, samples: int, batches: bool = False) -> bool:
@@ -40,6 +44,29 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
     return None
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors that an object of any class holds, itself or in what it holds."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    queue = [value]
+    while queue and len(seen) < _MOST_HELD:
+        part = queue.pop()
+        if id(part) in seen or isinstance(part, nn.Module | type | FunctionType | ModuleType):
+            continue
+        seen.add(id(part))
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, dict | UserDict):
+            queue += part.values()
+        elif isinstance(part, list | tuple | set):
+            queue += part
+        else:
+            slots = copyreg._slotnames(type(part))  # type: ignore[attr-defined]
+            queue += [getattr(part, name) for name in slots if hasattr(part, name)]
+            queue += getattr(part, "__dict__", {}).values()
+    return found
+
+
 def as_tensors(value: Any) -> Any:
     """Return an array of NumPy, or a list of them, as tensors; anything else as it is."""
     if isinstance(value, list | tuple) and value and all(map(_is_array, value)):
@@ -52,43 +79,57 @@ def _is_array(value: Any) -> bool:
     return found and value.dtype.kind in "biufc" and value.dtype.isnative
 
 
-def vary(values: Any, samples: int, change: Callable[[Any], Any], batches: bool = False) -> Any:
+def vary(values: Any, samples: int, *change: Any) -> Any:
     """Copy the arguments of a call, see `rebuild`; all of them together are no list of samples."""
-    return tuple(rebuild(value, samples, change, batches) for value in values)
+    return tuple(rebuild(value, samples, *change) for value in values)
 
 
-def batches_in(values: Any, samples: int, batches: bool = False) -> list[Any]:
-    """Return the batches, and the lists of samples, in the arguments of a call."""
-    found: list[Any] = []
+def batches_in(values: Any, samples: int, batches: bool = False) -> tuple[list[Any], list[Tensor]]:
+    """Return the batches, and the lists of samples, in the arguments of a call; other tensors."""
 
-    def note(batch: Any) -> Any:
-        found.append(batch)
-        return batch
+    def noting(kept: list[Any]) -> Callable[[Any], Any]:
+        def note(value: Any) -> Any:
+            kept.append(value)
+            return value
 
-    vary(values, samples, note, batches)
+        return note
+
+    found: tuple[list[Any], list[Tensor]] = [], []
+    vary(values, samples, noting(found[0]), batches, noting(found[1]))
     return found
 
 
-def rebuild(value: Any, samples: int, change: Callable[[Any], Any], batches: bool = False) -> Any:
+def rebuild(
+    value: Any,
+    samples: int,
+    change: Callable[[Any], Any],
+    batches: bool = False,
+    beside: Callable[[Any], Any] | None = None,
+) -> Any:
     """Copy an argument, with `change(batch)` for each tensor (N, ...) and list of N samples.
 
-    What may be such a list or several batches is the latter if `batches`.
+    What may be such a list or several batches is the latter if `batches`. Other tensors are what
+    `beside` makes of them.
 
     Raises:
         TypeError: a part that cannot be copied, as an iterator.
     """
     tensors = as_tensors(value)
     if tensors is not value:
-        new = rebuild(tensors, samples, change, batches)
+        new = rebuild(tensors, samples, change, batches, beside)
         return new.numpy() if isinstance(new, Tensor) else type(value)(v.numpy() for v in new)
     if isinstance(value, Tensor):
-        return change(value) if value.dim() > 0 and value.shape[0] == samples else fresh(value)
+        is_batch = value.dim() > 0 and value.shape[0] == samples
+        return (change if is_batch else beside or fresh)(value)
     if is_list_of_samples(value, samples, batches):
         return type(value)(change(value))
     parts = parts_of(value)
     if parts is None:
-        return value if isinstance(value, nn.Module) else copy.deepcopy(value)
-    new = {key: rebuild(part, samples, change, batches) for key, part in parts.items()}
+        if isinstance(value, nn.Module):
+            return value
+        memo = {id(t): rebuild(t, samples, change, False, beside) for t in tensors_of(value)}
+        return copy.deepcopy(value, memo)
+    new = {key: rebuild(part, samples, change, batches, beside) for key, part in parts.items()}
     if isinstance(value, list | tuple):
         return (
             type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
@@ -113,33 +154,33 @@ def fresh(value: Any) -> Any:
 
 
 def rolled(batch: Any) -> Any:
-    """Return the batch with its last sample first."""
-    return fresh(batch.roll(1, 0) if isinstance(batch, Tensor) else [*batch[-1:], *batch[:-1]])
+    """Return the batch with its last sample first; a single number as another one."""
+    if not isinstance(batch, Tensor):
+        return fresh([*batch[-1:], *batch[:-1]])
+    return fresh(batch.roll(1, 0)) if batch.dim() else ended(batch.reshape(1), 0).reshape(())
 
 
-def ended(batch: Any) -> Any:
-    """Return the batch with a last sample that ends earlier, by its length, mask or padding.
+def ended(batch: Any, at: int) -> Any:
+    """Return the batch with a sample that ends earlier, by its length, mask or padding.
 
-    Of numbers that may tell kinds, all zero, the first becomes one: order goes by kind, too.
+    Of numbers that may tell kinds, a zero becomes one: order goes by kind, too.
     """
     if not isinstance(batch, Tensor):
         new = fresh([*batch])
         if isinstance(new[0], int):
-            return ended(torch.tensor(new)).tolist()
-        if isinstance(new[-1], Tensor) and new[-1].dim() and len(new[-1]) > 1:
-            new[-1] = new[-1][:-1]
+            return ended(torch.tensor(new), at).tolist()
+        if isinstance(new[at], Tensor) and new[at].dim() and len(new[at]) > 1:
+            new[at] = new[at][:-1]
         return new
     values = batch.detach().clone()
-    last = values[-1:]
-    if last.dim() > 1 and last.dtype != torch.bool:
+    one = values[at]
+    if one.dim() and one.dtype != torch.bool:
         # Time may be the first or the last dimension of a sample.
-        last[:, 1:], last[..., 1:] = 0, 0
-    elif last.dim() == 1 and not values.any():
-        values[:1] = 1
-    elif last.dtype == torch.bool:
-        last[..., -1:] = ~last[..., -1:]
+        one[1:], one[..., 1:] = 0, 0
+    elif one.dtype == torch.bool:
+        (one[..., -1:] if one.dim() else one).logical_not_()
     else:
-        last.copy_((last / 2).to(last.dtype))
+        one.copy_(torch.where(one == 0, 1, one / 2))
     return fresh(values.requires_grad_(batch.requires_grad))
 
 
