@@ -84,6 +84,8 @@ class Rows:
         if obstacle := find_obstacle(run.module):
             self.reason = obstacle  # of this call; others may have none
             return Plan(reason=obstacle)
+        while count < run.samples and run.samples % count == 0:
+            count += 1  # a plan would not hold, see `Plan.holds`
         plan = run.measure(count)
         # Where each sample has as many rows as there are samples, or twice as many, an order
         # transposed again looks like none.

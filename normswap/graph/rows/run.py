@@ -81,7 +81,7 @@ class Run:
                 if not found.possible:
                     return Plan(reason=f"no argument has {self.samples} samples")
                 self.measurement = found
-                return Plan(found.steps())
+                return Plan(found.steps(), measured=count)
         except Exception as error:
             if around:
                 return self._measure(count, hooks, batches, around=False)
