@@ -49,6 +49,8 @@ def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) ->
     elif isinstance(value, int | float):
         kinds.append("number")
         numbers.append(value)
+    elif is_list_of_samples(value, samples) and isinstance(value[0], str):
+        kinds.append("strings")
     elif is_list_of_samples(value, samples) and not isinstance(value[0], int):
         found: list[tuple[list[Any], list[Any]]] = [([], []) for _ in value]
         for part, described in zip(value, found, strict=True):

@@ -12,16 +12,8 @@ from torch import Tensor
 
 from normswap.graph.rows.decode import change_of, code, hold_once, is_open, moves_others, settle
 from normswap.graph.rows.plans import Step
-from normswap.graph.rows.samples import (
-    HOWS,
-    batches_in,
-    ended,
-    exchange,
-    fresh,
-    is_content,
-    rolled,
-    vary,
-)
+from normswap.graph.rows.samples import batches_in, fresh, vary
+from normswap.graph.rows.variations import HOWS, ended, exchange, rank_of, rolled
 
 # None that a program is likely to have started from.
 _OTHER_SEEDS = range(0x5EED0000, 0x5EED0008)
@@ -64,10 +56,10 @@ class Measurement:
         self._before: Iterator[tuple[Step, Tensor]] | None = None
         self._found: list[Any] = []
         found, self.beside = batches_in(values, samples, batches)
-        # Vectors are lengths or labels, unless there is nothing else.
-        self.least = 2 if any(is_content(batch, 2) for batch in found) else 1
-        self.possible = any(is_content(batch, self.least) for batch in found)
-        self.vectors = not all(is_content(batch, self.least) for batch in found)
+        ranks = [rank_of(batch) for batch in found]
+        self.rank = max([0, *ranks])
+        self.possible = self.rank in ranks
+        self.others = any(rank < self.rank for rank in ranks)
 
     def listen(self, layer: Any, site: str, x: Tensor) -> None:
         """Keep what a norm is given, or compare it with what it was given before."""
@@ -108,7 +100,7 @@ class Measurement:
 
         def change(batch: Any) -> Any:
             batch = order(batch)
-            if not is_content(batch, self.least):
+            if rank_of(batch) < self.rank:
                 return batch
             return exchange(batch, picked, how, generator)
 
@@ -137,7 +129,7 @@ class Measurement:
             cause = "rows in an order that changes from call to call"
             self._check(met, noise, sample % self.samples, fresh, cause)
         self.seed = None
-        if self.vectors:
+        if self.others:
             self._check(met, noise, 0, partial(self._vary, content=fresh, others=rolled))
         for at in {self.samples - 1, (self.samples - 1) // 2}:
             self._check(met, noise, at, partial(ended, at=at))
@@ -147,7 +139,7 @@ class Measurement:
 
     def _vary(self, batch: Any, content: Callable[[Any], Any], others: Callable[[Any], Any]) -> Any:
         """Change samples in one way, and in another the lengths, flags and labels beside them."""
-        return (content if is_content(batch, self.least) else others)(batch)
+        return (others if rank_of(batch) < self.rank else content)(batch)
 
     def _moves(self, met: _Met, noise: list[float]) -> list[Tensor | None]:
         """Return how much each word's runs move each row; None where the path depends on values."""

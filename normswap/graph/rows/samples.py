@@ -1,4 +1,4 @@
-"""The samples in the arguments of a forward: copy them, exchange some of them."""
+"""The samples in the arguments of a forward: find them, copy what holds them."""
 
 import copy
 import copyreg
@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# How a sample is changed, in this order: each reaches what the one before it may have missed.
-HOWS = ("others", "shuffle", "noise")
-_MOST_OTHERS = 3
+# What lists of numbers are as tensors.
+_NUMBERS: dict[Any, torch.dtype] = {int: torch.int64, float: torch.float64}
 # What is looked into of an object: one that holds more is no batch.
 _MOST_HELD = 1000
 
@@ -21,16 +20,20 @@ _MOST_HELD = 1000
 def is_list_of_samples(value: Any, samples: int, batches: bool = False) -> bool:
     """Return whether a list holds one entry a sample: images, lengths, or what belongs to each.
 
-    Tensors of as many rows as there are may be batches instead; `batches` says that they are.
+    Tensors of as many rows as there are may be batches instead, in whatever holds them; `batches`
+    says that they are.
     """
     if not isinstance(value, list | tuple) or len(value) != samples or hasattr(value, "_fields"):
         return False
-    if all(type(v) is int for v in value):
+    if all(type(v) is int for v in value) or all(isinstance(v, str) for v in value):
         return True
-    if all(isinstance(v, Tensor) for v in value):
-        may_be_batches = all(v.dim() > 0 and len(v) == samples for v in value)
-        return all(v.dim() <= 3 for v in value) and not (batches and may_be_batches)
-    return all(isinstance(v, dict) or is_dataclass(v) for v in value)
+    held = [tensors_of(v) for v in value]
+    if not all(held) and not all(isinstance(v, dict) or is_dataclass(v) for v in value):
+        return False
+    if any(isinstance(v, Tensor) and v.dim() > 3 for v in value):
+        return False
+    may_be_batches = all(t.shape[:1] == (samples,) for parts in held for t in parts)
+    return not (batches and may_be_batches)
 
 
 def parts_of(value: Any) -> dict[Any, Any] | None:
@@ -44,9 +47,9 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def tensors_of(value: Any) -> list[Tensor]:
-    """Return the tensors that an object of any class holds, itself or in what it holds."""
-    found: list[Tensor] = []
+def tensors_of(value: Any) -> list[Any]:
+    """Return the tensors and arrays that any object holds, itself or in what it holds."""
+    found: list[Any] = []
     seen: set[int] = set()
     queue = [value]
     while queue and len(seen) < _MOST_HELD:
@@ -54,7 +57,7 @@ def tensors_of(value: Any) -> list[Tensor]:
         if id(part) in seen or isinstance(part, nn.Module | type | FunctionType | ModuleType):
             continue
         seen.add(id(part))
-        if isinstance(part, Tensor):
+        if isinstance(part, Tensor) or _is_array(part):
             found.append(part)
         elif isinstance(part, dict | UserDict):
             queue += part.values()
@@ -68,10 +71,22 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def as_tensors(value: Any) -> Any:
-    """Return an array of NumPy, or a list of them, as tensors; anything else as it is."""
-    if isinstance(value, list | tuple) and value and all(map(_is_array, value)):
-        return [torch.tensor(part) for part in value]
+    """Return an array of NumPy, or a list of them or of lists of numbers, as tensors.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(value, list | tuple) and value:
+        if all(map(_is_array, value)):
+            return [torch.tensor(part) for part in value]
+        if all(map(_is_sequence, value)):
+            return [torch.tensor(part, dtype=_NUMBERS[type(part[0])]) for part in value]
     return torch.tensor(value) if _is_array(value) else value
+
+
+def _is_sequence(value: Any) -> bool:
+    """Return whether a value is a list of numbers of one kind, as the tokens of a sentence."""
+    kinds = {type(v) for v in value} if isinstance(value, list) else {None}
+    return len(kinds) == 1 and kinds <= _NUMBERS.keys()
 
 
 def _is_array(value: Any) -> bool:
@@ -86,17 +101,19 @@ def vary(values: Any, samples: int, *change: Any) -> Any:
 
 def batches_in(values: Any, samples: int, batches: bool = False) -> tuple[list[Any], list[Tensor]]:
     """Return the batches, and the lists of samples, in the arguments of a call; other tensors."""
-
-    def noting(kept: list[Any]) -> Callable[[Any], Any]:
-        def note(value: Any) -> Any:
-            kept.append(value)
-            return value
-
-        return note
-
     found: tuple[list[Any], list[Tensor]] = [], []
     vary(values, samples, noting(found[0]), batches, noting(found[1]))
     return found
+
+
+def noting(kept: list[Any]) -> Callable[[Any], Any]:
+    """Return a function that keeps what it is given, and returns it."""
+
+    def note(value: Any) -> Any:
+        kept.append(value)
+        return value
+
+    return note
 
 
 def rebuild(
@@ -117,7 +134,9 @@ def rebuild(
     tensors = as_tensors(value)
     if tensors is not value:
         new = rebuild(tensors, samples, change, batches, beside)
-        return new.numpy() if isinstance(new, Tensor) else type(value)(v.numpy() for v in new)
+        if isinstance(new, Tensor):
+            return new.numpy()
+        return type(value)(v.tolist() if isinstance(value[0], list) else v.numpy() for v in new)
     if isinstance(value, Tensor):
         is_batch = value.dim() > 0 and value.shape[0] == samples
         return (change if is_batch else beside or fresh)(value)
@@ -151,84 +170,3 @@ def fresh(value: Any) -> Any:
     clone = value.detach().clone().requires_grad_(value.requires_grad)
     # A leaf could not be changed in place.
     return clone.clone() if value.requires_grad and torch.is_grad_enabled() else clone
-
-
-def rolled(batch: Any) -> Any:
-    """Return the batch with its last sample first; a single number as another one."""
-    if not isinstance(batch, Tensor):
-        return fresh([*batch[-1:], *batch[:-1]])
-    return fresh(batch.roll(1, 0)) if batch.dim() else ended(batch.reshape(1), 0).reshape(())
-
-
-def ended(batch: Any, at: int) -> Any:
-    """Return the batch with a sample that ends earlier, by its length, mask or padding.
-
-    Of numbers that may tell kinds, a zero becomes one: order goes by kind, too.
-    """
-    if not isinstance(batch, Tensor):
-        new = fresh([*batch])
-        if isinstance(new[0], int):
-            return ended(torch.tensor(new), at).tolist()
-        if isinstance(new[at], Tensor) and new[at].dim() and len(new[at]) > 1:
-            new[at] = new[at][:-1]
-        return new
-    values = batch.detach().clone()
-    one = values[at]
-    if one.dim() and one.dtype != torch.bool:
-        # Time may be the first or the last dimension of a sample.
-        one[1:], one[..., 1:] = 0, 0
-    elif one.dtype == torch.bool:
-        (one[..., -1:] if one.dim() else one).logical_not_()
-    else:
-        one.copy_(torch.where(one == 0, 1, one / 2))
-    return fresh(values.requires_grad_(batch.requires_grad))
-
-
-def is_content(batch: Any, least: int) -> bool:
-    """Return whether a batch can be changed: not a flag, a length or what goes with an image."""
-    if isinstance(batch, Tensor):
-        return batch.dim() >= least and batch.dtype != torch.bool
-    return all(isinstance(part, Tensor) for part in batch)
-
-
-@torch.no_grad()
-def exchange(batch: Any, picked: list[int], how: str, generator: torch.Generator) -> Any:
-    """Return a batch whose picked samples are changed, their values staying in its range.
-
-    Args:
-        batch: a tensor (N, ...) or N tensors.
-        picked: indices of the samples.
-        how: "others": at each place the value another sample has there; "shuffle": a sample's own
-            elements in another order; "noise": values between the least and the largest.
-        generator: what they are drawn from.
-    """
-    if isinstance(batch, Tensor) and batch.is_complex():
-        return torch.view_as_complex(exchange(torch.view_as_real(batch), picked, how, generator))
-    values = [part.detach() for part in batch]
-    new = [part.clone() for part in values]
-    for i in picked:
-        if how == "others":
-            for step in range(1, min(len(values), _MOST_OTHERS + 1)):
-                other = values[(i + step) % len(values)]
-                if other.shape == new[i].shape:
-                    new[i] = torch.where(new[i] == values[i], other, new[i])
-        elif how == "shuffle":
-            order = torch.randperm(new[i].numel(), generator=generator).to(new[i].device)
-            new[i] = values[i].flatten()[order].view(values[i].shape)
-        elif new[i].numel():
-            new[i] = _noise(values, values[i], generator)
-    if not isinstance(batch, Tensor):
-        return new
-    # In the memory format of the batch.
-    return torch.empty_like(batch.detach()).copy_(torch.stack(new))
-
-
-def _noise(batch: list[Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Return values drawn between the least and the largest of a batch."""
-    values = torch.cat([part.flatten() for part in batch]).cpu().double()
-    values = values[values.isfinite()]
-    low, high = map(float, values.aminmax()) if values.numel() else (0.0, 0.0)
-    draw = torch.rand(like.shape, generator=generator, dtype=torch.float64)
-    if like.is_floating_point():
-        return (low + (high - low or 1.0) * draw).to(like)
-    return (low + (high - low + 1) * draw).floor().clamp(max=high).to(like)
