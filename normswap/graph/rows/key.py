@@ -1,13 +1,23 @@
 """What the order of rows may depend on: the kind of a call, and its sizes and numbers."""
 
 import enum
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 from normswap.graph.rows.samples import as_tensors, is_list_of_samples, parts_of, tensors_of
+from normswap.util.original_class import STATE
 
 _FLAGS, _NUMBERS = {bool, str, type(None)}, {int, float}
+# Modules of classes whose attributes are not looked at, and those where they have no children.
+_LIBRARIES = ("normswap.",)
+_LAYERS = ("normswap.", "torch.", "torchvision.", "timm.")
+# Attributes of every module, which hold no settings.
+_OWN = frozenset(vars(nn.Module()))
+# Values of an attribute that are looked at: one that holds more is data.
+_MOST_VALUES = 100
 
 
 def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
@@ -26,15 +36,33 @@ def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
         hooks = len(part._forward_hooks), len(part._forward_pre_hooks)
         kinds.append((part.training, *hooks))
         children = part._modules
-        if children:
-            for value in part.__dict__.values():
+        stack += [child for child in children.values() if child is not None]
+        # Settings of layers of libraries are no order of samples.
+        if not type(part).__module__.startswith(_LIBRARIES if children else _LAYERS):
+            for name, value in part.__dict__.items():
                 kind = type(value)
                 if kind in _FLAGS:
                     kinds.append(value)
                 elif kind in _NUMBERS:
                     numbers.append(value)
-            stack += [child for child in children.values() if child is not None]
+                elif name not in _OWN and not name.startswith(STATE):
+                    _describe_setting(value, kinds, numbers)
     return tuple(kinds), tuple(numbers)
+
+
+def _describe_setting(value: Any, kinds: list[Any], numbers: list[Any]) -> None:
+    """Describe what an attribute holds, flags and names to `kinds`, numbers to `numbers`."""
+    values = [value]
+    for part in values:
+        kind = type(part)
+        if kind in _FLAGS or isinstance(part, enum.Enum):
+            kinds.append(part)
+        elif kind in _NUMBERS:
+            numbers.append(part)
+        elif isinstance(part, dict | list | tuple) and len(values) < _MOST_VALUES:
+            values += part.values() if isinstance(part, dict) else part
+        elif isinstance(part, SimpleNamespace) or is_dataclass(part):
+            values += vars(part).values()
 
 
 def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) -> None:
