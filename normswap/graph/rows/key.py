@@ -51,14 +51,17 @@ def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
 
 
 def _describe_setting(value: Any, kinds: list[Any], numbers: list[Any]) -> None:
-    """Describe what an attribute holds, flags and names to `kinds`, numbers to `numbers`."""
+    """Describe what an attribute holds: flags to `kinds`, numbers to `numbers`.
+
+    So are names, since a list of them may be a record that grows in each call.
+    """
     values = [value]
     for part in values:
         kind = type(part)
-        if kind in _FLAGS or isinstance(part, enum.Enum):
-            kinds.append(part)
-        elif kind in _NUMBERS:
+        if kind in _NUMBERS or kind is str:
             numbers.append(part)
+        elif kind in _FLAGS or isinstance(part, enum.Enum):
+            kinds.append(part)
         elif isinstance(part, dict | list | tuple) and len(values) < _MOST_VALUES:
             values += part.values() if isinstance(part, dict) else part
         elif isinstance(part, SimpleNamespace) or is_dataclass(part):
