@@ -129,7 +129,7 @@ def rebuild(
     `beside` makes of them.
 
     Raises:
-        TypeError: a part that cannot be copied, as an iterator.
+        TypeError: a part that cannot be copied, as a generator, or not with other tensors.
     """
     tensors = as_tensors(value)
     if tensors is not value:
@@ -147,7 +147,10 @@ def rebuild(
         if isinstance(value, nn.Module):
             return value
         memo = {id(t): rebuild(t, samples, change, False, beside) for t in tensors_of(value)}
-        return copy.deepcopy(value, memo)
+        copied = copy.deepcopy(value, memo.copy())
+        if not {id(t) for t in memo.values()}.issuperset(map(id, tensors_of(copied))):
+            raise TypeError(f"a {type(value).__name__} copies its tensors in its own way")
+        return copied
     new = {key: rebuild(part, samples, change, batches, beside) for key, part in parts.items()}
     if isinstance(value, list | tuple):
         return (

@@ -1,5 +1,7 @@
 """Samples are told apart in inputs of every form."""
 
+import threading
+
 import numpy
 import pytest
 import torch
@@ -92,6 +94,42 @@ def test_an_argument_that_can_be_read_only_once_is_left_alone():
     parts = [model(iter(x[i : i + 1]), context=LABELS[i : i + 1]) for i in range(N)]
     assert torch.allclose(y, torch.cat(parts), atol=1e-6)
     assert "not measured" in rows_of(model)["norm"]
+
+
+class Holding:
+    """Copies its tensor itself, as some containers of tensors do."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __deepcopy__(self, memo):
+        return Holding(self.x.clone())
+
+
+UNCOPYABLE = {
+    "generator": lambda x: (row for row in x),
+    "lock beside": lambda x: {"x": x, "lock": threading.Lock()},
+    "own copies": Holding,
+}
+
+
+@pytest.mark.parametrize("given", UNCOPYABLE.values(), ids=UNCOPYABLE)
+def test_an_argument_that_cannot_be_copied_is_not_measured(given):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, parts):
+            rows = parts["x"] if isinstance(parts, dict) else getattr(parts, "x", parts)
+            return self.norm(torch.stack(list(rows)))
+
+    model = apart(normswap.convert(Reading().double().eval(), "cn", contexts=K, verify=False))
+    x = torch.randn(N, 6, dtype=torch.float64)
+    y = model(given(x), context=LABELS)
+    parts = [model(given(x[i : i + 1]), context=LABELS[i : i + 1]) for i in range(N)]
+    torch.testing.assert_close(y, torch.cat(parts))
+    assert "cannot be copied, TypeError" in rows_of(model)["norm"]
 
 
 def test_inputs_of_every_form_are_told_apart():
