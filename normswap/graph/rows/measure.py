@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -87,7 +88,8 @@ class Measurement:
         """
         self.restore(self.seed)
         self._before, self._found = None if before is None else iter(before), []
-        output = self.call(vary(self.values, self.samples, change, self.batches, beside))
+        values = vary(self.values, self.samples, change, self.batches, beside)
+        output = copy_context().run(self.call, values)
         if isinstance(output, Iterator):
             deque(islice(output, _MOST_ITEMS), maxlen=0)
         return self._found
