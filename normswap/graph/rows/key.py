@@ -1,16 +1,22 @@
 """What the order of rows may depend on: the kind of a call, and its sizes and numbers."""
 
 import enum
+import functools
+from collections.abc import Iterable
 from dataclasses import is_dataclass
-from types import SimpleNamespace
+from itertools import islice
+from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normswap.graph.rows.samples import as_tensors, is_list_of_samples, parts_of, tensors_of
 from normswap.util.original_class import STATE
 
 _FLAGS, _NUMBERS = {bool, str, type(None)}, {int, float}
+# What says all in its representation.
+_PLAIN = (bytes, complex, slice, range, torch.dtype, torch.device)
 # Modules of classes whose attributes are not looked at, and those where they have no children.
 _LIBRARIES = ("normswap.",)
 _LAYERS = ("normswap.", "torch.", "torchvision.", "timm.")
@@ -50,22 +56,45 @@ def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
     return tuple(kinds), tuple(numbers)
 
 
-def _describe_setting(value: Any, kinds: list[Any], numbers: list[Any]) -> None:
-    """Describe what an attribute holds: flags to `kinds`, numbers to `numbers`.
+def _describe_setting(
+    value: Any, kinds: list[Any], numbers: list[Any], attributes: bool = False
+) -> None:
+    """Describe what a setting holds: flags to `kinds`, numbers to `numbers`.
 
-    So are names, since a list of them may be a record that grows in each call.
+    So are names, since a list of them may be a record that grows in each call. Attributes of
+    objects of any class are looked at if asked for.
     """
     values = [value]
     for part in values:
         kind = type(part)
         if kind in _NUMBERS or kind is str:
             numbers.append(part)
-        elif kind in _FLAGS or isinstance(part, enum.Enum):
+        elif isinstance(part, _PLAIN):
+            numbers.append(repr(part))
+        elif kind in _FLAGS or isinstance(part, enum.Enum | type | CodeType):
             kinds.append(part)
-        elif isinstance(part, dict | list | tuple) and len(values) < _MOST_VALUES:
-            values += part.values() if isinstance(part, dict) else part
-        elif isinstance(part, SimpleNamespace) or is_dataclass(part):
-            values += vars(part).values()
+        elif len(values) < _MOST_VALUES and not isinstance(part, Tensor | nn.Module):
+            values += islice(_held_by(part, attributes), _MOST_VALUES)
+
+
+def _held_by(value: Any, attributes: bool) -> Iterable[Any]:
+    """Return what a setting that is made of others is made of."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, FunctionType | MethodType):
+        return (value.__code__,)
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return (value.item(),)
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if attributes or isinstance(value, SimpleNamespace) or is_dataclass(value):
+        found: dict[str, Any] = getattr(value, "__dict__", {})
+        return found.values()
+    return ()
 
 
 def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) -> None:
@@ -92,6 +121,7 @@ def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) ->
         parts = parts_of(value)
         if parts is None:
             parts = dict(enumerate(tensors_of(value)))
+            _describe_setting(value, kinds, numbers, True)
         kinds.append((type(value).__qualname__, *map(str, parts)))
         for part in parts.values():
             _describe(part, samples, kinds, numbers)
