@@ -56,7 +56,7 @@ def _check_length(state: ContainerState, values: tuple[Any, ...], context: Conte
 def _batch_sizes(value: Any) -> list[int]:
     """Return what may be the number of samples in an argument."""
     if isinstance(value, torch.Tensor):
-        return [value.shape[0]] if value.dim() else []
+        return [value.size(0)] if value.dim() else []  # nested tensors have no shape
     if isinstance(value, dict):
         return [size for part in value.values() for size in _batch_sizes(part)]
     if isinstance(value, (list, tuple)):

@@ -71,7 +71,7 @@ def tensors_of(value: Any) -> list[Any]:
 
 
 def as_tensors(value: Any) -> Any:
-    """Return an array of NumPy, or a list of them or of lists of numbers, as tensors.
+    """Return an array of NumPy, a nested tensor, or a list of arrays or numbers, as tensors.
 
     Anything else is returned as it is.
     """
@@ -80,6 +80,8 @@ def as_tensors(value: Any) -> Any:
             return [torch.tensor(part) for part in value]
         if all(map(_is_sequence, value)):
             return [torch.tensor(part, dtype=_NUMBERS[type(part[0])]) for part in value]
+    if isinstance(value, Tensor) and value.is_nested:
+        return list(value.unbind())
     return torch.tensor(value) if _is_array(value) else value
 
 
@@ -134,6 +136,8 @@ def rebuild(
     tensors = as_tensors(value)
     if tensors is not value:
         new = rebuild(tensors, samples, change, batches, beside)
+        if isinstance(value, Tensor):
+            return torch.nested.as_nested_tensor(new, layout=value.layout)
         if isinstance(new, Tensor):
             return new.numpy()
         return type(value)(v.tolist() if isinstance(value[0], list) else v.numpy() for v in new)

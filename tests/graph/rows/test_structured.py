@@ -85,3 +85,28 @@ def test_a_list_of_images_of_three_channels_is_not_taken_for_three_samples():
     model = normswap.convert(Flipping(lambda v: v).eval(), "cn", contexts=K, verify=False)
     with pytest.raises(ContextError, match=r"with 3 or 6 labels.*got 5"):
         model([*torch.randn(N, 3, 6)], context=LABELS[:5])
+
+
+class Ragged(nn.Module):
+    """Norms the steps of sequences of several lengths in a nested tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.norm(torch.cat(x.unbind()))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_samples(layout):
+    model = apart(normswap.convert(Ragged().double().eval(), "cn", contexts=K, verify=False))
+    for lengths in ([3, 3, 3, 3, 3, 3], [1, 4, 2, 5, 3, 3]):
+        steps = [torch.randn(length, 6, dtype=torch.float64) for length in lengths]
+        y = model(torch.nested.nested_tensor(steps, layout=layout), context=LABELS)
+        parts = [
+            model.norm(x, context=[label] * len(x))
+            for x, label in zip(steps, LABELS.tolist(), strict=True)
+        ]
+        torch.testing.assert_close(y, torch.cat(parts))
