@@ -71,8 +71,10 @@ def _describe_setting(
             numbers.append(part)
         elif isinstance(part, _PLAIN):
             numbers.append(repr(part))
-        elif kind in _FLAGS or isinstance(part, enum.Enum | type | CodeType):
+        elif kind in _FLAGS:
             kinds.append(part)
+        elif isinstance(part, enum.Enum | type | CodeType):
+            kinds.append(hash(part))  # the number, since code and local classes do not pickle
         elif len(values) < _MOST_VALUES and not isinstance(part, Tensor | nn.Module):
             values += islice(_held_by(part, attributes), _MOST_VALUES)
 

@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import pickle
 import types
 from dataclasses import dataclass
 
@@ -120,6 +121,7 @@ def test_an_argument_that_changes_the_order_of_samples(keep, read):
         y = model(x, keep(flip), context=LABELS)
         one = [model(x[i : i + 1], keep(flip), context=LABELS[i : i + 1]) for i in range(N)]
         torch.testing.assert_close(y, torch.cat(one))
+    pickle.dumps(model.norm.scope)
 
 
 def test_settings_that_hold_themselves_or_much_are_no_trouble():
