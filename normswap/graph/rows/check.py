@@ -24,7 +24,7 @@ from normswap.functional.labels import Context
 from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
-from normswap.graph.rows.run import RUN, Run, each_in_run
+from normswap.graph.rows.run import ALIKE, RUN, Run, each_in_run
 
 # Samples of a measurement: fewer leave more orders that look alike.
 _FEW = 5
@@ -165,6 +165,8 @@ class Rows:
     def _keep(self, run: Run, plan: Plan) -> None:
         """Keep what holds for other calls."""
         self.reason = plan.reason or self.reason
+        if plan.reason == ALIKE:
+            return
         for step in plan.steps:
             times = step.times if step.regular else _ratio(step.rows, run.samples)
             _learn(self.known, (step.site, step.training, times), step)

@@ -61,6 +61,8 @@ class Measurement:
         self.rank = max([0, *ranks])
         self.possible = self.rank in ranks
         self.others = any(rank < self.rank for rank in ranks)
+        # Whether samples could be changed at all.
+        self.varied = False
 
     def listen(self, layer: Any, site: str, x: Tensor) -> None:
         """Keep what a norm is given, or compare it with what it was given before."""
@@ -104,7 +106,10 @@ class Measurement:
             batch = order(batch)
             if rank_of(batch) < self.rank:
                 return batch
-            return exchange(batch, picked, how, generator)
+            new = exchange(batch, picked, how, generator)
+            # Samples that hold theirs are taken to differ.
+            self.varied |= not isinstance(batch, Tensor) or not torch.equal(new, batch)
+            return new
 
         return self._run(change, met, beside)
 

@@ -19,6 +19,8 @@ from normswap.graph.rows.quiet import after_hooks, quiet
 from normswap.graph.rows.samples import batches_in, fresh, vary
 
 _LOCK = threading.RLock()
+# Of a call that says nothing of any other.
+ALIKE = "its samples are all alike"
 
 
 @dataclass
@@ -84,7 +86,8 @@ class Run:
                 if not found.possible:
                     return Plan(reason=f"no argument has {self.samples} samples")
                 self.measurement = found
-                return Plan(found.steps(), measured=count)
+                steps = found.steps()
+                return Plan(steps, measured=count) if found.varied else Plan(reason=ALIKE)
         except Exception as error:
             if around:
                 return self._measure(count, hooks, batches, around=False)

@@ -47,11 +47,13 @@ def ended(batch: Any, at: int) -> Any:
 def rank_of(batch: Any) -> int:
     """Return how likely a batch is what a forward is about, and not what goes with it.
 
-    The ranks are 2: tensors; 1: what holds tensors; 0: one number a sample, as lengths and labels;
-    -1: flags and what has no tensors.
+    The ranks are 2: tensors; 1: what holds tensors; 0: masks, and one number a sample, as lengths
+    and labels; -1: one flag a sample, and what has no tensors.
     """
     if isinstance(batch, Tensor):
-        return -1 if batch.dtype == torch.bool or not batch.dim() else 2 * (batch.dim() > 1)
+        if batch.dtype == torch.bool:
+            return 0 if batch.dim() > 1 else -1
+        return 2 if batch.dim() > 1 else batch.dim() - 1
     if all(isinstance(part, Tensor) for part in batch):
         return 2
     return 1 if all(map(tensors_of, batch)) else -1
@@ -115,6 +117,9 @@ def _noise(batch: list[Tensor], like: Tensor, generator: torch.Generator) -> Ten
     values = torch.cat([part.flatten() for part in batch]).cpu().double()
     values = values[values.isfinite()]
     low, high = map(float, values.aminmax()) if values.numel() else (0.0, 0.0)
+    if low == high and like.dtype in (torch.bool, torch.uint8):
+        # A mask or an image; other integers may be of a table that holds no others.
+        return like.logical_not().to(like.dtype)
     draw = torch.rand(like.shape, generator=generator, dtype=torch.float64)
     if like.is_floating_point():
         return (low + (high - low or 1.0) * draw).to(like)
