@@ -2,10 +2,11 @@
 
 A model may fold windows or tokens into the batch, repeat it, or put it in another order before a
 norm, and no shape tells. So the first call of a kind with mixed labels is preceded by a
-measurement (see `measure`) on its first five samples, or a few more that do not divide them all.
-An order that is regular holds for any number of samples from then on that five do not divide, as
-long as the norms are met in the same sequence with as many rows a sample; any other holds for the one call it was measured for, and so does one that other
-lengths, masks or kinds of the samples would change.
+measurement (see `measure`) on its first five samples, or a few more where five divide their
+number. An order that is regular holds from then on for any number of samples that those of the
+measurement do not divide, as long as the norms are met in the same sequence with as many rows a
+sample; any other holds for the one call it was measured for, and so does one that other lengths,
+masks or kinds of the samples would change.
 
 What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
 order that leaves five samples in place and moves those of a larger batch; an order that a later
