@@ -12,6 +12,7 @@ from normswap.lifecycle.optimizer_rows import Change, hand_over, plan_states
 from normswap.lifecycle.record import Record, method_layers
 from normswap.methods.base import Contexts, Method, get_method
 from normswap.methods.layer_tensors import has_no_values
+from normswap.util.distributed import refuse_sharded
 
 Tables: TypeAlias = dict[str, dict[str, Tensor]]
 
@@ -26,7 +27,8 @@ def check_changeable(model: nn.Module, root: nn.Module, record: Record, how: str
         how: "add to" or "remove", for the message.
 
     Raises:
-        ConversionError: a method without contexts, a model without values, or a wrapped one.
+        ConversionError: a method without contexts, a model without values, or one that is wrapped
+            or sharded.
     """
     method = get_method(record.method)
     if not isinstance(method, Method) or not method.needs_context:
@@ -40,6 +42,7 @@ def check_changeable(model: nn.Module, root: nn.Module, record: Record, how: str
             "cannot change the contexts of a model wrapped for parallel training, which holds on "
             "to the parameters it was given; give its .module instead and wrap that anew"
         )
+    refuse_sharded(root, "change the contexts of")
     return method
 
 
@@ -126,7 +129,7 @@ def _check_parameter(parameter: nn.Parameter, name: str) -> None:
     if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
         raise ConversionError(
             f"expected {name} as a plain parameter, got {type(parameter.data).__name__}; change "
-            "contexts before the model is sharded"
+            "contexts before tensors become subclasses"
         )
 
 

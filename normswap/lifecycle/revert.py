@@ -22,6 +22,7 @@ from normswap.methods.base import InsertedMethod, Method, get_method
 from normswap.methods.norm_values import PlainNorm
 from normswap.util.arguments import check_flag, listed
 from normswap.util.copies import copy_model
+from normswap.util.distributed import refuse_sharded
 
 
 def revert(
@@ -59,6 +60,7 @@ def revert(
         UnknownNameError, ContextError: no such context.
     """
     root, record = find_root(model)
+    refuse_sharded(root, "revert")
     check_flag("discard", discard)
     check_flag("inplace", inplace)
     if discard and context is not None:
@@ -94,6 +96,7 @@ def specialize(
         UnknownNameError, ContextError: no such context.
     """
     root, record = find_root(model)
+    refuse_sharded(root, "specialize")
     check_flag("inplace", inplace)
     if context is None and record.contexts.count > 1:
         raise ConversionError(

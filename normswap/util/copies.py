@@ -36,7 +36,7 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         ) from error
     for module in model.modules():
         if id(module) in memo:  # the layers of einops are made anew, in training mode
-            memo[id(module)].training = module.training
+            vars(memo[id(module)])["training"] = module.training
     return copied
 
 

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from normswap.errors import ConversionError
+
 
 class _Sum(torch.autograd.Function):
     """All-reduce by sum; the gradient of a sum over processes is the sum of their gradients."""
@@ -85,3 +87,23 @@ def shared_groups(model: nn.Module) -> dict[int, Any]:
     """Return the memo for `copy.deepcopy` by which a copy shares process groups."""
     groups = (getattr(module, "process_group", None) for module in model.modules())
     return {id(group): group for group in groups if group is not None}
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether processes share the parameters of a model out among them."""
+    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+
+
+def refuse_sharded(model: nn.Module, verb: str) -> None:
+    """Refuse a model of whose parameters each process has a part.
+
+    Raises:
+        ConversionError: it is one.
+    """
+    if is_sharded(model):
+        raise ConversionError(
+            f"cannot {verb} a sharded model; load its weights, as get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict returns them, into the same conversion of "
+            "the model, not sharded, and give that"
+        )
