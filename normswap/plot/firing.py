@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normswap.errors import ConversionError, expect_module
 from normswap.functional.schedule import Schedule
-from normswap.methods.crossnorm import ScheduledCrossNorm
+from normswap.methods.crossnorm import CrossNorm
 from normswap.plot.canvas import COLOURS, GREY, Axes, Figure, check_path, close, open_axes, shorten
 from normswap.util.extras import need
 
@@ -120,7 +120,7 @@ def find_schedule(model: nn.Module) -> tuple[Schedule, list[str]]:
     found: dict[int, str] = {}
     schedule = None
     for name, module in model.named_modules():
-        if isinstance(module, ScheduledCrossNorm) and module.schedule is not None:
+        if isinstance(module, CrossNorm) and module.schedule is not None:
             schedule = schedule or module.schedule
             if module.schedule is schedule:
                 found[module.index] = name
