@@ -65,8 +65,7 @@ def norm_contexts(
         counts = count(values.unsqueeze(1))
         if shrink:
             batch = shrink_moments(counts.values, batch, shrink * size)
-        pairs = zip(batch, given, strict=True)
-        used = Moments(*(torch.where(counts.usable, new, old[:batched]) for new, old in pairs))
+        used = batch.where(counts.usable, Moments(*(old[:batched] for old in given)))
         if not replay:
             note(used, counts)
         if batched < len(given.mean):

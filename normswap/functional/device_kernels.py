@@ -89,8 +89,9 @@ def scale_and_dot(
     return dx.view(x.shape), first, second
 
 
-def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return ``a * dy + b * x + c``, tables (N, C), in the dtype and layout of x."""
+def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tensor) -> Tensor:
+    """Return ``a * dy + b * (x - centre) + c``, tables (N, C), in the dtype and layout of x."""
+    c = torch.addcmul(c, b, centre, value=-1)
     a, b, c = (_spread(t, x) for t in (a, b, c))
     total = torch.addcmul(c, x, b, out=torch.empty_like(x, dtype=compute_dtype(x)))
     return torch.addcmul(total, dy, a, out=total if total.dtype == x.dtype else torch.empty_like(x))

@@ -16,7 +16,12 @@ from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
 from normswap.functional.glue import Map, Pull
 from normswap.functional.moments import Moments, instance_moments
-from normswap.functional.tables import apply_centred_by_formula, records, uses_kernels
+from normswap.functional.tables import (
+    apply_centred_by_formula,
+    differentiate_again,
+    records,
+    uses_kernels,
+)
 
 
 class Glue(Protocol):
@@ -95,12 +100,11 @@ class _AutogradGlue:
         pairs = ((scale, dscale), (shift, dshift))
         pulled = [(out, grad) for out, grad in pairs if out.requires_grad]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found: list[Tensor | None] = [None] * len(wanted)
+        found: Sequence[Tensor | None] = [None] * len(wanted)
         if pulled and wanted:
             outs, grads = zip(*pulled, strict=True)
-            found = list(
-                torch.autograd.grad(outs, wanted, grads, retain_graph=True, allow_unused=True)
-            )
+            keep: Any = {"retain_graph": True, "allow_unused": True}
+            found = torch.autograd.grad(outs, wanted, grads, **keep)
         iterator = iter(found)
         dmean, dvar, *dtensors = (next(iterator) if t.requires_grad else None for t in leaves)
         zero, share = torch.zeros_like(dscale), 1 / self.positions
@@ -165,10 +169,8 @@ def differentiate(
     x: Tensor, glue: Glue, tensors: Sequence[Tensor], dy: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients with a graph of their own, for second derivatives."""
-    # As views: of inputs that depend on each other, each is to be held fixed for the others.
-    x, *tensors = (t.view_as(t) for t in (x, *tensors))
-    with torch.autocast(x.device.type, enabled=False):
-        y = _compute_by_formula(x, glue, tensors, replay=True)
-    wanted = [t for t, need in zip((x, *tensors), needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+
+    def formula(x: Tensor, *tensors: Tensor) -> Tensor:
+        return _compute_by_formula(x, glue, tensors, replay=True)
+
+    return differentiate_again(formula, (x, *tensors), dy, needed)

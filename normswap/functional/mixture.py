@@ -94,14 +94,6 @@ def responsibilities(x: Tensor, mixture: Mixture, joint: bool = False) -> Tensor
     return logits.softmax(0).view(len(logits), x.shape[0], 1, *x.shape[2:])
 
 
-def owned(mass: Tensor, batch: Moments, given: Moments) -> Moments:
-    """Return the batch's moments for components that own something of it, else the given ones."""
-    usable = mass >= MASS
-    return Moments(
-        torch.where(usable, batch.mean, given.mean), torch.where(usable, batch.var, given.var)
-    )
-
-
 def norm_elements_by_formula(
     x: Tensor,
     mixture: Mixture,
@@ -143,7 +135,7 @@ def norm_elements_by_formula(
         mean = torch.stack([(t * values).sum(dims) for t in tau]) / share
         pairs = zip(tau, each(mean), strict=True)
         var = torch.stack([(t * (values - m).square()).sum(dims) for t, m in pairs]) / share
-        used = owned(mass, Moments(mean, var), given)
+        used = Moments(mean, var).where(mass >= MASS, given)
     y = bias.reshape(tail)
     scale = gain * torch.rsqrt(used.var + eps)
     for t, m, s in zip(tau, each(used.mean), each(scale), strict=True):
@@ -203,7 +195,8 @@ def norm_positions(
         share = mass.clamp(min=MASS)
         mean = torch.einsum("knm,ncm->kc", tau, flat) / share
         square = torch.einsum("knm,ncm->kc", tau, flat.square()) / share
-        used = owned(mass, Moments(mean, (square - mean.square()).clamp(min=0)), given)
+        batch_moments = Moments(mean, (square - mean.square()).clamp(min=0))
+        used = batch_moments.where(mass >= MASS, given)
     affine = fold_norm(used, gain, bias, eps)
     scale, shift = (torch.einsum("knm,kc->ncm", tau, table) for table in affine)
     # In the dtype and memory format of x.

@@ -9,14 +9,7 @@ from torch import Tensor
 from normswap.functional.affine import Affine
 from normswap.functional.fused import stat_affine
 from normswap.functional.glue import Map, Pull
-from normswap.functional.mixture import (
-    MASS,
-    Mixture,
-    Normalized,
-    from_first,
-    owned,
-    responsibilities,
-)
+from normswap.functional.mixture import MASS, Mixture, Normalized, from_first, responsibilities
 from normswap.functional.moments import Moments
 
 
@@ -45,7 +38,7 @@ def norm_instances(
             share = mass.clamp(min=MASS)
             mean = (tau * instances.mean).sum(1) / share
             spread = instances.var + (instances.mean - mean.unsqueeze(1)).square()
-            used = owned(mass, Moments(mean, (tau * spread).sum(1) / share), used)
+            used = Moments(mean, (tau * spread).sum(1) / share).where(mass >= MASS, used)
         if not replay:
             found.append((mass.detach(), Moments(used.mean.detach() + origin, used.var.detach())))
         weight = tau * (gain * torch.rsqrt(used.var + eps)).unsqueeze(1)
@@ -112,7 +105,7 @@ class InstanceMixtureGlue:
             share, usable = mass.clamp(min=MASS), mass >= MASS
             mean = (tau * instances.mean).sum(1).div_(share)
             spread = (instances.mean - mean.unsqueeze(1)).square_().add_(instances.var)
-            used = owned(mass, Moments(mean, spread.mul_(tau).sum(1).div_(share)), used)
+            used = Moments(mean, spread.mul_(tau).sum(1).div_(share)).where(usable, used)
         used = Moments(used.mean.detach(), used.var.detach())
         self.found.append((mass, used._replace(mean=used.mean + origin)))
         root = used.var.add(self.eps).rsqrt_()
