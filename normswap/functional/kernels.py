@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 def _by_device(function: Callable[P, T]) -> Callable[P, T]:
-    """Have the function of the same name of `triton.sweeps`, or `device_kernels`, serve where it can.
+    """Have what `triton.sweeps`, or `device_kernels`, calls the same serve where it can.
 
     What they are given first says where; other tensors of its size are laid out alike.
     """

@@ -11,6 +11,7 @@ from torch.autograd import Function
 from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
 from normswap.functional.backend import is_eager, is_plain, triton_for
+from normswap.functional.label_rows import one_label
 from normswap.functional.moments import compute_dtype, pick_rows, segment_sum
 
 
@@ -60,6 +61,22 @@ def apply_centred(x: Tensor, table: Centred, index: Tensor | None = None) -> Ten
         return _apply(x, index, *tables)
     y: Tensor = _TableAffine.apply(x, index, *tables)
     return y
+
+
+def apply_by_label(
+    x: Tensor,
+    table: Callable[[], Centred],
+    labels: Tensor | None,
+    unlabelled: bool,
+    unknown: Callable[[], Centred],
+) -> Tensor:
+    """Apply the map of each sample's label; `unknown` is that of those without one, or of all."""
+    if labels is None:
+        return apply_centred(x, unknown())
+    known = table()
+    if not unlabelled:
+        return apply_centred(x, known, one_label(labels) if len(known.scale) > 1 else None)
+    return apply_centred(x, known.rows(labels.clamp(min=0)).where(labels >= 0, unknown()))
 
 
 def _picked(tables: Sequence[Tensor], index: Tensor | None) -> Sequence[Tensor]:

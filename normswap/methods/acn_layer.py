@@ -92,10 +92,8 @@ class AdaptiveContextNorm(NormLayer):
         super().__init__(num_features)
         self.options = AdaptiveOptions(components, statistics, assignment, start, strength)
         check_settings(eps, momentum)
-        self.eps = eps
-        self.momentum = momentum
-        self.frozen = False
-        self.synced = False
+        self.eps, self.momentum = eps, momentum
+        self.frozen = self.synced = False
         self.process_group: str | None = None
         shape = (components, num_features)
         logits = (components, 1) if assignment == "position" else shape
@@ -131,10 +129,9 @@ class AdaptiveContextNorm(NormLayer):
         mu = mean.double() + offsets.to(mean.device).unsqueeze(1) * log_sigma.exp()
         logits = logits.to(mean.device).unsqueeze(1).expand_as(self.prior_logits)
         values = {"weight": factor * weight.double(), "bias": bias, "prior_logits": logits}
+        tracked = {"running_mean": mu, "running_var": var.expand_as(self.mu)}
         values |= {"mu": mu, "log_sigma": log_sigma}
-        if self.running_mean is not None:
-            values |= {"running_mean": mu, "running_var": var.expand_as(self.mu)}
-        return values
+        return values if self.running_mean is None else values | tracked
 
     @torch.no_grad()
     def set_values(self, values: dict[str, Tensor]) -> None:
@@ -191,25 +188,23 @@ class AdaptiveContextNorm(NormLayer):
         self, x: Tensor, reduce: Callable[[Tensor], Tensor]
     ) -> tuple[Normalized, Tensor]:
         """Normalise with what the components own of the batches of all processes."""
-        mixture, given = self.mixture(compute_dtype(x)), self._running(compute_dtype(x))
-        assert given is not None
+        mixture, given, eps = self._moments(x)
         mass, moments, values = shared_moments(x, mixture, given, self.options.assignment, reduce)
-        y = self._apply_mixture(x, mixture, moments, self.eps, False).y
+        y = self._apply_mixture(x, mixture, moments, eps, False).y
         return Normalized(y, mass, moments), values
 
     def compute(self, x: Tensor, batch: bool) -> Normalized:
         """Normalise with the moments of this batch, or with the tracked or learned ones."""
-        mixture, given = self.mixture(compute_dtype(x)), self._running(compute_dtype(x))
-        if given is None:
-            learned = Moments(mixture.mean, (2 * mixture.log_sigma).exp())
-            return self._apply_mixture(x, mixture, learned, 0.0, batch)
-        return self._apply_mixture(x, mixture, given, self.eps, batch)
+        return self._apply_mixture(x, *self._moments(x), batch)
 
-    def _running(self, dtype: torch.dtype) -> Moments | None:
-        """Return clones: the update is in place, and backward needs the values of this forward."""
-        if self.running_mean is None or self.running_var is None:
-            return None
-        return Moments(self.running_mean.to(dtype).clone(), self.running_var.to(dtype).clone())
+    def _moments(self, x: Tensor) -> tuple[Mixture, Moments, float]:
+        """Return the mixture, the tracked or learned moments, and what is added to the variance."""
+        dtype = compute_dtype(x)
+        mixture, mean, var = self.mixture(dtype), self.running_mean, self.running_var
+        if mean is None or var is None:
+            return mixture, Moments(mixture.mean, (2 * mixture.log_sigma).exp()), 0.0
+        # Clones: the update is in place, and backward needs the values of this forward.
+        return mixture, Moments(mean.to(dtype).clone(), var.to(dtype).clone()), self.eps
 
     def _apply_mixture(
         self, x: Tensor, mixture: Mixture, given: Moments, eps: float, batch: bool

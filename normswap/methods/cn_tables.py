@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.moments import Moments
-from normswap.methods.layer import ContextLayer
+from normswap.methods.layer import RUNNING, ContextLayer
 from normswap.methods.layer_tensors import check_settings, counted_nothing, fill_affine, load_shared
 from normswap.methods.norm_values import PlainNorm, added_prior, pick, pick_moments
 from normswap.util.arguments import check_choice, check_number
@@ -103,30 +103,25 @@ class ContextTables(ContextLayer):
 
     def effective_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return gamma and beta over sqrt(lambda), or those that all share, (K, C)."""
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        if self.shared_affine:
-            shape = self.running_mean.shape
-            return weight.expand(shape), bias.expand(shape)
         factor = self.affine_factor(dtype)
-        return weight * factor, bias * factor
+        return self.weight.to(dtype) * factor, self.bias.to(dtype) * factor
 
     def extra_repr(self) -> str:
         """List the settings, non-default ones last."""
-        text = super().extra_repr() + (", synced=True" if self.synced else "")
-        text += f", shrink={self.shrink:g}" if self.shrink else ""
-        return text + (", affine='shared'" if self.shared_affine else "")
+        synced = ", synced=True" if self.synced else ""
+        shrink = f", shrink={self.shrink:g}" if self.shrink else ""
+        affine = ", affine='shared'" if self.shared_affine else ""
+        return super().extra_repr() + synced + shrink + affine
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accept a BatchNorm's entries too: each context starts from them."""
-        names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         self.load_priors(state_dict, prefix, state_dict.get(prefix + "running_mean"))
         count = counted_nothing(self.num_batches_tracked)
         state_dict.setdefault(prefix + "num_batches_tracked", count)
         root = state_dict[prefix + "priors"].sqrt().unsqueeze(1)
-        rows = names[2:] if self.shared_affine else names
-        targets: dict[str, Tensor] = {name: getattr(self, name) for name in rows}
+        targets = {name: getattr(self, name) for name in (*self.context_parameters, *RUNNING)}
         fill_affine(state_dict, prefix, self.num_features)
         load_shared(state_dict, prefix, targets, {"weight": root, "bias": root})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

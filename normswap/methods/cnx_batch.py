@@ -100,9 +100,7 @@ class BatchContextNormX(ContextNormX):
         def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
             everyone = torch.zeros(len(x), dtype=torch.int64, device=x.device)
             values, batch = context_moments(instances, everyone, 1, size, reduce)
-            usable = values.unsqueeze(1) > 1
-            pairs = zip(batch, running, strict=True)
-            used = Moments(*(torch.where(usable, new, old) for new, old in pairs))
+            used = batch.where(values.unsqueeze(1) > 1, running)
             if not replay:
                 self._update(used, values)
             found = self._table(lambda: instances, used, Learned(*tensors), labels, unlabelled)
@@ -166,8 +164,8 @@ class BatchContextNormX(ContextNormX):
             return
         count = counted_nothing(self.num_batches_tracked)
         state_dict.setdefault(prefix + "num_batches_tracked", count)
-        for name in ("mu", "log_sigma"):
-            state_dict[prefix + name] = mean.new_zeros(self.mu.shape)
+        fresh = {prefix + name: mean.new_zeros(self.mu.shape) for name in ("mu", "log_sigma")}
+        state_dict.update(fresh)
 
     def plain(self, context: int | None) -> PlainNorm:
         """Return the batch norm this layer is in eval mode, for a context; None for the pooled."""

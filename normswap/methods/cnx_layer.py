@@ -1,6 +1,7 @@
 """The layer of CN-X: a learned mean and spread for each context, no batch statistics."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from normswap.functional.moments import (
     instance_moments,
     log_spread,
 )
-from normswap.functional.tables import apply_centred
+from normswap.functional.tables import apply_by_label
 from normswap.methods.layer import RUNNING, ContextLayer
 from normswap.methods.layer_tensors import check_settings, fill_affine, fitting
 from normswap.methods.norm_values import PlainNorm, added_prior, pick_moments
@@ -124,9 +125,8 @@ class ContextNormX(ContextLayer):
         count, whole = context_moments(instances, torch.zeros_like(index), 1, size, reduce)
         if reduce is not None and not count > 1:
             return
-        usable = (values > 1).unsqueeze(1)
-        self.mu.copy_(torch.where(usable, moments.mean, whole.mean))
-        var = torch.where(usable, moments.var, whole.var)
+        mean, var = moments.where((values > 1).unsqueeze(1), whole)
+        self.mu.copy_(mean)
         self.log_sigma.copy_(0.5 * (var + self.eps).log())
         self.fresh = False
 
@@ -143,13 +143,8 @@ class ContextNormX(ContextLayer):
             y: Tensor = triton.norm_learned(x, labels, triton.Learned(*given), self.priors, pooled)
             return y
         learned = self.learned(compute_dtype(x))
-        if labels is None:
-            return apply_centred(x, self.unknown_map(learned, lambda: instance_moments(x)))
-        table = learned.table()
-        if not unlabelled:
-            return apply_centred(x, table, one_label(labels) if self.num_contexts > 1 else None)
-        other = self.unknown_map(learned, lambda: instance_moments(x))
-        return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
+        unknown = partial(self.unknown_map, learned, partial(instance_moments, x))
+        return apply_by_label(x, learned.table, labels, unlabelled, unknown)
 
     def learned(self, dtype: torch.dtype) -> Learned:
         """Return what the layer has learned, in a dtype."""

@@ -18,6 +18,13 @@ from normswap.methods.norm_values import PlainNorm, added_prior, pick
 from normswap.sites import Site
 
 
+def settings_of(site: Site, contexts: Contexts) -> dict[str, Any]:
+    """Return what every layer with contexts takes of a norm and of a conversion."""
+    placed = {"num_features": site.num_features, "device": site.device, "dtype": site.dtype}
+    known = {"num_contexts": contexts.count, "priors": contexts.priors}
+    return {**placed, **known, "unknown": contexts.unknown, "eps": site.eps}
+
+
 class ContextInstanceNorm(ContextLayer):
     """Conditional instance normalization.
 
@@ -82,23 +89,13 @@ class ContextInstanceNorm(ContextLayer):
     @classmethod
     def from_site(cls, site: Site, source: nn.Module, contexts: Contexts) -> "ContextInstanceNorm":
         """Build one that computes what an instance norm computes, for every context."""
-        layer = cls(
-            site.num_features,
-            contexts.count,
-            site.eps,
-            site.momentum,
-            site.tracked,
-            contexts.priors,
-            contexts.unknown,
-            site.device,
-            site.dtype,
-        )
+        settings = {**settings_of(site, contexts), "momentum": site.momentum}
+        layer = cls(**settings, track_running_stats=site.tracked)
         weight, bias = affine_tensors(source, site)
         with torch.no_grad():
             layer.weight.copy_(weight.expand_as(layer.weight))
             layer.bias.copy_(bias.expand_as(layer.bias))
-            for name, buffer in source.named_buffers(recurse=False) if site.tracked else ():
-                layer.get_buffer(name).copy_(buffer)
+            layer._take_running(source)
         return layer
 
     def forward(self, input: Tensor, context: Any = None) -> Tensor:
@@ -138,12 +135,9 @@ class ContextInstanceNorm(ContextLayer):
         replay: bool,
     ) -> Affine:
         """Return the map of each instance; see `normswap.functional.fused`."""
-        mean, var = self.running_mean, self.running_var
         training = self.training and not self.stats_frozen
-        update = training and not (replay or in_backward()) and instances.mean.shape[0] > 0
-        if mean is not None and var is not None:
-            if update:
-                self._update(mean, var, instances, positions)
+        if training and not (replay or in_backward()) and len(instances.mean) > 0:
+            self._update(instances, positions)
         weight, bias = (t.to(instances.mean.dtype) for t in tensors)
         affine = self._select(weight, bias, labels, unlabelled)
         scale = affine.scale * torch.rsqrt(instances.var + self.eps)
@@ -159,12 +153,14 @@ class ContextInstanceNorm(ContextLayer):
         return known.where(labels >= 0, self._unknown(weight, bias)) if unlabelled else known
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, moments: Moments, positions: int) -> None:
+    def _update(self, moments: Moments, positions: int) -> None:
         """Move the running statistics as torch does: averages over instances, unbiased variance."""
         rate = 0.0 if self.momentum is None else self.momentum
         unbiased = moments.var.mean(0) * (positions / max(positions - 1, 1))
-        mean.copy_(mean + rate * (moments.mean.mean(0) - mean))
-        var.copy_(var + rate * (unbiased - var))
+        new = (moments.mean.mean(0), unbiased)
+        for buffer, value in zip((self.running_mean, self.running_var), new, strict=True):
+            if buffer is not None:
+                buffer.copy_(buffer + rate * (value - buffer))
 
     def _unknown(self, weight: Tensor, bias: Tensor) -> Affine:
         row = self.row_unlabelled(weight, bias)
