@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from normswap.contexts.assigner import Assigner
 from normswap.conversion.checks import check_copyable, check_model
 from normswap.conversion.inputs import read_inputs
-from normswap.conversion.replacement import Replacement
+from normswap.conversion.replacement import Target
 from normswap.conversion.settings import Settings, read_settings
 from normswap.conversion.summary import summarise
-from normswap.conversion.target import Target, carry_out, find_target
+from normswap.conversion.target import carry_out, find_target
 from normswap.conversion.verification import Reference, compare, run_original
 from normswap.errors import AdviceWarning, ConversionError, expect_module, not_converted
 from normswap.graph.state import RECORD, context_argument
@@ -115,7 +115,7 @@ def convert(
         labels = asked.contexts.count if chosen.needs_context else 0
         reference = run_original(model, inputs, labels)
     record = _record(model, asked, target)
-    advice = target.advice(model, asked.options) if isinstance(target, Replacement) else None
+    advice = target.advice(model, asked.options)
     with Surgery(model if inplace else copy_model(model), trace) as surgery:
         converted = carry_out(target, surgery, record)
         record.verification = _compare(converted, reference, record)

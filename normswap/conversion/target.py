@@ -1,14 +1,14 @@
 """What a conversion does to a model: decided before anything changes, then done."""
 
 import glob
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 
 from normswap.conversion.containers import find_first
 from normswap.conversion.insertion import InputNorm, Insertion
 from normswap.conversion.places import find_places, place_at_input
-from normswap.conversion.replacement import Bare, Replacement, find_replacement
+from normswap.conversion.replacement import Target, find_replacement
 from normswap.errors import ConversionError
 from normswap.graph.class_questions import check_questions
 from normswap.graph.surgery import Surgery
@@ -16,8 +16,6 @@ from normswap.lifecycle.record import Record
 from normswap.methods.base import BaseMethod, InsertedMethod, Method
 from normswap.sites import find_norms, norm_channels, read_site
 from normswap.util.select import FIRST, Selector, check_meant, matches
-
-Target: TypeAlias = Replacement | Insertion | InputNorm | Bare
 
 
 def find_target(
@@ -36,18 +34,19 @@ def find_target(
     """
     if select == FIRST:
         name, how = _first(model, method, exclude)
-        target = find_target(model, method, options, placement, glob.escape(name), exclude)
-        for row in target.rows:
+        first = find_target(model, method, options, placement, glob.escape(name), exclude)
+        for row in first.rows:
             if row.fqn == name:
                 row.reason = how
-        return target
+        return first
+    target: Target
     if isinstance(method, InsertedMethod):
         target = Insertion(method, *find_places(model, method, placement, options, select, exclude))
     else:
         assert isinstance(method, Method)
         if placement == "input":
             row, place = place_at_input(model)
-            return InputNorm(method, [row], place)
+            return InputNorm(method, [row], [place])
         if placement is not None:
             raise ConversionError(
                 f"method {method.name!r} replaces norms where they are; expected placement=None, "

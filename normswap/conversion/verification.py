@@ -1,7 +1,5 @@
 """Compare a converted model with the original: same function, for every context."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +12,7 @@ from normswap.errors import ConversionError, NormswapError, VerificationError
 from normswap.graph.bypassed import find_bypassed, leave_out
 from normswap.graph.rows.snapshot import Snapshot
 from normswap.report import Verification
-from normswap.util.batches import modes_kept
+from normswap.util.batches import undisturbed
 
 # Output differences allowed, as a share of the largest output; rounding is far below, a wrong
 # statistic or affine far above.
@@ -42,9 +40,14 @@ def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Referen
     """
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         return Verification(reason="the model has no values (meta device)")
+
+    def refer(given: Inputs) -> Reference:
+        inputs = given.widen(labels)
+        return Reference(inputs, eval_outputs(model, inputs))
+
     if given is not None:
         try:
-            reference = _refer(model, given, labels)
+            reference = refer(given)
         except Exception as error:
             raise ConversionError(
                 f"the original model itself fails on example_inputs ({_brief(error)}); expected "
@@ -56,7 +59,7 @@ def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Referen
     reason = "pass example_inputs= to compare outputs"
     for guess in guess_inputs(model):
         try:
-            return _refer(model, guess, labels)
+            return refer(guess)
         except Exception as error:
             reason = (
                 f"the model did not run on a guessed input {tuple(guess.args[0].shape)} "
@@ -65,36 +68,21 @@ def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Referen
     return Verification(reason=reason)
 
 
-def _refer(model: nn.Module, given: Inputs, labels: int) -> Reference:
-    inputs = given.widen(labels)
-    return Reference(inputs, eval_outputs(model, inputs))
-
-
 def _brief(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    with modes_kept(model):
-        before = Snapshot(model)
-        model.eval()
-        try:
-            with torch.no_grad(), torch.random.fork_rng(enabled=True, devices=[]):
-                torch.manual_seed(0)
-                yield
-        finally:
-            before.restore()
-
-
 def eval_outputs(model: nn.Module, inputs: Inputs, **extra: Any) -> list[Tensor]:
     """Return the tensors a model outputs in eval mode, its modes and torch's generator kept."""
-    inputs = inputs.copy()
-    with _evaluating(model):
-        output = model(*inputs.args, **inputs.kwargs, **extra)
+    inputs, before = inputs.copy(), Snapshot(model)
+    try:
+        with undisturbed(model, seed=0), torch.no_grad():
+            output = model(*inputs.args, **inputs.kwargs, **extra)
         # Copies: what a model returns may be a buffer, which is put back.
         return [leaf.detach().clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    finally:
+        before.restore()
 
 
 def compare(

@@ -117,10 +117,11 @@ class _TableAffine(Function):
         x, index, *tables = ctx.saved_tensors
         needed, (dy,) = ctx.needs_input_grad, grads
         if torch.is_grad_enabled():
-            # Without x no table needs a gradient, and that of x depends on neither.
-            given = (torch.zeros_like(dy) if x is None else x, *tables, torch.zeros_like(tables[1]))
-            needed = (needed[0], *needed[2:])
-            found = differentiate_again(partial(_by_formula, index), given, dy, needed)
+            # No gradient depends on what was not kept.
+            x = torch.zeros_like(dy, requires_grad=True) if x is None else x
+            shift = torch.zeros_like(tables[1], requires_grad=True)
+            formula = partial(_by_formula, index)
+            found = differentiate_again(formula, (x, *tables, shift), dy, (needed[0], *needed[2:]))
             return found[0], None, *found[1:]
         centre, scale = _picked(tables, index)
         if x is None:

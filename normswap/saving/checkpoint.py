@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.conversion.checks import check_copyable, check_model
+from normswap.conversion.replacement import Target
 from normswap.conversion.settings import make_contexts
-from normswap.conversion.target import Target, carry_out, find_target
+from normswap.conversion.target import carry_out, find_target
 from normswap.errors import CheckpointError, UnknownNameError, expect_module
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
