@@ -1,12 +1,12 @@
 """The components of a layer over the activations that reach it."""
 
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from normswap.errors import ConversionError
 from normswap.functional.moments import Moments, gaussian_divergences
@@ -80,19 +80,19 @@ def densities(
     check_path(path)
     if isinstance(source, nn.Module):
         parts = find_components(source, layer)
-        values: Tensor | None = _collect(
-            source, layer, [] if data is None else data, samples, forward, seed, progress
-        )
-    elif not isinstance(source, Components):
+        kept = Reservoir(samples, torch.Generator().manual_seed(seed))
+        stream = show_progress([] if data is None else data, "activations", progress=progress)
+        _collect(source, layer, kept, stream, forward or forward_batch)
+        data = kept.rows
+    elif isinstance(source, Components):
+        parts = source
+    else:
         raise ConversionError(
             f"expected a converted model or Components, got {type(source).__name__}"
         )
-    else:
-        parts = source
-        values = None if data is None else torch.as_tensor(data)
     weight, mean, sigma = (t.detach().double().cpu() for t in parts[:3])
     parts = Components(weight, mean, sigma, parts.names)
-    values = None if values is None else values.detach().double().cpu()
+    values = None if data is None else torch.as_tensor(data).detach().double().cpu()
     chosen = _choose(parts, values, channels)
     columns = min(len(chosen), 3)
     rows = -(-len(chosen) // columns)
@@ -139,27 +139,19 @@ def find_components(model: nn.Module, layer: str) -> Components:
 
 
 def _collect(
-    model: nn.Module,
-    layer: str,
-    loader: Iterable[Any],
-    samples: int,
-    forward: Callable[[nn.Module, Any], Any] | None,
-    seed: int,
-    progress: bool,
-) -> Tensor:
-    kept = Reservoir(samples, torch.Generator().manual_seed(seed))
+    model: nn.Module, layer: str, kept: Reservoir, stream: Iterable[Any], forward: Any
+) -> None:
     hook = model.get_submodule(layer).register_forward_pre_hook(
         lambda _, inputs: keep_values(kept, inputs[0].detach())
     )
     try:
         with undisturbed(model), torch.no_grad():
-            for batch in show_progress(loader, "activations", progress=progress):
-                (forward or forward_batch)(model, batch)
+            for batch in stream:
+                forward(model, batch)
     finally:
         hook.remove()
     if kept.rows is None or not len(kept.rows):
         raise ConversionError(f"no batch reached {layer}; the loader may be empty")
-    return kept.rows
 
 
 def _choose(parts: Components, values: Tensor | None, channels: int | Sequence[int]) -> list[int]:
@@ -203,22 +195,14 @@ def _draw(panel: Axes, parts: Components, values: Tensor | None, channel: int) -
         edges = [low + k * width for k in range(BINS)]
         panel.bar(edges, shares.tolist(), width, align="edge", color="#d0d0d0")
     grid = torch.linspace(low, high, 400).double()
-    z = (grid - mean[:, None]) / sigma[:, None]
-    each = (
-        weight[:, None] * torch.exp(-0.5 * z.square()) / (sigma[:, None] * math.sqrt(2 * math.pi))
-    )
+    gaussians: Any = Normal(mean[:, None], sigma[:, None])
+    each = weight[:, None] * gaussians.log_prob(grid).exp()
     panel.plot(grid.tolist(), each.sum(0).tolist(), color="black", linewidth=1.6, label="sum")
     for k, line in enumerate(each.tolist()):
         name = parts.names[k] if parts.names else f"{k}"
         label = f"{name}: {100 * float(weight[k]):.0f} %"
-        panel.plot(
-            grid.tolist(),
-            line,
-            color=COLOURS[k % len(COLOURS)],
-            linewidth=1.3,
-            label=label,
-            linestyle=("-", "--", ":")[k // len(COLOURS) % 3],
-        )
+        style = {"linestyle": ("-", "--", ":")[k // len(COLOURS) % 3], "linewidth": 1.3}
+        panel.plot(grid.tolist(), line, color=COLOURS[k % len(COLOURS)], label=label, **style)
     if values is not None:
         # A component on a spike would flatten the histogram; it is cut off instead.
         tallest = float(shares.max())

@@ -14,6 +14,7 @@ from normswap.errors import ConversionError, expect_module
 from normswap.functional.schedule import Schedule
 from normswap.methods.crossnorm import CrossNorm
 from normswap.plot.canvas import COLOURS, GREY, Axes, Figure, check_path, close, open_axes, shorten
+from normswap.util.batches import undisturbed
 from normswap.util.extras import need
 
 
@@ -86,23 +87,17 @@ def record_firing(model: nn.Module) -> Iterator[Firings]:
 
 
 def simulate_firing(model: nn.Module, forwards: int, seed: int) -> Firings:
-    """Draw what the model's schedule would draw in so many forwards, without running them."""
-    schedule, names = find_schedule(model)
-    return draw_firings(schedule, names, forwards, seed)
-
-
-def draw_firings(schedule: Schedule, names: list[str], forwards: int, seed: int) -> Firings:
-    """Draw from a copy of a schedule; torch's generators are put back.
+    """Draw what a copy of the model's schedule draws in so many forwards, without running them.
 
     Raises:
         ConversionError: fewer than one forward.
     """
     if forwards < 1:
         raise ConversionError(f"expected forwards= of at least 1, got {forwards}")
+    schedule, names = find_schedule(model)
     record = Firings(names, schedule.p, schedule.active)
     drawn = copy.deepcopy(schedule)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with undisturbed(seed=seed):
         for _ in range(forwards):
             drawn.begin()
             record.rows.append({site for site in range(len(names)) if drawn.fires(site)})
@@ -169,22 +164,13 @@ def firing(
         )
     table = record.table()
     places, count = table.shape
-    panels = (
-        1 if ax is not None and not isinstance(ax, Sequence) and not hasattr(ax, "ravel") else 2
-    )
+    panels = 2 if ax is None or isinstance(ax, Sequence) or hasattr(ax, "ravel") else 1
     size = (10.5, 1.5 + 0.17 * max(places, 8))
     figure, axes = open_axes(ax, panels, 2, size, widths=(5, 1))
     colours = need("matplotlib.colors", "plot", "plotting")
     pair = colours.ListedColormap(["#f2f2f2", COLOURS[0]])
-    axes[0].imshow(
-        table.numpy(),
-        aspect="auto",
-        cmap=pair,
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-        extent=(0.5, count + 0.5, places - 0.5, -0.5),
-    )
+    shown = {"aspect": "auto", "cmap": pair, "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    axes[0].imshow(table.numpy(), extent=(0.5, count + 0.5, places - 0.5, -0.5), **shown)
     axes[0].set_yticks(range(places), [shorten(name) for name in record.names])
     axes[0].tick_params(axis="y", labelsize=6.5, length=2)
     silent = sum(not fired for fired in record.rows)
