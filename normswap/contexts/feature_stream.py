@@ -126,29 +126,3 @@ class FeatureStream:
                 f"{sum(assigner.sizes)}; give one that starts anew"
             )
         return assigner
-
-
-class Blocks:
-    """Gathers rows into blocks of at least some size.
-
-    Args:
-        size: of a block; the rows left at the end make one more.
-        use: takes a block, (rows, D).
-    """
-
-    def __init__(self, size: int, use: Callable[[Tensor], Any]) -> None:
-        self.size = size
-        self.use = use
-        self.waiting: list[Tensor] = []
-
-    def add(self, rows: Tensor) -> None:
-        """Take rows (n, D)."""
-        self.waiting.append(rows)
-        if sum(map(len, self.waiting)) >= self.size:
-            self.finish()
-
-    def finish(self) -> None:
-        """Hand on what is left."""
-        if any(map(len, self.waiting)):
-            self.use(torch.cat(self.waiting))
-        self.waiting = []

@@ -3,7 +3,6 @@
 The JSON file names the file of arrays, whose own name holds its hash.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from torch import Tensor
 from normswap.errors import ContextError
 from normswap.util.arguments import describe
 from normswap.util.extras import need
-from normswap.util.read_file import read_file
-from normswap.util.whole_file import digest, digest_of, write_pair
+from normswap.util.whole_file import digest, read_description, read_file, write_pair
 
 NAME = "contexts.json"
 FORMAT = "normswap-contexts"
@@ -42,14 +40,9 @@ def write(
         content["arrays"] = f"contexts-{digest(data)[:16]}.safetensors"
         content["sha256"], content["bytes"] = digest(data), len(data)
     try:
-        # As it will be read: JSON knows no tuples, and no keys but strings.
-        content = json.loads(json.dumps(content, allow_nan=False))
-        content["digest"] = digest_of(content)
-        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    except (TypeError, ValueError, RecursionError) as error:
+        write_pair(root / NAME, content, content["arrays"], data, lambda: _in_use(root), _ARRAYS)
+    except (TypeError, RecursionError) as error:
         raise ContextError(f"expected an assigner that JSON can hold: {error}") from error
-    try:
-        write_pair(root / NAME, text, content["arrays"], data, lambda: _in_use(root), _ARRAYS)
     except OSError as error:
         raise ContextError(f"cannot write an assigner to {root}: {error}") from error
 
@@ -67,13 +60,12 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
 
 def _read_record(root: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_file(root / NAME, _MOST))
-        found = digest_of(content) if isinstance(content, dict) else None
+        content, found = read_description(root / NAME, _MOST)
     except OSError as error:
         raise ContextError(f"expected a saved assigner in {root}: {error}") from error
-    except (ValueError, RecursionError, OverflowError) as error:
+    except ValueError as error:
         raise ContextError(f"{root / NAME} is damaged: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if content.get("format") != FORMAT:
         raise ContextError(f"{root / NAME} is no assigner that normswap.contexts saved")
     version = content.get("version")
     if type(version) is not int or version not in (1, VERSION):

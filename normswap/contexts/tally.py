@@ -11,6 +11,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from normswap.errors import ContextError
+from normswap.util.arguments import listed
 
 # Fewer samples than a usual half batch, or than a tenth of an even share, are few to estimate
 # statistics from, and most batches will hold none of them.
@@ -59,11 +60,9 @@ class Tally:
         values = torch.as_tensor(labels).tolist()
         if any(not -1 <= value < self.num_contexts for value in values):
             raise ContextError(f"expected labels in [-1, {self.num_contexts}), got {labels}")
-        for context, count in Counter(values).items():
-            if context < 0:
-                self.unknown += count
-            else:
-                self.sizes[context] += count
+        counts = Counter(values)
+        self.unknown += counts.pop(-1, 0)
+        self.sizes = [size + counts[k] for k, size in enumerate(self.sizes)]
         if targets is None:
             return
         given = targets.tolist() if isinstance(targets, Tensor) else list(targets)
@@ -153,7 +152,7 @@ class ContextReport:
             align = ("left", "right", "right")
             lines.append(tabulate(cells, headers, "simple", disable_numparse=True, colalign=align))
         else:
-            lines.append(f"{len(self.names)} contexts, no samples counted: {_listed(self.names)}")
+            lines.append(f"{len(self.names)} contexts, no samples counted: {listed(self.names, 6)}")
         if self.leak is not None:
             lines.append(f"context and target: normalised mutual information {self.leak:.2f}")
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
@@ -164,7 +163,7 @@ def describe_tiny(names: Sequence[str], sizes: Sequence[int]) -> list[str]:
     tiny = tiny_contexts(sizes)
     if not tiny:
         return []
-    shown = _listed([f"{names[k]} ({sizes[k]})" for k in tiny])
+    shown = listed([f"{names[k]} ({sizes[k]})" for k in tiny], 6)
     return [
         f"{len(tiny)} of {len(names)} contexts are tiny, under {FEW_SAMPLES} samples or a tenth of "
         f"an even share: {shown}; their statistics will be poor: merge them, or ask for fewer"
@@ -180,7 +179,3 @@ def describe_leak(counts: Counts) -> list[str]:
         f"above {LEAK}): fed at test time it is a part of the answer; leave the label unknown "
         "there, unless it will truly be known"
     ]
-
-
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

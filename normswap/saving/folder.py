@@ -4,7 +4,6 @@ normswap.json                 the description; names the file below and its dige
 tensors-RANDOM.safetensors    written first, under a name of its own
 """
 
-import json
 import os
 import re
 import secrets
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from normswap.errors import CheckpointError
 from normswap.saving.schema import find_wrong
+from normswap.util import whole_file
 from normswap.util.extras import need
-from normswap.util.read_file import read_file
-from normswap.util.whole_file import digest, digest_of, write_pair
+from normswap.util.whole_file import digest, read_file, write_pair
 
 DESCRIPTION = "normswap.json"
 FORMAT = 3  # 1 has no samples, 2 no number of answering contexts
@@ -26,11 +25,7 @@ _MOST_DESCRIPTION = 1 << 28
 
 
 def as_folder(folder: str | os.PathLike[str]) -> Path:
-    """Return a path.
-
-    Raises:
-        CheckpointError: it is none.
-    """
+    """Return a path; raise a CheckpointError where it is none."""
     if not isinstance(folder, str | os.PathLike):
         raise CheckpointError(f"expected a folder as a path, got {type(folder).__name__}")
     return Path(folder)
@@ -51,15 +46,11 @@ def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tenso
     )
     name = f"tensors-{secrets.token_hex(8)}.safetensors"
     file = {"name": name, "bytes": len(data), "sha256": digest(data)}
+    content = {"format": FORMAT, **content, "file": file}
     try:
-        # As it will be read: JSON knows no tuples, and no keys but strings.
-        content = json.loads(json.dumps({"format": FORMAT, **content, "file": file}))
+        write_pair(folder / DESCRIPTION, content, name, data, lambda: _in_use(folder), _TENSORS)
     except TypeError as error:
         raise CheckpointError(f"expected options that JSON can hold: {error}") from error
-    content["digest"] = digest_of(content)
-    text = json.dumps(content, indent=1)
-    try:
-        write_pair(folder / DESCRIPTION, text, name, data, lambda: _in_use(folder), _TENSORS)
     except FileExistsError as error:
         raise CheckpointError(f"expected a folder to save to, got the file {folder}") from error
     except (OSError, ValueError) as error:  # no right to write, no space, no such path
@@ -111,16 +102,15 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     path = folder / DESCRIPTION
     try:
-        content = json.loads(read_file(path, _MOST_DESCRIPTION))
-        found = digest_of(content) if isinstance(content, dict) else None
+        content, found = whole_file.read_description(path, _MOST_DESCRIPTION)
     except (FileNotFoundError, NotADirectoryError):
         missing = path if folder.is_dir() else f"folder {folder}"
         raise CheckpointError(
             f"expected a folder that normswap.save wrote, found no {missing}"
         ) from None
-    except (OSError, ValueError, RecursionError, OverflowError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    version = content.get("format") if isinstance(content, dict) else None
+    version = content.get("format")
     if type(version) is not int or version < 1 or "digest" not in content:
         raise CheckpointError(f"{path} is not a description that normswap.save wrote")
     if version > FORMAT:
@@ -139,8 +129,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a description that normswap.save wrote: {wrong}")
     if not re.fullmatch(_TENSORS, content["file"]["name"]):
         raise CheckpointError(f"{path} names a file of another kind: {content['file']['name']!r}")
-    checked: dict[str, Any] = content
-    return checked
+    return content
 
 
 def _in_use(folder: Path) -> str | None:
