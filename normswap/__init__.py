@@ -25,7 +25,6 @@ from normswap.lifecycle.absent_rows import keep_absent_rows as keep_absent_rows
 from normswap.lifecycle.adapt import adapt as adapt
 from normswap.lifecycle.add_context import add_context as add_context
 from normswap.lifecycle.calibration import calibrate as calibrate
-from normswap.lifecycle.confident import most_confident as most_confident
 from normswap.lifecycle.remove_context import remove_context as remove_context
 from normswap.lifecycle.revert import revert as revert
 from normswap.lifecycle.revert import specialize as specialize
@@ -33,6 +32,7 @@ from normswap.lifecycle.statistics import update_stats as update_stats
 from normswap.lifecycle.sync_batchnorm import convert_sync_batchnorm as convert_sync_batchnorm
 from normswap.lifecycle.training import freeze as freeze
 from normswap.lifecycle.training import param_groups as param_groups
+from normswap.lifecycle.unknown import most_confident as most_confident
 from normswap.lifecycle.unknown import set_unknown as set_unknown
 from normswap.methods.acn_layer import AdaptiveContextNorm as AdaptiveContextNorm
 from normswap.methods.base import get_method as get_method

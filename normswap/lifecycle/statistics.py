@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -143,18 +143,15 @@ def _is_measured(module: nn.Module) -> bool:
 
 def _is_cumulative(layer: nn.Module) -> bool:
     """Return whether a layer averages over batches by itself where its momentum is None."""
-    if isinstance(layer, _InstanceNorm | ContextInstanceNorm):
-        return False
-    return getattr(layer, "num_batches_tracked", None) is not None
+    alone = isinstance(layer, _InstanceNorm | ContextInstanceNorm)
+    return not alone and getattr(layer, "num_batches_tracked", None) is not None
 
 
 @contextmanager
 def _measuring(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[int]]:
     """Let layers average over batches; yield how many each has met, where it cannot tell."""
     hosts = {gate: m for m in model.modules() if isinstance(m, SelfNorm) for gate in m.children()}
-    momenta: list[Any] = [layer.momentum for layer in layers]
     counts = [0] * len(layers)
-    hooks = []
 
     def counter(index: int, least: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -164,8 +161,9 @@ def _measuring(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[int]]
 
         return count
 
-    try:
+    with ExitStack() as undo:
         for index, layer in enumerate(layers):
+            undo.callback(setattr, layer, "momentum", layer.momentum)
             layer.training = True
             for name, start in (("running_mean", 0.0), ("running_var", 1.0)):
                 buffer = layer.get_buffer(name)
@@ -177,13 +175,8 @@ def _measuring(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[int]]
                 # A gate's statistics are over instances: a batch of one leaves them.
                 least = 2 if layer in hosts else 1
                 host = hosts.get(layer, layer)
-                hooks.append(host.register_forward_pre_hook(counter(index, least)))
+                undo.enter_context(host.register_forward_pre_hook(counter(index, least)))
         yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
 
 
 def _met(layer: nn.Module, count: int) -> Tensor:

@@ -144,12 +144,9 @@ def _collect(
     hook = model.get_submodule(layer).register_forward_pre_hook(
         lambda _, inputs: keep_values(kept, inputs[0].detach())
     )
-    try:
-        with undisturbed(model), torch.no_grad():
-            for batch in stream:
-                forward(model, batch)
-    finally:
-        hook.remove()
+    with hook, undisturbed(model), torch.no_grad():
+        for batch in stream:
+            forward(model, batch)
     if kept.rows is None or not len(kept.rows):
         raise ConversionError(f"no batch reached {layer}; the loader may be empty")
 
