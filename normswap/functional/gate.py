@@ -1,5 +1,6 @@
 """SelfNorm's gate as glue with its derivative written out."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ _batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward
 _sigmoid_backward: Any = torch.ops.aten.sigmoid_backward
 
 
+@dataclass(eq=False)
 class GateGlue:
     """One gate: ``y = g * x`` with ``g = scale * sigmoid(BN(w1 * mean + w2 * std))``.
 
@@ -29,19 +31,13 @@ class GateGlue:
         momentum: of the BN.
     """
 
-    def __init__(
-        self,
-        positions: int,
-        running: tuple[Tensor, Tensor],
-        batch: bool,
-        kept: tuple[Tensor, ...],
-        scale: float,
-        eps: float,
-        momentum: float = 0.1,
-    ) -> None:
-        self.momentum = momentum
-        self.positions, self.running, self.batch, self.kept = positions, running, batch, kept
-        self.scale, self.eps = scale, eps
+    positions: int
+    running: tuple[Tensor, Tensor]
+    batch: bool
+    kept: tuple[Tensor, ...]
+    scale: float
+    eps: float
+    momentum: float = 0.1
 
     def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map of each instance, and what `backward` needs."""

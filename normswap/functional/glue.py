@@ -5,6 +5,7 @@ differentiable function will do (see `normswap.functional.fused`), but autograd 
 some thirty small operators as batch norm does for a late layer of a model.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ class Pull(NamedTuple):
     tensors: tuple[Tensor | None, ...]
 
 
+@dataclass(eq=False)
 class ExchangeGlue:
     """CrossNorm: s = sd[permutation] / sd, t = mean[permutation]; sd = sqrt(var M/(M-1) + eps).
 
@@ -52,9 +54,10 @@ class ExchangeGlue:
         eps: added to the variance, under the root.
     """
 
-    def __init__(self, permutation: Tensor, axis: int, positions: int, eps: float) -> None:
-        self.permutation, self.axis, self.positions = permutation, axis, positions
-        self.eps = eps
+    permutation: Tensor
+    axis: int
+    positions: int
+    eps: float
 
     def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map of each instance, and what `backward` needs."""

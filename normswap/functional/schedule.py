@@ -56,9 +56,7 @@ class Schedule:
             raise ConversionError(
                 f"expected active= in [1, {num_sites}], the number of sites, got {active}"
             )
-        self.p = p
-        self.active = active
-        self.num_sites = num_sites
+        self.p, self.active, self.num_sites = p, active, num_sites
         self._draw = _Draw()
         self._answers: OrderedDict[int, bool | Tensor] = OrderedDict()
         self._flags: Tensor | None = None
@@ -77,7 +75,7 @@ class Schedule:
             self._flags = (rank < self.active) & (torch.rand((), device=device) < self.p)
             return
         self._flags = None
-        seed = self._draw_seed()
+        seed = _draw_seed()
         if not in_backward():
             self._begin(seed)
 
@@ -107,9 +105,16 @@ class Schedule:
             return self._flags[site].to(device)
         # Gradient checkpointing asks again in backward, with torch's generator as it was then: the
         # same number names the answer, however many forwards lie between.
-        ticket = self._draw_seed()
+        ticket = _draw_seed()
         if in_backward():
-            return self._recall(ticket)
+            if ticket not in self._answers:
+                raise NormswapError(
+                    "expected gradient checkpointing to run with torch's random state as in "
+                    "forward, got a recomputation of a forward that is not known; leave "
+                    "preserve_rng_state on, and call backward before the forwards of some hundred "
+                    "other batches"
+                )
+            return self._answers[ticket]
         if self._flags is None:
             answer: bool | Tensor = self._ask(site, ticket)
         else:
@@ -143,28 +148,19 @@ class Schedule:
         self._draw.fired = frozenset(fired)
         self._draw.asked = set()
 
-    def _recall(self, ticket: int) -> bool | Tensor:
-        if ticket not in self._answers:
-            raise NormswapError(
-                "expected gradient checkpointing to run with torch's random state as in forward, "
-                "got a recomputation of a forward that is not known; leave preserve_rng_state on, "
-                "and call backward before the forwards of some hundred other batches"
-            )
-        return self._answers[ticket]
-
-    def _draw_seed(self) -> int:
-        return int(torch.randint(2**63 - 1, (), device="cpu"))
-
+    # Copies and pickles start without a draw.
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start without a draw."""
         return {"p": self.p, "active": self.active, "num_sites": self.num_sites}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the settings."""
         type(self).__init__(self, **state)
 
     def __repr__(self) -> str:
         return f"Schedule(p={self.p}, active={self.active}, num_sites={self.num_sites})"
+
+
+def _draw_seed() -> int:
+    return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 
 class _Draw(threading.local):

@@ -14,7 +14,8 @@ from normswap.errors import ConversionError, expect_module
 from normswap.graph.use_context import use_context
 from normswap.lifecycle.record import find_inside
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import RUNNING, ContextLayer
+from normswap.methods.layer import ContextLayer
+from normswap.methods.running import RUNNING
 from normswap.methods.selfnorm import SelfNorm
 from normswap.util.arguments import describe
 from normswap.util.batches import (

@@ -16,8 +16,9 @@ from normswap.functional.mixture_start import bounded_log_prior, bounded_log_sig
 from normswap.functional.mixture_synced import shared_moments
 from normswap.functional.moments import Moments, compute_dtype, log_spread
 from normswap.methods.acn_options import AdaptiveOptions
-from normswap.methods.layer import RUNNING, NormLayer
+from normswap.methods.layer import NormLayer
 from normswap.methods.layer_tensors import check_settings, counted_nothing, fill_affine, fitting
+from normswap.methods.running import RUNNING
 from normswap.util.distributed import sum_over
 
 _NORMALIZE: dict[str, Callable[..., Normalized]] = {
@@ -102,7 +103,7 @@ class AdaptiveContextNorm(NormLayer):
         for name, size in (shapes | {"mu": shape, "log_sigma": shape}).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, **placed)))
         self.track_running_stats = statistics == "batch"
-        self._add_running(shape, (), placed)
+        self.add_running(shape, (), placed)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -216,15 +217,10 @@ class AdaptiveContextNorm(NormLayer):
     @torch.no_grad()
     def _update(self, result: Normalized, factor: Any, counts: Any = True) -> None:
         """Move the running statistics of the components that own something of the batch."""
-        mean, var, count = (getattr(self, name) for name in RUNNING)
-        count.add_(counts)
-        rate: Any = self.momentum
-        if rate is None:
-            rate = count.clamp(min=1).to(result.mass.dtype).reciprocal()
-        rate = (result.mass >= MASS).to(result.mass.dtype) * rate
-        unbiased = result.moments.var * factor
-        for buffer, new in ((mean, result.moments.mean), (var, unbiased)):
-            buffer.copy_(buffer + rate * (new - buffer))
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(counts)
+        (mean, var), dtype = result.moments, result.mass.dtype
+        self.move_running(mean, var * factor, (result.mass >= MASS).to(dtype) * self.rate(dtype))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

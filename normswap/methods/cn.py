@@ -53,7 +53,7 @@ class ContextNormalization(Method):
         layer = ContextNorm(**settings, shrink=options.shrink, affine=options.affine)
         layer.set_affine(*affine_tensors(source, site))
         with torch.no_grad():
-            layer._take_running(source)
+            layer.take_running(source)
         return layer
 
     def advise(self, norms: list[nn.Module], options: Any) -> str | None:

@@ -189,19 +189,11 @@ class ContextNorm(ContextTables):
             counts = count(values)
             used = found.where(counts.usable, running)
         self.num_batches_tracked.add_(1 if counts.every else counts.usable.squeeze(1))
-        rate: Any = self.momentum
-        if rate is None:
-            tracked = self.num_batches_tracked.clamp(min=1).to(used.mean.dtype)
-            rate = tracked.reciprocal().unsqueeze(1)
+        rate = self.rate(used.mean.dtype)
         if not counts.every:
             # Contexts without moments stay: their rate is 0, and the factor finite.
             rate = counts.usable.to(used.mean.dtype) * rate
-        unbiased = used.var * counts.unbias
-        for buffer, new in ((self.running_mean, used.mean), (self.running_var, unbiased)):
-            if buffer.dtype == new.dtype:
-                buffer.lerp_(new, rate)
-            else:
-                buffer.copy_(torch.lerp(buffer.to(new.dtype), new, rate))
+        self.move_running(used.mean, used.var * counts.unbias, rate)
 
     def _unknown(
         self, instances: Callable[[], Moments], running: Moments, weight: Tensor, bias: Tensor

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.moments import Moments
-from normswap.methods.layer import RUNNING, ContextLayer
+from normswap.methods.layer import ContextLayer
 from normswap.methods.layer_tensors import check_settings, counted_nothing, fill_affine, load_shared
 from normswap.methods.norm_values import PlainNorm, added_prior, pick, pick_moments
+from normswap.methods.running import RUNNING
 from normswap.util.arguments import check_choice, check_number
 
 AFFINE = ("context", "shared")
@@ -74,7 +75,7 @@ class ContextTables(ContextLayer):
         affine_shape = shape[1:] if self.shared_affine else shape
         self.weight = nn.Parameter(torch.empty(affine_shape, **options))
         self.bias = nn.Parameter(torch.empty(affine_shape, **options))
-        self._add_running(shape, (num_contexts,), options)
+        self.add_running(shape, (num_contexts,), options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -59,7 +59,7 @@ class ContextNormalizationX(Method):
                 layer.weight.copy_(weight)
                 layer.bias.copy_(bias)
             if batch:
-                layer._take_running(source)
+                layer.take_running(source)
             else:
                 layer.mu.copy_(source.running_mean)  # type: ignore[arg-type]
                 spread = log_spread(source.running_var, site.eps)  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ class BatchContextNormX(ContextNormX):
         check_settings(eps, momentum)
         self.momentum = momentum
         self.frozen = False
-        self._add_running((num_features,), (), {"device": device, "dtype": dtype})
+        self.add_running((num_features,), (), {"device": device, "dtype": dtype})
         self.reset_running_stats()
         self.fresh = False
 
@@ -149,13 +149,9 @@ class BatchContextNormX(ContextNormX):
             return
         usable = (values > 1).to(values.dtype)
         self.num_batches_tracked.add_(usable.sum().to(torch.int64))
-        rate: Any = self.momentum
-        if rate is None:
-            rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal()
-        unbiased = used.var * (values / (values - 1).clamp(min=1)).unsqueeze(1)
-        for buffer, new in ((self.running_mean, used.mean), (self.running_var, unbiased)):
-            wide = buffer.to(new.dtype)
-            buffer.copy_(torch.lerp(wide, new[0], (rate * usable).expand_as(wide)))
+        unbiased = used.var[0] * (values / (values - 1).clamp(min=1))
+        rate = (self.rate(values.dtype) * usable).expand_as(unbiased)
+        self.move_running(used.mean[0], unbiased, rate)
 
     def _read_base(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Add mu and log sigma of 0 to the entries of a BatchNorm."""

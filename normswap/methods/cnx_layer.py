@@ -18,9 +18,10 @@ from normswap.functional.moments import (
     log_spread,
 )
 from normswap.functional.tables import apply_by_label
-from normswap.methods.layer import RUNNING, ContextLayer
+from normswap.methods.layer import ContextLayer
 from normswap.methods.layer_tensors import check_settings, fill_affine, fitting
 from normswap.methods.norm_values import PlainNorm, added_prior, pick_moments
+from normswap.methods.running import RUNNING
 from normswap.util.distributed import sum_over, sum_over_ddp
 
 

@@ -12,9 +12,10 @@ from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
-from normswap.methods.layer import RUNNING, ContextLayer
+from normswap.methods.layer import ContextLayer
 from normswap.methods.layer_tensors import check_settings, load_shared
 from normswap.methods.norm_values import PlainNorm, added_prior, pick
+from normswap.methods.running import RUNNING
 from normswap.sites import Site
 
 
@@ -77,7 +78,7 @@ class ContextInstanceNorm(ContextLayer):
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_contexts, num_features, **options))
         self.bias = nn.Parameter(torch.empty(num_contexts, num_features, **options))
-        self._add_running((num_features,), (), options)
+        self.add_running((num_features,), (), options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -95,7 +96,7 @@ class ContextInstanceNorm(ContextLayer):
         with torch.no_grad():
             layer.weight.copy_(weight.expand_as(layer.weight))
             layer.bias.copy_(bias.expand_as(layer.bias))
-            layer._take_running(source)
+            layer.take_running(source)
         return layer
 
     def forward(self, input: Tensor, context: Any = None) -> Tensor:
@@ -135,9 +136,12 @@ class ContextInstanceNorm(ContextLayer):
         replay: bool,
     ) -> Affine:
         """Return the map of each instance; see `normswap.functional.fused`."""
-        training = self.training and not self.stats_frozen
-        if training and not (replay or in_backward()) and len(instances.mean) > 0:
-            self._update(instances, positions)
+        training = self.training and not (self.stats_frozen or replay or in_backward())
+        if training and self.running_mean is not None and len(instances.mean) > 0:
+            # As torch does: averages over instances, unbiased variance.
+            mean, var = (t.detach().mean(0) for t in instances)
+            unbiased = var * (positions / max(positions - 1, 1))
+            self.move_running(mean, unbiased, self.momentum or 0.0)
         weight, bias = (t.to(instances.mean.dtype) for t in tensors)
         affine = self._select(weight, bias, labels, unlabelled)
         scale = affine.scale * torch.rsqrt(instances.var + self.eps)
@@ -151,16 +155,6 @@ class ContextInstanceNorm(ContextLayer):
             return self._unknown(weight, bias)
         known = Affine(weight, bias).rows(labels.clamp(min=0) if unlabelled else labels)
         return known.where(labels >= 0, self._unknown(weight, bias)) if unlabelled else known
-
-    @torch.no_grad()
-    def _update(self, moments: Moments, positions: int) -> None:
-        """Move the running statistics as torch does: averages over instances, unbiased variance."""
-        rate = 0.0 if self.momentum is None else self.momentum
-        unbiased = moments.var.mean(0) * (positions / max(positions - 1, 1))
-        new = (moments.mean.mean(0), unbiased)
-        for buffer, value in zip((self.running_mean, self.running_var), new, strict=True):
-            if buffer is not None:
-                buffer.copy_(buffer + rate * (value - buffer))
 
     def _unknown(self, weight: Tensor, bias: Tensor) -> Affine:
         row = self.row_unlabelled(weight, bias)

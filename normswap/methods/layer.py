@@ -4,21 +4,21 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from normswap.errors import ContextError, MissingContextError, refuse_scripting
 from normswap.functional.backend import triton_for
 from normswap.functional.label_rows import labels_per_row, wrong_length
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.methods.layer_tensors import Resettable, WithPriors, lay_out
+from normswap.methods.running import RunningStats
 from normswap.util.arguments import MOST_CONTEXTS, MOST_FEATURES, check_count, describe
 from normswap.util.original_class import AsBefore
 
-RUNNING = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
 POLICIES = ("error", "pooled", "posterior")
 
 
-class NormLayer(AsBefore, Resettable):
+class NormLayer(AsBefore, RunningStats, Resettable):
     """Base of layers that replace a norm: where it stood, and what it applies after normalising.
 
     Args:
@@ -33,7 +33,6 @@ class NormLayer(AsBefore, Resettable):
     context_parameters: tuple[str, ...] = ()
     stats_frozen = False
     affine = True
-    track_running_stats = True
     __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, num_features: int) -> None:
@@ -43,29 +42,6 @@ class NormLayer(AsBefore, Resettable):
         self.site = ""
         self.dims: tuple[int, ...] = ()
         self.tail: tuple[str, ...] = ()
-
-    def reset_running_stats(self) -> None:
-        """Set zero mean, unit variance and no batches, where there are running statistics."""
-        for name, value in RUNNING.items():
-            if (buffer := self._buffers.get(name)) is not None:
-                buffer.fill_(value)
-
-    def _add_running(
-        self, shape: tuple[int, ...], counts: tuple[int, ...], placed: dict[str, Any]
-    ) -> None:
-        """Register running statistics, None where they are not tracked."""
-        counter = (counts, {**placed, "dtype": torch.int64})
-        for name in RUNNING:
-            size, options = counter if name == "num_batches_tracked" else (shape, placed)
-            tracked = torch.zeros(size, **options) if self.track_running_stats else None
-            self.register_buffer(name, tracked)
-
-    def _take_running(self, norm: nn.Module) -> None:
-        """Copy the running statistics of the norm that is replaced, as far as both have them."""
-        for name in RUNNING:
-            own, given = self._buffers.get(name), getattr(norm, name, None)
-            if own is not None and given is not None:
-                own.copy_(given)
 
     def _record(self, x: fx.Proxy, **given: Any) -> Any:
         """Become one call in a graph of `torch.fx`: no trace goes through the layer."""
