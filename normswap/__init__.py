@@ -23,9 +23,9 @@ from normswap.graph.rows.check import fix_rows as fix_rows
 from normswap.graph.use_context import use_context as use_context
 from normswap.lifecycle.absent_rows import keep_absent_rows as keep_absent_rows
 from normswap.lifecycle.adapt import adapt as adapt
-from normswap.lifecycle.add_context import add_context as add_context
 from normswap.lifecycle.calibration import calibrate as calibrate
-from normswap.lifecycle.remove_context import remove_context as remove_context
+from normswap.lifecycle.change_contexts import add_context as add_context
+from normswap.lifecycle.change_contexts import remove_context as remove_context
 from normswap.lifecycle.revert import revert as revert
 from normswap.lifecycle.revert import specialize as specialize
 from normswap.lifecycle.statistics import update_stats as update_stats

@@ -23,8 +23,7 @@ from normswap.lifecycle.record import Record, find_inside, find_root
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import get_method
 from normswap.report import Report, Verification
-from normswap.saving.changes import mark
-from normswap.saving.fingerprint import other_tensors
+from normswap.saving.fingerprint import mark, other_tensors
 from normswap.util.arguments import check_flag
 from normswap.util.copies import copy_model, copy_structure
 from normswap.util.select import Selector

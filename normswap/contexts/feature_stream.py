@@ -10,6 +10,7 @@ from normswap.contexts.clusters import ClusterAssigner
 from normswap.contexts.features import Extractor, Features, targets_of
 from normswap.contexts.tally import Tally
 from normswap.errors import ContextError
+from normswap.util.arguments import check_count
 from normswap.util.batches import Reservoir, show_progress, undisturbed
 
 A = TypeVar("A", bound=ClusterAssigner)
@@ -41,21 +42,16 @@ class FeatureStream:
         seed: int,
         progress: bool,
     ) -> None:
-        if isinstance(num_contexts, bool) or not isinstance(num_contexts, int) or num_contexts < 1:
-            raise ContextError(f"expected num_contexts of at least 1, got {num_contexts!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ContextError(f"expected seed= in [0, 2^32), got {seed!r}")
-        if samples < num_contexts:
-            raise ContextError(f"expected samples= of at least {num_contexts}, got {samples}")
+        check_count("num_contexts", num_contexts, error=ContextError)
+        check_count("seed", seed, 0, 2**32 - 1, ContextError)
+        check_count("samples", samples, num_contexts, error=ContextError)
         if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
             raise ContextError(
                 f"expected a loader that yields batches, got {type(loader).__name__}; give a "
                 "DataLoader, or a list of batches"
             )
-        self.loader = loader
-        self.num_contexts = num_contexts
-        self.seed = seed
-        self.progress = progress
+        self.loader, self.num_contexts = loader, num_contexts
+        self.seed, self.progress = seed, progress
         self.extractor = Extractor(features)
         self.kept = Reservoir(samples, torch.Generator().manual_seed(seed))
         self.targets: list[Tensor | None] = []

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _forward_unimplemented
 
-from normswap.conversion.containers import read_container
 from normswap.errors import ConversionError
 from normswap.graph.blocks.channels import LAST, Features, Reader
 from normswap.graph.blocks.insert import PLACEMENTS
@@ -18,7 +17,16 @@ from normswap.graph.blocks.residual import (
     find_residuals,
     input_channels,
 )
-from normswap.graph.tracing import TraceSession, flipped
+from normswap.graph.dispatch import dispatch
+from normswap.graph.tracing import (
+    Traced,
+    TraceFailure,
+    TraceSession,
+    describe,
+    flipped,
+    parameters_of,
+    write_forward,
+)
 from normswap.methods.base import InsertedMethod
 from normswap.report import Row
 from normswap.sites import Place, find_norms, is_instance_norm, norm_channels, unknown_norm
@@ -192,3 +200,16 @@ def _read(features: Features) -> tuple[int | None, str]:
     if features.dimension == LAST:
         return None, "its features have their channels last"
     return features.channels, ""
+
+
+def read_container(session: TraceSession, module: nn.Module) -> tuple[Traced | None, str]:
+    """Trace a module in the mode it is in; return the graph, or why there is none."""
+    forward = type(module).forward
+    if type(module).__module__.startswith("torch.nn.") or forward is _forward_unimplemented:
+        return None, ""
+    written = write_forward(parameters_of(forward), dispatch)
+    kinds = tuple(describe(value, []) for value in written.examples())
+    try:
+        return session.trace(module, written.spread, kinds), ""
+    except TraceFailure as failure:
+        return None, str(failure)

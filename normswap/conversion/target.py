@@ -1,17 +1,19 @@
 """What a conversion does to a model: decided before anything changes, then done."""
 
+import functools
 import glob
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _forward_unimplemented
 
-from normswap.conversion.containers import find_first
 from normswap.conversion.insertion import InputNorm, Insertion
-from normswap.conversion.places import find_places, place_at_input
+from normswap.conversion.places import find_places, place_at_input, read_container
 from normswap.conversion.replacement import Target, find_replacement
 from normswap.errors import ConversionError
 from normswap.graph.class_questions import check_questions
 from normswap.graph.surgery import Surgery
+from normswap.graph.tracing import TraceSession
 from normswap.lifecycle.record import Record
 from normswap.methods.base import BaseMethod, InsertedMethod, Method
 from normswap.sites import find_norms, norm_channels, read_site
@@ -80,6 +82,46 @@ def _first(model: nn.Module, method: BaseMethod, exclude: Selector) -> tuple[str
             "normswap.plan without select= says why of each"
         )
     return find_first(model, norms)
+
+
+def find_first(model: nn.Module, norms: dict[str, nn.Module]) -> tuple[str, str]:
+    """Return the name of the norm that a forward of the model meets first, and how that is known.
+
+    Args:
+        model: the model.
+        norms: those that may be meant, by name.
+    """
+    holders = {name.rsplit(".", depth)[0] for name in norms for depth in range(name.count(".") + 1)}
+    assumed: list[str] = []
+
+    def meet(name: str, module: nn.Module) -> str | None:
+        if name in norms:
+            return name
+        if name and name not in holders:
+            return None
+        traced, _ = read(module)
+        if traced is None:
+            if type(module).forward not in (_forward_unimplemented, nn.Sequential.forward):
+                assumed.append(name or type(module).__name__)
+            return first(name, module, [child for child, _ in module.named_children()])
+        called = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+        return first(name, module, called)
+
+    def first(name: str, module: nn.Module, targets: list[str]) -> str | None:
+        for target in targets:
+            path = f"{name}.{target}" if name else target
+            if (found := meet(path, module.get_submodule(target))) is not None:
+                return found
+        return None
+
+    with TraceSession() as session:
+        read = functools.partial(read_container, session)
+        found = meet("", model)
+    if found is None:
+        return next(iter(norms)), "the first in the model; no forward that was read calls one"
+    if assumed:
+        return found, f"the first in the model; the forward of {assumed[0]} could not be read"
+    return found, "the first that a forward meets"
 
 
 def carry_out(target: Target, surgery: Surgery, record: Record) -> nn.Module:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from normswap.functional.backend import triton_for
 from normswap.functional.backward import in_backward
 from normswap.functional.fused import HandGlue
-from normswap.functional.gate import GateGlue
+from normswap.functional.glue import GateGlue
 from normswap.functional.moments import Moments, context_moments, wide_dtype
 from normswap.functional.style import Style
 from normswap.methods.layer_tensors import Resettable

@@ -19,19 +19,20 @@ from normswap.lifecycle.record import Record, check_parameters, find_root
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import Contexts, get_method, methods, parse_options
 from normswap.report import Verification
-from normswap.saving.changes import find_changed, mark, samples
 from normswap.saving.fingerprint import (
     checksums,
     describe,
     describe_base,
     describe_original,
     differences,
+    find_changed,
     layer_tensors,
+    mark,
     other_tensors,
+    samples,
     shorten,
 )
-from normswap.saving.folder import as_folder, read_folder, write_folder
-from normswap.saving.hub import find_folder
+from normswap.saving.folder import as_folder, find_folder, read_folder, write_folder
 from normswap.sites import is_quantised
 from normswap.util.arguments import check_choice, check_flag
 from normswap.util.copies import copy_model

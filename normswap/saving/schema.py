@@ -59,6 +59,8 @@ def _fits(value: Any, form: Any) -> bool:
 
 _TENSORS = {...: (_is_text, [_is_count])}
 _NORMS = {...: {"class": _is_text, "tensors": _TENSORS}}
+_BASE = {"class": _is_text, "tensors": _TENSORS, "norms": _NORMS}
+_FILE = {"name": _is_text, "bytes": _is_count, "sha256": _is_text}
 _ENTRIES: dict[str, tuple[str, Any]] = {
     "normswap": ("a version", _is_text),
     "method": ("a name", _is_text),
@@ -69,16 +71,10 @@ _ENTRIES: dict[str, tuple[str, Any]] = {
     "unknown": ("a policy or an index", lambda v: _is_whole(v) or _is_text(v)),
     "answering": ("a number or null", lambda v: v is None or _is_count(v)),
     "sites": ("distinct names", _are_names),
-    "base": (
-        "a class, norms and tensors",
-        {"class": _is_text, "tensors": _TENSORS, "norms": _NORMS},
-    ),
+    "base": ("a class, norms and tensors", _BASE),
     "values": ("checksums by name", {...: _is_whole}),
     "samples": ("checksums by name", {...: _is_whole}),
     "layers": ("dtypes and shapes by name", _TENSORS),
     "others": ("distinct names", _are_names),
-    "file": (
-        "a name, bytes and sha256",
-        {"name": _is_text, "bytes": _is_count, "sha256": _is_text},
-    ),
+    "file": ("a name, bytes and sha256", _FILE),
 }

@@ -10,9 +10,8 @@ from torch import nn
 
 from normswap.api import summary
 from normswap.errors import ContextWarning, ConversionError, NormswapError
-from normswap.lifecycle.add_context import add_context
+from normswap.lifecycle.change_contexts import add_context, remove_context
 from normswap.lifecycle.record import method_layers
-from normswap.lifecycle.remove_context import remove_context
 from normswap.lifecycle.revert import revert, specialize
 from normswap.lifecycle.training import freeze
 from normswap.lifecycle.unknown import set_unknown
