@@ -11,12 +11,7 @@ from torch.nn.modules.module import _forward_unimplemented
 from normswap.errors import ConversionError
 from normswap.graph.blocks.channels import LAST, Features, Reader
 from normswap.graph.blocks.insert import PLACEMENTS
-from normswap.graph.blocks.residual import (
-    Residual,
-    features_of,
-    find_residuals,
-    input_channels,
-)
+from normswap.graph.blocks.residual import Residual, features_of, find_residuals, input_channels
 from normswap.graph.dispatch import dispatch
 from normswap.graph.tracing import (
     Traced,

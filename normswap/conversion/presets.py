@@ -103,11 +103,7 @@ PRESETS = MappingProxyType(
 
 
 def fill_from_preset(
-    preset: str | None,
-    method: str,
-    placement: str | None,
-    select: Any,
-    options: dict[str, Any],
+    preset: str | None, method: str, placement: str | None, select: Any, options: dict[str, Any]
 ) -> tuple[str | None, Any, dict[str, Any]]:
     """Return placement, selection and options with what a preset says and the caller does not.
 

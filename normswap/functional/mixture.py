@@ -95,13 +95,7 @@ def responsibilities(x: Tensor, mixture: Mixture, joint: bool = False) -> Tensor
 
 
 def norm_elements_by_formula(
-    x: Tensor,
-    mixture: Mixture,
-    gain: Tensor,
-    bias: Tensor,
-    given: Moments,
-    eps: float,
-    batch: bool,
+    x: Tensor, mixture: Mixture, gain: Tensor, bias: Tensor, given: Moments, eps: float, batch: bool
 ) -> Normalized:
     """Normalise; every value is assigned on its own. Its memory grows with K; see `norm_elements`.
 
@@ -172,13 +166,7 @@ def _shares(
 
 
 def norm_positions(
-    x: Tensor,
-    mixture: Mixture,
-    gain: Tensor,
-    bias: Tensor,
-    given: Moments,
-    eps: float,
-    batch: bool,
+    x: Tensor, mixture: Mixture, gain: Tensor, bias: Tensor, given: Moments, eps: float, batch: bool
 ) -> Normalized:
     """Normalise; the channels of a position are assigned jointly. Arguments as for elements."""
     flat = x.to(compute_dtype(x))

@@ -33,13 +33,7 @@ _BLOCK_ELSEWHERE = 2**25
 
 
 def norm_elements(
-    x: Tensor,
-    mixture: Mixture,
-    gain: Tensor,
-    bias: Tensor,
-    given: Moments,
-    eps: float,
-    batch: bool,
+    x: Tensor, mixture: Mixture, gain: Tensor, bias: Tensor, given: Moments, eps: float, batch: bool
 ) -> Normalized:
     """Compute `norm_elements_by_formula` with memory that does not grow with K, and faster.
 

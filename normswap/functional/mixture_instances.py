@@ -14,13 +14,7 @@ from normswap.functional.moments import Moments
 
 
 def norm_instances(
-    x: Tensor,
-    mixture: Mixture,
-    gain: Tensor,
-    bias: Tensor,
-    given: Moments,
-    eps: float,
-    batch: bool,
+    x: Tensor, mixture: Mixture, gain: Tensor, bias: Tensor, given: Moments, eps: float, batch: bool
 ) -> Normalized:
     """Normalise; the channel mean of an instance decides for it.
 

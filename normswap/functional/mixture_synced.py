@@ -6,20 +6,11 @@ import torch
 from torch import Tensor
 
 from normswap.functional.mixture import MASS, Mixture, responsibilities, rows
-from normswap.functional.moments import (
-    Moments,
-    combine_moments,
-    compute_dtype,
-    instance_moments,
-)
+from normswap.functional.moments import Moments, combine_moments, compute_dtype, instance_moments
 
 
 def shared_moments(
-    x: Tensor,
-    mixture: Mixture,
-    given: Moments,
-    assignment: str,
-    reduce: Callable[[Tensor], Tensor],
+    x: Tensor, mixture: Mixture, given: Moments, assignment: str, reduce: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Moments, Tensor]:
     """Return what each component owns of all processes' batches, with one sum over them.
 

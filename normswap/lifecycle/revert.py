@@ -113,12 +113,7 @@ def _choices(record: Record) -> str:
 
 
 def _restore(
-    root: nn.Module,
-    record: Record,
-    index: int | None,
-    alike: bool,
-    discard: bool,
-    inplace: bool,
+    root: nn.Module, record: Record, index: int | None, alike: bool, discard: bool, inplace: bool
 ) -> nn.Module:
     """Put norms in place of the layers; see `revert` for the rest.
 

@@ -10,12 +10,7 @@ from normswap.errors import ConversionError
 from normswap.functional.moments import Moments
 from normswap.methods.acn_layer import AdaptiveContextNorm
 from normswap.methods.acn_options import AdaptiveOptions
-from normswap.methods.base import (
-    Contexts,
-    Method,
-    affine_tensors,
-    register_method,
-)
+from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.norm_values import PlainNorm, advise_freezing
 from normswap.sites import Site
 

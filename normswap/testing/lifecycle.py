@@ -160,10 +160,7 @@ def check_adds_contexts(case: Case) -> None:
     require_close(case.in_eval(kept, x), unknown, "without a label, with keep_unknown=True")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ContextWarning)
-        indices = [
-            add_context(model, "d"),
-            add_context(model, "e", like="b", share=0.1),
-        ]
+        indices = [add_context(model, "d"), add_context(model, "e", like="b", share=0.1)]
     require(indices == [3, 4], f"expected indices 3 and 4, got {indices}")
     for label, expected in zip(given, before, strict=True):
         require_equal(case.in_eval(model, x, label), expected, f"context {label}")
