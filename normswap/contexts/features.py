@@ -130,11 +130,7 @@ class Extractor:
 
 
 def first_of(batch: Any) -> Tensor:
-    """Return the input in a batch: a real tensor, or the first item of a tuple or list.
-
-    Raises:
-        ContextError: neither.
-    """
+    """Return the input in a batch: a real tensor, or the first item of a tuple or list."""
     x = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(x, Tensor) or x.is_complex():
         kind = x.dtype if isinstance(x, Tensor) else type(batch).__name__

@@ -39,11 +39,7 @@ class Counts:
 
 
 class Tally:
-    """Counts of contexts, and of contexts with targets, over a stream of labels.
-
-    Args:
-        num_contexts: K.
-    """
+    """Counts of contexts, and of contexts with targets, over a stream of labels."""
 
     def __init__(self, num_contexts: int) -> None:
         self.num_contexts = num_contexts

@@ -16,13 +16,7 @@ _HOOKS = sorted(name for name in _NEW if "hook" in name)
 
 
 def adopt(layer: nn.Module, source: nn.Module, site: Site) -> None:
-    """Carry over mode, hooks, freezing, fused children, settings and further attributes.
-
-    Args:
-        layer: a new one, of any class.
-        source: the norm it replaces.
-        site: the norm, as it was read.
-    """
+    """Carry over mode, hooks, freezing, fused children, settings and further attributes."""
     layer.train(source.training)
     _keep_requires_grad(layer, source, site)
     _apply_fused(layer, source, site)

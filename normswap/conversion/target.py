@@ -85,12 +85,7 @@ def _first(model: nn.Module, method: BaseMethod, exclude: Selector) -> tuple[str
 
 
 def find_first(model: nn.Module, norms: dict[str, nn.Module]) -> tuple[str, str]:
-    """Return the name of the norm that a forward of the model meets first, and how that is known.
-
-    Args:
-        model: the model.
-        norms: those that may be meant, by name.
-    """
+    """Return which of some norms a forward of the model meets first, and how that is known."""
     holders = {name.rsplit(".", depth)[0] for name in norms for depth in range(name.count(".") + 1)}
     assumed: list[str] = []
 
@@ -125,12 +120,7 @@ def find_first(model: nn.Module, norms: dict[str, nn.Module]) -> tuple[str, str]
 
 
 def carry_out(target: Target, surgery: Surgery, record: Record) -> nn.Module:
-    """Change the model under surgery; return the converted one, a layer where it was a norm.
-
-    Raises:
-        ConversionError: a layer cannot be built or reached, or code that asks for a class would
-            be answered otherwise than before.
-    """
+    """Change the model under surgery; return the converted one, a layer where it was a norm."""
     converted = target.apply(surgery, record)
     check_questions(converted)
     return converted

@@ -30,13 +30,7 @@ class Reference:
 def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Reference | Verification:
     """Run the original on what the user gave, else on a guess; else say why nothing is compared.
 
-    Args:
-        model: the original.
-        given: the user's inputs, if any.
-        labels: how many contexts are to be compared; 0 for a method without.
-
-    Raises:
-        ConversionError: the original fails on the user's inputs, or they have no batch to label.
+    `labels` is how many contexts are to be compared; 0 for a method without.
     """
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         return Verification(reason="the model has no values (meta device)")
@@ -95,19 +89,8 @@ def compare(
 ) -> Verification:
     """Compare outputs for every context, mixed in one batch, and for unknown labels.
 
-    Args:
-        model: the converted model.
-        reference: what the original outputs.
-        names: of the contexts.
-        argument: name of the model's context argument; None where it takes none.
-        allow_unknown: whether to compare without labels.
-        keeps: whether a difference beyond rounding is an error.
-
-    Returns:
-        The differences; with a reason where no finite output tells one.
-
-    Raises:
-        VerificationError: a difference beyond rounding, or a forward that fails.
+    `argument` names the model's context argument, None where it takes none. A difference beyond
+    rounding is an error if the method `keeps` the function.
     """
     try:
         return _compare(model, reference, names, argument, allow_unknown, keeps)

@@ -104,13 +104,17 @@ def _place(labels: Tensor, device: torch.device | None) -> Tensor:
     return labels.to(device, non_blocking=True)
 
 
-class _Memo:
+class _Memo(NamedTuple):
     """What was made of labels, in the state they had, inside or outside of a CUDA graph."""
 
-    def __init__(self, labels: Tensor, limits: tuple[int, int] | None = None) -> None:
-        self.labels_are = _state(labels)
-        self.limits = limits
-        self.made: dict[Hashable, Any] = {}
+    labels_are: tuple[int, bool]
+    limits: tuple[int, int] | None
+    made: dict[Hashable, Any]
+
+
+def _memo_of(labels: Tensor) -> _Memo | None:
+    memo: _Memo | None = getattr(labels if labels._base is None else labels._base, "memo", None)
+    return memo
 
 
 def _state(labels: Tensor) -> tuple[int, bool]:
@@ -123,7 +127,7 @@ def with_memo(labels: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
     if not is_eager() or type(labels) is not Tensor or labels.is_inference():
         return labels
     labels = labels.detach()
-    labels.memo = _Memo(labels, limits)  # type: ignore[attr-defined]
+    labels.memo = _Memo(_state(labels), limits, {})  # type: ignore[attr-defined]
     return labels
 
 
@@ -139,7 +143,7 @@ def kept(labels: Tensor, key: Hashable, make: Callable[[], T]) -> T:
     Not where labels were written to since they were checked, or a CUDA graph is captured since:
     what it computes has to be in it.
     """
-    memo: _Memo | None = getattr(labels if labels._base is None else labels._base, "memo", None)
+    memo = _memo_of(labels)
     if memo is None or memo.labels_are != _state(labels):
         return make()
     place = (key, labels.shape, labels.stride(), labels.storage_offset())
@@ -151,7 +155,7 @@ def kept(labels: Tensor, key: Hashable, make: Callable[[], T]) -> T:
 
 def is_stale(labels: Tensor) -> bool:
     """Return whether checked labels were written to since."""
-    memo: _Memo | None = getattr(labels if labels._base is None else labels._base, "memo", None)
+    memo = _memo_of(labels)
     return memo is not None and memo.labels_are[0] != labels._version
 
 

@@ -1,5 +1,6 @@
 """A Gaussian mixture that assigns a channel of an instance as a whole, by its mean."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,7 @@ def _centred(
     return origin, instances._replace(mean=instances.mean - origin), mu - origin, mean - origin
 
 
+@dataclass(eq=False)
 class InstanceMixtureGlue:
     """The same map with its derivative written out.
 
@@ -78,10 +80,10 @@ class InstanceMixtureGlue:
         found: gets the mass of the components and the moments they were normalised with.
     """
 
-    def __init__(
-        self, positions: int, eps: float, batch: bool, found: list[tuple[Tensor, Moments]]
-    ) -> None:
-        self.positions, self.eps, self.batch, self.found = positions, eps, batch, found
+    positions: int
+    eps: float
+    batch: bool
+    found: list[tuple[Tensor, Moments]]
 
     def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map of each instance, and what `backward` needs."""

@@ -105,17 +105,7 @@ Tables: TypeAlias = dict[str, dict[str, Tensor]]
 
 
 def check_changeable(model: nn.Module, root: nn.Module, record: Record, how: str) -> Method:
-    """Return the method of a model whose contexts can change.
-
-    Args:
-        model: as the caller gave it.
-        root: the converted model in it.
-        record: of its conversion.
-        how: "add to" or "remove", for the message.
-
-    Raises:
-        ConversionError: a method without contexts, a model without values, or a wrapped one.
-    """
+    """Return the method of a model whose contexts can change; `how` is a word for the message."""
     method = get_method(record.method)
     if not isinstance(method, Method) or not method.needs_context:
         raise ConversionError(f"method {record.method!r} has no contexts to {how}")
@@ -132,11 +122,7 @@ def check_changeable(model: nn.Module, root: nn.Module, record: Record, how: str
 
 
 def table_of(where: str, layer: nn.Module, key: str) -> Tensor:
-    """Return a tensor of a layer that has a row for each context.
-
-    Raises:
-        ConversionError: it is computed from others.
-    """
+    """Return a tensor of a layer that has a row for each context."""
     if key not in layer._parameters and key not in layer._buffers:
         raise ConversionError(
             f"{where}.{key} is neither a parameter nor a buffer (parametrized?), whose rows could "

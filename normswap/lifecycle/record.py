@@ -47,11 +47,7 @@ def find_inside(model: nn.Module) -> tuple[nn.Module, Record] | None:
 
 
 def find_root(model: nn.Module) -> tuple[nn.Module, Record]:
-    """Return the converted model that a caller gave, perhaps compiled or in DDP, and its record.
-
-    Raises:
-        ConversionError: it is none; the message names one inside, if there is one.
-    """
+    """Return the converted model that a caller gave, perhaps compiled or in DDP, and its record."""
     root: Any = model
     while isinstance(root, DataParallel | DistributedDataParallel) or hasattr(root, "_orig_mod"):
         root = root.module if hasattr(root, "module") else root._orig_mod
@@ -100,11 +96,7 @@ def method_layers(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_parameters(root: nn.Module) -> None:
-    """Raise where a layer's parameter is computed before each forward, which reads another one.
-
-    Raises:
-        ConversionError: it is.
-    """
+    """Raise where a layer's parameter is computed before each forward, which reads another one."""
     for name, layer in method_layers(root).items():
         names = (*getattr(layer, "context_parameters", ()), "weight", "bias")
         if computed := computed_tensor(layer, names):
@@ -115,12 +107,7 @@ def check_parameters(root: nn.Module) -> None:
 
 
 def context_index(record: Record, context: str | int) -> int:
-    """Return the index of a context.
-
-    Raises:
-        UnknownNameError: no such name.
-        ContextError: an index out of range, or neither a name nor an index.
-    """
+    """Return the index of a context, given by name or index."""
     names = record.contexts.names
     if isinstance(context, str):
         if context in names:
@@ -163,10 +150,6 @@ def context_or_pooled(record: Record, context: str | int) -> int | None:
 
 
 def policy_of(unknown: str, names: Sequence[str]) -> str | int:
-    """Return the policy for unknown labels as the layers take it: a context's name as its index.
-
-    Raises:
-        UnknownNameError: neither a policy nor a context.
-    """
+    """Return the policy for unknown labels as the layers take it: a context's name as its index."""
     check_choice("policy for unknown labels", unknown, (*POLICIES, *names))
     return unknown if unknown in POLICIES else names.index(unknown)

@@ -115,16 +115,7 @@ def _choices(record: Record) -> str:
 def _restore(
     root: nn.Module, record: Record, index: int | None, alike: bool, discard: bool, inplace: bool
 ) -> nn.Module:
-    """Put norms in place of the layers; see `revert` for the rest.
-
-    Args:
-        root: the converted model.
-        record: of its conversion.
-        index: the context, None for the pooled one.
-        alike: whether the contexts have to agree, whichever is taken.
-        discard: whether to take the values at conversion.
-        inplace: whether to change `root`.
-    """
+    """Put norms in place of the layers; the contexts have to agree if `alike`. See `revert`."""
     check_parameters(root)
     target = root if inplace else copy_model(root)
     if not discard:
@@ -177,7 +168,6 @@ def _is_untouched(layer: nn.Module, record: Record) -> bool:
 def _norm(
     name: str, layer: nn.Module, record: Record, index: int | None, alike: bool, discard: bool
 ) -> nn.Module:
-    """Return the norm for a layer."""
     norm, method = rebuild(layer), get_method(record.method)
     assert isinstance(method, Method)
     if discard and lacks_values(layer):
@@ -201,11 +191,7 @@ def _norm(
 
 
 def _common(name: str, layer: nn.Module, record: Record, method: Method) -> PlainNorm:
-    """Return the norm that every context has.
-
-    Raises:
-        ConversionError: they differ by more than rounding.
-    """
+    """Return the norm that every context has, up to rounding."""
     plains = [method.plain(layer, k) for k in range(record.contexts.count)]
     dtype = next(t.dtype for t in layer.parameters() if t.is_floating_point())
     bound = 8 * torch.finfo(dtype).eps

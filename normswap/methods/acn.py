@@ -47,10 +47,8 @@ class AdaptiveContextNormalization(Method):
         mean, var = source.running_mean, source.running_var
         assert isinstance(mean, Tensor)
         assert isinstance(var, Tensor)
+        layer.take_running(source)
         layer.set_values(layer.start_from(mean, var, *affine_tensors(source, site)))
-        tracked = getattr(source, "num_batches_tracked", None)
-        if tracked is not None and layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.copy_(tracked)
         return layer
 
     def advise(self, norms: list[nn.Module], options: Any) -> str | None:

@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError
 from normswap.functional.moments import Moments
 from normswap.methods.found import import_installed, import_own
 from normswap.methods.norm_values import PlainNorm
+from normswap.methods.norm_values import affine_tensors as affine_tensors
 from normswap.sites import Place, Site
 from normswap.util.arguments import check_choice, meant
 
@@ -144,9 +144,8 @@ class Method(BaseMethod):
         Raises:
             ConversionError: the layer has no contexts to add to.
         """
-        rows: dict[str, Tensor] = self._ask(layer, "added_rows", "takes no further context")(
-            like, share
-        )
+        ask = self._ask(layer, "added_rows", "takes no further context")
+        rows: dict[str, Tensor] = ask(like, share)
         return rows
 
     def set_moments(self, layer: nn.Module, context: int, moments: Moments) -> None:
@@ -158,13 +157,12 @@ class Method(BaseMethod):
         self._ask(layer, "set_moments", "has no statistics of a context to set")(context, moments)
 
     def _ask(self, layer: nn.Module, name: str, otherwise: str) -> Any:
-        found = getattr(layer, name, None)
-        if found is None:
+        if not hasattr(layer, name):
+            kind = type(layer).__name__
             raise ConversionError(
-                f"method {self.name!r}: its layer {type(layer).__name__} {otherwise} (it has no "
-                f"{name}())"
+                f"method {self.name!r}: its layer {kind} {otherwise} (it has no {name}())"
             )
-        return found
+        return getattr(layer, name)
 
 
 class InsertedMethod(BaseMethod):
@@ -267,13 +265,3 @@ def parse_options(method: BaseMethod, given: dict[str, Any], arguments: Iterable
             f"{', '.join(known) or 'none'}{meant(name, [*known, *arguments], '{}=')}"
         )
     return method.options(**given)
-
-
-def affine_tensors(source: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias of a layer, ones and zeros where it lacks them."""
-    weight, bias = getattr(source, "weight", None), getattr(source, "bias", None)
-    ones = torch.ones(site.num_features, device=site.device, dtype=site.dtype)
-    return (
-        ones if weight is None else weight.detach(),
-        torch.zeros_like(ones) if bias is None else bias.detach(),
-    )

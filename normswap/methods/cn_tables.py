@@ -17,24 +17,14 @@ AFFINE = ("context", "shared")
 
 
 def check_affine(shrink: float, affine: str) -> None:
-    """Check what CN may be set to besides.
-
-    Raises:
-        ConversionError: shrink neither in [0, 1e9] nor infinity.
-        UnknownNameError: affine is none of the choices.
-    """
+    """Check what CN may be set to besides: shrink in [0, 1e9] or infinity, one of `AFFINE`."""
     if not (isinstance(shrink, float) and shrink == math.inf):
         check_number("shrink", shrink, 0, 1e9)
     check_choice("affine=", affine, AFFINE)
 
 
 class ContextTables(ContextLayer):
-    """Base of `ContextNorm`: its tensors, and the plain norms they stand for.
-
-    Shape:
-        Parameters weight, bias: (K, C), or (C,) with ``affine="shared"``; buffers running_mean,
-        running_var: (K, C), num_batches_tracked, priors: (K,).
-    """
+    """Base of `ContextNorm`: its tensors, and the plain norms they stand for."""
 
     context_parameters: tuple[str, ...] = ("weight", "bias")
     weight: nn.Parameter
@@ -61,10 +51,8 @@ class ContextTables(ContextLayer):
         super().__init__(num_features, num_contexts, unknown, priors, device, dtype)
         check_settings(eps, momentum, {"synced": synced})
         check_affine(shrink, affine)
-        self.eps = eps
-        self.momentum = momentum
-        self.frozen = False
-        self.synced = synced
+        self.eps, self.momentum = eps, momentum
+        self.frozen, self.synced = False, synced
         self.process_group: str | None = None
         self.shrink = float(shrink)
         self.shared_affine = affine == "shared"

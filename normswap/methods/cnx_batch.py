@@ -117,15 +117,7 @@ class BatchContextNormX(ContextNormX):
         labels: Tensor | None,
         unlabelled: bool,
     ) -> Centred:
-        """Return the map of each sample, or of all, from x to y.
-
-        Args:
-            instances: returns the moments of each instance of x.
-            whole: what x is normalised with, (1, C).
-            learned: mu, log sigma, gamma and beta.
-            labels: (N,), None where no sample has one.
-            unlabelled: whether a label may be -1.
-        """
+        """Return the map of each sample, or of all, from x to y; x is normalised with `whole`."""
         inverse = torch.rsqrt(whole.var + self.eps)
 
         def of_z() -> Moments:

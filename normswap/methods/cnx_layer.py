@@ -176,7 +176,10 @@ class ContextNormX(ContextLayer):
             fill_affine(state_dict, prefix, self.num_features)
         self._read_base(state_dict, prefix, *args)
         self.load_priors(state_dict, prefix, state_dict.get(prefix + "mu"))
-        self.fresh = self.fresh and not _is_started(state_dict, prefix)
+        # Statistics other than those of a layer that met no batch have started.
+        saved = [state_dict.get(prefix + name) for name in ("mu", "log_sigma")]
+        started = (isinstance(v, Tensor) and (v.is_meta or bool(v.any())) for v in saved)
+        self.fresh = self.fresh and not any(started)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _read_base(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -218,9 +221,3 @@ class ContextNormX(ContextLayer):
         """Set mu and ``log sigma = log(var + eps) / 2`` of a context from statistics, (C,) each."""
         self.mu[context] = moments.mean
         self.log_sigma[context] = log_spread(moments.var, self.eps)
-
-
-def _is_started(state: dict[str, Any], prefix: str) -> bool:
-    """Return whether saved statistics are other than those of a layer that met no batch."""
-    values = [state.get(prefix + name) for name in ("mu", "log_sigma")]
-    return any(isinstance(v, Tensor) and (v.is_meta or bool(v.any())) for v in values)

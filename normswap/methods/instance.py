@@ -72,8 +72,7 @@ class ContextInstanceNorm(ContextLayer):
     ) -> None:
         super().__init__(num_features, num_contexts, unknown, priors, device, dtype)
         check_settings(eps, momentum, {"track_running_stats": track_running_stats})
-        self.eps = eps
-        self.momentum = momentum
+        self.eps, self.momentum = eps, momentum
         self.track_running_stats = track_running_stats
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_contexts, num_features, **options))
@@ -101,8 +100,7 @@ class ContextInstanceNorm(ContextLayer):
 
     def forward(self, input: Tensor, context: Any = None) -> Tensor:
         """Normalise input; an input without a batch dimension counts as one sample."""
-        known = isinstance(input, Tensor)
-        if known and self.dims and input.dim() == self.dims[0] - 1:
+        if isinstance(input, Tensor) and self.dims and input.dim() == self.dims[0] - 1:
             return super().forward(input.unsqueeze(0), context).squeeze(0)
         return super().forward(input, context)
 

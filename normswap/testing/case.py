@@ -44,6 +44,11 @@ class Case:
         return [0, 1, 2, LABELS, MIXED, None] if self.labelled else [None]
 
     @property
+    def mixed(self) -> Tensor | None:
+        """Labels of a batch, one of them unknown, where there are labels to give."""
+        return MIXED if self.labelled else None
+
+    @property
     def pooled(self) -> dict[str, str]:
         """Settings with which a sample without a label gets what "pooled" contexts compute."""
         return {"unknown": "pooled"} if self.labelled else {}
@@ -85,6 +90,13 @@ class Case:
         """Convert with three contexts of unequal priors, where the method takes contexts."""
         given = {"contexts": NAMES, "priors": PRIORS} if self.labelled else {}
         return convert(base, self.method.name, **{**given, **dict(self.options), **settings})
+
+    def each_trained(self, names: Any = None) -> Iterator[tuple[str, nn.Module, Tensor]]:
+        """Yield trained models, for graphs and for own forwards: what it is, the model, inputs."""
+        for name in self.models if names is None else names:
+            for trace in self.traces:
+                model = self.trained(name, trace=trace)
+                yield f"{name}, trace={trace}", model, make_inputs(model)
 
     def trained(self, name: str = "ConvNet", **settings: Any) -> nn.Module:
         """Return a float64 model in eval mode, every tensor of the method's layers moved."""
