@@ -55,7 +55,8 @@ class ClusterAssigner(Assigner):
     @property
     def width(self) -> int:
         """D."""
-        return self.arrays["centers"].shape[1]
+        center = self.arrays.get("center")
+        return self.arrays["centers"].shape[1] if center is None else len(center)
 
     @abstractmethod
     def scores(self, x: Tensor, arrays: dict[str, Tensor]) -> Tensor:
@@ -114,11 +115,6 @@ class GaussianMixtureAssigner(ClusterAssigner):
         "cholesky": 3,
         "log_weights": 1,
     }
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return len(self.arrays["center"])
 
     def scores(self, x: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         """Return the log of the joint density of input and component, up to a constant."""

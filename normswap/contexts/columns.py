@@ -102,10 +102,11 @@ def from_columns(
         raise ContextError(f"expected columns= as different names, got {columns!r}")
     if not table:
         raise ContextError("expected rows of metadata, got none")
-    for name in (*chosen, *([] if target is None else [target])):
-        if not any(name in row for row in table):
-            known = ", ".join(map(repr, dict.fromkeys(key for row in table for key in row)))
-            raise UnknownNameError(f"no column {name!r}; the columns are {known}")
+    known = dict.fromkeys(key for row in table for key in row)
+    for name in chosen if target is None else (*chosen, target):
+        if name not in known:
+            names = ", ".join(map(repr, known))
+            raise UnknownNameError(f"no column {name!r}; the columns are {names}")
     if extra := [name for name in given if name not in chosen]:
         raise ContextError(f"expected bins= of columns that decide, got {', '.join(extra)}")
     edges = {name: _edges(table, name, wanted) for name, wanted in given.items()}
@@ -124,14 +125,13 @@ def row_keys(
     table: Iterable[Row], columns: Sequence[str], edges: Mapping[str, Sequence[float]]
 ) -> list[tuple[str, ...] | None]:
     """Return what decides the context of each row; None where a value is missing."""
-    keys: list[tuple[str, ...] | None] = []
+    keys: list[Any] = []
     for row in table:
         texts = [
             _bin(row.get(name), name, edges[name]) if name in edges else as_text(row.get(name))
             for name in columns
         ]
-        full = [text for text in texts if text is not None]
-        keys.append(tuple(full) if len(full) == len(texts) else None)
+        keys.append(None if None in texts else tuple(texts))
     return keys
 
 

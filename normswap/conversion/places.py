@@ -47,6 +47,10 @@ class Found(NamedTuple):
     read: bool = True
 
 
+def _row(fqn: str, module: nn.Module, reason: str, aliases: tuple[str, ...] = ()) -> Row:
+    return Row(fqn, type(module).__name__, "refused", aliases, reason=reason)
+
+
 def find_places(
     model: nn.Module,
     method: InsertedMethod,
@@ -128,27 +132,25 @@ def _find(model: nn.Module, select: Selector, exclude: Selector, placement: str)
 
 def _norm_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
     for fqn, module, aliases in find_norms(model):
-        row = Row(fqn, type(module).__name__, "refused", aliases)
-        channels = norm_channels(module)
+        channels, before = norm_channels(module), is_instance_norm(module)
+        place, reason = None, "before the norm" if before else "after the norm"
         if channels is None:
-            row.reason = unknown_norm(module)
-            yield Found(module, row)
-            continue
-        before = is_instance_norm(module)
-        row.reason = "before the norm" if before else "after the norm"
-        own = next((t for t in module.state_dict().values() if t.is_floating_point()), like)
-        place = Place(fqn, placement, channels, own.device, own.dtype, before=before)
-        yield Found(module, row, place)
+            reason = unknown_norm(module)
+        else:
+            own = next((t for t in module.state_dict().values() if t.is_floating_point()), like)
+            place = Place(fqn, placement, channels, own.device, own.dtype, before=before)
+        yield Found(module, _row(fqn, module, reason, aliases), place)
 
 
 def _outputs(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
     for fqn, module in model.named_modules():
-        if fqn:
-            row = Row(fqn, type(module).__name__, "refused", reason="after its forward")
-            place: Place | None = Place(fqn, placement, None, like.device, like.dtype)
-            if type(module).forward is _forward_unimplemented and "forward" not in vars(module):
-                row.reason, place = "it has no forward after which a layer could come", None
-            yield Found(module, row, place)
+        if type(module).forward is _forward_unimplemented and "forward" not in vars(module):
+            if fqn:
+                reason = "it has no forward after which a layer could come"
+                yield Found(module, _row(fqn, module, reason))
+        elif fqn:
+            place = Place(fqn, placement, None, like.device, like.dtype)
+            yield Found(module, _row(fqn, module, "after its forward"), place)
 
 
 def _block_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
@@ -171,21 +173,19 @@ def _block_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Fo
                     if found and depends:
                         _, why = read_container(session, module)
             if why:
-                row = Row(fqn, type(module).__name__, "refused", reason=f"it {why}")
-                yield Found(module, row, read=False)
+                yield Found(module, _row(fqn, module, f"it {why}"), read=False)
                 continue
-            for reason in unclear:
-                yield Found(module, Row(fqn, type(module).__name__, "refused", reason=reason))
+            yield from (Found(module, _row(fqn, module, reason)) for reason in unclear)
             reader = Reader(module, graph_of)
             for block, residual in enumerate(found):
-                row = Row(fqn, type(module).__name__, "refused", reason=residual.reason)
+                reason = residual.reason
                 channels, why = _read(features_of(residual, reader, placement))
                 if channels is None:
-                    row.reason = f"{why} ({residual.reason})"
-                    yield Found(module, row)
+                    yield Found(module, _row(fqn, module, f"{why} ({reason})"))
                     continue
                 where = (fqn, placement, channels, like.device, like.dtype)
-                yield Found(module, row, Place(*where, block, len(found), reason=residual.reason))
+                place = Place(*where, block, len(found), reason=reason)
+                yield Found(module, _row(fqn, module, reason), place)
 
 
 def _read(features: Features) -> tuple[int | None, str]:

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normswap.errors import ContextError, ConversionError, not_converted
 from normswap.graph.state import RECORD, state_of
 from normswap.lifecycle.original import original_of
-from normswap.methods.base import Contexts
+from normswap.methods.base import Contexts, Method
 from normswap.methods.layer import POLICIES
 from normswap.report import Row, Verification
 from normswap.sites import computed_tensor
@@ -93,6 +93,12 @@ def inserted_layers(root: nn.Module) -> dict[str, nn.Module]:
 def method_layers(root: nn.Module) -> dict[str, nn.Module]:
     """Return every layer of the method, replaced or inserted."""
     return replaced_layers(root) | inserted_layers(root)
+
+
+def weights_of(record: Record, method: Method, layer: nn.Module) -> Tensor:
+    """Return the weights of a layer's contexts or components, (K,) or (K, C)."""
+    weights = method.weights(layer)
+    return record.contexts.priors if weights is None else weights
 
 
 def check_parameters(root: nn.Module) -> None:

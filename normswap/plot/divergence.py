@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normswap.errors import ConversionError, not_converted
 from normswap.functional.moments import gaussian_divergences
-from normswap.lifecycle.record import find_inside
+from normswap.lifecycle.record import find_inside, weights_of
 from normswap.methods.base import Method, get_method
 from normswap.plot.canvas import Axes, Figure, check_path, close, open_axes, shorten
 from normswap.util.extras import need
@@ -102,27 +102,22 @@ def model_divergences(model: nn.Module) -> tuple[dict[str, Tensor], list[str], s
     root, record = found
     method = get_method(record.method)
     rows: dict[str, Tensor] = {}
-    without = 0
-    for row in record.rows:
-        if row.action not in ("replaced", "inserted") or not isinstance(method, Method):
-            continue
+    kept = [r for r in record.rows if r.action in ("replaced", "inserted")]
+    for row in kept if isinstance(method, Method) else ():
+        assert isinstance(method, Method)
         layer = root.get_submodule(row.layer or row.fqn)
         moments = method.statistics(layer)
-        if moments is None or moments.mean.is_meta:
-            without += 1
-            continue
-        weights = method.weights(layer)
-        if weights is None:
-            weights = record.contexts.priors.to(moments.mean.device)
-        rows[row.fqn or "(root)"] = gaussian_divergences(moments, weights).mean(1).cpu()
+        if moments is not None and not moments.mean.is_meta:
+            weights = weights_of(record, method, layer).to(moments.mean.device)
+            rows[row.fqn or "(root)"] = gaussian_divergences(moments, weights).mean(1).cpu()
+    without = len(kept) - len(rows)
     if not rows:
         raise ConversionError(
             f"no layer of this model has statistics of contexts (method {record.method!r}), so "
             "there is no divergence to draw"
         )
-    count = len(next(iter(rows.values())))
-    names = list(record.contexts.names) if method.needs_context else []
-    names = names or [f"component {k}" for k in range(count)]
+    components = [f"component {k}" for k in range(len(next(iter(rows.values()))))]
+    names = list(record.contexts.names) if method.needs_context else components
     note = f"\n{without} layers keep no statistics and are not shown" if without else ""
     return rows, names, f"{record.model}, {record.method}: divergence by layer{note}"
 

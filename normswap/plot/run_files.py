@@ -120,23 +120,18 @@ def components_in(tensors: Mapping[str, Tensor]) -> dict[str, Components]:
         prefix = f"{layer}." if layer else ""
         if last not in ("running_mean", "mu") or tensors[name].dim() != 2 or layer in found:
             continue
-        get = {
-            key: tensors[prefix + key].double()
-            for key in ("mu", "log_sigma", "running_mean", "running_var", "priors", "prior_logits")
-            if prefix + key in tensors
-        }
-        learned = "mu" in get
-        spread = get.get("log_sigma" if learned else "running_var")
-        if spread is None or not ("priors" in get or "prior_logits" in get):
+        learned = prefix + "mu" in tensors
+        names = ("mu", "log_sigma") if learned else ("running_mean", "running_var")
+        get = {key: tensors.get(prefix + key) for key in (*names, "priors", "prior_logits")}
+        center, spread, priors, logits = (None if t is None else t.double() for t in get.values())
+        if center is None or spread is None or (priors is None and logits is None):
             continue
-        center = get["mu" if learned else "running_mean"]
         sigma = spread.exp() if learned else spread.clamp(min=1e-12).sqrt()
-        if "prior_logits" in get:
-            weight = bounded_log_prior(get["prior_logits"]).exp().expand_as(center)
-        else:
-            priors = get["priors"] / get["priors"].sum()  # the sum is not one after add_context
-            weight = priors.reshape(-1, 1).expand_as(center)
-        found[layer] = Components(weight, center, sigma)
+        if logits is not None:
+            weight = bounded_log_prior(logits).exp()
+        elif priors is not None:
+            weight = (priors / priors.sum())[:, None]  # the sum is not one after add_context
+        found[layer] = Components(weight.expand_as(center), center, sigma)
     return found
 
 
