@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.errors import ConversionError, NormswapError
+from normswap.errors import ConversionError, InputError, NormswapError
 from normswap.functional.backward import in_backward
-from normswap.functional.draws import is_captured, refuse_capture
+from normswap.functional.draws import is_captured
 from normswap.util.arguments import check_count, check_number
 
 REMEMBERED = 4096
@@ -130,8 +130,12 @@ class Schedule:
 
     def _ask(self, site: int, seed: int) -> bool:
         draw = self._draw
-        if self.p > 0:
-            refuse_capture("which CrossNorm layers fire")
+        if self.p > 0 and is_captured():
+            raise InputError(
+                "expected which CrossNorm layers fire to be drawn anew in every step, got a CUDA "
+                "graph, whose replays would repeat one draw; capture in eval mode or with p=0, or "
+                'use torch.compile(model, mode="reduce-overhead"), which draws on the device'
+            )
         if draw.fired is None or site in draw.asked:
             self._begin(seed)
         draw.asked.add(site)

@@ -170,11 +170,8 @@ def change_contexts(
     # Nothing below can fail.
     for where, layer in layers.items():
         for key, table in tables[where].items():
-            old = layer._parameters.get(key)
-            if old is not None:
-                layer._parameters[key] = changed[old]
-            else:
-                layer._buffers[key] = table
+            held: dict[str, Any] = layer._parameters if key in layer._parameters else layer._buffers
+            held[key] = changed.get(held[key], table)
         layer.__dict__.update(
             num_contexts=contexts.count,
             names=contexts.names,

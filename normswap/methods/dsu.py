@@ -1,7 +1,6 @@
 """DSU: in training, mean and spread of instances are drawn anew, as far apart as the batch is."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,16 +46,13 @@ class DSU(Augmentation):
     def augment(self, x: Tensor) -> Tensor:
         """Give each instance statistics drawn about its own; see the class."""
         noise = torch.randn((2, *x.shape[:2]), device=x.device, dtype=compute_dtype(x))
-        return stat_affine(x, partial(_perturb, noise, x.shape[2:].numel(), self.eps))
 
+        def glue(instances: Moments, *_: Tensor, replay: bool) -> Affine:
+            mean, std = style_of(instances, x.shape[2:].numel(), self.eps)
+            spread_mean, spread_std = (torch.sqrt(t.var(0) + self.eps) for t in (mean, std))
+            return Affine(1 + noise[1] * spread_std / std, mean + noise[0] * spread_mean)
 
-def _perturb(
-    noise: Tensor, positions: int, eps: float, instances: Moments, *, replay: bool
-) -> Affine:
-    """Return the map of each instance; see `normswap.functional.fused`."""
-    mean, std = style_of(instances, positions, eps)
-    spread_mean, spread_std = (torch.sqrt(t.var(0) + eps) for t in (mean, std))
-    return Affine(1 + noise[1] * spread_std / std, mean + noise[0] * spread_mean)
+        return stat_affine(x, glue)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Instance norm with an affine for each context, for the methods that act on an instance norm."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +113,16 @@ class ContextInstanceNorm(ContextLayer):
                     "expected more than 1 spatial element for the statistics of an instance, got "
                     f"input {tuple(x.shape)} (at {self._where()})"
                 )
-            glue = partial(self._glue, labels, unlabelled, x.shape[2:].numel())
+
+            def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
+                moves = training and not (replay or in_backward()) and len(instances.mean) > 0
+                if moves and self.running_mean is not None:
+                    self._update(instances, x.shape[2:].numel())
+                weight, bias = (t.to(instances.mean.dtype) for t in tensors)
+                affine = self._select(weight, bias, labels, unlabelled)
+                scale = affine.scale * torch.rsqrt(instances.var + self.eps)
+                return Affine(scale, affine.shift.expand_as(scale))
+
             return stat_affine(x, glue, self.weight, self.bias)
         dtype = compute_dtype(x)
         affine = self._select(self.weight.to(dtype), self.bias.to(dtype), labels, unlabelled)
@@ -124,26 +132,10 @@ class ContextInstanceNorm(ContextLayer):
         centre = moments.mean.expand_as(table.scale)
         return apply_centred(x, table._replace(centre=centre))
 
-    def _glue(
-        self,
-        labels: Tensor | None,
-        unlabelled: bool,
-        positions: int,
-        instances: Moments,
-        *tensors: Tensor,
-        replay: bool,
-    ) -> Affine:
-        """Return the map of each instance; see `normswap.functional.fused`."""
-        training = self.training and not (self.stats_frozen or replay or in_backward())
-        if training and self.running_mean is not None and len(instances.mean) > 0:
-            # As torch does: averages over instances, unbiased variance.
-            mean, var = (t.detach().mean(0) for t in instances)
-            unbiased = var * (positions / max(positions - 1, 1))
-            self.move_running(mean, unbiased, self.momentum or 0.0)
-        weight, bias = (t.to(instances.mean.dtype) for t in tensors)
-        affine = self._select(weight, bias, labels, unlabelled)
-        scale = affine.scale * torch.rsqrt(instances.var + self.eps)
-        return Affine(scale, affine.shift.expand_as(scale))
+    def _update(self, instances: Moments, positions: int) -> None:
+        """Move the running statistics as torch does: averages over instances, unbiased variance."""
+        mean, var = (t.detach().mean(0) for t in instances)
+        self.move_running(mean, var * (positions / max(positions - 1, 1)), self.momentum or 0.0)
 
     def _select(
         self, weight: Tensor, bias: Tensor, labels: Tensor | None, unlabelled: bool

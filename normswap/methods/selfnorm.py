@@ -87,14 +87,14 @@ class SelfNorm(nn.Module):
         positions = x.shape[2:].numel()
         by_hand = self.f is None and self.g.shares() is None
         hand = partial(self.g.by_hand, x) if by_hand else None
-        return stat_affine(x, partial(self._glue, positions), *tensors, hand=hand)
 
-    def _glue(self, positions: int, instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
-        """Return the map of each instance; see `normswap.functional.fused`."""
-        style = style_of(instances, positions, STD_EPS)
-        g = self.g(style, tensors[:3], replay)
-        f = g if self.f is None else self.f(style, tensors[3:], replay)
-        return Affine(g, style.mean * f)
+        def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
+            style = style_of(instances, positions, STD_EPS)
+            g = self.g(style, tensors[:3], replay)
+            f = g if self.f is None else self.f(style, tensors[3:], replay)
+            return Affine(g, style.mean * f)
+
+        return stat_affine(x, glue, *tensors, hand=hand)
 
     def effect(self) -> str | None:
         """Return what the layer does in eval, None while every gate is exactly 1."""

@@ -1,13 +1,13 @@
 """Save what a conversion and the training after it changed, and load it onto the base."""
 
 from dataclasses import asdict
-from importlib import metadata
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normswap._version import __version__
 from normswap.conversion.checks import check_copyable, check_model
 from normswap.conversion.replacement import Target
 from normswap.conversion.settings import make_contexts
@@ -89,7 +89,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
     # Of what is trained and not stored, no more is known of the base than its marks.
     marked = [n for n in others if n not in stored and n in changed and n in record.marks]
     content = {
-        "normswap": _version(),
+        "normswap": __version__,
         "method": record.method,
         "options": asdict(record.options),
         "placement": record.placement,
@@ -114,13 +114,6 @@ def _is_site(row: Any) -> bool:
     return row.action == "replaced" or (
         row.action == "inserted" and not row.target.endswith("(input)")
     )
-
-
-def _version() -> str:
-    try:
-        return metadata.version("normswap")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def load(
@@ -188,7 +181,7 @@ def load(
         if describe(wanted) != content["layers"]:
             raise CheckpointError(
                 f"converting this model makes other layers than {folder} holds; it was saved by "
-                f"normswap {content['normswap']}, this is {_version()}"
+                f"normswap {content['normswap']}, this is {__version__}"
             )
         _copy(tensors, wanted | {name: others[name] for name in content["others"]})
     vars(model)[RECORD] = record

@@ -11,7 +11,9 @@ from normswap.lifecycle.record import method_layers, replaced_layers
 from normswap.util.original_class import container_class
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_COLUMNS = 1021  # a prime, so that no axis of a weight repeats with it
+# A prime, so that no axis of a weight repeats with it; each of up to as many rows, columns or
+# channels holds one of as many elements, evenly spread.
+_PRIME = 1021
 _SHOWN = 6
 ODD = 0x9E3779B97F4A7C1
 
@@ -71,12 +73,12 @@ def _checksum(tensor: Tensor) -> Tensor:
     each = 8 // flat.element_size()
     if flat.storage_offset() % each:
         flat = flat.clone()
-    whole = len(flat) - len(flat) % (each * _COLUMNS)
-    columns = flat[:whole].view(torch.int64).view(-1, _COLUMNS).sum(0)
+    whole = len(flat) - len(flat) % (each * _PRIME)
+    columns = flat[:whole].view(torch.int64).view(-1, _PRIME).sum(0)
     rest = flat[whole:].to(torch.int64)
-    for part in torch.split(rest, _COLUMNS):
+    for part in torch.split(rest, _PRIME):
         columns[: len(part)] += part
-    weights = torch.arange(1, _COLUMNS + 1, device=tensor.device) * ODD
+    weights = torch.arange(1, _PRIME + 1, device=tensor.device) * ODD
     return (columns * weights).sum()
 
 
@@ -148,10 +150,6 @@ def shorten(lines: list[str]) -> str:
     return "; ".join(lines[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
-# A prime: of up to as many rows, columns or channels of a tensor, each holds one of the elements.
-_SPREAD = 1021
-
-
 class Mark(NamedTuple):
     """What is remembered of a tensor.
 
@@ -178,9 +176,9 @@ def samples(tensors: dict[str, Tensor]) -> dict[str, int]:
         bits, device = as_integers(tensor), tensor.device
         size = bits.numel()
         if (size, device) not in places:
-            steps = torch.arange(min(size, _SPREAD), device=device)
+            steps = torch.arange(min(size, _PRIME), device=device)
             places[size, device] = steps * size // max(len(steps), 1)
-            places.setdefault(device, torch.arange(1, _SPREAD + 1, device=device) * ODD)
+            places.setdefault(device, torch.arange(1, _PRIME + 1, device=device) * ODD)
         taken = torch.take(bits, places[size, device])
         sums.append((taken * places[device][: len(taken)]).sum())
     return read_sums(tensors, sums)
@@ -207,7 +205,7 @@ def find_changed(tensors: dict[str, Tensor], marks: dict[str, Mark]) -> set[str]
     more = {
         name: now[name].writes - before.writes
         for name, before in marks.items()
-        if name in now and now[name].tensor == before.tensor and tensors[name].numel() > _SPREAD
+        if name in now and now[name].tensor == before.tensor and tensors[name].numel() > _PRIME
     }
     least = min(more.values(), default=0)
     return {
