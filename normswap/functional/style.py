@@ -16,7 +16,7 @@ from normswap.functional.glue import ExchangeGlue
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
 from normswap.functional.tables import apply_centred
 
-# Draws of a box: with beta 1 all fail together once in 1e7 times or less often, on maps of 4 x 4 and
+# Draws of a box: with beta 1 all fail together once in 1e7 times or less often on maps of 4 x 4 and
 # larger.
 _TRIES = 32
 
