@@ -94,13 +94,10 @@ def mutual_information(pairs: Counter[tuple[int, Any]], corrected: bool = False)
     for (context, target), count in pairs.items():
         of_context[context] += count
         of_target[target] += count
-    shared = sum(
-        n / total * math.log(n * total / (of_context[c] * of_target[t]))
-        for (c, t), n in pairs.items()
-    )
+    each = [_entropy(counts.values(), total) for counts in (of_context, of_target)]
+    shared, least = sum(each) - _entropy(pairs.values(), total), min(each)
     if corrected:
         shared -= (len(of_context) - 1) * (len(of_target) - 1) / (2 * total)
-    least = min(_entropy(of_context.values(), total), _entropy(of_target.values(), total))
     return 0.0 if least <= 0 else min(max(shared / least, 0.0), 1.0)
 
 

@@ -123,11 +123,9 @@ def rebuild(layer: nn.Module, device: torch.device | None = None) -> nn.Module:
     place = _placement(layer, original.site, device)
     for name, value in original.parameters.items():
         required = value is not None and value.is_floating_point() and _requires_grad(layer, name)
-        parameter = None if value is None else nn.Parameter(place(value), required)
-        norm.register_parameter(name, parameter)
-    kept = norm._non_persistent_buffers_set
-    for name, value in original.buffers.items():
-        norm.register_buffer(name, None if value is None else place(value), name not in kept)
+        norm._parameters[name] = None if value is None else nn.Parameter(place(value), required)
+    buffers = original.buffers.items()
+    norm._buffers.update({n: None if value is None else place(value) for n, value in buffers})
     norm._modules.update({n: layer._modules[n] for n in original.site.fused} | original.modules)
     return norm
 

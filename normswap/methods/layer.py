@@ -11,6 +11,7 @@ from normswap.functional.backend import triton_for
 from normswap.functional.label_rows import labels_per_row, wrong_length
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.methods.layer_tensors import Resettable, WithPriors, lay_out
+from normswap.methods.layer_tensors import load_shared as load_shared
 from normswap.methods.running import RunningStats
 from normswap.util.arguments import MOST_CONTEXTS, MOST_FEATURES, check_count, describe
 from normswap.util.original_class import AsBefore
