@@ -36,11 +36,7 @@ class ClusterAssigner(Assigner):
         self.arrays = {name: array.cpu() for name, array in arrays.items()}
 
     def __call__(self, batch: Any) -> Tensor:
-        """Return the context of each input, on its device.
-
-        Args:
-            batch: inputs (N, ...), or a tuple or list whose first item they are.
-        """
+        """Return the context of each input, (N, ...) or first in a tuple or list, on its device."""
         return self.assign(self.extractor(batch))
 
     def assign(self, features: Tensor) -> Tensor:

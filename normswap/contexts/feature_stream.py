@@ -21,16 +21,8 @@ LARGEST = 1e15
 class FeatureStream:
     """The features of a loader's batches, and a uniform sample of them.
 
-    Args:
-        loader: see `normswap.contexts.kmeans`, as for the rest.
-        features: what to make of a batch.
-        num_contexts: K; the sample must hold as many.
-        samples: how many to keep.
-        seed: of the sample, and of torch's generators while the loader is read.
-        progress: whether to show a bar.
-
-    Raises:
-        ContextError: an argument that does not fit.
+    Arguments are those of `normswap.contexts.kmeans`; torch's generators start from the seed, too,
+    while the loader is read.
     """
 
     def __init__(

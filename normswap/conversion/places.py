@@ -61,13 +61,8 @@ def find_places(
 ) -> tuple[list[Row], list[Place]]:
     """Return a row for every place a method's layers could go, and the places chosen.
 
-    Args:
-        model: the model.
-        method: whose layers are inserted.
-        placement: where; None is the method's own in a model that has such places, else "norm".
-        options: of the method.
-        select: matched against the container of a block, or the norm.
-        exclude: likewise.
+    The placement None is the method's own in a model that has such places, else "norm". Selectors
+    are matched against the container of a block, or the norm.
 
     Raises:
         ConversionError: an unknown placement, "output" without `select`, or no place at all.

@@ -48,11 +48,7 @@ class Target(ABC):
 
     @abstractmethod
     def apply(self, surgery: Surgery, record: Record) -> nn.Module:
-        """Change the model under surgery; return the converted one.
-
-        Raises:
-            ConversionError: a layer cannot be built, or not be put there.
-        """
+        """Change the model under surgery; return the converted one."""
 
 
 class Replacement(Target):
@@ -110,11 +106,7 @@ def build_layer(
 def find_replacement(
     model: nn.Module, method: Method, select: Selector, exclude: Selector
 ) -> Replacement:
-    """Return the norms to replace, with a row for every norm of the model.
-
-    Raises:
-        ConversionError: none can be replaced; the message lists the norms found, and why.
-    """
+    """Return the norms to replace, at least one, with a row for every norm of the model."""
     rows: list[Row] = []
     chosen: list[Site] = []
     like = next((p for p in model.parameters() if p.is_floating_point()), None)

@@ -55,11 +55,7 @@ def open_axes(
 
 
 def close(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    """Write the figure, if a path is given, whole or not at all; return it.
-
-    Raises:
-        NormswapError: the path has no ending matplotlib knows, or cannot be written.
-    """
+    """Write the figure, if a path is given, whole or not at all; return it."""
     if path is None:
         return figure
     target = Path(path)
@@ -79,11 +75,7 @@ def close(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
 
 
 def check_path(path: str | os.PathLike[str] | None) -> None:
-    """Refuse a path in a folder that is not there, before the work is done.
-
-    Raises:
-        NormswapError: there is no such folder.
-    """
+    """Refuse a path in a folder that is not there, before the work is done."""
     if path is not None and not Path(path).absolute().parent.is_dir():
         raise NormswapError(f"cannot write {path}: there is no folder {Path(path).parent}")
 

@@ -111,11 +111,7 @@ def densities(
 
 
 def find_components(model: nn.Module, layer: str) -> Components:
-    """Return the components of a layer of a converted model.
-
-    Raises:
-        ConversionError: no such layer, or one without components; the message lists those with.
-    """
+    """Return the components of a layer of a converted model; an error lists those that have any."""
     inside = find_inside(model)
     record: Any = None if inside is None else inside[1]
     method = None if record is None else get_method(record.method)

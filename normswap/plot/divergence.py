@@ -91,11 +91,7 @@ def divergence(
 
 
 def model_divergences(model: nn.Module) -> tuple[dict[str, Tensor], list[str], str]:
-    """Return the divergences of a converted model by layer, (K,), names of columns, and a title.
-
-    Raises:
-        ConversionError: no converted model, or no layer with statistics of contexts.
-    """
+    """Return the divergences of a converted model by layer, (K,), names of columns, and a title."""
     found = find_inside(model)
     if found is None:
         raise not_converted(model)

@@ -87,11 +87,7 @@ def record_firing(model: nn.Module) -> Iterator[Firings]:
 
 
 def simulate_firing(model: nn.Module, forwards: int, seed: int) -> Firings:
-    """Draw what a copy of the model's schedule draws in so many forwards, without running them.
-
-    Raises:
-        ConversionError: fewer than one forward.
-    """
+    """Draw what a copy of the model's schedule draws in so many forwards, without running them."""
     if forwards < 1:
         raise ConversionError(f"expected forwards= of at least 1, got {forwards}")
     schedule, names = find_schedule(model)
@@ -106,11 +102,7 @@ def simulate_firing(model: nn.Module, forwards: int, seed: int) -> Firings:
 
 
 def find_schedule(model: nn.Module) -> tuple[Schedule, list[str]]:
-    """Return the schedule of a converted model, and its places' names in their order.
-
-    Raises:
-        ConversionError: the model has no layers of CrossNorm that a schedule fires.
-    """
+    """Return the schedule of a converted model, and its places' names in their order."""
     expect_module(model)
     found: dict[int, str] = {}
     schedule = None

@@ -96,11 +96,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Read and check the description alone.
-
-    Raises:
-        CheckpointError: as `read_folder`.
-    """
+    """Read and check the description alone, as `read_folder` does."""
     path = folder / DESCRIPTION
     try:
         content, found = whole_file.read_description(path, _MOST_DESCRIPTION)

@@ -60,11 +60,7 @@ class Case:
 
     @functools.cached_property
     def models(self) -> list[str]:
-        """Names of the models that have something the method can change.
-
-        Raises:
-            ContractError: none has; with what conversion says of the first.
-        """
+        """Names of the models that have something the method can change, at least one."""
         refusals = {name: self.refusal(make_model(name)) for name in MODELS}
         why = next(iter(refusals.values()))
         require(
@@ -140,11 +136,7 @@ def backward(y: Tensor) -> None:
 
 
 def require(holds: bool, message: str) -> None:
-    """Raise unless what a check asks for holds.
-
-    Raises:
-        ContractError: it does not.
-    """
+    """Raise a `ContractError` unless what a check asks for holds."""
     if not holds:
         raise ContractError(message)
 

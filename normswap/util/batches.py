@@ -148,9 +148,7 @@ def show_progress(
 def undisturbed(model: nn.Module | None = None, seed: int | None = None) -> Iterator[None]:
     """Run a model in eval mode; put modes and torch's generators back.
 
-    Args:
-        model: if any.
-        seed: what torch's CPU generator starts from meanwhile; it goes on as it is by default.
+    Given a seed, torch's CPU generator starts from it meanwhile.
     """
     devices = set() if model is None else {p.device for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), modes_kept(model):
