@@ -19,19 +19,8 @@ from normswap.lifecycle.record import Record, check_parameters, find_root
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import Contexts, get_method, methods, parse_options
 from normswap.report import Verification
-from normswap.saving.fingerprint import (
-    checksums,
-    describe,
-    describe_base,
-    describe_original,
-    differences,
-    find_changed,
-    layer_tensors,
-    mark,
-    other_tensors,
-    samples,
-    shorten,
-)
+from normswap.saving import fingerprint
+from normswap.saving.fingerprint import checksums, samples, shorten
 from normswap.saving.folder import as_folder, find_folder, read_folder, write_folder
 from normswap.sites import is_quantised
 from normswap.util.arguments import check_choice, check_flag
@@ -73,14 +62,14 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
     root, record = find_root(model)
     path = as_folder(folder)
     check_parameters(root)
-    layers, others = layer_tensors(root), other_tensors(root)
+    layers, others = fingerprint.layer_tensors(root), fingerprint.other_tensors(root)
     for name, tensor in (layers | others).items():
         what = "without values" if tensor.is_meta else ""
         what = "sharded; gather the model first" if hasattr(tensor, "full_tensor") else what
         what = "quantised; save the model before that" if is_quantised(tensor) else what
         if what:
             raise CheckpointError(f"cannot save {name}: it is {what}")
-    changed = find_changed(others, record.marks)
+    changed = fingerprint.find_changed(others, record.marks)
     stored = {
         name: tensor
         for name, tensor in others.items()
@@ -98,12 +87,10 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
         "unknown": record.contexts.unknown,
         "answering": record.contexts.answering,
         "sites": sorted({row.fqn for row in record.rows if _is_site(row)}),
-        "base": describe_original(root),
-        "values": checksums(
-            {n: t for n, t in others.items() if n not in stored and n not in marked}
-        ),
+        "base": fingerprint.describe_original(root),
+        "values": checksums({n: others[n] for n in others if n not in stored and n not in marked}),
         "samples": {n: record.marks[n].sample for n in marked},
-        "layers": describe(layers),
+        "layers": fingerprint.describe(layers),
         "others": sorted(stored),
     }
     write_folder(path, content, layers | stored)
@@ -168,17 +155,17 @@ def load(
         check_copyable(base)
     sites = set(content["sites"])
     replaced = list(content["base"]["norms"])
-    apart = differences(content["base"], describe_base(base, replaced))
+    apart = fingerprint.differences(content["base"], fingerprint.describe_base(base, replaced))
     if apart:
         raise CheckpointError(f"expected the model that {folder} was made from; {shorten(apart)}")
     target, record = _decide(base, content, sites)
     with Surgery(base if inplace else copy_model(base), trace) as surgery:
         model = carry_out(target, surgery, record)
-        others = other_tensors(model)
+        others = fingerprint.other_tensors(model)
         _check_values(others, content, folder, check_values)
-        record.marks = mark(others)
-        wanted = layer_tensors(model)
-        if describe(wanted) != content["layers"]:
+        record.marks = fingerprint.mark(others)
+        wanted = fingerprint.layer_tensors(model)
+        if fingerprint.describe(wanted) != content["layers"]:
             raise CheckpointError(
                 f"converting this model makes other layers than {folder} holds; it was saved by "
                 f"normswap {content['normswap']}, this is {__version__}"

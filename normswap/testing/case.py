@@ -180,24 +180,16 @@ Applies: TypeAlias = Callable[[BaseMethod], bool]
 CHECKS: dict[Callable[[Case], None], Applies] = {}
 
 
-def check(applies: Applies = lambda method: True) -> Callable[[Any], Any]:
-    """Add a function to the contract of the methods whose flags say that it applies."""
+def check(applies: Applies = lambda method: True, **flags: bool) -> Callable[[Any], Any]:
+    """Add a function to the contract of the methods that it applies to and whose flags are these."""
 
     def add(function: Callable[[Case], None]) -> Callable[[Case], None]:
-        CHECKS[function] = applies
+        CHECKS[function] = lambda method: (
+            applies(method) and all(getattr(method, name) == flags[name] for name in flags)
+        )
         return function
 
     return add
-
-
-def labelled(method: BaseMethod) -> bool:
-    """Return whether a method takes labels."""
-    return method.needs_context
-
-
-def keeps(method: BaseMethod) -> bool:
-    """Return whether a method keeps the function of a model."""
-    return method.keeps_function
 
 
 def replaces(method: BaseMethod) -> bool:

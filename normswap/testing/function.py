@@ -17,8 +17,6 @@ from normswap.testing.case import (
     Case,
     Labels,
     check,
-    keeps,
-    labelled,
     replaces,
     require,
     require_close,
@@ -31,7 +29,7 @@ _FEW = 4
 _POLICIES = ("pooled", "posterior", "b", "error")
 
 
-@check(keeps)
+@check(keeps_function=True)
 def check_function_is_kept(case: Case) -> None:
     """In eval mode the converted model computes what the original did, for every context."""
     for name in case.models:
@@ -53,7 +51,7 @@ def check_function_is_kept(case: Case) -> None:
                 )
 
 
-@check(keeps)
+@check(keeps_function=True)
 def check_input_gradient_is_kept(case: Case) -> None:
     """In eval mode the gradient of the input is the original's."""
     for base, x in case.bases():
@@ -64,7 +62,7 @@ def check_input_gradient_is_kept(case: Case) -> None:
         require_close(actual, expected, type(base).__name__, 1e-10)
 
 
-@check(lambda method: not method.keeps_function)
+@check(keeps_function=False)
 def check_a_change_of_function_is_said(case: Case) -> None:
     """A method that does not keep the function converts, and the summary says how far it is off."""
     base = make_model(case.models[0])
@@ -108,7 +106,7 @@ def check_a_batch_equals_its_samples(case: Case) -> None:
             require_close(together, torch.cat(alone), f"{where}, labels {labels}")
 
 
-@check(lambda method: not method.stochastic)
+@check(stochastic=False)
 def check_the_order_of_samples_is_theirs(case: Case) -> None:
     """Samples in another order give the same outputs in that order, in training too."""
     order = torch.tensor([4, 2, 0, 5, 1, 3])
@@ -119,7 +117,7 @@ def check_the_order_of_samples_is_theirs(case: Case) -> None:
         require_close(actual, expected, where)
 
 
-@check(labelled)
+@check(needs_context=True)
 def check_contexts_differ_once_trained(case: Case) -> None:
     """Contexts whose statistics and affine differ give other outputs, and the summary says so."""
     for name in case.models:
@@ -138,7 +136,7 @@ def check_contexts_differ_once_trained(case: Case) -> None:
             require(found is None or found > 1e-4, f"{name}: {row.fqn}: divergence {found}")
 
 
-@check(labelled)
+@check(needs_context=True)
 def check_labels_in_scope_are_labels_given(case: Case) -> None:
     """`normswap.use_context` does what ``context=`` does, and ``context=`` wins over it."""
     for where, model, x in case.each_trained():
@@ -151,7 +149,7 @@ def check_labels_in_scope_are_labels_given(case: Case) -> None:
         require_equal(case.in_eval(model, x), unknown, f"{where}: no labels, all unknown")
 
 
-@check(labelled)
+@check(needs_context=True)
 def check_contexts_have_no_order(case: Case) -> None:
     """Contexts numbered otherwise, their rows with them, give the same outputs."""
     model, order = case.trained(), torch.tensor([1, 2, 0])
@@ -165,7 +163,7 @@ def check_contexts_have_no_order(case: Case) -> None:
     require_close(case.in_eval(model, x, torch.argsort(order)[LABELS]), expected, "renamed")
 
 
-@check(lambda method: method.needs_context and method.keeps_function)
+@check(needs_context=True, keeps_function=True)
 def check_one_context_is_the_base_layer(case: Case) -> None:
     """With one context no label is needed, and the model is the original, in training too."""
     base = make_model(dtype=torch.float64)

@@ -23,7 +23,6 @@ from normswap.testing.case import (
     Labels,
     can_save,
     check,
-    labelled,
     move,
     require,
     require_close,
@@ -60,7 +59,7 @@ def check_reverts_to_the_bit(case: Case) -> None:
             require(not apart, f"{name}: converted again, keys {apart} on one side only")
 
 
-@check(lambda method: not method.input_dependent)
+@check(input_dependent=False)
 def check_specialises_to_plain_norms(case: Case) -> None:
     """A trained model has a plain one of the original's classes for each context."""
     for base, x in case.bases():
@@ -75,7 +74,7 @@ def check_specialises_to_plain_norms(case: Case) -> None:
             require_close(case.in_eval(plain, x), expected, f"{name}, context {context}")
 
 
-@check(lambda method: method.input_dependent)
+@check(input_dependent=True)
 def check_refuses_to_specialise(case: Case) -> None:
     """What no plain norm equals is an error of `specialize`, which changes nothing."""
     model = case.trained()
@@ -146,7 +145,7 @@ def check_saves_and_loads(case: Case) -> None:
             require_equal(case.in_eval(twin, x, label), expected, f"{name}, context {label}")
 
 
-@check(labelled)
+@check(needs_context=True)
 def check_adds_contexts(case: Case) -> None:
     """An added context computes what it is like; the others what they did; removed, it is gone."""
     model = case.trained(**case.pooled)
@@ -183,7 +182,7 @@ def check_adds_a_context_whole_or_not_at_all(case: Case) -> None:
     require(names == (NAMES if case.labelled else ()), f"contexts {names}")
 
 
-@check(labelled)
+@check(needs_context=True)
 def check_policies_for_unknown_labels(case: Case) -> None:
     """`set_unknown` makes the model that conversion with ``unknown=`` makes, in its own words."""
     model, x = case.trained(), make_inputs(make_model(dtype=torch.float64))

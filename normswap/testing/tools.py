@@ -25,7 +25,6 @@ from normswap.testing.case import (
     Labels,
     backward,
     check,
-    keeps,
     move,
     replaces,
     require,
@@ -51,7 +50,7 @@ def check_copies_and_pickles(case: Case) -> None:
             require_equal(found, expected, f"{where} after its {what}")
 
 
-@check(lambda method: method.scheduled)
+@check(scheduled=True)
 def check_copies_have_a_schedule_of_their_own(case: Case) -> None:
     """The layers of a copy share one schedule, which is not the original's."""
     model = case.trained()
@@ -79,7 +78,7 @@ def check_state_dict_goes_round(case: Case) -> None:
         require_equal(found, case.in_eval(model, x, label), f"context {label}")
 
 
-@check(keeps)
+@check(keeps_function=True)
 def check_a_checkpoint_of_the_original_loads(case: Case) -> None:
     """A state dict of the original loads, and gives back its function where norms were replaced."""
     base = make_model(dtype=torch.float64)
@@ -223,7 +222,7 @@ def _work(rank: int, folder: str, data: bytes) -> None:
     distributed.destroy_process_group()
 
 
-@check(lambda method: not method.stochastic)
+@check(stochastic=False)
 def check_synchronised(case: Case) -> None:
     """Two processes with batches of unequal size train as one process with both batches does."""
     model = convert_sync_batchnorm(case.trained(), others=False)

@@ -14,7 +14,6 @@ from normswap.testing.case import (
     Case,
     backward,
     check,
-    labelled,
     require,
     require_close,
 )
@@ -37,7 +36,7 @@ def check_gradients(case: Case) -> None:
         gradcheck(run, (x, *values), fast_mode=True)
 
 
-@check(labelled)
+@check(needs_context=True)
 def check_absent_contexts_and_single_samples(case: Case) -> None:
     """A training step reaches every context in the batch, of one sample too, and no other."""
     for place, model, x in case.each_trained(["ConvNet"]):
