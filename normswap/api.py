@@ -108,7 +108,7 @@ def convert(
     if not inplace:
         check_copyable(model)
     chosen = asked.method
-    target = find_target(model, chosen, asked.options, asked.placement, asked.select, asked.exclude)
+    target = find_target(model, asked)
     reference: Reference | Verification = Verification(reason="verify=False")
     if verify:
         labels = asked.contexts.count if chosen.needs_context else 0
@@ -153,9 +153,7 @@ def plan(
     )
     check_flag("trace", trace)
     check_model(model)
-    target = find_target(
-        model, asked.method, asked.options, asked.placement, asked.select, asked.exclude
-    )
+    target = find_target(model, asked)
     record = _record(model, asked, target)
     surgery = Surgery(copy_structure(model), trace)
     return summarise(carry_out(target.on(torch.device("meta")), surgery, record), record)

@@ -91,11 +91,6 @@ def _densities(options: argparse.Namespace) -> Any:
 
 
 def _firing(options: argparse.Namespace) -> Any:
-    model = api.convert(
-        chosen_model(options, "meta"),
-        options.method,
-        placement=options.placement,
-        verify=False,
-        inplace=True,
-    )
+    given = {"placement": options.placement, "verify": False, "inplace": True}
+    model = api.convert(chosen_model(options, "meta"), options.method, **given)
     return plot.firing(model, forwards=options.forwards, seed=options.seed, path=options.out)

@@ -65,13 +65,8 @@ def kmeans(
     found = _quietly(fitted.fit_predict, kept)
     _check_distinct(len(set(found.tolist())), num_contexts)
     if not stream.kept.complete:
-        fitted = cluster.MiniBatchKMeans(
-            num_contexts,
-            init=fitted.cluster_centers_,
-            n_init=1,
-            reassignment_ratio=0,
-            random_state=seed,
-        )
+        start = {"init": fitted.cluster_centers_, "n_init": 1, "reassignment_ratio": 0}
+        fitted = cluster.MiniBatchKMeans(num_contexts, random_state=seed, **start)
         waiting = torch.empty(0, kept.shape[1])
 
         def learn(x: Tensor, _: Any) -> None:

@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _forward_unimplemented
 
+from normswap.conversion.settings import Settings
 from normswap.errors import ConversionError
 from normswap.graph.blocks.channels import LAST, Features, Reader
 from normswap.graph.blocks.insert import PLACEMENTS
@@ -52,12 +53,7 @@ def _row(fqn: str, module: nn.Module, reason: str, aliases: tuple[str, ...] = ()
 
 
 def find_places(
-    model: nn.Module,
-    method: InsertedMethod,
-    placement: str | None,
-    options: Any,
-    select: Selector,
-    exclude: Selector,
+    model: nn.Module, method: InsertedMethod, asked: Settings
 ) -> tuple[list[Row], list[Place]]:
     """Return a row for every place a method's layers could go, and the places chosen.
 
@@ -67,22 +63,22 @@ def find_places(
     Raises:
         ConversionError: an unknown placement, "output" without `select`, or no place at all.
     """
-    find = functools.cache(functools.partial(_find, model, select, exclude))
-    own = placement or method.placement
-    if placement is None and not any(f.read and f.row.action != "kept" for f in find(own)):
+    find = functools.cache(functools.partial(_find, model, asked.select, asked.exclude))
+    own = asked.placement or method.placement
+    if asked.placement is None and not any(f.read and f.row.action != "kept" for f in find(own)):
         own = "norm"
     rows: list[Row] = []
     places: list[Place] = []
-    for wanted in method.placements(own, options):
-        asked = f"placement {wanted!r}" + ("" if wanted == own else f", an option of {method.name}")
+    for wanted in method.placements(own, asked.options):
+        title = f"placement {wanted!r}" + ("" if wanted == own else f", an option of {method.name}")
         if wanted not in ALL_PLACEMENTS:
             raise ConversionError(
-                f"unknown {asked}; the choices are {', '.join(ALL_PLACEMENTS)}"
+                f"unknown {title}; the choices are {', '.join(ALL_PLACEMENTS)}"
                 + meant(wanted, ALL_PLACEMENTS)
             )
-        if wanted == "output" and select is None:
+        if wanted == "output" and asked.select is None:
             raise ConversionError(
-                f"expected select= with {asked}, which is after the modules that it names, such as "
+                f"expected select= with {title}, which is after the modules that it names, such as "
                 'select=["layer1", "layer2"]'
             )
         found = find(wanted)
@@ -90,10 +86,12 @@ def find_places(
         if not chosen:
             listed = "; ".join(f"{f.row.fqn or '(root)'}: {f.row.reason}" for f in found[:10])
             raise ConversionError(
-                f"found no place for a layer in {type(model).__name__} at {asked}"
+                f"found no place for a layer in {type(model).__name__} at {title}"
                 + (f": {listed}" if listed else "")
                 + "; placement='norm' puts one after each norm" * (wanted not in ("norm", "output"))
-                + closest(select, [f.row.fqn for f in found if f.row.reason == "not selected"])
+                + closest(
+                    asked.select, [f.row.fqn for f in found if f.row.reason == "not selected"]
+                )
             )
         rows += [f.row for f in found]
         places += chosen

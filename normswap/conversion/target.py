@@ -2,7 +2,7 @@
 
 import functools
 import glob
-from typing import Any
+from dataclasses import replace
 
 from torch import nn
 from torch.nn.modules.module import _forward_unimplemented
@@ -10,6 +10,7 @@ from torch.nn.modules.module import _forward_unimplemented
 from normswap.conversion.insertion import InputNorm, Insertion
 from normswap.conversion.places import find_places, place_at_input, read_container
 from normswap.conversion.replacement import Target, find_replacement
+from normswap.conversion.settings import Settings
 from normswap.errors import ConversionError
 from normswap.graph.class_questions import check_questions
 from normswap.graph.surgery import Surgery
@@ -20,30 +21,24 @@ from normswap.sites import find_norms, norm_channels, read_site
 from normswap.util.select import FIRST, Selector, check_meant, matches
 
 
-def find_target(
-    model: nn.Module,
-    method: BaseMethod,
-    options: Any,
-    placement: str | None,
-    select: Selector,
-    exclude: Selector,
-) -> Target:
+def find_target(model: nn.Module, asked: Settings) -> Target:
     """Return what is to be changed, with a row for everything that was considered.
 
     Raises:
         ConversionError: a placement that the method does not have, nothing to change, or a name
             or pattern that matches nothing.
     """
-    if select == FIRST:
-        name, how = _first(model, method, exclude)
-        first = find_target(model, method, options, placement, glob.escape(name), exclude)
+    method, placement = asked.method, asked.placement
+    if asked.select == FIRST:
+        name, how = _first(model, method, asked.exclude)
+        first = find_target(model, replace(asked, select=glob.escape(name)))
         for row in first.rows:
             if row.fqn == name:
                 row.reason = how
         return first
     target: Target
     if isinstance(method, InsertedMethod):
-        target = Insertion(method, *find_places(model, method, placement, options, select, exclude))
+        target = Insertion(method, *find_places(model, method, asked))
     else:
         assert isinstance(method, Method)
         if placement == "input":
@@ -54,10 +49,10 @@ def find_target(
                 f"method {method.name!r} replaces norms where they are; expected placement=None, "
                 f"or 'input' for one before the model, got {placement!r}"
             )
-        target = find_replacement(model, method, select, exclude)
+        target = find_replacement(model, method, asked.select, asked.exclude)
     names = [name for row in target.rows for name in (row.fqn, *row.aliases)]
-    check_meant("select", select, names)
-    check_meant("exclude", exclude, names)
+    check_meant("select", asked.select, names)
+    check_meant("exclude", asked.exclude, names)
     return target
 
 

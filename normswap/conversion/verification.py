@@ -92,36 +92,25 @@ def compare(
     `argument` names the model's context argument, None where it takes none. A difference beyond
     rounding is an error if the method `keeps` the function.
     """
+    inputs, expected = reference.inputs, reference.outputs
+    result, batch = Verification(keeps=keeps), inputs.batch
     try:
-        return _compare(model, reference, names, argument, allow_unknown, keeps)
+        if argument is None or allow_unknown:
+            name = "eval" if argument is None else "unknown"
+            _record(result, name, _run(model, inputs), expected)
+        for start in range(0, 0 if argument is None else len(names), batch or 1):
+            chosen = list(range(start, min(start + batch, len(names))))
+            each = [chosen[i % len(chosen)] for i in range(batch)]
+            labels = torch.tensor(each, device=inputs.device)
+            outputs = _run(model, inputs, **{str(argument): labels})
+            for label in chosen:
+                _record(result, names[label], outputs, expected, labels == label)
     except VerificationError as error:
         found = find_bypassed(model)
         if not found:
             raise
         why = f"its forwards take {', '.join(found)} past the norm; {leave_out(found)}"
         raise VerificationError(f"{error}; {why}") from error
-
-
-def _compare(
-    model: nn.Module,
-    reference: Reference,
-    names: tuple[str, ...],
-    argument: str | None,
-    allow_unknown: bool,
-    keeps: bool,
-) -> Verification:
-    inputs, expected = reference.inputs, reference.outputs
-    result = Verification(keeps=keeps)
-    if argument is None or allow_unknown:
-        name = "eval" if argument is None else "unknown"
-        _record(result, name, _run(model, inputs), expected)
-    batch = inputs.batch
-    for start in range(0, 0 if argument is None else len(names), batch or 1):
-        chosen = list(range(start, min(start + batch, len(names))))
-        labels = torch.tensor([chosen[i % len(chosen)] for i in range(batch)], device=inputs.device)
-        outputs = _run(model, inputs, **{str(argument): labels})
-        for label in chosen:
-            _record(result, names[label], outputs, expected, labels == label)
     if not result.reason and result.scale == 0:
         result.reason = "every output is zero"
     return result

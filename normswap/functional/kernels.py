@@ -153,17 +153,10 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         return narrow
     if offset is not None and (whole or x.is_contiguous()):
         weight, bias = (t[0] if whole else t.reshape(-1) for t in (scale, offset))
-        y = torch.batch_norm(
-            x if whole else _view(x).unsqueeze(0),
-            weight,
-            bias,
-            torch.zeros_like(weight),
-            torch.ones_like(weight),
-            training=False,
-            momentum=0.0,
-            eps=0.0,
-            cudnn_enabled=False,
-        )
+        given = (x if whole else _view(x).unsqueeze(0), weight, bias)
+        moments = (torch.zeros_like(weight), torch.ones_like(weight))
+        # Not in training, momentum and eps 0, without cuDNN.
+        y = torch.batch_norm(*given, *moments, False, 0.0, 0.0, False)
         # Not a view for autograd, which would refuse the in-place activation after it.
         return y if whole else _reshape(y, x.shape)
     y = torch.empty_like(x)

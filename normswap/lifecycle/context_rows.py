@@ -172,12 +172,8 @@ def change_contexts(
         for key, table in tables[where].items():
             held: dict[str, Any] = layer._parameters if key in layer._parameters else layer._buffers
             held[key] = changed.get(held[key], table)
-        layer.__dict__.update(
-            num_contexts=contexts.count,
-            names=contexts.names,
-            unknown=contexts.unknown,
-            answering=contexts.answering,
-        )
+        kept = {name: getattr(contexts, name) for name in ("names", "unknown", "answering")}
+        layer.__dict__.update(num_contexts=contexts.count, **kept)
     hand_over(plans, changed)
     for scope in scopes_of(root):
         scope.num_contexts, scope.names = contexts.count, contexts.names

@@ -36,13 +36,9 @@ class AdaptiveContextNormalization(Method):
 
     def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
         """Start all components from the layer's running statistics, told apart as asked."""
+        given = {**asdict(options), "device": site.device, "dtype": site.dtype}
         layer = AdaptiveContextNorm(
-            site.num_features,
-            eps=site.eps,
-            momentum=site.momentum,
-            device=site.device,
-            dtype=site.dtype,
-            **asdict(options),
+            site.num_features, eps=site.eps, momentum=site.momentum, **given
         )
         mean, var = source.running_mean, source.running_var
         assert isinstance(mean, Tensor)
@@ -87,10 +83,5 @@ class AdaptiveContextNormalization(Method):
                 "probably belongs to, and these have moved apart"
             )
         gain = (0.5 * mixture.log_prior).exp().expand_as(mixture.mean).sum(0)
-        return PlainNorm(
-            tables[-2][0],
-            tables[-1][0].clamp(min=0),
-            layer.weight.double() * gain,
-            layer.bias.double(),
-            layer.num_batches_tracked,
-        )
+        mean, var, weight = tables[-2][0], tables[-1][0].clamp(min=0), layer.weight.double() * gain
+        return PlainNorm(mean, var, weight, layer.bias.double(), layer.num_batches_tracked)

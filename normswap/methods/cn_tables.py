@@ -119,13 +119,9 @@ class ContextTables(ContextLayer):
         """Return the batch norm this layer is in eval mode for a context, None for the pooled."""
         count, priors = self.num_batches_tracked, self.mixing(torch.float64)
         running = Moments(self.running_mean, self.running_var)
-        weight, bias = self.effective_affine(torch.float64)
-        return PlainNorm(
-            *pick_moments(running, context, priors),
-            pick(weight, context, priors),
-            pick(bias, context, priors),
-            count.max() if context is None else count[context],
-        )
+        rows = (pick(t, context, priors) for t in self.effective_affine(torch.float64))
+        batches = count.max() if context is None else count[context]
+        return PlainNorm(*pick_moments(running, context, priors), *rows, batches)
 
     def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
         """Return the rows of one more context; see `Method.added_rows`."""

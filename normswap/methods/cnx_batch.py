@@ -1,5 +1,6 @@
 """CN-X on what batch norm makes of x: statistics of the batch, then a context's own map."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,9 +91,27 @@ class BatchContextNormX(ContextNormX):
         dtype = compute_dtype(x)
         running = Moments(*(t.to(dtype)[None] for t in (self.running_mean, self.running_var)))
         learned = self.learned(dtype)
+
+        def table(instances: Callable[[], Moments], whole: Moments, learned: Learned) -> Centred:
+            """Return the map of each sample, or of all; x is normalised with `whole`."""
+            inverse = torch.rsqrt(whole.var + self.eps)
+
+            def of_z() -> Moments:
+                mean, var = instances()
+                return Moments((mean - whole.mean) * inverse, var * inverse.square())
+
+            if labels is None:
+                found = self.unknown_map(learned, of_z)
+            else:
+                found = learned.table().rows(labels.clamp(min=0) if unlabelled else labels)
+                if unlabelled:
+                    found = found.where(labels >= 0, self.unknown_map(learned, of_z))
+            # y = (z - c) s + t, about the mean of x: mu may be large only where sigma is.
+            shift = torch.addcmul(found.shift, found.centre, found.scale, value=-1)
+            return Centred(whole.mean.expand_as(shift), found.scale * inverse, shift)
+
         if not self.training or self.frozen or self.stats_frozen:
-            table = self._table(lambda: instance_moments(x), running, learned, labels, unlabelled)
-            return apply_centred(x, table)
+            return apply_centred(x, table(lambda: instance_moments(x), running, learned))
         running = Moments(*(t.clone() for t in running))
         size = x.shape[2:].numel()
         reduce = sum_over(self.process_group) if self.synced else None
@@ -103,36 +122,11 @@ class BatchContextNormX(ContextNormX):
             used = batch.where(values.unsqueeze(1) > 1, running)
             if not replay:
                 self._update(used, values)
-            found = self._table(lambda: instances, used, Learned(*tensors), labels, unlabelled)
+            found = table(lambda: instances, used, Learned(*tensors))
             rows = [t.expand(len(x), -1) for t in found]
             return Centred(*rows).at(instances.mean)
 
         return stat_affine(x, glue, *learned)
-
-    def _table(
-        self,
-        instances: Any,
-        whole: Moments,
-        learned: Learned,
-        labels: Tensor | None,
-        unlabelled: bool,
-    ) -> Centred:
-        """Return the map of each sample, or of all, from x to y; x is normalised with `whole`."""
-        inverse = torch.rsqrt(whole.var + self.eps)
-
-        def of_z() -> Moments:
-            mean, var = instances()
-            return Moments((mean - whole.mean) * inverse, var * inverse.square())
-
-        if labels is None:
-            table = self.unknown_map(learned, of_z)
-        else:
-            table = learned.table().rows(labels.clamp(min=0) if unlabelled else labels)
-            if unlabelled:
-                table = table.where(labels >= 0, self.unknown_map(learned, of_z))
-        # y = (z - c) s + t, about the mean of x: mu may be large only where sigma is.
-        shift = torch.addcmul(table.shift, table.centre, table.scale, value=-1)
-        return Centred(whole.mean.expand_as(shift), table.scale * inverse, shift)
 
     @torch.no_grad()
     def _update(self, used: Moments, values: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normswap._version import __version__
 from normswap.conversion.checks import check_copyable, check_model
 from normswap.conversion.replacement import Target
-from normswap.conversion.settings import make_contexts
+from normswap.conversion.settings import Settings, make_contexts
 from normswap.conversion.target import carry_out, find_target
 from normswap.errors import CheckpointError, UnknownNameError, expect_module
 from normswap.graph.state import RECORD
@@ -189,7 +189,8 @@ def _decide(base: nn.Module, content: dict[str, Any], sites: set[str]) -> tuple[
             content["answering"],
         )
     placement = content["placement"]
-    target = find_target(base, method, options, placement, lambda name, _: name in sites, None)
+    asked = Settings(method, options, contexts, placement, lambda name, _: name in sites, None)
+    target = find_target(base, asked)
     record = Record(method.name, options, contexts, target.rows, type(base).__name__)
     record.placement = placement
     record.verification = Verification(reason="loaded")

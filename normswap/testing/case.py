@@ -181,7 +181,7 @@ CHECKS: dict[Callable[[Case], None], Applies] = {}
 
 
 def check(applies: Applies = lambda method: True, **flags: bool) -> Callable[[Any], Any]:
-    """Add a function to the contract of the methods that it applies to and whose flags are these."""
+    """Add a function to the contract of the methods it applies to that have these flags."""
 
     def add(function: Callable[[Case], None]) -> Callable[[Case], None]:
         CHECKS[function] = lambda method: (
