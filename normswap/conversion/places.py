@@ -63,8 +63,8 @@ def find_places(
     Raises:
         ConversionError: an unknown placement, "output" without `select`, or no place at all.
     """
-    find = functools.cache(functools.partial(_find, model, asked.select, asked.exclude))
-    own = asked.placement or method.placement
+    select, own = asked.select, asked.placement or method.placement
+    find = functools.cache(functools.partial(_find, model, select, asked.exclude))
     if asked.placement is None and not any(f.read and f.row.action != "kept" for f in find(own)):
         own = "norm"
     rows: list[Row] = []
@@ -76,7 +76,7 @@ def find_places(
                 f"unknown {title}; the choices are {', '.join(ALL_PLACEMENTS)}"
                 + meant(wanted, ALL_PLACEMENTS)
             )
-        if wanted == "output" and asked.select is None:
+        if wanted == "output" and select is None:
             raise ConversionError(
                 f"expected select= with {title}, which is after the modules that it names, such as "
                 'select=["layer1", "layer2"]'
@@ -89,9 +89,7 @@ def find_places(
                 f"found no place for a layer in {type(model).__name__} at {title}"
                 + (f": {listed}" if listed else "")
                 + "; placement='norm' puts one after each norm" * (wanted not in ("norm", "output"))
-                + closest(
-                    asked.select, [f.row.fqn for f in found if f.row.reason == "not selected"]
-                )
+                + closest(select, [f.row.fqn for f in found if f.row.reason == "not selected"])
             )
         rows += [f.row for f in found]
         places += chosen
