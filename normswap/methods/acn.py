@@ -36,10 +36,9 @@ class AdaptiveContextNormalization(Method):
 
     def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
         """Start all components from the layer's running statistics, told apart as asked."""
-        given = {**asdict(options), "device": site.device, "dtype": site.dtype}
-        layer = AdaptiveContextNorm(
-            site.num_features, eps=site.eps, momentum=site.momentum, **given
-        )
+        placed = {"device": site.device, "dtype": site.dtype, "eps": site.eps}
+        given = {**asdict(options), **placed, "momentum": site.momentum}
+        layer = AdaptiveContextNorm(site.num_features, **given)
         mean, var = source.running_mean, source.running_var
         assert isinstance(mean, Tensor)
         assert isinstance(var, Tensor)

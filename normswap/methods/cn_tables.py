@@ -119,9 +119,9 @@ class ContextTables(ContextLayer):
         """Return the batch norm this layer is in eval mode for a context, None for the pooled."""
         count, priors = self.num_batches_tracked, self.mixing(torch.float64)
         running = Moments(self.running_mean, self.running_var)
-        rows = (pick(t, context, priors) for t in self.effective_affine(torch.float64))
+        weight, bias = (pick(t, context, priors) for t in self.effective_affine(torch.float64))
         batches = count.max() if context is None else count[context]
-        return PlainNorm(*pick_moments(running, context, priors), *rows, batches)
+        return PlainNorm(*pick_moments(running, context, priors), weight, bias, batches)
 
     def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
         """Return the rows of one more context; see `Method.added_rows`."""
