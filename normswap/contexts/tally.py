@@ -105,12 +105,6 @@ def _entropy(counts: Iterable[int], total: int) -> float:
     return -sum(n / total * math.log(n / total) for n in counts)
 
 
-def tiny_contexts(sizes: Sequence[int]) -> list[int]:
-    """Return the contexts of fewer than 32 samples, or than a tenth of an even share."""
-    least = max(FEW_SAMPLES, FEW_SHARE * sum(sizes) / max(len(sizes), 1))
-    return [k for k, size in enumerate(sizes) if size < least]
-
-
 @dataclass(frozen=True)
 class ContextReport:
     """What is known of contexts before training. ``str(report)`` is a table and the warnings.
@@ -153,7 +147,9 @@ class ContextReport:
 
 def describe_tiny(names: Sequence[str], sizes: Sequence[int]) -> list[str]:
     """Return a warning of tiny contexts, if there are any."""
-    tiny = tiny_contexts(sizes)
+    # Fewer than a tenth of an even share, too.
+    least = max(FEW_SAMPLES, FEW_SHARE * sum(sizes) / max(len(sizes), 1))
+    tiny = [k for k, size in enumerate(sizes) if size < least]
     if not tiny:
         return []
     shown = listed([f"{names[k]} ({sizes[k]})" for k in tiny], 6)

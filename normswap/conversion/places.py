@@ -10,7 +10,7 @@ from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.conversion.settings import Settings
 from normswap.errors import ConversionError
-from normswap.graph.blocks.channels import LAST, Features, Reader
+from normswap.graph.blocks.channels import LAST, Reader
 from normswap.graph.blocks.insert import PLACEMENTS
 from normswap.graph.blocks.residual import Residual, features_of, find_residuals, input_channels
 from normswap.graph.dispatch import dispatch
@@ -170,22 +170,17 @@ def _block_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Fo
             reader = Reader(module, graph_of)
             for block, residual in enumerate(found):
                 reason = residual.reason
-                channels, why = _read(features_of(residual, reader, placement))
+                features = features_of(residual, reader, placement)
+                channels = features.channels if features.dimension != LAST else None
+                why = "its features have their channels last"
+                if not features.known:
+                    channels, why = None, "nothing tells the channels of its features"
                 if channels is None:
                     yield Found(module, _row(fqn, module, f"{why} ({reason})"))
                     continue
                 where = (fqn, placement, channels, like.device, like.dtype)
                 place = Place(*where, block, len(found), reason=reason)
                 yield Found(module, _row(fqn, module, reason), place)
-
-
-def _read(features: Features) -> tuple[int | None, str]:
-    """Return the channels of a place, or None and why there is to be no layer."""
-    if not features.known:
-        return None, "nothing tells the channels of its features"
-    if features.dimension == LAST:
-        return None, "its features have their channels last"
-    return features.channels, ""
 
 
 def read_container(session: TraceSession, module: nn.Module) -> tuple[Traced | None, str]:

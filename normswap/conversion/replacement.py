@@ -110,7 +110,10 @@ def find_replacement(
     rows: list[Row] = []
     chosen: list[Site] = []
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    stages = _second_stages(model) if method.needs_context and select is None else []
+    # The modules that pool regions: how many a sample has, no shape tells.
+    pools = [name for name, m in model.named_modules() if _POOLS.search(type(m).__name__)]
+    regions = method.needs_context and select is None
+    stages = [name.rpartition(".")[0] for name in pools if regions and "." in name]
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for fqn, module, aliases in find_norms(model):
         size = sum(p.numel() for p in module.parameters())
@@ -135,12 +138,6 @@ def find_replacement(
     if not chosen:
         raise ConversionError(_nothing_to_replace(model, rows, select))
     return Replacement(method, rows, chosen)
-
-
-def _second_stages(model: nn.Module) -> list[str]:
-    """Return the names of the modules that pool regions: how many a sample has, no shape tells."""
-    pools = (name for name, m in model.named_modules() if _POOLS.search(type(m).__name__))
-    return [parent for name in pools if (parent := name.rpartition(".")[0])]
 
 
 def _is_frozen(norm: nn.Module, site: Site) -> bool:

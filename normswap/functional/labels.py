@@ -159,13 +159,6 @@ def is_stale(labels: Tensor) -> bool:
     return memo is not None and memo.labels_are[0] != labels._version
 
 
-def _index(name: str, names: Sequence[str]) -> int:
-    for index, known in enumerate(names):
-        if known == name:
-            return index
-    raise unknown_name("context", name, names)
-
-
 def _to_indices(labels: Any, names: Sequence[str]) -> list[int]:
     if isinstance(labels, (str, int)):
         labels = [labels]
@@ -183,7 +176,10 @@ def _to_indices(labels: Any, names: Sequence[str]) -> list[int]:
 
 def _to_index(item: Any, names: Sequence[str]) -> int:
     if isinstance(item, str):
-        return _index(item, names)
+        for index, known in enumerate(names):
+            if known == item:
+                return index
+        raise unknown_name("context", item, names)
     if item is None:
         return -1
     try:

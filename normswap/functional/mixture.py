@@ -109,7 +109,9 @@ def norm_elements_by_formula(
         batch: whether to normalise with the tau-weighted moments of this batch.
     """
     # (N, C, M), or where a compiler reads channels last, (P, C); a table's row meets either.
-    last = _is_compiled_channels_last(x)
+    # Exported programs take inputs of other layouts than the example's.
+    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    last = compiled and x.dim() > 2 and x.stride(1) == 1 and x.shape[1] > 1
     values = x.to(compute_dtype(x))
     if last:
         values = values.movedim(1, -1).flatten(0, -2)
@@ -141,12 +143,6 @@ def norm_elements_by_formula(
         y = y.reshape(x.shape).to(x.dtype)
         y = y if x.is_contiguous() else torch.empty_like(x).copy_(y)
     return Normalized(y, mass, used)
-
-
-def _is_compiled_channels_last(x: Tensor) -> bool:
-    # Exported programs take inputs of other layouts than the example's.
-    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-    return compiled and x.dim() > 2 and x.stride(1) == 1 and x.shape[1] > 1
 
 
 def _shares(

@@ -44,8 +44,12 @@ def instance_style(x: Tensor, box: Tensor | None = None, eps: float = 1e-5) -> S
         of one position, whose size the host does not know, has a std of sqrt(eps).
     """
     if box is not None:
-        mean, var = _box_moments(x.to(compute_dtype(x)), box)
-        return Style(mean, torch.sqrt(var + eps))
+        # Whatever the values outside of it are.
+        x, dims = x.to(compute_dtype(x)), tuple(range(2, x.dim()))
+        inside, count = box_mask(box, x.shape[2:]), box_size(box)
+        mean = torch.where(inside, x, 0).sum(dims, keepdim=True) / count.clamp(min=1)
+        squares = torch.where(inside, x - mean, 0).square().sum(dims)
+        return Style(mean.flatten(1), torch.sqrt(squares / (count - 1).clamp(min=1) + eps))
     return style_of(instance_moments(x), x.shape[2:].numel(), eps)
 
 
@@ -55,17 +59,6 @@ def style_of(instances: Moments, positions: int, eps: float) -> Style:
         return Style(instances.mean, torch.zeros_like(instances.mean))
     unbiased = instances.var * (positions / (positions - 1))
     return Style(instances.mean, torch.sqrt(unbiased + eps))
-
-
-def _box_moments(x: Tensor, box: Tensor) -> Moments:
-    """Return mean and unbiased variance inside a box, whatever the values outside are."""
-    dims = tuple(range(2, x.dim()))
-    inside = box_mask(box, x.shape[2:])
-    count = box_size(box)
-    mean = torch.where(inside, x, 0).sum(dims, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(inside, x - mean, 0)
-    var = centred.square().sum(dims) / (count - 1).clamp(min=1)
-    return Moments(mean.flatten(1), var)
 
 
 def box_size(box: Tensor) -> Tensor:

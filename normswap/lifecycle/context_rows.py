@@ -16,6 +16,7 @@ from normswap.util.arguments import describe
 
 Change: TypeAlias = Callable[[Tensor], Tensor]
 States: TypeAlias = dict[nn.Parameter, dict[str, Any]]
+Tables: TypeAlias = dict[str, dict[str, Tensor]]
 _Optimizer = torch.optim.Optimizer
 
 
@@ -55,16 +56,15 @@ def plan_states(
             "anew afterwards"
         )
     held = {old: name for old, name in parameters.items() if old in optimized}
+
+    def state_of(each: Any, p: nn.Parameter) -> dict[str, Any]:
+        state = each.state[p].items()
+        return {k: _changed(value, p, f"{k!r} of {held[p]}", change) for k, value in state}
+
     return [
-        (each, {p: _state(each.state[p], p, held[p], change) for p in held if p in each.state})
+        (each, {p: state_of(each, p) for p in held if p in each.state})
         for each in (optimizer, *inner)
     ]
-
-
-def _state(
-    state: dict[str, Any], parameter: nn.Parameter, name: str, change: Change
-) -> dict[str, Any]:
-    return {k: _changed(value, parameter, f"{k!r} of {name}", change) for k, value in state.items()}
 
 
 def _changed(value: Any, parameter: nn.Parameter, where: str, change: Change) -> Any:
@@ -88,20 +88,6 @@ def _changed(value: Any, parameter: nn.Parameter, where: str, change: Change) ->
             f"parameter {wanted}; make the optimizer anew afterwards, without optimizer= here"
         )
     return change(value) if per_row else value
-
-
-def hand_over(plans: list[tuple[Any, States]], new: dict[nn.Parameter, nn.Parameter]) -> None:
-    """Put new parameters in place of the old ones, with the states planned."""
-    for optimizer, states in plans:
-        for group in optimizer.param_groups:
-            group["params"][:] = [new.get(p, p) for p in group["params"]]
-        for old, state in states.items():
-            # A wrapper may share its state with what it wraps.
-            if optimizer.state.pop(old, None) is not None:
-                optimizer.state[new[old]] = state
-
-
-Tables: TypeAlias = dict[str, dict[str, Tensor]]
 
 
 def check_changeable(model: nn.Module, root: nn.Module, record: Record, how: str) -> Method:
@@ -165,7 +151,9 @@ def change_contexts(
             if old is not None:
                 _check_parameter(old, f"{where}.{key}")
                 parameters[old] = f"{where}.{key}"
-                changed[old] = _changed_parameter(old, table, of_grad)
+                new = changed[old] = nn.Parameter(table, old.requires_grad)
+                new.__dict__.update(old.__dict__)
+                new.grad = None if old.grad is None else of_grad(old.grad)
     plans = [] if optimizer is None else plan_states(optimizer, parameters, of_state, root)
     # Nothing below can fail.
     for where, layer in layers.items():
@@ -174,7 +162,13 @@ def change_contexts(
             held[key] = changed.get(held[key], table)
         kept = {name: getattr(contexts, name) for name in ("names", "unknown", "answering")}
         layer.__dict__.update(num_contexts=contexts.count, **kept)
-    hand_over(plans, changed)
+    for each, states in plans:
+        for group in each.param_groups:
+            group["params"][:] = [changed.get(p, p) for p in group["params"]]
+        for p, state in states.items():
+            # A wrapper may share its state with what it wraps.
+            if each.state.pop(p, None) is not None:
+                each.state[changed[p]] = state
     for scope in scopes_of(root):
         scope.num_contexts, scope.names = contexts.count, contexts.names
     record.contexts = contexts
@@ -195,10 +189,3 @@ def _check_parameter(parameter: nn.Parameter, name: str) -> None:
             f"expected {name} as a plain parameter, got {type(parameter.data).__name__}; change "
             "contexts before the model is sharded"
         )
-
-
-def _changed_parameter(old: nn.Parameter, table: Tensor, of_grad: Change) -> nn.Parameter:
-    new = nn.Parameter(table, old.requires_grad)
-    new.__dict__.update(old.__dict__)
-    new.grad = None if old.grad is None else of_grad(old.grad)
-    return new

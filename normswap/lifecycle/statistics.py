@@ -69,7 +69,8 @@ def update_stats(
             statistics, such as one of CN-X, of which nothing is measured and no batch is taken.
     """
     expect_module(model)
-    layers = [m for m in model.modules() if _is_measured(m)]
+    named = {name: m for name, m in model.named_modules() if _is_measured(m)}
+    layers = list(named.values())
     check_stream(loader, forward, batches, progress)
     if not layers and find_inside(model) is not None and not any(map(_is_tracked, model.modules())):
         warnings.warn(
@@ -97,7 +98,9 @@ def update_stats(
                 "no batch reached a layer with running statistics, or each had one value a "
                 "channel; the loader may be empty"
             )
-        _check_finite(model, layers)
+        for name, layer in named.items():
+            if not all(bool(b.isfinite().all()) for b in _buffers(layer)):
+                raise ConversionError(f"values that are not finite enter {name or 'the layer'}")
         for layer, seen in zip(layers, met, strict=True):
             for buffer in _buffers(layer):
                 rows = seen.reshape(seen.shape + (1,) * (buffer.dim() - seen.dim()))
@@ -117,13 +120,6 @@ def _labels_in(batch: Any, position: int) -> Any:
             f"got {describe(position)}"
         )
     return batch[position]
-
-
-def _check_finite(model: nn.Module, layers: list[nn.Module]) -> None:
-    for layer in layers:
-        if not all(bool(b.isfinite().all()) for b in _buffers(layer)):
-            name = next(name for name, module in model.named_modules() if module is layer)
-            raise ConversionError(f"values that are not finite enter {name or 'the layer'}")
 
 
 def _buffers(layer: nn.Module) -> list[Tensor]:

@@ -63,7 +63,11 @@ def param_groups(
         check_number("layer_decay", layer_decay, 0, 1, open_low=True)
     norms = {id(p) for p in norm_parameters(model).values()}
     spared = _spared_names(model)
-    scales = {} if layer_decay is None else _layer_scales(model, layer_decay)
+    scales: dict[int, float] = {}
+    if layer_decay is not None:
+        optim = need("timm.optim", "recipes", "layer_decay=, whose layers are timm's,")
+        layered = optim.param_groups_layer_decay(model, layer_decay=layer_decay)
+        scales = {id(p): group["lr_scale"] for group in layered for p in group["params"]}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -196,12 +200,6 @@ def _spared_names(model: nn.Module) -> list[str]:
         if callable(getattr(module, "no_weight_decay", None))
         for name in module.no_weight_decay()
     ]
-
-
-def _layer_scales(model: nn.Module, layer_decay: float) -> dict[int, float]:
-    optim = need("timm.optim", "recipes", "layer_decay=, whose layers are timm's,")
-    groups = optim.param_groups_layer_decay(model, layer_decay=layer_decay)
-    return {id(p): group["lr_scale"] for group in groups for p in group["params"]}
 
 
 def is_ours(module: nn.Module) -> bool:

@@ -165,10 +165,15 @@ class AdaptiveContextNorm(NormLayer):
         frozen = self.frozen or self.stats_frozen
         batch = self.running_mean is not None and self.training and not frozen
         if batch and self.synced and (reduce := sum_over(self.process_group)) is not None:
-            result, values = self._compute_shared(x, reduce)
+            # With what the components own of the batches of all processes.
+            mixture, start, eps = self._moments(x)
+            assignment = self.options.assignment
+            mass, moments, values = shared_moments(x, mixture, start, assignment, reduce)
+            y: Tensor = self._apply_mixture(x, mixture, moments, eps, False).y
             if not in_backward():
+                result = Normalized(y, mass, moments)
                 self._update(result, values / (values - 1).clamp(min=1), values > 1)
-            return result.y
+            return y
         number = x.numel() // max(x.shape[1], 1)
         batch = batch and number > 1
         parameters = (self.weight, self.bias, self.prior_logits, self.mu, self.log_sigma)
@@ -178,21 +183,12 @@ class AdaptiveContextNorm(NormLayer):
         if triton is not None and triton.serves(x, assignment, len(self.mu)):
             settings = triton.Settings(self.eps, batch, batch and not in_backward(), self.momentum)
             given = None if self.running_mean is None else running
-            y: Tensor = triton.norm_mixture(x, parameters, given, settings, assignment)
+            y = triton.norm_mixture(x, parameters, given, settings, assignment)
             return y
         result = self.compute(x, batch)
         if batch and not in_backward():
             self._update(result, number / (number - 1))
         return result.y
-
-    def _compute_shared(
-        self, x: Tensor, reduce: Callable[[Tensor], Tensor]
-    ) -> tuple[Normalized, Tensor]:
-        """Normalise with what the components own of the batches of all processes."""
-        mixture, given, eps = self._moments(x)
-        mass, moments, values = shared_moments(x, mixture, given, self.options.assignment, reduce)
-        y = self._apply_mixture(x, mixture, moments, eps, False).y
-        return Normalized(y, mass, moments), values
 
     def compute(self, x: Tensor, batch: bool) -> Normalized:
         """Normalise with the moments of this batch, or with the tracked or learned ones."""

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,11 @@ def divergence(
     axes.tick_params(axis="y", labelsize=6.5, length=2)
     axes.set_ylabel(kind + f" (1 in {step} named)" * (step > 1))
     if columns <= FEW_COLUMNS and step == 1:
-        _write_values(axes, table, norm)
+        for y, row in enumerate(table.tolist()):
+            for x, value in enumerate(row):
+                text = "0" if value == 0 else f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}"
+                shade = "black" if norm(value) > 0.6 else "white"
+                axes.text(x, y, text, ha="center", va="center", fontsize=5.5, color=shade)
     axes.set_title(title or "Divergence of contexts, by layer", fontsize=10)
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=40)
     bar.set_label("divergence from the pooled statistics, nats a channel", fontsize=8)
@@ -129,11 +132,3 @@ def _table(rows: Mapping[str, Tensor]) -> Tensor:
         bad = [name for name, well in zip(rows, fine, strict=True) if not well]
         raise ConversionError(f"expected finite divergences of 0 or more, not so in {bad[:4]}")
     return table
-
-
-def _write_values(axes: Axes, table: Tensor, norm: Any) -> None:
-    for y, row in enumerate(table.tolist()):
-        for x, value in enumerate(row):
-            text = "0" if value == 0 else f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}"
-            shade = "black" if norm(value) > 0.6 else "white"
-            axes.text(x, y, text, ha="center", va="center", fontsize=5.5, color=shade)

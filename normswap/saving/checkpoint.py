@@ -86,7 +86,10 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
         "priors": record.contexts.priors.tolist(),
         "unknown": record.contexts.unknown,
         "answering": record.contexts.answering,
-        "sites": sorted({row.fqn for row in record.rows if _is_site(row)}),
+        # Names that select a layer's place, which that of the input does not.
+        "sites": sorted(
+            {r.fqn for r in record.rows if r.target and not r.target.endswith("(input)")}
+        ),
         "base": fingerprint.describe_original(root),
         "values": checksums({n: others[n] for n in others if n not in stored and n not in marked}),
         "samples": {n: record.marks[n].sample for n in marked},
