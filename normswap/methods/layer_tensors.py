@@ -57,13 +57,7 @@ class WithPriors(Resettable):
         wide = torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else None
         if priors is None:
             priors = torch.full((count,), 1 / count, dtype=torch.float64, device="cpu")
-        elif (
-            not isinstance(priors, Tensor)
-            or priors.is_nested
-            or priors.is_meta
-            or priors.is_complex()
-            or priors.layout != torch.strided
-        ):
+        elif not isinstance(priors, Tensor) or not _holds_numbers(priors):
             raise ContextError(
                 f"expected `priors` as a tensor of {count} numbers, got {describe(priors)}"
             )
@@ -113,6 +107,10 @@ class WithPriors(Resettable):
         if self.kept_priors is not None:
             self.priors.copy_(self.kept_priors)
         super()._fill()
+
+
+def _holds_numbers(t: Tensor) -> bool:
+    return not (t.is_nested or t.is_meta or t.is_complex()) and t.layout == torch.strided
 
 
 def check_settings(eps: Any, momentum: Any = None, flags: dict[str, Any] | None = None) -> None:

@@ -77,6 +77,8 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
     }
     # Of what is trained and not stored, no more is known of the base than its marks.
     marked = [n for n in others if n not in stored and n in changed and n in record.marks]
+    # Names that select a layer's place, which that of the input does not.
+    sites = [r for r in record.rows if r.target and not r.target.endswith("(input)")]
     content = {
         "normswap": __version__,
         "method": record.method,
@@ -86,10 +88,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
         "priors": record.contexts.priors.tolist(),
         "unknown": record.contexts.unknown,
         "answering": record.contexts.answering,
-        # Names that select a layer's place, which that of the input does not.
-        "sites": sorted(
-            {r.fqn for r in record.rows if r.target and not r.target.endswith("(input)")}
-        ),
+        "sites": sorted({row.fqn for row in sites}),
         "base": fingerprint.describe_original(root),
         "values": checksums({n: others[n] for n in others if n not in stored and n not in marked}),
         "samples": {n: record.marks[n].sample for n in marked},
@@ -97,13 +96,6 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
         "others": sorted(stored),
     }
     write_folder(path, content, layers | stored)
-
-
-def _is_site(row: Any) -> bool:
-    """Return whether selecting the name of a row leads to its layer; the input is not selected."""
-    return row.action == "replaced" or (
-        row.action == "inserted" and not row.target.endswith("(input)")
-    )
 
 
 def load(
