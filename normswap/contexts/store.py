@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from normswap.errors import ContextError
-from normswap.util.arguments import describe
 from normswap.util.extras import need
-from normswap.util.whole_file import digest, read_description, read_file, write_pair
+from normswap.util.whole_file import as_path, digest, read_description, read_file, write_pair
 
 NAME = "contexts.json"
 FORMAT = "normswap-contexts"
@@ -31,7 +30,7 @@ def write(
     Raises:
         ContextError: the folder cannot be written.
     """
-    root = _as_path(folder)
+    root = as_path(folder, ContextError)
     content: dict[str, Any] = {"format": FORMAT, "version": VERSION, **record, "arrays": None}
     data = b""
     if arrays:
@@ -40,11 +39,15 @@ def write(
         content["arrays"] = f"contexts-{digest(data)[:16]}.safetensors"
         content["sha256"], content["bytes"] = digest(data), len(data)
     try:
-        write_pair(root / NAME, content, content["arrays"], data, lambda: _in_use(root), _ARRAYS)
+        write_pair(root / NAME, content, content["arrays"], data, _named, _ARRAYS)
     except (TypeError, RecursionError) as error:
         raise ContextError(f"expected an assigner that JSON can hold: {error}") from error
     except OSError as error:
         raise ContextError(f"cannot write an assigner to {root}: {error}") from error
+
+
+def _named(root: Path) -> str | None:
+    return _read_record(root).get("arrays")
 
 
 def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -53,9 +56,25 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
     Raises:
         ContextError: nothing there, another format or version, or a damaged file.
     """
-    root = _as_path(folder)
+    root = as_path(folder, ContextError)
     content = _read_record(root)
-    return content, _read_arrays(root, content)
+    name = content.get("arrays")
+    if name is None:
+        return content, {}
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ContextError(f"expected {NAME} in {root} to name a file beside it, got {name!r}")
+    try:
+        size = content.get("bytes")
+        data = read_file(root / name, size if type(size) is int else _MOST_ARRAYS)
+    except OSError as error:
+        raise ContextError(f"the arrays of the assigner in {root} are missing: {error}") from error
+    if digest(data) != content.get("sha256"):
+        raise ContextError(f"{root / name} is damaged: it is not what {NAME} was saved with")
+    load = need("safetensors.torch", "contexts", "loading an assigner with arrays").load
+    try:
+        return content, load(data)
+    except Exception as error:  # of the library's own type
+        raise ContextError(f"{root / name} does not read as safetensors: {error}") from error
 
 
 def _read_record(root: Path) -> dict[str, Any]:
@@ -76,37 +95,3 @@ def _read_record(root: Path) -> dict[str, Any]:
     if content.get("digest", found if version == 1 else None) != found:
         raise ContextError(f"{root / NAME} was changed after it was written; save again")
     return content
-
-
-def _in_use(root: Path) -> str | None:
-    try:
-        return _read_record(root).get("arrays")
-    except ContextError:
-        return None
-
-
-def _read_arrays(root: Path, content: dict[str, Any]) -> dict[str, Tensor]:
-    name = content.get("arrays")
-    if name is None:
-        return {}
-    if not isinstance(name, str) or Path(name).name != name:
-        raise ContextError(f"expected {NAME} in {root} to name a file beside it, got {name!r}")
-    try:
-        size = content.get("bytes")
-        data = read_file(root / name, size if type(size) is int else _MOST_ARRAYS)
-    except OSError as error:
-        raise ContextError(f"the arrays of the assigner in {root} are missing: {error}") from error
-    if digest(data) != content.get("sha256"):
-        raise ContextError(f"{root / name} is damaged: it is not what {NAME} was saved with")
-    load = need("safetensors.torch", "contexts", "loading an assigner with arrays").load
-    try:
-        loaded: dict[str, Tensor] = load(data)
-    except Exception as error:  # of the library's own type
-        raise ContextError(f"{root / name} does not read as safetensors: {error}") from error
-    return loaded
-
-
-def _as_path(folder: Any) -> Path:
-    if not isinstance(folder, str | os.PathLike):
-        raise ContextError(f"expected a folder as a path, got {describe(folder)}")
-    return Path(folder)

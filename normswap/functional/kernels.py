@@ -112,11 +112,6 @@ def _split(rows: int, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]
     return zip(*(torch.split(t, rows) for t in tensors), strict=True)
 
 
-def _scratch(view: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """Return room for a block: memory in use for every block is memory in the cache."""
-    return view.new_empty(min(rows, len(view)), *view.shape[1:], dtype=dtype)
-
-
 @_by_device
 def stats(x: Tensor) -> Moments:
     """Return mean and biased variance of each channel of each instance, (N, C).
@@ -129,7 +124,8 @@ def stats(x: Tensor) -> Moments:
     mean = x.new_empty(x.shape[:2], dtype=wide)
     var = torch.empty_like(mean)
     rows = _block_rows(view)
-    scratch = _scratch(view, rows, wide)
+    # Memory in use for every block is memory in the cache.
+    scratch = view.new_empty(min(rows, len(view)), *view.shape[1:], dtype=wide)
     first = view[:, :1].to(wide, copy=True)
     for part, one, m, v in _split(rows, (view, first, _spread(mean, x), _spread(var, x))):
         off = torch.sub(part.to(wide), one, out=scratch[: len(part)])
@@ -201,7 +197,7 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     first = x.new_empty(x.shape[:2], dtype=wide)
     second = torch.empty_like(first)
     rows = _block_rows(view)
-    scratch = _scratch(view, rows, wide)
+    scratch = view.new_empty(min(rows, len(view)), *view.shape[1:], dtype=wide)
     tensors = (view, _view(dy), first, second, _spread(centre, x))
     for part, grad, one, two, m in _split(rows, tensors):
         grad, product = grad.to(wide), scratch[: len(part)]

@@ -75,7 +75,7 @@ class Schedule:
             self._flags = (rank < self.active) & (torch.rand((), device=device) < self.p)
             return
         self._flags = None
-        seed = _draw_seed()
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         if not in_backward():
             self._begin(seed)
 
@@ -105,7 +105,7 @@ class Schedule:
             return self._flags[site].to(device)
         # Gradient checkpointing asks again in backward, with torch's generator as it was then: the
         # same number names the answer, however many forwards lie between.
-        ticket = _draw_seed()
+        ticket = int(torch.randint(2**63 - 1, (), device="cpu"))
         if in_backward():
             if ticket not in self._answers:
                 raise NormswapError(
@@ -161,10 +161,6 @@ class Schedule:
 
     def __repr__(self) -> str:
         return f"Schedule(p={self.p}, active={self.active}, num_sites={self.num_sites})"
-
-
-def _draw_seed() -> int:
-    return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 
 class _Draw(threading.local):

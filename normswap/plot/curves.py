@@ -59,12 +59,12 @@ def curves(
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure, axes = open_axes(ax, len(panels), columns, (5 * columns, 3.8 * rows))
-    families = dict.fromkeys(_family(name) for lines in panels.values() for name in lines)
+    families = dict.fromkeys(name.partition(",")[0] for lines in panels.values() for name in lines)
     colours = {family: COLOURS[k % len(COLOURS)] for k, family in enumerate(families)}
     for (quantity, lines), panel in zip(panels.items(), axes, strict=True):
         members: Counter[str] = Counter()
         for name, values in lines.items():
-            family, shown = _family(name), [math.nan if v is None else v for v in values]
+            family, shown = name.partition(",")[0], [math.nan if v is None else v for v in values]
             style = {"color": colours[family], "linestyle": STYLES[members[family] % len(STYLES)]}
             marker = {"marker": "o" if count <= 40 else None, "markersize": 4}
             panel.plot(places, shown, label=name, **style, **marker)
@@ -78,7 +78,3 @@ def curves(
     if title:
         figure.suptitle(title, fontsize=11)
     return close(figure, path)
-
-
-def _family(name: str) -> str:
-    return name.partition(",")[0]

@@ -21,10 +21,11 @@ from normswap.methods.base import Contexts, get_method, methods, parse_options
 from normswap.report import Verification
 from normswap.saving import fingerprint
 from normswap.saving.fingerprint import checksums, samples, shorten
-from normswap.saving.folder import as_folder, find_folder, read_folder, write_folder
+from normswap.saving.folder import find_folder, read_folder, write_folder
 from normswap.sites import is_quantised
 from normswap.util.arguments import check_choice, check_flag
 from normswap.util.copies import copy_model
+from normswap.util.whole_file import as_path
 
 _STATES = ("changed", "norms", "all")
 
@@ -60,7 +61,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
     """
     check_choice("state", state, _STATES)
     root, record = find_root(model)
-    path = as_folder(folder)
+    path = as_path(folder, CheckpointError)
     check_parameters(root)
     layers, others = fingerprint.layer_tensors(root), fingerprint.other_tensors(root)
     for name, tensor in (layers | others).items():

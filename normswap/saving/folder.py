@@ -17,19 +17,14 @@ from normswap.saving.schema import find_wrong
 from normswap.util import whole_file
 from normswap.util.arguments import describe
 from normswap.util.extras import need
-from normswap.util.whole_file import digest, read_file, write_pair
+from normswap.util.whole_file import as_path, digest, read_file, write_pair
 
 DESCRIPTION = "normswap.json"
 FORMAT = 3  # 1 has no samples, 2 no number of answering contexts
 _TENSORS = r"tensors-[0-9a-f]{16}\.safetensors"
 _MOST_DESCRIPTION = 1 << 28
-
-
-def as_folder(folder: str | os.PathLike[str]) -> Path:
-    """Return a path; raise a CheckpointError where it is none."""
-    if not isinstance(folder, str | os.PathLike):
-        raise CheckpointError(f"expected a folder as a path, got {type(folder).__name__}")
-    return Path(folder)
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_FILES = [DESCRIPTION, "tensors-*.safetensors"]
 
 
 def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -49,7 +44,7 @@ def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tenso
     file = {"name": name, "bytes": len(data), "sha256": digest(data)}
     content = {"format": FORMAT, **content, "file": file}
     try:
-        write_pair(folder / DESCRIPTION, content, name, data, lambda: _in_use(folder), _TENSORS)
+        write_pair(folder / DESCRIPTION, content, name, data, _named, _TENSORS)
     except TypeError as error:
         raise CheckpointError(f"expected options that JSON can hold: {error}") from error
     except FileExistsError as error:
@@ -129,15 +124,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _in_use(folder: Path) -> str | None:
-    try:
-        return str(read_description(folder)["file"]["name"])
-    except CheckpointError:
-        return None
-
-
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_FILES = [DESCRIPTION, "tensors-*.safetensors"]
+def _named(folder: Path) -> str:
+    return str(read_description(folder)["file"]["name"])
 
 
 def find_folder(folder: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -155,7 +143,7 @@ def find_folder(folder: str | os.PathLike[str], revision: str | None = None) -> 
         CheckpointError: no path, a revision of no repository, a repository that the hub does not
             give, or no huggingface_hub.
     """
-    path = as_folder(folder)
+    path = as_path(folder, CheckpointError)
     is_repository = isinstance(folder, str) and bool(_REPOSITORY.fullmatch(folder))
     if revision is not None and not (is_repository and isinstance(revision, str) and revision):
         raise CheckpointError(

@@ -92,7 +92,7 @@ class Case:
         for name in self.models if names is None else names:
             for trace in self.traces:
                 model = self.trained(name, trace=trace)
-                yield f"{name}, trace={trace}", model, make_inputs(model)
+                yield name if trace else f"{name}, trace=False", model, make_inputs(model)
 
     def trained(self, name: str = "ConvNet", **settings: Any) -> nn.Module:
         """Return a float64 model in eval mode, every tensor of the method's layers moved."""

@@ -16,7 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from normswap.errors import NormswapError
+from normswap.util.arguments import describe
+
 _AN_HOUR = 3600.0
+
+
+def as_path(folder: Any, error: type[NormswapError]) -> Path:
+    """Return a path; raise an error of this class where it is none."""
+    if not isinstance(folder, str | os.PathLike):
+        raise error(f"expected a folder as a path, got {describe(folder)}")
+    return Path(folder)
 
 
 def digest(data: bytes) -> str:
@@ -76,7 +86,7 @@ def write_pair(
     content: dict[str, Any],
     name: str | None,
     data: bytes,
-    in_use: Callable[[], str | None],
+    named: Callable[[Path], str | None],
     names: str,
 ) -> None:
     """Write a description with its digest, and the file that it names; remove what they replace.
@@ -86,7 +96,7 @@ def write_pair(
         content: of the description, without ``digest``.
         name: of the file beside it, None for no file.
         data: of that file.
-        in_use: returns the name in the description that is there, None where none can be read.
+        named: returns the name in the description that is there, of a folder, or fails.
         names: regular expression of all names that such files can have.
 
     Raises:
@@ -97,6 +107,13 @@ def write_pair(
     content = json.loads(json.dumps(content))
     text = json.dumps({**content, "digest": digest_of(content)}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    def in_use() -> str | None:
+        try:
+            return named(path.parent)
+        except NormswapError:
+            return None
+
     before = in_use()
     if name is not None:
         write_whole(path.with_name(name), data)
