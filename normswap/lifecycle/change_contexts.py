@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from normswap.errors import ContextWarning, ConversionError
 from normswap.graph.use_context import scopes_of
-from normswap.lifecycle.context_rows import change_contexts, check_changeable, table_of
-from normswap.lifecycle.record import context_index, context_or_pooled, find_root, method_layers
-from normswap.methods.base import Contexts, Method
+from normswap.lifecycle.context_rows import change_contexts, changed_tables, check_changeable
+from normswap.lifecycle.record import context_index, context_or_pooled, find_root
+from normswap.methods.base import Contexts
 from normswap.methods.layer import POLICIES
 from normswap.methods.norm_values import pick
 from normswap.util.arguments import check_flag, describe, listed
@@ -81,10 +81,7 @@ def add_context(
         raise ConversionError(
             f"expected share= in (0, 1), got {describe(share)}; at least {_LEAST} from both ends"
         )
-    tables = {
-        where: _longer(where, layer, method, index, share)
-        for where, layer in method_layers(root).items()
-    }
+    tables = changed_tables(root, method, index, share, _append)
     weights = contexts.priors
     priors = torch.cat([weights * (1 - share), weights.new_tensor([share])])
     answering = contexts.answering or (count if keep_unknown else None)
@@ -128,21 +125,6 @@ def _check_name(name: Any, contexts: Contexts) -> None:
         raise ConversionError(f"{name!r} is a policy for unknown labels; choose another name")
 
 
-def _longer(
-    where: str, layer: nn.Module, method: Method, like: int | None, share: float
-) -> dict[str, Tensor]:
-    """Return the tables of a layer with the row of the new context appended."""
-    longer: dict[str, Tensor] = {}
-    for key, row in method.added_rows(layer, like, share).items():
-        table = table_of(where, layer, key)
-        if table.shape[1:] != row.shape:
-            raise ConversionError(
-                f"expected a row {tuple(table.shape[1:])} for {where}.{key}, got {tuple(row.shape)}"
-            )
-        longer[key] = _append(table, row)
-    return longer
-
-
 def _append(table: Tensor, row: Tensor) -> Tensor:
     return torch.cat([table, row.detach().to(table).unsqueeze(0)])
 
@@ -181,13 +163,7 @@ def remove_context(
     def shorten(table: Tensor) -> Tensor:
         return torch.cat([table[:index], table[index + 1 :]])
 
-    # The tensors that a further context has a row of are those that each context has one of.
-    tables = {
-        where: {
-            key: shorten(table_of(where, layer, key)) for key in method.added_rows(layer, 0, 0.5)
-        }
-        for where, layer in method_layers(root).items()
-    }
+    tables = changed_tables(root, method, 0, 0.5, lambda table, _: shorten(table))
     change_contexts(root, record, after, tables, optimizer, shorten, shorten)
     if moved := after.names[index:]:
         warnings.warn(

@@ -107,15 +107,30 @@ def check_changeable(model: nn.Module, root: nn.Module, record: Record, how: str
     return method
 
 
-def table_of(where: str, layer: nn.Module, key: str) -> Tensor:
-    """Return a tensor of a layer that has a row for each context."""
-    if key not in layer._parameters and key not in layer._buffers:
-        raise ConversionError(
-            f"{where}.{key} is neither a parameter nor a buffer (parametrized?), whose rows could "
-            "be changed"
-        )
-    table: Tensor = getattr(layer, key).detach()
-    return table
+def changed_tables(
+    root: nn.Module, method: Method, like: int | None, share: float, change: Any
+) -> Tables:
+    """Return what has a row for each context, after ``change(table, row of one more context)``.
+
+    The tensors that a further context has a row of are those that each context has one of.
+    """
+    tables: Tables = {}
+    for where, layer in method_layers(root).items():
+        tables[where] = {}
+        for key, row in method.added_rows(layer, like, share).items():
+            if key not in layer._parameters and key not in layer._buffers:
+                raise ConversionError(
+                    f"{where}.{key} is neither a parameter nor a buffer (parametrized?), whose "
+                    "rows could be changed"
+                )
+            table: Tensor = getattr(layer, key).detach()
+            if table.shape[1:] != row.shape:
+                wanted = tuple(table.shape[1:])
+                raise ConversionError(
+                    f"expected a row {wanted} for {where}.{key}, got {tuple(row.shape)}"
+                )
+            tables[where][key] = change(table, row)
+    return tables
 
 
 def change_contexts(

@@ -180,7 +180,7 @@ def _norm(
     try:
         plain = method.plain(layer, index if method.needs_context else None)
         if alike:
-            plain = _common(name, layer, record, method)
+            plain = _common(layer, record, method)
     except ConversionError as error:
         raise ConversionError(
             f"cannot revert {name or 'the layer'} ({type(layer).__name__}): {error}"
@@ -190,7 +190,7 @@ def _norm(
     return norm
 
 
-def _common(name: str, layer: nn.Module, record: Record, method: Method) -> PlainNorm:
+def _common(layer: nn.Module, record: Record, method: Method) -> PlainNorm:
     """Return the norm that every context has, up to rounding."""
     plains = [method.plain(layer, k) for k in range(record.contexts.count)]
     dtype = next(t.dtype for t in layer.parameters() if t.is_floating_point())
