@@ -1,6 +1,7 @@
 """A loader whose features are read once or several times, in the same order each time."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ A = TypeVar("A", bound=ClusterAssigner)
 LARGEST = 1e15
 
 
+@dataclass(eq=False)
 class FeatureStream:
     """The features of a loader's batches, and a uniform sample of them.
 
@@ -25,27 +27,24 @@ class FeatureStream:
     while the loader is read.
     """
 
-    def __init__(
-        self,
-        loader: Iterable[Any],
-        features: Features,
-        num_contexts: int,
-        samples: int,
-        seed: int,
-        progress: bool,
-    ) -> None:
-        check_count("num_contexts", num_contexts, error=ContextError)
-        check_count("seed", seed, 0, 2**32 - 1, ContextError)
-        check_count("samples", samples, num_contexts, error=ContextError)
-        if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+    loader: Iterable[Any]
+    features: Features
+    num_contexts: int
+    samples: int
+    seed: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        check_count("num_contexts", self.num_contexts, error=ContextError)
+        check_count("seed", self.seed, 0, 2**32 - 1, ContextError)
+        check_count("samples", self.samples, self.num_contexts, error=ContextError)
+        if isinstance(self.loader, Tensor) or not isinstance(self.loader, Iterable):
             raise ContextError(
-                f"expected a loader that yields batches, got {type(loader).__name__}; give a "
+                f"expected a loader that yields batches, got {type(self.loader).__name__}; give a "
                 "DataLoader, or a list of batches"
             )
-        self.loader, self.num_contexts = loader, num_contexts
-        self.seed, self.progress = seed, progress
-        self.extractor = Extractor(features)
-        self.kept = Reservoir(samples, torch.Generator().manual_seed(seed))
+        self.extractor = Extractor(self.features)
+        self.kept = Reservoir(self.samples, torch.Generator().manual_seed(self.seed))
         self.targets: list[Tensor | None] = []
 
     def read(self, title: str, use: Callable[[Tensor, Tensor | None], None]) -> None:

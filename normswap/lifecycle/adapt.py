@@ -11,8 +11,8 @@ from normswap.errors import ConversionError, MissingContextError
 from normswap.functional import context_moments, gaussian_divergence, instance_moments
 from normswap.functional.moments import Moments
 from normswap.graph.use_context import use_context
-from normswap.lifecycle.record import Record, context_index, find_root, method_layers
-from normswap.methods.base import Method, get_method
+from normswap.lifecycle.record import context_index, find_root, labelled_method, method_layers
+from normswap.methods.base import Method
 from normswap.util.batches import (
     check_stream,
     forward_batch,
@@ -70,7 +70,11 @@ def adapt(
     workshop 2017 (AdaBN).
     """
     root, record = find_root(model)
-    method, index = _check(record, context)
+    method = labelled_method(record, "adapt (normswap.calibrate fits ACN to data)")
+    names = record.contexts.names
+    if context is None and len(names) > 1:
+        raise MissingContextError(f"expected context= one of {', '.join(names)}, got none")
+    index = 0 if context is None else context_index(record, context)
     check_stream(loader, forward, batches, progress)
     found = method_layers(root).items()
     layers = {name: layer for name, layer in found if method.statistics(layer) is not None}
@@ -88,7 +92,7 @@ def adapt(
         with undisturbed(root), _uncompiled(root), torch.no_grad(), use_context(root, index):
             for batch in show_progress(loader, "adapt", batches, progress):
                 (forward or forward_batch)(root, batch)
-        return _finish(averages, record.contexts.names[index])
+        return _finish(averages, names[index])
 
 
 class Average:
@@ -131,19 +135,6 @@ class Average:
         if not self.count:
             return self.before
         return Moments(*(t / self.count for t in self.total))
-
-
-def _check(record: Record, context: str | int | None) -> tuple[Method, int]:
-    method = get_method(record.method)
-    if not isinstance(method, Method) or not method.needs_context:
-        raise ConversionError(
-            f"method {record.method!r} has no contexts to adapt (normswap.calibrate fits ACN to "
-            "data)"
-        )
-    names = record.contexts.names
-    if context is None and len(names) > 1:
-        raise MissingContextError(f"expected context= one of {', '.join(names)}, got none")
-    return method, 0 if context is None else context_index(record, context)
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normswap.errors import ConversionError
 from normswap.graph.use_context import scopes_of
-from normswap.lifecycle.record import Record, method_layers
-from normswap.methods.base import Contexts, Method, get_method
+from normswap.lifecycle.record import Record, labelled_method, method_layers
+from normswap.methods.base import Contexts, Method
 from normswap.methods.layer_tensors import has_no_values
 from normswap.util.arguments import describe
 
@@ -92,9 +92,7 @@ def _changed(value: Any, parameter: nn.Parameter, where: str, change: Change) ->
 
 def check_changeable(model: nn.Module, root: nn.Module, record: Record, how: str) -> Method:
     """Return the method of a model whose contexts can change; `how` is a word for the message."""
-    method = get_method(record.method)
-    if not isinstance(method, Method) or not method.needs_context:
-        raise ConversionError(f"method {record.method!r} has no contexts to {how}")
+    method = labelled_method(record, how)
     if has_no_values(root):
         raise ConversionError(
             "cannot change the contexts of a model without values (meta device); load them first"

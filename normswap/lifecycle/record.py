@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from normswap.errors import ContextError, ConversionError, not_converted
 from normswap.graph.state import RECORD, state_of
 from normswap.lifecycle.original import original_of
-from normswap.methods.base import Contexts, Method
+from normswap.methods.base import Contexts, Method, get_method
 from normswap.methods.layer import POLICIES
 from normswap.report import Row, Verification
 from normswap.sites import computed_tensor
@@ -93,6 +93,14 @@ def inserted_layers(root: nn.Module) -> dict[str, nn.Module]:
 def method_layers(root: nn.Module) -> dict[str, nn.Module]:
     """Return every layer of the method, replaced or inserted."""
     return replaced_layers(root) | inserted_layers(root)
+
+
+def labelled_method(record: Record, what: str) -> Method:
+    """Return the method of a conversion, which has contexts to do something with."""
+    method = get_method(record.method)
+    if not isinstance(method, Method) or not method.needs_context:
+        raise ConversionError(f"method {record.method!r} has no contexts to {what}")
+    return method
 
 
 def weights_of(record: Record, method: Method, layer: nn.Module) -> Tensor:

@@ -81,8 +81,15 @@ def densities(
     if isinstance(source, nn.Module):
         parts = find_components(source, layer)
         kept = Reservoir(samples, torch.Generator().manual_seed(seed))
-        stream = show_progress([] if data is None else data, "activations", progress=progress)
-        _collect(source, layer, kept, stream, forward or forward_batch)
+        hook = source.get_submodule(layer).register_forward_pre_hook(
+            lambda _, inputs: keep_values(kept, inputs[0].detach())
+        )
+        stream = [] if data is None else data
+        with hook, undisturbed(source), torch.no_grad():
+            for batch in show_progress(stream, "activations", progress=progress):
+                (forward or forward_batch)(source, batch)
+        if kept.rows is None or not len(kept.rows):
+            raise ConversionError(f"no batch reached {layer}; the loader may be empty")
         data = kept.rows
     elif isinstance(source, Components):
         parts = source
@@ -97,9 +104,8 @@ def densities(
     columns = min(len(chosen), 3)
     rows = -(-len(chosen) // columns)
     figure, axes = open_axes(ax, len(chosen), columns, (3.9 * columns, 2.9 * rows + 0.4))
-    for channel, panel in zip(chosen, axes, strict=True):
+    for number, (channel, panel) in enumerate(zip(chosen, axes, strict=True)):
         _draw(panel, parts, None if values is None else values[:, channel], channel)
-    for number, panel in enumerate(axes):
         if number % columns == 0:
             panel.set_ylabel("density, per unit of the input")
         if number >= len(chosen) - columns:
@@ -132,19 +138,6 @@ def find_components(model: nn.Module, layer: str) -> Components:
             + (known or "none, the model holds no CN, CN-X or ACN")
         )
     return found[layer]
-
-
-def _collect(
-    model: nn.Module, layer: str, kept: Reservoir, stream: Iterable[Any], forward: Any
-) -> None:
-    hook = model.get_submodule(layer).register_forward_pre_hook(
-        lambda _, inputs: keep_values(kept, inputs[0].detach())
-    )
-    with hook, undisturbed(model), torch.no_grad():
-        for batch in stream:
-            forward(model, batch)
-    if kept.rows is None or not len(kept.rows):
-        raise ConversionError(f"no batch reached {layer}; the loader may be empty")
 
 
 def _choose(parts: Components, values: Tensor | None, channels: int | Sequence[int]) -> list[int]:
