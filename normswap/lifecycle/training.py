@@ -18,8 +18,6 @@ from normswap.util.batches import FROZEN_MODE
 from normswap.util.extras import need
 from normswap.util.select import Selector, find_modules
 
-_TRAIN = ("norms", "contexts", "all")
-_STATS = ("update", "frozen")
 _HUGE = 1e300
 
 
@@ -116,8 +114,8 @@ def freeze(
             which would go on waiting for the gradients it knew; an `also` that matches no module;
             or nothing left to train.
     """
-    for name, value, choices in (("train", train, _TRAIN), ("stats", stats, _STATS)):
-        check_choice(f"{name}=", value, choices)
+    check_choice("train=", train, ("norms", "contexts", "all"))
+    check_choice("stats=", stats, ("update", "frozen"))
     expect_module(model)
     layers = [m for m in model.modules() if isinstance(m, NormLayer)]
     if not layers and find_inside(model) is None:

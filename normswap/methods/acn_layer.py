@@ -73,9 +73,6 @@ class AdaptiveContextNorm(NormLayer):
     prior_logits: nn.Parameter
     mu: nn.Parameter
     log_sigma: nn.Parameter
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
 
     def __init__(
         self,

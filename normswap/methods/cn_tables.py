@@ -32,7 +32,6 @@ class ContextTables(ContextLayer):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    priors: Tensor
 
     def __init__(
         self,

@@ -73,8 +73,7 @@ class BatchContextNormX(ContextNormX):
     ) -> None:
         super().__init__(num_features, num_contexts, eps, affine, priors, unknown, device, dtype)
         check_settings(eps, momentum)
-        self.momentum = momentum
-        self.frozen = False
+        self.momentum, self.frozen = momentum, False
         self.add_running((num_features,), (), {"device": device, "dtype": dtype})
         self.reset_running_stats()
         self.fresh = False

@@ -77,7 +77,6 @@ class ContextNormX(ContextLayer):
     bias: nn.Parameter | None
     mu: nn.Parameter
     log_sigma: nn.Parameter
-    priors: Tensor
 
     def __init__(
         self,
@@ -92,10 +91,8 @@ class ContextNormX(ContextLayer):
     ) -> None:
         super().__init__(num_features, num_contexts, unknown, priors, device, dtype)
         check_settings(eps, None, {"affine": affine})
-        self.eps = eps
-        self.affine = affine
-        self.fresh = True
-        self.synced = False
+        self.eps, self.affine = eps, affine
+        self.fresh, self.synced = True, False
         self.process_group: str | None = None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         for name in ("weight", "bias"):

@@ -53,9 +53,6 @@ class ContextInstanceNorm(ContextLayer):
     context_parameters = ("weight", "bias")
     weight: nn.Parameter
     bias: nn.Parameter
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    priors: Tensor
 
     def __init__(
         self,
