@@ -90,10 +90,8 @@ def _conversion(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _methods(options: argparse.Namespace) -> str:
-    rows = []
-    for name in methods():
-        method = get_method(name)
-        rows.append([name, "yes" if method.needs_context else "no", method.title])
+    found = [get_method(name) for name in methods()]
+    rows = [[m.name, "yes" if m.needs_context else "no", m.title] for m in found]
     return tabulate(rows, headers=["method", "labels", "what it is"], tablefmt="simple")
 
 

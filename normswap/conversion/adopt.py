@@ -46,10 +46,9 @@ def _keep_requires_grad(layer: nn.Module, source: nn.Module, site: Site) -> None
     if site.frozen or (given and not any(given.values())):
         layer.requires_grad_(False)
         return
-    for name, required in given.items():
-        parameter = layer._parameters.get(name)
-        if parameter is not None:
-            parameter.requires_grad_(required)
+    for name in given.keys() & layer._parameters.keys():
+        if (parameter := layer._parameters[name]) is not None:
+            parameter.requires_grad_(given[name])
 
 
 def _apply_fused(layer: nn.Module, source: nn.Module, site: Site) -> None:

@@ -195,8 +195,7 @@ def write(norm: nn.Module, plain: PlainNorm, layer: nn.Module) -> None:
     A norm without weight and bias gets them where they are needed.
     """
     affine = {"weight": plain.weight, "bias": plain.bias}
-    slots = {name: getattr(norm, name, None) for name in affine}
-    missing = [name for name, slot in slots.items() if slot is None]
+    missing = [name for name in affine if getattr(norm, name, None) is None]
     like = next(t for t in (*layer.parameters(), plain.weight) if t.is_floating_point())
     rounding = 8 * torch.finfo(like.dtype).eps
     if any(bool(((affine[n] - float(n == "weight")).abs() > rounding).any()) for n in missing):
@@ -204,10 +203,8 @@ def write(norm: nn.Module, plain: PlainNorm, layer: nn.Module) -> None:
             tensor = affine[name].to(like.device, like.dtype, copy=True)
             setattr(norm, name, nn.Parameter(tensor, _requires_grad(layer, name)))
         norm.__dict__["affine"] = True
-        missing = []
     statistics = {"running_mean": plain.mean, "running_var": plain.var}
-    values = {name: value for name, value in affine.items() if name not in missing} | statistics
-    for name, value in (values | {"num_batches_tracked": plain.batches}).items():
+    for name, value in (affine | statistics | {"num_batches_tracked": plain.batches}).items():
         slot = getattr(norm, name, None)
         if slot is not None and value is not None:
             slot.copy_(value)

@@ -143,12 +143,11 @@ def _check_inserted(target: nn.Module, record: Record) -> None:
     method = get_method(record.method)
     kept = {}
     for name, layer in inserted_layers(target).items():
+        why: str | None = "it normalises the input of the model, where the original has no norm"
         if isinstance(method, InsertedMethod):
             why = method.effect(layer)
         elif _is_untouched(layer, record):
-            why = None
-        else:
-            why = "it normalises the input of the model, where the original class has no norm"
+            continue
         if why is not None:
             kept[name] = why
     if kept:

@@ -81,11 +81,10 @@ class CrossNorm(nn.Module):
         if fire is False or x.shape[axis] < 2 or x.shape[2:].numel() < 2:
             return x
         permutation = draw_permutation(x.shape[axis], x.device)
-        content_box = style_box = None
-        if self.crop in ("style", "both"):
-            style_box = draw_box(x.shape[2:], self.beta, x.device)
-        if self.crop in ("content", "both"):
-            content_box = draw_box(x.shape[2:], self.beta, x.device)
+        style_box, content_box = (
+            draw_box(x.shape[2:], self.beta, x.device) if self.crop in (part, "both") else None
+            for part in ("style", "content")
+        )
         condition = fire if isinstance(fire, Tensor) else None
         return cross_norm(x, permutation, self.instances, content_box, style_box, condition)
 
