@@ -6,6 +6,8 @@ derivatives, second derivatives, devices, dtypes and strides that the kernels do
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -64,7 +66,7 @@ def stat_affine(
         A tensor of the shape, dtype and memory format of x.
     """
     if not uses_kernels(x):
-        return _compute_by_formula(x, glue, tensors, replay=False)
+        return _compute_by_formula(glue, False, x, *tensors)
     chosen = _AutogradGlue(glue, x.shape[2:].numel()) if hand is None else hand()
     if not records((x, *tensors)):
         passes = _passes(chosen)
@@ -79,11 +81,12 @@ def _passes(hand: HandGlue) -> Any:
     return getattr(hand, "passes", kernels)
 
 
+@dataclass(eq=False)
 class _AutogradGlue:
     """Glue with torch's derivative."""
 
-    def __init__(self, glue: Glue, positions: int) -> None:
-        self.glue, self.positions = glue, positions
+    glue: Glue
+    positions: int
 
     def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Compute the glue, keeping its graph."""
@@ -103,8 +106,7 @@ class _AutogradGlue:
         found: Sequence[Tensor | None] = [None] * len(wanted)
         if pulled and wanted:
             outs, grads = zip(*pulled, strict=True)
-            keep: Any = {"retain_graph": True, "allow_unused": True}
-            found = torch.autograd.grad(outs, wanted, grads, **keep)
+            found = torch.autograd.grad(outs, wanted, grads, True, allow_unused=True)
         iterator = iter(found)
         dmean, dvar, *dtensors = (next(iterator) if t.requires_grad else None for t in leaves)
         zero, share = torch.zeros_like(dscale), 1 / self.positions
@@ -114,7 +116,7 @@ class _AutogradGlue:
         return Pull(spread, constant.mul_(share), tuple(dtensors))
 
 
-def _compute_by_formula(x: Tensor, glue: Glue, tensors: Sequence[Tensor], replay: bool) -> Tensor:
+def _compute_by_formula(glue: Glue, replay: bool, x: Tensor, *tensors: Tensor) -> Tensor:
     instances = instance_moments(x)
     affine = glue(instances, *tensors, replay=replay)
     return apply_centred_by_formula(x, Centred(instances.mean, *affine))
@@ -169,8 +171,5 @@ def differentiate(
     x: Tensor, glue: Glue, tensors: Sequence[Tensor], dy: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients with a graph of their own, for second derivatives."""
-
-    def formula(x: Tensor, *tensors: Tensor) -> Tensor:
-        return _compute_by_formula(x, glue, tensors, replay=True)
-
+    formula = partial(_compute_by_formula, glue, True)
     return differentiate_again(formula, (x, *tensors), dy, needed)

@@ -92,11 +92,11 @@ def calibrate(
                 hooks.enter_context(layer.register_forward_pre_hook(observe))
             for batch in show_progress(loader, "calibrate", batches, progress):
                 (forward or forward_batch)(model, batch)
-        reached = {name: layers[name] for name in layers if kept[name].rows is not None}
+        reached = {n: rows for n in layers if (rows := kept[n].rows) is not None}
         if not reached:
             raise ConversionError("no batch reached an ACN layer; the loader may be empty")
-        with put_back_on_error(t for m in reached.values() for t in m.state_dict().values()):
-            return {n: _fit(n, m, kept[n].rows, steps, generator) for n, m in reached.items()}
+        with put_back_on_error(t for n in reached for t in layers[n].state_dict().values()):
+            return {n: _fit(n, layers[n], x, steps, generator) for n, x in reached.items()}
 
 
 def _observe(kept: Reservoir, layer: Any, inputs: tuple[Tensor]) -> None:
@@ -111,14 +111,9 @@ def _observe(kept: Reservoir, layer: Any, inputs: tuple[Tensor]) -> None:
 
 
 def _fit(
-    name: str,
-    layer: AdaptiveContextNorm,
-    sample: Tensor | None,
-    steps: int,
-    generator: torch.Generator,
+    name: str, layer: AdaptiveContextNorm, sample: Tensor, steps: int, generator: torch.Generator
 ) -> float:
     """Fit one layer; return the share of its output that changed."""
-    assert sample is not None
     options = layer.options
     if len(sample) < 2 * options.components:
         raise ConversionError(
