@@ -1,8 +1,10 @@
 """Measure running statistics anew over a loader, for each context."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +94,7 @@ def update_stats(
                 given = None if labels is None else _labels_in(batch, labels)
                 with nullcontext() if given is None else use_context(model, given):
                     run(model, batch)
-        met = [_met(layer, counts[index]) for index, layer in enumerate(layers)]
+        met = [_met(layer, counts[layer]) for layer in layers]
         if not any(bool(m.any()) for m in met):
             raise ConversionError(
                 "no batch reached a layer with running statistics, or each had one value a "
@@ -145,21 +147,17 @@ def _is_cumulative(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def _measuring(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[int]]:
+def _measuring(model: nn.Module, layers: list[nn.Module]) -> Iterator[Counter[nn.Module]]:
     """Let layers average over batches; yield how many each has met, where it cannot tell."""
     hosts = {gate: m for m in model.modules() if isinstance(m, SelfNorm) for gate in m.children()}
-    counts = [0] * len(layers)
+    counts: Counter[nn.Module] = Counter()
 
-    def counter(index: int, least: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if len(inputs[0]) >= least:
-                counts[index] += 1
-            layers[index].momentum = 1 / max(counts[index], 1)  # type: ignore[assignment]
-
-        return count
+    def count(layer: Any, least: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        counts[layer] += len(inputs[0]) >= least
+        layer.momentum = 1 / max(counts[layer], 1)
 
     with ExitStack() as undo:
-        for index, layer in enumerate(layers):
+        for layer in layers:
             undo.callback(setattr, layer, "momentum", layer.momentum)
             layer.training = True
             for name, start in (("running_mean", 0.0), ("running_var", 1.0)):
@@ -172,7 +170,7 @@ def _measuring(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[int]]
                 # A gate's statistics are over instances: a batch of one leaves them.
                 least = 2 if layer in hosts else 1
                 host = hosts.get(layer, layer)
-                undo.enter_context(host.register_forward_pre_hook(counter(index, least)))
+                undo.enter_context(host.register_forward_pre_hook(partial(count, layer, least)))
         yield counts
 
 
