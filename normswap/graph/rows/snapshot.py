@@ -1,8 +1,11 @@
 """A snapshot of all that a forward may change, to be put back after runs that leave no trace."""
 
+import ast
+import contextlib
 import copy
 import copyreg
 import functools
+import itertools
 import operator
 import os
 import random
@@ -25,7 +28,7 @@ _MOST = 20_000
 _MISSING = object()
 # Modules of Python with classes of plain objects.
 _NAMESPACES = ("types", "argparse", "collections")
-# Iterators whose state a copy keeps.
+# Iterators whose state a copy keeps; from Python 3.14 on those of itertools have none.
 _COPYABLE = ("builtins",) if sys.version_info >= (3, 14) else ("builtins", "itertools")
 
 
@@ -216,6 +219,9 @@ def _restore_table(holder: Any, names: Collection[str] | None, kept: dict[Any, A
 
 def _copied(value: Any) -> Any:
     """Return a copy of an iterator, where one keeps its state; anything else as it is."""
+    if type(value) is itertools.count:  # says what it stands at: count(3), or count(3, 2)
+        with contextlib.suppress(ValueError, SyntaxError):
+            return itertools.count(*ast.literal_eval(f"[{repr(value)[6:-1]}]"))
     iterates = isinstance(value, Iterator) and type(value).__module__ in _COPYABLE
     if not iterates or isinstance(value, types.GeneratorType):
         return value

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from normswap.graph.tracing.uses import ASKS, ATTRIBUTE, COMPARES, find_uses, instructions_of
 
-_SKIPPED = ("PRECALL", "NOP", "PUSH_NULL")
+_SKIPPED = ("PRECALL", "NOP", "NOT_TAKEN", "PUSH_NULL")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _FREE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 _STORES_OUTSIDE = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")

@@ -45,7 +45,7 @@ def tracing() -> bool:
 # What a forward reads and asks is found in its bytecode, which differs by version; a version stands
 # here once the tests of graphs have passed on it (tests/README.md says which ran). On others every
 # forward is its own.
-PYTHONS = ((3, 10), (3, 11), (3, 12), (3, 13))
+PYTHONS = ((3, 10), (3, 11), (3, 12), (3, 13), (3, 14))
 
 
 class TraceSession:

@@ -13,20 +13,28 @@ _ASKING = ("isinstance", "issubclass", "super")
 _KINDS = ("LOAD_", "BUILD_TUPLE", "BUILD_SET", "BINARY_OP", "BINARY_OR", "PUSH_NULL")
 _RENAMED = ("COPY", "DUP_TOP", "JUMP", "RETURN", "YIELD", "LIST_")
 _MOVES = re.compile("LOAD_FAST|STORE_FAST")
+_SAME = {"LOAD_SMALL_INT": "LOAD_CONST"}
 
 
 def instructions_of(code: types.CodeType) -> Iterator[dis.Instruction]:
     """Yield the instructions of a function, as all versions of Python have them.
 
-    One that moves two variables is a move of each. One whose argument needs several bytes is
-    where these begin, as a frame that runs it says.
+    One that moves two variables is a move of each, and a small number is a constant. One whose
+    argument needs several bytes is where these begin, as a frame that runs it says. Left out are
+    those by which Python 3.14 asks whether ``all``, ``any`` or ``tuple`` is its own.
     """
     start = None
-    for step in dis.get_instructions(code):
+    steps = list(dis.get_instructions(code))
+    asked = [i for i, step in enumerate(steps) if step.opname == "LOAD_COMMON_CONSTANT"]
+    own = {i + k for i in asked if steps[i + 1].opname == "IS_OP" for k in (-1, 0, 1, 2)}
+    for place, step in enumerate(steps):
         start = step.offset if start is None else start
         if step.opname == "EXTENDED_ARG":
             continue
-        names = _MOVES.findall(step.opname) or [step.opname]
+        if place in own:
+            start = None
+            continue
+        names = _MOVES.findall(step.opname) or [_SAME.get(step.opname, step.opname)]
         values = step.argval if len(names) > 1 else [step.argval]
         for name, value in zip(names, values, strict=True):
             yield step._replace(opname=name, opcode=dis.opmap[name], argval=value, offset=start)

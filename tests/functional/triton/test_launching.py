@@ -86,6 +86,17 @@ def test_a_tuple_stands_for_the_integers_it_holds():
     assert kernel.asked == 2
 
 
+@pytest.mark.parametrize("version", ["3.4.0", "3.10.0+git1", "4.0.0"])
+def test_versions_of_triton_that_nobody_read_are_asked_each_time(monkeypatch, version):
+    monkeypatch.setattr("triton.__version__", version)
+    launching._takes_values.cache_clear()
+    kernel, x = Kernel(), torch.ones(8)
+    start(kernel, x)
+    start(kernel, x)
+    launching._takes_values.cache_clear()
+    assert kernel.asked == 2
+
+
 def test_old_programs_make_room(monkeypatch):
     monkeypatch.setattr(launching, "_MOST", 2)
     kernel, x = Kernel(), torch.ones(8)

@@ -195,6 +195,21 @@ def test_a_function_of_nothing_may_handle_exceptions():
     check(Model())
 
 
+def test_all_any_and_tuple_of_a_generator():
+    # Python 3.14 first asks whether these are its own functions: no question of the forward's.
+    class Model(Holder):
+        def __init__(self):
+            super().__init__()
+            self.scales = (1.0, 2.0)
+
+        def forward(self, x):
+            y = self.a(x) if all(k > 0 for k in self.scales) else x
+            y = -y if any(k > 1 for k in self.scales) else y
+            return self.b(y), tuple(y * k for k in self.scales)
+
+    check(Model())
+
+
 def test_a_size_made_a_tensor():
     class Model(Holder):
         def forward(self, x):
