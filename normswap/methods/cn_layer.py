@@ -189,7 +189,7 @@ class ContextNorm(ContextTables):
             counts = count(values)
             used = found.where(counts.usable, running)
         self.num_batches_tracked.add_(1 if counts.every else counts.usable.squeeze(1))
-        rate = self.rate(used.mean.dtype)
+        rate = self.running_rate(used.mean.dtype)
         if not counts.every:
             # Contexts without moments stay: their rate is 0, and the factor finite.
             rate = counts.usable.to(used.mean.dtype) * rate

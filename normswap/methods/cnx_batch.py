@@ -135,7 +135,7 @@ class BatchContextNormX(ContextNormX):
         usable = (values > 1).to(values.dtype)
         self.num_batches_tracked.add_(usable.sum().to(torch.int64))
         unbiased = used.var[0] * (values / (values - 1).clamp(min=1))
-        rate = (self.rate(values.dtype) * usable).expand_as(unbiased)
+        rate = (self.running_rate(values.dtype) * usable).expand_as(unbiased)
         self.move_running(used.mean[0], unbiased, rate)
 
     def _read_base(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

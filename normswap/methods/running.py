@@ -40,7 +40,7 @@ class RunningStats(nn.Module):
             if own is not None and given is not None:
                 own.copy_(given)
 
-    def rate(self, dtype: torch.dtype) -> Any:
+    def running_rate(self, dtype: torch.dtype) -> Any:
         """Return the weight of the new value: the momentum, or one over the batches so far."""
         if self.momentum is not None or self.num_batches_tracked is None:
             return self.momentum
