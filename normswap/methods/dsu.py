@@ -45,10 +45,11 @@ class DSU(Augmentation):
 
     def augment(self, x: Tensor) -> Tensor:
         """Give each instance statistics drawn about its own; see the class."""
+        positions = x.shape[2:].numel()
         noise = torch.randn((2, *x.shape[:2]), device=x.device, dtype=compute_dtype(x))
 
         def glue(instances: Moments, *_: Tensor, replay: bool) -> Affine:
-            mean, std = style_of(instances, x.shape[2:].numel(), self.eps)
+            mean, std = style_of(instances, positions, self.eps)
             spread_mean, spread_std = (torch.sqrt(t.var(0) + self.eps) for t in (mean, std))
             return Affine(1 + noise[1] * spread_std / std, mean + noise[0] * spread_mean)
 

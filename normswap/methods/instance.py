@@ -105,7 +105,8 @@ class ContextInstanceNorm(ContextLayer):
         mean, var = self.running_mean, self.running_var
         training = self.training and not self.stats_frozen
         if training or mean is None or var is None:
-            if x.shape[2:].numel() == 1:
+            # The glue keeps numbers alone: x has to be free while checkpointing does not hold it.
+            if (positions := x.shape[2:].numel()) == 1:
                 raise ValueError(
                     "expected more than 1 spatial element for the statistics of an instance, got "
                     f"input {tuple(x.shape)} (at {self._where()})"
@@ -114,7 +115,7 @@ class ContextInstanceNorm(ContextLayer):
             def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
                 moves = training and not (replay or in_backward()) and len(instances.mean) > 0
                 if moves and self.running_mean is not None:
-                    self._update(instances, x.shape[2:].numel())
+                    self._update(instances, positions)
                 weight, bias = (t.to(instances.mean.dtype) for t in tensors)
                 affine = self._select(weight, bias, labels, unlabelled)
                 scale = affine.scale * torch.rsqrt(instances.var + self.eps)
