@@ -116,13 +116,13 @@ class BatchContextNormX(ContextNormX):
         reduce = sum_over(self.process_group) if self.synced else None
 
         def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
-            everyone = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            everyone = torch.zeros_like(instances.mean[:, 0], dtype=torch.int64)
             values, batch = context_moments(instances, everyone, 1, size, reduce)
             used = batch.where(values.unsqueeze(1) > 1, running)
             if not replay:
                 self._update(used, values)
             found = table(lambda: instances, used, Learned(*tensors))
-            rows = [t.expand(len(x), -1) for t in found]
+            rows = [t.expand_as(instances.mean) for t in found]
             return Centred(*rows).at(instances.mean)
 
         return stat_affine(x, glue, *learned)
