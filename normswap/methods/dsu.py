@@ -58,12 +58,7 @@ class DSU(Augmentation):
 
 @dataclass(frozen=True)
 class DSUOptions(AugmentationOptions):
-    """Options of the method "dsu"; see `DSU`.
-
-    Attributes:
-        p: probability that a batch is changed.
-        eps: added to the variances.
-    """
+    """Options of the method "dsu", by the names of the arguments of `DSU`."""
 
     eps: float = 1e-6
 

@@ -60,13 +60,7 @@ class EFDMix(Augmentation):
 
 @dataclass(frozen=True)
 class EFDMixOptions(AugmentationOptions):
-    """Options of the method "efdmix"; see `EFDMix`.
-
-    Attributes:
-        p: probability that a batch is changed.
-        alpha: of the Beta distribution.
-        mix: "random" or "crossdomain".
-    """
+    """Options of the method "efdmix", by the names of the arguments of `EFDMix`."""
 
     alpha: float = 0.1
     mix: str = "random"

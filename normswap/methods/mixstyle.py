@@ -60,14 +60,7 @@ class MixStyle(Augmentation):
 
 @dataclass(frozen=True)
 class MixStyleOptions(AugmentationOptions):
-    """Options of the method "mixstyle"; see `MixStyle`.
-
-    Attributes:
-        p: probability that a batch is changed.
-        alpha: of the Beta distribution.
-        mix: "random" or "crossdomain".
-        eps: added to the variance.
-    """
+    """Options of the method "mixstyle", by the names of the arguments of `MixStyle`."""
 
     alpha: float = 0.1
     mix: str = "random"

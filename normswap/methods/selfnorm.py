@@ -113,16 +113,7 @@ class SelfNorm(nn.Module):
 
 @dataclass(frozen=True)
 class SelfNormOptions:
-    """Options of the method "selfnorm"; see `SelfNorm`.
-
-    Attributes:
-        gates: 1 or 2.
-        init: "identity" or "paper".
-
-    Raises:
-        ConversionError: another number of gates.
-        UnknownNameError: another init.
-    """
+    """Options of the method "selfnorm", by the names of the arguments of `SelfNorm`."""
 
     gates: int = 1
     init: str = "identity"
