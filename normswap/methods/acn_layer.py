@@ -213,9 +213,8 @@ class AdaptiveContextNorm(NormLayer):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(counts)
         (mean, var), dtype = result.moments, result.mass.dtype
-        self.move_running(
-            mean, var * factor, (result.mass >= MASS).to(dtype) * self.running_rate(dtype)
-        )
+        rate = (result.mass >= MASS).to(dtype) * self.running_rate(dtype)
+        self.move_running(mean, var * factor, rate)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

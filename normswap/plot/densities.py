@@ -14,6 +14,7 @@ from normswap.lifecycle.record import find_inside
 from normswap.methods.acn_layer import AdaptiveContextNorm
 from normswap.methods.base import Method, get_method
 from normswap.plot.canvas import COLOURS, Axes, Figure, check_path, close, open_axes
+from normswap.util.arguments import listed
 from normswap.util.batches import Reservoir, forward_batch, keep_values, show_progress, undisturbed
 
 BINS = 60
@@ -132,7 +133,7 @@ def find_components(model: nn.Module, layer: str) -> Components:
             weight = record.contexts.priors.to(mean)[:, None].expand_as(mean)
             found[name] = Components(weight, mean, sigma, record.contexts.names)
     if layer not in found:
-        known = ", ".join(list(found)[:8]) + (", ..." if len(found) > 8 else "")
+        known = listed(found, 8)
         raise ConversionError(
             f"expected layer= of a layer with components, got {layer!r}; the layers are: "
             + (known or "none, the model holds no CN, CN-X or ACN")
