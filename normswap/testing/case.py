@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -195,8 +194,3 @@ def check(applies: Applies = lambda method: True, **flags: bool) -> Callable[[An
 def replaces(method: BaseMethod) -> bool:
     """Return whether a method replaces norms."""
     return not isinstance(method, InsertedMethod)
-
-
-def can_save() -> bool:
-    """Return whether what writes tensors to files is installed."""
-    return importlib.util.find_spec("safetensors") is not None
