@@ -21,7 +21,7 @@ from normswap.graph.surgery import Surgery
 from normswap.graph.use_context import scopes_of
 from normswap.lifecycle.record import Record, find_inside, find_root
 from normswap.lifecycle.training import exempt_norms
-from normswap.methods.base import get_method
+from normswap.methods.registry import get_method
 from normswap.report import Report, Verification
 from normswap.saving.fingerprint import mark, other_tensors
 from normswap.util.arguments import check_flag

@@ -16,7 +16,7 @@ from normswap._version import __version__
 from normswap.cli.plot import add_plot
 from normswap.cli.sources import add_model, chosen_model
 from normswap.errors import NormswapError
-from normswap.methods.base import get_method, methods
+from normswap.methods.registry import get_method, methods
 from normswap.report import Report
 from normswap.saving.folder import DESCRIPTION, find_folder, read_description
 from normswap.util.arguments import listed

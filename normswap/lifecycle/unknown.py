@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError
 from normswap.graph.use_context import scopes_of, use_context
 from normswap.lifecycle.record import Record, find_root, method_layers, policy_of
-from normswap.methods.base import get_method
 from normswap.methods.layer import ContextLayer
+from normswap.methods.registry import get_method
 from normswap.util.arguments import check_callable, describe
 
 

@@ -10,7 +10,7 @@ from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.style import style_of
 from normswap.methods.augmentation import Augmentation, AugmentationMethod, AugmentationOptions
-from normswap.methods.base import register_method
+from normswap.methods.registry import register_method
 
 
 class DSU(Augmentation):

@@ -8,7 +8,7 @@ from torch import Tensor
 from normswap.functional.draws import draw_beta, draw_partners
 from normswap.functional.moments import compute_dtype
 from normswap.methods.augmentation import Augmentation, AugmentationMethod, AugmentationOptions
-from normswap.methods.base import register_method
+from normswap.methods.registry import register_method
 
 
 class EFDMix(Augmentation):

@@ -9,7 +9,7 @@ from normswap.functional.draws import draw_beta, draw_partners
 from normswap.functional.style import instance_style
 from normswap.functional.tables import apply_centred
 from normswap.methods.augmentation import Augmentation, AugmentationMethod, AugmentationOptions
-from normswap.methods.base import register_method
+from normswap.methods.registry import register_method
 
 
 class MixStyle(Augmentation):

@@ -13,7 +13,7 @@ from torch import Tensor
 from normswap.errors import NormswapError
 from normswap.functional.mixture_start import bounded_log_prior
 from normswap.functional.moments import Moments, gaussian_divergences
-from normswap.methods.base import get_method, methods
+from normswap.methods.registry import get_method, methods
 from normswap.plot.densities import Components
 from normswap.saving.folder import DESCRIPTION, read_folder
 from normswap.util.extras import need

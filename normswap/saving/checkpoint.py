@@ -17,7 +17,8 @@ from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record, check_parameters, find_root
 from normswap.lifecycle.training import exempt_norms
-from normswap.methods.base import Contexts, get_method, methods, parse_options
+from normswap.methods.base import Contexts, get_method, methods
+from normswap.methods.registry import parse_options
 from normswap.report import Verification
 from normswap.saving import fingerprint
 from normswap.saving.fingerprint import checksums, samples, shorten
