@@ -104,12 +104,13 @@ def _place(labels: Tensor, device: torch.device | None) -> Tensor:
     return labels.to(device, non_blocking=True)
 
 
-class _Memo(NamedTuple):
+class _Memo:
     """What was made of labels, in the state they had, inside or outside of a CUDA graph."""
 
-    labels_are: tuple[int, bool]
-    limits: tuple[int, int] | None
-    made: dict[Hashable, Any]
+    def __init__(self, labels: Tensor, limits: tuple[int, int] | None = None) -> None:
+        self.labels_are = _state(labels)
+        self.limits = limits
+        self.made: dict[Hashable, Any] = {}
 
 
 def _memo_of(labels: Tensor) -> _Memo | None:
@@ -127,7 +128,7 @@ def with_memo(labels: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
     if not is_eager() or type(labels) is not Tensor or labels.is_inference():
         return labels
     labels = labels.detach()
-    labels.memo = _Memo(_state(labels), limits, {})  # type: ignore[attr-defined]
+    labels.memo = _Memo(labels, limits)  # type: ignore[attr-defined]
     return labels
 
 
