@@ -3,6 +3,7 @@
 The JSON file names the file of arrays, whose own name holds its hash.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,11 @@ def write(
         content["arrays"] = f"contexts-{digest(data)[:16]}.safetensors"
         content["sha256"], content["bytes"] = digest(data), len(data)
     try:
-        write_pair(root / NAME, content, content["arrays"], data, _named, _ARRAYS)
-    except (TypeError, RecursionError) as error:
+        json.dumps(content, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ContextError(f"expected an assigner that JSON can hold: {error}") from error
+    try:
+        write_pair(root / NAME, content, content["arrays"], data, _named, _ARRAYS)
     except OSError as error:
         raise ContextError(f"cannot write an assigner to {root}: {error}") from error
 

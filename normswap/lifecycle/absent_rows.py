@@ -27,6 +27,7 @@ class KeptRows:
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         optimized = {p for group in optimizer.param_groups for p in group["params"]}
+        self._saved = []
         for layer in self._layers:
             kept = {p: _rows(optimizer, p) for p in _tables(layer) if p in optimized}
             copies = {p: {k: t.clone() for k, t in rows.items()} for p, rows in kept.items()}

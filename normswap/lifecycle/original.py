@@ -104,7 +104,7 @@ def _original(layer: nn.Module) -> Original:
 
 def _copy(value: Tensor | None) -> Tensor | None:
     if value is None or value.is_meta:
-        return value
+        return None if value is None else value.detach()
     return value.detach().to("cpu", copy=True)
 
 
