@@ -19,7 +19,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: str | None) -> Tensor:
         ctx.group = group
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=_resolve(group))
+        dist.all_reduce(total, group=find_group(group))
         return total
 
     @staticmethod
@@ -32,10 +32,16 @@ def _sum(x: Tensor, group: str | None) -> Tensor:
     return total
 
 
-def _resolve(group: str | None) -> Any:
-    """Return the process group of a name; raise where this process has none of it."""
+def find_group(name: str | None) -> Any:
+    """Return the process group of a name as `sum_over` takes it, None without processes.
+
+    It raises where this process knows no such group.
+    """
+    if name is None or not (dist.is_available() and dist.is_initialized()):
+        return None
     registry: Any = dist.distributed_c10d
-    return None if group is None else registry._resolve_process_group(group)
+    outside = dist.GroupMember.NON_GROUP_MEMBER
+    return registry._resolve_process_group(name) if name else outside
 
 
 def sum_over(group: str | None = None) -> Callable[[Tensor], Tensor] | None:
@@ -50,7 +56,7 @@ def sum_over(group: str | None = None) -> Callable[[Tensor], Tensor] | None:
     """
     if group == "" or not (dist.is_available() and dist.is_initialized()):
         return None
-    if dist.get_world_size(_resolve(group)) < 2:
+    if dist.get_world_size(find_group(group)) < 2:
         return None
     return partial(_sum, group=group)
 

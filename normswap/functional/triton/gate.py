@@ -31,7 +31,7 @@ class Parts:
 
 
 class GateGlue:
-    """What `normswap.functional.gate.GateGlue` computes, of the moments of parts.
+    """What `normswap.functional.glue.GateGlue` computes, of the moments of parts.
 
     Args:
         x: what the gate is of.
