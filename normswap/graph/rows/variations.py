@@ -29,7 +29,8 @@ def ended(batch: Any, at: int) -> Any:
         new = fresh([*batch])
         if isinstance(new[0], int):
             return ended(torch.tensor(new), at).tolist()
-        if isinstance(new[at], Tensor) and new[at].dim() and len(new[at]) > 1:
+        whole = isinstance(new[at], Tensor) and not new[at].dim()
+        if isinstance(new[at], Tensor | str) and not whole and len(new[at]) > 1:
             new[at] = new[at][:-1]
         return new
     values = batch.detach().clone()
@@ -47,8 +48,8 @@ def ended(batch: Any, at: int) -> Any:
 def rank_of(batch: Any) -> int:
     """Return how likely a batch is what a forward is about, and not what goes with it.
 
-    The ranks are 2: tensors; 1: what holds tensors; 0: masks, and one number a sample, as lengths
-    and labels; -1: one flag a sample, and what has no tensors.
+    The ranks are 2: tensors; 1: what holds tensors; 0: masks, texts, and one number a sample, as
+    lengths and labels; -1: one flag a sample, and what has no tensors.
     """
     if isinstance(batch, Tensor):
         if batch.dtype == torch.bool:
@@ -56,6 +57,8 @@ def rank_of(batch: Any) -> int:
         return 2 if batch.dim() > 1 else batch.dim() - 1
     if all(isinstance(part, Tensor) for part in batch):
         return 2
+    if all(isinstance(part, str) for part in batch):
+        return 0
     return 1 if all(map(tensors_of, batch)) else -1
 
 
@@ -64,7 +67,7 @@ def exchange(batch: Any, picked: list[int], how: str, generator: torch.Generator
     """Return a batch whose picked samples are changed, their values staying in its range.
 
     Args:
-        batch: a tensor (N, ...), N tensors or what holds them.
+        batch: a tensor (N, ...), N tensors or what holds them, or N texts.
         picked: indices of the samples.
         how: "others": at each place the value another sample has there; "shuffle": a sample's own
             elements in another order; "noise": values between the least and the largest.
@@ -72,6 +75,10 @@ def exchange(batch: Any, picked: list[int], how: str, generator: torch.Generator
     """
     if isinstance(batch, Tensor) and batch.is_complex():
         return torch.view_as_complex(exchange(torch.view_as_real(batch), picked, how, generator))
+    if isinstance(batch[0], str):
+        letters = [torch.tensor([*map(ord, text)], dtype=torch.int64) for text in batch]
+        new = exchange(letters, picked, how, generator)
+        return ["".join(map(chr, text.tolist())) for text in new]
     if not isinstance(batch[0], Tensor):
         return _exchange_within(batch, picked, how, generator)
     values = [part.detach() for part in batch]
