@@ -3,13 +3,12 @@
 One more in evaluation where samples without a label weigh the contexts, for their moments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from normswap.functional import kernels
 from normswap.functional.moments import Moments
@@ -17,9 +16,10 @@ from normswap.functional.segments import count
 from normswap.functional.tables import records
 from normswap.functional.triton import cn_kernels, rows_kernels, sweeps
 from normswap.functional.triton.cn_formula import Norm as Norm
-from normswap.functional.triton.cn_formula import differentiate
+from normswap.functional.triton.cn_formula import norm_by_formula
 from normswap.functional.triton.launching import launch
 from normswap.functional.triton.plan import Rows, cut_contexts, plan
+from normswap.functional.triton.recording import Way, record
 from normswap.functional.triton.sorting import find_rows, sort_labels
 
 
@@ -88,8 +88,7 @@ def norm_contexts(
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
     found = sort_labels(labels.expand(instances), contexts, norm.weighs).packed
-    y: Tensor = _ContextNorm.apply(x, norm.weight, norm.bias, norm, cut, found, batched, note)
-    return y
+    return record(_WAY, (norm, cut, found, batched, note), x, norm.weight, norm.bias)
 
 
 def _make_tables(
@@ -114,22 +113,16 @@ def _make_tables(
     return found
 
 
-class _ContextNorm(Function):
+def _forward(inputs: Sequence[Tensor], given: Any) -> tuple[Tensor, ...]:
     """See `normswap.functional.context.ContextGlue` for the formulas."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, norm, cut, index, batched, note = inputs
-        tables = _make_tables(x, norm, cut, index, True, batched)
-        ctx.norm, ctx.cut, ctx.batched = norm, cut, batched
-        # All that depends on x is saved as tensors are: checkpointing computes all of it anew.
-        ctx.save_for_backward(x, weight, bias, norm.priors, index, tables)
-        if note is not None:
-            used, values, _ = _moments(tables, cut)
-            note(Moments(*(t[:-1] for t in used)), count(values[:-1].unsqueeze(1)))
-        contexts = cut.numbers[2]
-        if norm.moved is None:
-            return sweeps.affine_of(x, tables, index, cut.size, contexts)
+    x, (norm, cut, index, batched, note) = inputs[0], given
+    tables = _make_tables(x, norm, cut, index, True, batched)
+    if note is not None:
+        used, values, _ = _moments(tables, cut)
+        note(Moments(*(t[:-1] for t in used)), count(values[:-1].unsqueeze(1)))
+    if norm.moved is None:
+        y = sweeps.affine_of(x, tables, index, cut.size, cut.numbers[2])
+    else:
         p, y = plan(x), torch.empty_like(x)
         launch(
             cn_kernels.apply_and_move,
@@ -137,39 +130,46 @@ class _ContextNorm(Function):
             *(x, y, tables, index, *norm.moved, norm.batches, cut.rows),
             **p.blocks,
         )
-        return y
+    return y, norm.priors, index, tables
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, priors, index, tables = ctx.saved_tensors
-        norm, cut, needed = ctx.norm, ctx.cut, ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            used, _, known = _moments(tables, cut)
-            norm = norm._replace(weight=weight, bias=bias, priors=priors, running=used)
-            labels = index[: len(x)]
-            found = differentiate(x, norm, known, labels, ctx.batched, grads[0], needed[:3])
-            return *found, *[None] * 5
-        p, dy = plan(x), kernels.match(grads[0], x)
-        instances, size, _, channels, _, splits, _ = cut.numbers
-        moves = needed[0] and (ctx.batched or norm.weighs)
-        dx = torch.empty_like(x) if needed[0] else None
-        room = 2 * channels * (instances * splits + (size if moves else 0))
-        found = x.new_empty(room, dtype=torch.float32)
-        over_x = (found, tables, index, cut.rows)
-        launch(rows_kernels.dots, p.programs, dy, x, None if moves else dx, *over_x, **p.blocks)
-        dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-        launch(
-            cn_kernels.pull,
-            cut.programs,
-            *(found, index, tables, weight, bias, priors, dweight, dbias),
-            (*(norm.pooled or (0, 0)), norm.eps, *cut.numbers[:-1]),
-            MOVES=moves,
-            WEIGHED=norm.weighs,
-            **cut.blocks,
-        )
-        if moves:
-            launch(rows_kernels.combine, p.programs, dy, x, dx, *over_x, **p.blocks)
-        return dx, dweight, dbias, *[None] * 5
+
+def _backward(
+    dy: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], given: Any, needed: Any
+) -> tuple[Tensor | None, ...]:
+    (x, weight, bias), (priors, index, tables) = inputs, kept
+    norm, cut, _, batched, _ = given
+    p, dy = plan(x), kernels.match(dy, x)
+    instances, size, _, channels, _, splits, _ = cut.numbers
+    moves = needed[0] and (batched or norm.weighs)
+    dx = torch.empty_like(x) if needed[0] else None
+    room = 2 * channels * (instances * splits + (size if moves else 0))
+    found = x.new_empty(room, dtype=torch.float32)
+    over_x = (found, tables, index, cut.rows)
+    launch(rows_kernels.dots, p.programs, dy, x, None if moves else dx, *over_x, **p.blocks)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    launch(
+        cn_kernels.pull,
+        cut.programs,
+        *(found, index, tables, weight, bias, priors, dweight, dbias),
+        (*(norm.pooled or (0, 0)), norm.eps, *cut.numbers[:-1]),
+        MOVES=moves,
+        WEIGHED=norm.weighs,
+        **cut.blocks,
+    )
+    if moves:
+        launch(rows_kernels.combine, p.programs, dy, x, dx, *over_x, **p.blocks)
+    return dx, dweight, dbias
+
+
+def _formula(inputs: Sequence[Tensor], kept: Sequence[Tensor], given: Any) -> Tensor:
+    (priors, index, tables), (norm, cut, _, batched, _) = kept, given
+    used, _, known = _moments(tables, cut)
+    norm = norm._replace(priors=priors, running=used)
+    x, weight, bias = inputs
+    return norm_by_formula(x, weight, bias, norm, known, index[: len(x)], batched)
+
+
+_WAY = Way(_forward, _backward, _formula)
 
 
 def _moments(tables: Tensor, cut: Cut) -> tuple[Moments, Tensor, Moments | None]:

@@ -41,55 +41,43 @@ class Norm(NamedTuple):
     pooled: tuple[int, int] | None
     weighs: bool
 
-    @property
-    def affine(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight, bias and priors."""
-        return self.weight, self.bias, self.priors
 
-
-def differentiate(
+def norm_by_formula(
     x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     norm: Norm,
     known: Moments | None,
     labels: Tensor,
     batched: bool,
-    dy: Tensor,
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """Return the gradients with a graph of their own, for second derivatives.
+) -> Tensor:
+    """Return x normalised, given the moments that were used.
 
-    ``norm.running`` has the moments that were used, (K + 1, C); ``known`` those, (K, C), that
-    samples without a label weighed, if they did.
+    ``norm.running`` has these, (K + 1, C); ``known`` those, (K, C), that samples without a label
+    weighed, if they did.
     """
-    # As views: of inputs that depend on each other, each is to be held fixed for the others.
-    x, weight, bias = (t.view_as(t) for t in (x, norm.weight, norm.bias))
     contexts, dtype, used = len(weight), norm.running.mean.dtype, norm.running
     priors = norm.priors.to(dtype).unsqueeze(1)
     low, high = norm.pooled or (0, contexts)
     share = priors[low:high] / priors[low:high].sum()
-    with torch.autocast(x.device.type, enabled=False):
-        gain, shift = (t.to(dtype) * priors.rsqrt() for t in (weight, bias))
-        gain, shift = (
-            torch.cat((t, (share * t[low:high]).sum(0, keepdim=True))) for t in (gain, shift)
-        )
-        index = torch.where(labels < 0, contexts, labels).clamp(max=contexts)
-        mix = None
-        if known is not None:
-            # Nothing has written row K of what was used.
-            pairs = zip(used, known, strict=True)
-            used = Moments(*(torch.cat((t[:contexts], row[:1])) for t, row in pairs))
-            mix = partial(_mix, index, known, priors.squeeze(1), norm.eps)
-        if batched:
-            given = (gain, shift, torch.ones_like(gain[:, :1]), used, contexts, norm.eps, _ignore)
-            y = context.norm_contexts(x, index, *given, override=mix)
-        elif mix is None:
-            y = apply_centred(x, centre_norm(used, gain, shift, norm.eps), index)
-        else:
-            table = centre_norm(used, gain, shift, norm.eps).rows(index)
-            y = apply_centred(x, mix(table, instance_moments(x), gain, shift))
-    wanted = [t for t, need in zip((x, weight, bias), needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+    gain, shift = (t.to(dtype) * priors.rsqrt() for t in (weight, bias))
+    gain, shift = (
+        torch.cat((t, (share * t[low:high]).sum(0, keepdim=True))) for t in (gain, shift)
+    )
+    index = torch.where(labels < 0, contexts, labels).clamp(max=contexts)
+    mix = None
+    if known is not None:
+        # Nothing has written row K of what was used.
+        pairs = zip(used, known, strict=True)
+        used = Moments(*(torch.cat((t[:contexts], row[:1])) for t, row in pairs))
+        mix = partial(_mix, index, known, priors.squeeze(1), norm.eps)
+    if batched:
+        given = (gain, shift, torch.ones_like(gain[:, :1]), used, contexts, norm.eps, _ignore)
+        return context.norm_contexts(x, index, *given, override=mix)
+    table = centre_norm(used, gain, shift, norm.eps)
+    if mix is None:
+        return apply_centred(x, table, index)
+    return apply_centred(x, mix(table.rows(index), instance_moments(x), gain, shift))
 
 
 def _mix(

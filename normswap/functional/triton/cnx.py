@@ -1,10 +1,10 @@
 """CN-X by Triton's kernels: two launches forward, two backward."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from normswap.functional import kernels
 from normswap.functional.affine import Centred
@@ -13,6 +13,7 @@ from normswap.functional.tables import apply_centred, records
 from normswap.functional.triton import cnx_kernels, rows_kernels, sweeps
 from normswap.functional.triton.launching import launch
 from normswap.functional.triton.plan import Rows, plan
+from normswap.functional.triton.recording import Way, record
 from normswap.functional.triton.sorting import sort_labels
 
 
@@ -48,8 +49,7 @@ def norm_learned(
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
     index = sort_labels(labels.expand(x.shape[0]), contexts).packed
-    y: Tensor = _LearnedNorm.apply(x, *learned, priors, pooled, index)
-    return y
+    return record(_WAY, (priors, pooled, index), x, *learned)
 
 
 def _make_tables(
@@ -73,70 +73,45 @@ def _make_tables(
     return found
 
 
-class _LearnedNorm(Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, *learned, priors, pooled, index = inputs
-        tables, contexts = (
-            _make_tables(x, Learned(*learned), priors, pooled, index),
-            len(learned[0]),
-        )
-        ctx.pooled = pooled
-        ctx.save_for_backward(x, *learned, priors, index, tables)
-        return sweeps.affine_of(x, tables, index, contexts + 1, contexts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, *learned, priors, index, tables = ctx.saved_tensors
-        needed, pooled = ctx.needs_input_grad, ctx.pooled
-        if torch.is_grad_enabled():
-            given, labels = Learned(*learned), index[: len(x)]
-            pulled = _differentiate(x, given, priors, pooled, labels, grads[0], needed[:5])
-            return *pulled, None, None, None
-        mu, log_sigma, weight, _ = learned
-        p, dy, (contexts, channels) = plan(x), kernels.match(grads[0], x), mu.shape
-        instances, _, _ = p.shape
-        dx = torch.empty_like(x) if needed[0] else None
-        found = x.new_empty(2 * instances * p.splits * channels, dtype=torch.float32)
-        numbers = (contexts + 1, contexts, *p.geometry)
-        over_x = (dy, x, dx, found, tables, index, numbers)
-        launch(rows_kernels.dots, p.programs, *over_x, **p.blocks)
-        pulled = [None if t is None else torch.empty_like(t) for t in learned]
-        cut = Rows(contexts + (weight is not None), channels)
-        launch(
-            cnx_kernels.pull,
-            cut.programs,
-            *(found, index, tables, mu, log_sigma, priors, *pulled),
-            (*(pooled or (0, 0)), instances, contexts, channels, p.splits),
-            **cut.blocks,
-        )
-        return dx, *pulled, None, None, None
+def _forward(inputs: Sequence[Any], given: Any) -> tuple[Tensor, ...]:
+    (x, *learned), (priors, pooled, index) = inputs, given
+    contexts, tables = len(learned[0]), _make_tables(x, Learned(*learned), priors, pooled, index)
+    return sweeps.affine_of(x, tables, index, contexts + 1, contexts), priors, index, tables
 
 
-def _differentiate(
-    x: Tensor,
-    learned: Learned,
-    priors: Tensor,
-    pooled: tuple[int, int] | None,
-    labels: Tensor,
-    dy: Tensor,
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """Return the gradients with a graph of their own, for second derivatives."""
-    # As views: of inputs that depend on each other, each is to be held fixed for the others.
-    given = [None if t is None else t.view_as(t) for t in learned]
-    (mu, log_sigma, weight, bias), x = Learned(*given), x.view_as(x)  # type: ignore[arg-type]
-    contexts = len(mu)
-    low, high = pooled or (0, contexts)
-    with torch.autocast(x.device.type, enabled=False):
-        mean, spread = mu.float(), log_sigma.float()
-        share = priors[low:high].float() / priors[low:high].float().sum()
-        pool = pool_moments(Moments(mean[low:high], (2 * spread[low:high]).exp()), share)
-        inverse = torch.cat((torch.exp(-spread), pool.var.rsqrt()))
-        scale = inverse if weight is None else weight.float() * inverse
-        shift = torch.zeros_like(scale) if bias is None else bias.float().expand_as(scale)
-        table = Centred(torch.cat((mean, pool.mean)), scale, shift)
-        y = apply_centred(x, table, labels)
-    wanted = [t for t, need in zip((x, *given), needed, strict=True) if t is not None and need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+def _backward(
+    dy: Tensor, inputs: Sequence[Any], kept: Sequence[Tensor], given: Any, needed: Any
+) -> tuple[Tensor | None, ...]:
+    (x, *learned), (priors, index, tables), pooled = inputs, kept, given[1]
+    mu, log_sigma, weight, _ = learned
+    p, dy, (contexts, channels) = plan(x), kernels.match(dy, x), mu.shape
+    instances, _, _ = p.shape
+    dx = torch.empty_like(x) if needed[0] else None
+    found = x.new_empty(2 * instances * p.splits * channels, dtype=torch.float32)
+    numbers = (contexts + 1, contexts, *p.geometry)
+    launch(rows_kernels.dots, p.programs, dy, x, dx, found, tables, index, numbers, **p.blocks)
+    pulled = [None if t is None else torch.empty_like(t) for t in learned]
+    cut = Rows(contexts + (weight is not None), channels)
+    launch(
+        cnx_kernels.pull,
+        cut.programs,
+        *(found, index, tables, mu, log_sigma, priors, *pulled),
+        (*(pooled or (0, 0)), instances, contexts, channels, p.splits),
+        **cut.blocks,
+    )
+    return dx, *pulled
+
+
+def _formula(inputs: Sequence[Any], kept: Sequence[Tensor], given: Any) -> Tensor:
+    (x, mu, log_sigma, weight, bias), (priors, index, _) = inputs, kept
+    low, high = given[1] or (0, len(mu))
+    mean, spread = mu.float(), log_sigma.float()
+    share = priors[low:high].float() / priors[low:high].float().sum()
+    pool = pool_moments(Moments(mean[low:high], (2 * spread[low:high]).exp()), share)
+    inverse = torch.cat((torch.exp(-spread), pool.var.rsqrt()))
+    scale = inverse if weight is None else weight.float() * inverse
+    shift = torch.zeros_like(scale) if bias is None else bias.float().expand_as(scale)
+    return apply_centred(x, Centred(torch.cat((mean, pool.mean)), scale, shift), index[: len(x)])
+
+
+_WAY = Way(_forward, _backward, _formula)

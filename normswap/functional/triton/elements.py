@@ -4,6 +4,7 @@ Formulas as in `normswap.functional.mixture_fused`. The parameters are read as t
 bounds and softmax are a part of the kernels, so that a layer starts nothing else.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -91,11 +92,9 @@ def _cut(shape: torch.Size, contiguous: bool, count: int) -> Cut:
     )
 
 
-def forward(
-    x: Tensor, parameters: tuple[Tensor, ...], running: Running, settings: Settings
-) -> tuple[Tensor, ...]:
+def forward(inputs: Sequence[Tensor], given: tuple[Running, Settings]) -> tuple[Tensor, ...]:
     """Return y, and the mass, mean and variance that components are normalised with, (3, K, C)."""
-    weight, bias, *assigned = parameters
+    (x, weight, bias, *assigned), (running, settings) = inputs, given
     mu, log_sigma = assigned[1:]
     cut = _cut(x.shape, x.is_contiguous(), len(mu))
     channels, programs = x.shape[1], cut.geometry[-1] if settings.batch else 0
@@ -128,13 +127,17 @@ def forward(
 
 
 def backward(
-    dy: Tensor, inputs: list[Tensor], kept: list[Tensor], settings: Settings, learned: bool
+    dy: Tensor,
+    inputs: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    given: tuple[Running, Settings],
+    needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Return the gradients of inputs, given what `forward` returned besides y."""
-    (used,) = kept
+    (used,), (running, settings) = kept, given
     x, weight, _, *assigned = inputs
     cut, dy = _cut(x.shape, x.is_contiguous(), used.shape[1]), kernels.match(dy, x)
-    bounds, eps = log_sigma_bounds(settings.eps), 0.0 if learned else settings.eps
+    bounds, eps = log_sigma_bounds(settings.eps), settings.eps if running else 0.0
     programs, dx = cut.geometry[-1], torch.empty_like(x)
     pulled = used.new_empty(programs, 2, *used.shape[1:])
     part = used.new_empty(programs, *used.shape)
@@ -149,6 +152,7 @@ def backward(
     )  # fmt: skip
     launch(
         finish, cut.programs[1], pulled, part, used, weight, assigned[0], assigned[2],
-        *bounds, eps, *found, x.shape[1], programs, LEARNED=learned, FLOOR=PRIOR_FLOOR, **cut.glue,
+        *bounds, eps, *found, x.shape[1], programs,
+        LEARNED=running is None, FLOOR=PRIOR_FLOOR, **cut.glue,
     )  # fmt: skip
     return [dx, *found]

@@ -1,17 +1,20 @@
 """CrossNorm by Triton: two launches forward, two backward."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from normswap.functional import kernels
-from normswap.functional.fused import Glue, differentiate
-from normswap.functional.tables import records
+from normswap.functional.affine import Centred
+from normswap.functional.fused import Glue
+from normswap.functional.moments import instance_moments
+from normswap.functional.tables import apply_centred_by_formula
 from normswap.functional.triton import exchange_kernels, sweeps
 from normswap.functional.triton.launching import launch
 from normswap.functional.triton.plan import Plan, plan, power
+from normswap.functional.triton.recording import Way, run
 
 
 def exchange_styles(x: Tensor, permutation: Tensor, axis: int, eps: float, glue: Glue) -> Tensor:
@@ -24,18 +27,16 @@ def exchange_styles(x: Tensor, permutation: Tensor, axis: int, eps: float, glue:
         eps: added to the variance, under the root.
         glue: the same in torch's operators, for derivatives of the derivative.
     """
-    if not records((x,)):
-        return _exchange(x, permutation, axis, eps)[0]
-    y: Tensor = _Exchange.apply(x, permutation, axis, eps, glue)
-    return y
+    return run(_WAY, (permutation, axis, eps, glue), x)
 
 
 def _blocks(cut: Plan, axis: int) -> dict[str, int]:
     return {"CHANNELS": axis, "SB": min(power(cut.splits), 32), **cut.blocks}
 
 
-def _exchange(x: Tensor, permutation: Tensor, axis: int, eps: float) -> tuple[Tensor, ...]:
+def _forward(inputs: Sequence[Tensor], given: Any) -> tuple[Tensor, ...]:
     """Return y, the inverse permutation, and mean, deviation and scale, (3, N, C)."""
+    (x,), (permutation, axis, eps, _) = inputs, given
     cut, parts, y = plan(x), sweeps.part_stats(x), torch.empty_like(x)
     inverse, kept = torch.empty_like(permutation), parts.new_empty(3, *x.shape[:2])
     launch(
@@ -47,27 +48,25 @@ def _exchange(x: Tensor, permutation: Tensor, axis: int, eps: float) -> tuple[Te
     return y, inverse, kept
 
 
-class _Exchange(Function):
+def _backward(
+    dy: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], given: Any, needed: Any
+) -> tuple[Tensor]:
     """See `normswap.functional.glue.ExchangeGlue` for the formulas."""
+    (x,), (inverse, table) = inputs, kept
+    cut, dy, dx = plan(x), kernels.match(dy, x), torch.empty_like(x)
+    sums = sweeps.part_dots(dy, x, table[0])[1].unbind()
+    launch(
+        exchange_kernels.differentiate,
+        cut.programs,
+        *(dy, x, dx, *sums, inverse, *table, cut.geometry),
+        **_blocks(cut, given[1]),
+    )
+    return (dx,)
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, permutation, ctx.axis, eps, ctx.glue = inputs
-        y, *kept = _exchange(x, permutation, ctx.axis, eps)
-        ctx.save_for_backward(x, *kept)
-        return y
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, inverse, kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *differentiate(x, ctx.glue, (), grads[0], (True,)), *[None] * 4
-        cut, dy, dx = plan(x), kernels.match(grads[0], x), torch.empty_like(x)
-        sums = sweeps.part_dots(dy, x, kept[0])[1].unbind()
-        launch(
-            exchange_kernels.differentiate,
-            cut.programs,
-            *(dy, x, dx, *sums, inverse, *kept, cut.geometry),
-            **_blocks(cut, ctx.axis),
-        )
-        return dx, *[None] * 4
+def _formula(inputs: Sequence[Tensor], kept: Sequence[Tensor], given: Any) -> Tensor:
+    (x,), instances = inputs, instance_moments(inputs[0])
+    return apply_centred_by_formula(x, Centred(instances.mean, *given[3](instances, replay=True)))
+
+
+_WAY = Way(_forward, _backward, _formula)

@@ -1,5 +1,7 @@
 """ACN by Triton where a channel of an instance is assigned as a whole: glue between four passes."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,9 @@ def _blocks(x: Tensor, components: int) -> dict[str, int | float]:
     return {"FLOOR": PRIOR_FLOOR, **sizes}
 
 
-def forward(
-    x: Tensor, parameters: tuple[Tensor, ...], running: Running, settings: Settings
-) -> tuple[Tensor, ...]:
+def forward(inputs: Sequence[Tensor], given: tuple[Running, Settings]) -> tuple[Tensor, ...]:
     """Return y, the moments that components are normalised with, and a table of instances."""
+    (x, *parameters), (running, settings) = inputs, given
     cut, blocks = plan(x), _blocks(x, len(parameters[3]))
     channels, (_, _, count) = x.shape[1], running or (None, None, None)
     used = x.new_empty(3, *parameters[3].shape, dtype=torch.float32)
@@ -48,10 +49,14 @@ def forward(
 
 
 def backward(
-    dy: Tensor, inputs: list[Tensor], kept: list[Tensor], settings: Settings, learned: bool
+    dy: Tensor,
+    inputs: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    given: tuple[Running, Settings],
+    needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Return the gradients of inputs, given what `forward` returned besides y."""
-    x, weight, _, *assigned = inputs
+    (x, weight, _, *assigned), (running, settings) = inputs, given
     used, (centre, squares, scale) = kept
     cut, blocks, dy = plan(x), _blocks(x, used.shape[1]), kernels.match(dy, x)
     sums = sweeps.part_dots(dy, x, centre)[1].unbind()
@@ -61,9 +66,9 @@ def backward(
         owners_kernels.differentiate,
         -(-x.shape[1] // int(blocks["BC"])),
         *(*sums, centre, squares, used, weight, *assigned, *log_sigma_bounds(settings.eps)),
-        *(0.0 if learned else settings.eps, spread, constant, *found),
+        *(settings.eps if running else 0.0, spread, constant, *found),
         *(*cut.shape, cut.splits),
-        LEARNED=learned,
+        LEARNED=running is None,
         **blocks,
     )
     return [sweeps.combine(dy, x, scale, spread, constant, centre), *found]
