@@ -12,10 +12,17 @@ without a label: all, one, or, if that is an error, none, which makes their row 
 import triton
 import triton.language as tl
 
-from normswap.functional.triton.pool_kernels import add_priors, pool
+from normswap.functional.triton.parts import (
+    add_dots,
+    add_moments,
+    add_priors,
+    find_parts_of,
+    pool,
+    split,
+    take_row,
+)
 from normswap.functional.triton.posterior_kernels import add_weighted_dots, pull_weights, weigh
-from normswap.functional.triton.rows_kernels import apply, split, take_row
-from normswap.functional.triton.tile import add_dots, add_moments, find_parts_of
+from normswap.functional.triton.rows_kernels import apply
 
 
 @triton.jit

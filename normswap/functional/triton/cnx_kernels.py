@@ -3,9 +3,15 @@
 import triton
 import triton.language as tl
 
-from normswap.functional.triton.pool_kernels import add_priors, pool
-from normswap.functional.triton.rows_kernels import split, take_row
-from normswap.functional.triton.tile import add_dots, find_parts, find_parts_of
+from normswap.functional.triton.parts import (
+    add_dots,
+    add_priors,
+    find_parts,
+    find_parts_of,
+    pool,
+    split,
+    take_row,
+)
 
 
 @triton.jit(do_not_specialize=["low", "high", "N", "K"])

@@ -7,7 +7,7 @@ A program takes one instance n and all contexts, KP rows, BC channels at a time.
 import triton
 import triton.language as tl
 
-from normswap.functional.triton.tile import add_dots, add_moments, find_parts
+from normswap.functional.triton.parts import add_dots, add_moments, find_parts
 
 
 @triton.jit

@@ -9,22 +9,7 @@ import triton
 import triton.language as tl
 
 from normswap.functional.triton import tile
-
-
-@triton.jit
-def take_row(program, C, BC: tl.constexpr):
-    """Return a program's row, channels, and their place in a table."""
-    width = tl.cdiv(C, BC)
-    k = (program // width).to(tl.int64)
-    c = program % width * BC + tl.arange(0, BC)
-    return k, c, k * C + c, c < C
-
-
-@triton.jit
-def split(tables, R, C):
-    """Return centre, scale, shift, and what lies behind them."""
-    size = R.to(tl.int64) * C
-    return tables, tables + size, tables + 2 * size, tables + 3 * size
+from normswap.functional.triton.parts import size_of_parts, split
 
 
 @triton.jit(do_not_specialize=["R", "K", "si", "S"])
@@ -49,7 +34,7 @@ def dots(
     """Write what `tile.dots` does."""
     centre, scale, _, _ = split(tables, R, C)
     tile.dots(
-        dy, x, dx, found, centre, scale, rows, 1, K, C, C, M, sn, sm, sc, S, PART, BM, BC
+        dy, x, dx, found, centre, scale, rows, K, C, C, M, sn, sm, sc, S, PART, BM, BC
     )  # fmt: skip
 
 
@@ -63,9 +48,9 @@ def combine(
     The last two, (R, C), lie behind what `dots` found.
     """
     centre, scale, _, _ = split(tables, R, C)
-    spread = found + 2 * tile.size_of_parts(C, BC)
+    spread = found + 2 * size_of_parts(C, BC)
     constant = spread + R.to(tl.int64) * C
     tile.combine(
-        dy, x, dx, scale, spread, constant, centre, rows, 1, K, C,
+        dy, x, dx, scale, spread, constant, centre, rows, K, C,
         C, M, sn, sm, sc, S, PART, BM, BC,
     )  # fmt: skip

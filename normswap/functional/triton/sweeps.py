@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from normswap.functional.moments import Moments
-from normswap.functional.triton import rows_kernels, tile
+from normswap.functional.triton import parts, rows_kernels, tile
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import Rows, plan
+from normswap.functional.triton.plan import Plan, Rows, plan
 
 
 def part_stats(x: Tensor, index: Tensor | None = None, least: int = 0) -> Tensor:
@@ -29,13 +29,13 @@ def part_stats(x: Tensor, index: Tensor | None = None, least: int = 0) -> Tensor
 
 def stats(x: Tensor) -> Moments:
     """Return mean and biased variance of each channel of each instance, (N, C)."""
-    p, parts = plan(x), part_stats(x)
+    p, found = plan(x), part_stats(x)
     if p.splits == 1:
-        return Moments(*parts.squeeze(2).unbind())
+        return Moments(*found.squeeze(2).unbind())
     (instances, channels, positions), cut = p.shape, Rows(len(x), x.shape[1])
     mean, var = x.new_empty(2, instances, channels, dtype=torch.float32).unbind()
     sizes = (channels, positions, p.splits, p.part)
-    launch(tile.merge, cut.programs, parts, mean, var, *sizes, **cut.blocks)
+    launch(parts.merge, cut.programs, found, mean, var, *sizes, **cut.blocks)
     return Moments(mean, var)
 
 
@@ -48,8 +48,9 @@ def affine(
 ) -> Tensor:
     """Return ``(x - centre) * scale + shift``, in the dtype and layout of x; None is 0."""
     p, y = plan(x), torch.empty_like(x)
-    tables, rows = _address(x, index, centre, scale, shift)
-    launch(tile.apply, p.programs, x, y, *tables, *rows, p.geometry, **p.blocks)
+    tables, numbers = _address(p, index, centre, scale, shift)
+    step = 0 if index is None or index.shape[0] == 1 else index.stride(0)
+    launch(tile.apply, p.programs, x, y, *tables, index, (step, *numbers), **p.blocks)
     return y
 
 
@@ -81,8 +82,8 @@ def part_dots(
     """
     p, dx = plan(x), None if scale is None else torch.empty_like(x)
     found = _room(x, p.splits)
-    tables, rows = _address(x, None, centre, scale)
-    launch(tile.dots, p.programs, dy, x, dx, found, *tables, *rows, p.geometry, **p.blocks)
+    tables, numbers = _address(p, None, centre, scale)
+    launch(tile.dots, p.programs, dy, x, dx, found, *tables, None, numbers, **p.blocks)
     return dx, found
 
 
@@ -103,8 +104,8 @@ def scale_and_dot(
 def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tensor) -> Tensor:
     """Return ``a * dy + b * (x - centre) + c`` in the dtype and layout of x."""
     p, dx = plan(x), torch.empty_like(x)
-    tables, rows = _address(x, None, a, b, c, centre)
-    launch(tile.combine, p.programs, dy, x, dx, *tables, *rows, p.geometry, **p.blocks)
+    tables, numbers = _address(p, None, a, b, c, centre)
+    launch(tile.combine, p.programs, dy, x, dx, *tables, None, numbers, **p.blocks)
     return dx
 
 
@@ -113,18 +114,15 @@ def _room(x: Tensor, splits: int) -> Tensor:
     return x.new_empty(2, x.shape[0], splits, x.shape[1], dtype=torch.float32)
 
 
-def _address(x: Tensor, index: Tensor | None, *tables: Tensor | None) -> tuple[Any, Any]:
-    """Return the tables as the kernels read them, and index, si, K and stride to go with them."""
-    count = max([t.shape[0] for t in tables if t is not None])
-    if index is None and count not in (1, x.shape[0]):
-        raise ValueError(f"expected tables of 1 or {x.shape[0]} rows, got {count}")
-    shape = (count, x.shape[1])
+def _address(p: Plan, index: Tensor | None, *tables: Tensor | None) -> tuple[Any, Any]:
+    """Return the tables as the kernels read them; and K, stride and geometry to go with them."""
+    count, (instances, channels, _) = max([t.shape[0] for t in tables if t is not None]), p.shape
+    if index is None and count not in (1, instances):
+        raise ValueError(f"expected tables of 1 or {instances} rows, got {count}")
+    shape = (count, channels)
     found = [t if t is None or _lies_as(t, shape) else t.expand(shape).contiguous() for t in tables]
-    stride = 0 if count == 1 else shape[1]
-    if index is None:
-        return found, (None, 0, 0, stride)
-    step = 0 if index.shape[0] == 1 else index.stride(0)
-    return found, (index, step, count - 1, stride)
+    last, stride = 0 if index is None else count - 1, 0 if count == 1 else channels
+    return found, (last, stride, *p.geometry)
 
 
 def _lies_as(t: Tensor, shape: tuple[int, int]) -> bool:

@@ -12,6 +12,8 @@ M positions, strides sn, sm, sc of instance, position and channel, S parts of PA
 import triton
 import triton.language as tl
 
+from normswap.functional.triton.parts import size_of_parts
+
 
 @triton.jit
 def place(C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr):
@@ -31,12 +33,6 @@ def place(C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr):
 def inside(i, hi, c, C, BM: tl.constexpr):
     """Return where the tile at position i holds values."""
     return (i + tl.arange(0, BM) < hi)[:, None] & (c < C)[None, :]
-
-
-@triton.jit
-def size_of_parts(C, BC: tl.constexpr):
-    """Return how many values a table of the parts, (N, S, C), has."""
-    return (tl.num_programs(0) // tl.cdiv(C, BC)).to(tl.int64) * C
 
 
 @triton.jit
@@ -93,75 +89,22 @@ def stats(
     tl.store(found + size_of_parts(C, BC) + row, squares / count, c < C)
 
 
-@triton.jit(do_not_specialize=["S"])
-def merge(parts, mean, var, C, M, S, PART, BN: tl.constexpr, BC: tl.constexpr):
-    """Write the moments (N, C) of what parts (2, N, S, C) make up, by the law of total variance."""
-    width = tl.cdiv(C, BC)
-    n = (tl.program_id(0) // width).to(tl.int64)
-    c = tl.program_id(0) % width * BC + tl.arange(0, BC)
-    part_var = parts + size_of_parts(C, BC) * S
-    first, second = add_moments(parts, part_var, None, n * S, n * S + S, c, C, M, S, PART, BN)
-    mu = first / M
-    tl.store(mean + n * C + c, mu.to(tl.float32), c < C)
-    tl.store(var + n * C + c, tl.maximum(second / M - mu * mu, 0.0).to(tl.float32), c < C)
-
-
-@triton.jit
-def add_moments(mean, var, order, lo, hi, c, C, M, S, PART, BN: tl.constexpr):
-    """Return ``sum w m`` and ``sum w (v + m^2)`` of parts that hold w values, in float64.
-
-    Of parts lo to hi, counted through the instances in the given order. In float64 no digits that
-    float32 has are lost to a mean that is large against the spread.
-    """
-    one = tl.zeros(c.shape, tl.float64)
-    two = tl.zeros(c.shape, tl.float64)
-    for i in range(lo, hi, BN):
-        at, part, ok = find_parts(order, i, hi, c, C, S, BN)
-        size = tl.where(ok, tl.minimum(PART, M - part * PART)[:, None], 0).to(tl.float64)
-        m = tl.load(mean + at, ok, 0.0).to(tl.float64)
-        one += tl.sum(size * m, 0)
-        two += tl.sum(size * (tl.load(var + at, ok, 0.0).to(tl.float64) + m * m), 0)
-    return one, two
-
-
-@triton.jit
-def add_dots(first, second, order, lo, hi, c, C, S, BN: tl.constexpr):
-    """Return the sums of two tables (N, S, C) over parts lo to hi, as `add_moments` counts them."""
-    one = tl.zeros(c.shape, tl.float32)
-    two = tl.zeros(c.shape, tl.float32)
-    for i in range(lo, hi, BN):
-        at, _, ok = find_parts(order, i, hi, c, C, S, BN)
-        one += tl.sum(tl.load(first + at, ok, 0.0), 0)
-        two += tl.sum(tl.load(second + at, ok, 0.0), 0)
-    return one, two
-
-
-@triton.jit
-def find_parts_of(offsets, k, S):
-    """Return which parts instances of context k have, first and last; int32 divides fast."""
-    return tl.load(offsets + k).to(tl.int32) * S, tl.load(offsets + k + 1).to(tl.int32) * S
-
-
-@triton.jit
-def find_parts(order, i, hi, c, C, S, BN: tl.constexpr):
-    """Return where BN parts from the i-th on lie in (N, S, C), which of S they are, and a mask."""
-    j = i + tl.arange(0, BN)
-    n, part = j // S, j % S
-    if order is not None:
-        n = tl.load(order + n, j < hi, 0)
-    at = (n.to(tl.int64) * S + part)[:, None] * C + c[None, :]
-    return at, part, (j < hi)[:, None] & (c < C)[None, :]
-
-
 @triton.jit(do_not_specialize=["K", "si", "S"])
 def apply(
     x, y, centre, scale, shift, index, si, K, stride,
     C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write ``y = (x - centre) * scale + shift``."""
-    n, _, c, lo, hi, at, within = place(C, M, sn, sm, sc, S, PART, BM, BC)
-    row, there = find_row(index, si, n, K, stride) + c, c < C
+    tiles = place(C, M, sn, sm, sc, S, PART, BM, BC)
+    row, there = find_row(index, si, tiles[0], K, stride) + tiles[2], tiles[2] < C
     m, s, t = load(centre, row, there), load(scale, row, there), load(shift, row, there)
+    write_map(x, y, m, s, t, tiles, C, sm, BM)
+
+
+@triton.jit
+def write_map(x, y, m, s, t, tiles, C, sm, BM: tl.constexpr):
+    """Write ``y = (x - m) * s + t`` in the tiles of a program, that `place` returned."""
+    _, _, c, lo, hi, at, within = tiles
     x += at
     y += at
     for i in range(lo, hi, BM):
@@ -172,9 +115,9 @@ def apply(
         y += BM * sm
 
 
-@triton.jit(do_not_specialize=["K", "si", "S"])
+@triton.jit(do_not_specialize=["K", "S"])
 def dots(
-    dy, x, dx, found, centre, scale, index, si, K, stride,
+    dy, x, dx, found, centre, scale, index, K, stride,
     C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write sums of dy and ``dy (x - centre)`` over each part, (2, N, S, C), and ``dx = dy scale``.
@@ -182,7 +125,7 @@ def dots(
     The last only where there is a dx.
     """
     n, part, c, lo, hi, at, within = place(C, M, sn, sm, sc, S, PART, BM, BC)
-    row, there = find_row(index, si, n, K, stride) + c, c < C
+    row, there = find_row(index, 1, n, K, stride) + c, c < C
     m = load(centre, row, there)
     dy += at
     x += at
@@ -207,20 +150,22 @@ def dots(
     tl.store(found + size_of_parts(C, BC) + row, two, there)
 
 
-@triton.jit(do_not_specialize=["K", "si", "S"])
+@triton.jit(do_not_specialize=["K", "S"])
 def combine(
-    dy, x, dx, a, b, c0, centre, index, si, K, stride,
+    dy, x, dx, a, b, c0, centre, index, K, stride,
     C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write ``dx = a dy + b (x - centre) + c0``."""
-    n, _, c, lo, hi, at, within = place(C, M, sn, sm, sc, S, PART, BM, BC)
-    row, there = find_row(index, si, n, K, stride) + c, c < C
-    m, s, t, u = (
-        load(centre, row, there),
-        load(a, row, there),
-        load(b, row, there),
-        load(c0, row, there),
-    )
+    tiles = place(C, M, sn, sm, sc, S, PART, BM, BC)
+    row, there = find_row(index, 1, tiles[0], K, stride) + tiles[2], tiles[2] < C
+    m, s, t = load(centre, row, there), load(a, row, there), load(b, row, there)
+    write_sum(dy, x, dx, m, s, t, load(c0, row, there), tiles, C, sm, BM)
+
+
+@triton.jit
+def write_sum(dy, x, dx, m, s, t, u, tiles, C, sm, BM: tl.constexpr):
+    """Write ``dx = s dy + t (x - m) + u``, as `write_map` does."""
+    _, _, c, lo, hi, at, within = tiles
     dy += at
     x += at
     dx += at
