@@ -3,7 +3,7 @@
 One more in evaluation where samples without a label weigh the contexts, for their moments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from normswap.functional.triton.cn_formula import Norm as Norm
 from normswap.functional.triton.cn_formula import norm_by_formula
 from normswap.functional.triton.launching import launch
 from normswap.functional.triton.plan import Rows, cut_contexts, plan
-from normswap.functional.triton.recording import Way, record
+from normswap.functional.triton.recording import Tensors, Way, record
 from normswap.functional.triton.sorting import find_rows, sort_labels
 
 
@@ -113,7 +113,7 @@ def _make_tables(
     return found
 
 
-def _forward(inputs: Sequence[Tensor], given: Any) -> tuple[Tensor, ...]:
+def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
     """See `normswap.functional.context.ContextGlue` for the formulas."""
     x, (norm, cut, index, batched, note) = inputs[0], given
     tables = _make_tables(x, norm, cut, index, True, batched)
@@ -133,9 +133,7 @@ def _forward(inputs: Sequence[Tensor], given: Any) -> tuple[Tensor, ...]:
     return y, norm.priors, index, tables
 
 
-def _backward(
-    dy: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], given: Any, needed: Any
-) -> tuple[Tensor | None, ...]:
+def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any) -> Tensors:
     (x, weight, bias), (priors, index, tables) = inputs, kept
     norm, cut, _, batched, _ = given
     p, dy = plan(x), kernels.match(dy, x)
@@ -161,7 +159,7 @@ def _backward(
     return dx, dweight, dbias
 
 
-def _formula(inputs: Sequence[Tensor], kept: Sequence[Tensor], given: Any) -> Tensor:
+def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
     (priors, index, tables), (norm, cut, _, batched, _) = kept, given
     used, _, known = _moments(tables, cut)
     norm = norm._replace(priors=priors, running=used)

@@ -1,20 +1,117 @@
-"""CN-X by Triton's kernels: two launches forward, two backward."""
+"""CN-X by Triton: two launches forward, two backward.
 
-from collections.abc import Sequence
+Tables are (K + 1, C); rows and pooled contexts are as in `cn_kernels`.
+"""
+
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from normswap.functional import kernels
 from normswap.functional.affine import Centred
 from normswap.functional.moments import Moments, pool_moments
 from normswap.functional.tables import apply_centred, records
-from normswap.functional.triton import cnx_kernels, rows_kernels, sweeps
+from normswap.functional.triton import rows_kernels, sweeps
 from normswap.functional.triton.launching import launch
+from normswap.functional.triton.parts import (
+    add_dots,
+    add_priors,
+    find_parts,
+    find_parts_of,
+    pool,
+    split,
+    take_row,
+)
 from normswap.functional.triton.plan import Rows, plan
-from normswap.functional.triton.recording import Way, record
+from normswap.functional.triton.recording import Tensors, Way, record
 from normswap.functional.triton.sorting import sort_labels
+
+
+@triton.jit(do_not_specialize=["low", "high", "N", "K"])
+def tables(
+    mu, log_sigma, weight, bias, priors, rows, found, low, high,
+    N, K, C, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Write the map of each row, ``y = (x - centre) * scale + shift``, and 1 / sigma."""
+    k, c, at, ok = take_row(tl.program_id(0), C, BC)
+    centre, scale, shift, inverse = split(found, K + 1, C)
+    near = tl.zeros([BC], tl.float32)
+    left = tl.zeros([BC], tl.float32)
+    inv = tl.zeros([BC], tl.float32)
+    if k < K:
+        near = tl.load(mu + at, ok, 0.0).to(tl.float32)
+        inv = tl.exp(-tl.load(log_sigma + at, ok, 0.0).to(tl.float32))
+    else:
+        needed = True
+        if rows is not None:
+            offsets = rows + 2 * N + K
+            needed = tl.load(offsets + 1) > tl.load(offsets)
+        if needed:
+            m, v, _, _ = pool(mu, log_sigma, None, None, priors, low, high, c, C, True, BN)
+            near = m.to(tl.float32)
+            left = (m - near).to(tl.float32)
+            inv = tl.rsqrt(v.to(tl.float32))
+    gain, bias_k = inv, tl.zeros([BC], tl.float32)
+    if weight is not None:
+        gain *= tl.load(weight + c, ok, 0.0).to(tl.float32)
+        bias_k = tl.load(bias + c, ok, 0.0).to(tl.float32)
+    tl.store(centre + at, near, ok)
+    tl.store(scale + at, gain, ok)
+    # The shift makes up for what rounding leaves of the pooled mean.
+    tl.store(shift + at, bias_k - left * gain, ok)
+    tl.store(inverse + at, inv, ok)
+
+
+@triton.jit(do_not_specialize=["low", "high", "N", "K", "S"])
+def pull(
+    dots, rows, tables, mu, log_sigma, priors, dmu, dlog_sigma, dweight, dbias, low, high,
+    N, K, C, S, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients: of mu and log sigma in rows of contexts, of weight and bias in row K.
+
+    With D1 = sum dy and D2 = sum dy (x - mu_k) over the instances of a context, and A = weight /
+    sigma_k: dmu = -A D1, dlog_sigma = -A D2; dweight = sum_k D2 / sigma_k, dbias = sum_k D1.
+    """
+    k, c, at, ok = take_row(tl.program_id(0), C, BC)
+    lying = split(tables, K + 1, C)
+    centre, scale, inverse = lying[0], lying[1], lying[3]
+    first, second = dots, dots + N.to(tl.int64) * S * C
+    order, offsets = rows + N, rows + 2 * N
+    if k < K:
+        lo, hi = find_parts_of(offsets, k, S)
+        one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)
+        a = tl.load(scale + at, ok, 0.0)
+        dm, dl = -a * one, -a * two
+        lo, hi = find_parts_of(offsets, K, S)
+        if (lo < hi) & (low <= k) & (k < high):
+            # Samples without a label have a share of every context that is pooled.
+            share = tl.load(priors + k).to(tl.float32) / add_priors(priors, low, high, BN)
+            one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)
+            pool = K.to(tl.int64) * C + c
+            a, r = tl.load(scale + pool, ok, 0.0), tl.load(inverse + pool, ok, 0.0)
+            by_var = -0.5 * a * r * r * two
+            off = tl.load(mu + at, ok, 0.0).to(tl.float32) - tl.load(centre + pool, ok, 0.0)
+            var = tl.exp(2 * tl.load(log_sigma + at, ok, 0.0).to(tl.float32))
+            dm += share * (2 * off * by_var - a * one)
+            dl += share * 2 * var * by_var
+        tl.store(dmu + at, dm.to(dmu.dtype.element_ty), ok)
+        tl.store(dlog_sigma + at, dl.to(dlog_sigma.dtype.element_ty), ok)
+    elif dweight is not None:
+        by_weight = tl.zeros([BC], tl.float32)
+        by_bias = tl.zeros([BC], tl.float32)
+        for i in range(0, N * S, BN):
+            parts, _, there = find_parts(None, i, N * S, c, C, S, BN)
+            n = (i + tl.arange(0, BN)) // S
+            row = tl.load(rows + n, n < N, 0)[:, None] * C + c[None, :]
+            one = tl.load(first + parts, there, 0.0)
+            by_bias += tl.sum(one, 0)
+            two = tl.load(second + parts, there, 0.0)
+            by_weight += tl.sum(two * tl.load(inverse + row, there, 0.0), 0)
+        tl.store(dweight + c, by_weight.to(dweight.dtype.element_ty), ok)
+        tl.store(dbias + c, by_bias.to(dbias.dtype.element_ty), ok)
 
 
 class Learned(NamedTuple):
@@ -33,85 +130,68 @@ def norm_learned(
     priors: Tensor,
     pooled: tuple[int, int] | None,
 ) -> Tensor:
-    """Return x normalised with the learned statistics of each instance's context.
+    """Return x normalised with what is learned of each instance's context.
 
-    Args:
-        x: (N, C, *).
-        labels: (N,) in [-1, K); or (1,), that of all; None where all are -1.
-        learned: see there.
-        priors: (K,).
-        pooled: see `normswap.functional.triton.cn.Norm`.
+    Labels and pooled contexts are as in `normswap.functional.triton.cn`.
     """
-    contexts = learned.mu.shape[0]
     if not records((x, *(t for t in learned if t is not None))):
-        tables = _make_tables(x, learned, priors, pooled, None)
-        return sweeps.affine_of(x, tables, labels, contexts + 1, contexts)
+        return _apply(x, _make_tables(x, learned, priors, pooled, None), labels, learned)
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
-    index = sort_labels(labels.expand(x.shape[0]), contexts).packed
+    index = sort_labels(labels.expand(x.shape[0]), learned.mu.shape[0]).packed
     return record(_WAY, (priors, pooled, index), x, *learned)
 
 
 def _make_tables(
-    x: Tensor,
-    learned: Learned,
-    priors: Tensor,
-    pooled: tuple[int, int] | None,
-    index: Tensor | None,
+    x: Tensor, learned: Tensors, priors: Tensor, pooled: Any, index: Tensor | None
 ) -> Tensor:
     """Return centre, scale, shift and 1 / sigma of contexts and the pool, (4, K + 1, C)."""
-    contexts, channels = learned.mu.shape
+    contexts, channels = learned[0].shape
     found = x.new_empty(4 * (contexts + 1) * channels, dtype=torch.float32)
     cut = Rows(contexts + (pooled is not None), channels)
-    launch(
-        cnx_kernels.tables,
-        cut.programs,
-        *(*learned, priors, index, found),
-        (*(pooled or (0, 0)), x.shape[0], contexts, channels),
-        **cut.blocks,
-    )
+    numbers = (*(pooled or (0, 0)), x.shape[0], contexts, channels)
+    launch(tables, cut.programs, *learned, priors, index, found, numbers, **cut.blocks)
     return found
 
 
-def _forward(inputs: Sequence[Any], given: Any) -> tuple[Tensor, ...]:
-    (x, *learned), (priors, pooled, index) = inputs, given
-    contexts, tables = len(learned[0]), _make_tables(x, Learned(*learned), priors, pooled, index)
-    return sweeps.affine_of(x, tables, index, contexts + 1, contexts), priors, index, tables
+def _apply(x: Tensor, found: Tensor, labels: Tensor | None, learned: Tensors) -> Tensor:
+    contexts = learned[0].shape[0]
+    return sweeps.affine_of(x, found, labels, contexts + 1, contexts)
 
 
-def _backward(
-    dy: Tensor, inputs: Sequence[Any], kept: Sequence[Tensor], given: Any, needed: Any
-) -> tuple[Tensor | None, ...]:
-    (x, *learned), (priors, index, tables), pooled = inputs, kept, given[1]
+def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
+    (x, *learned), (priors, _, index) = inputs, given
+    found = _make_tables(x, learned, *given)
+    return _apply(x, found, index, learned), priors, index, found
+
+
+def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any) -> Tensors:
+    (x, *learned), (priors, index, lying), pooled = inputs, kept, given[1]
     mu, log_sigma, weight, _ = learned
     p, dy, (contexts, channels) = plan(x), kernels.match(dy, x), mu.shape
     instances, _, _ = p.shape
     dx = torch.empty_like(x) if needed[0] else None
     found = x.new_empty(2 * instances * p.splits * channels, dtype=torch.float32)
-    numbers = (contexts + 1, contexts, *p.geometry)
-    launch(rows_kernels.dots, p.programs, dy, x, dx, found, tables, index, numbers, **p.blocks)
+    over_x = (dy, x, dx, found, lying, index, (contexts + 1, contexts, *p.geometry))
+    launch(rows_kernels.dots, p.programs, *over_x, **p.blocks)
     pulled = [None if t is None else torch.empty_like(t) for t in learned]
     cut = Rows(contexts + (weight is not None), channels)
-    launch(
-        cnx_kernels.pull,
-        cut.programs,
-        *(found, index, tables, mu, log_sigma, priors, *pulled),
-        (*(pooled or (0, 0)), instances, contexts, channels, p.splits),
-        **cut.blocks,
-    )
+    tensors = (found, index, lying, mu, log_sigma, priors, *pulled)
+    numbers = (*(pooled or (0, 0)), instances, contexts, channels, p.splits)
+    launch(pull, cut.programs, *tensors, numbers, **cut.blocks)
     return dx, *pulled
 
 
-def _formula(inputs: Sequence[Any], kept: Sequence[Tensor], given: Any) -> Tensor:
+def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
     (x, mu, log_sigma, weight, bias), (priors, index, _) = inputs, kept
     low, high = given[1] or (0, len(mu))
     mean, spread = mu.float(), log_sigma.float()
     share = priors[low:high].float() / priors[low:high].float().sum()
-    pool = pool_moments(Moments(mean[low:high], (2 * spread[low:high]).exp()), share)
-    inverse = torch.cat((torch.exp(-spread), pool.var.rsqrt()))
+    pooled = pool_moments(Moments(mean[low:high], (2 * spread[low:high]).exp()), share)
+    inverse = torch.cat((torch.exp(-spread), pooled.var.rsqrt()))
     scale = inverse if weight is None else weight.float() * inverse
     shift = torch.zeros_like(scale) if bias is None else bias.float().expand_as(scale)
-    return apply_centred(x, Centred(torch.cat((mean, pool.mean)), scale, shift), index[: len(x)])
+    return apply_centred(x, Centred(torch.cat((mean, pooled.mean)), scale, shift), index[: len(x)])
 
 
 _WAY = Way(_forward, _backward, _formula)

@@ -4,7 +4,6 @@ Formulas as in `normswap.functional.mixture_fused`. The parameters are read as t
 bounds and softmax are a part of the kernels, so that a layer starts nothing else.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from normswap.functional.triton.mixture_kernels import (
     settle,
 )
 from normswap.functional.triton.plan import power
+from normswap.functional.triton.recording import Tensors
 
 # Warps of a program, and eight values of all components for each thread.
 _WARPS, _VALUES = 8, 2048
@@ -33,7 +33,7 @@ Running = tuple[Tensor, Tensor, Tensor] | None
 
 
 class Settings(NamedTuple):
-    """How a layer is to compute.
+    """How a layer computes.
 
     Attributes:
         eps: added to variances of the batch and running ones; its root is the least sigma.
@@ -53,8 +53,7 @@ class Cut(NamedTuple):
 
     Attributes:
         geometry: C, M, sn, sm, sc, T, TILES, P of the kernels.
-        blocks: FLOOR, K, KP, BM, BC.
-        glue: the same for kernels over tables alone.
+        blocks: their constants; `glue` those of kernels over tables alone.
         programs: of a launch over x, and over tables.
     """
 
@@ -92,32 +91,22 @@ def _cut(shape: torch.Size, contiguous: bool, count: int) -> Cut:
     )
 
 
-def forward(inputs: Sequence[Tensor], given: tuple[Running, Settings]) -> tuple[Tensor, ...]:
+def forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
     """Return y, and the mass, mean and variance that components are normalised with, (3, K, C)."""
     (x, weight, bias, *assigned), (running, settings) = inputs, given
-    mu, log_sigma = assigned[1:]
+    (_, mu, log_sigma), bounds = assigned, log_sigma_bounds(settings.eps)
     cut = _cut(x.shape, x.is_contiguous(), len(mu))
     channels, programs = x.shape[1], cut.geometry[-1] if settings.batch else 0
-    bounds = log_sigma_bounds(settings.eps)
-    number = x.numel() // channels
     y, used = torch.empty_like(x), x.new_empty(3, *mu.shape, dtype=torch.float32)
     part = used.new_empty(programs, 4, *mu.shape)
     mean, var, count = running or (None, None, None)
     if settings.batch:
-        launch(
-            masses,
-            cut.programs[0],
-            x,
-            part,
-            *assigned,
-            *bounds,
-            cut.geometry,
-            **cut.blocks,
-        )
-    factor = number / max(number - 1, 1)
+        launch(masses, cut.programs[0], x, part, *assigned, *bounds, cut.geometry, **cut.blocks)
+    number = x.numel() // channels
     launch(
         settle, cut.programs[1], part, used, mu, log_sigma, *bounds, mean, var, count,
-        settings.momentum, factor, channels, programs, UPDATE=settings.update, **cut.glue,
+        settings.momentum, number / max(number - 1, 1), channels, programs,
+        UPDATE=settings.update, **cut.glue,
     )  # fmt: skip
     launch(
         mix, cut.programs[0], x, y, used, count, weight, bias, *assigned, *bounds,
@@ -126,16 +115,9 @@ def forward(inputs: Sequence[Tensor], given: tuple[Running, Settings]) -> tuple[
     return y, used
 
 
-def backward(
-    dy: Tensor,
-    inputs: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    given: tuple[Running, Settings],
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:
+def backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any) -> Tensors:
     """Return the gradients of inputs, given what `forward` returned besides y."""
-    (used,), (running, settings) = kept, given
-    x, weight, _, *assigned = inputs
+    (x, weight, _, *assigned), (used,), (running, settings) = inputs, kept, given
     cut, dy = _cut(x.shape, x.is_contiguous(), used.shape[1]), kernels.match(dy, x)
     bounds, eps = log_sigma_bounds(settings.eps), settings.eps if running else 0.0
     programs, dx = cut.geometry[-1], torch.empty_like(x)
@@ -143,8 +125,7 @@ def backward(
     part = used.new_empty(programs, *used.shape)
     found = [torch.empty_like(t) for t in inputs[1:]]
     launch(
-        pulls, cut.programs[0], x, dy, pulled, used, *assigned, *bounds,
-        cut.geometry, **cut.blocks,
+        pulls, cut.programs[0], x, dy, pulled, used, *assigned, *bounds, cut.geometry, **cut.blocks
     )  # fmt: skip
     launch(
         differentiate, cut.programs[0], x, dy, dx, pulled, part, used, weight, *assigned,

@@ -4,7 +4,6 @@ Styles are exchanged inside the passes that apply them. A program adds up itself
 its channels left, and those of the channels theirs are exchanged with: these are few.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from normswap.functional.triton import sweeps
 from normswap.functional.triton.launching import launch
 from normswap.functional.triton.parts import add_dots, add_moments
 from normswap.functional.triton.plan import Plan, plan, power
-from normswap.functional.triton.recording import Way, run
+from normswap.functional.triton.recording import Tensors, Way, run
 from normswap.functional.triton.tile import place, write_map, write_sum
 
 
@@ -107,7 +106,7 @@ def _blocks(cut: Plan, axis: int) -> dict[str, int]:
     return {"CHANNELS": axis, "SB": min(power(cut.splits), 32), **cut.blocks}
 
 
-def _forward(inputs: Sequence[Tensor], given: Any) -> tuple[Tensor, ...]:
+def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
     """Return y, the inverse permutation, and mean, deviation and scale, (3, N, C)."""
     (x,), (permutation, axis, eps, _) = inputs, given
     cut, parts, y = plan(x), sweeps.part_stats(x), torch.empty_like(x)
@@ -121,9 +120,7 @@ def _forward(inputs: Sequence[Tensor], given: Any) -> tuple[Tensor, ...]:
     return y, inverse, kept
 
 
-def _backward(
-    dy: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], given: Any, needed: Any
-) -> tuple[Tensor]:
+def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any) -> Tensors:
     """See `normswap.functional.glue.ExchangeGlue` for the formulas."""
     (x,), (inverse, table) = inputs, kept
     cut, dy, dx = plan(x), kernels.match(dy, x), torch.empty_like(x)
@@ -137,7 +134,7 @@ def _backward(
     return (dx,)
 
 
-def _formula(inputs: Sequence[Tensor], kept: Sequence[Tensor], given: Any) -> Tensor:
+def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
     (x,), instances = inputs, instance_moments(inputs[0])
     return apply_centred_by_formula(x, Centred(instances.mean, *given[3](instances, replay=True)))
 

@@ -1,7 +1,8 @@
 """ACN by Triton's kernels: those of `elements` and of `owners`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from normswap.functional.moments import Moments
 from normswap.functional.triton import elements, owners
 from normswap.functional.triton.elements import Running
 from normswap.functional.triton.elements import Settings as Settings
-from normswap.functional.triton.recording import Way, run
+from normswap.functional.triton.recording import Tensors, Way, run
 
 # Components beyond them are torch's: tiles would be narrower than a warp.
 _MOST_COMPONENTS = 64
@@ -22,9 +23,9 @@ _MOST_POSITIONS = 2**30
 
 def _compute(
     formula: Callable[..., Normalized],
-    inputs: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    given: tuple[Running, Settings],
+    inputs: Tensors,
+    kept: Tensors,
+    given: Any,
 ) -> Tensor:
     """Return y by a formula of `normswap.functional.mixture`."""
     (x, *tables), (running, settings) = inputs, given

@@ -7,7 +7,6 @@ What a program's tiles leave is added up value by value, and reduced once, to a 
 import triton
 import triton.language as tl
 
-from normswap.functional.triton.mixture_tables import settle_moments, write_gradients
 from normswap.functional.triton.mixture_tile import (
     MASS,
     cells,
@@ -17,9 +16,11 @@ from normswap.functional.triton.mixture_tile import (
     keep,
     place,
     priors,
+    settle_moments,
     shares,
     table,
     total,
+    write_gradients,
 )
 
 _TINY = tl.constexpr(1e-30)
@@ -54,10 +55,7 @@ def masses(
         mass += tau
         first += owned
         second += owned * d
-    keep(part, p, 0, 4, origin, c, C, K, KP)
-    keep(part, p, 1, 4, tl.sum(mass, 1, keep_dims=True), c, C, K, KP)
-    keep(part, p, 2, 4, tl.sum(first, 1, keep_dims=True), c, C, K, KP)
-    keep(part, p, 3, 4, tl.sum(second, 1, keep_dims=True), c, C, K, KP)
+    keep(part, p, 4, (origin, mass, first, second), c, C, K, KP)
 
 
 @triton.jit
@@ -137,8 +135,7 @@ def pulls(
         owned = tau * g
         first += owned
         second += owned * (v - m)
-    keep(part, p, 0, 2, tl.sum(first, 1, keep_dims=True), c, C, K, KP)
-    keep(part, p, 1, 2, tl.sum(second, 1, keep_dims=True), c, C, K, KP)
+    keep(part, p, 2, (first, second), c, C, K, KP)
 
 
 @triton.jit(do_not_specialize=["T", "TILES", "P"])
@@ -180,9 +177,7 @@ def differentiate(
         zeroth += dlogit
         first += pulled_z
         second += pulled_z * z
-    keep(part, p, 0, 3, tl.sum(zeroth, 1, keep_dims=True), c, C, K, KP)
-    keep(part, p, 1, 3, tl.sum(first, 1, keep_dims=True), c, C, K, KP)
-    keep(part, p, 2, 3, tl.sum(second, 1, keep_dims=True), c, C, K, KP)
+    keep(part, p, 3, (zeroth, first, second), c, C, K, KP)
 
 
 @triton.jit(do_not_specialize=["P"])

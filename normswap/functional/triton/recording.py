@@ -9,6 +9,9 @@ from torch.autograd import Function
 
 from normswap.functional.tables import records
 
+# Tensors, some of which may be None.
+Tensors = Sequence[Any]
+
 
 class Way(NamedTuple):
     """What computes a method, from inputs, x (N, C, *) first, and what else is given.
@@ -20,7 +23,7 @@ class Way(NamedTuple):
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., Sequence[Tensor | None]]
+    backward: Callable[..., Tensors]
     formula: Callable[..., Tensor]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 pytest.importorskip("triton")
-from normswap.functional.triton import cn_kernels, cnx_kernels, rows_kernels, tile
+from normswap.functional.triton import cn_kernels, cnx, parts, rows_kernels, tile
 from normswap.functional.triton.plan import cut_contexts
 from tests.functional.triton.compiling import compile_kernel
 
@@ -26,16 +26,16 @@ OVER_X = [
     (cn_kernels.apply_and_move, {}),
 ]
 OVER_TABLES = [
-    (tile.merge, {}),
+    (parts.merge, {}),
     (cn_kernels.tables, NONE_WEIGH | TRAINING),
     (cn_kernels.tables, NONE_WEIGH | TRAINING | {"momentum": None}),
     (cn_kernels.tables, NONE_WEIGH | RUNNING),
     (cn_kernels.pull, NONE_WEIGH | {"MOVES": True, "WEIGHED": False}),
     (cn_kernels.pull, NONE_WEIGH | {"MOVES": False, "WEIGHED": False}),
-    (cnx_kernels.tables, {}),
-    (cnx_kernels.tables, {"rows": None, "weight": None, "bias": None}),
-    (cnx_kernels.pull, {}),
-    (cnx_kernels.pull, {"dweight": None, "dbias": None}),
+    (cnx.tables, {}),
+    (cnx.tables, {"rows": None, "weight": None, "bias": None}),
+    (cnx.pull, {}),
+    (cnx.pull, {"dweight": None, "dbias": None}),
 ]
 OVER_CONTEXTS = [
     (cn_kernels.tables, TRAINING),

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from normswap.functional.triton import elements, mixture_kernels, owners_kernels
+from normswap.functional.triton import elements, mixture_kernels, owners
 from tests.functional.triton.compiling import compile_kernel
 
 SHAPE = torch.Size((32, 64, 56, 56))
@@ -34,8 +34,8 @@ def test_nothing_is_spilled(architecture, dtype, last, components):
 def test_nor_by_instance(architecture, components, rows):
     given = {"FLOOR": 0.01, "K": components, "KP": components, "BN": rows, "SB": 1, "BC": 4}
     for kernel, more in (
-        (owners_kernels.assign, {"BATCH": True, "UPDATE": True}),
-        (owners_kernels.differentiate, {"LEARNED": False}),
+        (owners.assign, {"BATCH": True, "UPDATE": True}),
+        (owners.differentiate, {"LEARNED": False}),
     ):
         assert compile_kernel(kernel, architecture, **given, **more)[1] == 0, kernel
 
