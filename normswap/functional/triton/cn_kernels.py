@@ -50,55 +50,40 @@ def tables(
     """Write the map of each row, ``y = (x - centre) * scale + shift``, and what it is made of.
 
     With moments of the BATCH, of `parts`, where a context has two values or more, else with the
-    running ones. Of KP contexts, 0 for none, samples without a label weigh all.
+    running ones. Of KP contexts, 0 for none, samples without a label weigh all; the running
+    moments that they compare with are kept, as these are to move: by momentum, or, where that is
+    None, to the average of all batches.
     """
     program, own = tl.program_id(0), K * tl.cdiv(C, BC)
-    if KP == 0 or program < own:
-        write_row(
-            program, running_mean, running_var, batches, weight, bias, priors, parts, rows, found,
-            low, high, eps, momentum, N, R, K, C, M, S, PART, BATCH, SORTED, KP > 0, BN, BC,
-        )  # fmt: skip
-    else:
-        n, needed = (program - own).to(tl.int64), True
-        if rows is not None:
-            needed = tl.load(rows + n) >= K
-        if needed:
-            weights = split_rest(split(found, R, C)[3], K, C)[6] + n * K
-            # Parts are counted from the instance on: int32 divides at once.
-            part_mean = parts + n * S * C
-            weigh(
-                part_mean, part_mean + N.to(tl.int64) * S * C, running_mean, running_var, weight,
-                bias, priors, found + (K + n) * C, R.to(tl.int64) * C, weights, eps,
-                K, C, M, S, PART, KP, WN, WC,
-            )  # fmt: skip
-
-
-@triton.jit
-def write_row(
-    program, running_mean, running_var, batches, weight, bias, priors, parts, rows, found,
-    low, high, eps, momentum, N, R, K, C, M, S, PART,
-    BATCH: tl.constexpr, SORTED: tl.constexpr, KEEP: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Write one row; KEEP the running moments that others compare with, as they are to move.
-
-    With a momentum of None, these move to the average of all batches.
-    """
     k, c, at, ok = take_row(program, C, BC)
     centre, scale, shift, rest = split(found, R, C)
-    inverse, var, values, rates, known_mean, known_var, _ = split_rest(rest, K, C)
+    inverse, var, values, rates, known_mean, known_var, weights = split_rest(rest, K, C)
+    if KP > 0:
+        if program >= own:
+            n, needed = (program - own).to(tl.int64), True
+            if rows is not None:
+                needed = tl.load(rows + n) >= K
+            if needed:
+                # Parts are counted from the instance on: int32 divides at once.
+                part_mean = parts + n * S * C
+                weigh(
+                    part_mean, part_mean + N.to(tl.int64) * S * C, running_mean, running_var,
+                    weight, bias, priors, found + (K + n) * C, R.to(tl.int64) * C, weights + n * K,
+                    eps, K, C, M, S, PART, KP, WN, WC,
+                )  # fmt: skip
+            return
     mu = tl.zeros([BC], tl.float64)
     v = tl.zeros([BC], tl.float64)
     gain = tl.zeros([BC], tl.float32)
     bias_k = tl.zeros([BC], tl.float32)
     count = 0.0
-    if KEEP or k < K:
+    if KP > 0 or k < K:
         root = tl.rsqrt(tl.load(priors + k).to(tl.float32))
         gain = tl.load(weight + at, ok, 0.0).to(tl.float32) * root
         bias_k = tl.load(bias + at, ok, 0.0).to(tl.float32) * root
         mu = tl.load(running_mean + at, ok, 0.0).to(tl.float64)
         v = tl.load(running_var + at, ok, 0.0).to(tl.float64)
-        if KEEP:
+        if KP > 0:
             tl.store(known_mean + at, mu.to(tl.float32), ok)
             tl.store(known_var + at, v.to(tl.float32), ok)
         if BATCH:
@@ -180,7 +165,11 @@ def pull(
 ):  # fmt: skip
     """Write the gradients of weight and bias, and, if x MOVES its moments, what else dx has.
 
-    Samples without a label have WEIGHED the contexts or not.
+    With D1 = sum dy and D2 = sum dy (x - mu_k) over the L values of a context, and r = 1 / sigma_k:
+    dbias = D1, dweight = r D2, both over sqrt(lambda_k), and
+    ``dx = A dy + spread (x - mu_k) + constant``, spread = -A r^2 D2 / L, constant = -A D1 / L.
+    Of contexts whose moments are not the batch's, nothing else. Samples without a label have
+    WEIGHED the contexts or not.
     """
     program, own = tl.program_id(0), K * tl.cdiv(C, BC)
     second = dots + N.to(tl.int64) * S * C
@@ -188,37 +177,20 @@ def pull(
     constant = spread + R.to(tl.int64) * C
     centre, scale, _, rest = split(tables, R, C)
     inverse, _, values, _, known_mean, known_var, weights = split_rest(rest, K, C)
-    if KP == 0 or program < own:
-        pull_row(
-            program, dots, second, rows + N, rows + 2 * N, inverse, scale, values, priors, weights,
-            known_mean, known_var, centre, dweight, dbias, spread, constant, low, high, eps,
-            K, C, S, MOVES, WEIGHED, BN, BC,
-        )  # fmt: skip
-    elif MOVES:
-        n = (program - own).to(tl.int64)
-        if tl.load(rows + n) >= K:
-            pull_weights(
-                n, dots, second, known_mean, known_var, weight, bias, priors,
-                centre, weights, spread, constant, eps, K, C, M, S, KP, WN, WC,
-            )  # fmt: skip
-
-
-@triton.jit
-def pull_row(
-    program, first, second, order, offsets, inverse, scale, values, priors, weights,
-    known_mean, known_var, centre, dweight, dbias, spread, constant, low, high, eps,
-    K, C, S, MOVES: tl.constexpr, WEIGHED: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Write one row.
-
-    With D1 = sum dy and D2 = sum dy (x - mu_k) over the L values of a context, and r = 1 / sigma_k:
-    dbias = D1, dweight = r D2, both over sqrt(lambda_k), and
-    ``dx = A dy + spread (x - mu_k) + constant``, spread = -A r^2 D2 / L, constant = -A D1 / L.
-    Of contexts whose moments are not the batch's, nothing else.
-    """
+    order, offsets = rows + N, rows + 2 * N
+    if KP > 0:
+        if program >= own:
+            if MOVES:
+                n = (program - own).to(tl.int64)
+                if tl.load(rows + n) >= K:
+                    pull_weights(
+                        n, dots, second, known_mean, known_var, weight, bias, priors,
+                        centre, weights, spread, constant, eps, K, C, M, S, KP, WN, WC,
+                    )  # fmt: skip
+            return
     k, c, at, ok = take_row(program, C, BC)
     lo, hi = find_parts_of(offsets, k, S)
-    one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)
+    one, two = add_dots(dots, second, order, lo, hi, c, C, S, BN)
     by_weight = tl.load(inverse + at, ok, 0.0) * two
     if MOVES:
         count = tl.load(values + k)
@@ -234,14 +206,14 @@ def pull_row(
         if WEIGHED:
             mu = tl.load(known_mean + at, ok, 0.0)
             one, two = add_weighted_dots(
-                first, second, order, weights, centre, mu, lo, hi, k, c, K, C, S, BN
+                dots, second, order, weights, centre, mu, lo, hi, k, c, K, C, S, BN
             )
             by_weight += two * tl.rsqrt(tl.load(known_var + at, ok, 1.0) + eps) / root
             by_bias += one / root
         elif (lo < hi) & (low <= k) & (k < high):
             # Samples without a label have a share of every context that is pooled.
             share = root / add_priors(priors, low, high, BN)
-            one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)
+            one, two = add_dots(dots, second, order, lo, hi, c, C, S, BN)
             by_weight += share * two * tl.load(inverse + K * C + c, ok, 0.0)
             by_bias += share * one
         tl.store(dweight + at, by_weight.to(dweight.dtype.element_ty), ok)

@@ -39,10 +39,11 @@ def find_parts(order, i, hi, c, C, S, BN: tl.constexpr):
     They are counted through the instances in the given order; without one, as they lie.
     """
     j = i + tl.arange(0, BN)
-    row, part = j.to(tl.int64), j
-    if order is not None:
-        part = j % S
-        row = tl.load(order + j // S, j < hi, 0) * S + part
+    if order is None:
+        row, part = j.to(tl.int64), j
+    else:
+        n, part = j // S, j % S
+        row = tl.load(order + n, j < hi, 0) * S + part
     return row[:, None] * C + c[None, :], part, (j < hi)[:, None] & (c < C)[None, :]
 
 
