@@ -14,7 +14,7 @@ from torch import Tensor
 from normswap.functional import kernels
 from normswap.functional.mixture_start import PRIOR_FLOOR, log_sigma_bounds
 from normswap.functional.triton import sweeps
-from normswap.functional.triton.gate_kernels import add, merge, rows
+from normswap.functional.triton.gate import add, merge, rows
 from normswap.functional.triton.launching import launch
 from normswap.functional.triton.mixture_tile import (
     MASS,

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from normswap.functional.triton import exchange, gate_kernels
+from normswap.functional.triton import exchange, gate
 from tests.functional.triton.compiling import compile_kernel
 
 
@@ -12,8 +12,8 @@ from tests.functional.triton.compiling import compile_kernel
 def test_the_gate(architecture, parts):
     given = {"BATCH": True, "SB": parts, "BN": 64 // parts, "BC": 8}
     for kernel, more in (
-        (gate_kernels.gate, {"UPDATE": True}),
-        (gate_kernels.differentiate, {}),
+        (gate.gate, {"UPDATE": True}),
+        (gate.differentiate, {}),
     ):
         assert compile_kernel(kernel, architecture, **given, **more)[1] == 0, kernel
 
