@@ -14,7 +14,7 @@ from normswap.functional import kernels
 from normswap.functional.moments import Moments
 from normswap.functional.segments import count
 from normswap.functional.tables import records
-from normswap.functional.triton import cn_kernels, rows_kernels, sweeps
+from normswap.functional.triton import cn_kernels, sweeps, tile
 from normswap.functional.triton.cn_formula import Norm as Norm
 from normswap.functional.triton.cn_formula import norm_by_formula
 from normswap.functional.triton.launching import launch
@@ -30,7 +30,7 @@ class Cut(NamedTuple):
         size: R, rows of centre, scale and shift: K + 1, or K + N where samples weigh the contexts.
         values: of all tables, float32; `cn_kernels.split_rest` says which.
         numbers: what kernels over tables take as N, R, K, C, M, S and PART.
-        rows: what kernels over x take as R, K, C, M, sn, sm, sc, S and PART.
+        rows: what kernels over x take as scale, stride, R, K and geometry.
         blocks: what they take as BN, BC, KP, WN and WC.
         programs: of a launch over them.
     """
@@ -38,7 +38,7 @@ class Cut(NamedTuple):
     size: int
     values: int
     numbers: tuple[int, ...]
-    rows: tuple[int, ...]
+    rows: tuple[int | None, ...]
     blocks: dict[str, int]
     programs: int
 
@@ -56,7 +56,7 @@ def _cut(
         blocks, programs = cut_contexts(contexts, channels), own.programs + instances
     numbers = (instances, size, contexts, channels, positions, splits, part)
     values += 3 * size * channels
-    rows = (size, contexts, *geometry)
+    rows = (None, None, size, contexts, *geometry)
     return Cut(size, values, numbers, rows, {**own.blocks, **blocks}, programs)
 
 
@@ -127,7 +127,7 @@ def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
         launch(
             cn_kernels.apply_and_move,
             p.programs,
-            *(x, y, tables, index, *norm.moved, norm.batches, cut.rows),
+            *(x, y, tables, index, *norm.moved, norm.batches, cut.rows[2:]),
             **p.blocks,
         )
     return y, norm.priors, index, tables
@@ -142,8 +142,8 @@ def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: An
     dx = torch.empty_like(x) if needed[0] else None
     room = 2 * channels * (instances * splits + (size if moves else 0))
     found = x.new_empty(room, dtype=torch.float32)
-    over_x = (found, tables, index, cut.rows)
-    launch(rows_kernels.dots, p.programs, dy, x, None if moves else dx, *over_x, **p.blocks)
+    over_x = (tables, index, cut.rows)
+    launch(tile.dots, p.programs, dy, x, None if moves else dx, found, *over_x, **p.blocks)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     launch(
         cn_kernels.pull,
@@ -155,7 +155,7 @@ def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: An
         **cut.blocks,
     )
     if moves:
-        launch(rows_kernels.combine, p.programs, dy, x, dx, *over_x, **p.blocks)
+        launch(tile.combine, p.programs, dy, x, dx, found, None, *over_x, **p.blocks)
     return dx, dweight, dbias
 
 

@@ -22,7 +22,7 @@ from normswap.functional.triton.parts import (
     take_row,
 )
 from normswap.functional.triton.posterior_kernels import add_weighted_dots, pull_weights, weigh
-from normswap.functional.triton.rows_kernels import apply
+from normswap.functional.triton.tile import apply
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def apply_and_move(
 
     A launch after `tables` has read them for samples without a label.
     """
-    apply(x, y, tables, rows, 1, R, K, C, C, M, sn, sm, sc, S, PART, BM, BC)
+    apply(x, y, tables, rows, None, None, 1, R, K, C, C, M, sn, sm, sc, S, PART, BM, BC)
     rest, width = split_rest(split(tables, R, C)[3], K, C), tl.cdiv(C, BC)
     var, values, rates = rest[1], rest[2], rest[3]
     for block in range(tl.program_id(0), K * width, tl.num_programs(0)):

@@ -14,7 +14,7 @@ from normswap.functional import kernels
 from normswap.functional.affine import Centred
 from normswap.functional.moments import Moments, pool_moments
 from normswap.functional.tables import apply_centred, records
-from normswap.functional.triton import rows_kernels, sweeps
+from normswap.functional.triton import sweeps, tile
 from normswap.functional.triton.launching import launch
 from normswap.functional.triton.parts import (
     add_dots,
@@ -172,8 +172,8 @@ def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: An
     instances, _, _ = p.shape
     dx = torch.empty_like(x) if needed[0] else None
     found = x.new_empty(2 * instances * p.splits * channels, dtype=torch.float32)
-    over_x = (dy, x, dx, found, lying, index, (contexts + 1, contexts, *p.geometry))
-    launch(rows_kernels.dots, p.programs, *over_x, **p.blocks)
+    over_x = (dy, x, dx, found, lying, index, (None, None, contexts + 1, contexts, *p.geometry))
+    launch(tile.dots, p.programs, *over_x, **p.blocks)
     pulled = [None if t is None else torch.empty_like(t) for t in learned]
     cut = Rows(contexts + (weight is not None), channels)
     tensors = (found, index, lying, mu, log_sigma, priors, *pulled)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normswap.functional.moments import Moments
-from normswap.functional.triton import parts, rows_kernels, tile
+from normswap.functional.triton import parts, tile
 from normswap.functional.triton.launching import launch
 from normswap.functional.triton.plan import Plan, Rows, plan
 
@@ -21,9 +21,9 @@ def part_stats(x: Tensor, index: Tensor | None = None, least: int = 0) -> Tensor
     With an index, (N,), only instances whose index is no less than `least` have any.
     """
     p = plan(x)
-    found = _room(x, p.splits)
-    step = 0 if index is None else index.stride(0)
-    launch(tile.stats, p.programs, x, found, index, (step, least, *p.geometry), **p.blocks)
+    found = x.new_empty(2, x.shape[0], p.splits, x.shape[1], dtype=torch.float32)
+    numbers = (_step(index), least, *p.geometry)
+    launch(tile.stats, p.programs, x, found, index, numbers, **p.blocks)
     return found
 
 
@@ -48,28 +48,22 @@ def affine(
 ) -> Tensor:
     """Return ``(x - centre) * scale + shift``, in the dtype and layout of x; None is 0."""
     p, y = plan(x), torch.empty_like(x)
-    tables, numbers = _address(p, index, centre, scale, shift)
-    step = 0 if index is None or index.shape[0] == 1 else index.stride(0)
-    launch(tile.apply, p.programs, x, y, *tables, index, (step, *numbers), **p.blocks)
+    (m, s, t), last, stride = _address(p, index, centre, scale, shift)
+    numbers = (_step(index), None, last, stride, *p.geometry)
+    launch(tile.apply, p.programs, x, y, m, index, s, t, numbers, **p.blocks)
     return y
 
 
 def affine_of(x: Tensor, tables: Tensor, labels: Tensor | None, size: int, contexts: int) -> Tensor:
-    """Return what `affine` does, by tables that lie in one tensor; see `rows_kernels`.
+    """Return what `affine` does, by tables that lie in one tensor, (size, C) each; see `tile`.
 
-    Args:
-        x: (N, C, *).
-        tables: centre, scale and shift, (R, C) each, come first.
-        labels: the row of each instance, (N,); or (1,), that of all; -1 is row K. None where all
-            have that, or, with K + N rows, instance n has row K + n.
-        size: R.
-        contexts: K.
+    Labels, (N,) or (1,), are the row of each instance or of all, -1 row K. Without, all have that,
+    or, with K + N rows, instance n has row K + n.
     """
     p, y = plan(x), torch.empty_like(x)
     stride = 0 if labels is None and size == contexts + 1 else x.shape[1]
-    step = 0 if labels is None or labels.shape[0] == 1 else labels.stride(0)
-    numbers = (step, size, contexts, stride, *p.geometry)
-    launch(rows_kernels.apply, p.programs, x, y, tables, labels, numbers, **p.blocks)
+    numbers = (None, None, _step(labels), size, contexts, stride, *p.geometry)
+    launch(tile.apply, p.programs, x, y, tables, labels, numbers, **p.blocks)
     return y
 
 
@@ -81,9 +75,10 @@ def part_dots(
     The sums are over parts of the positions, (2, N, S, C); dy is laid out as x.
     """
     p, dx = plan(x), None if scale is None else torch.empty_like(x)
-    found = _room(x, p.splits)
-    tables, numbers = _address(p, None, centre, scale)
-    launch(tile.dots, p.programs, dy, x, dx, found, *tables, None, numbers, **p.blocks)
+    found = x.new_empty(2, x.shape[0], p.splits, x.shape[1], dtype=torch.float32)
+    (m, s), last, stride = _address(p, None, centre, scale)
+    numbers = (stride, None, last, *p.geometry)
+    launch(tile.dots, p.programs, dy, x, dx, found, m, None, s, numbers, **p.blocks)
     return dx, found
 
 
@@ -104,29 +99,28 @@ def scale_and_dot(
 def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tensor) -> Tensor:
     """Return ``a * dy + b * (x - centre) + c`` in the dtype and layout of x."""
     p, dx = plan(x), torch.empty_like(x)
-    tables, numbers = _address(p, None, a, b, c, centre)
-    launch(tile.combine, p.programs, dy, x, dx, *tables, None, numbers, **p.blocks)
+    (s, t, u, m), last, stride = _address(p, None, a, b, c, centre)
+    numbers = (stride, None, last, *p.geometry)
+    launch(tile.combine, p.programs, dy, x, dx, t, u, m, None, s, numbers, **p.blocks)
     return dx
 
 
-def _room(x: Tensor, splits: int) -> Tensor:
-    """Return two tables of the parts, (2, N, S, C)."""
-    return x.new_empty(2, x.shape[0], splits, x.shape[1], dtype=torch.float32)
+def _step(index: Tensor | None) -> int:
+    """Return how far apart the rows of instances lie; 0 where all have the same."""
+    return 0 if index is None or index.shape[0] == 1 else index.stride(0)
 
 
-def _address(p: Plan, index: Tensor | None, *tables: Tensor | None) -> tuple[Any, Any]:
-    """Return the tables as the kernels read them; and K, stride and geometry to go with them."""
+def _address(p: Plan, index: Tensor | None, *tables: Tensor | None) -> tuple[Any, int, int]:
+    """Return the tables as the kernels read them, their last row, and the stride between rows."""
     count, (instances, channels, _) = max([t.shape[0] for t in tables if t is not None]), p.shape
     if index is None and count not in (1, instances):
         raise ValueError(f"expected tables of 1 or {instances} rows, got {count}")
     shape = (count, channels)
-    found = [t if t is None or _lies_as(t, shape) else t.expand(shape).contiguous() for t in tables]
-    last, stride = 0 if index is None else count - 1, 0 if count == 1 else channels
-    return found, (last, stride, *p.geometry)
-
-
-def _lies_as(t: Tensor, shape: tuple[int, int]) -> bool:
-    return t.shape == shape and t.is_contiguous()
+    found = [
+        t if t is None or (t.shape == shape and t.is_contiguous()) else t.expand(shape).contiguous()
+        for t in tables
+    ]
+    return found, 0 if index is None else count - 1, 0 if count == 1 else channels
 
 
 def _whole(centre: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:

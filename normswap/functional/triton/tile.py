@@ -4,15 +4,17 @@ A program takes one instance, a block of BC channels and a part of the positions
 (BM, BC). Strides address both layouts; the one that is 1 is known to the compiler, so that
 neighbours are read at once. All computes in float32; sums have a fixed order, without atomics.
 
-Tables have one row for each instance, which `index` may name, -1 the last; `stride` lies between
-rows, 0 where all instances have the same. A table that is None counts as 0. Geometry is C channels,
-M positions, strides sn, sm, sc of instance, position and channel, S parts of PART positions.
+Geometry is C channels, M positions, strides sn, sm, sc of instance, position and channel, S parts
+of PART positions. Tables have one row for each instance, which `index` may name, -1 row K;
+`stride` lies between rows, 0 where all instances have the same. A table that is None counts as 0.
+With an R, `centre` is the first of all tables, (R, C) each, which lie one after the other: a
+layer's are allocated, saved and handed to a launch at once.
 """
 
 import triton
 import triton.language as tl
 
-from normswap.functional.triton.parts import size_of_parts
+from normswap.functional.triton.parts import size_of_parts, split
 
 
 @triton.jit
@@ -89,12 +91,19 @@ def stats(
     tl.store(found + size_of_parts(C, BC) + row, squares / count, c < C)
 
 
-@triton.jit(do_not_specialize=["K", "si", "S"])
+@triton.jit(do_not_specialize=["R", "K", "si", "S"])
 def apply(
-    x, y, centre, scale, shift, index, si, K, stride,
+    x, y, centre, index, scale, shift, si, R, K, stride,
     C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write ``y = (x - centre) * scale + shift``."""
+    """Write ``y = (x - centre) * scale + shift``.
+
+    With an R and no index the first instance has row K; others have that, or those after it.
+    """
+    if R is not None:
+        if index is None:
+            centre += K.to(tl.int64) * C
+        centre, scale, shift, _ = split(centre, R, C)
     tiles = place(C, M, sn, sm, sc, S, PART, BM, BC)
     row, there = find_row(index, si, tiles[0], K, stride) + tiles[2], tiles[2] < C
     m, s, t = load(centre, row, there), load(scale, row, there), load(shift, row, there)
@@ -115,15 +124,18 @@ def write_map(x, y, m, s, t, tiles, C, sm, BM: tl.constexpr):
         y += BM * sm
 
 
-@triton.jit(do_not_specialize=["K", "S"])
+@triton.jit(do_not_specialize=["R", "K", "S"])
 def dots(
-    dy, x, dx, found, centre, scale, index, K, stride,
+    dy, x, dx, found, centre, index, scale, stride, R, K,
     C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write sums of dy and ``dy (x - centre)`` over each part, (2, N, S, C), and ``dx = dy scale``.
 
     The last only where there is a dx.
     """
+    if R is not None:
+        centre, scale, _, _ = split(centre, R, C)
+        stride = C
     n, part, c, lo, hi, at, within = place(C, M, sn, sm, sc, S, PART, BM, BC)
     row, there = find_row(index, 1, n, K, stride) + c, c < C
     m = load(centre, row, there)
@@ -150,16 +162,24 @@ def dots(
     tl.store(found + size_of_parts(C, BC) + row, two, there)
 
 
-@triton.jit(do_not_specialize=["K", "S"])
+@triton.jit(do_not_specialize=["R", "K", "S"])
 def combine(
-    dy, x, dx, a, b, c0, centre, index, K, stride,
+    dy, x, dx, spread, constant, centre, index, scale, stride, R, K,
     C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write ``dx = a dy + b (x - centre) + c0``."""
+    """Write ``dx = scale dy + spread (x - centre) + constant``.
+
+    With an R, the last two lie behind what `dots` found, which is given as the first of them.
+    """
+    if R is not None:
+        centre, scale, _, _ = split(centre, R, C)
+        spread += 2 * size_of_parts(C, BC)
+        constant = spread + R.to(tl.int64) * C
+        stride = C
     tiles = place(C, M, sn, sm, sc, S, PART, BM, BC)
     row, there = find_row(index, 1, tiles[0], K, stride) + tiles[2], tiles[2] < C
-    m, s, t = load(centre, row, there), load(a, row, there), load(b, row, there)
-    write_sum(dy, x, dx, m, s, t, load(c0, row, there), tiles, C, sm, BM)
+    m, s, t = load(centre, row, there), load(scale, row, there), load(spread, row, there)
+    write_sum(dy, x, dx, m, s, t, load(constant, row, there), tiles, C, sm, BM)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import pytest
 
 pytest.importorskip("triton")
-from normswap.functional.triton import cn_kernels, cnx, parts, rows_kernels, tile
+from normswap.functional.triton import cn_kernels, cnx, parts, tile
 from normswap.functional.triton.plan import cut_contexts
 from tests.functional.triton.compiling import compile_kernel
 
@@ -11,18 +11,19 @@ ROWS = {"BN": 64, "BC": 16}
 NONE_WEIGH = {"KP": 0, "WN": 1, "WC": 1}
 TRAINING = {"BATCH": True, "SORTED": True}
 RUNNING = {"parts": None, "rows": None, "BATCH": False, "SORTED": False}
+TOGETHER = {"scale": None, "stride": None}
 OVER_X = [
     (tile.stats, {"index": None}),
     (tile.stats, {}),
-    (tile.apply, {}),
-    (tile.apply, {"centre": None, "index": None}),
-    (tile.dots, {}),
-    (tile.dots, {"dx": None, "scale": None}),
-    (tile.combine, {}),
-    (rows_kernels.apply, {}),
-    (rows_kernels.apply, {"rows": None}),
-    (rows_kernels.dots, {"dx": None}),
-    (rows_kernels.combine, {}),
+    (tile.apply, {"R": None}),
+    (tile.apply, {"R": None, "centre": None, "index": None}),
+    (tile.dots, {"R": None}),
+    (tile.dots, {"R": None, "dx": None, "scale": None}),
+    (tile.combine, {"R": None}),
+    (tile.apply, {"scale": None, "shift": None}),
+    (tile.apply, {"scale": None, "shift": None, "index": None}),
+    (tile.dots, TOGETHER | {"dx": None}),
+    (tile.combine, TOGETHER | {"constant": None}),
     (cn_kernels.apply_and_move, {}),
 ]
 OVER_TABLES = [
