@@ -14,17 +14,8 @@ from normswap.functional import kernels
 from normswap.functional.affine import Centred
 from normswap.functional.moments import Moments, pool_moments
 from normswap.functional.tables import apply_centred, records
-from normswap.functional.triton import sweeps, tile
+from normswap.functional.triton import parts, sweeps, tile
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.parts import (
-    add_dots,
-    add_priors,
-    find_parts,
-    find_parts_of,
-    pool,
-    split,
-    take_row,
-)
 from normswap.functional.triton.plan import Rows, plan
 from normswap.functional.triton.recording import Tensors, Way, record
 from normswap.functional.triton.sorting import sort_labels
@@ -36,8 +27,8 @@ def tables(
     N, K, C, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write the map of each row, ``y = (x - centre) * scale + shift``, and 1 / sigma."""
-    k, c, at, ok = take_row(tl.program_id(0), C, BC)
-    centre, scale, shift, inverse = split(found, K + 1, C)
+    k, c, at, ok = parts.take_row(tl.program_id(0), C, BC)
+    centre, scale, shift, inverse = parts.split(found, K + 1, C)
     near = tl.zeros([BC], tl.float32)
     left = tl.zeros([BC], tl.float32)
     inv = tl.zeros([BC], tl.float32)
@@ -50,7 +41,7 @@ def tables(
             offsets = rows + 2 * N + K
             needed = tl.load(offsets + 1) > tl.load(offsets)
         if needed:
-            m, v, _, _ = pool(mu, log_sigma, None, None, priors, low, high, c, C, True, BN)
+            m, v, _, _ = parts.pool(mu, log_sigma, None, None, priors, low, high, c, C, True, BN)
             near = m.to(tl.float32)
             left = (m - near).to(tl.float32)
             inv = tl.rsqrt(v.to(tl.float32))
@@ -75,21 +66,21 @@ def pull(
     With D1 = sum dy and D2 = sum dy (x - mu_k) over the instances of a context, and A = weight /
     sigma_k: dmu = -A D1, dlog_sigma = -A D2; dweight = sum_k D2 / sigma_k, dbias = sum_k D1.
     """
-    k, c, at, ok = take_row(tl.program_id(0), C, BC)
-    lying = split(tables, K + 1, C)
+    k, c, at, ok = parts.take_row(tl.program_id(0), C, BC)
+    lying = parts.split(tables, K + 1, C)
     centre, scale, inverse = lying[0], lying[1], lying[3]
     first, second = dots, dots + N.to(tl.int64) * S * C
     order, offsets = rows + N, rows + 2 * N
     if k < K:
-        lo, hi = find_parts_of(offsets, k, S)
-        one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)
+        lo, hi = parts.find_parts_of(offsets, k, S)
+        one, two = parts.add_dots(first, second, order, lo, hi, c, C, S, BN)
         a = tl.load(scale + at, ok, 0.0)
         dm, dl = -a * one, -a * two
-        lo, hi = find_parts_of(offsets, K, S)
+        lo, hi = parts.find_parts_of(offsets, K, S)
         if (lo < hi) & (low <= k) & (k < high):
             # Samples without a label have a share of every context that is pooled.
-            share = tl.load(priors + k).to(tl.float32) / add_priors(priors, low, high, BN)
-            one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)
+            share = tl.load(priors + k).to(tl.float32) / parts.add_priors(priors, low, high, BN)
+            one, two = parts.add_dots(first, second, order, lo, hi, c, C, S, BN)
             pool = K.to(tl.int64) * C + c
             a, r = tl.load(scale + pool, ok, 0.0), tl.load(inverse + pool, ok, 0.0)
             by_var = -0.5 * a * r * r * two
@@ -103,12 +94,12 @@ def pull(
         by_weight = tl.zeros([BC], tl.float32)
         by_bias = tl.zeros([BC], tl.float32)
         for i in range(0, N * S, BN):
-            parts, _, there = find_parts(None, i, N * S, c, C, S, BN)
+            lie, _, there = parts.find_parts(None, i, N * S, c, C, S, BN)
             n = (i + tl.arange(0, BN)) // S
             row = tl.load(rows + n, n < N, 0)[:, None] * C + c[None, :]
-            one = tl.load(first + parts, there, 0.0)
+            one = tl.load(first + lie, there, 0.0)
             by_bias += tl.sum(one, 0)
-            two = tl.load(second + parts, there, 0.0)
+            two = tl.load(second + lie, there, 0.0)
             by_weight += tl.sum(two * tl.load(inverse + row, there, 0.0), 0)
         tl.store(dweight + c, by_weight.to(dweight.dtype.element_ty), ok)
         tl.store(dbias + c, by_bias.to(dbias.dtype.element_ty), ok)

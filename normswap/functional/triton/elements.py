@@ -10,17 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.functional import kernels
+from normswap.functional.kernels import match
 from normswap.functional.mixture_start import PRIOR_FLOOR, log_sigma_bounds
+from normswap.functional.triton import mixture_kernels as mk
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.mixture_kernels import (
-    differentiate,
-    finish,
-    masses,
-    mix,
-    pulls,
-    settle,
-)
 from normswap.functional.triton.plan import power
 from normswap.functional.triton.recording import Tensors
 
@@ -101,15 +94,24 @@ def forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
     part = used.new_empty(programs, 4, *mu.shape)
     mean, var, count = running or (None, None, None)
     if settings.batch:
-        launch(masses, cut.programs[0], x, part, *assigned, *bounds, cut.geometry, **cut.blocks)
+        launch(
+            mk.masses,
+            cut.programs[0],
+            x,
+            part,
+            *assigned,
+            *bounds,
+            cut.geometry,
+            **cut.blocks,
+        )
     number = x.numel() // channels
     launch(
-        settle, cut.programs[1], part, used, mu, log_sigma, *bounds, mean, var, count,
+        mk.settle, cut.programs[1], part, used, mu, log_sigma, *bounds, mean, var, count,
         settings.momentum, number / max(number - 1, 1), channels, programs,
         UPDATE=settings.update, **cut.glue,
     )  # fmt: skip
     launch(
-        mix, cut.programs[0], x, y, used, count, weight, bias, *assigned, *bounds,
+        mk.mix, cut.programs[0], x, y, used, count, weight, bias, *assigned, *bounds,
         settings.eps if running else 0.0, cut.geometry, UPDATE=settings.update, **cut.blocks,
     )  # fmt: skip
     return y, used
@@ -118,21 +120,20 @@ def forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
 def backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any) -> Tensors:
     """Return the gradients of inputs, given what `forward` returned besides y."""
     (x, weight, _, *assigned), (used,), (running, settings) = inputs, kept, given
-    cut, dy = _cut(x.shape, x.is_contiguous(), used.shape[1]), kernels.match(dy, x)
+    cut, dy = _cut(x.shape, x.is_contiguous(), used.shape[1]), match(dy, x)
     bounds, eps = log_sigma_bounds(settings.eps), settings.eps if running else 0.0
     programs, dx = cut.geometry[-1], torch.empty_like(x)
     pulled = used.new_empty(programs, 2, *used.shape[1:])
     part = used.new_empty(programs, *used.shape)
     found = [torch.empty_like(t) for t in inputs[1:]]
+    over_x = (used, *assigned, *bounds, cut.geometry)
+    launch(mk.pulls, cut.programs[0], x, dy, pulled, *over_x, **cut.blocks)
     launch(
-        pulls, cut.programs[0], x, dy, pulled, used, *assigned, *bounds, cut.geometry, **cut.blocks
-    )  # fmt: skip
-    launch(
-        differentiate, cut.programs[0], x, dy, dx, pulled, part, used, weight, *assigned,
+        mk.differentiate, cut.programs[0], x, dy, dx, pulled, part, used, weight, *assigned,
         *bounds, eps, cut.geometry, **cut.blocks,
     )  # fmt: skip
     launch(
-        finish, cut.programs[1], pulled, part, used, weight, assigned[0], assigned[2],
+        mk.finish, cut.programs[1], pulled, part, used, weight, assigned[0], assigned[2],
         *bounds, eps, *found, x.shape[1], programs,
         LEARNED=running is None, FLOOR=PRIOR_FLOOR, **cut.glue,
     )  # fmt: skip

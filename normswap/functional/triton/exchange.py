@@ -25,7 +25,7 @@ from normswap.functional.triton.tile import place, write_map, write_sum
 
 
 @triton.jit
-def other(permutation, n, c, C, CHANNELS: tl.constexpr):
+def other(permutation, n, c, C, CHANNELS):
     """Return the instance and channels that a permutation, of instances or channels, names."""
     if CHANNELS:
         c = tl.load(permutation + c, c < C, 0)
@@ -35,7 +35,7 @@ def other(permutation, n, c, C, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def style(mean, var, n, c, C, M, S, PART, eps, SB: tl.constexpr):
+def style(mean, var, n, c, C, M, S, PART, eps, SB):
     """Return mean and unbiased standard deviation of what parts (N, S, C) make up."""
     first = n * S * C
     one, two = add_moments(mean + first, var + first, None, 0, S, c, C, M, S, PART, SB)

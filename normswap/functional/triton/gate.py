@@ -23,14 +23,14 @@ _EPS = tl.constexpr(1e-5)
 
 
 @triton.jit
-def rows(i, c, N, C, BN: tl.constexpr):
+def rows(i, c, N, C, BN):
     """Return where BN instances lie in a table (N, C), and a mask."""
     n = i + tl.arange(0, BN)[:, None]
     return n * C + c[None, :], (n < N) & (c < C)[None, :]
 
 
 @triton.jit
-def parts(i, s, c, N, C, S, BN: tl.constexpr, SB: tl.constexpr):
+def parts(i, s, c, N, C, S, BN, SB):
     """Return where parts of BN instances lie in (N, S, C), which they are, and a mask."""
     n, part = i + tl.arange(0, BN)[:, None, None], s + tl.arange(0, SB)[None, :, None]
     c = c[None, None, :]
@@ -44,7 +44,7 @@ def wide(pointer, at, ok):
 
 
 @triton.jit
-def merge(mean, var, i, c, N, C, M, S, PART, BN: tl.constexpr, SB: tl.constexpr):
+def merge(mean, var, i, c, N, C, M, S, PART, BN, SB):
     """Return mean and sum of squares about it of BN instances."""
     one = tl.zeros([BN, c.shape[0]], tl.float64)
     two = tl.zeros([BN, c.shape[0]], tl.float64)
@@ -59,7 +59,7 @@ def merge(mean, var, i, c, N, C, M, S, PART, BN: tl.constexpr, SB: tl.constexpr)
 
 
 @triton.jit
-def add(first, second, i, c, N, C, S, BN: tl.constexpr, SB: tl.constexpr):
+def add(first, second, i, c, N, C, S, BN, SB):
     """Return the sums of two tables (N, S, C) over the parts of BN instances."""
     one = tl.zeros([BN, c.shape[0]], tl.float64)
     two = tl.zeros([BN, c.shape[0]], tl.float64)
@@ -71,7 +71,7 @@ def add(first, second, i, c, N, C, S, BN: tl.constexpr, SB: tl.constexpr):
 
 
 @triton.jit
-def styles(mean, var, i, c, N, C, M, S, PART, eps, BN: tl.constexpr, SB: tl.constexpr):
+def styles(mean, var, i, c, N, C, M, S, PART, eps, BN, SB):
     """Return mean and unbiased standard deviation of BN instances, of 0 on maps of one value."""
     m, squares = merge(mean, var, i, c, N, C, M, S, PART, BN, SB)
     return m, tl.where(M > 1, tl.sqrt(squares / tl.maximum(M - 1, 1) + eps), 0.0)
@@ -119,7 +119,7 @@ def gate(
 
 
 @triton.jit
-def pulls(sums, tables, height, i, c, N, C, S, BN: tl.constexpr, SB: tl.constexpr):
+def pulls(sums, tables, height, i, c, N, C, S, BN, SB):
     """Return the gradient by what the sigmoid is of, the normalised input, mean and std."""
     one, two = add(sums[0], sums[1], i, c, N, C, S, BN, SB)
     mean, std, found, moments, weight = tables

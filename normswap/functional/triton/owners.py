@@ -13,20 +13,10 @@ from torch import Tensor
 
 from normswap.functional import kernels
 from normswap.functional.mixture_start import PRIOR_FLOOR, log_sigma_bounds
+from normswap.functional.triton import mixture_tile as mt
 from normswap.functional.triton import sweeps
 from normswap.functional.triton.gate import add, merge, rows
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.mixture_tile import (
-    MASS,
-    cells,
-    densities,
-    gains,
-    priors,
-    settle_moments,
-    shares,
-    table,
-    write_gradients,
-)
 from normswap.functional.triton.plan import plan, power
 from normswap.functional.triton.recording import Tensors
 
@@ -41,50 +31,46 @@ def assign(
 ):  # fmt: skip
     """Write mean, variance, and scale and shift of the map about the mean, all (N, C)."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    tables = densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
+    tables = mt.densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
     mass = tl.zeros([KP, 1, BC], tl.float64)
     first, second = tl.zeros_like(mass), tl.zeros_like(mass)
     if BATCH:
         for i in range(0, N, BN):
             m, q = merge(part_mean, part_var, i, c, N, C, M, S, PART, BN, SB)
-            tau, _ = shares(m.to(tl.float32)[None], rows(i, c, N, C, BN)[1], tables)
+            tau, _ = mt.shares(m.to(tl.float32)[None], rows(i, c, N, C, BN)[1], tables)
             owned = tau.to(tl.float64)
             mass += tl.sum(owned, 1, keep_dims=True)
             first += tl.sum(owned * m[None], 1, keep_dims=True)
             second += tl.sum(owned * (q / M + m * m)[None], 1, keep_dims=True)
     given = (mu, log_sigma, mean, var, batches)
-    centres, variances = settle_moments(
+    centres, variances = mt.settle_moments(
         (mass, first, second), used, given, least, most, momentum, factor, c, C, UPDATE, K, KP
     )
     if UPDATE and momentum is not None:
         # Else the programs read it.
         if tl.program_id(0) == 0:
             tl.store(batches, tl.load(batches) + 1)
-    log_prior = priors(logits, c, C, FLOOR, K, KP)[1]
-    gain = table(weight, c, c < C, 0.0)[None, None] * tl.exp(-0.5 * log_prior)
+    gain = mt.table(weight, c, c < C, 0.0)[None, None] * tl.exp(-0.5 * tables[7])
     a = gain / tl.sqrt(variances + eps)
     for i in range(0, N, BN):
         m, q = merge(part_mean, part_var, i, c, N, C, M, S, PART, BN, SB)
         at, ok = rows(i, c, N, C, BN)
         m = m.to(tl.float32)
-        tau, _ = shares(m[None], ok, tables)
+        tau, _ = mt.shares(m[None], ok, tables)
         tl.store(centre + at, m, ok)
         tl.store(squares + at, (q / M).to(tl.float32), ok)
         tl.store(scale + at, tl.sum(tau * a, 0), ok)
-        offset = tl.sum(tau * a * (m[None] - centres), 0) + table(bias, c, c < C, 0.0)[None]
+        offset = tl.sum(tau * a * (m[None] - centres), 0) + mt.table(bias, c, c < C, 0.0)[None]
         tl.store(shift + at, offset, ok)
 
 
 @triton.jit
-def pulls(
-    first, second, centre, used, i, c, N, C, S,
-    K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, SB: tl.constexpr,
-):  # fmt: skip
+def pulls(first, second, centre, used, i, c, N, C, S, K, KP, BN, SB):
     """Return sum dy, m - M_k and sum dy (x - M_k) of BN instances."""
     one, two = add(first, second, i, c, N, C, S, BN, SB)
     at, ok = rows(i, c, N, C, BN)
-    cell, there = cells(c, C, K, KP)
-    off = table(centre, at, ok, 0.0)[None] - table(used, K * C + cell, there, 0.0)
+    cell, there = mt.cells(c, C, K, KP)
+    off = mt.table(centre, at, ok, 0.0)[None] - mt.table(used, K * C + cell, there, 0.0)
     one = one.to(tl.float32)[None]
     return one, off, two.to(tl.float32)[None] + one * off
 
@@ -99,28 +85,28 @@ def differentiate(
 ):  # fmt: skip
     """Write the spread and constant of a `glue.Pull`, and the gradients of the parameters."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    tables = densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
-    _m, gain, root = gains(used, weight, priors(logits, c, C, FLOOR, K, KP)[1], eps, c, C, K, KP)
+    tables = mt.densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
+    _m, gain, root = mt.gains(used, weight, tables[7], eps, c, C, K, KP)
     a = gain * root
     total, along = tl.zeros([KP, 1, BC], tl.float32), tl.zeros([KP, 1, BC], tl.float32)
     for i in range(0, N, BN):
         at, ok = rows(i, c, N, C, BN)
-        tau, _ = shares(table(centre, at, ok, 0.0)[None], ok, tables)
+        tau, _ = mt.shares(mt.table(centre, at, ok, 0.0)[None], ok, tables)
         one, _, q = pulls(first, second, centre, used, i, c, N, C, S, K, KP, BN, SB)
         total += tl.sum(tau * one, 1, keep_dims=True)
         along += tl.sum(tau * q, 1, keep_dims=True)
-    cell, there = cells(c, C, K, KP)
-    mass, v = table(used, cell, there, 0.0), table(used, 2 * K * C + cell, there, 0.0)
+    cell, there = mt.cells(c, C, K, KP)
+    mass, v = mt.table(used, cell, there, 0.0), mt.table(used, 2 * K * C + cell, there, 0.0)
     # Through the batch's moments; the running ones have no gradient.
-    share = tl.where(mass >= MASS, -a / tl.maximum(mass, MASS), 0.0)
+    share = tl.where(mass >= mt.MASS, -a / tl.maximum(mass, mt.MASS), 0.0)
     by_mean, by_var = share * total, 0.5 * share * root * root * along
     zeroth, once, twice = tl.zeros_like(total), tl.zeros_like(total), tl.zeros_like(total)
     for i in range(0, N, BN):
         at, ok = rows(i, c, N, C, BN)
-        tau, z = shares(table(centre, at, ok, 0.0)[None], ok, tables)
+        tau, z = mt.shares(mt.table(centre, at, ok, 0.0)[None], ok, tables)
         one, off, q = pulls(first, second, centre, used, i, c, N, C, S, K, KP, BN, SB)
         slope = by_mean + by_var * off
-        dtau = a * q + slope * off + by_var * (table(squares, at, ok, 0.0)[None] - v)
+        dtau = a * q + slope * off + by_var * (mt.table(squares, at, ok, 0.0)[None] - v)
         dlogit = tau * (dtau - tl.sum(tau * dtau, 0, keep_dims=True))
         pulled = dlogit * z
         found = tl.sum(tau * (slope + by_var * off) - pulled * tables[2], 0)
@@ -131,7 +117,7 @@ def differentiate(
         twice += tl.sum(pulled * z, 1, keep_dims=True)
     sums, given = (total, along, zeroth, once, twice), (used, weight, logits, log_sigma)
     targets = (dweight, dbias, dlogits, dmu, dlog_sigma)
-    write_gradients(sums, given, targets, least, most, eps, c, C, LEARNED, FLOOR, K, KP)
+    mt.write_gradients(sums, given, targets, least, most, eps, c, C, LEARNED, FLOOR, K, KP)
 
 
 def _cut(x: Tensor, components: int) -> tuple[int, tuple[int, ...], dict[str, int | float]]:

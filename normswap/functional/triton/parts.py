@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def take_row(program, C, BC: tl.constexpr):
+def take_row(program, C, BC):
     """Return a program's row, channels, and their place in a table."""
     width = tl.cdiv(C, BC)
     k = (program // width).to(tl.int64)
@@ -21,7 +21,7 @@ def split(tables, R, C):
 
 
 @triton.jit
-def size_of_parts(C, BC: tl.constexpr):
+def size_of_parts(C, BC):
     """Return how many values a table of the parts has, in a launch over them all."""
     return (tl.num_programs(0) // tl.cdiv(C, BC)).to(tl.int64) * C
 
@@ -33,7 +33,7 @@ def find_parts_of(offsets, k, S):
 
 
 @triton.jit
-def find_parts(order, i, hi, c, C, S, BN: tl.constexpr):
+def find_parts(order, i, hi, c, C, S, BN):
     """Return where BN parts from the i-th on lie, which of their instance they are, and a mask.
 
     They are counted through the instances in the given order; without one, as they lie.
@@ -48,7 +48,7 @@ def find_parts(order, i, hi, c, C, S, BN: tl.constexpr):
 
 
 @triton.jit
-def add_moments(mean, var, order, lo, hi, c, C, M, S, PART, BN: tl.constexpr):
+def add_moments(mean, var, order, lo, hi, c, C, M, S, PART, BN):
     """Return ``sum w m`` and ``sum w (v + m^2)`` of parts lo to hi, which hold w values.
 
     In float64: no digits that float32 has are lost to a mean that is large against the spread.
@@ -65,7 +65,7 @@ def add_moments(mean, var, order, lo, hi, c, C, M, S, PART, BN: tl.constexpr):
 
 
 @triton.jit
-def add_dots(first, second, order, lo, hi, c, C, S, BN: tl.constexpr):
+def add_dots(first, second, order, lo, hi, c, C, S, BN):
     """Return the sums of two tables over parts lo to hi."""
     one = tl.zeros(c.shape, tl.float32)
     two = tl.zeros(c.shape, tl.float32)
@@ -90,9 +90,7 @@ def merge(parts, mean, var, C, M, S, PART, BN: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def pool(
-    mean, var, weight, bias, priors, low, high, c, C, LOG: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
+def pool(mean, var, weight, bias, priors, low, high, c, C, LOG, BN):
     """Return moments, gain and bias of contexts low to high as one Gaussian; moments in float64.
 
     With LOG, var holds the logarithm of the standard deviation.
@@ -124,7 +122,7 @@ def pool(
 
 
 @triton.jit
-def add_priors(priors, low, high, BN: tl.constexpr):
+def add_priors(priors, low, high, BN):
     """Return the sum of the priors of contexts low to high."""
     total = 0.0
     for i in range(low, high, BN):

@@ -18,7 +18,7 @@ from normswap.functional.triton.parts import size_of_parts, split
 
 
 @triton.jit
-def place(C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr):
+def place(C, M, sn, sm, sc, S, PART, BM, BC):
     """Return this program's instance, part, channels and positions, and how its tile is addressed.
 
     The offset of the first tile is int64; those within a tile fit into int32.
@@ -32,7 +32,7 @@ def place(C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def inside(i, hi, c, C, BM: tl.constexpr):
+def inside(i, hi, c, C, BM):
     """Return where the tile at position i holds values."""
     return (i + tl.arange(0, BM) < hi)[:, None] & (c < C)[None, :]
 
@@ -111,7 +111,7 @@ def apply(
 
 
 @triton.jit
-def write_map(x, y, m, s, t, tiles, C, sm, BM: tl.constexpr):
+def write_map(x, y, m, s, t, tiles, C, sm, BM):
     """Write ``y = (x - m) * s + t`` in the tiles of a program, that `place` returned."""
     _, _, c, lo, hi, at, within = tiles
     x += at
@@ -183,7 +183,7 @@ def combine(
 
 
 @triton.jit
-def write_sum(dy, x, dx, m, s, t, u, tiles, C, sm, BM: tl.constexpr):
+def write_sum(dy, x, dx, m, s, t, u, tiles, C, sm, BM):
     """Write ``dx = s dy + t (x - m) + u``, as `write_map` does."""
     _, _, c, lo, hi, at, within = tiles
     dy += at
