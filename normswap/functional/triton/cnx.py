@@ -16,7 +16,7 @@ from normswap.functional.moments import Moments, pool_moments
 from normswap.functional.tables import apply_centred, records
 from normswap.functional.triton import parts, sweeps, tile
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import Rows, plan
+from normswap.functional.triton.plan import cut_rows, plan
 from normswap.functional.triton.recording import Tensors, Way, record
 from normswap.functional.triton.sorting import sort_labels
 
@@ -129,7 +129,7 @@ def norm_learned(
         return _apply(x, _make_tables(x, learned, priors, pooled, None), labels, learned)
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
-    index = sort_labels(labels.expand(x.shape[0]), learned.mu.shape[0]).packed
+    index = sort_labels(labels.expand(x.shape[0]), learned.mu.shape[0])
     return record(_WAY, (priors, pooled, index), x, *learned)
 
 
@@ -139,9 +139,9 @@ def _make_tables(
     """Return centre, scale, shift and 1 / sigma of contexts and the pool, (4, K + 1, C)."""
     contexts, channels = learned[0].shape
     found = x.new_empty(4 * (contexts + 1) * channels, dtype=torch.float32)
-    cut = Rows(contexts + (pooled is not None), channels)
+    programs, blocks = cut_rows(contexts + (pooled is not None), channels)
     numbers = (*(pooled or (0, 0)), x.shape[0], contexts, channels)
-    launch(tables, cut.programs, *learned, priors, index, found, numbers, **cut.blocks)
+    launch(tables, programs, *learned, priors, index, found, numbers, **blocks)
     return found
 
 
@@ -166,10 +166,10 @@ def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: An
     over_x = (dy, x, dx, found, lying, index, (None, None, contexts + 1, contexts, *p.geometry))
     launch(tile.dots, p.programs, *over_x, **p.blocks)
     pulled = [None if t is None else torch.empty_like(t) for t in learned]
-    cut = Rows(contexts + (weight is not None), channels)
+    programs, blocks = cut_rows(contexts + (weight is not None), channels)
     tensors = (found, index, lying, mu, log_sigma, priors, *pulled)
     numbers = (*(pooled or (0, 0)), instances, contexts, channels, p.splits)
-    launch(pull, cut.programs, *tensors, numbers, **cut.blocks)
+    launch(pull, programs, *tensors, numbers, **blocks)
     return dx, *pulled
 
 

@@ -14,6 +14,8 @@ from normswap.functional.kernels import is_channels_last
 
 # Values of a tile, and the channels of one where channels are last: 16 values a thread.
 _TILE, _WIDTH = 2048, 64
+# Rows of a table in a step, and channels.
+_STEP, _COLUMNS = 64, 16
 # Programs that keep a large GPU busy: eight for each of 132 multiprocessors.
 _PROGRAMS = 1056
 # Below them, offsets in a tile and the number of a program fit into int32.
@@ -21,24 +23,20 @@ _MOST_POSITIONS, _MOST_PROGRAMS = 2**30, 2**31
 
 
 class Plan(NamedTuple):
-    """A cut of x (N, C, *), as (N, positions, C), into parts of the positions.
+    """A cut of x (N, C, *), as (N, positions, C), into parts of the positions, each a program's.
 
     Attributes:
         shape: N, C, positions.
-        strides: of an instance, a position and a channel.
-        splits: parts of the positions of an instance, each a program's.
+        splits: parts of an instance.
         part: positions of a part; the last one may have fewer.
-        tile: positions and channels of a tile.
         programs: of a launch.
         geometry: what the kernels of `tile` take as C, M, sn, sm, sc, S and PART.
-        blocks: what they take as BM and BC.
+        blocks: what they take as BM and BC, the positions and channels of a tile.
     """
 
     shape: tuple[int, int, int]
-    strides: tuple[int, int, int]
     splits: int
     part: int
-    tile: tuple[int, int]
     programs: int
     geometry: tuple[int, ...]
     blocks: dict[str, int]
@@ -74,10 +72,8 @@ def _plan(shape: torch.Size, contiguous: bool) -> Plan:
     splits = -(-positions // part)
     return Plan(
         (instances, channels, positions),
-        strides,
         splits,
         part,
-        (rows, columns),
         instances * splits * -(-channels // columns),
         (channels, positions, *strides, splits, part),
         {"BM": rows, "BC": columns},
@@ -89,21 +85,15 @@ def power(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-class Rows(NamedTuple):
-    """A cut of tables (rows, C) into programs of so many channels, that walk `BN` rows a step."""
+def cut_rows(rows: int, channels: int) -> tuple[int, dict[str, int]]:
+    """Return how programs share tables (rows, C), and walk others that lie alike.
 
-    rows: int
-    channels: int
-
-    @property
-    def programs(self) -> int:
-        """Programs of a launch, one a row and block of channels."""
-        return self.rows * -(-self.channels // self.blocks["BC"])
-
-    @property
-    def blocks(self) -> dict[str, int]:
-        """What kernels over tables take as BN and BC."""
-        return {"BN": 64, "BC": min(16, power(self.channels))}
+    Returns:
+        How many there are, one a row and block of channels; and their constants: BN, rows of a
+        step, and BC.
+    """
+    columns = min(_COLUMNS, power(channels))
+    return rows * -(-channels // columns), {"BN": _STEP, "BC": columns}
 
 
 def cut_contexts(contexts: int, channels: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from normswap.functional.moments import Moments
 from normswap.functional.triton import parts, tile
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import Plan, Rows, plan
+from normswap.functional.triton.plan import Plan, cut_rows, plan
 
 
 def part_stats(x: Tensor, index: Tensor | None = None, least: int = 0) -> Tensor:
@@ -32,10 +32,11 @@ def stats(x: Tensor) -> Moments:
     p, found = plan(x), part_stats(x)
     if p.splits == 1:
         return Moments(*found.squeeze(2).unbind())
-    (instances, channels, positions), cut = p.shape, Rows(len(x), x.shape[1])
+    instances, channels, positions = p.shape
+    programs, blocks = cut_rows(instances, channels)
     mean, var = x.new_empty(2, instances, channels, dtype=torch.float32).unbind()
     sizes = (channels, positions, p.splits, p.part)
-    launch(parts.merge, cut.programs, found, mean, var, *sizes, **cut.blocks)
+    launch(parts.merge, programs, found, mean, var, *sizes, **blocks)
     return Moments(mean, var)
 
 
