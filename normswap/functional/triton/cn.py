@@ -56,8 +56,8 @@ class Cut(NamedTuple):
 
     Attributes:
         values: of all tables, float32; `cn_kernels.split_rest` says which.
-        numbers: what kernels over tables take as N, R, K, C, M, S and PART; R, rows of centre, scale
-            and shift, is K + 1, or K + N where samples weigh the contexts.
+        numbers: what kernels over tables take as N, R, K, C, M, S and PART; R, rows of centre,
+            scale and shift, is K + 1, or K + N where samples weigh the contexts.
         rows: what kernels over x take as scale, stride, R, K and geometry.
         blocks: constants of kernels over tables.
         programs: of a launch over them.

@@ -154,7 +154,7 @@ def apply_and_move(
 def move(running, new, rate, at, ok):
     """Move a row of running statistics towards a new one."""
     old = tl.load(running + at, ok, 0.0).to(tl.float32)
-    tl.store(running + at, (old + rate * (new - old)).to(running.dtype.element_ty), ok)
+    tl.store(running + at, old + rate * (new - old), ok)
 
 
 @triton.jit(do_not_specialize=["low", "high", "N", "R", "K", "S"])
@@ -216,5 +216,5 @@ def pull(
             one, two = add_dots(dots, second, order, lo, hi, c, C, S, BN)
             by_weight += share * two * tl.load(inverse + K * C + c, ok, 0.0)
             by_bias += share * one
-        tl.store(dweight + at, by_weight.to(dweight.dtype.element_ty), ok)
-        tl.store(dbias + at, by_bias.to(dbias.dtype.element_ty), ok)
+        tl.store(dweight + at, by_weight, ok)
+        tl.store(dbias + at, by_bias, ok)

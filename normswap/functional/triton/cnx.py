@@ -88,8 +88,8 @@ def pull(
             var = tl.exp(2 * tl.load(log_sigma + at, ok, 0.0).to(tl.float32))
             dm += share * (2 * off * by_var - a * one)
             dl += share * 2 * var * by_var
-        tl.store(dmu + at, dm.to(dmu.dtype.element_ty), ok)
-        tl.store(dlog_sigma + at, dl.to(dlog_sigma.dtype.element_ty), ok)
+        tl.store(dmu + at, dm, ok)
+        tl.store(dlog_sigma + at, dl, ok)
     elif dweight is not None:
         by_weight = tl.zeros([BC], tl.float32)
         by_bias = tl.zeros([BC], tl.float32)
@@ -101,8 +101,8 @@ def pull(
             by_bias += tl.sum(one, 0)
             two = tl.load(second + lie, there, 0.0)
             by_weight += tl.sum(two * tl.load(inverse + row, there, 0.0), 0)
-        tl.store(dweight + c, by_weight.to(dweight.dtype.element_ty), ok)
-        tl.store(dbias + c, by_bias.to(dbias.dtype.element_ty), ok)
+        tl.store(dweight + c, by_weight, ok)
+        tl.store(dbias + c, by_bias, ok)
 
 
 class Learned(NamedTuple):

@@ -101,9 +101,9 @@ def gate(
         v = tl.maximum(two / N - mu * mu, 0.0)
         if UPDATE:
             new = old_mean + momentum * (mu - old_mean)
-            tl.store(running_mean + c, new.to(tl.float32).to(running_mean.dtype.element_ty), there)
+            tl.store(running_mean + c, new.to(tl.float32), there)
             new = old_var + momentum * (v * N / (N - 1) - old_var)
-            tl.store(running_var + c, new.to(tl.float32).to(running_var.dtype.element_ty), there)
+            tl.store(running_var + c, new.to(tl.float32), there)
     tl.store(moments + c, mu, there)
     tl.store(moments + C + c, v, there)
     slope = wide(gain, c, there) / tl.sqrt(v + _EPS)
@@ -147,8 +147,8 @@ def differentiate(
         dout, normal, _, _ = pulls(sums, tables, height, i, c, N, C, S, BN, SB)
         total += tl.sum(dout, 0)
         along += tl.sum(dout * normal, 0)
-    tl.store(dbias + c, total.to(tl.float32).to(dbias.dtype.element_ty), there)
-    tl.store(dgain + c, along.to(tl.float32).to(dgain.dtype.element_ty), there)
+    tl.store(dbias + c, total.to(tl.float32), there)
+    tl.store(dgain + c, along.to(tl.float32), there)
     slope = wide(gain, c, there) / tl.sqrt(wide(moments + C, c, there) + _EPS)
     by_mean = wide(weight, 2 * c, there) / M
     by_std = tl.where(M > 1, wide(weight, 2 * c + 1, there) / tl.maximum(M - 1, 1), 0.0)
@@ -164,8 +164,8 @@ def differentiate(
         by_square = by_std[None] * dz / tl.where(deviation > 0, deviation, 1.0)
         tl.store(spread + at, by_square.to(tl.float32), ok)
         tl.store(constant + at, (by_mean[None] * dz).to(tl.float32), ok)
-    tl.store(dweight + 2 * c, one.to(tl.float32).to(dweight.dtype.element_ty), there)
-    tl.store(dweight + 2 * c + 1, two.to(tl.float32).to(dweight.dtype.element_ty), there)
+    tl.store(dweight + 2 * c, one.to(tl.float32), there)
+    tl.store(dweight + 2 * c + 1, two.to(tl.float32), there)
 
 
 class Parts:

@@ -95,7 +95,7 @@ def mix(
         v = tl.load(x + at + within, ok, 0.0).to(tl.float32)[None]
         tau, _ = mt.shares(v, ok, tables)
         found = tl.sum(tau * (a * (v - m)), 0) + b
-        tl.store(y + at + within, found.to(y.dtype.element_ty), ok)
+        tl.store(y + at + within, found, ok)
     if UPDATE:
         if tl.program_id(0) == 0:
             tl.store(batches, tl.load(batches) + 1)
@@ -159,7 +159,7 @@ def differentiate(
         dlogit = tau * (dtau - tl.sum(tau * dtau, 0, keep_dims=True))
         pulled_z = dlogit * z
         found = tl.sum(tau * (slope + by_var * d) - pulled_z * inverse, 0)
-        tl.store(dx + at + within, found.to(dx.dtype.element_ty), ok)
+        tl.store(dx + at + within, found, ok)
         zeroth += dlogit
         first += pulled_z
         second += pulled_z * z

@@ -155,8 +155,8 @@ def settle_moments(sums, used, given, least, most, momentum, factor, c, C, UPDAT
         else:
             rate = momentum
         mine = ok & usable
-        tl.store(mean + at, (m + rate * (m_used - m)).to(mean.dtype.element_ty), mine)
-        tl.store(var + at, (v + rate * (v_used * factor - v)).to(var.dtype.element_ty), mine)
+        tl.store(mean + at, m + rate * (m_used - m), mine)
+        tl.store(var + at, v + rate * (v_used * factor - v), mine)
     return m_used, v_used
 
 
@@ -184,8 +184,8 @@ def write_gradients(sums, tables, targets, least, most, eps, c, C, LEARNED, FLOO
     dlogit = (1 - FLOOR) * share * (inner - tl.sum(share * inner, 0, keep_dims=True))
     dgain = tl.sum(tl.where(ok, dgain * tl.exp(-0.5 * log_prior), 0.0), 0)
     here = (c < C)[None]
-    tl.store(dweight + c[None], dgain.to(dweight.dtype.element_ty), here)
-    tl.store(dbias + c[None], tl.sum(pulled, 0).to(dbias.dtype.element_ty), here)
-    tl.store(dlogits + at, dlogit.to(dlogits.dtype.element_ty), ok)
-    tl.store(dmu + at, by_mu.to(dmu.dtype.element_ty), ok)
-    tl.store(dlog_sigma + at, by_sigma.to(dlog_sigma.dtype.element_ty), ok)
+    tl.store(dweight + c[None], dgain, here)
+    tl.store(dbias + c[None], tl.sum(pulled, 0), here)
+    tl.store(dlogits + at, dlogit, ok)
+    tl.store(dmu + at, by_mu, ok)
+    tl.store(dlog_sigma + at, by_sigma, ok)

@@ -119,7 +119,7 @@ def write_map(x, y, m, s, t, tiles, C, sm, BM):
     for i in range(lo, hi, BM):
         ok = inside(i, hi, c, C, BM)
         v = tl.load(x + within, ok, 0.0).to(tl.float32)
-        tl.store(y + within, ((v - m) * s + t).to(y.dtype.element_ty), ok)
+        tl.store(y + within, (v - m) * s + t, ok)
         x += BM * sm
         y += BM * sm
 
@@ -153,7 +153,7 @@ def dots(
         one += tl.sum(g, 0)
         two += tl.sum(g * (v - m), 0)
         if dx is not None:
-            tl.store(dx + within, (g * s).to(dx.dtype.element_ty), ok)
+            tl.store(dx + within, g * s, ok)
             dx += BM * sm
         dy += BM * sm
         x += BM * sm
@@ -194,7 +194,7 @@ def write_sum(dy, x, dx, m, s, t, u, tiles, C, sm, BM):
         g = tl.load(dy + within, ok, 0.0).to(tl.float32)
         v = tl.load(x + within, ok, 0.0).to(tl.float32)
         # x first: what is left once the large numbers have cancelled is small, and rounds as such.
-        tl.store(dx + within, ((v - m) * t + u + g * s).to(dx.dtype.element_ty), ok)
+        tl.store(dx + within, (v - m) * t + u + g * s, ok)
         dy += BM * sm
         x += BM * sm
         dx += BM * sm
