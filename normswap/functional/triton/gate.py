@@ -16,7 +16,7 @@ from normswap.functional.glue import Map, Pull
 from normswap.functional.moments import Moments
 from normswap.functional.triton import sweeps
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import plan, power
+from normswap.functional.triton.plan import cut_instances
 
 # Under the root in the gate's batch norm.
 _EPS = tl.constexpr(1e-5)
@@ -190,28 +190,17 @@ class GateGlue:
     """What `normswap.functional.gate.GateGlue` computes of x, given the moments of parts.
 
     With the batch norm's running mean and variance, (C,), which the batch's are to update or not.
+    Settings are the gate's scale, what is under the root of std, and the batch norm's momentum.
     """
 
     passes = Parts
 
     def __init__(
-        self,
-        x: Tensor,
-        running: tuple[Tensor, Tensor],
-        batch: bool,
-        update: bool,
-        scale: float,
-        eps: float,
-        momentum: float,
+        self, x: Tensor, running: tuple[Tensor, ...], batch: bool, update: bool, *settings: float
     ) -> None:
-        p = plan(x)
-        self.sizes = (*p.shape, p.splits, p.part)
+        self.programs, self.sizes, self.blocks = cut_instances(x, 8)
         self.running, self.batch, self.update = running, batch, update
-        self.scale, self.eps, self.momentum = scale, eps, momentum
-        instances, channels, _ = p.shape
-        some, narrow = min(power(p.splits), 32), min(8, power(channels))
-        self.blocks = {"SB": some, "BN": min(64 // some, power(instances)), "BC": narrow}
-        self.programs = -(-channels // narrow)
+        self.scale, self.eps, self.momentum = settings
 
     def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map of each instance, and what `backward` needs."""

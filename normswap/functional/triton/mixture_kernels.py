@@ -70,12 +70,7 @@ def settle(
         mass += w
         first += w * o + one
         second += (w * o + 2 * one) * o + two
-    sums = (
-        tl.sum(mass, 1, keep_dims=True),
-        tl.sum(first, 1, keep_dims=True),
-        tl.sum(second, 1, keep_dims=True),
-    )
-    given = (mu, log_sigma, mean, var, batches)
+    sums, given = (mass, first, second), (mu, log_sigma, mean, var, batches)
     mt.settle_moments(sums, used, given, least, most, momentum, factor, c, C, UPDATE, K, KP)
 
 

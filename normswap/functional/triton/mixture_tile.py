@@ -127,14 +127,13 @@ def gains(used, weight, log_prior, eps, c, C, K, KP):
 def settle_moments(sums, used, given, least, most, momentum, factor, c, C, UPDATE, K, KP):
     """Write mass, mean and variance that components are normalised with, (3, K, C).
 
-    From ``sum tau, sum tau x, sum tau x^2`` in float64. A component that owns less than a
-    thousandth of a value takes the running mean and variance, or its own where there are none.
-    With UPDATE the others move theirs: by momentum, or where that is None, as cumulative averages.
-
-    Returns:
-        Mean and variance, (KP, 1, BC).
+    From tau, tau x and tau x^2, in float64, which are summed along a tile here. A component that
+    owns less than a thousandth of a value takes the running mean and variance, or its own where
+    there are none. With UPDATE the others move theirs: by momentum, or where that is None, as
+    cumulative averages. Mean and variance, (KP, 1, BC), are returned.
     """
-    mass, first, second = sums
+    mass = tl.sum(sums[0], 1, keep_dims=True)
+    first, second = tl.sum(sums[1], 1, keep_dims=True), tl.sum(sums[2], 1, keep_dims=True)
     mu, log_sigma, mean, var, batches = given
     at, ok = cells(c, C, K, KP)
     usable, share = mass >= MASS, tl.maximum(mass, MASS)

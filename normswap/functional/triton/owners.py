@@ -17,7 +17,7 @@ from normswap.functional.triton import mixture_tile as mt
 from normswap.functional.triton import sweeps
 from normswap.functional.triton.gate import add, merge, rows
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import plan, power
+from normswap.functional.triton.plan import cut_instances, power
 from normswap.functional.triton.recording import Tensors
 
 
@@ -120,32 +120,24 @@ def differentiate(
     mt.write_gradients(sums, given, targets, least, most, eps, c, C, LEARNED, FLOOR, K, KP)
 
 
-def _cut(x: Tensor, components: int) -> tuple[int, tuple[int, ...], dict[str, int | float]]:
-    """Return programs of a launch, what they take as N, C, M, S and PART, and constants."""
-    p, wide, narrow = plan(x), power(components), min(4, power(x.shape[1]))
-    parts = min(power(p.splits), 32)
-    rows = max(min(64 // parts, 1024 // (wide * narrow), power(len(x))), 1)
-    sizes = {"K": components, "KP": wide, "SB": parts, "BN": rows, "BC": narrow}
-    sizes_of_x = (*p.shape, p.splits, p.part)
-    return -(-x.shape[1] // narrow), sizes_of_x, {"FLOOR": PRIOR_FLOOR, **sizes}
-
-
 def forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
     """Return y, the moments that components are normalised with, and a table of instances."""
     (x, *parameters), (running, settings) = inputs, given
-    programs, sizes, blocks = _cut(x, len(parameters[3]))
-    mean, var, count = running or (None, None, None)
+    count = len(parameters[3])
+    programs, sizes, blocks = cut_instances(x, 4, count)
+    mean, var, batches = running or (None, None, None)
     used = x.new_empty(3, *parameters[3].shape, dtype=torch.float32)
     kept, shift = used.new_empty(3, *x.shape[:2]), used.new_empty(x.shape[:2])
     number = sizes[0] * sizes[2]
     launch(
         assign, programs, *sweeps.part_stats(x).unbind(), *kept, shift, used, *parameters,
-        mean, var, count, *log_sigma_bounds(settings.eps), settings.momentum,
+        mean, var, batches, *log_sigma_bounds(settings.eps), settings.momentum,
         number / max(number - 1, 1), settings.eps if running else 0.0, *sizes,
-        BATCH=settings.batch, UPDATE=settings.update, **blocks,
+        BATCH=settings.batch, UPDATE=settings.update,
+        FLOOR=PRIOR_FLOOR, K=count, KP=power(count), **blocks,
     )  # fmt: skip
-    if count is not None and settings.update and settings.momentum is None:
-        count.add_(1)
+    if batches is not None and settings.update and settings.momentum is None:
+        batches.add_(1)
     return sweeps.affine(x, kept[2], shift, kept[0]), used, kept
 
 
@@ -153,13 +145,14 @@ def backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any
     """Return the gradients of inputs, given what `forward` returned besides y."""
     (x, weight, _, *assigned), (running, settings) = inputs, given
     used, (centre, squares, scale) = kept
-    (programs, sizes, blocks), dy = _cut(x, used.shape[1]), kernels.match(dy, x)
+    count, dy = used.shape[1], kernels.match(dy, x)
+    programs, sizes, blocks = cut_instances(x, 4, count)
     spread, constant = torch.empty_like(scale), torch.empty_like(scale)
     found = [torch.empty_like(t) for t in inputs[1:]]
     launch(
         differentiate, programs, *sweeps.part_dots(dy, x, centre)[1].unbind(), centre, squares,
         used, weight, *assigned, *log_sigma_bounds(settings.eps),
         settings.eps if running else 0.0, spread, constant, *found, *sizes[:-1],
-        LEARNED=running is None, **blocks,
+        LEARNED=running is None, FLOOR=PRIOR_FLOOR, K=count, KP=power(count), **blocks,
     )  # fmt: skip
     return [sweeps.combine(dy, x, scale, spread, constant, centre), *found]

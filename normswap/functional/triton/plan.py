@@ -104,3 +104,20 @@ def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
     rows = power(contexts)
     columns = min(_TILE // 2 // rows, 256, power(channels))
     return {"KP": rows, "WN": max(1, min(16, _TILE // 2 // columns)), "WC": columns, "num_warps": 8}
+
+
+def cut_instances(
+    x: Tensor, columns: int, components: int = 1
+) -> tuple[int, tuple[int, ...], dict[str, int]]:
+    """Return how programs that have all instances, by the parts of x, share the channels.
+
+    Returns:
+        How many there are; what they take as N, C, M, S and PART; and their constants: SB, parts
+        of a step, BN, instances of one, and BC, channels, no more than so many columns.
+    """
+    p = plan(x)
+    instances, channels, _ = p.shape
+    some, narrow = min(power(p.splits), 32), min(columns, power(channels))
+    rows = min(64 // some, 1024 // (power(components) * narrow), power(instances))
+    blocks = {"SB": some, "BN": rows, "BC": narrow}
+    return -(-channels // narrow), (*p.shape, p.splits, p.part), blocks
