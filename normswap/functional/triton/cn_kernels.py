@@ -72,11 +72,8 @@ def tables(
                     eps, K, C, M, S, PART, KP, WN, WC,
                 )  # fmt: skip
             return
-    mu = tl.zeros([BC], tl.float64)
-    v = tl.zeros([BC], tl.float64)
-    gain = tl.zeros([BC], tl.float32)
-    bias_k = tl.zeros([BC], tl.float32)
-    count = 0.0
+    mu, v = tl.zeros([BC], tl.float64), tl.zeros([BC], tl.float64)
+    gain, bias_k, count = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32), 0.0
     if KP > 0 or k < K:
         root = tl.rsqrt(tl.load(priors + k).to(tl.float32))
         gain = tl.load(weight + at, ok, 0.0).to(tl.float32) * root

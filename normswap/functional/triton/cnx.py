@@ -3,7 +3,7 @@
 Tables are (K + 1, C); rows and pooled contexts are as in `cn_kernels`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -30,8 +30,7 @@ def tables(
     k, c, at, ok = parts.take_row(tl.program_id(0), C, BC)
     centre, scale, shift, inverse = parts.split(found, K + 1, C)
     near = tl.zeros([BC], tl.float32)
-    left = tl.zeros([BC], tl.float32)
-    inv = tl.zeros([BC], tl.float32)
+    left, inv = tl.zeros_like(near), tl.zeros_like(near)
     if k < K:
         near = tl.load(mu + at, ok, 0.0).to(tl.float32)
         inv = tl.exp(-tl.load(log_sigma + at, ok, 0.0).to(tl.float32))
@@ -91,8 +90,7 @@ def pull(
         tl.store(dmu + at, dm, ok)
         tl.store(dlog_sigma + at, dl, ok)
     elif dweight is not None:
-        by_weight = tl.zeros([BC], tl.float32)
-        by_bias = tl.zeros([BC], tl.float32)
+        by_weight, by_bias = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
         for i in range(0, N * S, BN):
             lie, _, there = parts.find_parts(None, i, N * S, c, C, S, BN)
             n = (i + tl.arange(0, BN)) // S
@@ -105,31 +103,19 @@ def pull(
         tl.store(dbias + c, by_bias, ok)
 
 
-class Learned(NamedTuple):
-    """What a layer of CN-X learns: mu and log sigma, (K, C), weight and bias, (C,) or None."""
-
-    mu: Tensor
-    log_sigma: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-
-
 def norm_learned(
-    x: Tensor,
-    labels: Tensor | None,
-    learned: Learned,
-    priors: Tensor,
-    pooled: tuple[int, int] | None,
+    x: Tensor, labels: Tensor | None, learned: Tensors, priors: Tensor, pooled: Any
 ) -> Tensor:
     """Return x normalised with what is learned of each instance's context.
 
-    Labels and pooled contexts are as in `normswap.functional.triton.cn`.
+    That are mu and log sigma, (K, C), weight and bias, (C,) or None. Labels and pooled contexts
+    are as in `normswap.functional.triton.cn`.
     """
     if not records((x, *(t for t in learned if t is not None))):
         return _apply(x, _make_tables(x, learned, priors, pooled, None), labels, learned)
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
-    index = sort_labels(labels.expand(x.shape[0]), learned.mu.shape[0])
+    index = sort_labels(labels.expand(x.shape[0]), len(learned[0]))
     return record(_WAY, (priors, pooled, index), x, *learned)
 
 

@@ -53,8 +53,7 @@ def add_moments(mean, var, order, lo, hi, c, C, M, S, PART, BN):
 
     In float64: no digits that float32 has are lost to a mean that is large against the spread.
     """
-    one = tl.zeros(c.shape, tl.float64)
-    two = tl.zeros(c.shape, tl.float64)
+    one, two = tl.zeros(c.shape, tl.float64), tl.zeros(c.shape, tl.float64)
     for i in range(lo, hi, BN):
         at, part, ok = find_parts(order, i, hi, c, C, S, BN)
         size = tl.where(ok, tl.minimum(PART, M - part * PART)[:, None], 0).to(tl.float64)
@@ -67,8 +66,7 @@ def add_moments(mean, var, order, lo, hi, c, C, M, S, PART, BN):
 @triton.jit
 def add_dots(first, second, order, lo, hi, c, C, S, BN):
     """Return the sums of two tables over parts lo to hi."""
-    one = tl.zeros(c.shape, tl.float32)
-    two = tl.zeros(c.shape, tl.float32)
+    one, two = tl.zeros(c.shape, tl.float32), tl.zeros(c.shape, tl.float32)
     for i in range(lo, hi, BN):
         at, _, ok = find_parts(order, i, hi, c, C, S, BN)
         one += tl.sum(tl.load(first + at, ok, 0.0), 0)
@@ -96,10 +94,8 @@ def pool(mean, var, weight, bias, priors, low, high, c, C, LOG, BN):
     With LOG, var holds the logarithm of the standard deviation.
     """
     total = tl.zeros(c.shape, tl.float64)
-    one = tl.zeros(c.shape, tl.float64)
-    two = tl.zeros(c.shape, tl.float64)
-    gain = tl.zeros(c.shape, tl.float32)
-    shift = tl.zeros(c.shape, tl.float32)
+    one, two = tl.zeros_like(total), tl.zeros_like(total)
+    gain, shift = tl.zeros(c.shape, tl.float32), tl.zeros(c.shape, tl.float32)
     for i in range(low, high, BN):
         k = i + tl.arange(0, BN)
         ok = (k < high)[:, None] & (c < C)[None, :]

@@ -112,8 +112,7 @@ def pull_weights(
 @triton.jit
 def add_weighted_dots(first, second, order, weights, centre, mu, lo, hi, k, c, K, C, S, BN):
     """Return what `add_dots` does, of parts with the weights of context k, about its mean mu."""
-    one = tl.zeros(c.shape, tl.float32)
-    two = tl.zeros(c.shape, tl.float32)
+    one, two = tl.zeros(c.shape, tl.float32), tl.zeros(c.shape, tl.float32)
     for i in range(lo, hi, BN):
         at, _, ok = find_parts(order, i, hi, c, C, S, BN)
         j = i + tl.arange(0, BN)

@@ -85,16 +85,19 @@ def part_dots(
 
 def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``sum dy`` and ``sum dy * (x - centre)``, of the shape of centre."""
-    return _whole(centre, part_dots(dy, x, centre)[1])
+    return scale_and_dot(dy, x, centre, None)[1:]
 
 
 def scale_and_dot(
-    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``dy * scale`` and what `dot` returns."""
+    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor | None
+) -> tuple[Any, Tensor, Tensor]:
+    """Return ``dy * scale``, if there is a scale, and what `dot` returns."""
     dx, found = part_dots(dy, x, centre, scale)
-    assert dx is not None
-    return dx, *_whole(centre, found)
+    if found.shape[1:3] != (len(centre), 1):
+        # Over parts, and over instances where the tables have one row.
+        found = found.sum((1, 2) if len(centre) == 1 else 2)
+    first, second = found.view(2, *centre.shape).unbind()
+    return dx, first, second
 
 
 def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tensor) -> Tensor:
@@ -122,11 +125,3 @@ def _address(p: Plan, index: Tensor | None, *tables: Tensor | None) -> tuple[Any
         for t in tables
     ]
     return found, 0 if index is None else count - 1, 0 if count == 1 else channels
-
-
-def _whole(centre: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sums over parts, and over instances where the tables have one row."""
-    if found.shape[1:3] != (len(centre), 1):
-        found = found.sum((1, 2) if len(centre) == 1 else 2)
-    first, second = found.view(2, *centre.shape).unbind()
-    return first, second

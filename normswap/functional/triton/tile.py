@@ -71,9 +71,7 @@ def stats(
         if tl.load(index + n * si) < K:
             return
     x += at
-    count = 0.0
-    mu = tl.zeros([BC], tl.float32)
-    squares = tl.zeros([BC], tl.float32)
+    count, mu, squares = 0.0, tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
     for i in range(lo, hi, BM):
         ok = inside(i, hi, c, C, BM)
         v = tl.load(x + within, ok, 0.0).to(tl.float32)
@@ -114,14 +112,12 @@ def apply(
 def write_map(x, y, m, s, t, tiles, C, sm, BM):
     """Write ``y = (x - m) * s + t`` in the tiles of a program, that `place` returned."""
     _, _, c, lo, hi, at, within = tiles
-    x += at
-    y += at
+    x, y = x + at, y + at
     for i in range(lo, hi, BM):
         ok = inside(i, hi, c, C, BM)
         v = tl.load(x + within, ok, 0.0).to(tl.float32)
         tl.store(y + within, (v - m) * s + t, ok)
-        x += BM * sm
-        y += BM * sm
+        x, y = x + BM * sm, y + BM * sm
 
 
 @triton.jit(do_not_specialize=["R", "K", "S"])
@@ -139,13 +135,11 @@ def dots(
     n, part, c, lo, hi, at, within = place(C, M, sn, sm, sc, S, PART, BM, BC)
     row, there = find_row(index, 1, n, K, stride) + c, c < C
     m = load(centre, row, there)
-    dy += at
-    x += at
+    dy, x = dy + at, x + at
     if dx is not None:
         s = load(scale, row, there)
         dx += at
-    one = tl.zeros([BC], tl.float32)
-    two = tl.zeros([BC], tl.float32)
+    one, two = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
     for i in range(lo, hi, BM):
         ok = inside(i, hi, c, C, BM)
         g = tl.load(dy + within, ok, 0.0).to(tl.float32)
@@ -155,8 +149,7 @@ def dots(
         if dx is not None:
             tl.store(dx + within, g * s, ok)
             dx += BM * sm
-        dy += BM * sm
-        x += BM * sm
+        dy, x = dy + BM * sm, x + BM * sm
     row = (n.to(tl.int64) * S + part) * C + c
     tl.store(found + row, one, there)
     tl.store(found + size_of_parts(C, BC) + row, two, there)
@@ -186,15 +179,11 @@ def combine(
 def write_sum(dy, x, dx, m, s, t, u, tiles, C, sm, BM):
     """Write ``dx = s dy + t (x - m) + u``, as `write_map` does."""
     _, _, c, lo, hi, at, within = tiles
-    dy += at
-    x += at
-    dx += at
+    dy, x, dx = dy + at, x + at, dx + at
     for i in range(lo, hi, BM):
         ok = inside(i, hi, c, C, BM)
         g = tl.load(dy + within, ok, 0.0).to(tl.float32)
         v = tl.load(x + within, ok, 0.0).to(tl.float32)
         # x first: what is left once the large numbers have cancelled is small, and rounds as such.
         tl.store(dx + within, (v - m) * t + u + g * s, ok)
-        dy += BM * sm
-        x += BM * sm
-        dx += BM * sm
+        dy, x, dx = dy + BM * sm, x + BM * sm, dx + BM * sm
