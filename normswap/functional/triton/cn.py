@@ -26,9 +26,7 @@ class Norm(NamedTuple):
     """What a layer of CN holds.
 
     Attributes:
-        weight: (K, C), as bias.
-        bias: see weight.
-        priors: (K,).
+        weight, bias, priors: (K, C), (K, C) and (K,).
         running: moments, (K, C), of contexts with fewer than two values in the batch.
         moved: the running moments that this batch is to move; None for none.
         batches: how many moved them, (K,).
@@ -98,7 +96,7 @@ def norm_contexts(
     Args:
         x: (N, C, *).
         labels: (N,) in [-1, K); or (1,), that of all; None where all are -1.
-        norm: the layer.
+        norm: see there.
         batched: whether with the moments of the batch, where a context has two values or more.
         note: called with the moments each context is normalised with and its number of values.
     """

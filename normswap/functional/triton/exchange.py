@@ -92,12 +92,8 @@ def differentiate(
 def exchange_styles(x: Tensor, permutation: Tensor, axis: int, eps: float, glue: Glue) -> Tensor:
     """Return x with each channel's style that of another; see `normswap.functional.style`.
 
-    Args:
-        x: (N, C, *), of at least two positions.
-        permutation: int64, of instances (axis 0) or channels (axis 1).
-        axis: which.
-        eps: added to the variance, under the root.
-        glue: the same in torch's operators, for derivatives of the derivative.
+    The permutation is of instances (axis 0) or channels (axis 1); the glue is the same in torch's
+    operators, for derivatives of the derivative.
     """
     return run(_WAY, (permutation, axis, eps, glue), x)
 

@@ -5,6 +5,7 @@ them; it adds up what the passes over x left of SB parts at a time. In float64: 
 a mean far from zero would cancel. What is stored narrower goes through float32.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -168,22 +169,13 @@ def differentiate(
     tl.store(dweight + 2 * c + 1, two.to(tl.float32), there)
 
 
-class Parts:
-    """The passes over x, whose sums the glue adds up, so that no launch does."""
-
-    affine = staticmethod(sweeps.affine)
-    combine = staticmethod(sweeps.combine)
-
-    @staticmethod
-    def stats(x: Tensor) -> Moments:
-        """Return mean and variance of the parts, (N, S, C)."""
-        return Moments(*sweeps.part_stats(x).unbind())
-
-    @staticmethod
-    def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``sum dy`` and ``sum dy * (x - centre)`` of the parts, (N, S, C)."""
-        first, second = sweeps.part_dots(dy, x, centre)[1].unbind()
-        return first, second
+# The passes over x, whose sums the glue adds up, so that no launch does.
+_PASSES = SimpleNamespace(
+    stats=lambda x: sweeps.part_stats(x).unbind(),
+    dot=lambda dy, x, centre: sweeps.part_dots(dy, x, centre)[1].unbind(),
+    affine=sweeps.affine,
+    combine=sweeps.combine,
+)
 
 
 class GateGlue:
@@ -193,7 +185,7 @@ class GateGlue:
     Settings are the gate's scale, what is under the root of std, and the batch norm's momentum.
     """
 
-    passes = Parts
+    passes = _PASSES
 
     def __init__(
         self, x: Tensor, running: tuple[Tensor, ...], batch: bool, update: bool, *settings: float

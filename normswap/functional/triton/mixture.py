@@ -69,13 +69,8 @@ def norm_mixture(
 ) -> Tensor:
     """Return x normalised, in its dtype and layout; see `AdaptiveContextNorm`.
 
-    Args:
-        x: (N, C, *).
-        parameters: weight and bias (C,), logits of lambda, mu and log sigma (K, C).
-        running: mean, variance (K, C) and number of batches, changed in place; None where mu and
-            sigma serve.
-        settings: see there.
-        assignment: "channel" or "instance".
+    Parameters are weight and bias (C,), logits of lambda, mu and log sigma (K, C); running are
+    mean, variance (K, C) and number of batches, changed in place, or None where mu and sigma serve.
     """
     return run(_WAYS[assignment], (running, settings), x, *parameters)
 

@@ -86,11 +86,9 @@ def power(count: int) -> int:
 
 
 def cut_rows(rows: int, channels: int) -> tuple[int, dict[str, int]]:
-    """Return how programs share tables (rows, C), and walk others that lie alike.
+    """Return how many programs share tables (rows, C), and their constants.
 
-    Returns:
-        How many there are, one a row and block of channels; and their constants: BN, rows of a
-        step, and BC.
+    One has a row and BC channels, and walks others, BN at a time.
     """
     columns = min(_COLUMNS, power(channels))
     return rows * -(-channels // columns), {"BN": _STEP, "BC": columns}
@@ -109,11 +107,10 @@ def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
 def cut_instances(
     x: Tensor, columns: int, components: int = 1
 ) -> tuple[int, tuple[int, ...], dict[str, int]]:
-    """Return how programs that have all instances, by the parts of x, share the channels.
+    """Return how many programs share the channels of x, their numbers, and their constants.
 
-    Returns:
-        How many there are; what they take as N, C, M, S and PART; and their constants: SB, parts
-        of a step, BN, instances of one, and BC, channels, no more than so many columns.
+    One has BC channels, no more than so many columns, and walks all instances, BN at a time, and
+    their parts, SB at a time; N, C, M, S and PART are the numbers.
     """
     p = plan(x)
     instances, channels, _ = p.shape

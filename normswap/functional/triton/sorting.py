@@ -19,12 +19,9 @@ def find_rows(labels: Tensor, contexts: int) -> Tensor:
 def sort_labels(labels: Tensor, contexts: int, own_rows: bool = False) -> Tensor:
     """Return the instances sorted by context, once for all layers that the labels meet.
 
-    On the device of the labels, (N,) in [-1, K); nothing waits for it.
-
-    Returns:
-        Three tensors, one after the other: the row of each instance, (N,), its context, or K, or,
-        with rows of their own for those without one, what `find_rows` returns; instances by
-        context, (N,), those without one last; and where in these a context starts, (K + 2,).
+    Labels are (N,) in [-1, K); nothing waits for their device. One after the other lie: the row of
+    each instance, (N,), its context, or K, or, with own rows, as `find_rows` returns them; the
+    instances by context, (N,), -1 last; and where in these a context starts, (K + 2,).
     """
 
     def sort() -> Tensor:
