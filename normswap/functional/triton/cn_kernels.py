@@ -20,6 +20,7 @@ from normswap.functional.triton.parts import (
     pool,
     split,
     take_row,
+    wide,
 )
 from normswap.functional.triton.posterior_kernels import add_weighted_dots, pull_weights, weigh
 from normswap.functional.triton.tile import apply
@@ -78,11 +79,10 @@ def tables(
         root = tl.rsqrt(tl.load(priors + k).to(tl.float32))
         gain = tl.load(weight + at, ok, 0.0).to(tl.float32) * root
         bias_k = tl.load(bias + at, ok, 0.0).to(tl.float32) * root
-        mu = tl.load(running_mean + at, ok, 0.0).to(tl.float64)
-        v = tl.load(running_var + at, ok, 0.0).to(tl.float64)
+        mu, v = wide(running_mean, at, ok), wide(running_var, at, ok)
         if KP > 0:
-            tl.store(known_mean + at, mu.to(tl.float32), ok)
-            tl.store(known_var + at, v.to(tl.float32), ok)
+            tl.store(known_mean + at, mu, ok)
+            tl.store(known_var + at, v, ok)
         if BATCH:
             offsets = rows + 2 * N
             lo, hi = tl.load(offsets + k), tl.load(offsets + k + 1)

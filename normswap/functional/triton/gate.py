@@ -17,6 +17,7 @@ from normswap.functional.glue import Map, Pull
 from normswap.functional.moments import Moments
 from normswap.functional.triton import sweeps
 from normswap.functional.triton.launching import launch
+from normswap.functional.triton.parts import wide
 from normswap.functional.triton.plan import cut_instances
 
 # Under the root in the gate's batch norm.
@@ -36,12 +37,6 @@ def parts(i, s, c, N, C, S, BN, SB):
     n, part = i + tl.arange(0, BN)[:, None, None], s + tl.arange(0, SB)[None, :, None]
     c = c[None, None, :]
     return (n * S + part) * C + c, part, (n < N) & (part < S) & (c < C)
-
-
-@triton.jit
-def wide(pointer, at, ok):
-    """Return a table in float64."""
-    return tl.load(pointer + at, ok, 0.0).to(tl.float64)
 
 
 @triton.jit
@@ -114,8 +109,8 @@ def gate(
         z = by_mean[None] * m + by_std[None] * std
         out = ((z - mu[None]) * slope[None] + shift[None]).to(tl.float32)
         at, ok = rows(i, c, N, C, BN)
-        tl.store(found_mean + at, m.to(tl.float32), ok)
-        tl.store(found_std + at, std.to(tl.float32), ok)
+        tl.store(found_mean + at, m, ok)
+        tl.store(found_std + at, std, ok)
         tl.store(found + at, height / (1.0 + tl.exp(-out)), ok)
 
 
@@ -163,8 +158,8 @@ def differentiate(
         one += tl.sum(dz * m, 0)
         two += tl.sum(dz * deviation, 0)
         by_square = by_std[None] * dz / tl.where(deviation > 0, deviation, 1.0)
-        tl.store(spread + at, by_square.to(tl.float32), ok)
-        tl.store(constant + at, (by_mean[None] * dz).to(tl.float32), ok)
+        tl.store(spread + at, by_square, ok)
+        tl.store(constant + at, by_mean[None] * dz, ok)
     tl.store(dweight + 2 * c, one.to(tl.float32), there)
     tl.store(dweight + 2 * c + 1, two.to(tl.float32), there)
 

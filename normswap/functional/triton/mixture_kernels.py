@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from normswap.functional.triton import mixture_tile as mt
+from normswap.functional.triton.parts import wide
 
 _TINY = tl.constexpr(1e-30)
 
@@ -44,12 +45,6 @@ def masses(
     mt.keep(part, p, 4, (origin, mass, first, second), c, C, K, KP)
 
 
-@triton.jit
-def wide(at, ok):
-    """Return float32 values in float64."""
-    return tl.load(at, ok, 0.0).to(tl.float64)
-
-
 @triton.jit(do_not_specialize=["P"])
 def settle(
     part, used, mu, log_sigma, least, most, mean, var, batches, momentum, factor,
@@ -65,8 +60,8 @@ def settle(
         p = (i + tl.arange(0, BM))[None, :, None]
         row, there = part + p * 4 * K * C + at, ok & (p < P)
         # In float64 no digits that float32 has are lost to a mean that is large against the spread.
-        o, w = wide(row, there), wide(row + K * C, there)
-        one, two = wide(row + 2 * K * C, there), wide(row + 3 * K * C, there)
+        o, w = wide(row, 0, there), wide(row, K * C, there)
+        one, two = wide(row, 2 * K * C, there), wide(row, 3 * K * C, there)
         mass += w
         first += w * o + one
         second += (w * o + 2 * one) * o + two

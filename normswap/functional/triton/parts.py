@@ -27,6 +27,12 @@ def size_of_parts(C, BC):
 
 
 @triton.jit
+def wide(table, at, ok):
+    """Return what a table holds in float64."""
+    return tl.load(table + at, ok, 0.0).to(tl.float64)
+
+
+@triton.jit
 def find_parts_of(offsets, k, S):
     """Return which parts instances of context k have, first and last; int32 divides fast."""
     return tl.load(offsets + k).to(tl.int32) * S, tl.load(offsets + k + 1).to(tl.int32) * S
@@ -57,9 +63,9 @@ def add_moments(mean, var, order, lo, hi, c, C, M, S, PART, BN):
     for i in range(lo, hi, BN):
         at, part, ok = find_parts(order, i, hi, c, C, S, BN)
         size = tl.where(ok, tl.minimum(PART, M - part * PART)[:, None], 0).to(tl.float64)
-        m = tl.load(mean + at, ok, 0.0).to(tl.float64)
+        m = wide(mean, at, ok)
         one += tl.sum(size * m, 0)
-        two += tl.sum(size * (tl.load(var + at, ok, 0.0).to(tl.float64) + m * m), 0)
+        two += tl.sum(size * (wide(var, at, ok) + m * m), 0)
     return one, two
 
 
@@ -83,8 +89,8 @@ def merge(parts, mean, var, C, M, S, PART, BN: tl.constexpr, BC: tl.constexpr):
         parts, parts + size_of_parts(C, BC) * S, None, 0, S, c, C, M, S, PART, BN
     )
     mu = first / M
-    tl.store(mean + at, mu.to(tl.float32), ok)
-    tl.store(var + at, tl.maximum(second / M - mu * mu, 0.0).to(tl.float32), ok)
+    tl.store(mean + at, mu, ok)
+    tl.store(var + at, tl.maximum(second / M - mu * mu, 0.0), ok)
 
 
 @triton.jit
@@ -100,9 +106,8 @@ def pool(mean, var, weight, bias, priors, low, high, c, C, LOG, BN):
         k = i + tl.arange(0, BN)
         ok = (k < high)[:, None] & (c < C)[None, :]
         at = k.to(tl.int64)[:, None] * C + c[None, :]
-        p = tl.load(priors + k, k < high, 0.0).to(tl.float64)[:, None]
-        m = tl.load(mean + at, ok, 0.0).to(tl.float64)
-        v = tl.load(var + at, ok, 0.0).to(tl.float64)
+        p = wide(priors, k, k < high)[:, None]
+        m, v = wide(mean, at, ok), wide(var, at, ok)
         if LOG:
             v = tl.exp(2 * v)
         total += tl.sum(p, 0)
