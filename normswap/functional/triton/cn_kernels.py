@@ -12,16 +12,7 @@ without a label: all, one, or, if that is an error, none, which makes their row 
 import triton
 import triton.language as tl
 
-from normswap.functional.triton.parts import (
-    add_dots,
-    add_moments,
-    add_priors,
-    find_parts_of,
-    pool,
-    split,
-    take_row,
-    wide,
-)
+from normswap.functional.triton import parts
 from normswap.functional.triton.posterior_kernels import add_weighted_dots, pull_weights, weigh
 from normswap.functional.triton.tile import apply
 
@@ -44,20 +35,20 @@ def split_rest(rest, K, C):
 
 @triton.jit(do_not_specialize=["low", "high", "N", "R", "K", "S"])
 def tables(
-    running_mean, running_var, batches, weight, bias, priors, parts, rows, found,
+    running_mean, running_var, batches, weight, bias, priors, part_stats, rows, found,
     low, high, eps, momentum, N, R, K, C, M, S, PART, BATCH: tl.constexpr, SORTED: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, WN: tl.constexpr, WC: tl.constexpr,
 ):  # fmt: skip
     """Write the map of each row, ``y = (x - centre) * scale + shift``, and what it is made of.
 
-    With moments of the BATCH, of `parts`, where a context has two values or more, else with the
+    With moments of the BATCH where a context has two values or more, else with the
     running ones. Of KP contexts, 0 for none, samples without a label weigh all; the running
     moments that they compare with are kept, as these are to move: by momentum, or, where that is
     None, to the average of all batches.
     """
     program, own = tl.program_id(0), K * tl.cdiv(C, BC)
-    k, c, at, ok = take_row(program, C, BC)
-    centre, scale, shift, rest = split(found, R, C)
+    k, c, at, ok = parts.take_row(program, C, BC)
+    centre, scale, shift, rest = parts.split(found, R, C)
     inverse, var, values, rates, known_mean, known_var, weights = split_rest(rest, K, C)
     if KP > 0:
         if program >= own:
@@ -66,7 +57,7 @@ def tables(
                 needed = tl.load(rows + n) >= K
             if needed:
                 # Parts are counted from the instance on: int32 divides at once.
-                part_mean = parts + n * S * C
+                part_mean = part_stats + n * S * C
                 weigh(
                     part_mean, part_mean + N.to(tl.int64) * S * C, running_mean, running_var,
                     weight, bias, priors, found + (K + n) * C, R.to(tl.int64) * C, weights + n * K,
@@ -79,7 +70,7 @@ def tables(
         root = tl.rsqrt(tl.load(priors + k).to(tl.float32))
         gain = tl.load(weight + at, ok, 0.0).to(tl.float32) * root
         bias_k = tl.load(bias + at, ok, 0.0).to(tl.float32) * root
-        mu, v = wide(running_mean, at, ok), wide(running_var, at, ok)
+        mu, v = parts.wide(running_mean, at, ok), parts.wide(running_var, at, ok)
         if KP > 0:
             tl.store(known_mean + at, mu, ok)
             tl.store(known_var + at, v, ok)
@@ -89,9 +80,9 @@ def tables(
             number = (hi - lo) * M
             if number > 1:
                 count = number.to(tl.float32)
-                part_var = parts + N.to(tl.int64) * S * C
-                mu, two = add_moments(
-                    parts, part_var, rows + N, lo * S, hi * S, c, C, M, S, PART, BN
+                part_var = part_stats + N.to(tl.int64) * S * C
+                mu, two = parts.add_moments(
+                    part_stats, part_var, rows + N, lo * S, hi * S, c, C, M, S, PART, BN
                 )
                 mu /= number
                 v = tl.maximum(two / number - mu * mu, 0.0)
@@ -101,7 +92,7 @@ def tables(
             offsets = rows + 2 * N + K
             needed = tl.load(offsets + 1) > tl.load(offsets)
         if needed:
-            mu, v, gain, bias_k = pool(
+            mu, v, gain, bias_k = parts.pool(
                 running_mean, running_var, weight, bias, priors, low, high, c, C, False, BN
             )
     near, spread = mu.to(tl.float32), v.to(tl.float32)
@@ -134,10 +125,10 @@ def apply_and_move(
     A launch after `tables` has read them for samples without a label.
     """
     apply(x, y, tables, rows, None, None, 1, R, K, C, C, M, sn, sm, sc, S, PART, BM, BC)
-    rest, width = split_rest(split(tables, R, C)[3], K, C), tl.cdiv(C, BC)
+    rest, width = split_rest(parts.split(tables, R, C)[3], K, C), tl.cdiv(C, BC)
     var, values, rates = rest[1], rest[2], rest[3]
     for block in range(tl.program_id(0), K * width, tl.num_programs(0)):
-        k, _, at, ok = take_row(block, C, BC)
+        k, _, at, ok = parts.take_row(block, C, BC)
         count, rate = tl.load(values + k), tl.load(rates + k)
         if count > 1.5:
             new = tl.load(var + at, ok, 0.0) * (count / (count - 1))
@@ -172,7 +163,7 @@ def pull(
     second = dots + N.to(tl.int64) * S * C
     spread = second + N.to(tl.int64) * S * C
     constant = spread + R.to(tl.int64) * C
-    centre, scale, _, rest = split(tables, R, C)
+    centre, scale, _, rest = parts.split(tables, R, C)
     inverse, _, values, _, known_mean, known_var, weights = split_rest(rest, K, C)
     order, offsets = rows + N, rows + 2 * N
     if KP > 0:
@@ -185,9 +176,9 @@ def pull(
                         centre, weights, spread, constant, eps, K, C, M, S, KP, WN, WC,
                     )  # fmt: skip
             return
-    k, c, at, ok = take_row(program, C, BC)
-    lo, hi = find_parts_of(offsets, k, S)
-    one, two = add_dots(dots, second, order, lo, hi, c, C, S, BN)
+    k, c, at, ok = parts.take_row(program, C, BC)
+    lo, hi = parts.find_parts_of(offsets, k, S)
+    one, two = parts.add_dots(dots, second, order, lo, hi, c, C, S, BN)
     by_weight = tl.load(inverse + at, ok, 0.0) * two
     if MOVES:
         count = tl.load(values + k)
@@ -199,7 +190,7 @@ def pull(
         root = tl.sqrt(tl.load(priors + k).to(tl.float32))
         by_weight /= root
         by_bias = one / root
-        lo, hi = find_parts_of(offsets, K, S)
+        lo, hi = parts.find_parts_of(offsets, K, S)
         if WEIGHED:
             mu = tl.load(known_mean + at, ok, 0.0)
             one, two = add_weighted_dots(
@@ -209,8 +200,8 @@ def pull(
             by_bias += one / root
         elif (lo < hi) & (low <= k) & (k < high):
             # Samples without a label have a share of every context that is pooled.
-            share = root / add_priors(priors, low, high, BN)
-            one, two = add_dots(dots, second, order, lo, hi, c, C, S, BN)
+            share = root / parts.add_priors(priors, low, high, BN)
+            one, two = parts.add_dots(dots, second, order, lo, hi, c, C, S, BN)
             by_weight += share * two * tl.load(inverse + K * C + c, ok, 0.0)
             by_bias += share * one
         tl.store(dweight + at, by_weight, ok)

@@ -103,7 +103,8 @@ def apply(
             centre += K.to(tl.int64) * C
         centre, scale, shift, _ = split(centre, R, C)
     tiles = place(C, M, sn, sm, sc, S, PART, BM, BC)
-    row, there = find_row(index, si, tiles[0], K, stride) + tiles[2], tiles[2] < C
+    n, c = tiles[0], tiles[2]
+    row, there = find_row(index, si, n, K, stride) + c, c < C
     m, s, t = load(centre, row, there), load(scale, row, there), load(shift, row, there)
     write_map(x, y, m, s, t, tiles, C, sm, BM)
 
@@ -170,7 +171,8 @@ def combine(
         constant = spread + R.to(tl.int64) * C
         stride = C
     tiles = place(C, M, sn, sm, sc, S, PART, BM, BC)
-    row, there = find_row(index, 1, tiles[0], K, stride) + tiles[2], tiles[2] < C
+    n, c = tiles[0], tiles[2]
+    row, there = find_row(index, 1, n, K, stride) + c, c < C
     m, s, t = load(centre, row, there), load(scale, row, there), load(spread, row, there)
     write_sum(dy, x, dx, m, s, t, load(constant, row, there), tiles, C, sm, BM)
 

@@ -10,7 +10,7 @@ from tests.functional.triton.compiling import compile_kernel
 ROWS = {"BN": 64, "BC": 16}
 NONE_WEIGH = {"KP": 0, "WN": 1, "WC": 1}
 TRAINING = {"BATCH": True, "SORTED": True}
-RUNNING = {"parts": None, "rows": None, "BATCH": False, "SORTED": False}
+RUNNING = {"part_stats": None, "rows": None, "BATCH": False, "SORTED": False}
 TOGETHER = {"scale": None, "stride": None}
 OVER_X = [
     (tile.stats, {"index": None}),
