@@ -75,8 +75,9 @@ def check_copyable(model: nn.Module) -> None:
         id(t): f"the tensor {name}"
         for name, t in (*model.named_parameters(), *model.named_buffers())
     }
+    met = set[tuple[int, bool]]()
     for where, value in attributes_of(model):
-        norm = next((names[id(h)] for h in find_pinned(value) if id(h) in names), None)
+        norm = next((names[id(h)] for h in find_pinned(value, met) if id(h) in names), None)
         if norm is not None:
             raise ConversionError(
                 f"cannot convert a copy: {where} holds a function or weak reference that uses "

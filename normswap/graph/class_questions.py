@@ -3,7 +3,7 @@
 ``isinstance(self.norm, nn.BatchNorm2d)`` is answered by the layers as before, in a trace by what
 stands in for `isinstance`. Nothing can answer ``type(child) is Block`` for a child that is of a
 subclass now but a trace. Whether a norm is of several classes layers answer, too, but nothing tells
-`torch.compile`, which asks no object then.
+`torch.compile`, which asks no object then, and from torch 2.15 on for one class neither.
 """
 
 import builtins
@@ -24,6 +24,8 @@ from normswap.graph.tracing.uses import COMPARES
 from normswap.util.original_class import ORIGINAL, STATE, class_of
 
 _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
+# From torch 2.15 on the compiler asks a module's own class, and no longer the module.
+_COMPILER_ASKS = torch.__version__ < "2.15.0a0"
 
 
 class Question(NamedTuple):
@@ -67,9 +69,10 @@ def find_questions(module: nn.Module, changed: dict[type, type]) -> Iterator[Que
                 yield from (Question(text, c, asked is exact) for c in asked)
             built = operations & _BUILDS
             alone = _has(values, isinstance) and not built and all(_has(values, c) for c in found)
-            if asks_kind and below and not alone:
-                several = f"asks whether something is of several classes, {below[0].__name__} among"
-                text = f"{function.__qualname__} {several} them"
+            if asks_kind and below and not (alone and _COMPILER_ASKS):
+                several = f"of several classes, {below[0].__name__} among them"
+                what = f"a {below[0].__name__}, which compiled code sees none of" if alone else several
+                text = f"{function.__qualname__} asks whether something is {what}"
                 yield from (Question(text, c, exact=False, compiled=True) for c in below)
 
 

@@ -11,16 +11,23 @@ from torch import Tensor, nn
 from normswap.graph.tracing.bytecode import codes_of, read_code
 
 
-def find_pinned(value: Any) -> Iterator[nn.Module | Tensor]:
+def find_pinned(value: Any, met: set[tuple[int, bool]]) -> Iterator[nn.Module | Tensor]:
     """Yield the modules and tensors that functions in a value hold.
 
     A function holds what is in its closure and its defaults, and the globals it names; a weak
     reference goes on meaning its module, too. Whatever else there is, partials, bound methods and
     objects, is copied with a model.
+
+    Args:
+        value: any.
+        met: what other values led to, and is not looked at again: by way of its globals, one
+            function of a package may lead to all.
     """
-    waiting, met = [(value, False)], set[tuple[int, bool]]()
+    waiting = [(value, False)]
     while waiting:
         item, pinned = waiting.pop()
+        function = isinstance(item, types.FunctionType)
+        pinned |= function
         if isinstance(item, nn.Module | Tensor):
             if pinned:
                 yield item
@@ -31,9 +38,7 @@ def find_pinned(value: Any) -> Iterator[nn.Module | Tensor]:
         if isinstance(item, weakref.ref):
             waiting += [(item(), True)] if isinstance(item(), nn.Module) else []
             continue
-        function = isinstance(item, types.FunctionType)
-        parts = _parts_of(item) if function else _items_of(item)
-        waiting += [(part, pinned or function) for part in parts]
+        waiting += [(part, pinned) for part in (_parts_of(item) if function else _items_of(item))]
 
 
 def closure_of(function: types.FunctionType) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from normswap.graph.pinned import find_pinned
 from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState, state_of
-from normswap.util.original_class import ORIGINAL
+from normswap.util.original_class import ORIGINAL, STATE
 
 _PLAIN = (bool, int, float, str, type(None), torch.Size, Tensor)
-_OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "scope", ORIGINAL}
+_OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "scope"}
 
 
 class Surgery:
@@ -65,11 +65,11 @@ class Surgery:
                 would go on running it.
         """
         waiting: list[tuple[str, str, Any, Any, Any]] = []
-        met = set[int]()
+        met, pinned = set[int](), set[tuple[int, bool]]()
         for name, module in self.model.named_modules():
             met.add(id(module))
             for key, value in list(vars(module).items()):
-                if key not in _OWN:
+                if not _is_own(key):
                     waiting.append((f"{name}.{key}".lstrip("."), "", vars(module), key, value))
         while waiting:
             where, kind, table, key, value = waiting.pop()
@@ -80,7 +80,7 @@ class Surgery:
                 table[key] = layers[id(value)]
             elif not isinstance(value, _PLAIN) and id(value) not in met:
                 met.add(id(value))
-                waiting += [(where, *part) for part in _parts_of(value)]
+                waiting += [(where, *part) for part in _parts_of(value, pinned)]
 
     def install(self, sites: list[str], scope: Scope, layers: tuple[type, ...]) -> None:
         """Install a forward that takes the context in every container on the way to a site.
@@ -161,14 +161,19 @@ class Surgery:
             parent._modules[leaf] = module
 
 
-def _parts_of(value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
+def _is_own(key: str) -> bool:
+    """Return whether an attribute is what every module has, or what a conversion put there."""
+    return key in _OWN or key.startswith(STATE)
+
+
+def _parts_of(value: Any, pinned: set[tuple[int, bool]]) -> Iterator[tuple[str, Any, Any, Any]]:
     """Yield what a value holds: what kind of holder it is, and a table, a key and the part there.
 
-    The table is None where the part cannot be exchanged for another.
+    The table is None where the part cannot be exchanged for another; `pinned` is for functions.
     """
     fixed: list[Any]
     if isinstance(value, types.FunctionType):
-        fixed, kind = list(find_pinned(value)), "a function"
+        fixed, kind = list(find_pinned(value, pinned)), "a function"
     elif isinstance(value, functools.partial):
         fixed, kind = [value.func, *value.args, *value.keywords.values()], "a function of the norm"
     elif isinstance(value, types.MethodType | types.BuiltinMethodType):
@@ -178,7 +183,7 @@ def _parts_of(value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
     elif isinstance(value, tuple | set | frozenset):
         fixed, kind = list(value), f"a {type(value).__name__}"
     elif isinstance(value, nn.Module):
-        fixed = [*value.children(), *(v for k, v in vars(value).items() if k not in _OWN)]
+        fixed = [*value.children(), *(v for k, v in vars(value).items() if not _is_own(k))]
         kind = f"a {type(value).__name__} that is none of the model's modules"
     else:
         fixed, kind = list(value) if isinstance(value, dict) else [], "the keys of a dict"

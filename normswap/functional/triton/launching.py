@@ -17,6 +17,8 @@ _COMPILED: dict[tuple[Any, ...], Any] = {}
 _MOST = 8192
 # Versions of Triton whose programs take what is handed to them below; others are asked each time.
 _OLDEST, _NEWEST = (3, 5), (3, 9)
+# One rounding for a product and a sum. Triton 3.9 warns where it is left open, 3.10 changes it.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) -> None:
@@ -63,7 +65,7 @@ def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) ->
         run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
         return None
     given = [v for value in args for v in (value if isinstance(value, tuple) else (value,))]
-    compiled = kernel[(programs,)](x, *given, **meta)
+    compiled = kernel[(programs,)](x, *given, **meta, **OPTIONS)
     if compiled is not None and _takes_values():  # None, as the interpreter returns
         if len(_COMPILED) >= _MOST:
             del _COMPILED[next(iter(_COMPILED))]

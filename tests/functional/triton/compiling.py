@@ -2,13 +2,15 @@
 
 import re
 import subprocess
-from pathlib import Path
+from inspect import signature as signature_of
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+from normswap.functional.triton.launching import OPTIONS
+
 INT64 = {"index", "rows", "batches", "permutation", "inverted"}
 INT32 = {"M", "N", "K", "R", "S", "PART", "T", "TILES", "P", "si", "low", "high"}
 FLOAT32 = {"eps", "momentum", "factor", "least", "most", "height"}
@@ -50,9 +52,10 @@ def compile_kernel(kernel, architecture, x_type="bf16", last=True, warps=4, **gi
     signature, constants, divisible = describe(kernel, x_type, last, given)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     target = GPUTarget("cuda", architecture, 32)
-    ptx = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+    ptx = triton.compile(source, target=target, options={"num_warps": warps, **OPTIONS}).asm["ptx"]
     target = re.search(r"\.target (sm_\w+)", ptx)[1]
-    command = [PTXAS, "-v", "--gpu-name", target, "-o", "/dev/null", "-"]
+    given = [architecture][: len(signature_of(get_ptxas).parameters)]  # one for all in torch 2.9
+    command = [get_ptxas(*given).path, "-v", "--gpu-name", target, "-o", "/dev/null", "-"]
     said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", said)[1])
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))

@@ -1,0 +1,37 @@
+"""What functions hold is looked for once, and not in what a conversion keeps."""
+
+import timm
+import torch
+from torch import nn
+
+import normswap
+from normswap.graph import pinned
+
+NORM = nn.BatchNorm1d(2)
+
+
+def first():
+    return second, NORM
+
+
+def second():
+    return first
+
+
+def test_a_function_that_two_lead_to_is_looked_at_once(monkeypatch):
+    looked, parts_of = [], pinned._parts_of
+    monkeypatch.setattr(pinned, "_parts_of", lambda f: looked.append(f) or parts_of(f))
+    met = set()
+    assert list(pinned.find_pinned(first, met)) == [NORM]
+    assert list(pinned.find_pinned([second, first], met)) == []
+    assert looked == [first, second]
+
+
+def test_reverting_looks_into_none_of_the_functions_that_forwards_run(monkeypatch):
+    # A forward names globals of its package, and by way of these all the package's models.
+    model = normswap.convert(timm.create_model("resnet10t"), "cn", contexts=2, verify=False)
+    model.eval()(torch.ones(2, 3, 32, 32), context=torch.tensor([0, 1]))
+    looked = []
+    monkeypatch.setattr(pinned, "_parts_of", lambda f: looked.append(f) or ())
+    normswap.revert(model)
+    assert {f.__module__.partition(".")[0] for f in looked} <= {"normswap"}
