@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from normswap.contexts.assigner import Assigner
 from normswap.conversion.checks import check_copyable, check_model
 from normswap.conversion.inputs import read_inputs
-from normswap.conversion.replacement import Replacement
+from normswap.conversion.replacement import Target
 from normswap.conversion.settings import Settings, read_settings
 from normswap.conversion.summary import summarise
-from normswap.conversion.target import Target, carry_out, find_target
+from normswap.conversion.target import carry_out, find_target
 from normswap.conversion.verification import Reference, compare, run_original
 from normswap.errors import AdviceWarning, ConversionError, expect_module, not_converted
 from normswap.graph.state import RECORD, context_argument
@@ -21,10 +21,9 @@ from normswap.graph.surgery import Surgery
 from normswap.graph.use_context import scopes_of
 from normswap.lifecycle.record import Record, find_inside, find_root
 from normswap.lifecycle.training import exempt_norms
-from normswap.methods.base import get_method
+from normswap.methods.registry import get_method
 from normswap.report import Report, Verification
-from normswap.saving.changes import mark
-from normswap.saving.fingerprint import other_tensors
+from normswap.saving.fingerprint import mark, other_tensors
 from normswap.util.arguments import check_flag
 from normswap.util.copies import copy_model, copy_structure
 from normswap.util.select import Selector
@@ -109,13 +108,13 @@ def convert(
     if not inplace:
         check_copyable(model)
     chosen = asked.method
-    target = find_target(model, chosen, asked.options, asked.placement, asked.select, asked.exclude)
+    target = find_target(model, asked)
     reference: Reference | Verification = Verification(reason="verify=False")
     if verify:
         labels = asked.contexts.count if chosen.needs_context else 0
         reference = run_original(model, inputs, labels)
     record = _record(model, asked, target)
-    advice = target.advice(model, asked.options) if isinstance(target, Replacement) else None
+    advice = target.advice(model, asked.options)
     with Surgery(model if inplace else copy_model(model), trace) as surgery:
         converted = carry_out(target, surgery, record)
         record.verification = _compare(converted, reference, record)
@@ -154,9 +153,7 @@ def plan(
     )
     check_flag("trace", trace)
     check_model(model)
-    target = find_target(
-        model, asked.method, asked.options, asked.placement, asked.select, asked.exclude
-    )
+    target = find_target(model, asked)
     record = _record(model, asked, target)
     surgery = Surgery(copy_structure(model), trace)
     return summarise(carry_out(target.on(torch.device("meta")), surgery, record), record)

@@ -15,7 +15,7 @@ import pytest
 
 import recipes.__main__
 from normswap.cli.main import main
-from normswap.methods import base
+from normswap.methods import registry
 from tests.recipes.test_examples import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +77,9 @@ def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     # What the blocks register is gone after them.
-    monkeypatch.setattr(base, "_REGISTRY", {n: base.get_method(n) for n in base.methods()})
+    monkeypatch.setattr(
+        registry, "_REGISTRY", {n: registry.get_method(n) for n in registry.methods()}
+    )
     names = {"__name__": "readme"}
     for number, code in enumerate(blocks(document, "python"), 1):
         exec(compile(code, f"{document}, block {number}", "exec"), names)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import nn
 from normswap import api
 from normswap._version import __version__
 from normswap.cli.plot import add_plot
-from normswap.cli.show import add_show
 from normswap.cli.sources import add_model, chosen_model
 from normswap.errors import NormswapError
-from normswap.methods.base import get_method, methods
+from normswap.methods.registry import get_method, methods
 from normswap.report import Report
+from normswap.saving.folder import DESCRIPTION, find_folder, read_description
+from normswap.util.arguments import listed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=0, help="of the weights; default: 0")
     verify.set_defaults(run=_verify)
 
-    add_show(commands)
+    show = commands.add_parser("show", help="show what a saved conversion is; needs no model")
+    show.add_argument("folder", help="that normswap.save wrote, or user/name on the hub")
+    show.add_argument("--revision", help="branch, tag or commit on the hub")
+    show.set_defaults(run=_show)
+
     add_plot(commands)
     return parser
 
@@ -84,10 +90,8 @@ def _conversion(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _methods(options: argparse.Namespace) -> str:
-    rows = []
-    for name in methods():
-        method = get_method(name)
-        rows.append([name, "yes" if method.needs_context else "no", method.title])
+    found = [get_method(name) for name in methods()]
+    rows = [[m.name, "yes" if m.needs_context else "no", m.title] for m in found]
     return tabulate(rows, headers=["method", "labels", "what it is"], tablefmt="simple")
 
 
@@ -114,3 +118,35 @@ def randomise_statistics(model: nn.Module) -> None:
             with torch.no_grad():
                 positive = name.endswith(("weight", "running_var"))
                 tensor.uniform_(0.5, 1.5) if positive else tensor.normal_(0, 0.2)
+
+
+def _show(options: argparse.Namespace) -> str:
+    folder = find_folder(options.folder, options.revision)
+    content = read_description(folder)
+    base, file, name = content["base"], content["file"], content["method"]
+    known = name in methods()
+    settings = [f"{key}={value}" for key, value in content["options"].items()]
+    classes = Counter(norm["class"] for norm in base["norms"].values())
+    size = (folder / DESCRIPTION).stat().st_size + file["bytes"]
+    missing = "" if (folder / file["name"]).is_file() else f"; {file['name']} is missing"
+    rows = [
+        ("base", f"{base['class']}, {len(base['tensors'])} tensors besides the layers"),
+        ("method", ", ".join([name, *settings]) + ("" if known else " (not registered here)")),
+        ("placement", content["placement"] or "the method's own"),
+        *(_context_rows(content) if not known or get_method(name).needs_context else ()),
+        ("replaced", ", ".join(f"{n} {cls}" for cls, n in classes.items()) or "no norm"),
+        *([] if classes else [("given a layer", f"{len(content['sites'])} place(s)")]),
+        ("tensors", f"{len(content['layers'])} of layers, {len(content['others'])} others"),
+        ("size", f"{size:,} bytes{missing}"),
+        ("saved by", f"normswap {content['normswap']}, format {content['format']}"),
+        ("read by", f"normswap {__version__}"),
+    ]
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def _context_rows(content: dict[str, Any]) -> list[tuple[str, str]]:
+    names, unknown = content["contexts"], content["unknown"]
+    return [
+        ("contexts", f"{len(names)}: {listed(names)}"),
+        ("unknown labels", names[unknown] if isinstance(unknown, int) else unknown),
+    ]

@@ -11,14 +11,9 @@ from torch import Tensor
 
 from normswap.contexts import store
 from normswap.contexts.priors import check_priors
-from normswap.contexts.tally import (
-    ContextReport,
-    Counts,
-    Tally,
-    describe_leak,
-    describe_tiny,
-)
+from normswap.contexts.tally import ContextReport, Counts, Tally, describe_leak, describe_tiny
 from normswap.errors import ContextError, ContextWarning, ConversionError, NormswapError
+from normswap.util.arguments import listed
 
 UNKNOWN = -1
 _KINDS: dict[str, type["Assigner"]] = {}
@@ -129,6 +124,12 @@ class Assigner(ABC):
         record = {"kind": self.kind, "names": list(self.names), "counts": counts, **record}
         store.write(folder, record, arrays)
 
+    def count(self, labels: Tensor, targets: Sequence[Any] | Tensor | None = None) -> None:
+        """Note the labels of the samples it is built from, and count them."""
+        tally = Tally(self.num_contexts)
+        tally.add(labels, targets)
+        self.labels, self.counts = labels, tally.result()
+
     @abstractmethod
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what else a file must hold, as JSON values and arrays."""
@@ -147,8 +148,7 @@ class Assigner(ABC):
 
     def __repr__(self) -> str:
         """Return kind, names and sizes, shortened."""
-        shown = ", ".join(self.names[:6]) + (", ..." if self.num_contexts > 6 else "")
-        return f"{type(self).__name__}({self.num_contexts} contexts: {shown})"
+        return f"{type(self).__name__}({self.num_contexts} contexts: {listed(self.names, 6)})"
 
 
 def load(folder: str | os.PathLike[str], features: Any = None) -> Assigner:

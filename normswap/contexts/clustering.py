@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from normswap.contexts.clusters import ClusterAssigner, GaussianMixtureAssigner, KMeansAssigner
-from normswap.contexts.feature_stream import Blocks, FeatureStream
+from normswap.contexts.feature_stream import FeatureStream
 from normswap.contexts.features import PIXELS, Features
 from normswap.errors import ContextError, ContextWarning
 from normswap.util.extras import need
@@ -64,16 +65,20 @@ def kmeans(
     found = _quietly(fitted.fit_predict, kept)
     _check_distinct(len(set(found.tolist())), num_contexts)
     if not stream.kept.complete:
-        fitted = cluster.MiniBatchKMeans(
-            num_contexts,
-            init=fitted.cluster_centers_,
-            n_init=1,
-            reassignment_ratio=0,
-            random_state=seed,
-        )
-        blocks = Blocks(max(num_contexts, BLOCK), lambda x: fitted.partial_fit(x.numpy()))
-        stream.read("k-means", lambda x, _: blocks.add(x))
-        blocks.finish()
+        start = {"init": fitted.cluster_centers_, "n_init": 1, "reassignment_ratio": 0}
+        fitted = cluster.MiniBatchKMeans(num_contexts, random_state=seed, **start)
+        waiting = torch.empty(0, kept.shape[1])
+
+        def learn(x: Tensor, _: Any) -> None:
+            nonlocal waiting
+            waiting = torch.cat([waiting, x])
+            if len(waiting) >= max(num_contexts, BLOCK):
+                fitted.partial_fit(waiting.numpy())
+                waiting = waiting[:0]
+
+        stream.read("k-means", learn)
+        if len(waiting):
+            fitted.partial_fit(waiting.numpy())
     arrays = {"centers": torch.from_numpy(fitted.cluster_centers_).float()}
     assigner = stream.count(KMeansAssigner(stream.extractor, arrays))
     assigner.warn()

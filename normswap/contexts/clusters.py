@@ -36,11 +36,7 @@ class ClusterAssigner(Assigner):
         self.arrays = {name: array.cpu() for name, array in arrays.items()}
 
     def __call__(self, batch: Any) -> Tensor:
-        """Return the context of each input, on its device.
-
-        Args:
-            batch: inputs (N, ...), or a tuple or list whose first item they are.
-        """
+        """Return the context of each input, (N, ...) or first in a tuple or list, on its device."""
         return self.assign(self.extractor(batch))
 
     def assign(self, features: Tensor) -> Tensor:
@@ -55,7 +51,8 @@ class ClusterAssigner(Assigner):
     @property
     def width(self) -> int:
         """D."""
-        return self.arrays["centers"].shape[1]
+        center = self.arrays.get("center")
+        return self.arrays["centers"].shape[1] if center is None else len(center)
 
     @abstractmethod
     def scores(self, x: Tensor, arrays: dict[str, Tensor]) -> Tensor:
@@ -114,11 +111,6 @@ class GaussianMixtureAssigner(ClusterAssigner):
         "cholesky": 3,
         "log_weights": 1,
     }
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return len(self.arrays["center"])
 
     def scores(self, x: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         """Return the log of the joint density of input and component, up to a constant."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from normswap.contexts.assigner import UNKNOWN, Assigner
 from normswap.contexts.read_rows import Row, Rows, as_text, read_rows
-from normswap.contexts.tally import Tally
 from normswap.errors import ContextError, UnknownNameError
 
 
@@ -38,15 +37,15 @@ class ColumnAssigner(Assigner):
         self.edges = {name: tuple(values) for name, values in edges.items()}
         self.keys = tuple(keys)
         super().__init__([" / ".join(key) for key in self.keys])
-        self._index = {key: k for k, key in enumerate(self.keys)}
 
     def __call__(self, batch: Rows) -> Tensor:
         """Return the context of each row: a CSV file, dicts, or a dict of columns."""
-        labels = [
-            UNKNOWN if key is None else self._index.get(key, UNKNOWN)
-            for key in row_keys(read_rows(batch), self.columns, self.edges)
-        ]
-        return torch.tensor(labels, dtype=torch.int64)
+        return self.label(row_keys(read_rows(batch), self.columns, self.edges))
+
+    def label(self, keys: Iterable[tuple[str, ...] | None]) -> Tensor:
+        """Return the context of each combination of values, None where one is missing."""
+        index: dict[Any, int] = {key: k for k, key in enumerate(self.keys)}
+        return torch.tensor([index.get(key, UNKNOWN) for key in keys], dtype=torch.int64)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return columns, edges and combinations of values."""
@@ -103,10 +102,11 @@ def from_columns(
         raise ContextError(f"expected columns= as different names, got {columns!r}")
     if not table:
         raise ContextError("expected rows of metadata, got none")
-    for name in (*chosen, *([] if target is None else [target])):
-        if not any(name in row for row in table):
-            known = ", ".join(map(repr, dict.fromkeys(key for row in table for key in row)))
-            raise UnknownNameError(f"no column {name!r}; the columns are {known}")
+    known = dict.fromkeys(key for row in table for key in row)
+    for name in chosen if target is None else (*chosen, target):
+        if name not in known:
+            names = ", ".join(map(repr, known))
+            raise UnknownNameError(f"no column {name!r}; the columns are {names}")
     if extra := [name for name in given if name not in chosen]:
         raise ContextError(f"expected bins= of columns that decide, got {', '.join(extra)}")
     edges = {name: _edges(table, name, wanted) for name, wanted in given.items()}
@@ -115,13 +115,8 @@ def from_columns(
     if not present:
         raise ContextError(f"no row has a value in every column of {', '.join(chosen)}")
     assigner = ColumnAssigner(_order(present, chosen, edges), chosen, edges)
-    assigner.labels = torch.tensor(
-        [UNKNOWN if key is None else assigner._index[key] for key in found], dtype=torch.int64
-    )
-    tally = Tally(assigner.num_contexts)
     classes = None if target is None else [as_text(row.get(target)) for row in table]
-    tally.add(assigner.labels, classes)
-    assigner.counts = tally.result()
+    assigner.count(assigner.label(found), classes)
     assigner.warn()
     return assigner
 
@@ -130,14 +125,13 @@ def row_keys(
     table: Iterable[Row], columns: Sequence[str], edges: Mapping[str, Sequence[float]]
 ) -> list[tuple[str, ...] | None]:
     """Return what decides the context of each row; None where a value is missing."""
-    keys: list[tuple[str, ...] | None] = []
+    keys: list[Any] = []
     for row in table:
         texts = [
             _bin(row.get(name), name, edges[name]) if name in edges else as_text(row.get(name))
             for name in columns
         ]
-        full = [text for text in texts if text is not None]
-        keys.append(tuple(full) if len(full) == len(texts) else None)
+        keys.append(None if None in texts else tuple(texts))
     return keys
 
 

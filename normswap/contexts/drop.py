@@ -17,9 +17,7 @@ def drop_labels(
     labels: Sequence[str | int | None], p: float, generator: torch.Generator | None = None
 ) -> list[str | int | None]: ...
 def drop_labels(
-    labels: Tensor | Sequence[str | int | None],
-    p: float,
-    generator: torch.Generator | None = None,
+    labels: Tensor | Sequence[str | int | None], p: float, generator: torch.Generator | None = None
 ) -> Tensor | list[str | int | None]:
     """Return labels of which each is unknown with probability p, drawn anew by every call.
 

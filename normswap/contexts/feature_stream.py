@@ -1,6 +1,7 @@
 """A loader whose features are read once or several times, in the same order each time."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from normswap.contexts.clusters import ClusterAssigner
 from normswap.contexts.features import Extractor, Features, targets_of
 from normswap.contexts.tally import Tally
 from normswap.errors import ContextError
+from normswap.util.arguments import check_count
 from normswap.util.batches import Reservoir, show_progress, undisturbed
 
 A = TypeVar("A", bound=ClusterAssigner)
@@ -17,47 +19,32 @@ A = TypeVar("A", bound=ClusterAssigner)
 LARGEST = 1e15
 
 
+@dataclass(eq=False)
 class FeatureStream:
     """The features of a loader's batches, and a uniform sample of them.
 
-    Args:
-        loader: see `normswap.contexts.kmeans`, as for the rest.
-        features: what to make of a batch.
-        num_contexts: K; the sample must hold as many.
-        samples: how many to keep.
-        seed: of the sample, and of torch's generators while the loader is read.
-        progress: whether to show a bar.
-
-    Raises:
-        ContextError: an argument that does not fit.
+    Arguments are those of `normswap.contexts.kmeans`; torch's generators start from the seed, too,
+    while the loader is read.
     """
 
-    def __init__(
-        self,
-        loader: Iterable[Any],
-        features: Features,
-        num_contexts: int,
-        samples: int,
-        seed: int,
-        progress: bool,
-    ) -> None:
-        if isinstance(num_contexts, bool) or not isinstance(num_contexts, int) or num_contexts < 1:
-            raise ContextError(f"expected num_contexts of at least 1, got {num_contexts!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ContextError(f"expected seed= in [0, 2^32), got {seed!r}")
-        if samples < num_contexts:
-            raise ContextError(f"expected samples= of at least {num_contexts}, got {samples}")
-        if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+    loader: Iterable[Any]
+    features: Features
+    num_contexts: int
+    samples: int
+    seed: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        check_count("num_contexts", self.num_contexts, error=ContextError)
+        check_count("seed", self.seed, 0, 2**32 - 1, ContextError)
+        check_count("samples", self.samples, self.num_contexts, error=ContextError)
+        if isinstance(self.loader, Tensor) or not isinstance(self.loader, Iterable):
             raise ContextError(
-                f"expected a loader that yields batches, got {type(loader).__name__}; give a "
+                f"expected a loader that yields batches, got {type(self.loader).__name__}; give a "
                 "DataLoader, or a list of batches"
             )
-        self.loader = loader
-        self.num_contexts = num_contexts
-        self.seed = seed
-        self.progress = progress
-        self.extractor = Extractor(features)
-        self.kept = Reservoir(samples, torch.Generator().manual_seed(seed))
+        self.extractor = Extractor(self.features)
+        self.kept = Reservoir(self.samples, torch.Generator().manual_seed(self.seed))
         self.targets: list[Tensor | None] = []
 
     def read(self, title: str, use: Callable[[Tensor, Tensor | None], None]) -> None:
@@ -126,29 +113,3 @@ class FeatureStream:
                 f"{sum(assigner.sizes)}; give one that starts anew"
             )
         return assigner
-
-
-class Blocks:
-    """Gathers rows into blocks of at least some size.
-
-    Args:
-        size: of a block; the rows left at the end make one more.
-        use: takes a block, (rows, D).
-    """
-
-    def __init__(self, size: int, use: Callable[[Tensor], Any]) -> None:
-        self.size = size
-        self.use = use
-        self.waiting: list[Tensor] = []
-
-    def add(self, rows: Tensor) -> None:
-        """Take rows (n, D)."""
-        self.waiting.append(rows)
-        if sum(map(len, self.waiting)) >= self.size:
-            self.finish()
-
-    def finish(self) -> None:
-        """Hand on what is left."""
-        if any(map(len, self.waiting)):
-            self.use(torch.cat(self.waiting))
-        self.waiting = []

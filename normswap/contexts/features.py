@@ -35,13 +35,10 @@ class Extractor:
                 f'expected features= as "pixels", a model or a function, got {features!r}'
             )
         self.features = features
-        self.size: list[int] | None = None
+        self.size: list[int] | None = None if saved is None else saved["size"]
         self.identity = identify(features)
         self._versions = self._version()
-        if saved is None:
-            return
-        self.size = saved["size"]
-        if self.identity != saved["identity"]:
+        if saved is not None and self.identity != saved["identity"]:
             raise ContextError(
                 f"expected features= {saved['identity']}, on which these clusters were made, got "
                 f"{self.identity}"
@@ -105,20 +102,15 @@ class Extractor:
                 )
             self._versions = self._version()
         x = first_of(batch)
-        tensor = next((t for t in (*model.parameters(), *model.buffers())), None)
-        x = x if tensor is None else x.to(tensor.device)
-        if tensor is not None and x.is_floating_point() and tensor.is_floating_point():
-            x = x.to(tensor.dtype)
+        like = next((t for t in (*model.parameters(), *model.buffers())), x)
+        both = x.is_floating_point() and like.is_floating_point()
+        x = x.to(like.device, like.dtype if both else x.dtype)
         inner: Any = model
         with undisturbed(model), torch.no_grad():
-            if not hasattr(model, "forward_features"):
-                y = inner(x)
-            elif hasattr(model, "forward_head"):
-                y = inner.forward_head(inner.forward_features(x), pre_logits=True)
-            else:
-                y = inner.forward_features(x)
-        features: Tensor = y
-        return features
+            y: Tensor = getattr(inner, "forward_features", inner)(x)
+            if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+                y = inner.forward_head(y, pre_logits=True)
+        return y
 
     def _version(self) -> tuple[int, ...]:
         """Return numbers that move when a tensor of the model is written to."""
@@ -130,11 +122,7 @@ class Extractor:
 
 
 def first_of(batch: Any) -> Tensor:
-    """Return the input in a batch: a real tensor, or the first item of a tuple or list.
-
-    Raises:
-        ContextError: neither.
-    """
+    """Return the input in a batch: a real tensor, or the first item of a tuple or list."""
     x = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(x, Tensor) or x.is_complex():
         kind = x.dtype if isinstance(x, Tensor) else type(batch).__name__

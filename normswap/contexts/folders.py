@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from normswap.contexts.assigner import UNKNOWN, Assigner
-from normswap.contexts.tally import Tally
 from normswap.errors import ContextError
+from normswap.util.arguments import describe
 
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"]
@@ -41,13 +41,13 @@ class FolderAssigner(Assigner):
 
     def __call__(self, batch: PathLike | Iterable[PathLike]) -> Tensor:
         """Return the domain of each path; see the class and `Assigner`."""
-        if isinstance(batch, Tensor) or not isinstance(batch, str | os.PathLike | Iterable):
-            kind = "a tensor" if isinstance(batch, Tensor) else repr(batch)
-            raise ContextError(f"expected paths, got {kind}; folders tell the context of files")
-        paths = [batch] if isinstance(batch, str | os.PathLike) else list(batch)
+        given: Any = batch
+        several = isinstance(given, Iterable) and not isinstance(given, str | os.PathLike | Tensor)
+        paths = list(given) if several else [given]
         for path in paths:
             if not isinstance(path, str | os.PathLike):
-                raise ContextError(f"expected paths, got {path!r}; folders tell what files are")
+                kind = describe(path)
+                raise ContextError(f"expected paths, got {kind}; folders tell the context of files")
         return torch.tensor([self._label(os.fspath(path)) for path in paths], dtype=torch.int64)
 
     def _label(self, path: str) -> int:
@@ -101,9 +101,8 @@ def from_folders(root: PathLike) -> FolderAssigner:
     counts = [len(images) for images in found.values()]
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     inside = [path.relative_to(root).parts for path in paths]
-    tally = Tally(len(found))
-    tally.add(labels, [parts[1] if len(parts) > 2 else None for parts in inside])
-    assigner.paths, assigner.labels, assigner.counts = tuple(paths), labels, tally.result()
+    assigner.paths = tuple(paths)
+    assigner.count(labels, [parts[1] if len(parts) > 2 else None for parts in inside])
     assigner.warn()
     return assigner
 

@@ -11,10 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from normswap.errors import ContextError
-from normswap.util.arguments import describe
 from normswap.util.extras import need
-from normswap.util.read_file import read_file
-from normswap.util.whole_file import digest, digest_of, write_pair
+from normswap.util.whole_file import as_path, digest, read_description, read_file, write_pair
 
 NAME = "contexts.json"
 FORMAT = "normswap-contexts"
@@ -33,7 +31,7 @@ def write(
     Raises:
         ContextError: the folder cannot be written.
     """
-    root = _as_path(folder)
+    root = as_path(folder, ContextError)
     content: dict[str, Any] = {"format": FORMAT, "version": VERSION, **record, "arrays": None}
     data = b""
     if arrays:
@@ -42,16 +40,17 @@ def write(
         content["arrays"] = f"contexts-{digest(data)[:16]}.safetensors"
         content["sha256"], content["bytes"] = digest(data), len(data)
     try:
-        # As it will be read: JSON knows no tuples, and no keys but strings.
-        content = json.loads(json.dumps(content, allow_nan=False))
-        content["digest"] = digest_of(content)
-        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        json.dumps(content, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ContextError(f"expected an assigner that JSON can hold: {error}") from error
     try:
-        write_pair(root / NAME, text, content["arrays"], data, lambda: _in_use(root), _ARRAYS)
+        write_pair(root / NAME, content, content["arrays"], data, _named, _ARRAYS)
     except OSError as error:
         raise ContextError(f"cannot write an assigner to {root}: {error}") from error
+
+
+def _named(root: Path) -> str | None:
+    return _read_record(root).get("arrays")
 
 
 def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -60,43 +59,11 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
     Raises:
         ContextError: nothing there, another format or version, or a damaged file.
     """
-    root = _as_path(folder)
+    root = as_path(folder, ContextError)
     content = _read_record(root)
-    return content, _read_arrays(root, content)
-
-
-def _read_record(root: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_file(root / NAME, _MOST))
-        found = digest_of(content) if isinstance(content, dict) else None
-    except OSError as error:
-        raise ContextError(f"expected a saved assigner in {root}: {error}") from error
-    except (ValueError, RecursionError, OverflowError) as error:
-        raise ContextError(f"{root / NAME} is damaged: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ContextError(f"{root / NAME} is no assigner that normswap.contexts saved")
-    version = content.get("version")
-    if type(version) is not int or version not in (1, VERSION):
-        raise ContextError(
-            f"expected version {VERSION} of an assigner in {root}, got {version!r}; another "
-            "version of normswap wrote it"
-        )
-    if content.get("digest", found if version == 1 else None) != found:
-        raise ContextError(f"{root / NAME} was changed after it was written; save again")
-    return content
-
-
-def _in_use(root: Path) -> str | None:
-    try:
-        return _read_record(root).get("arrays")
-    except ContextError:
-        return None
-
-
-def _read_arrays(root: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     name = content.get("arrays")
     if name is None:
-        return {}
+        return content, {}
     if not isinstance(name, str) or Path(name).name != name:
         raise ContextError(f"expected {NAME} in {root} to name a file beside it, got {name!r}")
     try:
@@ -108,13 +75,26 @@ def _read_arrays(root: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         raise ContextError(f"{root / name} is damaged: it is not what {NAME} was saved with")
     load = need("safetensors.torch", "contexts", "loading an assigner with arrays").load
     try:
-        loaded: dict[str, Tensor] = load(data)
+        return content, load(data)
     except Exception as error:  # of the library's own type
         raise ContextError(f"{root / name} does not read as safetensors: {error}") from error
-    return loaded
 
 
-def _as_path(folder: Any) -> Path:
-    if not isinstance(folder, str | os.PathLike):
-        raise ContextError(f"expected a folder as a path, got {describe(folder)}")
-    return Path(folder)
+def _read_record(root: Path) -> dict[str, Any]:
+    try:
+        content, found = read_description(root / NAME, _MOST)
+    except OSError as error:
+        raise ContextError(f"expected a saved assigner in {root}: {error}") from error
+    except ValueError as error:
+        raise ContextError(f"{root / NAME} is damaged: {error}") from error
+    if content.get("format") != FORMAT:
+        raise ContextError(f"{root / NAME} is no assigner that normswap.contexts saved")
+    version = content.get("version")
+    if type(version) is not int or version not in (1, VERSION):
+        raise ContextError(
+            f"expected version {VERSION} of an assigner in {root}, got {version!r}; another "
+            "version of normswap wrote it"
+        )
+    if content.get("digest", found if version == 1 else None) != found:
+        raise ContextError(f"{root / NAME} was changed after it was written; save again")
+    return content

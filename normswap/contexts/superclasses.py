@@ -9,7 +9,6 @@ from torch import Tensor
 
 from normswap.contexts.assigner import UNKNOWN, Assigner
 from normswap.contexts.cifar100 import SUPERCLASSES
-from normswap.contexts.tally import Tally
 from normswap.errors import ContextError, UnknownNameError
 
 Class = str | int
@@ -144,9 +143,6 @@ def from_superclasses(
     assigner = SuperclassAssigner(names, table, classes)
     if targets is not None:
         known = targets if isinstance(targets, Tensor) else list(targets)
-        assigner.labels = assigner(known)
-        tally = Tally(len(names))
-        tally.add(assigner.labels, known)
-        assigner.counts = tally.result()
+        assigner.count(assigner(known), known)
     assigner.warn()
     return assigner

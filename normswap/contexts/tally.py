@@ -11,6 +11,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from normswap.errors import ContextError
+from normswap.util.arguments import listed
 
 # Fewer samples than a usual half batch, or than a tenth of an even share, are few to estimate
 # statistics from, and most batches will hold none of them.
@@ -38,11 +39,7 @@ class Counts:
 
 
 class Tally:
-    """Counts of contexts, and of contexts with targets, over a stream of labels.
-
-    Args:
-        num_contexts: K.
-    """
+    """Counts of contexts, and of contexts with targets, over a stream of labels."""
 
     def __init__(self, num_contexts: int) -> None:
         self.num_contexts = num_contexts
@@ -59,11 +56,9 @@ class Tally:
         values = torch.as_tensor(labels).tolist()
         if any(not -1 <= value < self.num_contexts for value in values):
             raise ContextError(f"expected labels in [-1, {self.num_contexts}), got {labels}")
-        for context, count in Counter(values).items():
-            if context < 0:
-                self.unknown += count
-            else:
-                self.sizes[context] += count
+        counts = Counter(values)
+        self.unknown += counts.pop(-1, 0)
+        self.sizes = [size + counts[k] for k, size in enumerate(self.sizes)]
         if targets is None:
             return
         given = targets.tolist() if isinstance(targets, Tensor) else list(targets)
@@ -99,24 +94,15 @@ def mutual_information(pairs: Counter[tuple[int, Any]], corrected: bool = False)
     for (context, target), count in pairs.items():
         of_context[context] += count
         of_target[target] += count
-    shared = sum(
-        n / total * math.log(n * total / (of_context[c] * of_target[t]))
-        for (c, t), n in pairs.items()
-    )
+    each = [_entropy(counts.values(), total) for counts in (of_context, of_target)]
+    shared, least = sum(each) - _entropy(pairs.values(), total), min(each)
     if corrected:
         shared -= (len(of_context) - 1) * (len(of_target) - 1) / (2 * total)
-    least = min(_entropy(of_context.values(), total), _entropy(of_target.values(), total))
     return 0.0 if least <= 0 else min(max(shared / least, 0.0), 1.0)
 
 
 def _entropy(counts: Iterable[int], total: int) -> float:
     return -sum(n / total * math.log(n / total) for n in counts)
-
-
-def tiny_contexts(sizes: Sequence[int]) -> list[int]:
-    """Return the contexts of fewer than 32 samples, or than a tenth of an even share."""
-    least = max(FEW_SAMPLES, FEW_SHARE * sum(sizes) / max(len(sizes), 1))
-    return [k for k, size in enumerate(sizes) if size < least]
 
 
 @dataclass(frozen=True)
@@ -153,7 +139,7 @@ class ContextReport:
             align = ("left", "right", "right")
             lines.append(tabulate(cells, headers, "simple", disable_numparse=True, colalign=align))
         else:
-            lines.append(f"{len(self.names)} contexts, no samples counted: {_listed(self.names)}")
+            lines.append(f"{len(self.names)} contexts, no samples counted: {listed(self.names, 6)}")
         if self.leak is not None:
             lines.append(f"context and target: normalised mutual information {self.leak:.2f}")
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
@@ -161,10 +147,12 @@ class ContextReport:
 
 def describe_tiny(names: Sequence[str], sizes: Sequence[int]) -> list[str]:
     """Return a warning of tiny contexts, if there are any."""
-    tiny = tiny_contexts(sizes)
+    # Fewer than a tenth of an even share, too.
+    least = max(FEW_SAMPLES, FEW_SHARE * sum(sizes) / max(len(sizes), 1))
+    tiny = [k for k, size in enumerate(sizes) if size < least]
     if not tiny:
         return []
-    shown = _listed([f"{names[k]} ({sizes[k]})" for k in tiny])
+    shown = listed([f"{names[k]} ({sizes[k]})" for k in tiny], 6)
     return [
         f"{len(tiny)} of {len(names)} contexts are tiny, under {FEW_SAMPLES} samples or a tenth of "
         f"an even share: {shown}; their statistics will be poor: merge them, or ask for fewer"
@@ -180,7 +168,3 @@ def describe_leak(counts: Counts) -> list[str]:
         f"above {LEAK}): fed at test time it is a part of the answer; leave the label unknown "
         "there, unless it will truly be known"
     ]
-
-
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -16,13 +16,7 @@ _HOOKS = sorted(name for name in _NEW if "hook" in name)
 
 
 def adopt(layer: nn.Module, source: nn.Module, site: Site) -> None:
-    """Carry over mode, hooks, freezing, fused children, settings and further attributes.
-
-    Args:
-        layer: a new one, of any class.
-        source: the norm it replaces.
-        site: the norm, as it was read.
-    """
+    """Carry over mode, hooks, freezing, fused children, settings and further attributes."""
     layer.train(source.training)
     _keep_requires_grad(layer, source, site)
     _apply_fused(layer, source, site)
@@ -52,10 +46,9 @@ def _keep_requires_grad(layer: nn.Module, source: nn.Module, site: Site) -> None
     if site.frozen or (given and not any(given.values())):
         layer.requires_grad_(False)
         return
-    for name, required in given.items():
-        parameter = layer._parameters.get(name)
-        if parameter is not None:
-            parameter.requires_grad_(required)
+    for name in given.keys() & layer._parameters.keys():
+        if (parameter := layer._parameters[name]) is not None:
+            parameter.requires_grad_(given[name])
 
 
 def _apply_fused(layer: nn.Module, source: nn.Module, site: Site) -> None:

@@ -65,11 +65,7 @@ def _obstacle(module: nn.Module) -> str | None:
 
 
 def check_copyable(model: nn.Module) -> None:
-    """Raise if a copy of a model would go on using the original's modules.
-
-    Raises:
-        ConversionError: a function among the attributes or hooks of a module holds some.
-    """
+    """Raise if a copy would use the original's modules, as a function among its attributes may."""
     names = {id(m): f"the module {name or 'itself'}" for name, m in model.named_modules()}
     names |= {
         id(t): f"the tensor {name}"

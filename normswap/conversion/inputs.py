@@ -17,12 +17,7 @@ _MOST_CONTEXTS_A_BATCH = 8
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of a forward.
-
-    Attributes:
-        args: positional.
-        kwargs: by name.
-    """
+    """Arguments of a forward, positional and by name."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)

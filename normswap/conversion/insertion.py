@@ -1,53 +1,39 @@
 """Layers joined to a model: at places in it, or one norm before it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from normswap.conversion.replacement import build_layer
+from normswap.conversion.replacement import Target, build_layer
 from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.scope import Scope
 from normswap.graph.state import ContainerState
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record
-from normswap.methods.base import InsertedMethod, Method
 from normswap.methods.layer import NormLayer
 from normswap.report import Row
 from normswap.sites import Place, Site, read_site
 
 
-@dataclass(frozen=True)
-class Insertion:
+class Insertion(Target):
     """Layers of a method at places of a model, whose norms stay."""
 
-    method: InsertedMethod
-    rows: list[Row]
-    places: list[Place]
-
-    def on(self, device: torch.device) -> "Insertion":
-        """Return the same with layers on another device."""
-        return replace(self, places=[replace(place, device=device) for place in self.places])
-
     def apply(self, surgery: Surgery, record: Record) -> nn.Module:
-        """Build a layer for each place and put it there.
-
-        Raises:
-            ConversionError: a layer cannot be built, or a container cannot be traced with it.
-        """
-        layers = [self.method.insert(place, record.options) for place in self.places]
+        """Build a layer for each place and put it there."""
+        layers = [self.method.insert(place, record.options) for place in self.where]
         states: dict[nn.Module, ContainerState] = {}
         scope = Scope(1, ("0",))
 
         def state_of(fqn: str) -> tuple[nn.Module, ContainerState]:
             module = surgery.model.get_submodule(fqn)
             if module not in states:
-                states[module] = ContainerState(fqn, scope, (), self.places[0].fqn)
+                states[module] = ContainerState(fqn, scope, (), self.where[0].fqn)
             return module, states[module]
 
         chosen = [row for row in self.rows if row.action == "inserted"]
-        for row, place, layer in zip(chosen, self.places, layers, strict=True):
+        for row, place, layer in zip(chosen, self.where, layers, strict=True):
             module, state = state_of(place.fqn)
             layer.train(module.training)
             child = surgery.add(module, self.method.name.replace("-", "_"), layer)
@@ -66,25 +52,12 @@ class Insertion:
         return surgery.model
 
 
-@dataclass(frozen=True)
-class InputNorm:
+class InputNorm(Target):
     """One more norm, before the model, that starts as the identity in eval mode."""
 
-    method: Method
-    rows: list[Row]
-    place: Place
-
-    def on(self, device: torch.device) -> "InputNorm":
-        """Return the same with its layer on another device."""
-        return replace(self, place=replace(self.place, device=device))
-
     def apply(self, surgery: Surgery, record: Record) -> nn.Module:
-        """Build the norm and put it there.
-
-        Raises:
-            ConversionError: nothing tells the channels of the input.
-        """
-        place, model = self.place, surgery.model
+        """Build the norm and put it there."""
+        (place,), model = self.where, surgery.model
         if place.channels is None:
             raise ConversionError("cannot tell the channels of the input: no convolution or norm")
         source = nn.BatchNorm2d(place.channels, device=place.device, dtype=place.dtype)

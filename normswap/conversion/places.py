@@ -2,23 +2,27 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _forward_unimplemented
 
-from normswap.conversion.containers import read_container
+from normswap.conversion.settings import Settings
 from normswap.errors import ConversionError
-from normswap.graph.blocks.channels import LAST, Features, Reader
+from normswap.graph.blocks.channels import LAST, Reader
 from normswap.graph.blocks.insert import PLACEMENTS
-from normswap.graph.blocks.residual import (
-    Residual,
-    features_of,
-    find_residuals,
-    input_channels,
+from normswap.graph.blocks.residual import Residual, features_of, find_residuals, input_channels
+from normswap.graph.dispatch import dispatch
+from normswap.graph.tracing import (
+    Traced,
+    TraceFailure,
+    TraceSession,
+    describe,
+    flipped,
+    parameters_of,
+    write_forward,
 )
-from normswap.graph.tracing import TraceSession, flipped
 from normswap.methods.base import InsertedMethod
 from normswap.report import Row
 from normswap.sites import Place, find_norms, is_instance_norm, norm_channels, unknown_norm
@@ -44,43 +48,37 @@ class Found(NamedTuple):
     read: bool = True
 
 
+def _row(fqn: str, module: nn.Module, reason: str, aliases: tuple[str, ...] = ()) -> Row:
+    return Row(fqn, type(module).__name__, "refused", aliases, reason=reason)
+
+
 def find_places(
-    model: nn.Module,
-    method: InsertedMethod,
-    placement: str | None,
-    options: Any,
-    select: Selector,
-    exclude: Selector,
+    model: nn.Module, method: InsertedMethod, asked: Settings
 ) -> tuple[list[Row], list[Place]]:
     """Return a row for every place a method's layers could go, and the places chosen.
 
-    Args:
-        model: the model.
-        method: whose layers are inserted.
-        placement: where; None is the method's own in a model that has such places, else "norm".
-        options: of the method.
-        select: matched against the container of a block, or the norm.
-        exclude: likewise.
+    The placement None is the method's own in a model that has such places, else "norm". Selectors
+    are matched against the container of a block, or the norm.
 
     Raises:
         ConversionError: an unknown placement, "output" without `select`, or no place at all.
     """
-    find = functools.cache(functools.partial(_find, model, select, exclude))
-    own = placement or method.placement
-    if placement is None and not any(f.read and f.row.action != "kept" for f in find(own)):
+    select, own = asked.select, asked.placement or method.placement
+    find = functools.cache(functools.partial(_find, model, select, asked.exclude))
+    if asked.placement is None and not any(f.read and f.row.action != "kept" for f in find(own)):
         own = "norm"
     rows: list[Row] = []
     places: list[Place] = []
-    for wanted in method.placements(own, options):
-        asked = f"placement {wanted!r}" + ("" if wanted == own else f", an option of {method.name}")
+    for wanted in method.placements(own, asked.options):
+        title = f"placement {wanted!r}" + ("" if wanted == own else f", an option of {method.name}")
         if wanted not in ALL_PLACEMENTS:
             raise ConversionError(
-                f"unknown {asked}; the choices are {', '.join(ALL_PLACEMENTS)}"
+                f"unknown {title}; the choices are {', '.join(ALL_PLACEMENTS)}"
                 + meant(wanted, ALL_PLACEMENTS)
             )
         if wanted == "output" and select is None:
             raise ConversionError(
-                f"expected select= with {asked}, which is after the modules that it names, such as "
+                f"expected select= with {title}, which is after the modules that it names, such as "
                 'select=["layer1", "layer2"]'
             )
         found = find(wanted)
@@ -88,7 +86,7 @@ def find_places(
         if not chosen:
             listed = "; ".join(f"{f.row.fqn or '(root)'}: {f.row.reason}" for f in found[:10])
             raise ConversionError(
-                f"found no place for a layer in {type(model).__name__} at {asked}"
+                f"found no place for a layer in {type(model).__name__} at {title}"
                 + (f": {listed}" if listed else "")
                 + "; placement='norm' puts one after each norm" * (wanted not in ("norm", "output"))
                 + closest(select, [f.row.fqn for f in found if f.row.reason == "not selected"])
@@ -125,27 +123,25 @@ def _find(model: nn.Module, select: Selector, exclude: Selector, placement: str)
 
 def _norm_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
     for fqn, module, aliases in find_norms(model):
-        row = Row(fqn, type(module).__name__, "refused", aliases)
-        channels = norm_channels(module)
+        channels, before = norm_channels(module), is_instance_norm(module)
+        place, reason = None, "before the norm" if before else "after the norm"
         if channels is None:
-            row.reason = unknown_norm(module)
-            yield Found(module, row)
-            continue
-        before = is_instance_norm(module)
-        row.reason = "before the norm" if before else "after the norm"
-        own = next((t for t in module.state_dict().values() if t.is_floating_point()), like)
-        place = Place(fqn, placement, channels, own.device, own.dtype, before=before)
-        yield Found(module, row, place)
+            reason = unknown_norm(module)
+        else:
+            own = next((t for t in module.state_dict().values() if t.is_floating_point()), like)
+            place = Place(fqn, placement, channels, own.device, own.dtype, before=before)
+        yield Found(module, _row(fqn, module, reason, aliases), place)
 
 
 def _outputs(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
     for fqn, module in model.named_modules():
-        if fqn:
-            row = Row(fqn, type(module).__name__, "refused", reason="after its forward")
-            place: Place | None = Place(fqn, placement, None, like.device, like.dtype)
-            if type(module).forward is _forward_unimplemented and "forward" not in vars(module):
-                row.reason, place = "it has no forward after which a layer could come", None
-            yield Found(module, row, place)
+        if type(module).forward is _forward_unimplemented and "forward" not in vars(module):
+            if fqn:
+                reason = "it has no forward after which a layer could come"
+                yield Found(module, _row(fqn, module, reason))
+        elif fqn:
+            place = Place(fqn, placement, None, like.device, like.dtype)
+            yield Found(module, _row(fqn, module, "after its forward"), place)
 
 
 def _block_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Found]:
@@ -168,27 +164,33 @@ def _block_places(model: nn.Module, placement: str, like: Tensor) -> Iterator[Fo
                     if found and depends:
                         _, why = read_container(session, module)
             if why:
-                row = Row(fqn, type(module).__name__, "refused", reason=f"it {why}")
-                yield Found(module, row, read=False)
+                yield Found(module, _row(fqn, module, f"it {why}"), read=False)
                 continue
-            for reason in unclear:
-                yield Found(module, Row(fqn, type(module).__name__, "refused", reason=reason))
+            yield from (Found(module, _row(fqn, module, reason)) for reason in unclear)
             reader = Reader(module, graph_of)
             for block, residual in enumerate(found):
-                row = Row(fqn, type(module).__name__, "refused", reason=residual.reason)
-                channels, why = _read(features_of(residual, reader, placement))
+                reason = residual.reason
+                features = features_of(residual, reader, placement)
+                channels = features.channels if features.dimension != LAST else None
+                why = "its features have their channels last"
+                if not features.known:
+                    channels, why = None, "nothing tells the channels of its features"
                 if channels is None:
-                    row.reason = f"{why} ({residual.reason})"
-                    yield Found(module, row)
+                    yield Found(module, _row(fqn, module, f"{why} ({reason})"))
                     continue
                 where = (fqn, placement, channels, like.device, like.dtype)
-                yield Found(module, row, Place(*where, block, len(found), reason=residual.reason))
+                place = Place(*where, block, len(found), reason=reason)
+                yield Found(module, _row(fqn, module, reason), place)
 
 
-def _read(features: Features) -> tuple[int | None, str]:
-    """Return the channels of a place, or None and why there is to be no layer."""
-    if not features.known:
-        return None, "nothing tells the channels of its features"
-    if features.dimension == LAST:
-        return None, "its features have their channels last"
-    return features.channels, ""
+def read_container(session: TraceSession, module: nn.Module) -> tuple[Traced | None, str]:
+    """Trace a module in the mode it is in; return the graph, or why there is none."""
+    forward = type(module).forward
+    if type(module).__module__.startswith("torch.nn.") or forward is _forward_unimplemented:
+        return None, ""
+    written = write_forward(parameters_of(forward), dispatch)
+    kinds = tuple(describe(value, []) for value in written.examples())
+    try:
+        return session.trace(module, written.spread, kinds), ""
+    except TraceFailure as failure:
+        return None, str(failure)

@@ -28,21 +28,31 @@ class Preset:
     training: dict[str, Any] = field(default_factory=dict)
 
 
+def _at(placement: str, **more: Any) -> dict[str, Any]:
+    return {"placement": placement, **more}
+
+
 def _crossnorm(placement: str, crop: str, p: float, active: int = 1, **more: Any) -> dict[str, Any]:
-    return {"placement": placement, "crop": crop, "p": p, "active": active, **more}
+    return _at(placement, crop=crop, p=p, active=active, **more)
 
 
-def _cifar(crossnorm: Any, selfnorm: str, cnsn: Any, epochs: int, decay: float) -> Preset:
-    methods = {"crossnorm": crossnorm, "selfnorm": {"placement": selfnorm}, "cnsn": cnsn}
+def _cifar(epochs: int, crossnorm: Any, selfnorm: Any, cnsn: Any, decay: float = 5e-4) -> Preset:
+    given = {"crossnorm": crossnorm, "selfnorm": selfnorm, "cnsn": cnsn}
+    methods = {name: arguments for name, arguments in given.items() if arguments is not None}
     return Preset(methods, {**_CIFAR, "epochs": epochs, "weight_decay": decay})
 
 
 # A DenseNet layer is norm, activation, convolution: after its first norm is before its first
 # convolution.
 _FIRST_NORM: dict[str, Any] = {"select": ["*norm1", "*bn1"]}
+_STAGES: dict[str, Any] = {"select": "*layer[1-4]*"}
+_QUARTER, _HALF = (_crossnorm("post", "neither", p) for p in (0.25, 0.5))
+_TWICE, _BOTH = _crossnorm("post", "neither", 0.5, 2), _crossnorm("post", "both", 0.25, 2)
+_NORMS = _crossnorm("norm", "neither", 0.5)
+_FIRST = _crossnorm("norm", "neither", 0.25, **_FIRST_NORM)
 _IMAGENET = {
     "crossnorm": _crossnorm("input", "both", 0.5),
-    "selfnorm": {"placement": "post"},
+    "selfnorm": _at("post"),
     "cnsn": _crossnorm("post", "neither", 0.5, crossnorm_at="input"),
 }
 _IMAGENET_TRAINING = {
@@ -52,122 +62,65 @@ _IMAGENET_TRAINING = {
     "epochs": 90,
     "weight_decay": 1e-4,
 }
-_AFTER_NORMS = {
-    "crossnorm": _crossnorm("norm", "neither", 0.5),
-    "selfnorm": {"placement": "norm"},
-    "cnsn": _crossnorm("norm", "neither", 0.5),
-}
-_STAGES: dict[str, Any] = {"select": "*layer[1-4]*"}
+_RESNET, _LIKE_RESNET = Preset(_IMAGENET, _IMAGENET_TRAINING), Preset(_IMAGENET)
+_AFTER_NORMS = {"crossnorm": _NORMS, "selfnorm": _at("norm"), "cnsn": _NORMS}
 
 PRESETS = MappingProxyType(
     {
-        "wideresnet-cifar10": _cifar(
-            _crossnorm("post", "neither", 0.5, 2),
-            "pre",
-            _crossnorm("post", "both", 0.25, 2),
-            100,
-            5e-4,
-        ),
-        "wideresnet-cifar100": _cifar(
-            _crossnorm("post", "neither", 0.5, 2),
-            "post",
-            _crossnorm("post", "both", 0.25, 2),
-            100,
-            5e-4,
-        ),
-        "resnext-cifar10": _cifar(
-            _crossnorm("post", "neither", 0.5),
-            "pre",
-            _crossnorm("post", "neither", 0.25),
-            200,
-            5e-4,
-        ),
-        "resnext-cifar100": _cifar(
-            _crossnorm("post", "neither", 0.25),
-            "residual",
-            _crossnorm("post", "neither", 0.5),
-            200,
-            5e-4,
-        ),
-        "resnet50-imagenet": Preset(_IMAGENET, _IMAGENET_TRAINING),
+        "wideresnet-cifar10": _cifar(100, _TWICE, _at("pre"), _BOTH),
+        "wideresnet-cifar100": _cifar(100, _TWICE, _at("post"), _BOTH),
+        "resnext-cifar10": _cifar(200, _HALF, _at("pre"), _QUARTER),
+        "resnext-cifar100": _cifar(200, _QUARTER, _at("residual"), _HALF),
+        "resnet50-imagenet": _RESNET,
         "fcn-gta5": Preset(
             {
                 "crossnorm": _crossnorm("post", "style", 0.5, **_STAGES),
-                "selfnorm": {"placement": "residual", **_STAGES},
+                "selfnorm": _at("residual", **_STAGES),
                 "cnsn": _crossnorm("residual", "style", 0.5, crossnorm_at="post", **_STAGES),
             },
             {"epochs": 80, "crop": 713, "lr": 0.01, "schedule": "poly"},
         ),
-        "allconv-cifar10": Preset(
-            {**_AFTER_NORMS, "cnsn": _crossnorm("norm", "style", 0.5, 2)},
-            {**_CIFAR, "epochs": 100, "weight_decay": 5e-4},
+        "allconv-cifar10": _cifar(100, _NORMS, _at("norm"), _crossnorm("norm", "style", 0.5, 2)),
+        "allconv-cifar100": _cifar(100, _NORMS, _at("norm"), _crossnorm("norm", "style", 0.5)),
+        "densenet-cifar10": _cifar(
+            200, _FIRST, None, _crossnorm("norm", "both", 0.5, **_FIRST_NORM), 1e-4
         ),
-        "allconv-cifar100": Preset(
-            {**_AFTER_NORMS, "cnsn": _crossnorm("norm", "style", 0.5)},
-            {**_CIFAR, "epochs": 100, "weight_decay": 5e-4},
-        ),
-        "densenet-cifar10": Preset(
-            {
-                "crossnorm": _crossnorm("norm", "neither", 0.25, **_FIRST_NORM),
-                "cnsn": _crossnorm("norm", "both", 0.5, **_FIRST_NORM),
-            },
-            {**_CIFAR, "epochs": 200, "weight_decay": 1e-4},
-        ),
-        "densenet-cifar100": Preset(
-            {
-                "crossnorm": _crossnorm("norm", "neither", 0.25, **_FIRST_NORM),
-                "selfnorm": {"placement": "norm", **_FIRST_NORM},
-                "cnsn": _crossnorm("norm", "both", 0.25, 2, **_FIRST_NORM),
-            },
-            {**_CIFAR, "epochs": 200, "weight_decay": 1e-4},
+        "densenet-cifar100": _cifar(
+            200,
+            _FIRST,
+            _at("norm", **_FIRST_NORM),
+            _crossnorm("norm", "both", 0.25, 2, **_FIRST_NORM),
+            1e-4,
         ),
         # Images of sensors that differ, the sensor known: most of what contexts give is had there.
         "sensors": Preset({"cn": {"select": "first"}}),
-        "resnet": Preset(_IMAGENET, _IMAGENET_TRAINING),
-        "resnext": Preset(_IMAGENET, _IMAGENET_TRAINING),
-        "wide_resnet": Preset(_IMAGENET, _IMAGENET_TRAINING),
-        "regnet": Preset(_IMAGENET),
-        "efficientnet": Preset(_IMAGENET),
-        "mobilenet": Preset(_IMAGENET),
-        "convnext": Preset(_IMAGENET),
-        "densenet": Preset(_AFTER_NORMS),
-        "vgg": Preset(_AFTER_NORMS),
-        "vit": Preset({"cn": {"placement": "input"}, "cn-x": {"placement": "input"}}),
+        **dict.fromkeys(("resnet", "resnext", "wide_resnet"), _RESNET),
+        **dict.fromkeys(("regnet", "efficientnet", "mobilenet", "convnext"), _LIKE_RESNET),
+        **dict.fromkeys(("densenet", "vgg"), Preset(_AFTER_NORMS)),
+        "vit": Preset({"cn": _at("input"), "cn-x": _at("input")}),
     }
 )
 
 
-def preset_arguments(name: str, method: str) -> dict[str, Any]:
-    """Return a copy of the arguments a preset gives to a method.
+def fill_from_preset(
+    preset: str | None, method: str, placement: str | None, select: Any, options: dict[str, Any]
+) -> tuple[str | None, Any, dict[str, Any]]:
+    """Return placement, selection and options with what a preset says and the caller does not.
 
     Raises:
         UnknownNameError: no such preset; the message lists the names.
         ConversionError: the preset has nothing for the method.
     """
-    check_choice("preset", name, PRESETS)
-    methods = PRESETS[name].methods
-    if method not in methods:
-        raise ConversionError(
-            f"preset {name!r} has no settings for method {method!r}, only for "
-            f"{', '.join(methods)}; expected one of these methods, or no preset"
-        )
-    return dict(methods[method])
-
-
-def fill_from_preset(
-    preset: str | None,
-    method: str,
-    placement: str | None,
-    select: Any,
-    options: dict[str, Any],
-) -> tuple[str | None, Any, dict[str, Any]]:
-    """Return placement, selection and options with what a preset says and the caller does not."""
     if preset is None:
         return placement, select, options
-    given = preset_arguments(preset, method)
-    preset_placement, preset_select = given.pop("placement", None), given.pop("select", None)
-    return (
-        preset_placement if placement is None else placement,
-        preset_select if select is None else select,
-        {**given, **options},
-    )
+    check_choice("preset", preset, PRESETS)
+    methods = PRESETS[preset].methods
+    if method not in methods:
+        raise ConversionError(
+            f"preset {preset!r} has no settings for method {method!r}, only for "
+            f"{', '.join(methods)}; expected one of these methods, or no preset"
+        )
+    given = dict(methods[method])
+    own = {name: given.pop(name, None) for name in ("placement", "select")}
+    placement = own["placement"] if placement is None else placement
+    return placement, own["select"] if select is None else select, {**given, **options}

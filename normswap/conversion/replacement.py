@@ -1,6 +1,7 @@
 """Norms that layers of a method replace."""
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,65 +25,66 @@ _POOLS = re.compile("roi_?(align|pool|extract)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Replacement:
-    """Norms of a model, each replaced at every name it has."""
+class Target(ABC):
+    """What a conversion changes.
 
-    method: Method
+    Attributes:
+        method: whose layers come.
+        rows: everything that was considered.
+        where: the sites, or places, of the layers.
+    """
+
+    method: Any
     rows: list[Row]
-    sites: list[Site]
+    where: list[Any]
 
-    def on(self, device: torch.device) -> "Replacement":
+    def on(self, device: torch.device) -> "Target":
         """Return the same with layers on another device."""
-        return replace(self, sites=[replace(site, device=device) for site in self.sites])
+        return replace(self, where=[replace(each, device=device) for each in self.where])
 
     def advice(self, model: nn.Module, options: Any) -> str | None:
         """Return what the method warns of, before the model changes."""
-        norms = [model.get_submodule(site.fqn) for site in self.sites]
-        if all(map(_is_frozen, norms, self.sites)):
+        return None
+
+    @abstractmethod
+    def apply(self, surgery: Surgery, record: Record) -> nn.Module:
+        """Change the model under surgery; return the converted one."""
+
+
+class Replacement(Target):
+    """Norms of a model, each replaced at every name it has; it may itself be the one norm."""
+
+    def advice(self, model: nn.Module, options: Any) -> str | None:
+        """Return what the method warns of, before the model changes."""
+        if self.where[0].fqn == "":
+            return None
+        norms = [model.get_submodule(site.fqn) for site in self.where]
+        if all(map(_is_frozen, norms, self.where)):
             return (
                 "these norms are frozen, and so are the layers in their place, which learn nothing "
                 'until normswap.freeze(model, "norms", stats="frozen"), whose also= names what else'
             )
-        return self.method.advise(norms, options)
+        advice: str | None = self.method.advise(norms, options)
+        return advice
 
     def apply(self, surgery: Surgery, record: Record) -> nn.Module:
-        """Swap every chosen norm and thread the context to it.
-
-        Raises:
-            ConversionError: a norm that something else goes on running.
-        """
+        """Swap every chosen norm and thread the context to it."""
         scope = Scope(record.contexts.count, record.contexts.names)
         rows = {row.fqn: row for row in self.rows}
-        sources = [surgery.model.get_submodule(site.fqn) for site in self.sites]
+        sources = [surgery.model.get_submodule(site.fqn) for site in self.where]
         layers = [
             build_layer(self.method, site, source, record, scope, rows[site.fqn])
-            for site, source in zip(self.sites, sources, strict=True)
+            for site, source in zip(self.where, sources, strict=True)
         ]
-        for site, layer in zip(self.sites, layers, strict=True):
+        if self.where[0].fqn == "":
+            return layers[0]
+        for site, layer in zip(self.where, layers, strict=True):
             surgery.swap((site.fqn, *site.aliases), layer)
         surgery.replace_references({id(s): layer for s, layer in zip(sources, layers, strict=True)})
         if self.method.needs_context:
-            names = [name for site in self.sites for name in (site.fqn, *site.aliases)]
+            names = [name for site in self.where for name in (site.fqn, *site.aliases)]
             surgery.install(names, scope, tuple({type(layer) for layer in layers}))
         return surgery.model
-
-
-@dataclass(frozen=True)
-class Bare:
-    """A model that is itself the norm to replace; the layer is the converted model."""
-
-    method: Method
-    rows: list[Row]
-    site: Site
-
-    def on(self, device: torch.device) -> "Bare":
-        """Return the same with its layer on another device."""
-        return replace(self, site=replace(self.site, device=device))
-
-    def apply(self, surgery: Surgery, record: Record) -> nn.Module:
-        """Build the layer."""
-        scope = Scope(record.contexts.count, record.contexts.names)
-        return build_layer(self.method, self.site, surgery.model, record, scope, self.rows[0])
 
 
 def build_layer(
@@ -103,16 +105,15 @@ def build_layer(
 
 def find_replacement(
     model: nn.Module, method: Method, select: Selector, exclude: Selector
-) -> Replacement | Bare:
-    """Return the norms to replace, with a row for every norm of the model.
-
-    Raises:
-        ConversionError: none can be replaced; the message lists the norms found, and why.
-    """
+) -> Replacement:
+    """Return the norms to replace, at least one, with a row for every norm of the model."""
     rows: list[Row] = []
     chosen: list[Site] = []
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    stages = _second_stages(model) if method.needs_context and select is None else []
+    # The modules that pool regions: how many a sample has, no shape tells.
+    pools = [name for name, m in model.named_modules() if _POOLS.search(type(m).__name__)]
+    regions = method.needs_context and select is None
+    stages = [name.rpartition(".")[0] for name in pools if regions and "." in name]
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for fqn, module, aliases in find_norms(model):
         size = sum(p.numel() for p in module.parameters())
@@ -136,15 +137,7 @@ def find_replacement(
                 chosen.append(site)
     if not chosen:
         raise ConversionError(_nothing_to_replace(model, rows, select))
-    if chosen[0].fqn == "":
-        return Bare(method, rows, chosen[0])
     return Replacement(method, rows, chosen)
-
-
-def _second_stages(model: nn.Module) -> list[str]:
-    """Return the names of the modules that pool regions: how many a sample has, no shape tells."""
-    pools = (name for name, m in model.named_modules() if _POOLS.search(type(m).__name__))
-    return [parent for name in pools if (parent := name.rpartition(".")[0])]
 
 
 def _is_frozen(norm: nn.Module, site: Site) -> bool:

@@ -11,7 +11,8 @@ from normswap.contexts.priors import check_priors
 from normswap.conversion.presets import fill_from_preset
 from normswap.errors import ContextWarning, ConversionError
 from normswap.lifecycle.record import policy_of
-from normswap.methods.base import BaseMethod, Contexts, get_method, parse_options
+from normswap.methods.base import BaseMethod, Contexts, get_method
+from normswap.methods.registry import parse_options
 from normswap.util.arguments import MOST_CONTEXTS, describe
 from normswap.util.select import Selector, read_selector
 

@@ -12,7 +12,7 @@ from normswap.graph.bypassed import find_bypassed
 from normswap.graph.reach import find_reach
 from normswap.graph.state import context_argument
 from normswap.lifecycle.original import original_of
-from normswap.lifecycle.record import Record
+from normswap.lifecycle.record import Record, weights_of
 from normswap.methods.base import Contexts, Method, get_method
 from normswap.report import Report
 from normswap.util.arguments import listed
@@ -41,9 +41,7 @@ def summarise(root: nn.Module, record: Record) -> Report:
             if statistics is not None and not method.needs_context:
                 row.components = statistics.mean.shape[0]
             if statistics is not None and not statistics.mean.is_meta:
-                weights = method.weights(layer)
-                if weights is None:
-                    weights = record.contexts.priors.to(statistics.mean.device)
+                weights = weights_of(record, method, layer).to(statistics.mean.device)
                 row.divergence = gaussian_divergence(statistics, weights)
     sizes = [(p.numel(), p.requires_grad) for p in root.parameters() if not is_lazy(p)]
     return Report(

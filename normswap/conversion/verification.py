@@ -1,7 +1,5 @@
 """Compare a converted model with the original: same function, for every context."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +12,7 @@ from normswap.errors import ConversionError, NormswapError, VerificationError
 from normswap.graph.bypassed import find_bypassed, leave_out
 from normswap.graph.rows.snapshot import Snapshot
 from normswap.report import Verification
-from normswap.util.batches import modes_kept
+from normswap.util.batches import undisturbed
 
 # Output differences allowed, as a share of the largest output; rounding is far below, a wrong
 # statistic or affine far above.
@@ -32,19 +30,18 @@ class Reference:
 def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Reference | Verification:
     """Run the original on what the user gave, else on a guess; else say why nothing is compared.
 
-    Args:
-        model: the original.
-        given: the user's inputs, if any.
-        labels: how many contexts are to be compared; 0 for a method without.
-
-    Raises:
-        ConversionError: the original fails on the user's inputs, or they have no batch to label.
+    `labels` is how many contexts are to be compared; 0 for a method without.
     """
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         return Verification(reason="the model has no values (meta device)")
+
+    def refer(given: Inputs) -> Reference:
+        inputs = given.widen(labels)
+        return Reference(inputs, eval_outputs(model, inputs))
+
     if given is not None:
         try:
-            reference = _refer(model, given, labels)
+            reference = refer(given)
         except Exception as error:
             raise ConversionError(
                 f"the original model itself fails on example_inputs ({_brief(error)}); expected "
@@ -56,7 +53,7 @@ def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Referen
     reason = "pass example_inputs= to compare outputs"
     for guess in guess_inputs(model):
         try:
-            return _refer(model, guess, labels)
+            return refer(guess)
         except Exception as error:
             reason = (
                 f"the model did not run on a guessed input {tuple(guess.args[0].shape)} "
@@ -65,36 +62,21 @@ def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Referen
     return Verification(reason=reason)
 
 
-def _refer(model: nn.Module, given: Inputs, labels: int) -> Reference:
-    inputs = given.widen(labels)
-    return Reference(inputs, eval_outputs(model, inputs))
-
-
 def _brief(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    with modes_kept(model):
-        before = Snapshot(model)
-        model.eval()
-        try:
-            with torch.no_grad(), torch.random.fork_rng(enabled=True, devices=[]):
-                torch.manual_seed(0)
-                yield
-        finally:
-            before.restore()
-
-
 def eval_outputs(model: nn.Module, inputs: Inputs, **extra: Any) -> list[Tensor]:
     """Return the tensors a model outputs in eval mode, its modes and torch's generator kept."""
-    inputs = inputs.copy()
-    with _evaluating(model):
-        output = model(*inputs.args, **inputs.kwargs, **extra)
+    inputs, before = inputs.copy(), Snapshot(model)
+    try:
+        with undisturbed(model, seed=0), torch.no_grad():
+            output = model(*inputs.args, **inputs.kwargs, **extra)
         # Copies: what a model returns may be a buffer, which is put back.
         return [leaf.detach().clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    finally:
+        before.restore()
 
 
 def compare(
@@ -107,50 +89,28 @@ def compare(
 ) -> Verification:
     """Compare outputs for every context, mixed in one batch, and for unknown labels.
 
-    Args:
-        model: the converted model.
-        reference: what the original outputs.
-        names: of the contexts.
-        argument: name of the model's context argument; None where it takes none.
-        allow_unknown: whether to compare without labels.
-        keeps: whether a difference beyond rounding is an error.
-
-    Returns:
-        The differences; with a reason where no finite output tells one.
-
-    Raises:
-        VerificationError: a difference beyond rounding, or a forward that fails.
+    `argument` names the model's context argument, None where it takes none. A difference beyond
+    rounding is an error if the method `keeps` the function.
     """
+    inputs, expected = reference.inputs, reference.outputs
+    result, batch = Verification(keeps=keeps), inputs.batch
     try:
-        return _compare(model, reference, names, argument, allow_unknown, keeps)
+        if argument is None or allow_unknown:
+            name = "eval" if argument is None else "unknown"
+            _record(result, name, _run(model, inputs), expected)
+        for start in range(0, 0 if argument is None else len(names), batch or 1):
+            chosen = list(range(start, min(start + batch, len(names))))
+            each = [chosen[i % len(chosen)] for i in range(batch)]
+            labels = torch.tensor(each, device=inputs.device)
+            outputs = _run(model, inputs, **{str(argument): labels})
+            for label in chosen:
+                _record(result, names[label], outputs, expected, labels == label)
     except VerificationError as error:
         found = find_bypassed(model)
         if not found:
             raise
         why = f"its forwards take {', '.join(found)} past the norm; {leave_out(found)}"
         raise VerificationError(f"{error}; {why}") from error
-
-
-def _compare(
-    model: nn.Module,
-    reference: Reference,
-    names: tuple[str, ...],
-    argument: str | None,
-    allow_unknown: bool,
-    keeps: bool,
-) -> Verification:
-    inputs, expected = reference.inputs, reference.outputs
-    result = Verification(keeps=keeps)
-    if argument is None or allow_unknown:
-        name = "eval" if argument is None else "unknown"
-        _record(result, name, _run(model, inputs), expected)
-    batch = inputs.batch
-    for start in range(0, 0 if argument is None else len(names), batch or 1):
-        chosen = list(range(start, min(start + batch, len(names))))
-        labels = torch.tensor([chosen[i % len(chosen)] for i in range(batch)], device=inputs.device)
-        outputs = _run(model, inputs, **{str(argument): labels})
-        for label in chosen:
-            _record(result, names[label], outputs, expected, labels == label)
     if not result.reason and result.scale == 0:
         result.reason = "every output is zero"
     return result

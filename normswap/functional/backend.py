@@ -2,10 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 from importlib import import_module
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,6 @@ from torch.autograd import forward_ad
 # Where Triton's kernels run, and what they read; float64 is for torch's operators.
 DEVICES = ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def is_eager() -> bool:
@@ -76,20 +72,3 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
         )
         return False
     return True
-
-
-def or_triton(function: Callable[P, T]) -> Callable[P, T]:
-    """Have the function of the same name in `triton.sweeps` serve where it can.
-
-    What both are given first says where; other tensors of its size are laid out alike.
-    """
-
-    @wraps(function)
-    def chosen(*args: P.args, **kwargs: P.kwargs) -> T:
-        found: Any = args[0]
-        module = triton_for(found)
-        serving = function if module is None else getattr(module, function.__name__)
-        result: T = serving(*args, **kwargs)
-        return result
-
-    return chosen

@@ -1,6 +1,7 @@
 """Normalisation with the moments of each context in a batch: CN's training step."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,8 +66,7 @@ def norm_contexts(
         counts = count(values.unsqueeze(1))
         if shrink:
             batch = shrink_moments(counts.values, batch, shrink * size)
-        pairs = zip(batch, given, strict=True)
-        used = Moments(*(torch.where(counts.usable, new, old[:batched]) for new, old in pairs))
+        used = batch.where(counts.usable, Moments(*(old[:batched] for old in given)))
         if not replay:
             note(used, counts)
         if batched < len(given.mean):
@@ -88,6 +88,7 @@ def norm_contexts(
     return stat_affine(x, glue, gain, bias, hand=hand)
 
 
+@dataclass(eq=False)
 class ContextGlue:
     """CN: the moments of each context, by the law of total variance, and its affine.
 
@@ -97,7 +98,7 @@ class ContextGlue:
     moments are given, not the batch's, has no last term.
 
     Args:
-        found: the instances of each context.
+        segments: the instances of each context.
         factor: f, (K, 1).
         given: (K, C), used for contexts with fewer than two values.
         batched: contexts that are normalised with the batch at all; the first so many.
@@ -105,17 +106,12 @@ class ContextGlue:
         note: see `norm_contexts`.
     """
 
-    def __init__(
-        self,
-        found: Segments,
-        factor: Tensor,
-        given: Moments,
-        batched: int,
-        eps: float,
-        note: Note,
-    ) -> None:
-        self.segments, self.factor, self.given = found, factor, given
-        self.batched, self.eps, self.note = batched, eps, note
+    segments: Segments
+    factor: Tensor
+    given: Moments
+    batched: int
+    eps: float
+    note: Note
 
     def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map of each instance, and what `backward` needs."""

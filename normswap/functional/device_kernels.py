@@ -15,10 +15,6 @@ _grad_kernel: Any = torch.ops.aten.native_batch_norm_backward
 _products: Any = torch.ops.aten.mse_loss_backward.grad_input
 
 
-def _positions(x: Tensor) -> tuple[int, ...]:
-    return tuple(range(2, x.dim()))
-
-
 def _spread(table: Tensor, x: Tensor) -> Tensor:
     """Return a table (N, C) or (1, C) shaped to meet x."""
     return table.view(*table.shape, *(1,) * (x.dim() - 2))
@@ -26,7 +22,7 @@ def _spread(table: Tensor, x: Tensor) -> Tensor:
 
 def stats(x: Tensor) -> Moments:
     """Return mean and biased variance of each channel of each instance, (N, C)."""
-    wide, positions = compute_dtype(x), _positions(x)
+    wide, positions = compute_dtype(x), tuple(range(2, x.dim()))
     if x.dtype == wide:
         var, mean = torch.var_mean(x, positions, correction=0)
         return Moments(mean, var)
@@ -47,7 +43,7 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``sum dy`` and ``sum dy * (x - centre)``, of the shape of centre."""
     if _fuses(x, centre):
         return dot_fused(dy, x, centre, None)[1:]
-    wide, positions = compute_dtype(x), _positions(x)
+    wide, positions = compute_dtype(x), tuple(range(2, x.dim()))
     first = torch.sum(dy, positions, dtype=wide)
     room = torch.empty_like(x, dtype=wide)
     if x.dtype == wide:
@@ -89,8 +85,9 @@ def scale_and_dot(
     return dx.view(x.shape), first, second
 
 
-def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return ``a * dy + b * x + c``, tables (N, C), in the dtype and layout of x."""
+def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tensor) -> Tensor:
+    """Return ``a * dy + b * (x - centre) + c``, tables (N, C), in the dtype and layout of x."""
+    c = torch.addcmul(c, b, centre, value=-1)
     a, b, c = (_spread(t, x) for t in (a, b, c))
     total = torch.addcmul(c, x, b, out=torch.empty_like(x, dtype=compute_dtype(x)))
     return torch.addcmul(total, dy, a, out=total if total.dtype == x.dtype else torch.empty_like(x))

@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.errors import InputError
-
 
 def draw_beta(
     beta: float,
@@ -30,20 +28,6 @@ def is_captured() -> bool:
         return False
     cuda: Any = torch.cuda
     return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
-
-
-def refuse_capture(where: str) -> None:
-    """Raise where a CUDA graph is recorded: its replays would repeat what the host draws now.
-
-    Raises:
-        InputError: torch captures the current stream.
-    """
-    if is_captured():
-        raise InputError(
-            f"expected {where} to be drawn anew in every step, got a CUDA graph, whose replays "
-            "would repeat one draw; capture in eval mode or with p=0, or use torch.compile(model, "
-            'mode="reduce-overhead"), which draws on the device'
-        )
 
 
 def draw_permutation(count: int, device: torch.device | None = None) -> Tensor:

@@ -6,6 +6,8 @@ derivatives, second derivatives, devices, dtypes and strides that the kernels do
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +18,12 @@ from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
 from normswap.functional.glue import Map, Pull
 from normswap.functional.moments import Moments, instance_moments
-from normswap.functional.tables import apply_centred_by_formula, records, uses_kernels
+from normswap.functional.tables import (
+    apply_centred_by_formula,
+    differentiate_again,
+    records,
+    uses_kernels,
+)
 
 
 class Glue(Protocol):
@@ -59,7 +66,7 @@ def stat_affine(
         A tensor of the shape, dtype and memory format of x.
     """
     if not uses_kernels(x):
-        return _compute_by_formula(x, glue, tensors, replay=False)
+        return _compute_by_formula(glue, False, x, *tensors)
     chosen = _AutogradGlue(glue, x.shape[2:].numel()) if hand is None else hand()
     if not records((x, *tensors)):
         passes = _passes(chosen)
@@ -74,11 +81,12 @@ def _passes(hand: HandGlue) -> Any:
     return getattr(hand, "passes", kernels)
 
 
+@dataclass(eq=False)
 class _AutogradGlue:
     """Glue with torch's derivative."""
 
-    def __init__(self, glue: Glue, positions: int) -> None:
-        self.glue, self.positions = glue, positions
+    glue: Glue
+    positions: int
 
     def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Compute the glue, keeping its graph."""
@@ -95,12 +103,10 @@ class _AutogradGlue:
         pairs = ((scale, dscale), (shift, dshift))
         pulled = [(out, grad) for out, grad in pairs if out.requires_grad]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found: list[Tensor | None] = [None] * len(wanted)
+        found: Sequence[Tensor | None] = [None] * len(wanted)
         if pulled and wanted:
             outs, grads = zip(*pulled, strict=True)
-            found = list(
-                torch.autograd.grad(outs, wanted, grads, retain_graph=True, allow_unused=True)
-            )
+            found = torch.autograd.grad(outs, wanted, grads, True, allow_unused=True)
         iterator = iter(found)
         dmean, dvar, *dtensors = (next(iterator) if t.requires_grad else None for t in leaves)
         zero, share = torch.zeros_like(dscale), 1 / self.positions
@@ -110,7 +116,7 @@ class _AutogradGlue:
         return Pull(spread, constant.mul_(share), tuple(dtensors))
 
 
-def _compute_by_formula(x: Tensor, glue: Glue, tensors: Sequence[Tensor], replay: bool) -> Tensor:
+def _compute_by_formula(glue: Glue, replay: bool, x: Tensor, *tensors: Tensor) -> Tensor:
     instances = instance_moments(x)
     affine = glue(instances, *tensors, replay=replay)
     return apply_centred_by_formula(x, Centred(instances.mean, *affine))
@@ -165,10 +171,5 @@ def differentiate(
     x: Tensor, glue: Glue, tensors: Sequence[Tensor], dy: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients with a graph of their own, for second derivatives."""
-    # As views: of inputs that depend on each other, each is to be held fixed for the others.
-    x, *tensors = (t.view_as(t) for t in (x, *tensors))
-    with torch.autocast(x.device.type, enabled=False):
-        y = _compute_by_formula(x, glue, tensors, replay=True)
-    wanted = [t for t, need in zip((x, *tensors), needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+    formula = partial(_compute_by_formula, glue, True)
+    return differentiate_again(formula, (x, *tensors), dy, needed)

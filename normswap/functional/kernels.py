@@ -9,14 +9,15 @@ broadcast inner dimension and reductions to one value per channel were several t
 devices are served by `normswap.functional.device_kernels`.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from normswap.functional import device_kernels
-from normswap.functional.backend import or_triton
+from normswap.functional.backend import triton_for
 from normswap.functional.device_kernels import dot_fused
 from normswap.functional.moments import Moments, compute_dtype
 
@@ -33,6 +34,27 @@ _reshape: Any = torch.ops.aten._unsafe_view
 _squares: Any = torch.ops.aten.mse_loss.out
 _products: Any = torch.ops.aten.mse_loss_backward.grad_input
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _by_device(function: Callable[P, T]) -> Callable[P, T]:
+    """Have what `triton.sweeps`, or `device_kernels`, calls the same serve where it can.
+
+    What they are given first says where; other tensors of its size are laid out alike.
+    """
+
+    @wraps(function)
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> T:
+        found: Any = args[0]
+        module = triton_for(found)
+        if module is None and found.device.type == "cpu":
+            return function(*args, **kwargs)
+        result: T = getattr(module or device_kernels, function.__name__)(*args, **kwargs)
+        return result
+
+    return chosen
+
 
 def suits(x: Tensor) -> bool:
     """Return whether x is laid out as the kernels read it, on a device that has them."""
@@ -47,9 +69,8 @@ def suits(x: Tensor) -> bool:
 
 def match(dy: Tensor, x: Tensor) -> Tensor:
     """Return dy in the layout of x."""
-    if x.is_contiguous() or x.dim() not in _FORMATS:
-        return dy.contiguous()
-    return dy.contiguous(memory_format=_FORMATS[x.dim()])
+    plain = x.is_contiguous() or x.dim() not in _FORMATS
+    return dy.contiguous() if plain else dy.contiguous(memory_format=_FORMATS[x.dim()])
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -57,16 +78,10 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() in _FORMATS and x.is_contiguous(memory_format=_FORMATS[x.dim()])
 
 
-def _fuses(x: Tensor) -> bool:
-    """Return whether the batch norm kernels can take (instance, channel) for a channel."""
-    return x.is_contiguous()
-
-
 def _is_narrow(x: Tensor) -> bool:
     """Return whether two sweeps of plain operators are faster than batch norm's one."""
-    if not x.is_contiguous() or x.dtype != compute_dtype(x):
-        return False
-    return x.shape[2:].numel() < _NARROW
+    plain = x.is_contiguous() and x.dtype == compute_dtype(x)
+    return plain and x.shape[2:].numel() < _NARROW
 
 
 def _view(x: Tensor) -> Tensor:
@@ -97,34 +112,20 @@ def _split(rows: int, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]
     return zip(*(torch.split(t, rows) for t in tensors), strict=True)
 
 
-def _scratch(view: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """Return room for a block: memory in use for every block is memory in the cache."""
-    return view.new_empty(min(rows, len(view)), *view.shape[1:], dtype=dtype)
-
-
-def _as_channels(t: Tensor) -> Tensor:
-    return t.view(1, t.shape[0] * t.shape[1], -1)
-
-
-def _flat(table: Tensor, x: Tensor) -> Tensor:
-    return table.expand(x.shape[:2]).reshape(-1)
-
-
-@or_triton
+@_by_device
 def stats(x: Tensor) -> Moments:
     """Return mean and biased variance of each channel of each instance, (N, C).
 
     Three sweeps over a block: of differences to a value of the instance, of these to their mean,
     so that nothing cancels.
     """
-    if x.device.type != "cpu":
-        return device_kernels.stats(x)
     wide, view = compute_dtype(x), _view(x)
     positions = view.shape[1]
     mean = x.new_empty(x.shape[:2], dtype=wide)
     var = torch.empty_like(mean)
     rows = _block_rows(view)
-    scratch = _scratch(view, rows, wide)
+    # Memory in use for every block is memory in the cache.
+    scratch = view.new_empty(min(rows, len(view)), *view.shape[1:], dtype=wide)
     first = view[:, :1].to(wide, copy=True)
     for part, one, m, v in _split(rows, (view, first, _spread(mean, x), _spread(var, x))):
         off = torch.sub(part.to(wide), one, out=scratch[: len(part)])
@@ -133,14 +134,12 @@ def stats(x: Tensor) -> Moments:
     return Moments(mean.add_(first.reshape(mean.shape)), var.div_(positions))
 
 
-@or_triton
+@_by_device
 def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """Return ``x * scale + offset`` in the dtype and layout of x; no offset is 0.
 
     The tables are in `compute_dtype(x)`.
     """
-    if x.device.type != "cpu":
-        return device_kernels.affine(x, scale, offset)
     whole = scale.shape[0] == 1
     if offset is not None and not whole and _is_narrow(x):
         view = _view(x)
@@ -148,19 +147,12 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         total = torch.empty_like(view).copy_(_spread(offset, x))
         narrow: Tensor = _reshape(total.addcmul_(view, _spread(scale, x)), x.shape)
         return narrow
-    if offset is not None and (whole or _fuses(x)):
-        weight, bias = (t[0] if whole else _flat(t, x) for t in (scale, offset))
-        y = torch.batch_norm(
-            x if whole else _as_channels(x),
-            weight,
-            bias,
-            torch.zeros_like(weight),
-            torch.ones_like(weight),
-            training=False,
-            momentum=0.0,
-            eps=0.0,
-            cudnn_enabled=False,
-        )
+    if offset is not None and (whole or x.is_contiguous()):
+        weight, bias = (t[0] if whole else t.reshape(-1) for t in (scale, offset))
+        given = (x if whole else _view(x).unsqueeze(0), weight, bias)
+        moments = (torch.zeros_like(weight), torch.ones_like(weight))
+        # Not in training, momentum and eps 0, without cuDNN.
+        y = torch.batch_norm(*given, *moments, False, 0.0, 0.0, False)
         # Not a view for autograd, which would refuse the in-place activation after it.
         return y if whole else _reshape(y, x.shape)
     y = torch.empty_like(x)
@@ -189,26 +181,23 @@ def _multiply_add(out: Tensor, offset: Tensor | None, *factors: Tensor) -> None:
             target.copy_(total)
 
 
-@or_triton
+@_by_device
 def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``sum dy`` and ``sum dy * (x - centre)`` over positions, (N, C).
 
     Where the centre is (1, C), over instances too, (1, C).
     """
-    if x.device.type != "cpu":
-        return device_kernels.dot(dy, x, centre)
-    if _fuses(x) or centre.shape[0] == 1:
+    if x.is_contiguous() or centre.shape[0] == 1:
         return dot_fused(dy, x, centre, None)[1:]
-    wide = compute_dtype(x)
-    if _is_large(x):
+    if x.numel() // len(x) >= _LARGE:
         found = [dot_fused(g, v, m, None)[1:] for g, v, m in _split(1, (dy, x, centre))]
         first, second = (torch.cat(sums) for sums in zip(*found, strict=True))
         return first, second
+    wide, view = compute_dtype(x), _view(x)
     first = x.new_empty(x.shape[:2], dtype=wide)
     second = torch.empty_like(first)
-    view = _view(x)
     rows = _block_rows(view)
-    scratch = _scratch(view, rows, wide)
+    scratch = view.new_empty(min(rows, len(view)), *view.shape[1:], dtype=wide)
     tensors = (view, _view(dy), first, second, _spread(centre, x))
     for part, grad, one, two, m in _split(rows, tensors):
         grad, product = grad.to(wide), scratch[: len(part)]
@@ -218,36 +207,23 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     return first, second.mul_(0.5)
 
 
-def _is_large(x: Tensor) -> bool:
-    return x.numel() // len(x) >= _LARGE
-
-
-@or_triton
+@_by_device
 def scale_and_dot(
     dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dy * scale`` and what `dot` returns."""
-    if x.device.type != "cpu":
-        return device_kernels.scale_and_dot(dy, x, centre, scale)
-    if not (_fuses(x) or centre.shape[0] == 1):
-        return scaled(dy, scale), *dot(dy, x, centre)
+    if not (x.is_contiguous() or centre.shape[0] == 1):
+        return affine(dy, scale, None), *dot(dy, x, centre)
     dx, first, second = dot_fused(dy, x, centre, scale)
     return dx.view(x.shape), first, second
 
 
-def scaled(dy: Tensor, scale: Tensor) -> Tensor:
-    """Return ``dy * scale`` in the dtype and layout of dy."""
-    return affine(dy, scale, None)
-
-
-@or_triton
+@_by_device
 def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tensor) -> Tensor:
     """Return ``a * dy + b * (x - centre) + c``, tables (N, C), in the dtype and layout of x."""
     # x first: what is left once the large numbers have cancelled is small, and rounds as such.
     c = torch.addcmul(c, b, centre, value=-1)
-    if x.device.type != "cpu":
-        return device_kernels.combine(dy, x, a, b, c)
-    if _fuses(x) and x.dtype == compute_dtype(x):
+    if x.is_contiguous() and x.dtype == compute_dtype(x):
         dx = affine(x, b, c)
         _view(dx).addcmul_(_view(dy), _spread(a, x))
         return dx

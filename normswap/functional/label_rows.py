@@ -66,7 +66,7 @@ def one_label(labels: Tensor) -> Tensor:
     return labels[:1] if labels.stride(0) == 0 and len(labels) > 0 else labels
 
 
-def wrong_length(samples: int, given: int, site: str) -> ContextError:
+def wrong_length(samples: int | str, given: int, site: str) -> ContextError:
     """Return the error for labels that do not match the batch."""
     return ContextError(
         f"expected `context` with {samples} labels, one per sample, got {given} "

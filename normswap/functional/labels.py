@@ -113,6 +113,11 @@ class _Memo:
         self.made: dict[Hashable, Any] = {}
 
 
+def _memo_of(labels: Tensor) -> _Memo | None:
+    memo: _Memo | None = getattr(labels if labels._base is None else labels._base, "memo", None)
+    return memo
+
+
 def _state(labels: Tensor) -> tuple[int, bool]:
     captured = labels.is_cuda and torch.cuda.is_current_stream_capturing()
     return labels._version, captured
@@ -139,7 +144,7 @@ def kept(labels: Tensor, key: Hashable, make: Callable[[], T]) -> T:
     Not where labels were written to since they were checked, or a CUDA graph is captured since:
     what it computes has to be in it.
     """
-    memo: _Memo | None = getattr(labels if labels._base is None else labels._base, "memo", None)
+    memo = _memo_of(labels)
     if memo is None or memo.labels_are != _state(labels):
         return make()
     place = (key, labels.shape, labels.stride(), labels.storage_offset())
@@ -151,15 +156,8 @@ def kept(labels: Tensor, key: Hashable, make: Callable[[], T]) -> T:
 
 def is_stale(labels: Tensor) -> bool:
     """Return whether checked labels were written to since."""
-    memo: _Memo | None = getattr(labels if labels._base is None else labels._base, "memo", None)
+    memo = _memo_of(labels)
     return memo is not None and memo.labels_are[0] != labels._version
-
-
-def _index(name: str, names: Sequence[str]) -> int:
-    for index, known in enumerate(names):
-        if known == name:
-            return index
-    raise unknown_name("context", name, names)
 
 
 def _to_indices(labels: Any, names: Sequence[str]) -> list[int]:
@@ -179,7 +177,10 @@ def _to_indices(labels: Any, names: Sequence[str]) -> list[int]:
 
 def _to_index(item: Any, names: Sequence[str]) -> int:
     if isinstance(item, str):
-        return _index(item, names)
+        for index, known in enumerate(names):
+            if known == item:
+                return index
+        raise unknown_name("context", item, names)
     if item is None:
         return -1
     try:

@@ -94,22 +94,8 @@ def responsibilities(x: Tensor, mixture: Mixture, joint: bool = False) -> Tensor
     return logits.softmax(0).view(len(logits), x.shape[0], 1, *x.shape[2:])
 
 
-def owned(mass: Tensor, batch: Moments, given: Moments) -> Moments:
-    """Return the batch's moments for components that own something of it, else the given ones."""
-    usable = mass >= MASS
-    return Moments(
-        torch.where(usable, batch.mean, given.mean), torch.where(usable, batch.var, given.var)
-    )
-
-
 def norm_elements_by_formula(
-    x: Tensor,
-    mixture: Mixture,
-    gain: Tensor,
-    bias: Tensor,
-    given: Moments,
-    eps: float,
-    batch: bool,
+    x: Tensor, mixture: Mixture, gain: Tensor, bias: Tensor, given: Moments, eps: float, batch: bool
 ) -> Normalized:
     """Normalise; every value is assigned on its own. Its memory grows with K; see `norm_elements`.
 
@@ -123,7 +109,9 @@ def norm_elements_by_formula(
         batch: whether to normalise with the tau-weighted moments of this batch.
     """
     # (N, C, M), or where a compiler reads channels last, (P, C); a table's row meets either.
-    last = _is_compiled_channels_last(x)
+    # Exported programs take inputs of other layouts than the example's.
+    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    last = compiled and x.dim() > 2 and x.stride(1) == 1 and x.shape[1] > 1
     values = x.to(compute_dtype(x))
     if last:
         values = values.movedim(1, -1).flatten(0, -2)
@@ -143,7 +131,7 @@ def norm_elements_by_formula(
         mean = torch.stack([(t * values).sum(dims) for t in tau]) / share
         pairs = zip(tau, each(mean), strict=True)
         var = torch.stack([(t * (values - m).square()).sum(dims) for t, m in pairs]) / share
-        used = owned(mass, Moments(mean, var), given)
+        used = Moments(mean, var).where(mass >= MASS, given)
     y = bias.reshape(tail)
     scale = gain * torch.rsqrt(used.var + eps)
     for t, m, s in zip(tau, each(used.mean), each(scale), strict=True):
@@ -155,12 +143,6 @@ def norm_elements_by_formula(
         y = y.reshape(x.shape).to(x.dtype)
         y = y if x.is_contiguous() else torch.empty_like(x).copy_(y)
     return Normalized(y, mass, used)
-
-
-def _is_compiled_channels_last(x: Tensor) -> bool:
-    # Exported programs take inputs of other layouts than the example's.
-    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-    return compiled and x.dim() > 2 and x.stride(1) == 1 and x.shape[1] > 1
 
 
 def _shares(
@@ -180,13 +162,7 @@ def _shares(
 
 
 def norm_positions(
-    x: Tensor,
-    mixture: Mixture,
-    gain: Tensor,
-    bias: Tensor,
-    given: Moments,
-    eps: float,
-    batch: bool,
+    x: Tensor, mixture: Mixture, gain: Tensor, bias: Tensor, given: Moments, eps: float, batch: bool
 ) -> Normalized:
     """Normalise; the channels of a position are assigned jointly. Arguments as for elements."""
     flat = x.to(compute_dtype(x))
@@ -203,7 +179,8 @@ def norm_positions(
         share = mass.clamp(min=MASS)
         mean = torch.einsum("knm,ncm->kc", tau, flat) / share
         square = torch.einsum("knm,ncm->kc", tau, flat.square()) / share
-        used = owned(mass, Moments(mean, (square - mean.square()).clamp(min=0)), given)
+        batch_moments = Moments(mean, (square - mean.square()).clamp(min=0))
+        used = batch_moments.where(mass >= MASS, given)
     affine = fold_norm(used, gain, bias, eps)
     scale, shift = (torch.einsum("knm,kc->ncm", tau, table) for table in affine)
     # In the dtype and memory format of x.

@@ -36,37 +36,29 @@ def fit_mixture(
     Returns:
         priors (K, C), or (K, 1) with `joint`; mean and variance, (K, C).
     """
+
+    def fit(sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total = sample.var(0, correction=0)
+        least = (_LEAST_SHARE * total).clamp(min=eps)
+        mean = _centres(sample, total.clamp(min=eps), count, joint, generator)
+        var = total.clamp(min=eps).expand_as(mean)
+        priors = torch.full_like(mean[:, :1] if joint else mean, 1 / count)
+        for _ in range(steps):
+            mixture = Mixture(priors.clamp(min=1e-6).log(), mean, 0.5 * var.log())
+            tau = responsibilities(sample, mixture, joint)
+            mass = tau.sum(1)
+            share = mass.clamp(min=MASS)
+            near = (tau * sample).sum(1) / share
+            spread = (tau * (sample - near.unsqueeze(1)).square()).sum(1) / share
+            priors = mass / sample.shape[0]
+            mean = torch.where(mass >= MASS, near, mean)
+            var = torch.where(mass >= MASS, spread, var).maximum(least)
+        return priors, mean, var
+
     width = sample.shape[1] if joint else max(_BLOCK // (sample.shape[0] * count), 1)
-    parts = torch.split(sample, width, 1)
-    fits = [_fit(part, count, eps, joint, steps, generator) for part in parts]
+    fits = map(fit, torch.split(sample, width, 1))
     priors, mean, var = (torch.cat(tables, 1) for tables in zip(*fits, strict=True))
     return priors, Moments(mean, var)
-
-
-def _fit(
-    sample: Tensor,
-    count: int,
-    eps: float,
-    joint: bool,
-    steps: int,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = sample.var(0, correction=0)
-    least = (_LEAST_SHARE * total).clamp(min=eps)
-    mean = _centres(sample, total.clamp(min=eps), count, joint, generator)
-    var = total.clamp(min=eps).expand_as(mean)
-    priors = torch.full_like(mean[:, :1] if joint else mean, 1 / count)
-    for _ in range(steps):
-        mixture = Mixture(priors.clamp(min=1e-6).log(), mean, 0.5 * var.log())
-        tau = responsibilities(sample, mixture, joint)
-        mass = tau.sum(1)
-        share = mass.clamp(min=MASS)
-        near = (tau * sample).sum(1) / share
-        spread = (tau * (sample - near.unsqueeze(1)).square()).sum(1) / share
-        priors = mass / sample.shape[0]
-        mean = torch.where(mass >= MASS, near, mean)
-        var = torch.where(mass >= MASS, spread, var).maximum(least)
-    return priors, mean, var
 
 
 def _centres(

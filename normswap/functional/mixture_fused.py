@@ -14,7 +14,8 @@ a_k = gain_k / sqrt(v_k + eps) and y = sum_k tau_k a_k e_k + bias::
     dx = sum_k [tau_k (dy a_k + p_k + 2 q_k e_k) - dl_k z_k / sigma_k]
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.autograd import Function
 from normswap.functional.backend import is_eager, is_plain
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_by_formula
 from normswap.functional.moments import Moments, compute_dtype
+from normswap.functional.tables import differentiate_again
 
 # Values of all components in hand at once: what stays in a CPU's cache, what fills a GPU.
 _BLOCK = {"cpu": 2**18}
@@ -31,13 +33,7 @@ _BLOCK_ELSEWHERE = 2**25
 
 
 def norm_elements(
-    x: Tensor,
-    mixture: Mixture,
-    gain: Tensor,
-    bias: Tensor,
-    given: Moments,
-    eps: float,
-    batch: bool,
+    x: Tensor, mixture: Mixture, gain: Tensor, bias: Tensor, given: Moments, eps: float, batch: bool
 ) -> Normalized:
     """Compute `norm_elements_by_formula` with memory that does not grow with K, and faster.
 
@@ -89,6 +85,12 @@ def _assign(x: Tensor, log_prior: Tensor, mean: Tensor, log_sigma: Tensor) -> tu
     return z, squares.mul_(-0.5).add_(log_prior - log_sigma).softmax(1)
 
 
+def _formula(eps: float, batch: bool, x: Tensor, *tables: Tensor) -> Tensor:
+    log_prior, mu, log_sigma, gain, bias, mean, var = tables
+    mixture, given = Mixture(log_prior, mu, log_sigma), Moments(mean, var)
+    return norm_elements_by_formula(x, mixture, gain, bias, given, eps, batch).y
+
+
 class _ElementNorm(Function):
     """See the module; tables are (K, C), bias is (C,)."""
 
@@ -130,16 +132,16 @@ class _ElementNorm(Function):
         dy, count = grads[0], 8
         if dy is None:
             return (None,) * (count + 2)
-        found: Sequence[Tensor | None]
         saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor once a backward
         inputs, statistics = saved[:count], saved[count:]
+        needed = ctx.needs_input_grad[:count]
+        if torch.is_grad_enabled():
+            formula = partial(_formula, ctx.eps, ctx.batch)
+            return *differentiate_again(formula, inputs, dy, needed), None, None
         with torch.autocast(dy.device.type, enabled=False):
-            if torch.is_grad_enabled():
-                found = _differentiate(inputs, ctx.eps, ctx.batch, dy, ctx.needs_input_grad)
-            else:
-                found = _backward(inputs, statistics, ctx.eps, ctx.batch, dy)
-        needed = zip(found, ctx.needs_input_grad, strict=False)
-        return (*(grad if wanted else None for grad, wanted in needed), None, None)
+            found = _backward(inputs, statistics, ctx.eps, ctx.batch, dy)
+        pairs = zip(found, needed, strict=True)
+        return (*(grad if wanted else None for grad, wanted in pairs), None, None)
 
 
 def _backward(
@@ -196,18 +198,3 @@ def _like(x: Tensor, y: Tensor) -> Tensor:
     """Return y in the memory format of x."""
     # Blocks of channels are read and written whole, so the work itself is on contiguous tensors.
     return y if x.is_contiguous() else torch.empty_like(x).copy_(y)
-
-
-def _differentiate(
-    inputs: tuple[Tensor, ...], eps: float, batch: bool, dy: Tensor, needed: tuple[bool, ...]
-) -> list[Tensor | None]:
-    """Return the gradients with a graph of their own, for second derivatives."""
-    # As views: of inputs that depend on each other, each is to be held fixed for the others.
-    inputs = tuple(t.view_as(t) for t in inputs)
-    x, log_prior, mu, log_sigma, gain, bias, mean, var = inputs
-    y = norm_elements_by_formula(
-        x, Mixture(log_prior, mu, log_sigma), gain, bias, Moments(mean, var), eps, batch
-    ).y
-    wanted = [t for t, need in zip(inputs, needed, strict=False) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needed[: len(inputs)]]

@@ -1,5 +1,6 @@
 """A Gaussian mixture that assigns a channel of an instance as a whole, by its mean."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,25 +10,12 @@ from torch import Tensor
 from normswap.functional.affine import Affine
 from normswap.functional.fused import stat_affine
 from normswap.functional.glue import Map, Pull
-from normswap.functional.mixture import (
-    MASS,
-    Mixture,
-    Normalized,
-    from_first,
-    owned,
-    responsibilities,
-)
+from normswap.functional.mixture import MASS, Mixture, Normalized, from_first, responsibilities
 from normswap.functional.moments import Moments
 
 
 def norm_instances(
-    x: Tensor,
-    mixture: Mixture,
-    gain: Tensor,
-    bias: Tensor,
-    given: Moments,
-    eps: float,
-    batch: bool,
+    x: Tensor, mixture: Mixture, gain: Tensor, bias: Tensor, given: Moments, eps: float, batch: bool
 ) -> Normalized:
     """Normalise; the channel mean of an instance decides for it.
 
@@ -45,7 +33,7 @@ def norm_instances(
             share = mass.clamp(min=MASS)
             mean = (tau * instances.mean).sum(1) / share
             spread = instances.var + (instances.mean - mean.unsqueeze(1)).square()
-            used = owned(mass, Moments(mean, (tau * spread).sum(1) / share), used)
+            used = Moments(mean, (tau * spread).sum(1) / share).where(mass >= MASS, used)
         if not replay:
             found.append((mass.detach(), Moments(used.mean.detach() + origin, used.var.detach())))
         weight = tau * (gain * torch.rsqrt(used.var + eps)).unsqueeze(1)
@@ -68,6 +56,7 @@ def _centred(
     return origin, instances._replace(mean=instances.mean - origin), mu - origin, mean - origin
 
 
+@dataclass(eq=False)
 class InstanceMixtureGlue:
     """The same map with its derivative written out.
 
@@ -91,10 +80,10 @@ class InstanceMixtureGlue:
         found: gets the mass of the components and the moments they were normalised with.
     """
 
-    def __init__(
-        self, positions: int, eps: float, batch: bool, found: list[tuple[Tensor, Moments]]
-    ) -> None:
-        self.positions, self.eps, self.batch, self.found = positions, eps, batch, found
+    positions: int
+    eps: float
+    batch: bool
+    found: list[tuple[Tensor, Moments]]
 
     def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map of each instance, and what `backward` needs."""
@@ -112,7 +101,7 @@ class InstanceMixtureGlue:
             share, usable = mass.clamp(min=MASS), mass >= MASS
             mean = (tau * instances.mean).sum(1).div_(share)
             spread = (instances.mean - mean.unsqueeze(1)).square_().add_(instances.var)
-            used = owned(mass, Moments(mean, spread.mul_(tau).sum(1).div_(share)), used)
+            used = Moments(mean, spread.mul_(tau).sum(1).div_(share)).where(usable, used)
         used = Moments(used.mean.detach(), used.var.detach())
         self.found.append((mass, used._replace(mean=used.mean + origin)))
         root = used.var.add(self.eps).rsqrt_()

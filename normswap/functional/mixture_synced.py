@@ -6,21 +6,11 @@ import torch
 from torch import Tensor
 
 from normswap.functional.mixture import MASS, Mixture, responsibilities, rows
-from normswap.functional.moments import (
-    Moments,
-    combine_moments,
-    compute_dtype,
-    instance_moments,
-    wide_dtype,
-)
+from normswap.functional.moments import Moments, combine_moments, compute_dtype, instance_moments
 
 
 def shared_moments(
-    x: Tensor,
-    mixture: Mixture,
-    given: Moments,
-    assignment: str,
-    reduce: Callable[[Tensor], Tensor],
+    x: Tensor, mixture: Mixture, given: Moments, assignment: str, reduce: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Moments, Tensor]:
     """Return what each component owns of all processes' batches, with one sum over them.
 
@@ -63,30 +53,5 @@ def shared_moments(
     total, moments = combine_moments(torch.cat((mass, number)), stacked, reduce, MASS)
     mass, number = total[:-1], total[-1, 0]
     usable = (mass >= MASS) & (number > 1)
-    used = (torch.where(usable, t[:-1], g) for t, g in zip(moments, given, strict=True))
-    return mass * (number > 1), Moments(*used), number
-
-
-def shared_batch_norm(
-    z: Tensor, running: Moments, eps: float, reduce: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Moments, Tensor]:
-    """Normalise vectors over the rows of all processes, with one sum over them.
-
-    Args:
-        z: (N, C), N may be 0.
-        running: (1, C), used where all processes together have one row.
-        eps: added to the variance.
-        reduce: sums a tensor over processes.
-
-    Returns:
-        The result, (N, C); the batch moments (1, C), biased; the rows of all, ().
-    """
-    wide = z.to(wide_dtype(z))
-    mean = wide.sum(0, keepdim=True) / max(len(z), 1)
-    var = (wide - mean).square().sum(0, keepdim=True) / max(len(z), 1)
-    count = wide.new_full((1, 1), float(len(z)))
-    total, batch = combine_moments(count, Moments(mean, var), reduce)
-    number = total[0, 0]
-    used = Moments(*(torch.where(number > 1, b, r) for b, r in zip(batch, running, strict=True)))
-    y = (wide - used.mean) * torch.rsqrt(used.var + eps)
-    return y.to(z.dtype), batch, number
+    used = Moments(*(t[:-1] for t in moments)).where(usable, given)
+    return mass * (number > 1), used, number

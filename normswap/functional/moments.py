@@ -13,6 +13,10 @@ class Moments(NamedTuple):
     mean: Tensor
     var: Tensor
 
+    def where(self, condition: Tensor, other: "Moments") -> "Moments":
+        """Keep the values where `condition` holds, take the others from `other`."""
+        return Moments(*(torch.where(condition, a, b) for a, b in zip(self, other, strict=True)))
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that statistics of x accumulate in: float32, or float64 for float64."""

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.errors import ConversionError, NormswapError
+from normswap.errors import ConversionError, InputError, NormswapError
 from normswap.functional.backward import in_backward
-from normswap.functional.draws import is_captured, refuse_capture
+from normswap.functional.draws import is_captured
 from normswap.util.arguments import check_count, check_number
 
 REMEMBERED = 4096
@@ -56,9 +56,7 @@ class Schedule:
             raise ConversionError(
                 f"expected active= in [1, {num_sites}], the number of sites, got {active}"
             )
-        self.p = p
-        self.active = active
-        self.num_sites = num_sites
+        self.p, self.active, self.num_sites = p, active, num_sites
         self._draw = _Draw()
         self._answers: OrderedDict[int, bool | Tensor] = OrderedDict()
         self._flags: Tensor | None = None
@@ -77,7 +75,7 @@ class Schedule:
             self._flags = (rank < self.active) & (torch.rand((), device=device) < self.p)
             return
         self._flags = None
-        seed = self._draw_seed()
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         if not in_backward():
             self._begin(seed)
 
@@ -107,9 +105,16 @@ class Schedule:
             return self._flags[site].to(device)
         # Gradient checkpointing asks again in backward, with torch's generator as it was then: the
         # same number names the answer, however many forwards lie between.
-        ticket = self._draw_seed()
+        ticket = int(torch.randint(2**63 - 1, (), device="cpu"))
         if in_backward():
-            return self._recall(ticket)
+            if ticket not in self._answers:
+                raise NormswapError(
+                    "expected gradient checkpointing to run with torch's random state as in "
+                    "forward, got a recomputation of a forward that is not known; leave "
+                    "preserve_rng_state on, and call backward before the forwards of some hundred "
+                    "other batches"
+                )
+            return self._answers[ticket]
         if self._flags is None:
             answer: bool | Tensor = self._ask(site, ticket)
         else:
@@ -125,8 +130,12 @@ class Schedule:
 
     def _ask(self, site: int, seed: int) -> bool:
         draw = self._draw
-        if self.p > 0:
-            refuse_capture("which CrossNorm layers fire")
+        if self.p > 0 and is_captured():
+            raise InputError(
+                "expected which CrossNorm layers fire to be drawn anew in every step, got a CUDA "
+                "graph, whose replays would repeat one draw; capture in eval mode or with p=0, or "
+                'use torch.compile(model, mode="reduce-overhead"), which draws on the device'
+            )
         if draw.fired is None or site in draw.asked:
             self._begin(seed)
         draw.asked.add(site)
@@ -143,24 +152,11 @@ class Schedule:
         self._draw.fired = frozenset(fired)
         self._draw.asked = set()
 
-    def _recall(self, ticket: int) -> bool | Tensor:
-        if ticket not in self._answers:
-            raise NormswapError(
-                "expected gradient checkpointing to run with torch's random state as in forward, "
-                "got a recomputation of a forward that is not known; leave preserve_rng_state on, "
-                "and call backward before the forwards of some hundred other batches"
-            )
-        return self._answers[ticket]
-
-    def _draw_seed(self) -> int:
-        return int(torch.randint(2**63 - 1, (), device="cpu"))
-
+    # Copies and pickles start without a draw.
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start without a draw."""
         return {"p": self.p, "active": self.active, "num_sites": self.num_sites}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the settings."""
         type(self).__init__(self, **state)
 
     def __repr__(self) -> str:

@@ -16,6 +16,10 @@ from normswap.functional.glue import ExchangeGlue
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
 from normswap.functional.tables import apply_centred
 
+# Draws of a box: with beta 1 all fail together once in 1e7 times or less often on maps of 4 x 4 and
+# larger.
+_TRIES = 32
+
 
 class Style(NamedTuple):
     """Mean and unbiased standard deviation of each channel of each instance; both (N, C)."""
@@ -40,8 +44,12 @@ def instance_style(x: Tensor, box: Tensor | None = None, eps: float = 1e-5) -> S
         of one position, whose size the host does not know, has a std of sqrt(eps).
     """
     if box is not None:
-        mean, var = _box_moments(x.to(compute_dtype(x)), box)
-        return Style(mean, torch.sqrt(var + eps))
+        # Whatever the values outside of it are.
+        x, dims = x.to(compute_dtype(x)), tuple(range(2, x.dim()))
+        inside, count = box_mask(box, x.shape[2:]), box_size(box)
+        mean = torch.where(inside, x, 0).sum(dims, keepdim=True) / count.clamp(min=1)
+        squares = torch.where(inside, x - mean, 0).square().sum(dims)
+        return Style(mean.flatten(1), torch.sqrt(squares / (count - 1).clamp(min=1) + eps))
     return style_of(instance_moments(x), x.shape[2:].numel(), eps)
 
 
@@ -51,17 +59,6 @@ def style_of(instances: Moments, positions: int, eps: float) -> Style:
         return Style(instances.mean, torch.zeros_like(instances.mean))
     unbiased = instances.var * (positions / (positions - 1))
     return Style(instances.mean, torch.sqrt(unbiased + eps))
-
-
-def _box_moments(x: Tensor, box: Tensor) -> Moments:
-    """Return mean and unbiased variance inside a box, whatever the values outside are."""
-    dims = tuple(range(2, x.dim()))
-    inside = box_mask(box, x.shape[2:])
-    count = box_size(box)
-    mean = torch.where(inside, x, 0).sum(dims, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(inside, x - mean, 0)
-    var = centred.square().sum(dims) / (count - 1).clamp(min=1)
-    return Moments(mean.flatten(1), var)
 
 
 def box_size(box: Tensor) -> Tensor:
@@ -83,7 +80,6 @@ def draw_box(
     beta: float = 1.0,
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
-    tries: int = 32,
 ) -> Tensor:
     """Draw a random box that covers more than a tenth of a map.
 
@@ -96,8 +92,6 @@ def draw_box(
         beta: positive; 1, the authors' setting, makes r uniform.
         device: where to draw; its default generator is used unless one is given.
         generator: of torch, on that device.
-        tries: at least 1. With beta 1, 32 tries fail together once in 1e7 draws or less often,
-            on maps of 4 x 4 and larger.
 
     Shape:
         result: (2, D) int64; row 0 is the first position inside, row 1 the first one past it.
@@ -110,11 +104,11 @@ def draw_box(
     never returns on maps where every box is empty or too small: 1 x 1, 2 x 2); any number of
     spatial dimensions.
     """
-    side = draw_beta(beta, tries, device, generator).sqrt()
+    side = draw_beta(beta, _TRIES, device, generator).sqrt()
     corners, total = [], 1
     for extent in size:
         half = (side * extent).long() // 2
-        centre = torch.randint(extent, (tries,), device=device, generator=generator)
+        centre = torch.randint(extent, (_TRIES,), device=device, generator=generator)
         # The whole map is one more try, which is always large enough.
         low = F.pad((centre - half).clamp(min=0), (0, 1), value=0)
         high = F.pad((centre + half).clamp(max=extent), (0, 1), value=extent)
@@ -163,21 +157,29 @@ def cross_norm(
     """
     if x.shape[0] == 0 or x.shape[2:].numel() < 2:
         return x
-    axis = 0 if instances == 2 else 1
+    axis, positions = 0 if instances == 2 else 1, x.shape[2:].numel()
     for box in (content_box, style_box):
         if box is not None:
             usable = box_size(box) > 1
             fire = usable if fire is None else fire & usable
     if content_box is None:
         given = () if style_box is None else instance_style(x, style_box, eps)
-        glue = partial(_exchange, permutation, axis, fire, x.shape[2:].numel(), eps)
+
+        def glue(instances: Moments, *style: Tensor, replay: bool) -> Affine:
+            own = style_of(instances, positions, eps)
+            mean, std = (t.index_select(axis, permutation) for t in style or own)
+            scale = std / own.std
+            if fire is None:
+                return Affine(scale, mean)
+            return Affine(torch.where(fire, scale, 1), torch.where(fire, mean, own.mean))
+
         hand = None
         if fire is None and style_box is None:
             triton = triton_for(x, "exchange", permutation)
             if triton is not None:
                 rewritten: Tensor = triton.exchange_styles(x, permutation, axis, eps, glue)
                 return rewritten
-            hand = partial(ExchangeGlue, permutation, axis, x.shape[2:].numel(), eps)
+            hand = partial(ExchangeGlue, permutation, axis, positions, eps)
         y = stat_affine(x, glue, *given, hand=hand)
         # The map of what does not fire is the identity but for rounding about its centre.
         return y if fire is None else torch.where(fire, y, x)
@@ -191,22 +193,3 @@ def cross_norm(
         table = table.where(fire.expand(x.shape[0]), identity)
         inside = inside & fire
     return torch.where(inside, apply_centred(x, table), x)
-
-
-def _exchange(
-    permutation: Tensor,
-    axis: int,
-    fire: Tensor | None,
-    positions: int,
-    eps: float,
-    instances: Moments,
-    *style: Tensor,
-    replay: bool,
-) -> Affine:
-    """Return the map to the style of another channel; see `normswap.functional.fused`."""
-    own = style_of(instances, positions, eps)
-    mean, std = (t.index_select(axis, permutation) for t in style or own)
-    scale = std / own.std
-    if fire is None:
-        return Affine(scale, mean)
-    return Affine(torch.where(fire, scale, 1), torch.where(fire, mean, own.mean))

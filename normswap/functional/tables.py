@@ -1,6 +1,7 @@
 """Affine maps of x by tables: one sweep a pass, x the only tensor of its size that is saved."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.autograd import Function
 from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
 from normswap.functional.backend import is_eager, is_plain, triton_for
+from normswap.functional.label_rows import one_label
 from normswap.functional.moments import compute_dtype, pick_rows, segment_sum
 
 
@@ -23,10 +25,17 @@ def records(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _sums(t: Tensor, rows: int) -> Tensor:
-    """Return the sum over positions, and over instances where the tables have one row."""
-    total = t.flatten(2).sum(2)
-    return total.sum(0, keepdim=True) if rows == 1 else total
+def differentiate_again(
+    formula: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of a formula with a graph of their own, for second derivatives."""
+    # As views: of inputs that depend on each other, each is to be held fixed for the others.
+    inputs = [t.view_as(t) for t in inputs]
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+    with torch.autocast(dy.device.type, enabled=False):
+        y = formula(*inputs)
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]
 
 
 def apply_centred_by_formula(x: Tensor, table: Centred) -> Tensor:
@@ -45,13 +54,29 @@ def apply_centred(x: Tensor, table: Centred, index: Tensor | None = None) -> Ten
         row of each instance, or (1,), that of all.
     """
     if not uses_kernels(x):
-        return apply_centred_by_formula(x, table if index is None else table.rows(index))
+        return _by_formula(index, x, *table)
     dtype = compute_dtype(x)
     tables = tuple(t.to(dtype) for t in table)
     if not records((x, *tables)):
         return _apply(x, index, *tables)
     y: Tensor = _TableAffine.apply(x, index, *tables)
     return y
+
+
+def apply_by_label(
+    x: Tensor,
+    table: Callable[[], Centred],
+    labels: Tensor | None,
+    unlabelled: bool,
+    unknown: Callable[[], Centred],
+) -> Tensor:
+    """Apply the map of each sample's label; `unknown` is that of those without one, or of all."""
+    if labels is None:
+        return apply_centred(x, unknown())
+    known = table()
+    if not unlabelled:
+        return apply_centred(x, known, one_label(labels) if len(known.scale) > 1 else None)
+    return apply_centred(x, known.rows(labels.clamp(min=0)).where(labels >= 0, unknown()))
 
 
 def _picked(tables: Sequence[Tensor], index: Tensor | None) -> Sequence[Tensor]:
@@ -92,11 +117,16 @@ class _TableAffine(Function):
         x, index, *tables = ctx.saved_tensors
         needed, (dy,) = ctx.needs_input_grad, grads
         if torch.is_grad_enabled():
-            return _differentiate_tables(dy, x, index, *tables)
+            # No gradient depends on what was not kept.
+            x = torch.zeros_like(dy, requires_grad=True) if x is None else x
+            shift = torch.zeros_like(tables[1], requires_grad=True)
+            formula = partial(_by_formula, index)
+            found = differentiate_again(formula, (x, *tables, shift), dy, (needed[0], *needed[2:]))
+            return found[0], None, *found[1:]
         centre, scale = _picked(tables, index)
         if x is None:
             dy = dy if kernels.suits(dy) else dy.contiguous()
-            return kernels.scaled(dy, scale), *[None] * 4
+            return kernels.affine(dy, scale, None), *[None] * 4
         dy, dx = kernels.match(dy, x), None
         if needed[0]:
             dx, dshift, dscale = kernels.scale_and_dot(dy, x, centre, scale)
@@ -107,18 +137,5 @@ class _TableAffine(Function):
         return dx, None, -tables[1] * dshift if needed[2] else None, dscale, dshift
 
 
-def _differentiate_tables(
-    dy: Tensor, x: Tensor | None, index: Tensor | None, *tables: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients with a graph of their own."""
-    centre, scale = _picked(tables, index)
-    rows, shape = len(scale), scale.shape + (1,) * (dy.dim() - 2)
-    wide = dy.to(scale.dtype)
-    dx = (wide * scale.reshape(shape)).to(dy.dtype)
-    if x is None:
-        return dx, *[None] * 4
-    dshift = _sums(wide, rows)
-    dscale = _sums(wide * (x.to(scale.dtype) - centre.reshape(shape)), rows)
-    if index is not None:
-        dshift, dscale = (segment_sum(t, index, len(tables[0])) for t in (dshift, dscale))
-    return dx, None, -tables[1] * dshift, dscale, dshift
+def _by_formula(index: Tensor | None, x: Tensor, *tables: Tensor) -> Tensor:
+    return apply_centred_by_formula(x, Centred(*_picked(tables, index)))

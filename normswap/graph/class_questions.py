@@ -19,6 +19,7 @@ from torch import nn
 from normswap.errors import ConversionError
 from normswap.graph.pinned import closure_of
 from normswap.graph.tracing.bytecode import Statement, codes_of, read_code
+from normswap.graph.tracing.class_names import ways_to_names
 from normswap.graph.tracing.failure import is_library
 from normswap.graph.tracing.uses import COMPARES
 from normswap.util.original_class import ORIGINAL, STATE, class_of
@@ -53,7 +54,13 @@ def find_questions(module: nn.Module, changed: dict[type, type]) -> Iterator[Que
     """
     cls: Any = class_of(module)
     kinds = {k for old, new in changed.items() for k in old.__mro__ if k not in new.__mro__}
+    renamed = [old for old, new in changed.items() if old.__name__ != new.__name__]
     for function in reachable(cls.forward, cls):
+        named = {way for code in codes_of(function.__code__) for way in ways_to_names(code)}
+        for way in sorted(named if renamed else ()):
+            # `__class__` is answered as before, but not by what the compiler sees.
+            text = f"{function.__qualname__} goes by the name of a class ({way})"
+            yield from (Question(text, c, compiled=way != "type") for c in renamed)
         parts = list(_statements(function))
         asks_type = any(_has(values, type) or "__class__" in s.attributes for values, s in parts)
         asks_kind = any(_has(values, isinstance) for values, _ in parts)
@@ -69,9 +76,12 @@ def find_questions(module: nn.Module, changed: dict[type, type]) -> Iterator[Que
                 yield from (Question(text, c, asked is exact) for c in asked)
             built = operations & _BUILDS
             alone = _has(values, isinstance) and not built and all(_has(values, c) for c in found)
-            if asks_kind and below and not (alone and _COMPILER_ASKS):
+            asks = asks_kind or "MATCH_CLASS" in operations
+            if asks and below and not ((alone or not asks_kind) and _COMPILER_ASKS):
                 several = f"of several classes, {below[0].__name__} among them"
-                what = f"a {below[0].__name__}, which compiled code sees none of" if alone else several
+                what = (
+                    f"a {below[0].__name__}, which compiled code sees none of" if alone else several
+                )
                 text = f"{function.__qualname__} asks whether something is {what}"
                 yield from (Question(text, c, exact=False, compiled=True) for c in below)
 

@@ -49,19 +49,23 @@ def _check_length(state: ContainerState, values: tuple[Any, ...], context: Conte
     given = context.labels.shape[0]
     sizes = [size for value in values for size in _batch_sizes(value)]
     if sizes and not context.whole and given not in sizes:
-        raise wrong_length(sizes[0], given, state.first_norm)
+        expected = " or ".join(map(str, dict.fromkeys(sizes)))
+        raise wrong_length(expected, given, state.first_norm)
 
 
 def _batch_sizes(value: Any) -> list[int]:
     """Return what may be the number of samples in an argument."""
     if isinstance(value, torch.Tensor):
-        return [value.shape[0]] if value.dim() else []
+        return [value.size(0)] if value.dim() else []  # nested tensors have no shape
     if isinstance(value, dict):
         return [size for part in value.values() for size in _batch_sizes(part)]
     if isinstance(value, (list, tuple)):
         sizes = [size for part in value for size in _batch_sizes(part)]
-        # A list of images, one a sample: detection models take batches so.
-        if value and all(isinstance(v, torch.Tensor) and v.dim() <= 3 for v in value):
+        # A list of images, one a sample, or of dicts with them: detection models take batches so.
+        if value and all(
+            v.dim() <= 3 if isinstance(v, torch.Tensor) else isinstance(v, (dict, list, tuple))
+            for v in value
+        ):
             sizes.append(len(value))
         return sizes
     return []

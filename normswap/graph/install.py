@@ -35,7 +35,12 @@ def install(module: nn.Module, state: ContainerState, contextual: bool = True) -
         state.override = vars(module).pop("forward")
     argument = free_argument(module, state.override) if contextual else None
     module.__dict__[STATE] = state
-    module.__class__ = converted_class(base, state.override is not None, argument)
+    _set_class(module, converted_class(base, state.override is not None, argument))
+
+
+def _set_class(module: nn.Module, cls: Any) -> None:
+    # Past the module's own `__setattr__`, which may refuse.
+    object.__setattr__(module, "__class__", cls)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -44,12 +49,12 @@ def uninstall(module: nn.Module) -> None:
     state: ContainerState = module.__dict__.pop(STATE)
     if state.override is not None:
         module.__dict__["forward"] = state.override
-    module.__class__ = cls.converted_from
+    _set_class(module, cls.converted_from)
 
 
 def _restore(make: Callable[..., Any], args: tuple[Any, ...], *kind: Any) -> nn.Module:
     module: nn.Module = make(*args)
-    module.__class__ = converted_class(type(module), *kind)
+    _set_class(module, converted_class(type(module), *kind))
     return module
 
 
@@ -154,7 +159,7 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
         if name == "forward" and state is not None:
             state.scope.rows.forget()
         if name == "forward" and argument is not None:
-            self.__class__ = converted_class(base, generic, argument, not _takes(value, argument))
+            _set_class(self, converted_class(base, generic, argument, not _takes(value, argument)))
         if state is not None and (name in children or isinstance(value, nn.Module)):
             state.variants.clear()
 

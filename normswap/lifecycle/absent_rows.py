@@ -8,15 +8,13 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError, expect_module
 from normswap.methods.layer import ContextLayer
 
-_Saved = list[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]
-
 
 class KeptRows:
     """What `keep_absent_rows` put on an optimizer; `remove` takes it off again."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, layers: list[ContextLayer]) -> None:
         self._layers = layers
-        self._saved: list[tuple[ContextLayer, _Saved]] = []
+        self._saved: list[tuple[ContextLayer, dict[nn.Parameter, dict[str, Tensor]]]] = []
         self._handles = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -29,10 +27,11 @@ class KeptRows:
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         optimized = {p for group in optimizer.param_groups for p in group["params"]}
-        self._saved = [
-            (layer, [_save(optimizer, p) for p in _tables(layer) if p in optimized])
-            for layer in self._layers
-        ]
+        self._saved = []
+        for layer in self._layers:
+            kept = {p: _rows(optimizer, p) for p in _tables(layer) if p in optimized}
+            copies = {p: {k: t.clone() for k, t in rows.items()} for p, rows in kept.items()}
+            self._saved.append((layer, copies))
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -43,16 +42,12 @@ class KeptRows:
             if not grads:
                 continue
             absent = torch.stack([(g == 0).flatten(1).all(1) for g in grads]).all(0)
-            for p, value, state in saved:
-                _restore(p, value, absent)
-                for key, new in optimizer.state.get(p, {}).items():
-                    if not _has_rows(new, p):
-                        continue
-                    if key in state:
-                        _restore(new, state[key], absent)
-                    elif decays[p]:
-                        # Made by this step; but for the decay, its rows would still be as made.
-                        _restore(new, torch.zeros_like(new), absent)
+            for p, before in saved.items():
+                for key, now in _rows(optimizer, p).items():
+                    # Rows of what this step made would, but for the decay, still be as made.
+                    old = before.get(key, torch.zeros_like(now) if decays[p] else now)
+                    mask = absent.to(now.device).reshape(-1, *[1] * (now.dim() - 1))
+                    now.copy_(torch.where(mask, old, now))
         self._saved = []
 
 
@@ -108,21 +103,9 @@ def _tables(layer: ContextLayer) -> list[nn.Parameter]:
     return [layer.get_parameter(name) for name in layer.context_parameters]
 
 
-def _save(
-    optimizer: torch.optim.Optimizer, p: nn.Parameter
-) -> tuple[nn.Parameter, Tensor, dict[str, Tensor]]:
-    state = optimizer.state.get(p, {})
-    return p, p.detach().clone(), {k: v.clone() for k, v in state.items() if _has_rows(v, p)}
-
-
-def _has_rows(value: Any, p: nn.Parameter) -> bool:
-    """Return whether a state has an element for each of the parameter's, or one for each row."""
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return False
-    rows = p.shape[0]
-    return value.shape == p.shape or (value.shape in ((rows,), (rows, 1)) and rows > 1)
-
-
-def _restore(now: Tensor, before: Tensor, absent: Tensor) -> None:
-    mask = absent.to(now.device).reshape(-1, *[1] * (now.dim() - 1))
-    now.copy_(torch.where(mask, before, now))
+def _rows(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
+    """Return a parameter, as "", and what is kept for each of its elements or rows, by name."""
+    state = {k: v for k, v in optimizer.state.get(p, {}).items() if isinstance(v, Tensor)}
+    rows = ((len(p),), (len(p), 1)) if len(p) > 1 else ()
+    fit = {k: v for k, v in state.items() if v.dim() and (v.shape == p.shape or v.shape in rows)}
+    return {"": p.detach(), **fit}

@@ -1,22 +1,18 @@
 """A context's statistics from unlabelled data: `adapt`."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from normswap.errors import ConversionError, MissingContextError
-from normswap.functional.moments import (
-    Moments,
-    context_moments,
-    gaussian_divergence,
-    instance_moments,
-)
+from normswap.functional import context_moments, gaussian_divergence, instance_moments
+from normswap.functional.moments import Moments
 from normswap.graph.use_context import use_context
-from normswap.lifecycle.record import Record, context_index, find_root, method_layers
-from normswap.methods.base import Method, get_method
+from normswap.lifecycle.record import context_index, find_root, labelled_method, method_layers
+from normswap.methods.base import Method
 from normswap.util.batches import (
     check_stream,
     forward_batch,
@@ -74,7 +70,11 @@ def adapt(
     workshop 2017 (AdaBN).
     """
     root, record = find_root(model)
-    method, index = _check(record, context)
+    method = labelled_method(record, "adapt (normswap.calibrate fits ACN to data)")
+    names = record.contexts.names
+    if context is None and len(names) > 1:
+        raise MissingContextError(f"expected context= one of {', '.join(names)}, got none")
+    index = 0 if context is None else context_index(record, context)
     check_stream(loader, forward, batches, progress)
     found = method_layers(root).items()
     layers = {name: layer for name, layer in found if method.statistics(layer) is not None}
@@ -85,25 +85,22 @@ def adapt(
         )
     own = [t for m in layers.values() for t in (*m.parameters(False), *m.buffers(False))]
     averages = [Average(name, layer, method, index) for name, layer in layers.items()]
-    hooks = [a.layer.register_forward_pre_hook(a.observe, with_kwargs=True) for a in averages]
-    try:
-        with put_back_on_error(own):
-            with undisturbed(root), _uncompiled(root), torch.no_grad(), use_context(root, index):
-                for batch in show_progress(loader, "adapt", batches, progress):
-                    (forward or forward_batch)(root, batch)
-            return _finish(averages, record.contexts.names[index])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with put_back_on_error(own), ExitStack() as hooks:
+        for a in averages:
+            hook = a.layer.register_forward_pre_hook(a.observe, with_kwargs=True)
+            hooks.enter_context(hook)
+        with undisturbed(root), _uncompiled(root), torch.no_grad(), use_context(root, index):
+            for batch in show_progress(loader, "adapt", batches, progress):
+                (forward or forward_batch)(root, batch)
+        return _finish(averages, names[index])
 
 
 class Average:
     """The average statistics of what enters a layer, which normalises each batch by its own."""
 
     def __init__(self, name: str, layer: nn.Module, method: Method, index: int) -> None:
-        statistics = method.statistics(layer)
-        assert statistics is not None
         self.name, self.layer, self.method, self.index = name, layer, method, index
+        statistics = method.statistics(layer) or ()
         self.before = Moments(*(t[index].detach().clone() for t in statistics))
         self.total = [torch.zeros_like(t, dtype=torch.float64) for t in self.before]
         self.calls = self.count = 0
@@ -125,34 +122,19 @@ class Average:
         rows = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         size = x.shape[2:].numel()
         counts, batch = context_moments(instance_moments(x), rows, 1, size, reduce)
-        values = float(counts)
+        values, own = float(counts), Moments(batch.mean[0], batch.var[0])
         if values > 1:
             self.count += 1
-            self.total[0] += batch.mean[0]
-            self.total[1] += batch.var[0] * (values / (values - 1))
-            self.method.set_moments(layer, self.index, Moments(batch.mean[0], batch.var[0]))
-        else:
-            # One value has no spread: the batch is normalised as far as is known.
-            self.method.set_moments(layer, self.index, self.average())
+            self.total[0] += own.mean
+            self.total[1] += own.var * (values / (values - 1))
+        # One value has no spread: the batch is normalised as far as is known.
+        self.method.set_moments(layer, self.index, own if values > 1 else self.average())
 
     def average(self) -> Moments:
         """Return the averages, or the statistics before where there was no batch."""
         if not self.count:
             return self.before
         return Moments(*(t / self.count for t in self.total))
-
-
-def _check(record: Record, context: str | int | None) -> tuple[Method, int]:
-    method = get_method(record.method)
-    if not isinstance(method, Method) or not method.needs_context:
-        raise ConversionError(
-            f"method {record.method!r} has no contexts to adapt (normswap.calibrate fits ACN to "
-            "data)"
-        )
-    names = record.contexts.names
-    if context is None and len(names) > 1:
-        raise MissingContextError(f"expected context= one of {', '.join(names)}, got none")
-    return method, 0 if context is None else context_index(record, context)
 
 
 @contextmanager

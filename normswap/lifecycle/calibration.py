@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,51 +84,36 @@ def calibrate(
     check_count("seed", seed, -(2**63), 2**64 - 1)
     check_stream(loader, forward, batches, progress)
     generator = torch.Generator().manual_seed(seed)
+    kept = {name: Reservoir(samples, generator) for name in layers}
     with undisturbed(model), torch.no_grad():
-        kept = {name: Reservoir(samples, generator) for name in layers}
-        hooks = [
-            layer.register_forward_pre_hook(_observer(kept[name], layer.options.assignment))
-            for name, layer in layers.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, layer in layers.items():
+                observe = partial(_observe, kept[name])
+                hooks.enter_context(layer.register_forward_pre_hook(observe))
             for batch in show_progress(loader, "calibrate", batches, progress):
                 (forward or forward_batch)(model, batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        reached = {name: layers[name] for name in layers if kept[name].rows is not None}
+        reached = {n: rows for n in layers if (rows := kept[n].rows) is not None}
         if not reached:
             raise ConversionError("no batch reached an ACN layer; the loader may be empty")
-        with put_back_on_error(t for m in reached.values() for t in m.state_dict().values()):
-            return {
-                name: _fit(name, layer, kept[name].rows, steps, generator)
-                for name, layer in reached.items()
-            }
+        with put_back_on_error(t for n in reached for t in layers[n].state_dict().values()):
+            return {n: _fit(n, layers[n], x, steps, generator) for n, x in reached.items()}
 
 
-def _observer(kept: Reservoir, assignment: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-    def observe(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        x = inputs[0].detach()
-        if assignment == "instance":
-            # Two values with the mean and the spread of the instance stand for it.
-            mean, var = instance_moments(x)
-            x = torch.stack([mean - var.sqrt(), mean + var.sqrt()], 2)
-            kept.add(len(x), lambda index: x[index.to(x.device)])
-            return
+def _observe(kept: Reservoir, layer: Any, inputs: tuple[Tensor]) -> None:
+    x = inputs[0].detach()
+    if layer.options.assignment != "instance":
         keep_values(kept, x)
-
-    return observe
+        return
+    # Two values with the mean and the spread of the instance stand for it.
+    mean, var = instance_moments(x)
+    x = torch.stack([mean - var.sqrt(), mean + var.sqrt()], 2)
+    kept.add(len(x), lambda index: x[index.to(x.device)])
 
 
 def _fit(
-    name: str,
-    layer: AdaptiveContextNorm,
-    sample: Tensor | None,
-    steps: int,
-    generator: torch.Generator,
+    name: str, layer: AdaptiveContextNorm, sample: Tensor, steps: int, generator: torch.Generator
 ) -> float:
     """Fit one layer; return the share of its output that changed."""
-    assert sample is not None
     options = layer.options
     if len(sample) < 2 * options.components:
         raise ConversionError(

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError
@@ -14,7 +13,7 @@ from normswap.methods.layer import ContextLayer, NormLayer
 from normswap.methods.norm_values import PlainNorm
 from normswap.sites import Site
 from normswap.util.arguments import describe
-from normswap.util.distributed import group_name
+from normswap.util.distributed import find_group, group_name
 from normswap.util.original_class import ORIGINAL
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -98,11 +97,15 @@ def original_of(layer: nn.Module) -> Original | None:
     return vars(layer).get(ORIGINAL)
 
 
+def _original(layer: nn.Module) -> Original:
+    original: Original = vars(layer)[ORIGINAL]
+    return original
+
+
 def _copy(value: Tensor | None) -> Tensor | None:
-    if value is None:
-        return None
-    kept = value.detach().clone()
-    return kept if kept.is_meta else kept.cpu()
+    if value is None or value.is_meta:
+        return None if value is None else value.detach()
+    return value.detach().to("cpu", copy=True)
 
 
 def rebuild(layer: nn.Module, device: torch.device | None = None) -> nn.Module:
@@ -110,35 +113,21 @@ def rebuild(layer: nn.Module, device: torch.device | None = None) -> nn.Module:
 
     Its mode, hooks, dtype, what is frozen and, by default, its device are the layer's.
     """
-    original = original_of(layer)
-    assert original is not None
+    original = _original(layer)
     norm = original.cls.__new__(original.cls)
     nn.Module.__init__(norm)
     for name, value in original.settings.items():
         norm.__dict__[name] = vars(layer).get(name, value) if name in original.adopted else value
     if original.group is not None:
-        norm.__dict__["process_group"] = _find_group(original.group)
+        norm.__dict__["process_group"] = find_group(original.group)
     place = _placement(layer, original.site, device)
     for name, value in original.parameters.items():
-        parameter = None
-        if value is not None:
-            required = value.is_floating_point() and _requires_grad(layer, name)
-            parameter = nn.Parameter(place(value), required)
-        norm.register_parameter(name, parameter)
-    kept = norm._non_persistent_buffers_set
-    for name, value in original.buffers.items():
-        norm.register_buffer(name, None if value is None else place(value), name not in kept)
+        required = value is not None and value.is_floating_point() and _requires_grad(layer, name)
+        norm._parameters[name] = None if value is None else nn.Parameter(place(value), required)
+    buffers = original.buffers.items()
+    norm._buffers.update({n: None if value is None else place(value) for n, value in buffers})
     norm._modules.update({n: layer._modules[n] for n in original.site.fused} | original.modules)
     return norm
-
-
-def _find_group(name: str) -> Any:
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    if name == "":
-        return dist.GroupMember.NON_GROUP_MEMBER
-    registry: Any = dist.distributed_c10d
-    return registry._resolve_process_group(name)
 
 
 def _placement(layer: nn.Module, site: Site, device: torch.device | None) -> Any:
@@ -157,16 +146,14 @@ def _placement(layer: nn.Module, site: Site, device: torch.device | None) -> Any
 
 
 def _requires_grad(layer: nn.Module, name: str) -> bool:
-    parameter = layer._parameters.get(name)
-    if parameter is not None:
-        return parameter.requires_grad
-    return any(p.requires_grad for p in layer.parameters(recurse=False))
+    own = layer._parameters.get(name)
+    given = layer.parameters(recurse=False) if own is None else (own,)
+    return any(p.requires_grad for p in given)
 
 
 def lacks_values(layer: nn.Module) -> bool:
     """Return whether the norm that a layer replaced was on the meta device, without values."""
-    original = original_of(layer)
-    assert original is not None
+    original = _original(layer)
     kept = (*original.parameters.values(), *original.buffers.values())
     return any(value is not None and value.is_meta for value in kept)
 
@@ -176,19 +163,17 @@ def is_untouched(layer: nn.Module, method: Method, contexts: Contexts, options: 
     own = _tensors(layer)
     if any(t.is_meta for t in own.values()):
         return True
-    original = original_of(layer)
-    assert original is not None
-    dtype = next((t.dtype for t in own.values() if t.is_floating_point()), original.site.dtype)
-    # Where conversion computed: logarithms of another device may differ in the last bit.
     if lacks_values(layer):
         return False
+    original = _original(layer)
+    dtype = next((t.dtype for t in own.values() if t.is_floating_point()), original.site.dtype)
+    # Where conversion computed: logarithms of another device may differ in the last bit.
     there = original.site.device
     gone = there.type == "meta" or (there.type == "cuda" and not torch.cuda.is_available())
     device = torch.device("cpu") if gone else there
     site = replace(original.site, device=device, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
-        built = make_layer(method, site, rebuild(layer, device), contexts, options)
-        fresh = _tensors(built)
+        fresh = _tensors(make_layer(method, site, rebuild(layer, device), contexts, options))
     return fresh.keys() == own.keys() and all(
         t.shape == own[name].shape and torch.equal(t, own[name].to(device))
         for name, t in fresh.items()
@@ -210,8 +195,7 @@ def write(norm: nn.Module, plain: PlainNorm, layer: nn.Module) -> None:
     A norm without weight and bias gets them where they are needed.
     """
     affine = {"weight": plain.weight, "bias": plain.bias}
-    slots = {name: getattr(norm, name, None) for name in affine}
-    missing = [name for name, slot in slots.items() if slot is None]
+    missing = [name for name in affine if getattr(norm, name, None) is None]
     like = next(t for t in (*layer.parameters(), plain.weight) if t.is_floating_point())
     rounding = 8 * torch.finfo(like.dtype).eps
     if any(bool(((affine[n] - float(n == "weight")).abs() > rounding).any()) for n in missing):
@@ -219,10 +203,8 @@ def write(norm: nn.Module, plain: PlainNorm, layer: nn.Module) -> None:
             tensor = affine[name].to(like.device, like.dtype, copy=True)
             setattr(norm, name, nn.Parameter(tensor, _requires_grad(layer, name)))
         norm.__dict__["affine"] = True
-        missing = []
     statistics = {"running_mean": plain.mean, "running_var": plain.var}
-    values = {name: value for name, value in affine.items() if name not in missing} | statistics
-    for name, value in (values | {"num_batches_tracked": plain.batches}).items():
+    for name, value in (affine | statistics | {"num_batches_tracked": plain.batches}).items():
         slot = getattr(norm, name, None)
         if slot is not None and value is not None:
             slot.copy_(value)

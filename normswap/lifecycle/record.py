@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normswap.errors import ContextError, ConversionError, not_converted
 from normswap.graph.state import RECORD, state_of
 from normswap.lifecycle.original import original_of
-from normswap.methods.base import Contexts
+from normswap.methods.base import Contexts, Method, get_method
 from normswap.methods.layer import POLICIES
 from normswap.report import Row, Verification
 from normswap.sites import computed_tensor
@@ -47,11 +47,7 @@ def find_inside(model: nn.Module) -> tuple[nn.Module, Record] | None:
 
 
 def find_root(model: nn.Module) -> tuple[nn.Module, Record]:
-    """Return the converted model that a caller gave, perhaps compiled or in DDP, and its record.
-
-    Raises:
-        ConversionError: it is none; the message names one inside, if there is one.
-    """
+    """Return the converted model that a caller gave, perhaps compiled or in DDP, and its record."""
     root: Any = model
     while isinstance(root, DataParallel | DistributedDataParallel) or hasattr(root, "_orig_mod"):
         root = root.module if hasattr(root, "module") else root._orig_mod
@@ -99,12 +95,22 @@ def method_layers(root: nn.Module) -> dict[str, nn.Module]:
     return replaced_layers(root) | inserted_layers(root)
 
 
-def check_parameters(root: nn.Module) -> None:
-    """Raise where a layer's parameter is computed before each forward, which reads another one.
+def labelled_method(record: Record, what: str) -> Method:
+    """Return the method of a conversion, which has contexts to do something with."""
+    method = get_method(record.method)
+    if not isinstance(method, Method) or not method.needs_context:
+        raise ConversionError(f"method {record.method!r} has no contexts to {what}")
+    return method
 
-    Raises:
-        ConversionError: it is.
-    """
+
+def weights_of(record: Record, method: Method, layer: nn.Module) -> Tensor:
+    """Return the weights of a layer's contexts or components, (K,) or (K, C)."""
+    weights = method.weights(layer)
+    return record.contexts.priors if weights is None else weights
+
+
+def check_parameters(root: nn.Module) -> None:
+    """Raise where a layer's parameter is computed before each forward, which reads another one."""
     for name, layer in method_layers(root).items():
         names = (*getattr(layer, "context_parameters", ()), "weight", "bias")
         if computed := computed_tensor(layer, names):
@@ -115,12 +121,7 @@ def check_parameters(root: nn.Module) -> None:
 
 
 def context_index(record: Record, context: str | int) -> int:
-    """Return the index of a context.
-
-    Raises:
-        UnknownNameError: no such name.
-        ContextError: an index out of range, or neither a name nor an index.
-    """
+    """Return the index of a context, given by name or index."""
     names = record.contexts.names
     if isinstance(context, str):
         if context in names:
@@ -163,10 +164,6 @@ def context_or_pooled(record: Record, context: str | int) -> int | None:
 
 
 def policy_of(unknown: str, names: Sequence[str]) -> str | int:
-    """Return the policy for unknown labels as the layers take it: a context's name as its index.
-
-    Raises:
-        UnknownNameError: neither a policy nor a context.
-    """
+    """Return the policy for unknown labels as the layers take it: a context's name as its index."""
     check_choice("policy for unknown labels", unknown, (*POLICIES, *names))
     return unknown if unknown in POLICIES else names.index(unknown)

@@ -22,6 +22,7 @@ from normswap.methods.base import InsertedMethod, Method, get_method
 from normswap.methods.norm_values import PlainNorm
 from normswap.util.arguments import check_flag, listed
 from normswap.util.copies import copy_model
+from normswap.util.distributed import refuse_sharded
 
 
 def revert(
@@ -59,16 +60,14 @@ def revert(
         UnknownNameError, ContextError: no such context.
     """
     root, record = find_root(model)
+    refuse_sharded(root, "revert")
     check_flag("discard", discard)
     check_flag("inplace", inplace)
     if discard and context is not None:
         raise ConversionError("expected discard=True or a context=, got both")
-    index: int | None = None
-    if context is not None:
-        index = _target(record, context)
-    elif record.contexts.count == 1:
-        index = 0
-    return _restore(root, record, index, context is None and index is None, discard, inplace)
+    alike = context is None and record.contexts.count > 1
+    index = 0 if context is None else _target(record, context)
+    return _restore(root, record, index, alike, discard, inplace)
 
 
 def specialize(
@@ -94,6 +93,7 @@ def specialize(
         UnknownNameError, ContextError: no such context.
     """
     root, record = find_root(model)
+    refuse_sharded(root, "specialize")
     check_flag("inplace", inplace)
     if context is None and record.contexts.count > 1:
         raise ConversionError(
@@ -116,23 +116,9 @@ def _choices(record: Record) -> str:
 
 
 def _restore(
-    root: nn.Module,
-    record: Record,
-    index: int | None,
-    alike: bool,
-    discard: bool,
-    inplace: bool,
+    root: nn.Module, record: Record, index: int | None, alike: bool, discard: bool, inplace: bool
 ) -> nn.Module:
-    """Put norms in place of the layers; see `revert` for the rest.
-
-    Args:
-        root: the converted model.
-        record: of its conversion.
-        index: the context, None for the pooled one.
-        alike: whether the contexts have to agree, whichever is taken.
-        discard: whether to take the values at conversion.
-        inplace: whether to change `root`.
-    """
+    """Put norms in place of the layers; the contexts have to agree if `alike`. See `revert`."""
     check_parameters(root)
     target = root if inplace else copy_model(root)
     if not discard:
@@ -160,12 +146,11 @@ def _check_inserted(target: nn.Module, record: Record) -> None:
     method = get_method(record.method)
     kept = {}
     for name, layer in inserted_layers(target).items():
+        why: str | None = "it normalises the input of the model, where the original has no norm"
         if isinstance(method, InsertedMethod):
             why = method.effect(layer)
         elif _is_untouched(layer, record):
-            why = None
-        else:
-            why = "it normalises the input of the model, where the original class has no norm"
+            continue
         if why is not None:
             kept[name] = why
     if kept:
@@ -185,21 +170,19 @@ def _is_untouched(layer: nn.Module, record: Record) -> bool:
 def _norm(
     name: str, layer: nn.Module, record: Record, index: int | None, alike: bool, discard: bool
 ) -> nn.Module:
-    """Return the norm for a layer."""
-    norm = rebuild(layer)
-    method = get_method(record.method)
+    norm, method = rebuild(layer), get_method(record.method)
     assert isinstance(method, Method)
     if discard and lacks_values(layer):
         raise ConversionError(
             f"expected {name or 'the layer'} to have had values at conversion for discard=True; it "
             "was on the meta device: leave discard= out to take what the layers compute now"
         )
-    if discard or is_untouched(layer, method, record.contexts, record.options):
+    if discard or _is_untouched(layer, record):
         return norm
     try:
         plain = method.plain(layer, index if method.needs_context else None)
         if alike:
-            plain = _common(name, layer, record, method)
+            plain = _common(layer, record, method)
     except ConversionError as error:
         raise ConversionError(
             f"cannot revert {name or 'the layer'} ({type(layer).__name__}): {error}"
@@ -209,25 +192,19 @@ def _norm(
     return norm
 
 
-def _common(name: str, layer: nn.Module, record: Record, method: Method) -> PlainNorm:
-    """Return the norm that every context has.
-
-    Raises:
-        ConversionError: they differ by more than rounding.
-    """
+def _common(layer: nn.Module, record: Record, method: Method) -> PlainNorm:
+    """Return the norm that every context has, up to rounding."""
     plains = [method.plain(layer, k) for k in range(record.contexts.count)]
-    original = original_of(layer)
-    assert original is not None
     dtype = next(t.dtype for t in layer.parameters() if t.is_floating_point())
     bound = 8 * torch.finfo(dtype).eps
 
     def apart(one: Tensor | None, other: Tensor | None, offset: float) -> bool:
         if one is None or other is None:
             return one is not other
-        one, other = one + offset, other + offset
-        return bool(((one - other).abs() > bound * torch.maximum(one.abs(), other.abs())).any())
+        return not torch.allclose(one + offset, other + offset, bound, 0.0, equal_nan=True)
 
-    offsets: dict[str, Any] = {"var": getattr(layer, "eps", original.site.eps)}
+    original: Any = original_of(layer)
+    offsets = {"var": getattr(layer, "eps", original.site.eps)}
     for field in ("mean", "var", "weight", "bias"):
         first, *others = (getattr(plain, field) for plain in plains)
         if any(apart(first, other, offsets.get(field, 0.0)) for other in others):

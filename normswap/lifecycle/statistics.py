@@ -1,8 +1,10 @@
 """Measure running statistics anew over a loader, for each context."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from normswap.errors import ConversionError, expect_module
 from normswap.graph.use_context import use_context
 from normswap.lifecycle.record import find_inside
 from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import RUNNING, ContextLayer
+from normswap.methods.layer import ContextLayer
+from normswap.methods.running import RUNNING
 from normswap.methods.selfnorm import SelfNorm
 from normswap.util.arguments import describe
 from normswap.util.batches import (
@@ -68,7 +71,8 @@ def update_stats(
             statistics, such as one of CN-X, of which nothing is measured and no batch is taken.
     """
     expect_module(model)
-    layers = [m for m in model.modules() if _is_measured(m)]
+    named = {name: m for name, m in model.named_modules() if _is_measured(m)}
+    layers = list(named.values())
     check_stream(loader, forward, batches, progress)
     if not layers and find_inside(model) is not None and not any(map(_is_tracked, model.modules())):
         warnings.warn(
@@ -90,13 +94,15 @@ def update_stats(
                 given = None if labels is None else _labels_in(batch, labels)
                 with nullcontext() if given is None else use_context(model, given):
                     run(model, batch)
-        met = [_met(layer, counts[index]) for index, layer in enumerate(layers)]
+        met = [_met(layer, counts[layer]) for layer in layers]
         if not any(bool(m.any()) for m in met):
             raise ConversionError(
                 "no batch reached a layer with running statistics, or each had one value a "
                 "channel; the loader may be empty"
             )
-        _check_finite(model, layers)
+        for name, layer in named.items():
+            if not all(bool(b.isfinite().all()) for b in _buffers(layer)):
+                raise ConversionError(f"values that are not finite enter {name or 'the layer'}")
         for layer, seen in zip(layers, met, strict=True):
             for buffer in _buffers(layer):
                 rows = seen.reshape(seen.shape + (1,) * (buffer.dim() - seen.dim()))
@@ -118,13 +124,6 @@ def _labels_in(batch: Any, position: int) -> Any:
     return batch[position]
 
 
-def _check_finite(model: nn.Module, layers: list[nn.Module]) -> None:
-    for layer in layers:
-        if not all(bool(b.isfinite().all()) for b in _buffers(layer)):
-            name = next(name for name, module in model.named_modules() if module is layer)
-            raise ConversionError(f"values that are not finite enter {name or 'the layer'}")
-
-
 def _buffers(layer: nn.Module) -> list[Tensor]:
     return [b for n, b in layer.named_buffers(recurse=False) if n in RUNNING]
 
@@ -143,29 +142,23 @@ def _is_measured(module: nn.Module) -> bool:
 
 def _is_cumulative(layer: nn.Module) -> bool:
     """Return whether a layer averages over batches by itself where its momentum is None."""
-    if isinstance(layer, _InstanceNorm | ContextInstanceNorm):
-        return False
-    return getattr(layer, "num_batches_tracked", None) is not None
+    alone = isinstance(layer, _InstanceNorm | ContextInstanceNorm)
+    return not alone and getattr(layer, "num_batches_tracked", None) is not None
 
 
 @contextmanager
-def _measuring(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[int]]:
+def _measuring(model: nn.Module, layers: list[nn.Module]) -> Iterator[Counter[nn.Module]]:
     """Let layers average over batches; yield how many each has met, where it cannot tell."""
     hosts = {gate: m for m in model.modules() if isinstance(m, SelfNorm) for gate in m.children()}
-    momenta: list[Any] = [layer.momentum for layer in layers]
-    counts = [0] * len(layers)
-    hooks = []
+    counts: Counter[nn.Module] = Counter()
 
-    def counter(index: int, least: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if len(inputs[0]) >= least:
-                counts[index] += 1
-            layers[index].momentum = 1 / max(counts[index], 1)  # type: ignore[assignment]
+    def count(layer: Any, least: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        counts[layer] += len(inputs[0]) >= least
+        layer.momentum = 1 / max(counts[layer], 1)
 
-        return count
-
-    try:
-        for index, layer in enumerate(layers):
+    with ExitStack() as undo:
+        for layer in layers:
+            undo.callback(setattr, layer, "momentum", layer.momentum)
             layer.training = True
             for name, start in (("running_mean", 0.0), ("running_var", 1.0)):
                 buffer = layer.get_buffer(name)
@@ -177,13 +170,8 @@ def _measuring(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[int]]
                 # A gate's statistics are over instances: a batch of one leaves them.
                 least = 2 if layer in hosts else 1
                 host = hosts.get(layer, layer)
-                hooks.append(host.register_forward_pre_hook(counter(index, least)))
+                undo.enter_context(host.register_forward_pre_hook(partial(count, layer, least)))
         yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
 
 
 def _met(layer: nn.Module, count: int) -> Tensor:

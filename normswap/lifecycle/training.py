@@ -18,8 +18,6 @@ from normswap.util.batches import FROZEN_MODE
 from normswap.util.extras import need
 from normswap.util.select import Selector, find_modules
 
-_TRAIN = ("norms", "contexts", "all")
-_STATS = ("update", "frozen")
 _HUGE = 1e300
 
 
@@ -63,7 +61,11 @@ def param_groups(
         check_number("layer_decay", layer_decay, 0, 1, open_low=True)
     norms = {id(p) for p in norm_parameters(model).values()}
     spared = _spared_names(model)
-    scales = {} if layer_decay is None else _layer_scales(model, layer_decay)
+    scales: dict[int, float] = {}
+    if layer_decay is not None:
+        optim = need("timm.optim", "recipes", "layer_decay=, whose layers are timm's,")
+        layered = optim.param_groups_layer_decay(model, layer_decay=layer_decay)
+        scales = {id(p): group["lr_scale"] for group in layered for p in group["params"]}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -112,8 +114,8 @@ def freeze(
             which would go on waiting for the gradients it knew; an `also` that matches no module;
             or nothing left to train.
     """
-    for name, value, choices in (("train", train, _TRAIN), ("stats", stats, _STATS)):
-        check_choice(f"{name}=", value, choices)
+    check_choice("train=", train, ("norms", "contexts", "all"))
+    check_choice("stats=", stats, ("update", "frozen"))
     expect_module(model)
     layers = [m for m in model.modules() if isinstance(m, NormLayer)]
     if not layers and find_inside(model) is None:
@@ -196,12 +198,6 @@ def _spared_names(model: nn.Module) -> list[str]:
         if callable(getattr(module, "no_weight_decay", None))
         for name in module.no_weight_decay()
     ]
-
-
-def _layer_scales(model: nn.Module, layer_decay: float) -> dict[int, float]:
-    optim = need("timm.optim", "recipes", "layer_decay=, whose layers are timm's,")
-    groups = optim.param_groups_layer_decay(model, layer_decay=layer_decay)
-    return {id(p): group["lr_scale"] for group in groups for p in group["params"]}
 
 
 def is_ours(module: nn.Module) -> bool:

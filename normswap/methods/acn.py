@@ -10,12 +10,7 @@ from normswap.errors import ConversionError
 from normswap.functional.moments import Moments
 from normswap.methods.acn_layer import AdaptiveContextNorm
 from normswap.methods.acn_options import AdaptiveOptions
-from normswap.methods.base import (
-    Contexts,
-    Method,
-    affine_tensors,
-    register_method,
-)
+from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.norm_values import PlainNorm, advise_freezing
 from normswap.sites import Site
 
@@ -41,21 +36,14 @@ class AdaptiveContextNormalization(Method):
 
     def build(self, site: Site, source: nn.Module, contexts: Contexts, options: Any) -> nn.Module:
         """Start all components from the layer's running statistics, told apart as asked."""
-        layer = AdaptiveContextNorm(
-            site.num_features,
-            eps=site.eps,
-            momentum=site.momentum,
-            device=site.device,
-            dtype=site.dtype,
-            **asdict(options),
-        )
+        placed = {"device": site.device, "dtype": site.dtype, "eps": site.eps}
+        given = {**asdict(options), **placed, "momentum": site.momentum}
+        layer = AdaptiveContextNorm(site.num_features, **given)
         mean, var = source.running_mean, source.running_var
         assert isinstance(mean, Tensor)
         assert isinstance(var, Tensor)
+        layer.take_running(source)
         layer.set_values(layer.start_from(mean, var, *affine_tensors(source, site)))
-        tracked = getattr(source, "num_batches_tracked", None)
-        if tracked is not None and layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.copy_(tracked)
         return layer
 
     def advise(self, norms: list[nn.Module], options: Any) -> str | None:
@@ -94,10 +82,5 @@ class AdaptiveContextNormalization(Method):
                 "probably belongs to, and these have moved apart"
             )
         gain = (0.5 * mixture.log_prior).exp().expand_as(mixture.mean).sum(0)
-        return PlainNorm(
-            tables[-2][0],
-            tables[-1][0].clamp(min=0),
-            layer.weight.double() * gain,
-            layer.bias.double(),
-            layer.num_batches_tracked,
-        )
+        mean, var, weight = tables[-2][0], tables[-1][0].clamp(min=0), layer.weight.double() * gain
+        return PlainNorm(mean, var, weight, layer.bias.double(), layer.num_batches_tracked)

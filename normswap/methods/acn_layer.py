@@ -16,8 +16,9 @@ from normswap.functional.mixture_start import bounded_log_prior, bounded_log_sig
 from normswap.functional.mixture_synced import shared_moments
 from normswap.functional.moments import Moments, compute_dtype, log_spread
 from normswap.methods.acn_options import AdaptiveOptions
-from normswap.methods.layer import RUNNING, NormLayer
+from normswap.methods.layer import NormLayer
 from normswap.methods.layer_tensors import check_settings, counted_nothing, fill_affine, fitting
+from normswap.methods.running import RUNNING
 from normswap.util.distributed import sum_over
 
 _NORMALIZE: dict[str, Callable[..., Normalized]] = {
@@ -72,9 +73,6 @@ class AdaptiveContextNorm(NormLayer):
     prior_logits: nn.Parameter
     mu: nn.Parameter
     log_sigma: nn.Parameter
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -92,10 +90,8 @@ class AdaptiveContextNorm(NormLayer):
         super().__init__(num_features)
         self.options = AdaptiveOptions(components, statistics, assignment, start, strength)
         check_settings(eps, momentum)
-        self.eps = eps
-        self.momentum = momentum
-        self.frozen = False
-        self.synced = False
+        self.eps, self.momentum = eps, momentum
+        self.frozen = self.synced = False
         self.process_group: str | None = None
         shape = (components, num_features)
         logits = (components, 1) if assignment == "position" else shape
@@ -104,7 +100,7 @@ class AdaptiveContextNorm(NormLayer):
         for name, size in (shapes | {"mu": shape, "log_sigma": shape}).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, **placed)))
         self.track_running_stats = statistics == "batch"
-        self._add_running(shape, (), placed)
+        self.add_running(shape, (), placed)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -131,10 +127,9 @@ class AdaptiveContextNorm(NormLayer):
         mu = mean.double() + offsets.to(mean.device).unsqueeze(1) * log_sigma.exp()
         logits = logits.to(mean.device).unsqueeze(1).expand_as(self.prior_logits)
         values = {"weight": factor * weight.double(), "bias": bias, "prior_logits": logits}
+        tracked = {"running_mean": mu, "running_var": var.expand_as(self.mu)}
         values |= {"mu": mu, "log_sigma": log_sigma}
-        if self.running_mean is not None:
-            values |= {"running_mean": mu, "running_var": var.expand_as(self.mu)}
-        return values
+        return values if self.running_mean is None else values | tracked
 
     @torch.no_grad()
     def set_values(self, values: dict[str, Tensor]) -> None:
@@ -167,10 +162,15 @@ class AdaptiveContextNorm(NormLayer):
         frozen = self.frozen or self.stats_frozen
         batch = self.running_mean is not None and self.training and not frozen
         if batch and self.synced and (reduce := sum_over(self.process_group)) is not None:
-            result, values = self._compute_shared(x, reduce)
+            # With what the components own of the batches of all processes.
+            mixture, start, eps = self._moments(x)
+            assignment = self.options.assignment
+            mass, moments, values = shared_moments(x, mixture, start, assignment, reduce)
+            y: Tensor = self._apply_mixture(x, mixture, moments, eps, False).y
             if not in_backward():
+                result = Normalized(y, mass, moments)
                 self._update(result, values / (values - 1).clamp(min=1), values > 1)
-            return result.y
+            return y
         number = x.numel() // max(x.shape[1], 1)
         batch = batch and number > 1
         parameters = (self.weight, self.bias, self.prior_logits, self.mu, self.log_sigma)
@@ -180,36 +180,25 @@ class AdaptiveContextNorm(NormLayer):
         if triton is not None and triton.serves(x, assignment, len(self.mu)):
             settings = triton.Settings(self.eps, batch, batch and not in_backward(), self.momentum)
             given = None if self.running_mean is None else running
-            y: Tensor = triton.norm_mixture(x, parameters, given, settings, assignment)
+            y = triton.norm_mixture(x, parameters, given, settings, assignment)
             return y
         result = self.compute(x, batch)
         if batch and not in_backward():
             self._update(result, number / (number - 1))
         return result.y
 
-    def _compute_shared(
-        self, x: Tensor, reduce: Callable[[Tensor], Tensor]
-    ) -> tuple[Normalized, Tensor]:
-        """Normalise with what the components own of the batches of all processes."""
-        mixture, given = self.mixture(compute_dtype(x)), self._running(compute_dtype(x))
-        assert given is not None
-        mass, moments, values = shared_moments(x, mixture, given, self.options.assignment, reduce)
-        y = self._apply_mixture(x, mixture, moments, self.eps, False).y
-        return Normalized(y, mass, moments), values
-
     def compute(self, x: Tensor, batch: bool) -> Normalized:
         """Normalise with the moments of this batch, or with the tracked or learned ones."""
-        mixture, given = self.mixture(compute_dtype(x)), self._running(compute_dtype(x))
-        if given is None:
-            learned = Moments(mixture.mean, (2 * mixture.log_sigma).exp())
-            return self._apply_mixture(x, mixture, learned, 0.0, batch)
-        return self._apply_mixture(x, mixture, given, self.eps, batch)
+        return self._apply_mixture(x, *self._moments(x), batch)
 
-    def _running(self, dtype: torch.dtype) -> Moments | None:
-        """Return clones: the update is in place, and backward needs the values of this forward."""
-        if self.running_mean is None or self.running_var is None:
-            return None
-        return Moments(self.running_mean.to(dtype).clone(), self.running_var.to(dtype).clone())
+    def _moments(self, x: Tensor) -> tuple[Mixture, Moments, float]:
+        """Return the mixture, the tracked or learned moments, and what is added to the variance."""
+        dtype = compute_dtype(x)
+        mixture, mean, var = self.mixture(dtype), self.running_mean, self.running_var
+        if mean is None or var is None:
+            return mixture, Moments(mixture.mean, (2 * mixture.log_sigma).exp()), 0.0
+        # Clones: the update is in place, and backward needs the values of this forward.
+        return mixture, Moments(mean.to(dtype).clone(), var.to(dtype).clone()), self.eps
 
     def _apply_mixture(
         self, x: Tensor, mixture: Mixture, given: Moments, eps: float, batch: bool
@@ -221,15 +210,11 @@ class AdaptiveContextNorm(NormLayer):
     @torch.no_grad()
     def _update(self, result: Normalized, factor: Any, counts: Any = True) -> None:
         """Move the running statistics of the components that own something of the batch."""
-        mean, var, count = (getattr(self, name) for name in RUNNING)
-        count.add_(counts)
-        rate: Any = self.momentum
-        if rate is None:
-            rate = count.clamp(min=1).to(result.mass.dtype).reciprocal()
-        rate = (result.mass >= MASS).to(result.mass.dtype) * rate
-        unbiased = result.moments.var * factor
-        for buffer, new in ((mean, result.moments.mean), (var, unbiased)):
-            buffer.copy_(buffer + rate * (new - buffer))
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(counts)
+        (mean, var), dtype = result.moments, result.mass.dtype
+        rate = (result.mass >= MASS).to(dtype) * self.running_rate(dtype)
+        self.move_running(mean, var * factor, rate)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

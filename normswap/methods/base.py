@@ -1,19 +1,19 @@
-"""The protocol of a method, and the registry of methods by name."""
+"""The protocol of a method."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError
 from normswap.functional.moments import Moments
-from normswap.methods.found import import_installed, import_own
 from normswap.methods.norm_values import PlainNorm
+from normswap.methods.norm_values import affine_tensors as affine_tensors
+from normswap.methods.registry import get_method as get_method
+from normswap.methods.registry import methods as methods
+from normswap.methods.registry import register_method as register_method
 from normswap.sites import Place, Site
-from normswap.util.arguments import check_choice, meant
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,8 @@ class Method(BaseMethod):
         Raises:
             ConversionError: the layer has no contexts to add to.
         """
-        rows: dict[str, Tensor] = self._ask(layer, "added_rows", "takes no further context")(
-            like, share
-        )
+        ask = self._ask(layer, "added_rows", "takes no further context")
+        rows: dict[str, Tensor] = ask(like, share)
         return rows
 
     def set_moments(self, layer: nn.Module, context: int, moments: Moments) -> None:
@@ -158,13 +157,12 @@ class Method(BaseMethod):
         self._ask(layer, "set_moments", "has no statistics of a context to set")(context, moments)
 
     def _ask(self, layer: nn.Module, name: str, otherwise: str) -> Any:
-        found = getattr(layer, name, None)
-        if found is None:
+        if not hasattr(layer, name):
+            kind = type(layer).__name__
             raise ConversionError(
-                f"method {self.name!r}: its layer {type(layer).__name__} {otherwise} (it has no "
-                f"{name}())"
+                f"method {self.name!r}: its layer {kind} {otherwise} (it has no {name}())"
             )
-        return found
+        return getattr(layer, name)
 
 
 class InsertedMethod(BaseMethod):
@@ -205,75 +203,3 @@ class InsertedMethod(BaseMethod):
         if not layer.state_dict():
             return None
         return f"method {self.name!r} does not say whether its layer is the identity"
-
-
-_REGISTRY: dict[str, BaseMethod] = {}
-M = TypeVar("M", bound=type[BaseMethod])
-
-
-def register_method(cls: M) -> M:
-    """Add a method to the registry, as a class decorator.
-
-    Raises:
-        ConversionError: the name is taken by another class, or `options` is not a dataclass.
-    """
-    if not cls.__module__.startswith(f"{__package__}."):
-        import_own()
-    taken = _REGISTRY.get(cls.name)
-    if taken is not None and type(taken).__qualname__ != cls.__qualname__:
-        raise ConversionError(f"a method {cls.name!r} is registered already: {type(taken)}")
-    if not is_dataclass(cls.options):
-        raise ConversionError(
-            f"expected the options of method {cls.name!r} as a dataclass, got {cls.options!r}"
-        )
-    _REGISTRY[cls.name] = cls()
-    return cls
-
-
-def methods() -> list[str]:
-    """Return the names of all methods: the package's, those registered, other packages'."""
-    import_own()
-    import_installed()
-    return sorted(_REGISTRY)
-
-
-def get_method(name: str) -> BaseMethod:
-    """Return a method by name.
-
-    Raises:
-        UnknownNameError: no such method; the message lists the names.
-    """
-    import_own()
-    if not isinstance(name, str) or name not in _REGISTRY:
-        check_choice("method", name, methods())
-    return _REGISTRY[name]
-
-
-def parse_options(method: BaseMethod, given: dict[str, Any], arguments: Iterable[str] = ()) -> Any:
-    """Build a method's options from keyword arguments.
-
-    Args:
-        method: whose options.
-        given: by name.
-        arguments: further names that the caller could have used; one may be what was meant.
-
-    Raises:
-        ConversionError: an option the method does not have; the message lists those it has.
-    """
-    known = [f.name for f in fields(method.options)]
-    for name in sorted(set(given) - set(known)):
-        raise ConversionError(
-            f"unknown option {name} for method {method.name!r}; its options: "
-            f"{', '.join(known) or 'none'}{meant(name, [*known, *arguments], '{}=')}"
-        )
-    return method.options(**given)
-
-
-def affine_tensors(source: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias of a layer, ones and zeros where it lacks them."""
-    weight, bias = getattr(source, "weight", None), getattr(source, "bias", None)
-    ones = torch.ones(site.num_features, device=site.device, dtype=site.dtype)
-    return (
-        ones if weight is None else weight.detach(),
-        torch.zeros_like(ones) if bias is None else bias.detach(),
-    )

@@ -10,7 +10,7 @@ from normswap.functional.moments import Moments
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.cn_layer import ContextNorm
 from normswap.methods.cn_tables import check_affine
-from normswap.methods.instance import ContextInstanceNorm
+from normswap.methods.instance import ContextInstanceNorm, settings_of
 from normswap.methods.norm_values import advise_freezing
 from normswap.sites import Site
 
@@ -49,25 +49,11 @@ class ContextNormalization(Method):
         """Copy the layer's statistics to each context, and its affine times sqrt(lambda)."""
         if site.kind == "instance":
             return ContextInstanceNorm.from_site(site, source, contexts)
-        layer = ContextNorm(
-            site.num_features,
-            contexts.count,
-            site.eps,
-            site.momentum,
-            contexts.priors,
-            contexts.unknown,
-            site.device,
-            site.dtype,
-            shrink=options.shrink,
-            affine=options.affine,
-        )
+        settings = {**settings_of(site, contexts), "momentum": site.momentum}
+        layer = ContextNorm(**settings, shrink=options.shrink, affine=options.affine)
         layer.set_affine(*affine_tensors(source, site))
         with torch.no_grad():
-            layer.running_mean.copy_(source.running_mean)  # type: ignore[arg-type]
-            layer.running_var.copy_(source.running_var)  # type: ignore[arg-type]
-            tracked = getattr(source, "num_batches_tracked", None)
-            if tracked is not None:
-                layer.num_batches_tracked.copy_(tracked)
+            layer.take_running(source)
         return layer
 
     def advise(self, norms: list[nn.Module], options: Any) -> str | None:

@@ -20,7 +20,7 @@ from normswap.functional.moments import (
     instance_moments,
 )
 from normswap.functional.segments import Counts, count, segments
-from normswap.functional.tables import apply_centred
+from normswap.functional.tables import apply_by_label
 from normswap.methods.cn_tables import ContextTables
 from normswap.util.distributed import sum_over, sum_over_ddp
 
@@ -75,10 +75,9 @@ class ContextNorm(ContextTables):
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
         if not (self.training and (self.synced or self.shrink)):
-            affine = self.weight, self.bias
-            triton = self.find_triton(x, unlabelled, *affine, *self._buffers.values())
-            if triton is not None:
-                return self._normalize_by_triton(triton, x, labels, unlabelled, affine)
+            given = (self.weight, self.bias, *self._buffers.values())
+            if (triton := self.find_triton(x, unlabelled, *given)) is not None:
+                return self._normalize_by_triton(triton, x, labels, unlabelled)
         dtype = compute_dtype(x)
         running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
         scripted = not torch.compiler.is_compiling() and torch._C._is_tracing()
@@ -91,25 +90,16 @@ class ContextNorm(ContextTables):
             running = self._at_first_run(running)
         if batch is not None:
             return self._train_step(x, batch, unlabelled, running)
-        weight, bias = self.effective_affine(dtype)
-        if labels is None:
-            return apply_centred(x, self._unknown(x, None, running, weight, bias))
-        table = centre_norm(running, weight, bias, self.eps)
-        if not unlabelled:
-            return apply_centred(x, table, one_label(labels) if self.num_contexts > 1 else None)
-        other = self._unknown(x, None, running, weight, bias)
-        return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
+        affine = self.effective_affine(dtype)
+        table = partial(centre_norm, running, *affine, self.eps)
+        unknown = partial(self._unknown, partial(instance_moments, x), running, *affine)
+        return apply_by_label(x, table, labels, unlabelled, unknown)
 
     def _normalize_by_triton(
-        self,
-        triton: Any,
-        x: Tensor,
-        labels: Tensor | None,
-        unlabelled: bool,
-        affine: tuple[Tensor, Tensor],
+        self, triton: Any, x: Tensor, labels: Tensor | None, unlabelled: bool
     ) -> Tensor:
         batched = labels is not None and self.training and not (self.frozen or self.stats_frozen)
-        priors = self.priors
+        priors, affine = self.priors, (self.weight, self.bias)
         buffers = running = Moments(self.running_mean, self.running_var)
         again = together = False
         if self.training:
@@ -119,7 +109,7 @@ class ContextNorm(ContextTables):
         weighs = self.weighs(unlabelled)
         if self.shared_affine:
             factor = priors.sqrt().unsqueeze(1)
-            affine = affine[0] * factor, affine[1] * factor
+            affine = affine[0] * factor, affine[1] * factor  # type: ignore[assignment]
         norm = triton.Norm(
             *affine,
             priors,
@@ -163,7 +153,8 @@ class ContextNorm(ContextTables):
 
     def _train_step(self, x: Tensor, labels: Tensor, unlabelled: bool, running: Moments) -> Tensor:
         """Normalise with each context's moments in this batch, and update the running ones."""
-        given, override, dtype = running, None, running.mean.dtype
+        given, dtype = running, running.mean.dtype
+        override: Callable[..., Centred] | None = None
         weight, bias = (t.to(dtype).expand_as(running.mean) for t in (self.weight, self.bias))
         factor = self.affine_factor(dtype)
         if unlabelled:
@@ -173,35 +164,15 @@ class ContextNorm(ContextTables):
             weight, bias = torch.cat((weight, row[1])), torch.cat((bias, row[2]))
             factor = torch.cat((factor, torch.ones_like(factor[:1])))
             if self.weighs(unlabelled):
-                override = partial(self._mix_unlabelled, labels, running)
-        reduce = sum_over(self.process_group) if self.synced else None
-        return norm_contexts(
-            x,
-            labels,
-            weight,
-            bias,
-            factor,
-            given,
-            self.num_contexts,
-            self.eps,
-            self._update,
-            reduce,
-            override,
-            self.shrink,
-        )
 
-    def _mix_unlabelled(
-        self,
-        labels: Tensor,
-        running: Moments,
-        table: Centred,
-        instances: Moments,
-        weight: Tensor,
-        bias: Tensor,
-    ) -> Centred:
-        """Give samples without a label the map of policy "posterior"."""
-        known = (t[: self.num_contexts] for t in (weight, bias))
-        return table.where(labels >= 0, self._unknown(None, instances, running, *known))
+                def override(table: Centred, instances: Moments, *affine: Tensor) -> Centred:
+                    known = (t[: self.num_contexts] for t in affine)
+                    other = self._unknown(lambda: instances, running, *known)
+                    return table.where(labels >= 0, other)
+
+        reduce = sum_over(self.process_group) if self.synced else None
+        settings = (self.num_contexts, self.eps, self._update, reduce, override, self.shrink)
+        return norm_contexts(x, labels, weight, bias, factor, given, *settings)
 
     @torch.no_grad()
     def _update(self, used: Moments, counts: Counts) -> None:
@@ -212,48 +183,24 @@ class ContextNorm(ContextTables):
         if reduce is not None:
             # The wrapper gives every process the buffers of the first one, before each forward:
             # contexts that only others have would never be updated.
-            values, used = self._of_all(counts.values, used, reduce)
+            own = torch.where(counts.usable, counts.values, 0)
+            values, found = combine_moments(own, used, reduce)
+            running = Moments(*(t.to(values) for t in (self.running_mean, self.running_var)))
             counts = count(values)
+            used = found.where(counts.usable, running)
         self.num_batches_tracked.add_(1 if counts.every else counts.usable.squeeze(1))
-        rate: Any = self.momentum
-        if rate is None:
-            tracked = self.num_batches_tracked.clamp(min=1).to(used.mean.dtype)
-            rate = tracked.reciprocal().unsqueeze(1)
+        rate = self.running_rate(used.mean.dtype)
         if not counts.every:
             # Contexts without moments stay: their rate is 0, and the factor finite.
             rate = counts.usable.to(used.mean.dtype) * rate
-        unbiased = used.var * counts.unbias
-        for buffer, new in ((self.running_mean, used.mean), (self.running_var, unbiased)):
-            if buffer.dtype == new.dtype:
-                buffer.lerp_(new, rate)
-            else:
-                buffer.copy_(torch.lerp(buffer.to(new.dtype), new, rate))
-
-    def _of_all(
-        self, values: Tensor, used: Moments, reduce: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Moments]:
-        """Combine the moments of contexts with what other processes have of them."""
-        values = torch.where(values > 1, values, 0)
-        values, found = combine_moments(values, used, reduce)
-        running = (self.running_mean, self.running_var)
-        new = (torch.where(values > 1, f, r.to(f)) for f, r in zip(found, running, strict=True))
-        return values, Moments(*new)
+        self.move_running(used.mean, used.var * counts.unbias, rate)
 
     def _unknown(
-        self,
-        x: Tensor | None,
-        instances: Moments | None,
-        running: Moments,
-        weight: Tensor,
-        bias: Tensor,
+        self, instances: Callable[[], Moments], running: Moments, weight: Tensor, bias: Tensor
     ) -> Centred:
         """Return the map of samples without a label: one row, or one a sample ("posterior")."""
         if self.weighs(True):
-            if instances is None:
-                assert x is not None
-                instances = instance_moments(x)
-            priors = self.mixing(weight.dtype)
-            weights = context_posterior(instances, running, priors, self.eps)
+            weights = context_posterior(instances(), running, self.mixing(weight.dtype), self.eps)
             return centre_norm(running, weight, bias, self.eps).mix(weights)
         return centre_norm(*self._unknown_row(running, weight, bias), self.eps)
 

@@ -10,30 +10,21 @@ from normswap.functional.moments import Moments
 from normswap.methods.layer import ContextLayer
 from normswap.methods.layer_tensors import check_settings, counted_nothing, fill_affine, load_shared
 from normswap.methods.norm_values import PlainNorm, added_prior, pick, pick_moments
+from normswap.methods.running import RUNNING
 from normswap.util.arguments import check_choice, check_number
 
 AFFINE = ("context", "shared")
 
 
 def check_affine(shrink: float, affine: str) -> None:
-    """Check what CN may be set to besides.
-
-    Raises:
-        ConversionError: shrink neither in [0, 1e9] nor infinity.
-        UnknownNameError: affine is none of the choices.
-    """
+    """Check what CN may be set to besides: shrink in [0, 1e9] or infinity, one of `AFFINE`."""
     if not (isinstance(shrink, float) and shrink == math.inf):
         check_number("shrink", shrink, 0, 1e9)
     check_choice("affine=", affine, AFFINE)
 
 
 class ContextTables(ContextLayer):
-    """Base of `ContextNorm`: its tensors, and the plain norms they stand for.
-
-    Shape:
-        Parameters weight, bias: (K, C), or (C,) with ``affine="shared"``; buffers running_mean,
-        running_var: (K, C), num_batches_tracked, priors: (K,).
-    """
+    """Base of `ContextNorm`: its tensors, and the plain norms they stand for."""
 
     context_parameters: tuple[str, ...] = ("weight", "bias")
     weight: nn.Parameter
@@ -41,7 +32,6 @@ class ContextTables(ContextLayer):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    priors: Tensor
 
     def __init__(
         self,
@@ -60,10 +50,8 @@ class ContextTables(ContextLayer):
         super().__init__(num_features, num_contexts, unknown, priors, device, dtype)
         check_settings(eps, momentum, {"synced": synced})
         check_affine(shrink, affine)
-        self.eps = eps
-        self.momentum = momentum
-        self.frozen = False
-        self.synced = synced
+        self.eps, self.momentum = eps, momentum
+        self.frozen, self.synced = False, synced
         self.process_group: str | None = None
         self.shrink = float(shrink)
         self.shared_affine = affine == "shared"
@@ -74,7 +62,7 @@ class ContextTables(ContextLayer):
         affine_shape = shape[1:] if self.shared_affine else shape
         self.weight = nn.Parameter(torch.empty(affine_shape, **options))
         self.bias = nn.Parameter(torch.empty(affine_shape, **options))
-        self._add_running(shape, (num_contexts,), options)
+        self.add_running(shape, (num_contexts,), options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -103,30 +91,25 @@ class ContextTables(ContextLayer):
 
     def effective_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return gamma and beta over sqrt(lambda), or those that all share, (K, C)."""
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        if self.shared_affine:
-            shape = self.running_mean.shape
-            return weight.expand(shape), bias.expand(shape)
         factor = self.affine_factor(dtype)
-        return weight * factor, bias * factor
+        return self.weight.to(dtype) * factor, self.bias.to(dtype) * factor
 
     def extra_repr(self) -> str:
         """List the settings, non-default ones last."""
-        text = super().extra_repr() + (", synced=True" if self.synced else "")
-        text += f", shrink={self.shrink:g}" if self.shrink else ""
-        return text + (", affine='shared'" if self.shared_affine else "")
+        synced = ", synced=True" if self.synced else ""
+        shrink = f", shrink={self.shrink:g}" if self.shrink else ""
+        affine = ", affine='shared'" if self.shared_affine else ""
+        return super().extra_repr() + synced + shrink + affine
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accept a BatchNorm's entries too: each context starts from them."""
-        names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         self.load_priors(state_dict, prefix, state_dict.get(prefix + "running_mean"))
         count = counted_nothing(self.num_batches_tracked)
         state_dict.setdefault(prefix + "num_batches_tracked", count)
         root = state_dict[prefix + "priors"].sqrt().unsqueeze(1)
-        rows = names[2:] if self.shared_affine else names
-        targets: dict[str, Tensor] = {name: getattr(self, name) for name in rows}
+        targets = {name: getattr(self, name) for name in (*self.context_parameters, *RUNNING)}
         fill_affine(state_dict, prefix, self.num_features)
         load_shared(state_dict, prefix, targets, {"weight": root, "bias": root})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -135,13 +118,9 @@ class ContextTables(ContextLayer):
         """Return the batch norm this layer is in eval mode for a context, None for the pooled."""
         count, priors = self.num_batches_tracked, self.mixing(torch.float64)
         running = Moments(self.running_mean, self.running_var)
-        weight, bias = self.effective_affine(torch.float64)
-        return PlainNorm(
-            *pick_moments(running, context, priors),
-            pick(weight, context, priors),
-            pick(bias, context, priors),
-            count.max() if context is None else count[context],
-        )
+        weight, bias = (pick(t, context, priors) for t in self.effective_affine(torch.float64))
+        batches = count.max() if context is None else count[context]
+        return PlainNorm(*pick_moments(running, context, priors), weight, bias, batches)
 
     def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
         """Return the rows of one more context; see `Method.added_rows`."""

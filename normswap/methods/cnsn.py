@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError
 from normswap.functional.schedule import Schedule
 from normswap.methods.base import InsertedMethod, register_method
-from normswap.methods.crossnorm import CrossNormOptions, ScheduledCrossNorm
+from normswap.methods.crossnorm import CrossNormOptions
 from normswap.methods.selfnorm import SelfNorm, SelfNormOptions
 from normswap.sites import Place
 from normswap.util.arguments import describe
@@ -33,8 +33,7 @@ class CNSN(nn.Module):
         for name, module in (("crossnorm", crossnorm), ("selfnorm", selfnorm)):
             if not isinstance(module, nn.Module):
                 raise ConversionError(f"expected {name}= as a module, got {describe(module)}")
-        self.crossnorm = crossnorm
-        self.selfnorm = selfnorm
+        self.crossnorm, self.selfnorm = crossnorm, selfnorm
 
     def forward(self, x: Tensor, fire: bool | Tensor | None = None) -> Tensor:
         """Exchange styles where CrossNorm fires, then recalibrate.
@@ -51,7 +50,7 @@ class CNSN(nn.Module):
 
 
 @dataclass(frozen=True)
-class CNSNOptions:
+class CNSNOptions(SelfNormOptions, CrossNormOptions):
     """Options of the method "cnsn": those of CrossNorm and of SelfNorm.
 
     Attributes:
@@ -60,41 +59,21 @@ class CNSNOptions:
         crossnorm_at: another placement for CrossNorm than SelfNorm's, which is then ``placement``:
             the authors have "input" for ImageNet, and "post" with SelfNorm at "residual" for GTA5.
             Both at one place by default.
+
+    Raises:
+        ConversionError: a number out of range, or `crossnorm_at` is no name.
+        UnknownNameError: a name that is none of the choices.
     """
 
-    crop: str = "neither"
-    instances: int = 2
-    beta: float = 1.0
-    p: float = 0.5
-    active: int = 1
-    gates: int = 1
-    init: str = "identity"
     crossnorm_at: str = ""
 
     def __post_init__(self) -> None:
-        """Check them, as CrossNorm's and SelfNorm's are.
-
-        Raises:
-            ConversionError: a number out of range, or `crossnorm_at` is no name.
-            UnknownNameError: a name that is none of the choices.
-        """
-        # Both raise where a value is wrong.
-        CrossNormOptions(self.crop, self.instances, self.beta, self.p, self.active)
-        SelfNormOptions(self.gates, self.init)
+        CrossNormOptions.__post_init__(self)
+        SelfNormOptions.__post_init__(self)
         if not isinstance(self.crossnorm_at, str):
             raise ConversionError(
                 f"expected crossnorm_at= as a placement, got {describe(self.crossnorm_at)}"
             )
-
-    @property
-    def crossnorm(self) -> CrossNormOptions:
-        """Those of CrossNorm."""
-        return CrossNormOptions(self.crop, self.instances, self.beta, self.p, self.active)
-
-    @property
-    def selfnorm(self) -> SelfNormOptions:
-        """Those of SelfNorm."""
-        return SelfNormOptions(self.gates, self.init)
 
 
 @register_method
@@ -124,15 +103,13 @@ class CNSNMethod(InsertedMethod):
     def insert(self, place: Place, options: CNSNOptions) -> nn.Module:
         """Return both, or the one that belongs at the place."""
         if not options.crossnorm_at:
-            return CNSN(options.crossnorm.build(), options.selfnorm.build(place))
-        if place.placement == options.crossnorm_at:
-            return options.crossnorm.build()
-        return options.selfnorm.build(place)
+            return CNSN(options.crossnorm(), options.selfnorm(place))
+        own = place.placement == options.crossnorm_at
+        return options.crossnorm() if own else options.selfnorm(place)
 
     def connect(self, layers: list[nn.Module], options: CNSNOptions) -> Schedule:
         """Share one schedule between the CrossNorm layers."""
-        inner = [m for layer in layers for m in layer.modules()]
-        return options.crossnorm.connect([m for m in inner if isinstance(m, ScheduledCrossNorm)])
+        return options.connect(layers)
 
     def effect(self, layer: nn.Module) -> str | None:
         """Return what a trained SelfNorm does; CrossNorm is the identity in eval."""

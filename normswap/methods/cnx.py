@@ -11,8 +11,7 @@ from normswap.functional.moments import Moments, log_spread
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
 from normswap.methods.cnx_batch import BatchContextNormX
 from normswap.methods.cnx_layer import ContextNormX
-from normswap.methods.instance import ContextInstanceNorm
-from normswap.methods.layer import RUNNING
+from normswap.methods.instance import ContextInstanceNorm, settings_of
 from normswap.methods.norm_values import is_trained
 from normswap.sites import Site
 from normswap.util.arguments import check_choice
@@ -51,26 +50,16 @@ class ContextNormalizationX(Method):
         """Start every context as the layer is in eval mode; keep its affine."""
         if site.kind == "instance":
             return ContextInstanceNorm.from_site(site, source, contexts)
-        given: dict[str, Any] = {
-            "eps": site.eps,
-            "affine": site.affine,
-            "priors": contexts.priors,
-            "unknown": contexts.unknown,
-            "device": site.device,
-            "dtype": site.dtype,
-        }
         batch = options.statistics == "batch"
         kind = partial(BatchContextNormX, momentum=site.momentum) if batch else ContextNormX
-        layer: ContextNormX = kind(site.num_features, contexts.count, **given)
+        layer: ContextNormX = kind(**settings_of(site, contexts), affine=site.affine)
         with torch.no_grad():
             if layer.weight is not None and layer.bias is not None:
                 weight, bias = affine_tensors(source, site)
                 layer.weight.copy_(weight)
                 layer.bias.copy_(bias)
-            if isinstance(layer, BatchContextNormX):
-                for name, buffer in source.named_buffers(recurse=False):
-                    if name in RUNNING:
-                        layer.get_buffer(name).copy_(buffer)
+            if batch:
+                layer.take_running(source)
             else:
                 layer.mu.copy_(source.running_mean)  # type: ignore[arg-type]
                 spread = log_spread(source.running_var, site.eps)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """CN-X on what batch norm makes of x: statistics of the batch, then a context's own map."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,9 +73,8 @@ class BatchContextNormX(ContextNormX):
     ) -> None:
         super().__init__(num_features, num_contexts, eps, affine, priors, unknown, device, dtype)
         check_settings(eps, momentum)
-        self.momentum = momentum
-        self.frozen = False
-        self._add_running((num_features,), (), {"device": device, "dtype": dtype})
+        self.momentum, self.frozen = momentum, False
+        self.add_running((num_features,), (), {"device": device, "dtype": dtype})
         self.reset_running_stats()
         self.fresh = False
 
@@ -90,59 +90,42 @@ class BatchContextNormX(ContextNormX):
         dtype = compute_dtype(x)
         running = Moments(*(t.to(dtype)[None] for t in (self.running_mean, self.running_var)))
         learned = self.learned(dtype)
+
+        def table(instances: Callable[[], Moments], whole: Moments, learned: Learned) -> Centred:
+            """Return the map of each sample, or of all; x is normalised with `whole`."""
+            inverse = torch.rsqrt(whole.var + self.eps)
+
+            def of_z() -> Moments:
+                mean, var = instances()
+                return Moments((mean - whole.mean) * inverse, var * inverse.square())
+
+            if labels is None:
+                found = self.unknown_map(learned, of_z)
+            else:
+                found = learned.table().rows(labels.clamp(min=0) if unlabelled else labels)
+                if unlabelled:
+                    found = found.where(labels >= 0, self.unknown_map(learned, of_z))
+            # y = (z - c) s + t, about the mean of x: mu may be large only where sigma is.
+            shift = torch.addcmul(found.shift, found.centre, found.scale, value=-1)
+            return Centred(whole.mean.expand_as(shift), found.scale * inverse, shift)
+
         if not self.training or self.frozen or self.stats_frozen:
-            table = self._table(lambda: instance_moments(x), running, learned, labels, unlabelled)
-            return apply_centred(x, table)
+            return apply_centred(x, table(lambda: instance_moments(x), running, learned))
         running = Moments(*(t.clone() for t in running))
         size = x.shape[2:].numel()
         reduce = sum_over(self.process_group) if self.synced else None
 
         def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
-            everyone = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            everyone = torch.zeros_like(instances.mean[:, 0], dtype=torch.int64)
             values, batch = context_moments(instances, everyone, 1, size, reduce)
-            usable = values.unsqueeze(1) > 1
-            pairs = zip(batch, running, strict=True)
-            used = Moments(*(torch.where(usable, new, old) for new, old in pairs))
+            used = batch.where(values.unsqueeze(1) > 1, running)
             if not replay:
                 self._update(used, values)
-            found = self._table(lambda: instances, used, Learned(*tensors), labels, unlabelled)
-            rows = [t.expand(len(x), -1) for t in found]
+            found = table(lambda: instances, used, Learned(*tensors))
+            rows = [t.expand_as(instances.mean) for t in found]
             return Centred(*rows).at(instances.mean)
 
         return stat_affine(x, glue, *learned)
-
-    def _table(
-        self,
-        instances: Any,
-        whole: Moments,
-        learned: Learned,
-        labels: Tensor | None,
-        unlabelled: bool,
-    ) -> Centred:
-        """Return the map of each sample, or of all, from x to y.
-
-        Args:
-            instances: returns the moments of each instance of x.
-            whole: what x is normalised with, (1, C).
-            learned: mu, log sigma, gamma and beta.
-            labels: (N,), None where no sample has one.
-            unlabelled: whether a label may be -1.
-        """
-        inverse = torch.rsqrt(whole.var + self.eps)
-
-        def of_z() -> Moments:
-            mean, var = instances()
-            return Moments((mean - whole.mean) * inverse, var * inverse.square())
-
-        if labels is None:
-            table = self.unknown_map(learned, of_z)
-        else:
-            table = learned.table().rows(labels.clamp(min=0) if unlabelled else labels)
-            if unlabelled:
-                table = table.where(labels >= 0, self.unknown_map(learned, of_z))
-        # y = (z - c) s + t, about the mean of x: mu may be large only where sigma is.
-        shift = torch.addcmul(table.shift, table.centre, table.scale, value=-1)
-        return Centred(whole.mean.expand_as(shift), table.scale * inverse, shift)
 
     @torch.no_grad()
     def _update(self, used: Moments, values: Tensor) -> None:
@@ -151,13 +134,9 @@ class BatchContextNormX(ContextNormX):
             return
         usable = (values > 1).to(values.dtype)
         self.num_batches_tracked.add_(usable.sum().to(torch.int64))
-        rate: Any = self.momentum
-        if rate is None:
-            rate = self.num_batches_tracked.clamp(min=1).to(values.dtype).reciprocal()
-        unbiased = used.var * (values / (values - 1).clamp(min=1)).unsqueeze(1)
-        for buffer, new in ((self.running_mean, used.mean), (self.running_var, unbiased)):
-            wide = buffer.to(new.dtype)
-            buffer.copy_(torch.lerp(wide, new[0], (rate * usable).expand_as(wide)))
+        unbiased = used.var[0] * (values / (values - 1).clamp(min=1))
+        rate = (self.running_rate(values.dtype) * usable).expand_as(unbiased)
+        self.move_running(used.mean[0], unbiased, rate)
 
     def _read_base(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Add mu and log sigma of 0 to the entries of a BatchNorm."""
@@ -166,8 +145,8 @@ class BatchContextNormX(ContextNormX):
             return
         count = counted_nothing(self.num_batches_tracked)
         state_dict.setdefault(prefix + "num_batches_tracked", count)
-        for name in ("mu", "log_sigma"):
-            state_dict[prefix + name] = mean.new_zeros(self.mu.shape)
+        fresh = {prefix + name: mean.new_zeros(self.mu.shape) for name in ("mu", "log_sigma")}
+        state_dict.update(fresh)
 
     def plain(self, context: int | None) -> PlainNorm:
         """Return the batch norm this layer is in eval mode, for a context; None for the pooled."""

@@ -1,6 +1,7 @@
 """The layer of CN-X: a learned mean and spread for each context, no batch statistics."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,11 @@ from normswap.functional.moments import (
     instance_moments,
     log_spread,
 )
-from normswap.functional.tables import apply_centred
-from normswap.methods.layer import RUNNING, ContextLayer
+from normswap.functional.tables import apply_by_label
+from normswap.methods.layer import ContextLayer
 from normswap.methods.layer_tensors import check_settings, fill_affine, fitting
 from normswap.methods.norm_values import PlainNorm, added_prior, pick_moments
+from normswap.methods.running import RUNNING
 from normswap.util.distributed import sum_over, sum_over_ddp
 
 
@@ -75,7 +77,6 @@ class ContextNormX(ContextLayer):
     bias: nn.Parameter | None
     mu: nn.Parameter
     log_sigma: nn.Parameter
-    priors: Tensor
 
     def __init__(
         self,
@@ -90,10 +91,8 @@ class ContextNormX(ContextLayer):
     ) -> None:
         super().__init__(num_features, num_contexts, unknown, priors, device, dtype)
         check_settings(eps, None, {"affine": affine})
-        self.eps = eps
-        self.affine = affine
-        self.fresh = True
-        self.synced = False
+        self.eps, self.affine = eps, affine
+        self.fresh, self.synced = True, False
         self.process_group: str | None = None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         for name in ("weight", "bias"):
@@ -124,9 +123,8 @@ class ContextNormX(ContextLayer):
         count, whole = context_moments(instances, torch.zeros_like(index), 1, size, reduce)
         if reduce is not None and not count > 1:
             return
-        usable = (values > 1).unsqueeze(1)
-        self.mu.copy_(torch.where(usable, moments.mean, whole.mean))
-        var = torch.where(usable, moments.var, whole.var)
+        mean, var = moments.where((values > 1).unsqueeze(1), whole)
+        self.mu.copy_(mean)
         self.log_sigma.copy_(0.5 * (var + self.eps).log())
         self.fresh = False
 
@@ -143,13 +141,8 @@ class ContextNormX(ContextLayer):
             y: Tensor = triton.norm_learned(x, labels, given, self.priors, pooled)
             return y
         learned = self.learned(compute_dtype(x))
-        if labels is None:
-            return apply_centred(x, self.unknown_map(learned, lambda: instance_moments(x)))
-        table = learned.table()
-        if not unlabelled:
-            return apply_centred(x, table, one_label(labels) if self.num_contexts > 1 else None)
-        other = self.unknown_map(learned, lambda: instance_moments(x))
-        return apply_centred(x, table.rows(labels.clamp(min=0)).where(labels >= 0, other))
+        unknown = partial(self.unknown_map, learned, partial(instance_moments, x))
+        return apply_by_label(x, learned.table, labels, unlabelled, unknown)
 
     def learned(self, dtype: torch.dtype) -> Learned:
         """Return what the layer has learned, in a dtype."""
@@ -180,7 +173,10 @@ class ContextNormX(ContextLayer):
             fill_affine(state_dict, prefix, self.num_features)
         self._read_base(state_dict, prefix, *args)
         self.load_priors(state_dict, prefix, state_dict.get(prefix + "mu"))
-        self.fresh = self.fresh and not _is_started(state_dict, prefix)
+        # Statistics other than those of a layer that met no batch have started.
+        saved = [state_dict.get(prefix + name) for name in ("mu", "log_sigma")]
+        started = (isinstance(v, Tensor) and (v.is_meta or bool(v.any())) for v in saved)
+        self.fresh = self.fresh and not any(started)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _read_base(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -222,9 +218,3 @@ class ContextNormX(ContextLayer):
         """Set mu and ``log sigma = log(var + eps) / 2`` of a context from statistics, (C,) each."""
         self.mu[context] = moments.mean
         self.log_sigma[context] = log_spread(moments.var, self.eps)
-
-
-def _is_started(state: dict[str, Any], prefix: str) -> bool:
-    """Return whether saved statistics are other than those of a layer that met no batch."""
-    values = [state.get(prefix + name) for name in ("mu", "log_sigma")]
-    return any(isinstance(v, Tensor) and (v.is_meta or bool(v.any())) for v in values)

@@ -45,15 +45,16 @@ class CrossNorm(nn.Module):
     is an argument of forward instead of an attribute that other code sets; every draw is torch's.
     """
 
+    # Of a model whose places one schedule fires, a few in a forward.
+    schedule: Schedule | None = None
+    index: int = 0
+
     def __init__(
         self, crop: str = "neither", instances: int = 2, beta: float = 1.0, p: float = 0.5
     ) -> None:
         super().__init__()
         CrossNormOptions(crop, instances, beta, p)  # raises where a value is wrong
-        self.crop = crop
-        self.instances = instances
-        self.beta = beta
-        self.p = p
+        self.crop, self.instances, self.beta, self.p = crop, instances, beta, p
 
     def forward(self, x: Tensor, fire: bool | Tensor | None = None) -> Tensor:
         """Exchange styles, in training and if it fires.
@@ -61,7 +62,7 @@ class CrossNorm(nn.Module):
         Args:
             x: input, (N, C, *).
             fire: a bool; a bool tensor, 0-dim, for schedules drawn inside `torch.compile`; or
-                None, to draw with probability p.
+                None, to ask the model's schedule, or to draw with probability p without one.
 
         Returns:
             A tensor of the shape, dtype and memory format of x. x itself in eval, where it does
@@ -80,15 +81,16 @@ class CrossNorm(nn.Module):
         if fire is False or x.shape[axis] < 2 or x.shape[2:].numel() < 2:
             return x
         permutation = draw_permutation(x.shape[axis], x.device)
-        content_box = style_box = None
-        if self.crop in ("style", "both"):
-            style_box = draw_box(x.shape[2:], self.beta, x.device)
-        if self.crop in ("content", "both"):
-            content_box = draw_box(x.shape[2:], self.beta, x.device)
+        style_box, content_box = (
+            draw_box(x.shape[2:], self.beta, x.device) if self.crop in (part, "both") else None
+            for part in ("style", "content")
+        )
         condition = fire if isinstance(fire, Tensor) else None
         return cross_norm(x, permutation, self.instances, content_box, style_box, condition)
 
     def _draw_fire(self, x: Tensor) -> bool | Tensor:
+        if self.schedule is not None:
+            return self.schedule.fires(self.index, x.device)
         if self.p in (0, 1):
             return bool(self.p)
         if torch.compiler.is_compiling() or is_captured():
@@ -98,9 +100,8 @@ class CrossNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """List the settings that are not the default."""
-        settings = {"crop": "neither", "instances": 2, "beta": 1.0, "p": 0.5}
-        given = ((name, getattr(self, name), default) for name, default in settings.items())
-        return ", ".join(f"{name}={value!r}" for name, value, default in given if value != default)
+        given, default = vars(self), vars(CrossNormOptions()).items()
+        return ", ".join(f"{k}={given[k]!r}" for k, v in default if given.get(k, v) != v)
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,10 @@ class CrossNormOptions:
         beta: of the boxes.
         p: probability that a forward in training has firing places.
         active: how many places then fire.
+
+    Raises:
+        UnknownNameError: `crop` is none of the four.
+        ConversionError: a number out of range.
     """
 
     crop: str = "neither"
@@ -122,41 +127,23 @@ class CrossNormOptions:
     active: int = 1
 
     def __post_init__(self) -> None:
-        """Check them.
-
-        Raises:
-            UnknownNameError: `crop` is none of the four.
-            ConversionError: a number out of range.
-        """
         check_choice("crop", self.crop, CROPS)
         check_count("instances", self.instances, 1, 2)
         check_number("beta", self.beta, 0, open_low=True)
         check_number("p", self.p, 0, 1)
         check_count("active", self.active)
 
-    def build(self) -> "ScheduledCrossNorm":
+    def crossnorm(self) -> CrossNorm:
         """Return a layer with these settings."""
-        return ScheduledCrossNorm(self.crop, self.instances, self.beta, self.p)
+        return CrossNorm(self.crop, self.instances, self.beta, self.p)
 
-    def connect(self, layers: list["ScheduledCrossNorm"]) -> Schedule:
-        """Return the schedule of a model's layers, told to each of them."""
-        schedule = Schedule(self.p, self.active, len(layers))
-        for site, layer in enumerate(layers):
+    def connect(self, layers: list[nn.Module]) -> Schedule:
+        """Return one schedule for all CrossNorm in some layers, told to each."""
+        found = [m for layer in layers for m in layer.modules() if isinstance(m, CrossNorm)]
+        schedule = Schedule(self.p, self.active, len(found))
+        for site, layer in enumerate(found):
             layer.schedule, layer.index = schedule, site
         return schedule
-
-
-class ScheduledCrossNorm(CrossNorm):
-    """CrossNorm as one of several places of a model, a few of which fire in a forward."""
-
-    schedule: Schedule | None = None
-    index: int = 0
-
-    def forward(self, x: Tensor, fire: bool | Tensor | None = None) -> Tensor:
-        """Exchange styles where the model's schedule says; see `CrossNorm.forward`."""
-        if fire is None and self.training and self.schedule is not None:
-            fire = self.schedule.fires(self.index, x.device)
-        return super().forward(x, fire)
 
 
 @register_method
@@ -171,8 +158,8 @@ class CrossNormMethod(InsertedMethod):
 
     def insert(self, place: Place, options: CrossNormOptions) -> nn.Module:
         """Return a layer; it needs no channels."""
-        return options.build()
+        return options.crossnorm()
 
     def connect(self, layers: list[nn.Module], options: CrossNormOptions) -> Schedule:
         """Share one schedule between the layers."""
-        return options.connect([m for m in layers if isinstance(m, ScheduledCrossNorm)])
+        return options.connect(layers)

@@ -1,19 +1,16 @@
 """DSU: in training, mean and spread of instances are drawn anew, as far apart as the batch is."""
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normswap.functional.affine import Affine
 from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.style import style_of
-from normswap.methods.augmentation import Augmentation
-from normswap.methods.base import InsertedMethod, register_method
-from normswap.sites import Place
-from normswap.util.arguments import check_number
+from normswap.methods.augmentation import Augmentation, AugmentationMethod, AugmentationOptions
+from normswap.methods.registry import register_method
 
 
 class DSU(Augmentation):
@@ -41,54 +38,33 @@ class DSU(Augmentation):
     accumulate in float32.
     """
 
+    eps: float
+
     def __init__(self, p: float = 0.5, eps: float = 1e-6) -> None:
-        super().__init__(p)
-        DSUOptions(p, eps)  # raises where a value is wrong
-        self.eps = eps
+        super().__init__(DSUOptions(p, eps))
 
     def augment(self, x: Tensor) -> Tensor:
         """Give each instance statistics drawn about its own; see the class."""
+        positions = x.shape[2:].numel()
         noise = torch.randn((2, *x.shape[:2]), device=x.device, dtype=compute_dtype(x))
-        return stat_affine(x, partial(_perturb, noise, x.shape[2:].numel(), self.eps))
 
-    def extra_repr(self) -> str:
-        """List the settings."""
-        return f"p={self.p}"
+        def glue(instances: Moments, *_: Tensor, replay: bool) -> Affine:
+            mean, std = style_of(instances, positions, self.eps)
+            spread_mean, spread_std = (torch.sqrt(t.var(0) + self.eps) for t in (mean, std))
+            return Affine(1 + noise[1] * spread_std / std, mean + noise[0] * spread_mean)
 
-
-def _perturb(
-    noise: Tensor, positions: int, eps: float, instances: Moments, *, replay: bool
-) -> Affine:
-    """Return the map of each instance; see `normswap.functional.fused`."""
-    mean, std = style_of(instances, positions, eps)
-    spread_mean, spread_std = (torch.sqrt(t.var(0) + eps) for t in (mean, std))
-    return Affine(1 + noise[1] * spread_std / std, mean + noise[0] * spread_mean)
+        return stat_affine(x, glue)
 
 
 @dataclass(frozen=True)
-class DSUOptions:
-    """Options of the method "dsu"; see `DSU`.
+class DSUOptions(AugmentationOptions):
+    """Options of the method "dsu", by the names of the arguments of `DSU`."""
 
-    Attributes:
-        p: probability that a batch is changed.
-        eps: added to the variances.
-    """
-
-    p: float = 0.5
     eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        """Check them.
-
-        Raises:
-            ConversionError: a number out of range.
-        """
-        check_number("p", self.p, 0, 1)
-        check_number("eps", self.eps, 0, open_low=True)
 
 
 @register_method
-class DSUMethod(InsertedMethod):
+class DSUMethod(AugmentationMethod):
     """DSU at places of a model.
 
     The authors have it after the first convolution, the pooling that follows, and every stage:
@@ -97,9 +73,4 @@ class DSUMethod(InsertedMethod):
 
     name = "dsu"
     title = "draws channel statistics anew in training, as far apart as the batch's"
-    options = DSUOptions
-    stochastic = True
-
-    def insert(self, place: Place, options: DSUOptions) -> nn.Module:
-        """Return a layer; it needs no channels."""
-        return DSU(**asdict(options))
+    options, layer = DSUOptions, DSU

@@ -1,16 +1,14 @@
 """EFDMix: in training, instances take on mixtures of each other's sorted values."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normswap.functional.draws import draw_beta, draw_partners
 from normswap.functional.moments import compute_dtype
-from normswap.methods.augmentation import MIXES, Augmentation
-from normswap.methods.base import InsertedMethod, register_method
-from normswap.sites import Place
-from normswap.util.arguments import check_choice, check_number
+from normswap.methods.augmentation import Augmentation, AugmentationMethod, AugmentationOptions
+from normswap.methods.registry import register_method
 
 
 class EFDMix(Augmentation):
@@ -41,10 +39,11 @@ class EFDMix(Augmentation):
     number of spatial dimensions; no eps, which the source never uses.
     """
 
+    alpha: float
+    mix: str
+
     def __init__(self, p: float = 0.5, alpha: float = 0.1, mix: str = "random") -> None:
-        super().__init__(p)
-        EFDMixOptions(p, alpha, mix)  # raises where a value is wrong
-        self.alpha, self.mix = alpha, mix
+        super().__init__(EFDMixOptions(p, alpha, mix))
 
     def augment(self, x: Tensor) -> Tensor:
         """Move each instance's values towards its partner's; see the class."""
@@ -58,39 +57,17 @@ class EFDMix(Augmentation):
         move = (1 - share) * (match.to(wide) - x.detach().to(wide))
         return x + move.to(x.dtype)
 
-    def extra_repr(self) -> str:
-        """List the settings."""
-        return f"p={self.p}, alpha={self.alpha}, mix={self.mix!r}"
-
 
 @dataclass(frozen=True)
-class EFDMixOptions:
-    """Options of the method "efdmix"; see `EFDMix`.
+class EFDMixOptions(AugmentationOptions):
+    """Options of the method "efdmix", by the names of the arguments of `EFDMix`."""
 
-    Attributes:
-        p: probability that a batch is changed.
-        alpha: of the Beta distribution.
-        mix: "random" or "crossdomain".
-    """
-
-    p: float = 0.5
     alpha: float = 0.1
     mix: str = "random"
 
-    def __post_init__(self) -> None:
-        """Check them.
-
-        Raises:
-            ConversionError: a number out of range.
-            UnknownNameError: another mix.
-        """
-        check_number("p", self.p, 0, 1)
-        check_number("alpha", self.alpha, 0, open_low=True)
-        check_choice("mix", self.mix, MIXES)
-
 
 @register_method
-class EFDMixMethod(InsertedMethod):
+class EFDMixMethod(AugmentationMethod):
     """EFDMix at places of a model.
 
     The authors have it after the first stages of a ResNet:
@@ -99,9 +76,4 @@ class EFDMixMethod(InsertedMethod):
 
     name = "efdmix"
     title = "mixes the sorted values of samples in training: an augmentation"
-    options = EFDMixOptions
-    stochastic = True
-
-    def insert(self, place: Place, options: EFDMixOptions) -> nn.Module:
-        """Return a layer; it needs no channels."""
-        return EFDMix(**asdict(options))
+    options, layer = EFDMixOptions, EFDMix

@@ -1,6 +1,5 @@
 """Instance norm with an affine for each context, for the methods that act on an instance norm."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +11,18 @@ from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
-from normswap.methods.layer import RUNNING, ContextLayer
+from normswap.methods.layer import ContextLayer
 from normswap.methods.layer_tensors import check_settings, load_shared
 from normswap.methods.norm_values import PlainNorm, added_prior, pick
+from normswap.methods.running import RUNNING
 from normswap.sites import Site
+
+
+def settings_of(site: Site, contexts: Contexts) -> dict[str, Any]:
+    """Return what every layer with contexts takes of a norm and of a conversion."""
+    placed = {"num_features": site.num_features, "device": site.device, "dtype": site.dtype}
+    known = {"num_contexts": contexts.count, "priors": contexts.priors}
+    return {**placed, **known, "unknown": contexts.unknown, "eps": site.eps}
 
 
 class ContextInstanceNorm(ContextLayer):
@@ -46,9 +53,6 @@ class ContextInstanceNorm(ContextLayer):
     context_parameters = ("weight", "bias")
     weight: nn.Parameter
     bias: nn.Parameter
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    priors: Tensor
 
     def __init__(
         self,
@@ -64,13 +68,12 @@ class ContextInstanceNorm(ContextLayer):
     ) -> None:
         super().__init__(num_features, num_contexts, unknown, priors, device, dtype)
         check_settings(eps, momentum, {"track_running_stats": track_running_stats})
-        self.eps = eps
-        self.momentum = momentum
+        self.eps, self.momentum = eps, momentum
         self.track_running_stats = track_running_stats
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_contexts, num_features, **options))
         self.bias = nn.Parameter(torch.empty(num_contexts, num_features, **options))
-        self._add_running((num_features,), (), options)
+        self.add_running((num_features,), (), options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -82,29 +85,18 @@ class ContextInstanceNorm(ContextLayer):
     @classmethod
     def from_site(cls, site: Site, source: nn.Module, contexts: Contexts) -> "ContextInstanceNorm":
         """Build one that computes what an instance norm computes, for every context."""
-        layer = cls(
-            site.num_features,
-            contexts.count,
-            site.eps,
-            site.momentum,
-            site.tracked,
-            contexts.priors,
-            contexts.unknown,
-            site.device,
-            site.dtype,
-        )
+        settings = {**settings_of(site, contexts), "momentum": site.momentum}
+        layer = cls(**settings, track_running_stats=site.tracked)
         weight, bias = affine_tensors(source, site)
         with torch.no_grad():
             layer.weight.copy_(weight.expand_as(layer.weight))
             layer.bias.copy_(bias.expand_as(layer.bias))
-            for name, buffer in source.named_buffers(recurse=False) if site.tracked else ():
-                layer.get_buffer(name).copy_(buffer)
+            layer.take_running(source)
         return layer
 
     def forward(self, input: Tensor, context: Any = None) -> Tensor:
         """Normalise input; an input without a batch dimension counts as one sample."""
-        known = isinstance(input, Tensor)
-        if known and self.dims and input.dim() == self.dims[0] - 1:
+        if isinstance(input, Tensor) and self.dims and input.dim() == self.dims[0] - 1:
             return super().forward(input.unsqueeze(0), context).squeeze(0)
         return super().forward(input, context)
 
@@ -113,12 +105,22 @@ class ContextInstanceNorm(ContextLayer):
         mean, var = self.running_mean, self.running_var
         training = self.training and not self.stats_frozen
         if training or mean is None or var is None:
-            if x.shape[2:].numel() == 1:
+            # The glue keeps numbers alone: x has to be free while checkpointing does not hold it.
+            if (positions := x.shape[2:].numel()) == 1:
                 raise ValueError(
                     "expected more than 1 spatial element for the statistics of an instance, got "
                     f"input {tuple(x.shape)} (at {self._where()})"
                 )
-            glue = partial(self._glue, labels, unlabelled, x.shape[2:].numel())
+
+            def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
+                moves = training and not (replay or in_backward()) and len(instances.mean) > 0
+                if moves and self.running_mean is not None:
+                    self._update(instances, positions)
+                weight, bias = (t.to(instances.mean.dtype) for t in tensors)
+                affine = self._select(weight, bias, labels, unlabelled)
+                scale = affine.scale * torch.rsqrt(instances.var + self.eps)
+                return Affine(scale, affine.shift.expand_as(scale))
+
             return stat_affine(x, glue, self.weight, self.bias)
         dtype = compute_dtype(x)
         affine = self._select(self.weight.to(dtype), self.bias.to(dtype), labels, unlabelled)
@@ -128,26 +130,10 @@ class ContextInstanceNorm(ContextLayer):
         centre = moments.mean.expand_as(table.scale)
         return apply_centred(x, table._replace(centre=centre))
 
-    def _glue(
-        self,
-        labels: Tensor | None,
-        unlabelled: bool,
-        positions: int,
-        instances: Moments,
-        *tensors: Tensor,
-        replay: bool,
-    ) -> Affine:
-        """Return the map of each instance; see `normswap.functional.fused`."""
-        mean, var = self.running_mean, self.running_var
-        training = self.training and not self.stats_frozen
-        update = training and not (replay or in_backward()) and instances.mean.shape[0] > 0
-        if mean is not None and var is not None:
-            if update:
-                self._update(mean, var, instances, positions)
-        weight, bias = (t.to(instances.mean.dtype) for t in tensors)
-        affine = self._select(weight, bias, labels, unlabelled)
-        scale = affine.scale * torch.rsqrt(instances.var + self.eps)
-        return Affine(scale, affine.shift.expand_as(scale))
+    def _update(self, instances: Moments, positions: int) -> None:
+        """Move the running statistics as torch does: averages over instances, unbiased variance."""
+        mean, var = (t.detach().mean(0) for t in instances)
+        self.move_running(mean, var * (positions / max(positions - 1, 1)), self.momentum or 0.0)
 
     def _select(
         self, weight: Tensor, bias: Tensor, labels: Tensor | None, unlabelled: bool
@@ -157,14 +143,6 @@ class ContextInstanceNorm(ContextLayer):
             return self._unknown(weight, bias)
         known = Affine(weight, bias).rows(labels.clamp(min=0) if unlabelled else labels)
         return known.where(labels >= 0, self._unknown(weight, bias)) if unlabelled else known
-
-    @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, moments: Moments, positions: int) -> None:
-        """Move the running statistics as torch does: averages over instances, unbiased variance."""
-        rate = 0.0 if self.momentum is None else self.momentum
-        unbiased = moments.var.mean(0) * (positions / max(positions - 1, 1))
-        mean.copy_(mean + rate * (moments.mean.mean(0) - mean))
-        var.copy_(var + rate * (unbiased - var))
 
     def _unknown(self, weight: Tensor, bias: Tensor) -> Affine:
         row = self.row_unlabelled(weight, bias)

@@ -1,7 +1,7 @@
 """What every context-aware layer shares: its labels, its policy for unknown ones, its tail."""
 
 from abc import abstractmethod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,23 +12,14 @@ from normswap.functional.label_rows import labels_per_row, wrong_length
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.methods.layer_tensors import Resettable, WithPriors, lay_out
 from normswap.methods.layer_tensors import load_shared as load_shared
+from normswap.methods.running import RunningStats
 from normswap.util.arguments import MOST_CONTEXTS, MOST_FEATURES, check_count, describe
 from normswap.util.original_class import AsBefore
 
-RUNNING = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
 POLICIES = ("error", "pooled", "posterior")
 
 
-class Scope(Protocol):
-    """What the layers of a converted model share."""
-
-    rows: Any
-
-    def lookup(self) -> Context | None:
-        """Return the context in scope, if any."""
-
-
-class NormLayer(AsBefore, Resettable):
+class NormLayer(AsBefore, RunningStats, Resettable):
     """Base of layers that replace a norm: where it stood, and what it applies after normalising.
 
     Args:
@@ -43,7 +34,6 @@ class NormLayer(AsBefore, Resettable):
     context_parameters: tuple[str, ...] = ()
     stats_frozen = False
     affine = True
-    track_running_stats = True
     __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, num_features: int) -> None:
@@ -53,23 +43,6 @@ class NormLayer(AsBefore, Resettable):
         self.site = ""
         self.dims: tuple[int, ...] = ()
         self.tail: tuple[str, ...] = ()
-
-    def reset_running_stats(self) -> None:
-        """Set zero mean, unit variance and no batches, where there are running statistics."""
-        for name, value in RUNNING.items():
-            if (buffer := self._buffers.get(name)) is not None:
-                buffer.fill_(value)
-
-    def _add_running(
-        self, shape: tuple[int, ...], counts: tuple[int, ...], placed: dict[str, Any]
-    ) -> None:
-        """Register running statistics, None where they are not tracked."""
-        for name in RUNNING:
-            counted = name == "num_batches_tracked"
-            options = {**placed, "dtype": torch.int64} if counted else placed
-            size = counts if counted else shape
-            tracked = torch.zeros(size, **options) if self.track_running_stats else None
-            self.register_buffer(name, tracked)
 
     def _record(self, x: fx.Proxy, **given: Any) -> Any:
         """Become one call in a graph of `torch.fx`: no trace goes through the layer."""
@@ -133,9 +106,8 @@ class ContextLayer(WithPriors, NormLayer):
     ) -> None:
         super().__init__(num_features)
         check_count("num_contexts", num_contexts, 1, MOST_CONTEXTS, error=ContextError)
-        index = isinstance(unknown, int) and not isinstance(unknown, bool)
-        known = isinstance(unknown, str) and unknown in POLICIES
-        if not known and not (index and 0 <= int(unknown) < num_contexts):
+        index = type(unknown) is int and 0 <= unknown < num_contexts
+        if not index and not (isinstance(unknown, str) and unknown in POLICIES):
             raise ContextError(
                 f"expected unknown= one of {', '.join(POLICIES)} or the index of a context in "
                 f"[0, {num_contexts}), got {describe(unknown)}"
@@ -143,7 +115,7 @@ class ContextLayer(WithPriors, NormLayer):
         self.num_contexts = num_contexts
         self.unknown = unknown
         self.names = tuple(str(k) for k in range(num_contexts))
-        self.scope: Scope | None = None
+        self.scope: Any = None  # what the layers of a converted model share
         self.add_priors(priors, device, dtype)
 
     def forward(self, input: Tensor, context: Labels | None = None) -> Tensor:
@@ -184,11 +156,11 @@ class ContextLayer(WithPriors, NormLayer):
 
         All, one, or none if that is an error; None where there is none.
         """
+        if not unlabelled:
+            return None
         if isinstance(self.unknown, int):
-            pooled = (self.unknown, self.unknown + 1)
-        else:
-            pooled = (0, 0 if self.unknown == "error" else self.answering or self.num_contexts)
-        return pooled if unlabelled else None
+            return self.unknown, self.unknown + 1
+        return 0, 0 if self.unknown == "error" else self.answering or self.num_contexts
 
     def weighs(self, unlabelled: bool) -> bool:
         """Return whether samples without a label weigh the contexts, each for itself."""
@@ -260,9 +232,9 @@ class ContextLayer(WithPriors, NormLayer):
                 f"got {', '.join(saved)}; convert with contexts={list(saved)!r}"
             )
             return
-        before = len(errors)
+        before = list(errors)
         super()._load_from_state_dict(*args, **kwargs)
-        if len(errors) > before:
+        if errors != before:
             errors.append(
                 f"{self._where()} is a layer of {self.num_contexts} contexts: normswap.load makes "
                 "the model that normswap.save wrote, normswap.add_context adds contexts"

@@ -74,8 +74,8 @@ class WithPriors(Resettable):
 
     def known_priors(self) -> Tensor:
         """Return lambda, with its values."""
-        kept = self.kept_priors if self.priors.is_meta else None
-        return self.priors if kept is None else kept
+        kept = self.kept_priors
+        return self.priors if kept is None or not self.priors.is_meta else kept
 
     def load_priors(self, state: dict[str, Any], prefix: str, like: Tensor | None) -> None:
         """Complete the state dict of a base, which has no lambda, in place.

@@ -1,17 +1,15 @@
 """MixStyle: in training, instances take on mixtures of each other's mean and spread."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from normswap.functional.affine import Centred
 from normswap.functional.draws import draw_beta, draw_partners
 from normswap.functional.style import instance_style
 from normswap.functional.tables import apply_centred
-from normswap.methods.augmentation import MIXES, Augmentation
-from normswap.methods.base import InsertedMethod, register_method
-from normswap.sites import Place
-from normswap.util.arguments import check_choice, check_number
+from normswap.methods.augmentation import Augmentation, AugmentationMethod, AugmentationOptions
+from normswap.methods.registry import register_method
 
 
 class MixStyle(Augmentation):
@@ -42,12 +40,14 @@ class MixStyle(Augmentation):
     accumulate in float32.
     """
 
+    alpha: float
+    mix: str
+    eps: float
+
     def __init__(
         self, p: float = 0.5, alpha: float = 0.1, mix: str = "random", eps: float = 1e-6
     ) -> None:
-        super().__init__(p)
-        MixStyleOptions(p, alpha, mix, eps)  # raises where a value is wrong
-        self.alpha, self.mix, self.eps = alpha, mix, eps
+        super().__init__(MixStyleOptions(p, alpha, mix, eps))
 
     def augment(self, x: Tensor) -> Tensor:
         """Give each instance its mixture; see the class."""
@@ -57,42 +57,18 @@ class MixStyle(Augmentation):
         new_mean, new_std = (t[partners].lerp(t, share) for t in (mean, std))
         return apply_centred(x, Centred(mean, new_std / std, new_mean))
 
-    def extra_repr(self) -> str:
-        """List the settings."""
-        return f"p={self.p}, alpha={self.alpha}, mix={self.mix!r}"
-
 
 @dataclass(frozen=True)
-class MixStyleOptions:
-    """Options of the method "mixstyle"; see `MixStyle`.
+class MixStyleOptions(AugmentationOptions):
+    """Options of the method "mixstyle", by the names of the arguments of `MixStyle`."""
 
-    Attributes:
-        p: probability that a batch is changed.
-        alpha: of the Beta distribution.
-        mix: "random" or "crossdomain".
-        eps: added to the variance.
-    """
-
-    p: float = 0.5
     alpha: float = 0.1
     mix: str = "random"
     eps: float = 1e-6
 
-    def __post_init__(self) -> None:
-        """Check them.
-
-        Raises:
-            ConversionError: a number out of range.
-            UnknownNameError: another mix.
-        """
-        check_number("p", self.p, 0, 1)
-        check_number("alpha", self.alpha, 0, open_low=True)
-        check_choice("mix", self.mix, MIXES)
-        check_number("eps", self.eps, 0, open_low=True)
-
 
 @register_method
-class MixStyleMethod(InsertedMethod):
+class MixStyleMethod(AugmentationMethod):
     """MixStyle at places of a model.
 
     The authors have it after the first stages of a ResNet:
@@ -101,9 +77,4 @@ class MixStyleMethod(InsertedMethod):
 
     name = "mixstyle"
     title = "mixes channel statistics between samples in training: an augmentation"
-    options = MixStyleOptions
-    stochastic = True
-
-    def insert(self, place: Place, options: MixStyleOptions) -> nn.Module:
-        """Return a layer; it needs no channels."""
-        return MixStyle(**asdict(options))
+    options, layer = MixStyleOptions, MixStyle

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.moments import Moments, pool_moments
+from normswap.sites import Site
 
 
 class PlainNorm(NamedTuple):
@@ -22,6 +23,14 @@ class PlainNorm(NamedTuple):
     weight: Tensor
     bias: Tensor
     batches: Tensor | None = None
+
+
+def affine_tensors(source: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias of a layer, ones and zeros where it lacks them."""
+    ones = torch.ones(site.num_features, device=site.device, dtype=site.dtype)
+    weight, bias = getattr(source, "weight", None), getattr(source, "bias", None)
+    weight, bias = ones if weight is None else weight, 0 * ones if bias is None else bias
+    return weight.detach(), bias.detach()
 
 
 def is_trained(norm: nn.Module) -> bool:

@@ -59,9 +59,7 @@ class SelfNorm(nn.Module):
         super().__init__()
         check_count("num_features", num_features, 1, MOST_FEATURES)
         SelfNormOptions(gates, init)  # raises where a value is wrong
-        self.num_features = num_features
-        self.gates = gates
-        self.init = init
+        self.num_features, self.gates, self.init = num_features, gates, init
         self.g = Gate(num_features, init, device, dtype)
         self.f = Gate(num_features, init, device, dtype) if gates == 2 else None
 
@@ -89,14 +87,14 @@ class SelfNorm(nn.Module):
         positions = x.shape[2:].numel()
         by_hand = self.f is None and self.g.shares() is None
         hand = partial(self.g.by_hand, x) if by_hand else None
-        return stat_affine(x, partial(self._glue, positions), *tensors, hand=hand)
 
-    def _glue(self, positions: int, instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
-        """Return the map of each instance; see `normswap.functional.fused`."""
-        style = style_of(instances, positions, STD_EPS)
-        g = self.g(style, tensors[:3], replay)
-        f = g if self.f is None else self.f(style, tensors[3:], replay)
-        return Affine(g, style.mean * f)
+        def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
+            style = style_of(instances, positions, STD_EPS)
+            g = self.g(style, tensors[:3], replay)
+            f = g if self.f is None else self.f(style, tensors[3:], replay)
+            return Affine(g, style.mean * f)
+
+        return stat_affine(x, glue, *tensors, hand=hand)
 
     def effect(self) -> str | None:
         """Return what the layer does in eval, None while every gate is exactly 1."""
@@ -108,35 +106,23 @@ class SelfNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """List the settings, non-default ones last."""
-        text = str(self.num_features)
-        if self.gates != 1:
-            text += f", gates={self.gates}"
-        return text if self.init == "identity" else f"{text}, init={self.init!r}"
+        gates = "" if self.gates == 1 else f", gates={self.gates}"
+        init = "" if self.init == "identity" else f", init={self.init!r}"
+        return f"{self.num_features}{gates}{init}"
 
 
 @dataclass(frozen=True)
 class SelfNormOptions:
-    """Options of the method "selfnorm"; see `SelfNorm`.
-
-    Attributes:
-        gates: 1 or 2.
-        init: "identity" or "paper".
-    """
+    """Options of the method "selfnorm", by the names of the arguments of `SelfNorm`."""
 
     gates: int = 1
     init: str = "identity"
 
     def __post_init__(self) -> None:
-        """Check them.
-
-        Raises:
-            ConversionError: another number of gates.
-            UnknownNameError: another init.
-        """
         check_count("gates", self.gates, 1, 2)
         check_choice("init", self.init, INITS)
 
-    def build(self, place: Place) -> SelfNorm:
+    def selfnorm(self, place: Place) -> SelfNorm:
         """Return a layer for a place.
 
         Raises:
@@ -161,7 +147,7 @@ class SelfNormMethod(InsertedMethod):
 
     def insert(self, place: Place, options: SelfNormOptions) -> nn.Module:
         """Return a layer of the place's channels."""
-        return options.build(place)
+        return options.selfnorm(place)
 
     def effect(self, layer: nn.Module) -> str | None:
         """Return what a trained layer does."""

@@ -11,18 +11,18 @@ from torch.nn import functional as F
 from normswap.functional.backend import triton_for
 from normswap.functional.backward import in_backward
 from normswap.functional.fused import HandGlue
-from normswap.functional.gate import GateGlue
-from normswap.functional.mixture_synced import shared_batch_norm
-from normswap.functional.moments import Moments, wide_dtype
+from normswap.functional.glue import GateGlue
+from normswap.functional.moments import Moments, context_moments, wide_dtype
 from normswap.functional.style import Style
 from normswap.methods.layer_tensors import Resettable
+from normswap.methods.running import RunningStats
 from normswap.util.distributed import sum_over
 
 # Under the root of an instance's standard deviation.
 STD_EPS = 1e-12
 
 
-class Gate(Resettable):
+class Gate(RunningStats, Resettable):
     """One gate: ``scale * sigmoid(BN(w1 * mean + w2 * std))``, for each instance and channel.
 
     BN is batch normalization over the instances, biased variance plus 1e-5 under the root, running
@@ -57,7 +57,7 @@ class Gate(Resettable):
         super().__init__()
         self.init = init
         self.scale = 2.0 if init == "identity" else 1.0
-        self.momentum = 0.1
+        self.momentum: float = 0.1
         self.synced = False
         self.process_group: str | None = None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -143,14 +143,14 @@ class Gate(Resettable):
     def _shared(self, z: Tensor, reduce: Callable[[Tensor], Tensor], replay: bool) -> Tensor:
         """Normalise z over the instances of all processes, and update the running statistics."""
         running = Moments(self.running_mean.clone()[None], self.running_var.clone()[None])
-        z, batch, count = shared_batch_norm(z, running, 1e-5, reduce)
+        everyone = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        count, batch = context_moments(Moments(z, torch.zeros_like(z)), everyone, 1, reduce=reduce)
+        used = batch.where(count > 1, running)
         if not (replay or in_backward()):
             with torch.no_grad():
-                unbiased = batch.var * (count / (count - 1).clamp(min=1))
-                rate = self.momentum * (count > 1).to(self.running_mean.dtype)
-                self.running_mean.lerp_(batch.mean[0].to(rate.dtype), rate)
-                self.running_var.lerp_(unbiased[0].to(rate.dtype), rate)
-        return z
+                unbiased = batch.var[0] * (count / (count - 1).clamp(min=1))
+                self.move_running(batch.mean[0], unbiased, self.momentum * (count > 1).to(z.dtype))
+        return (z - used.mean) * torch.rsqrt(used.var + 1e-5)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

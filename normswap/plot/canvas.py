@@ -1,5 +1,6 @@
 """Figures without pyplot, which would choose a window system and keep every figure alive."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, TypeAlias
 
 from normswap.errors import NormswapError
 from normswap.util.extras import need
+from normswap.util.whole_file import write_whole
 
 # Okabe and Ito's colours, which all kinds of colour vision tell apart, the dark ones first.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4c4c4c")
@@ -45,22 +47,15 @@ def open_axes(
         return given[0].get_figure(), given
     figure = module.Figure(figsize=size, layout="constrained")
     need("matplotlib.backends.backend_agg", "plot", "plotting").FigureCanvasAgg(figure)
-    rows = -(-count // columns)
-    grid = figure.subplots(
-        rows, columns, squeeze=False, gridspec_kw={"width_ratios": widths} if widths else None
-    )
-    axes = list(grid.ravel())
+    rows, ratios = -(-count // columns), {"width_ratios": widths} if widths else None
+    axes = list(figure.subplots(rows, columns, squeeze=False, gridspec_kw=ratios).ravel())
     for spare in axes[count:]:
         spare.remove()
     return figure, axes[:count]
 
 
 def close(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    """Write the figure, if a path is given, whole or not at all; return it.
-
-    Raises:
-        NormswapError: the path has no ending matplotlib knows, or cannot be written.
-    """
+    """Write the figure, if a path is given, whole or not at all; return it."""
     if path is None:
         return figure
     target = Path(path)
@@ -70,23 +65,17 @@ def close(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
         raise NormswapError(
             f"expected path= with an ending among {', '.join(sorted(kinds))}, got {target}"
         )
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind, dpi=DPI)
     try:
-        figure.savefig(temporary, format=kind, dpi=DPI)
-        os.replace(temporary, target)
+        write_whole(target, picture.getvalue())
     except OSError as error:
         raise NormswapError(f"cannot write {target}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return figure
 
 
 def check_path(path: str | os.PathLike[str] | None) -> None:
-    """Refuse a path in a folder that is not there, before the work is done.
-
-    Raises:
-        NormswapError: there is no such folder.
-    """
+    """Refuse a path in a folder that is not there, before the work is done."""
     if path is not None and not Path(path).absolute().parent.is_dir():
         raise NormswapError(f"cannot write {path}: there is no folder {Path(path).parent}")
 

@@ -1,6 +1,8 @@
 """Training curves: one panel a quantity, one line a model."""
 
+import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from normswap.errors import NormswapError
@@ -57,22 +59,16 @@ def curves(
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure, axes = open_axes(ax, len(panels), columns, (5 * columns, 3.8 * rows))
-    families = dict.fromkeys(_family(name) for lines in panels.values() for name in lines)
+    families = dict.fromkeys(name.partition(",")[0] for lines in panels.values() for name in lines)
     colours = {family: COLOURS[k % len(COLOURS)] for k, family in enumerate(families)}
     for (quantity, lines), panel in zip(panels.items(), axes, strict=True):
-        members: dict[str, int] = {}
+        members: Counter[str] = Counter()
         for name, values in lines.items():
-            number = members.setdefault(_family(name), 0)
-            members[_family(name)] += 1
-            panel.plot(
-                places,
-                [float("nan") if value is None else value for value in values],
-                color=colours[_family(name)],
-                linestyle=STYLES[number % len(STYLES)],
-                marker="o" if count <= 40 else None,
-                markersize=4,
-                label=name,
-            )
+            family, shown = name.partition(",")[0], [math.nan if v is None else v for v in values]
+            style = {"color": colours[family], "linestyle": STYLES[members[family] % len(STYLES)]}
+            marker = {"marker": "o" if count <= 40 else None, "markersize": 4}
+            panel.plot(places, shown, label=name, **style, **marker)
+            members[family] += 1
         panel.set(xlabel=xlabel, ylabel=quantity, yscale="log" if quantity in log else "linear")
         panel.grid(alpha=0.3)
         panel.xaxis.get_major_locator().set_params(
@@ -82,7 +78,3 @@ def curves(
     if title:
         figure.suptitle(title, fontsize=11)
     return close(figure, path)
-
-
-def _family(name: str) -> str:
-    return name.partition(",")[0]

@@ -1,12 +1,12 @@
 """The components of a layer over the activations that reach it."""
 
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from normswap.errors import ConversionError
 from normswap.functional.moments import Moments, gaussian_divergences
@@ -14,6 +14,7 @@ from normswap.lifecycle.record import find_inside
 from normswap.methods.acn_layer import AdaptiveContextNorm
 from normswap.methods.base import Method, get_method
 from normswap.plot.canvas import COLOURS, Axes, Figure, check_path, close, open_axes
+from normswap.util.arguments import listed
 from normswap.util.batches import Reservoir, forward_batch, keep_values, show_progress, undisturbed
 
 BINS = 60
@@ -80,26 +81,32 @@ def densities(
     check_path(path)
     if isinstance(source, nn.Module):
         parts = find_components(source, layer)
-        values: Tensor | None = _collect(
-            source, layer, [] if data is None else data, samples, forward, seed, progress
+        kept = Reservoir(samples, torch.Generator().manual_seed(seed))
+        hook = source.get_submodule(layer).register_forward_pre_hook(
+            lambda _, inputs: keep_values(kept, inputs[0].detach())
         )
-    elif not isinstance(source, Components):
+        stream = [] if data is None else data
+        with hook, undisturbed(source), torch.no_grad():
+            for batch in show_progress(stream, "activations", progress=progress):
+                (forward or forward_batch)(source, batch)
+        if kept.rows is None or not len(kept.rows):
+            raise ConversionError(f"no batch reached {layer}; the loader may be empty")
+        data = kept.rows
+    elif isinstance(source, Components):
+        parts = source
+    else:
         raise ConversionError(
             f"expected a converted model or Components, got {type(source).__name__}"
         )
-    else:
-        parts = source
-        values = None if data is None else torch.as_tensor(data)
     weight, mean, sigma = (t.detach().double().cpu() for t in parts[:3])
     parts = Components(weight, mean, sigma, parts.names)
-    values = None if values is None else values.detach().double().cpu()
+    values = None if data is None else torch.as_tensor(data).detach().double().cpu()
     chosen = _choose(parts, values, channels)
     columns = min(len(chosen), 3)
     rows = -(-len(chosen) // columns)
     figure, axes = open_axes(ax, len(chosen), columns, (3.9 * columns, 2.9 * rows + 0.4))
-    for channel, panel in zip(chosen, axes, strict=True):
+    for number, (channel, panel) in enumerate(zip(chosen, axes, strict=True)):
         _draw(panel, parts, None if values is None else values[:, channel], channel)
-    for number, panel in enumerate(axes):
         if number % columns == 0:
             panel.set_ylabel("density, per unit of the input")
         if number >= len(chosen) - columns:
@@ -111,11 +118,7 @@ def densities(
 
 
 def find_components(model: nn.Module, layer: str) -> Components:
-    """Return the components of a layer of a converted model.
-
-    Raises:
-        ConversionError: no such layer, or one without components; the message lists those with.
-    """
+    """Return the components of a layer of a converted model; an error lists those that have any."""
     inside = find_inside(model)
     record: Any = None if inside is None else inside[1]
     method = None if record is None else get_method(record.method)
@@ -130,36 +133,12 @@ def find_components(model: nn.Module, layer: str) -> Components:
             weight = record.contexts.priors.to(mean)[:, None].expand_as(mean)
             found[name] = Components(weight, mean, sigma, record.contexts.names)
     if layer not in found:
-        known = ", ".join(list(found)[:8]) + (", ..." if len(found) > 8 else "")
+        known = listed(found, 8)
         raise ConversionError(
             f"expected layer= of a layer with components, got {layer!r}; the layers are: "
             + (known or "none, the model holds no CN, CN-X or ACN")
         )
     return found[layer]
-
-
-def _collect(
-    model: nn.Module,
-    layer: str,
-    loader: Iterable[Any],
-    samples: int,
-    forward: Callable[[nn.Module, Any], Any] | None,
-    seed: int,
-    progress: bool,
-) -> Tensor:
-    kept = Reservoir(samples, torch.Generator().manual_seed(seed))
-    hook = model.get_submodule(layer).register_forward_pre_hook(
-        lambda _, inputs: keep_values(kept, inputs[0].detach())
-    )
-    try:
-        with undisturbed(model), torch.no_grad():
-            for batch in show_progress(loader, "activations", progress=progress):
-                (forward or forward_batch)(model, batch)
-    finally:
-        hook.remove()
-    if kept.rows is None or not len(kept.rows):
-        raise ConversionError(f"no batch reached {layer}; the loader may be empty")
-    return kept.rows
 
 
 def _choose(parts: Components, values: Tensor | None, channels: int | Sequence[int]) -> list[int]:
@@ -203,22 +182,14 @@ def _draw(panel: Axes, parts: Components, values: Tensor | None, channel: int) -
         edges = [low + k * width for k in range(BINS)]
         panel.bar(edges, shares.tolist(), width, align="edge", color="#d0d0d0")
     grid = torch.linspace(low, high, 400).double()
-    z = (grid - mean[:, None]) / sigma[:, None]
-    each = (
-        weight[:, None] * torch.exp(-0.5 * z.square()) / (sigma[:, None] * math.sqrt(2 * math.pi))
-    )
+    gaussians: Any = Normal(mean[:, None], sigma[:, None])
+    each = weight[:, None] * gaussians.log_prob(grid).exp()
     panel.plot(grid.tolist(), each.sum(0).tolist(), color="black", linewidth=1.6, label="sum")
     for k, line in enumerate(each.tolist()):
         name = parts.names[k] if parts.names else f"{k}"
         label = f"{name}: {100 * float(weight[k]):.0f} %"
-        panel.plot(
-            grid.tolist(),
-            line,
-            color=COLOURS[k % len(COLOURS)],
-            linewidth=1.3,
-            label=label,
-            linestyle=("-", "--", ":")[k // len(COLOURS) % 3],
-        )
+        style = {"linestyle": ("-", "--", ":")[k // len(COLOURS) % 3], "linewidth": 1.3}
+        panel.plot(grid.tolist(), line, color=COLOURS[k % len(COLOURS)], label=label, **style)
     if values is not None:
         # A component on a spike would flatten the histogram; it is cut off instead.
         tallest = float(shares.max())

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError, not_converted
 from normswap.functional.moments import gaussian_divergences
-from normswap.lifecycle.record import find_inside
+from normswap.lifecycle.record import find_inside, weights_of
 from normswap.methods.base import Method, get_method
 from normswap.plot.canvas import Axes, Figure, check_path, close, open_axes, shorten
 from normswap.util.extras import need
@@ -82,7 +81,11 @@ def divergence(
     axes.tick_params(axis="y", labelsize=6.5, length=2)
     axes.set_ylabel(kind + f" (1 in {step} named)" * (step > 1))
     if columns <= FEW_COLUMNS and step == 1:
-        _write_values(axes, table, norm)
+        for y, row in enumerate(table.tolist()):
+            for x, value in enumerate(row):
+                text = "0" if value == 0 else f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}"
+                shade = "black" if norm(value) > 0.6 else "white"
+                axes.text(x, y, text, ha="center", va="center", fontsize=5.5, color=shade)
     axes.set_title(title or "Divergence of contexts, by layer", fontsize=10)
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=40)
     bar.set_label("divergence from the pooled statistics, nats a channel", fontsize=8)
@@ -91,38 +94,29 @@ def divergence(
 
 
 def model_divergences(model: nn.Module) -> tuple[dict[str, Tensor], list[str], str]:
-    """Return the divergences of a converted model by layer, (K,), names of columns, and a title.
-
-    Raises:
-        ConversionError: no converted model, or no layer with statistics of contexts.
-    """
+    """Return the divergences of a converted model by layer, (K,), names of columns, and a title."""
     found = find_inside(model)
     if found is None:
         raise not_converted(model)
     root, record = found
     method = get_method(record.method)
     rows: dict[str, Tensor] = {}
-    without = 0
-    for row in record.rows:
-        if row.action not in ("replaced", "inserted") or not isinstance(method, Method):
-            continue
+    kept = [r for r in record.rows if r.action in ("replaced", "inserted")]
+    for row in kept if isinstance(method, Method) else ():
+        assert isinstance(method, Method)
         layer = root.get_submodule(row.layer or row.fqn)
         moments = method.statistics(layer)
-        if moments is None or moments.mean.is_meta:
-            without += 1
-            continue
-        weights = method.weights(layer)
-        if weights is None:
-            weights = record.contexts.priors.to(moments.mean.device)
-        rows[row.fqn or "(root)"] = gaussian_divergences(moments, weights).mean(1).cpu()
+        if moments is not None and not moments.mean.is_meta:
+            weights = weights_of(record, method, layer).to(moments.mean.device)
+            rows[row.fqn or "(root)"] = gaussian_divergences(moments, weights).mean(1).cpu()
+    without = len(kept) - len(rows)
     if not rows:
         raise ConversionError(
             f"no layer of this model has statistics of contexts (method {record.method!r}), so "
             "there is no divergence to draw"
         )
-    count = len(next(iter(rows.values())))
-    names = list(record.contexts.names) if method.needs_context else []
-    names = names or [f"component {k}" for k in range(count)]
+    components = [f"component {k}" for k in range(len(next(iter(rows.values()))))]
+    names = list(record.contexts.names) if method.needs_context else components
     note = f"\n{without} layers keep no statistics and are not shown" if without else ""
     return rows, names, f"{record.model}, {record.method}: divergence by layer{note}"
 
@@ -138,11 +132,3 @@ def _table(rows: Mapping[str, Tensor]) -> Tensor:
         bad = [name for name, well in zip(rows, fine, strict=True) if not well]
         raise ConversionError(f"expected finite divergences of 0 or more, not so in {bad[:4]}")
     return table
-
-
-def _write_values(axes: Axes, table: Tensor, norm: Any) -> None:
-    for y, row in enumerate(table.tolist()):
-        for x, value in enumerate(row):
-            text = "0" if value == 0 else f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}"
-            shade = "black" if norm(value) > 0.6 else "white"
-            axes.text(x, y, text, ha="center", va="center", fontsize=5.5, color=shade)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from normswap.errors import ConversionError, expect_module
 from normswap.functional.schedule import Schedule
-from normswap.methods.crossnorm import ScheduledCrossNorm
+from normswap.methods.crossnorm import CrossNorm
 from normswap.plot.canvas import COLOURS, GREY, Axes, Figure, check_path, close, open_axes, shorten
+from normswap.util.batches import undisturbed
 from normswap.util.extras import need
 
 
@@ -86,23 +87,13 @@ def record_firing(model: nn.Module) -> Iterator[Firings]:
 
 
 def simulate_firing(model: nn.Module, forwards: int, seed: int) -> Firings:
-    """Draw what the model's schedule would draw in so many forwards, without running them."""
-    schedule, names = find_schedule(model)
-    return draw_firings(schedule, names, forwards, seed)
-
-
-def draw_firings(schedule: Schedule, names: list[str], forwards: int, seed: int) -> Firings:
-    """Draw from a copy of a schedule; torch's generators are put back.
-
-    Raises:
-        ConversionError: fewer than one forward.
-    """
+    """Draw what a copy of the model's schedule draws in so many forwards, without running them."""
     if forwards < 1:
         raise ConversionError(f"expected forwards= of at least 1, got {forwards}")
+    schedule, names = find_schedule(model)
     record = Firings(names, schedule.p, schedule.active)
     drawn = copy.deepcopy(schedule)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with undisturbed(seed=seed):
         for _ in range(forwards):
             drawn.begin()
             record.rows.append({site for site in range(len(names)) if drawn.fires(site)})
@@ -111,16 +102,12 @@ def draw_firings(schedule: Schedule, names: list[str], forwards: int, seed: int)
 
 
 def find_schedule(model: nn.Module) -> tuple[Schedule, list[str]]:
-    """Return the schedule of a converted model, and its places' names in their order.
-
-    Raises:
-        ConversionError: the model has no layers of CrossNorm that a schedule fires.
-    """
+    """Return the schedule of a converted model, and its places' names in their order."""
     expect_module(model)
     found: dict[int, str] = {}
     schedule = None
     for name, module in model.named_modules():
-        if isinstance(module, ScheduledCrossNorm) and module.schedule is not None:
+        if isinstance(module, CrossNorm) and module.schedule is not None:
             schedule = schedule or module.schedule
             if module.schedule is schedule:
                 found[module.index] = name
@@ -169,22 +156,13 @@ def firing(
         )
     table = record.table()
     places, count = table.shape
-    panels = (
-        1 if ax is not None and not isinstance(ax, Sequence) and not hasattr(ax, "ravel") else 2
-    )
+    panels = 2 if ax is None or isinstance(ax, Sequence) or hasattr(ax, "ravel") else 1
     size = (10.5, 1.5 + 0.17 * max(places, 8))
     figure, axes = open_axes(ax, panels, 2, size, widths=(5, 1))
     colours = need("matplotlib.colors", "plot", "plotting")
     pair = colours.ListedColormap(["#f2f2f2", COLOURS[0]])
-    axes[0].imshow(
-        table.numpy(),
-        aspect="auto",
-        cmap=pair,
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-        extent=(0.5, count + 0.5, places - 0.5, -0.5),
-    )
+    shown = {"aspect": "auto", "cmap": pair, "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    axes[0].imshow(table.numpy(), extent=(0.5, count + 0.5, places - 0.5, -0.5), **shown)
     axes[0].set_yticks(range(places), [shorten(name) for name in record.names])
     axes[0].tick_params(axis="y", labelsize=6.5, length=2)
     silent = sum(not fired for fired in record.rows)

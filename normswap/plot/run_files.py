@@ -1,4 +1,4 @@
-"""What the command line draws from: the files of a run, a file of tensors."""
+"""What the command line draws from: the files of a run or of a save, a file of tensors."""
 
 import json
 import os
@@ -6,14 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from normswap.errors import NormswapError
 from normswap.functional.mixture_start import bounded_log_prior
 from normswap.functional.moments import Moments, gaussian_divergences
+from normswap.methods.registry import get_method, methods
 from normswap.plot.densities import Components
+from normswap.saving.folder import DESCRIPTION, read_folder
 from normswap.util.extras import need
 
 METRICS = "metrics.jsonl"
@@ -49,8 +51,8 @@ def read_curves(folder: str | os.PathLike[str]) -> dict[str, Any]:
             panels, log = _panels(records), []
     except (KeyError, TypeError, AttributeError) as error:
         raise NormswapError(f"{path} holds other records than a run writes: {error!r}") from error
-    title = f"{path.absolute().parent.name}"
-    return {"panels": panels, "x": x, "xlabel": found or "record", "log": log, "title": title}
+    where = {"x": x, "xlabel": found or "record", "title": path.absolute().parent.name}
+    return {"panels": panels, "log": log, **where}
 
 
 def _recipe_panels(
@@ -118,23 +120,18 @@ def components_in(tensors: Mapping[str, Tensor]) -> dict[str, Components]:
         prefix = f"{layer}." if layer else ""
         if last not in ("running_mean", "mu") or tensors[name].dim() != 2 or layer in found:
             continue
-        get = {
-            key: tensors[prefix + key].double()
-            for key in ("mu", "log_sigma", "running_mean", "running_var", "priors", "prior_logits")
-            if prefix + key in tensors
-        }
-        learned = "mu" in get
-        spread = get.get("log_sigma" if learned else "running_var")
-        if spread is None or not ("priors" in get or "prior_logits" in get):
+        learned = prefix + "mu" in tensors
+        names = ("mu", "log_sigma") if learned else ("running_mean", "running_var")
+        get = {key: tensors.get(prefix + key) for key in (*names, "priors", "prior_logits")}
+        center, spread, priors, logits = (None if t is None else t.double() for t in get.values())
+        if center is None or spread is None or (priors is None and logits is None):
             continue
-        center = get["mu" if learned else "running_mean"]
         sigma = spread.exp() if learned else spread.clamp(min=1e-12).sqrt()
-        if "prior_logits" in get:
-            weight = bounded_log_prior(get["prior_logits"]).exp().expand_as(center)
-        else:
-            priors = get["priors"] / get["priors"].sum()  # the sum is not one after add_context
-            weight = priors.reshape(-1, 1).expand_as(center)
-        found[layer] = Components(weight, center, sigma)
+        if logits is not None:
+            weight = bounded_log_prior(logits).exp()
+        elif priors is not None:
+            weight = (priors / priors.sum())[:, None]  # the sum is not one after add_context
+        found[layer] = Components(weight.expand_as(center), center, sigma)
     return found
 
 
@@ -164,15 +161,52 @@ def divergences_in(
             "found no layer of CN, CN-X or ACN with statistics of contexts among these tensors"
         )
     place = {name: k for k, name in enumerate(order or ())}
-    return {
-        name: rows[name]
-        for name in sorted(rows, key=lambda n: (place.get(n, len(place)), _natural(n)))
-    }
+    names = sorted(rows, key=lambda name: (place.get(name, len(place)), _natural(name)))
+    return {name: rows[name] for name in names}
 
 
-def context_names(folder: str | os.PathLike[str], count: int) -> list[str] | None:
-    """Return the names of the contexts of a run, as its metrics have them, if they are `count`."""
-    path = Path(folder) / METRICS
+class Source(NamedTuple):
+    """What a folder of a run or of `normswap.save`, or a safetensors file, holds.
+
+    Attributes:
+        tensors: by name.
+        title: says what it is of.
+        names: of the contexts, where they are known.
+        order: of the layers, where it is known.
+        model: name of the timm model that was trained, if the settings tell.
+    """
+
+    tensors: dict[str, Tensor]
+    title: str
+    names: list[str] | None
+    order: list[str] | None = None
+    model: str | None = None
+
+
+def read_source(source: str | os.PathLike[str]) -> Source:
+    """Return what the command line draws from.
+
+    Raises:
+        CheckpointError: a file of `normswap.save` that is missing, cut short, changed, or newer.
+        NormswapError: other files that are missing or damaged, or safetensors is missing.
+    """
+    path = Path(source)
+    if not (path / DESCRIPTION).is_file():
+        model = _settings(path).get("model")
+        model = model if isinstance(model, str) else None
+        title = path.absolute().name + (": divergence by layer" if model else "")
+        return Source(read_tensors(path), title, _context_names(path), model=model)
+    content, tensors = read_folder(path)
+    method = content["method"]
+    labelled = method not in methods() or get_method(method).needs_context
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in content["layers"]))
+    title = f"{content['base']['class']}, {method}: divergence by layer"
+    return Source(tensors, title, list(content["contexts"]) if labelled else None, layers)
+
+
+def _context_names(folder: Path) -> list[str] | None:
+    """Return the names of the contexts of a run, as its metrics have them."""
+    path = folder / METRICS
     if not path.is_file():
         return None
     try:
@@ -181,13 +215,7 @@ def context_names(folder: str | os.PathLike[str], count: int) -> list[str] | Non
         known = [list(accuracy["known"]) for accuracy in arms if "known" in accuracy]
     except (ValueError, AttributeError, TypeError) as error:
         raise NormswapError(f"{path} holds other records than a run writes: {error!r}") from error
-    return known[-1] if known and len(known[-1]) == count else None
-
-
-def model_of(folder: str | os.PathLike[str]) -> str | None:
-    """Return the name of the timm model a run trained, if its settings tell."""
-    name = _settings(Path(folder)).get("model")
-    return name if isinstance(name, str) else None
+    return known[-1] if known else None
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -1,39 +1,32 @@
 """Save what a conversion and the training after it changed, and load it onto the base."""
 
 from dataclasses import asdict
-from importlib import metadata
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normswap._version import __version__
 from normswap.conversion.checks import check_copyable, check_model
-from normswap.conversion.settings import make_contexts
-from normswap.conversion.target import Target, carry_out, find_target
+from normswap.conversion.replacement import Target
+from normswap.conversion.settings import Settings, make_contexts
+from normswap.conversion.target import carry_out, find_target
 from normswap.errors import CheckpointError, UnknownNameError, expect_module
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record, check_parameters, find_root
 from normswap.lifecycle.training import exempt_norms
-from normswap.methods.base import Contexts, get_method, methods, parse_options
+from normswap.methods.base import Contexts, get_method, methods
+from normswap.methods.registry import parse_options
 from normswap.report import Verification
-from normswap.saving.changes import find_changed, mark, samples
-from normswap.saving.fingerprint import (
-    checksums,
-    describe,
-    describe_base,
-    describe_original,
-    differences,
-    layer_tensors,
-    other_tensors,
-    shorten,
-)
-from normswap.saving.folder import as_folder, read_folder, write_folder
-from normswap.saving.hub import find_folder
+from normswap.saving import fingerprint
+from normswap.saving.fingerprint import checksums, samples, shorten
+from normswap.saving.folder import find_folder, read_folder, write_folder
 from normswap.sites import is_quantised
 from normswap.util.arguments import check_choice, check_flag
 from normswap.util.copies import copy_model
+from normswap.util.whole_file import as_path
 
 _STATES = ("changed", "norms", "all")
 
@@ -69,16 +62,16 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
     """
     check_choice("state", state, _STATES)
     root, record = find_root(model)
-    path = as_folder(folder)
+    path = as_path(folder, CheckpointError)
     check_parameters(root)
-    layers, others = layer_tensors(root), other_tensors(root)
+    layers, others = fingerprint.layer_tensors(root), fingerprint.other_tensors(root)
     for name, tensor in (layers | others).items():
         what = "without values" if tensor.is_meta else ""
         what = "sharded; gather the model first" if hasattr(tensor, "full_tensor") else what
         what = "quantised; save the model before that" if is_quantised(tensor) else what
         if what:
             raise CheckpointError(f"cannot save {name}: it is {what}")
-    changed = find_changed(others, record.marks)
+    changed = fingerprint.find_changed(others, record.marks)
     stored = {
         name: tensor
         for name, tensor in others.items()
@@ -86,8 +79,10 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
     }
     # Of what is trained and not stored, no more is known of the base than its marks.
     marked = [n for n in others if n not in stored and n in changed and n in record.marks]
+    # Names that select a layer's place, which that of the input does not.
+    sites = [r for r in record.rows if r.target and not r.target.endswith("(input)")]
     content = {
-        "normswap": _version(),
+        "normswap": __version__,
         "method": record.method,
         "options": asdict(record.options),
         "placement": record.placement,
@@ -95,30 +90,14 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
         "priors": record.contexts.priors.tolist(),
         "unknown": record.contexts.unknown,
         "answering": record.contexts.answering,
-        "sites": sorted({row.fqn for row in record.rows if _is_site(row)}),
-        "base": describe_original(root),
-        "values": checksums(
-            {n: t for n, t in others.items() if n not in stored and n not in marked}
-        ),
+        "sites": sorted({row.fqn for row in sites}),
+        "base": fingerprint.describe_original(root),
+        "values": checksums({n: others[n] for n in others if n not in stored and n not in marked}),
         "samples": {n: record.marks[n].sample for n in marked},
-        "layers": describe(layers),
+        "layers": fingerprint.describe(layers),
         "others": sorted(stored),
     }
     write_folder(path, content, layers | stored)
-
-
-def _is_site(row: Any) -> bool:
-    """Return whether selecting the name of a row leads to its layer; the input is not selected."""
-    return row.action == "replaced" or (
-        row.action == "inserted" and not row.target.endswith("(input)")
-    )
-
-
-def _version() -> str:
-    try:
-        return metadata.version("normswap")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def load(
@@ -173,20 +152,20 @@ def load(
         check_copyable(base)
     sites = set(content["sites"])
     replaced = list(content["base"]["norms"])
-    apart = differences(content["base"], describe_base(base, replaced))
+    apart = fingerprint.differences(content["base"], fingerprint.describe_base(base, replaced))
     if apart:
         raise CheckpointError(f"expected the model that {folder} was made from; {shorten(apart)}")
     target, record = _decide(base, content, sites)
     with Surgery(base if inplace else copy_model(base), trace) as surgery:
         model = carry_out(target, surgery, record)
-        others = other_tensors(model)
+        others = fingerprint.other_tensors(model)
         _check_values(others, content, folder, check_values)
-        record.marks = mark(others)
-        wanted = layer_tensors(model)
-        if describe(wanted) != content["layers"]:
+        record.marks = fingerprint.mark(others)
+        wanted = fingerprint.layer_tensors(model)
+        if fingerprint.describe(wanted) != content["layers"]:
             raise CheckpointError(
                 f"converting this model makes other layers than {folder} holds; it was saved by "
-                f"normswap {content['normswap']}, this is {_version()}"
+                f"normswap {content['normswap']}, this is {__version__}"
             )
         _copy(tensors, wanted | {name: others[name] for name in content["others"]})
     vars(model)[RECORD] = record
@@ -207,7 +186,8 @@ def _decide(base: nn.Module, content: dict[str, Any], sites: set[str]) -> tuple[
             content["answering"],
         )
     placement = content["placement"]
-    target = find_target(base, method, options, placement, lambda name, _: name in sites, None)
+    asked = Settings(method, options, contexts, placement, lambda name, _: name in sites, None)
+    target = find_target(base, asked)
     record = Record(method.name, options, contexts, target.rows, type(base).__name__)
     record.placement = placement
     record.verification = Verification(reason="loaded")

@@ -1,7 +1,7 @@
-"""What tells one model from another: names, shapes and dtypes, and a checksum of each tensor."""
+"""What tells one model from another, and what of a model changed: names, shapes, checksums."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,9 @@ from normswap.lifecycle.record import method_layers, replaced_layers
 from normswap.util.original_class import container_class
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_COLUMNS = 1021  # a prime, so that no axis of a weight repeats with it
+# A prime, so that no axis of a weight repeats with it; each of up to as many rows, columns or
+# channels holds one of as many elements, evenly spread.
+_PRIME = 1021
 _SHOWN = 6
 ODD = 0x9E3779B97F4A7C1
 
@@ -71,12 +73,12 @@ def _checksum(tensor: Tensor) -> Tensor:
     each = 8 // flat.element_size()
     if flat.storage_offset() % each:
         flat = flat.clone()
-    whole = len(flat) - len(flat) % (each * _COLUMNS)
-    columns = flat[:whole].view(torch.int64).view(-1, _COLUMNS).sum(0)
+    whole = len(flat) - len(flat) % (each * _PRIME)
+    columns = flat[:whole].view(torch.int64).view(-1, _PRIME).sum(0)
     rest = flat[whole:].to(torch.int64)
-    for part in torch.split(rest, _COLUMNS):
+    for part in torch.split(rest, _PRIME):
         columns[: len(part)] += part
-    weights = torch.arange(1, _COLUMNS + 1, device=tensor.device) * ODD
+    weights = torch.arange(1, _PRIME + 1, device=tensor.device) * ODD
     return (columns * weights).sum()
 
 
@@ -146,3 +148,68 @@ def shorten(lines: list[str]) -> str:
     """Join lines for a message, the first few."""
     more = len(lines) - _SHOWN
     return "; ".join(lines[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+class Mark(NamedTuple):
+    """What is remembered of a tensor.
+
+    Attributes:
+        sample: of `samples`.
+        tensor: its id.
+        writes: how often torch had written to it.
+    """
+
+    sample: int
+    tensor: int
+    writes: int
+
+
+@torch.no_grad()
+def samples(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Return a checksum of 1,021 elements of each tensor, at even distances; of all if it has less.
+
+    It is ``sum_i i p b_i`` modulo 2^64, p odd, over their bits b.
+    """
+    places: dict[Any, Tensor] = {}  # of tensors of a size; those of a model have few sizes
+    sums = []
+    for tensor in tensors.values():
+        bits, device = as_integers(tensor), tensor.device
+        size = bits.numel()
+        if (size, device) not in places:
+            steps = torch.arange(min(size, _PRIME), device=device)
+            places[size, device] = steps * size // max(len(steps), 1)
+            places.setdefault(device, torch.arange(1, _PRIME + 1, device=device) * ODD)
+        taken = torch.take(bits, places[size, device])
+        sums.append((taken * places[device][: len(taken)]).sum())
+    return read_sums(tensors, sums)
+
+
+def mark(tensors: dict[str, Tensor]) -> dict[str, Mark]:
+    """Return what tells later whether a tensor changed; nothing for tensors without values."""
+    if any(t.is_meta for t in tensors.values()):
+        return {}
+    found = samples(tensors)
+    writes = {n: 0 if t.is_inference() else t._version for n, t in tensors.items()}
+    return {name: Mark(found[name], id(t), writes[name]) for name, t in tensors.items()}
+
+
+def find_changed(tensors: dict[str, Tensor], marks: dict[str, Mark]) -> set[str]:
+    """Return the names of the tensors that are not as they were marked.
+
+    One is changed if its sample is another; or, if the sample is a part of it only, if torch has
+    written to it more often than to the others: DistributedDataParallel and ``load_state_dict``
+    write to all of them, even what they hold. Copies of a model count anew, and writes through
+    ``.data`` or NumPy are not counted; of these a sample may miss a few numbers in a large tensor.
+    """
+    now = mark(tensors)
+    more = {
+        name: now[name].writes - before.writes
+        for name, before in marks.items()
+        if name in now and now[name].tensor == before.tensor and tensors[name].numel() > _PRIME
+    }
+    least = min(more.values(), default=0)
+    return {
+        name
+        for name, found in now.items()
+        if name not in marks or found.sample != marks[name].sample or more.get(name, least) > least
+    }

@@ -1,10 +1,9 @@
-"""A folder with a description and tensors that a kill at any byte leaves whole.
+"""A folder with a description and tensors that a kill at any byte leaves whole, here or on the hub.
 
 normswap.json                 the description; names the file below and its digest
 tensors-RANDOM.safetensors    written first, under a name of its own
 """
 
-import json
 import os
 import re
 import secrets
@@ -13,27 +12,19 @@ from typing import Any
 
 from torch import Tensor
 
-from normswap.errors import CheckpointError
+from normswap.errors import CheckpointError, NormswapError
 from normswap.saving.schema import find_wrong
+from normswap.util import whole_file
+from normswap.util.arguments import describe
 from normswap.util.extras import need
-from normswap.util.read_file import read_file
-from normswap.util.whole_file import digest, digest_of, write_pair
+from normswap.util.whole_file import as_path, digest, read_file, write_pair
 
 DESCRIPTION = "normswap.json"
 FORMAT = 3  # 1 has no samples, 2 no number of answering contexts
 _TENSORS = r"tensors-[0-9a-f]{16}\.safetensors"
 _MOST_DESCRIPTION = 1 << 28
-
-
-def as_folder(folder: str | os.PathLike[str]) -> Path:
-    """Return a path.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    if not isinstance(folder, str | os.PathLike):
-        raise CheckpointError(f"expected a folder as a path, got {type(folder).__name__}")
-    return Path(folder)
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_FILES = [DESCRIPTION, "tensors-*.safetensors"]
 
 
 def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -51,15 +42,11 @@ def write_folder(folder: Path, content: dict[str, Any], tensors: dict[str, Tenso
     )
     name = f"tensors-{secrets.token_hex(8)}.safetensors"
     file = {"name": name, "bytes": len(data), "sha256": digest(data)}
+    content = {"format": FORMAT, **content, "file": file}
     try:
-        # As it will be read: JSON knows no tuples, and no keys but strings.
-        content = json.loads(json.dumps({"format": FORMAT, **content, "file": file}))
+        write_pair(folder / DESCRIPTION, content, name, data, _named, _TENSORS)
     except TypeError as error:
         raise CheckpointError(f"expected options that JSON can hold: {error}") from error
-    content["digest"] = digest_of(content)
-    text = json.dumps(content, indent=1)
-    try:
-        write_pair(folder / DESCRIPTION, text, name, data, lambda: _in_use(folder), _TENSORS)
     except FileExistsError as error:
         raise CheckpointError(f"expected a folder to save to, got the file {folder}") from error
     except (OSError, ValueError) as error:  # no right to write, no space, no such path
@@ -104,23 +91,18 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Read and check the description alone.
-
-    Raises:
-        CheckpointError: as `read_folder`.
-    """
+    """Read and check the description alone, as `read_folder` does."""
     path = folder / DESCRIPTION
     try:
-        content = json.loads(read_file(path, _MOST_DESCRIPTION))
-        found = digest_of(content) if isinstance(content, dict) else None
+        content, found = whole_file.read_description(path, _MOST_DESCRIPTION)
     except (FileNotFoundError, NotADirectoryError):
         missing = path if folder.is_dir() else f"folder {folder}"
         raise CheckpointError(
             f"expected a folder that normswap.save wrote, found no {missing}"
         ) from None
-    except (OSError, ValueError, RecursionError, OverflowError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    version = content.get("format") if isinstance(content, dict) else None
+    version = content.get("format")
     if type(version) is not int or version < 1 or "digest" not in content:
         raise CheckpointError(f"{path} is not a description that normswap.save wrote")
     if version > FORMAT:
@@ -139,12 +121,52 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a description that normswap.save wrote: {wrong}")
     if not re.fullmatch(_TENSORS, content["file"]["name"]):
         raise CheckpointError(f"{path} names a file of another kind: {content['file']['name']!r}")
-    checked: dict[str, Any] = content
-    return checked
+    return content
 
 
-def _in_use(folder: Path) -> str | None:
+def _named(folder: Path) -> str:
+    return str(read_description(folder)["file"]["name"])
+
+
+def find_folder(folder: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """Return the folder of a saved conversion, from the hub where none is here.
+
+    What is at the path wins, unless a revision asks for a repository. A string "user/name" that
+    leads to nothing here, nor to a place in a folder that is here, is looked up as a repository, of
+    which the files of a conversion alone are fetched, into the hub's cache.
+
+    Args:
+        folder: a path, or "user/name".
+        revision: branch, tag or commit of the repository; "main" by default.
+
+    Raises:
+        CheckpointError: no path, a revision of no repository, a repository that the hub does not
+            give, or no huggingface_hub.
+    """
+    path = as_path(folder, CheckpointError)
+    is_repository = isinstance(folder, str) and bool(_REPOSITORY.fullmatch(folder))
+    if revision is not None and not (is_repository and isinstance(revision, str) and revision):
+        raise CheckpointError(
+            'expected revision= as the name of a branch, tag or commit of a repository "user/name" '
+            f"on the hub, got {describe(revision)} of {folder}"
+        )
+    if revision is None and (not is_repository or os.path.exists(path)):
+        return path
+    if revision is None and path.parent.is_dir():
+        raise CheckpointError(
+            f"found no folder {path.name} in {path.parent}, which is a folder here; for the "
+            'repository of that name on the hub pass revision="main"'
+        )
+    here = f"found no folder {folder}" if revision is None else f"revision={revision!r} was given"
+    purpose = f"loading {folder!r} from the hub ({here})"
     try:
-        return str(read_description(folder)["file"]["name"])
-    except CheckpointError:
-        return None
+        hub: Any = need("huggingface_hub", "hub", purpose)
+    except NormswapError as error:
+        raise CheckpointError(str(error)) from error
+    try:
+        return Path(hub.snapshot_download(folder, revision=revision, allow_patterns=_FILES))
+    except Exception as error:  # of the hub, of what it speaks HTTP with, of the disk
+        said = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{here}, and the hub gives no repository {folder} so: {said}"
+        ) from error

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -44,6 +43,11 @@ class Case:
         return [0, 1, 2, LABELS, MIXED, None] if self.labelled else [None]
 
     @property
+    def mixed(self) -> Tensor | None:
+        """Labels of a batch, one of them unknown, where there are labels to give."""
+        return MIXED if self.labelled else None
+
+    @property
     def pooled(self) -> dict[str, str]:
         """Settings with which a sample without a label gets what "pooled" contexts compute."""
         return {"unknown": "pooled"} if self.labelled else {}
@@ -55,11 +59,7 @@ class Case:
 
     @functools.cached_property
     def models(self) -> list[str]:
-        """Names of the models that have something the method can change.
-
-        Raises:
-            ContractError: none has; with what conversion says of the first.
-        """
+        """Names of the models that have something the method can change, at least one."""
         refusals = {name: self.refusal(make_model(name)) for name in MODELS}
         why = next(iter(refusals.values()))
         require(
@@ -85,6 +85,13 @@ class Case:
         """Convert with three contexts of unequal priors, where the method takes contexts."""
         given = {"contexts": NAMES, "priors": PRIORS} if self.labelled else {}
         return convert(base, self.method.name, **{**given, **dict(self.options), **settings})
+
+    def each_trained(self, names: Any = None) -> Iterator[tuple[str, nn.Module, Tensor]]:
+        """Yield trained models, for graphs and for own forwards: what it is, the model, inputs."""
+        for name in self.models if names is None else names:
+            for trace in self.traces:
+                model = self.trained(name, trace=trace)
+                yield name if trace else f"{name}, trace=False", model, make_inputs(model)
 
     def trained(self, name: str = "ConvNet", **settings: Any) -> nn.Module:
         """Return a float64 model in eval mode, every tensor of the method's layers moved."""
@@ -128,11 +135,7 @@ def backward(y: Tensor) -> None:
 
 
 def require(holds: bool, message: str) -> None:
-    """Raise unless what a check asks for holds.
-
-    Raises:
-        ContractError: it does not.
-    """
+    """Raise a `ContractError` unless what a check asks for holds."""
     if not holds:
         raise ContractError(message)
 
@@ -176,31 +179,18 @@ Applies: TypeAlias = Callable[[BaseMethod], bool]
 CHECKS: dict[Callable[[Case], None], Applies] = {}
 
 
-def check(applies: Applies = lambda method: True) -> Callable[[Any], Any]:
-    """Add a function to the contract of the methods whose flags say that it applies."""
+def check(applies: Applies = lambda method: True, **flags: bool) -> Callable[[Any], Any]:
+    """Add a function to the contract of the methods it applies to that have these flags."""
 
     def add(function: Callable[[Case], None]) -> Callable[[Case], None]:
-        CHECKS[function] = applies
+        CHECKS[function] = lambda method: (
+            applies(method) and all(getattr(method, name) == flags[name] for name in flags)
+        )
         return function
 
     return add
 
 
-def labelled(method: BaseMethod) -> bool:
-    """Return whether a method takes labels."""
-    return method.needs_context
-
-
-def keeps(method: BaseMethod) -> bool:
-    """Return whether a method keeps the function of a model."""
-    return method.keeps_function
-
-
 def replaces(method: BaseMethod) -> bool:
     """Return whether a method replaces norms."""
     return not isinstance(method, InsertedMethod)
-
-
-def can_save() -> bool:
-    """Return whether what writes tensors to files is installed."""
-    return importlib.util.find_spec("safetensors") is not None

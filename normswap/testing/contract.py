@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from normswap.errors import ContractError, ConversionError
-from normswap.methods.base import _REGISTRY, BaseMethod, get_method, parse_options, register_method
+from normswap.methods.base import BaseMethod
+from normswap.methods.registry import _REGISTRY, get_method, parse_options, register_method
 from normswap.testing import function, lifecycle, tools, train_steps
 from normswap.testing.case import CHECKS, Case
 from normswap.util.arguments import describe

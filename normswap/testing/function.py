@@ -17,8 +17,6 @@ from normswap.testing.case import (
     Case,
     Labels,
     check,
-    keeps,
-    labelled,
     replaces,
     require,
     require_close,
@@ -31,7 +29,7 @@ _FEW = 4
 _POLICIES = ("pooled", "posterior", "b", "error")
 
 
-@check(keeps)
+@check(keeps_function=True)
 def check_function_is_kept(case: Case) -> None:
     """In eval mode the converted model computes what the original did, for every context."""
     for name in case.models:
@@ -53,7 +51,7 @@ def check_function_is_kept(case: Case) -> None:
                 )
 
 
-@check(keeps)
+@check(keeps_function=True)
 def check_input_gradient_is_kept(case: Case) -> None:
     """In eval mode the gradient of the input is the original's."""
     for base, x in case.bases():
@@ -64,7 +62,7 @@ def check_input_gradient_is_kept(case: Case) -> None:
         require_close(actual, expected, type(base).__name__, 1e-10)
 
 
-@check(lambda method: not method.keeps_function)
+@check(keeps_function=False)
 def check_a_change_of_function_is_said(case: Case) -> None:
     """A method that does not keep the function converts, and the summary says how far it is off."""
     base = make_model(case.models[0])
@@ -100,32 +98,26 @@ def check_what_was_around_the_norm_stays(case: Case) -> None:
 @check()
 def check_a_batch_equals_its_samples(case: Case) -> None:
     """In eval mode a sample's output depends on no other sample, nor on its place in the batch."""
-    for name in case.models:
-        x = make_inputs(make_model(name, torch.float64))
-        for trace in case.traces:
-            model = case.trained(name, trace=trace)
-            for labels in ORDERS if case.labelled else [None]:
-                each = [None] * len(x) if labels is None else list(torch.split(labels, 1))
-                alone = [case.in_eval(model, x[n : n + 1], each[n]) for n in range(len(x))]
-                together = case.in_eval(model, x, labels)
-                require_close(together, torch.cat(alone), f"{name}, labels {labels}, trace={trace}")
+    for where, model, x in case.each_trained():
+        for labels in ORDERS if case.labelled else [None]:
+            each = [None] * len(x) if labels is None else list(torch.split(labels, 1))
+            alone = [case.in_eval(model, x[n : n + 1], each[n]) for n in range(len(x))]
+            together = case.in_eval(model, x, labels)
+            require_close(together, torch.cat(alone), f"{where}, labels {labels}")
 
 
-@check(lambda method: not method.stochastic)
+@check(stochastic=False)
 def check_the_order_of_samples_is_theirs(case: Case) -> None:
     """Samples in another order give the same outputs in that order, in training too."""
     order = torch.tensor([4, 2, 0, 5, 1, 3])
-    for name in sorted({"ConvNet", "Windows"} & set(case.models)):
-        for trace in case.traces:
-            model = case.trained(name, trace=trace).train()
-            x = make_inputs(model)
-            labels = MIXED if case.labelled else None
-            expected = case.run(copy.deepcopy(model), x, labels)[order]
-            actual = case.run(model, x[order], None if labels is None else labels[order])
-            require_close(actual, expected, f"{name}, trace={trace}")
+    for where, model, x in case.each_trained(sorted({"ConvNet", "Windows"} & set(case.models))):
+        labels = case.mixed
+        expected = case.run(copy.deepcopy(model.train()), x, labels)[order]
+        actual = case.run(model, x[order], None if labels is None else labels[order])
+        require_close(actual, expected, where)
 
 
-@check(labelled)
+@check(needs_context=True)
 def check_contexts_differ_once_trained(case: Case) -> None:
     """Contexts whose statistics and affine differ give other outputs, and the summary says so."""
     for name in case.models:
@@ -144,23 +136,20 @@ def check_contexts_differ_once_trained(case: Case) -> None:
             require(found is None or found > 1e-4, f"{name}: {row.fqn}: divergence {found}")
 
 
-@check(labelled)
+@check(needs_context=True)
 def check_labels_in_scope_are_labels_given(case: Case) -> None:
     """`normswap.use_context` does what ``context=`` does, and ``context=`` wins over it."""
-    for name in case.models:
-        for trace in case.traces:
-            model = case.trained(name, trace=trace)
-            x = make_inputs(model)
-            expected, flipped = (case.in_eval(model, x, m) for m in (MIXED, MIXED.flip(0)))
-            with use_context(model, MIXED):
-                require_equal(case.in_eval(model, x), expected, f"{name}: labels in scope")
-                y = case.in_eval(model, x, MIXED.flip(0))
-                require_equal(y, flipped, f"{name}: labels given within a scope")
-            unknown = case.in_eval(model, x, torch.full((len(x),), -1))
-            require_equal(case.in_eval(model, x), unknown, f"{name}: no labels, all unknown")
+    for where, model, x in case.each_trained():
+        expected, flipped = (case.in_eval(model, x, m) for m in (MIXED, MIXED.flip(0)))
+        with use_context(model, MIXED):
+            require_equal(case.in_eval(model, x), expected, f"{where}: labels in scope")
+            y = case.in_eval(model, x, MIXED.flip(0))
+            require_equal(y, flipped, f"{where}: labels given within a scope")
+        unknown = case.in_eval(model, x, torch.full((len(x),), -1))
+        require_equal(case.in_eval(model, x), unknown, f"{where}: no labels, all unknown")
 
 
-@check(labelled)
+@check(needs_context=True)
 def check_contexts_have_no_order(case: Case) -> None:
     """Contexts numbered otherwise, their rows with them, give the same outputs."""
     model, order = case.trained(), torch.tensor([1, 2, 0])
@@ -174,7 +163,7 @@ def check_contexts_have_no_order(case: Case) -> None:
     require_close(case.in_eval(model, x, torch.argsort(order)[LABELS]), expected, "renamed")
 
 
-@check(lambda method: method.needs_context and method.keeps_function)
+@check(needs_context=True, keeps_function=True)
 def check_one_context_is_the_base_layer(case: Case) -> None:
     """With one context no label is needed, and the model is the original, in training too."""
     base = make_model(dtype=torch.float64)

@@ -4,15 +4,15 @@ import copy
 import pickle
 import tempfile
 import warnings
+from importlib.util import find_spec
 
 import torch
 from torch import nn
 
 from normswap.api import summary
 from normswap.errors import ContextWarning, ConversionError, NormswapError
-from normswap.lifecycle.add_context import add_context
+from normswap.lifecycle.change_contexts import add_context, remove_context
 from normswap.lifecycle.record import method_layers
-from normswap.lifecycle.remove_context import remove_context
 from normswap.lifecycle.revert import revert, specialize
 from normswap.lifecycle.training import freeze
 from normswap.lifecycle.unknown import set_unknown
@@ -22,9 +22,7 @@ from normswap.testing.case import (
     NAMES,
     Case,
     Labels,
-    can_save,
     check,
-    labelled,
     move,
     require,
     require_close,
@@ -61,7 +59,7 @@ def check_reverts_to_the_bit(case: Case) -> None:
             require(not apart, f"{name}: converted again, keys {apart} on one side only")
 
 
-@check(lambda method: not method.input_dependent)
+@check(input_dependent=False)
 def check_specialises_to_plain_norms(case: Case) -> None:
     """A trained model has a plain one of the original's classes for each context."""
     for base, x in case.bases():
@@ -76,7 +74,7 @@ def check_specialises_to_plain_norms(case: Case) -> None:
             require_close(case.in_eval(plain, x), expected, f"{name}, context {context}")
 
 
-@check(lambda method: method.input_dependent)
+@check(input_dependent=True)
 def check_refuses_to_specialise(case: Case) -> None:
     """What no plain norm equals is an error of `specialize`, which changes nothing."""
     model = case.trained()
@@ -130,7 +128,7 @@ def check_reverts_to_a_context_or_on_discard(case: Case) -> None:
     require_equal(kept, torch.full_like(kept, 3), "weights of other layers")
 
 
-@check(lambda method: can_save())
+@check(lambda method: find_spec("safetensors") is not None)
 def check_saves_and_loads(case: Case) -> None:
     """A saved conversion, loaded onto the original, is the same to the bit, and saves again."""
     for base, x in case.bases():
@@ -147,7 +145,7 @@ def check_saves_and_loads(case: Case) -> None:
             require_equal(case.in_eval(twin, x, label), expected, f"{name}, context {label}")
 
 
-@check(labelled)
+@check(needs_context=True)
 def check_adds_contexts(case: Case) -> None:
     """An added context computes what it is like; the others what they did; removed, it is gone."""
     model = case.trained(**case.pooled)
@@ -161,10 +159,7 @@ def check_adds_contexts(case: Case) -> None:
     require_close(case.in_eval(kept, x), unknown, "without a label, with keep_unknown=True")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ContextWarning)
-        indices = [
-            add_context(model, "d"),
-            add_context(model, "e", like="b", share=0.1),
-        ]
+        indices = [add_context(model, "d"), add_context(model, "e", like="b", share=0.1)]
     require(indices == [3, 4], f"expected indices 3 and 4, got {indices}")
     for label, expected in zip(given, before, strict=True):
         require_equal(case.in_eval(model, x, label), expected, f"context {label}")
@@ -187,7 +182,7 @@ def check_adds_a_context_whole_or_not_at_all(case: Case) -> None:
     require(names == (NAMES if case.labelled else ()), f"contexts {names}")
 
 
-@check(labelled)
+@check(needs_context=True)
 def check_policies_for_unknown_labels(case: Case) -> None:
     """`set_unknown` makes the model that conversion with ``unknown=`` makes, in its own words."""
     model, x = case.trained(), make_inputs(make_model(dtype=torch.float64))

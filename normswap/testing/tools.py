@@ -25,7 +25,6 @@ from normswap.testing.case import (
     Labels,
     backward,
     check,
-    keeps,
     move,
     replaces,
     require,
@@ -38,23 +37,20 @@ from normswap.testing.models import make_inputs, make_model
 @check()
 def check_copies_and_pickles(case: Case) -> None:
     """Copies and pickles compute the same, are of the same class and share nothing."""
-    labels = MIXED if case.labelled else None
-    for name in case.models:
-        for trace in case.traces:
-            model = case.trained(name, trace=trace)
-            x = make_inputs(model)
-            expected = case.in_eval(model, x, labels)
-            pickled = pickle.loads(pickle.dumps(model))
-            for twin, what in ((copy.deepcopy(model), "copy"), (pickled, "pickle")):
-                require(type(twin) is type(model), f"{name}: {what} is of another class")
-                require_equal(case.in_eval(twin, x, labels), expected, f"{name}: {what}")
-                shared = {id(m) for m in model.modules()} & {id(m) for m in twin.modules()}
-                require(not shared, f"{name}: {what} shares {len(shared)} modules")
-                move(twin, seed=99)
-                require_equal(case.in_eval(model, x, labels), expected, f"{name} after its {what}")
+    for where, model, x in case.each_trained():
+        expected = case.in_eval(model, x, case.mixed)
+        pickled = pickle.loads(pickle.dumps(model))
+        for twin, what in ((copy.deepcopy(model), "copy"), (pickled, "pickle")):
+            require(type(twin) is type(model), f"{where}: {what} is of another class")
+            require_equal(case.in_eval(twin, x, case.mixed), expected, f"{where}: {what}")
+            shared = {id(m) for m in model.modules()} & {id(m) for m in twin.modules()}
+            require(not shared, f"{where}: {what} shares {len(shared)} modules")
+            move(twin, seed=99)
+            found = case.in_eval(model, x, case.mixed)
+            require_equal(found, expected, f"{where} after its {what}")
 
 
-@check(lambda method: method.scheduled)
+@check(scheduled=True)
 def check_copies_have_a_schedule_of_their_own(case: Case) -> None:
     """The layers of a copy share one schedule, which is not the original's."""
     model = case.trained()
@@ -82,7 +78,7 @@ def check_state_dict_goes_round(case: Case) -> None:
         require_equal(found, case.in_eval(model, x, label), f"context {label}")
 
 
-@check(keeps)
+@check(keeps_function=True)
 def check_a_checkpoint_of_the_original_loads(case: Case) -> None:
     """A state dict of the original loads, and gives back its function where norms were replaced."""
     base = make_model(dtype=torch.float64)
@@ -106,7 +102,7 @@ def check_compiles_into_one_graph(case: Case) -> None:
         for training in (False, True):
             torch._dynamo.reset()
             model = case.trained(name, trace=trace).train(training)
-            x, labels = make_inputs(model), MIXED if case.labelled else None
+            x, labels = make_inputs(model), case.mixed
             case.run(model, x, labels)  # measures which rows are whose
             twin = copy.deepcopy(model)
             compiled: Any = torch.compile(twin, fullgraph=True, backend="aot_eager")
@@ -145,7 +141,7 @@ def check_exports(case: Case) -> None:
         for setting in settings:
             model = case.trained(name, trace=trace, **setting).eval()
             x = make_inputs(model)
-            case.run(model, x, MIXED if case.labelled else None)  # measures which rows are whose
+            case.run(model, x, case.mixed)  # measures which rows are whose
             program = torch.export.export(model, (x,), case.given(MIXED)).module()
             for labels in (MIXED, MIXED.flip(0)) if case.labelled else [None]:
                 expected = case.run(model, x, labels)
@@ -215,8 +211,8 @@ def _step(case: Case, model: nn.Module, rows: slice) -> dict[str, Any]:
 def _work(rank: int, folder: str, data: bytes) -> None:
     torch.set_num_threads(1)
     distributed: Any = torch.distributed
-    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-    os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback
     store: Any = distributed.FileStore(f"{folder}/store", 2)
     distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
@@ -226,7 +222,7 @@ def _work(rank: int, folder: str, data: bytes) -> None:
     distributed.destroy_process_group()
 
 
-@check(lambda method: not method.stochastic)
+@check(stochastic=False)
 def check_synchronised(case: Case) -> None:
     """Two processes with batches of unequal size train as one process with both batches does."""
     model = convert_sync_batchnorm(case.trained(), others=False)

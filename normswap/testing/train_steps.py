@@ -11,11 +11,9 @@ from normswap.lifecycle.record import method_layers
 from normswap.methods.layer import ContextLayer
 from normswap.testing.case import (
     LABELS,
-    MIXED,
     Case,
     backward,
     check,
-    labelled,
     require,
     require_close,
 )
@@ -38,19 +36,17 @@ def check_gradients(case: Case) -> None:
         gradcheck(run, (x, *values), fast_mode=True)
 
 
-@check(labelled)
+@check(needs_context=True)
 def check_absent_contexts_and_single_samples(case: Case) -> None:
     """A training step reaches every context in the batch, of one sample too, and no other."""
-    for trace in case.traces:
-        model = case.trained(trace=trace).train()
-        labels = torch.tensor([0, 2, 0, 0, 0, 0])
-        y = case.run(model, make_inputs(model), labels)
-        require(bool(y.isfinite().all()), f"trace={trace}: outputs are not finite")
+    for place, model, x in case.each_trained(["ConvNet"]):
+        y = case.run(model.train(), x, torch.tensor([0, 2, 0, 0, 0, 0]))
+        require(bool(y.isfinite().all()), f"{place}: outputs are not finite")
         backward(y)
         for name, layer in model.named_modules():
             for key in layer.context_parameters if isinstance(layer, ContextLayer) else ():
                 grad = layer.get_parameter(key).grad
-                where = f"{name}.{key}, trace={trace}"
+                where = f"{place}: {name}.{key}"
                 assert grad is not None
                 absent, present = float(grad[1].abs().max()), float(grad[0].abs().max())
                 require(absent == 0, f"{where}: the absent context has a gradient of {absent:.3g}")
@@ -79,8 +75,7 @@ def check_modes(case: Case) -> None:
     for layer in layers.values():
         layer.eval().requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    labels = MIXED if case.labelled else None
-    backward(case.run(model, make_inputs(model), labels))
+    backward(case.run(model, make_inputs(model), case.mixed))
     own = [n for n in before if any(n.startswith(f"{name}.") for name in layers)]
     moved = [n for n in own if not torch.equal(model.state_dict()[n], before[n])]
     require(not moved, f"layers in eval mode moved {moved} while the rest trains")
@@ -89,13 +84,12 @@ def check_modes(case: Case) -> None:
 @check()
 def check_checkpointing(case: Case) -> None:
     """Gradient checkpointing changes no output, gradient or statistic; labels are the forward's."""
-    for trace in case.traces:
+    given = [LABELS, LABELS.flip(0)] if case.labelled else [None, None]
+    for place, trained, x in case.each_trained(["ConvNet"]):
         for reentrant in (True, False):
-            model = case.trained(trace=trace).train()
-            twin = copy.deepcopy(model)
-            x = make_inputs(model).requires_grad_()
-            given = [LABELS, LABELS.flip(0)] if case.labelled else [None, None]
-            where = f"trace={trace}, use_reentrant={reentrant}"
+            model, twin = copy.deepcopy(trained).train(), copy.deepcopy(trained).train()
+            x.requires_grad_()
+            where = f"{place}, use_reentrant={reentrant}"
             for each, wrapped in ((model, False), (twin, True)):
                 torch.manual_seed(0)
                 outputs = [

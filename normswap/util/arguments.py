@@ -109,9 +109,6 @@ def check_callable(name: str, value: Any, form: str, count: int) -> None:
     """Raise if a value is neither None nor a function of as many arguments.
 
     `form` shows how it is called, such as ``forward(model, batch)``.
-
-    Raises:
-        ConversionError: it cannot be called so.
     """
     if value is None:
         return

@@ -83,11 +83,9 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
         ConversionError: a batch of another form, or one that the model fails on.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    if isinstance(batch, dict):
-        kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    else:
+    args, kwargs = [], batch if isinstance(batch, dict) else {}
+    kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    if not isinstance(batch, dict):
         x = batch[0] if isinstance(batch, tuple | list) and batch else batch
         if not isinstance(x, Tensor):
             raise ConversionError(
@@ -148,9 +146,7 @@ def show_progress(
 def undisturbed(model: nn.Module | None = None, seed: int | None = None) -> Iterator[None]:
     """Run a model in eval mode; put modes and torch's generators back.
 
-    Args:
-        model: if any.
-        seed: what torch's CPU generator starts from meanwhile; it goes on as it is by default.
+    Given a seed, torch's CPU generator starts from it meanwhile.
     """
     devices = set() if model is None else {p.device for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), modes_kept(model):

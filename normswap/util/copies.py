@@ -36,18 +36,16 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         ) from error
     for module in model.modules():
         if id(module) in memo:  # the layers of einops are made anew, in training mode
-            memo[id(module)].training = module.training
+            vars(memo[id(module)])["training"] = module.training
     return copied
 
 
 def copy_structure(model: nn.Module) -> nn.Module:
     """Return a copy of a model whose parameters and buffers hold no values (meta device)."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    tensors = (*model.parameters(), *model.buffers())
+    memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in tensors}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(memo[id(p)], p.requires_grad)
     return copy_model(model, memo)
 
 

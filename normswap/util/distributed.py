@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from normswap.errors import ConversionError
+
 
 class _Sum(torch.autograd.Function):
     """All-reduce by sum; the gradient of a sum over processes is the sum of their gradients."""
@@ -17,7 +19,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: str | None) -> Tensor:
         ctx.group = group
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=_resolve(group))
+        dist.all_reduce(total, group=find_group(group))
         return total
 
     @staticmethod
@@ -30,10 +32,16 @@ def _sum(x: Tensor, group: str | None) -> Tensor:
     return total
 
 
-def _resolve(group: str | None) -> Any:
-    """Return the process group of a name; raise where this process has none of it."""
+def find_group(name: str | None) -> Any:
+    """Return the process group of a name as `sum_over` takes it, None without processes.
+
+    It raises where this process knows no such group.
+    """
+    if name is None or not (dist.is_available() and dist.is_initialized()):
+        return None
     registry: Any = dist.distributed_c10d
-    return None if group is None else registry._resolve_process_group(group)
+    outside = dist.GroupMember.NON_GROUP_MEMBER
+    return registry._resolve_process_group(name) if name else outside
 
 
 def sum_over(group: str | None = None) -> Callable[[Tensor], Tensor] | None:
@@ -48,7 +56,7 @@ def sum_over(group: str | None = None) -> Callable[[Tensor], Tensor] | None:
     """
     if group == "" or not (dist.is_available() and dist.is_initialized()):
         return None
-    if dist.get_world_size(_resolve(group)) < 2:
+    if dist.get_world_size(find_group(group)) < 2:
         return None
     return partial(_sum, group=group)
 
@@ -85,3 +93,23 @@ def shared_groups(model: nn.Module) -> dict[int, Any]:
     """Return the memo for `copy.deepcopy` by which a copy shares process groups."""
     groups = (getattr(module, "process_group", None) for module in model.modules())
     return {id(group): group for group in groups if group is not None}
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether processes share the parameters of a model out among them."""
+    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+
+
+def refuse_sharded(model: nn.Module, verb: str) -> None:
+    """Refuse a model of whose parameters each process has a part.
+
+    Raises:
+        ConversionError: it is one.
+    """
+    if is_sharded(model):
+        raise ConversionError(
+            f"cannot {verb} a sharded model; load its weights, as get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict returns them, into the same conversion of "
+            "the model, not sharded, and give that"
+        )

@@ -51,3 +51,6 @@ class AsBefore:
     @__class__.setter
     def __class__(self, cls: type) -> None:
         object.__dict__["__class__"].__set__(self, cls)
+
+    def _get_name(self) -> str:
+        return (class_of(self) if in_forward(sys._getframe(1)) else type(self)).__name__

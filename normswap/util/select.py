@@ -23,15 +23,7 @@ _FORMS = (
 
 
 def read_selector(name: str, selector: Any) -> Selector:
-    """Check a selector, and keep what an iterator would yield only once.
-
-    Args:
-        name: of the argument.
-        selector: what a user gave; see `matches`.
-
-    Raises:
-        ConversionError: of another kind, or a function that does not take a name and a module.
-    """
+    """Check a selector, see `matches`, and keep what an iterator would yield only once."""
     try:
         return None if selector is None else _read(name, selector)
     except RecursionError:
@@ -84,9 +76,6 @@ def check_meant(argument: str, selector: Selector, known: Sequence[str]) -> None
     """Raise if a name or a pattern, or one of several, matches none of the names there are.
 
     A type or a function may, which are written for many models.
-
-    Raises:
-        ConversionError: it does.
     """
     if isinstance(selector, tuple):
         for part in selector:
@@ -108,16 +97,7 @@ def closest(selector: Any, known: Iterable[str]) -> str:
 
 
 def find_modules(name: str, selector: Any, model: nn.Module) -> list[nn.Module]:
-    """Return the modules of a model that a selector means, at least one for each of its parts.
-
-    Args:
-        name: of the argument.
-        selector: what a user gave; see `matches`.
-        model: its modules have all of their names in it.
-
-    Raises:
-        ConversionError: a selector of another kind, or one that means no module.
-    """
+    """Return the modules of a model that a selector means, at least one for each of its parts."""
     read = read_selector(name, selector)
     if isinstance(read, tuple):
         return [module for part in read for module in find_modules(name, part, model)]

@@ -1,7 +1,7 @@
-"""A description in JSON and a file that it names, which a kill at any byte leaves whole.
+"""A description in JSON and a file that it names: whole after a kill, and read with care.
 
 The file is written first, under a name of its own. The description is replaced last and at once,
-so that it always names a file that is complete.
+so that it always names a file that is complete. A stranger may have put there what is read.
 """
 
 import contextlib
@@ -10,12 +10,23 @@ import json
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from normswap.errors import NormswapError
+from normswap.util.arguments import describe
+
 _AN_HOUR = 3600.0
+
+
+def as_path(folder: Any, error: type[NormswapError]) -> Path:
+    """Return a path; raise an error of this class where it is none."""
+    if not isinstance(folder, str | os.PathLike):
+        raise error(f"expected a folder as a path, got {describe(folder)}")
+    return Path(folder)
 
 
 def digest(data: bytes) -> str:
@@ -29,28 +40,80 @@ def digest_of(content: dict[str, Any]) -> str:
     return digest(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
+def read_file(path: Path, most: int) -> bytes:
+    """Return the content of a regular file; nothing is read of one that is larger.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: a file that is not there, is no regular one (a named pipe would be waited for), is
+            larger, or cannot be read.
+    """
+    # Opening a pipe without O_NONBLOCK waits for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise OSError("it is no regular file")
+        if state.st_size > most:
+            raise OSError(f"it has {state.st_size:,} bytes, more than the {most:,} expected")
+        # One more, so that a file that grows meanwhile is seen to.
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(f"it grew beyond the {most:,} bytes expected")
+    return data
+
+
+def read_description(path: Path, most: int) -> tuple[dict[str, Any], str]:
+    """Return the object in a JSON file, {} where it holds something else, and its digest.
+
+    Raises:
+        OSError: as `read_file`.
+        ValueError: it is no JSON.
+    """
+    try:
+        found = json.loads(read_file(path, most))
+        content = found if isinstance(found, dict) else {}
+        return content, digest_of(content)
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+
+
 def write_pair(
     path: Path,
-    text: str,
+    content: dict[str, Any],
     name: str | None,
     data: bytes,
-    in_use: Callable[[], str | None],
+    named: Callable[[Path], str | None],
     names: str,
 ) -> None:
-    """Write a description, and the file that it names; remove what they replace.
+    """Write a description with its digest, and the file that it names; remove what they replace.
 
     Args:
         path: of the description, in a folder that is made if need be.
-        text: of the description.
+        content: of the description, without ``digest``.
         name: of the file beside it, None for no file.
         data: of that file.
-        in_use: returns the name in the description that is there, None where none can be read.
+        named: returns the name in the description that is there, of a folder, or fails.
         names: regular expression of all names that such files can have.
 
     Raises:
         OSError: nothing can be written there.
+        TypeError: the description holds what JSON cannot.
     """
+    # As it will be read: JSON knows no tuples, and no keys but strings.
+    content = json.loads(json.dumps(content))
+    text = json.dumps({**content, "digest": digest_of(content)}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    def in_use() -> str | None:
+        try:
+            return named(path.parent)
+        except NormswapError:
+            return None
+
     before = in_use()
     if name is not None:
         write_whole(path.with_name(name), data)

@@ -112,14 +112,14 @@ def test_a_failed_insertion_leaves_the_model_as_it_was():
             raise ConversionError("no")
 
     model = Basic()
-    from normswap.methods import base
+    from normswap.methods import registry
 
     normswap.register_method(Failing)
     try:
         with pytest.raises(ConversionError, match="no"):
             normswap.convert(model, "failing", inplace=True)
     finally:
-        del base._REGISTRY["failing"]
+        del registry._REGISTRY["failing"]
     assert type(model) is Basic
     assert [n for n, _ in model.named_children()] == ["conv1", "bn1", "conv2", "downsample", "act"]
 

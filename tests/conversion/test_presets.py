@@ -26,7 +26,7 @@ def test_the_authors_resnet50_has_selfnorm_after_each_of_its_16_adds():
 
 def test_the_authors_cnsn_on_imagenet_puts_crossnorm_on_the_image():
     found = inserted(normswap.plan(resnet50(), "cnsn", preset="resnet50-imagenet"))
-    assert found[0] == ("", "ScheduledCrossNorm (input)")
+    assert found[0] == ("", "CrossNorm (input)")
     assert [target for _, target in found[1:]] == ["SelfNorm (post)"] * 16
 
 
@@ -113,6 +113,6 @@ def test_the_authors_cnsn_on_gta5_has_crossnorm_after_blocks_and_selfnorm_on_bra
     report = normswap.plan(resnet50(), "cnsn", preset="fcn-gta5")
     blocks = [f"layer{s}.{b}" for s, n in enumerate((3, 4, 6, 3), 1) for b in range(n)]
     assert inserted(report) == [
-        *((block, "ScheduledCrossNorm (post)") for block in blocks),
+        *((block, "CrossNorm (post)") for block in blocks),
         *((block, "SelfNorm (residual)") for block in blocks),
     ]

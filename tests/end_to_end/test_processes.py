@@ -71,6 +71,12 @@ def test_sharded_models_train_as_on_one_process(ranks, method):
         assert_close(first[name].double(), value.double())
 
 
+@pytest.mark.parametrize("change", ["add_context", "remove_context", "specialize", "revert"])
+def test_changes_of_a_sharded_model_say_how_to_gather_it(ranks, change):
+    for results in ranks:
+        assert "full_state_dict=True" in results["sharded changes"][change]
+
+
 def test_ddp_loses_no_contexts_running_statistics(ranks):
     first, second = (results["unsynced"] for results in ranks)
     for name, value in first["all"].items():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from normswap.methods.base import get_method
+from normswap.methods.registry import get_method
 from normswap.testing.case import MIXED
 from tests.gpu.steps import (
     EVERY,

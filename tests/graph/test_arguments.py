@@ -210,6 +210,27 @@ def test_a_decorator_sees_only_what_was_given():
     assert shown == ["x", "skip", "twice", "context"]
 
 
+def test_a_decorator_may_show_other_parameters_than_it_takes():
+    def shown(function):
+        def forward(*args, **kwargs):
+            return function(*args, **kwargs)
+
+        # As tensordict shows its forwards: what is any number of arguments has a default here.
+        names = ("self", "x", "args")
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind, default=None) for name in names]
+        forward.__signature__ = inspect.Signature(parameters)
+        return forward
+
+    class Model(Holder):
+        @shown
+        def forward(self, x, *args):
+            assert not args
+            return self.b(self.a(x))
+
+    check(Model(), images(), opaque="goes by forward, whose defaults or attributes may change")
+
+
 def test_a_function_that_a_decorator_calls_may_become_another():
     def calling(function):
         def wrapper(self, x):

@@ -60,6 +60,35 @@ class Name:
         return self.norm.__class__.__name__ == "BatchNorm2d"
 
 
+class NameOfAny:
+    def ask(self):
+        return any("BatchNorm" in str(m.__class__) for m in self.modules())
+
+
+class OwnName:
+    def ask(self):
+        return self.norm._get_name() == "BatchNorm2d"
+
+
+class NameOfType:
+    def ask(self):
+        return type(self.norm).__name__ == "BatchNorm2d"
+
+
+class NameKept:
+    def ask(self):
+        kind = type(self.norm)
+        name = kind.__qualname__
+        return name == "BatchNorm2d"
+
+
+class NamesForPeople:
+    def ask(self):
+        if self.list is None:
+            raise TypeError(f"{type(self.norm).__name__} and " + type(self.block).__name__)
+        return self.__class__.__name__ == "NamesForPeople" == type(self).__name__
+
+
 class Matched:
     def ask(self):
         match self.norm:
@@ -118,24 +147,29 @@ def make(kind, base):
     return type(kind.__name__, (kind, base), {})()
 
 
-SEVERAL = [Several, Named, Union]  # not answered in compiled code
-ANSWERED = [One, Base, Name, Matched, OtherTypes]
-UNFIT = [Subclass, Table]  # no trace goes through them
-ONLY_TRACED = [Exact, ExactChild, Subclass, Class, Table]
+NAMES = [Name, NameOfAny]
+SEVERAL = [Several, Named, Union, *NAMES]  # not answered in compiled code
+if torch.__version__ >= "2.15.0a0":
+    SEVERAL += [One, Base, Matched]
+ANSWERED = [One, Base, *NAMES, OwnName, NamesForPeople, Matched, OtherTypes]
+UNFIT = [Subclass, Table, NameKept]  # no trace goes through them
+ONLY_TRACED = [Exact, ExactChild, NameOfType, Subclass, Class, Table, NameKept]
 
 
 @pytest.mark.parametrize(
     "kind", [*ANSWERED, Several, Union, *(k for k in ONLY_TRACED if k not in UNFIT)]
 )
 def test_a_trace_gives_the_answer_of_the_original(kind):
-    scoped = kind in (Name, Matched)
-    check(make(kind, Asking), opaque="looks into its own __class__" if scoped else None)
+    scoped = kind in (NameOfAny, Matched)
+    check(make(kind, Asking), opaque="__class__" if scoped else None)
 
 
 @pytest.mark.parametrize("kind", ANSWERED)
 @pytest.mark.parametrize("base", [Asking, Untraceable])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_layers_answer_as_the_norms_did(kind, base, method):
+    if method == "acn" and kind in SEVERAL:
+        pytest.skip("refused: nothing keeps these forwards out of compiled code")
     model = make(kind, base).eval()
     randomize(model)
     converted = normswap.convert(model, method, verify=False)
@@ -147,7 +181,7 @@ def test_the_layers_answer_as_the_norms_did(kind, base, method):
     [
         *itertools.product(ONLY_TRACED, [Untraceable], ["cn", "cn-x"]),
         *itertools.product(UNFIT, [Asking], ["cn"]),
-        *itertools.product([Several, Union, Exact, Subclass], [Untraceable], ["acn"]),
+        *itertools.product([*SEVERAL, Exact, Subclass], [Untraceable], ["acn"]),
         *itertools.product([ExactChild, Class, Table], [Untraceable], ["crossnorm"]),
     ],
 )
@@ -155,14 +189,14 @@ def test_what_no_layer_can_answer_is_refused_where_no_trace_does(kind, base, met
     model = make(kind, base)
     before = copy.deepcopy(model)
     options = {"placement": "pre"} if method == "crossnorm" else {}
-    with pytest.raises(normswap.ConversionError, match=r"ask .*(type|classes).*exclude="):
+    with pytest.raises(normswap.ConversionError, match=r"ask.*exclude="):
         normswap.convert(model, method, inplace=True, verify=False, **options)
     close(call(model.eval(), (images(),)), call(before.eval(), (images(),)))
     assert type(model.norm) is nn.BatchNorm2d
     assert type(model.block) is Block
 
 
-@pytest.mark.parametrize("kind", ONLY_TRACED)
+@pytest.mark.parametrize("kind", [k for k in ONLY_TRACED if k not in (NameOfType, NameKept)])
 def test_the_exclude_that_the_error_names_serves(kind):
     model = make(kind, Untraceable).eval()
     model.list[0] = nn.InstanceNorm2d(4)  # one that is left where no batch norm is
@@ -176,7 +210,7 @@ def test_the_exclude_that_the_error_names_serves(kind):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", [One, Base])
+@pytest.mark.parametrize("kind", [k for k in (One, Base, NamesForPeople) if k not in SEVERAL])
 def test_compiled_forwards_get_the_same_answer(kind, method):
     torch._dynamo.reset()
     model = make(kind, Untraceable).eval()
@@ -197,12 +231,14 @@ def test_several_classes_are_asked_for_outside_of_compiled_code(kind, method):
     compiled = torch.compile(converted, backend="eager")
     close(call(compiled, (images(),)), call(model, (images(),)))
     torch._dynamo.reset()
-    with pytest.raises(Exception, match=r"of several classes.*exclude="):
+    with pytest.raises(Exception, match=r"one where .*exclude="):
         torch.compile(converted, backend="eager", fullgraph=True)(images())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_forward_called_by_itself_asks_too(method):
+    if method == "acn" and One in SEVERAL:
+        pytest.skip("refused: nothing keeps these forwards out of compiled code")
     model = make(One, Untraceable).eval()
     converted = normswap.convert(model, method, verify=False)
     close([converted.forward(images())], [model.forward(images())])

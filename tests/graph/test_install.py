@@ -262,3 +262,19 @@ def test_a_parent_is_traced_anew_where_an_alike_child_returns_something_else():
 
     model = nn.Sequential(Parent(True), Parent(False), Parent(True))
     check(model)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_module_that_refuses_attributes(inplace):
+    class Locked(Block):
+        def __setattr__(self, name, value):
+            if vars(self).get("locked") and name != "training":
+                raise AttributeError(f"cannot set {name}")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(Locked()).eval()
+    model[0].locked = True
+    expected = model(images())
+    converted = normswap.convert(model, "cn", contexts=3, inplace=inplace)
+    close(converted(images(), context=LABELS), expected)
+    assert type(normswap.revert(converted, inplace=inplace)[0]) is Locked

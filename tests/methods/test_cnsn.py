@@ -61,4 +61,4 @@ def test_crossnorm_and_selfnorm_at_two_places_of_a_block_keep_the_function():
     torch.manual_seed(0)
     assert not fired.equal(model.train()(x))
     kinds = {type(m).__name__ for m in converted.layer1[0].modules()}
-    assert kinds >= {"SelfNorm", "ScheduledCrossNorm"}
+    assert kinds >= {"SelfNorm", "CrossNorm"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import normswap
-from normswap.methods.found import GROUP
+from normswap.methods.registry import GROUP
 
 ROOT = Path(normswap.__file__).parents[1]
 METHOD = """
@@ -61,7 +61,7 @@ def found(tmp_path_factory):
     code = """
 import normswap
 from normswap.cli import main
-from normswap.methods.base import _REGISTRY
+from normswap.methods.registry import _REGISTRY
 normswap.get_method('cn')
 print(*_REGISTRY)
 print(*normswap.methods())

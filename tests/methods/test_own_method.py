@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import normswap
-from normswap.methods.base import _REGISTRY, Method
+from normswap.methods.base import Method
+from normswap.methods.registry import _REGISTRY
 
 
 @dataclass(frozen=True)

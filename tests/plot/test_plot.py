@@ -182,7 +182,7 @@ def test_activations_that_are_not_finite_are_refused():
 def test_the_recorded_firings_are_those_of_the_forwards():
     """A place that fires rewrites its input; hooks see which did."""
     model = converted("crossnorm", p=0.7).train()
-    sites = [m for m in model.modules() if type(m).__name__ == "ScheduledCrossNorm"]
+    sites = [m for m in model.modules() if type(m).__name__ == "CrossNorm"]
     rows = []
     for index, site in enumerate(sites):
         site.register_forward_hook(

@@ -124,6 +124,25 @@ def on_fsdp(rank):
     return results
 
 
+def on_sharded_changes(rank):
+    """Return what changes of a sharded model raise."""
+    model = make_model("cn")
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    changes = {
+        "add_context": lambda: normswap.add_context(model, "night"),
+        "remove_context": lambda: normswap.remove_context(model, 0),
+        "specialize": lambda: normswap.specialize(model, 0, inplace=True),
+        "revert": lambda: normswap.revert(model, 0),
+    }
+    raised = {}
+    for name, change in changes.items():
+        try:
+            change()
+        except normswap.ConversionError as error:
+            raised[name] = str(error)
+    return raised
+
+
 def make_parts():
     """Return a converted model of two parts with norms."""
     net = make_net()
@@ -156,4 +175,5 @@ JOBS = {
     "join": on_join,
     "fresh": on_fresh,
     "fsdp": on_fsdp,
+    "sharded changes": on_sharded_changes,
 }

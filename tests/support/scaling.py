@@ -28,7 +28,7 @@ class ScaleOptions:
 
 @pytest.fixture(autouse=True, scope="module")
 def scale_method():
-    from normswap.methods import base
+    from normswap.methods import registry
 
     @normswap.register_method
     class ScaleMethod(InsertedMethod):
@@ -42,7 +42,7 @@ def scale_method():
             return layer
 
     yield
-    del base._REGISTRY["scale"]
+    del registry._REGISTRY["scale"]
 
 
 def double(module):

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 import normswap
 from normswap.errors import ContractError
 from normswap.functional import Affine, Moments, apply_affine, fold_norm
-from normswap.methods.base import _REGISTRY, Contexts, Method, affine_tensors
+from normswap.methods.base import Contexts, Method, affine_tensors
 from normswap.methods.layer import ContextLayer, load_shared
 from normswap.methods.norm_values import PlainNorm, added_prior, pick
+from normswap.methods.registry import _REGISTRY
 from normswap.sites import Site
 from normswap.testing import check_method, method_checks
 from tests.support.models import make_model

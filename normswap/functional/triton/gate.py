@@ -174,7 +174,7 @@ _PASSES = SimpleNamespace(
 
 
 class GateGlue:
-    """What `normswap.functional.gate.GateGlue` computes of x, given the moments of parts.
+    """What `normswap.functional.glue.GateGlue` computes of x, given the moments of parts.
 
     With the batch norm's running mean and variance, (C,), which the batch's are to update or not.
     Settings are the gate's scale, what is under the root of std, and the batch norm's momentum.

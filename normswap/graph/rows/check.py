@@ -2,10 +2,11 @@
 
 A model may fold windows or tokens into the batch, repeat it, or put it in another order before a
 norm, and no shape tells. So the first call of a kind with mixed labels is preceded by a
-measurement (see `measure`) on its first five samples. An order that is regular holds for any
-number of samples from then on, as long as the norms are met in the same sequence with as many
-rows a sample; any other holds for the one call it was measured for, and so does one that other
-lengths, masks or kinds of the samples would change.
+measurement (see `measure`) on its first five samples, or a few more where five divide their
+number. An order that is regular holds from then on for any number of samples that those of the
+measurement do not divide, as long as the norms are met in the same sequence with as many rows a
+sample; any other holds for the one call it was measured for, and so does one that other lengths,
+masks or kinds of the samples would change.
 
 What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
 order that leaves five samples in place and moves those of a larger batch; an order that a later
@@ -24,7 +25,7 @@ from normswap.functional.labels import Context
 from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
-from normswap.graph.rows.run import RUN, Run, each_in_run
+from normswap.graph.rows.run import ALIKE, RUN, Run, each_in_run
 
 # Samples of a measurement: fewer leave more orders that look alike.
 _FEW = 5
@@ -84,6 +85,8 @@ class Rows:
         if obstacle := find_obstacle(run.module):
             self.reason = obstacle  # of this call; others may have none
             return Plan(reason=obstacle)
+        while count < run.samples and run.samples % count == 0:
+            count += 1  # a plan would not hold, see `Plan.holds`
         plan = run.measure(count)
         # Where each sample has as many rows as there are samples, or twice as many, an order
         # transposed again looks like none.
@@ -163,6 +166,8 @@ class Rows:
     def _keep(self, run: Run, plan: Plan) -> None:
         """Keep what holds for other calls."""
         self.reason = plan.reason or self.reason
+        if plan.reason == ALIKE:
+            return
         for step in plan.steps:
             times = step.times if step.regular else _ratio(step.rows, run.samples)
             _learn(self.known, (step.site, step.training, times), step)

@@ -1,13 +1,29 @@
 """What the order of rows may depend on: the kind of a call, and its sizes and numbers."""
 
 import enum
+import functools
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from itertools import islice
+from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from normswap.graph.rows.samples import as_tensors, is_list_of_samples, parts_of
+from normswap.graph.rows.samples import as_tensors, is_list_of_samples, parts_of, tensors_of
+from normswap.util.original_class import STATE
 
 _FLAGS, _NUMBERS = {bool, str, type(None)}, {int, float}
+# What says all in its representation.
+_PLAIN = (bytes, complex, slice, range, torch.dtype, torch.device)
+# Modules of classes whose attributes are not looked at, and those where they have no children.
+_LIBRARIES = ("normswap.",)
+_LAYERS = ("normswap.", "torch.", "torchvision.", "timm.")
+# Attributes of every module, which hold no settings.
+_OWN = frozenset(vars(nn.Module()))
+# Values of an attribute that are looked at: one that holds more is data.
+_MOST_VALUES = 100
 
 
 def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
@@ -26,15 +42,61 @@ def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
         hooks = len(part._forward_hooks), len(part._forward_pre_hooks)
         kinds.append((part.training, *hooks))
         children = part._modules
-        if children:
-            for value in part.__dict__.values():
+        stack += [child for child in children.values() if child is not None]
+        # Settings of layers of libraries are no order of samples.
+        if not type(part).__module__.startswith(_LIBRARIES if children else _LAYERS):
+            for name, value in part.__dict__.items():
                 kind = type(value)
                 if kind in _FLAGS:
                     kinds.append(value)
                 elif kind in _NUMBERS:
                     numbers.append(value)
-            stack += [child for child in children.values() if child is not None]
+                elif name not in _OWN and not name.startswith(STATE):
+                    _describe_setting(value, kinds, numbers)
     return tuple(kinds), tuple(numbers)
+
+
+def _describe_setting(
+    value: Any, kinds: list[Any], numbers: list[Any], attributes: bool = False
+) -> None:
+    """Describe what a setting holds: flags to `kinds`, numbers to `numbers`.
+
+    So are names, since a list of them may be a record that grows in each call. Attributes of
+    objects of any class are looked at if asked for.
+    """
+    values = [value]
+    for part in values:
+        kind = type(part)
+        if kind in _NUMBERS or kind is str:
+            numbers.append(part)
+        elif isinstance(part, _PLAIN):
+            numbers.append(repr(part))
+        elif kind in _FLAGS:
+            kinds.append(part)
+        elif isinstance(part, enum.Enum | type | CodeType):
+            kinds.append(hash(part))  # the number, since code and local classes do not pickle
+        elif len(values) < _MOST_VALUES and not isinstance(part, Tensor | nn.Module):
+            values += islice(_held_by(part, attributes), _MOST_VALUES)
+
+
+def _held_by(value: Any, attributes: bool) -> Iterable[Any]:
+    """Return what a setting that is made of others is made of."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, FunctionType | MethodType):
+        return (value.__code__,)
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return (value.item(),)
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if attributes or isinstance(value, SimpleNamespace) or is_dataclass(value):
+        found: dict[str, Any] = getattr(value, "__dict__", {})
+        return found.values()
+    return ()
 
 
 def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) -> None:
@@ -49,6 +111,8 @@ def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) ->
     elif isinstance(value, int | float):
         kinds.append("number")
         numbers.append(value)
+    elif is_list_of_samples(value, samples) and isinstance(value[0], str):
+        kinds.append("strings")
     elif is_list_of_samples(value, samples) and not isinstance(value[0], int):
         found: list[tuple[list[Any], list[Any]]] = [([], []) for _ in value]
         for part, described in zip(value, found, strict=True):
@@ -56,7 +120,10 @@ def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) ->
         kinds.append(frozenset(tuple(kind) for kind, _ in found))
         numbers.append(frozenset(tuple(number) for _, number in found))
     else:
-        parts = parts_of(value) or {}
+        parts = parts_of(value)
+        if parts is None:
+            parts = dict(enumerate(tensors_of(value)))
+            _describe_setting(value, kinds, numbers, True)
         kinds.append((type(value).__qualname__, *map(str, parts)))
         for part in parts.values():
             _describe(part, samples, kinds, numbers)

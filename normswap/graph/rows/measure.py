@@ -3,6 +3,8 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -11,16 +13,8 @@ from torch import Tensor
 
 from normswap.graph.rows.decode import change_of, code, hold_once, is_open, moves_others, settle
 from normswap.graph.rows.plans import Step
-from normswap.graph.rows.samples import (
-    HOWS,
-    batches_in,
-    ended,
-    exchange,
-    fresh,
-    is_content,
-    rolled,
-    vary,
-)
+from normswap.graph.rows.samples import batches_in, fresh, vary
+from normswap.graph.rows.variations import HOWS, ended, exchange, rank_of, rolled
 
 # None that a program is likely to have started from.
 _OTHER_SEEDS = range(0x5EED0000, 0x5EED0008)
@@ -62,10 +56,13 @@ class Measurement:
         self.seed: int | None = None
         self._before: Iterator[tuple[Step, Tensor]] | None = None
         self._found: list[Any] = []
-        found = batches_in(values, samples, batches)
-        # Vectors are lengths or labels, unless there is nothing else.
-        self.least = 2 if any(is_content(batch, 2) for batch in found) else 1
-        self.possible = any(is_content(batch, self.least) for batch in found)
+        found, self.beside = batches_in(values, samples, batches)
+        ranks = [rank_of(batch) for batch in found]
+        self.rank = max([0, *ranks])
+        self.possible = self.rank in ranks
+        self.others = any(rank < self.rank for rank in ranks)
+        # Whether samples could be changed at all.
+        self.varied = False
 
     def listen(self, layer: Any, site: str, x: Tensor) -> None:
         """Keep what a norm is given, or compare it with what it was given before."""
@@ -80,7 +77,12 @@ class Measurement:
         else:
             self._before = iter(())
 
-    def _run(self, change: Callable[[Any], Any] = fresh, before: _Met | None = None) -> list[Any]:
+    def _run(
+        self,
+        change: Callable[[Any], Any] = fresh,
+        before: _Met | None = None,
+        beside: Callable[[Any], Any] = fresh,
+    ) -> list[Any]:
         """Run the model; return what each norm is given.
 
         Where that of another run is given, return how much each row moved instead, as far as the
@@ -88,22 +90,28 @@ class Measurement:
         """
         self.restore(self.seed)
         self._before, self._found = None if before is None else iter(before), []
-        output = self.call(vary(self.values, self.samples, change, self.batches))
+        values = vary(self.values, self.samples, change, self.batches, beside)
+        output = copy_context().run(self.call, values)
         if isinstance(output, Iterator):
             deque(islice(output, _MOST_ITEMS), maxlen=0)
         return self._found
 
-    def _exchange(self, met: _Met, picked: list[int], how: str, order: Any = fresh) -> list[Tensor]:
+    def _exchange(
+        self, met: _Met, picked: list[int], how: str, order: Any = fresh, beside: Any = fresh
+    ) -> list[Tensor]:
         """Return how much each row moves when some samples, of a batch in an order, change."""
         generator = torch.Generator().manual_seed(len(how) + 31 * sum(picked))
 
         def change(batch: Any) -> Any:
             batch = order(batch)
-            if not is_content(batch, self.least):
+            if rank_of(batch) < self.rank:
                 return batch
-            return exchange(batch, picked, how, generator)
+            new = exchange(batch, picked, how, generator)
+            # Samples that hold theirs are taken to differ.
+            self.varied |= not isinstance(batch, Tensor) or not torch.equal(new, batch)
+            return new
 
-        return self._run(change, met)
+        return self._run(change, met, beside)
 
     def steps(self) -> list[Step]:
         """Return every call of a norm, with what was found of its rows.
@@ -123,17 +131,22 @@ class Measurement:
             settle(step, x, moves, self.samples, least)
         if steady:
             cause = "rows whose order depends on their values"
-            self._check(met, noise, 0, lambda b: self._vary(b, rolled, fresh), cause)
+            self._check(met, noise, 0, partial(self._vary, content=rolled, others=fresh), cause)
         for sample, self.seed in enumerate(() if steady else _OTHER_SEEDS):
             cause = "rows in an order that changes from call to call"
             self._check(met, noise, sample % self.samples, fresh, cause)
         self.seed = None
-        self._check(met, noise, 0, lambda b: self._vary(b, ended, lambda v: ended(rolled(v))))
+        if self.others:
+            self._check(met, noise, 0, partial(self._vary, content=fresh, others=rolled))
+        for at in {self.samples - 1, (self.samples - 1) // 2}:
+            self._check(met, noise, at, partial(ended, at=at))
+        if self.beside:
+            self._check(met, noise, 0, beside=rolled)
         return [step for step, _ in met]
 
     def _vary(self, batch: Any, content: Callable[[Any], Any], others: Callable[[Any], Any]) -> Any:
         """Change samples in one way, and in another the lengths, flags and labels beside them."""
-        return (content if is_content(batch, self.least) else others)(batch)
+        return (others if rank_of(batch) < self.rank else content)(batch)
 
     def _moves(self, met: _Met, noise: list[float]) -> list[Tensor | None]:
         """Return how much each word's runs move each row; None where the path depends on values."""
@@ -159,18 +172,24 @@ class Measurement:
         return [m if at < reach else None for at, m in enumerate(moves)]
 
     def _check(
-        self, met: _Met, noise: list[float], sample: int, order: Any, cause: str = ""
+        self,
+        met: _Met,
+        noise: list[float],
+        sample: int,
+        order: Any = fresh,
+        cause: str = "",
+        beside: Any = fresh,
     ) -> None:
-        """Exchange a sample once more, of another batch or after another seed.
+        """Exchange a sample once more, of another batch, beside others or after another seed.
 
         Where rows that are not its own move, there is the cause; without one, the finding holds
         for this call alone, as it does where a norm is given another number of rows then.
         """
         try:
-            new: _Met = self._run(order)
-            moves = self._exchange(new, [sample], "others", order)
+            new: _Met = self._run(order, beside=beside)
+            moves = self._exchange(new, [sample], "others", order, beside)
         except Exception:
-            if order is fresh:
+            if order is fresh and beside is fresh:
                 raise
             # Some batches are not the model's to take, as lengths that no sample has.
             return

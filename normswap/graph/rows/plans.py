@@ -68,13 +68,24 @@ class Plan:
 
     Attributes:
         steps: the calls of norms.
-        samples: the one number of samples it holds for; None for any.
+        samples: the one number of samples it holds for; None for any that `holds` says.
+        measured: on how many samples.
         reason: why nothing was measured; "" where it was.
     """
 
     steps: list[Step] = field(default_factory=list)
     samples: int | None = None
+    measured: int = 0
     reason: str = ""
+
+    def holds(self, samples: int) -> bool:
+        """Return whether it may stand for a call with so many samples.
+
+        Of as many samples as one group has, no order shows that groups of them are transposed.
+        """
+        if self.samples is not None:
+            return samples == self.samples
+        return self.measured in (0, samples) or samples % self.measured > 0
 
     @property
     def regular(self) -> bool:
@@ -113,8 +124,9 @@ class Family:
     def find(self, numbers: Any, samples: int) -> list[Plan]:
         """Return the plans that may hold, the likeliest first."""
         kept = [*self.plans.get(numbers, ()), *self.plans.get(None, ())]
-        found = [p for p in kept if p.samples in (None, samples)]
-        return found or ([] if self.general is None else [self.general])
+        general = [] if self.general is None else [self.general]
+        found = [p for p in kept if p.holds(samples)]
+        return found or [p for p in general if p.holds(samples)]
 
     def keep(self, numbers: Any, plan: Plan) -> None:
         """Keep a plan; make the general one where enough of them are alike."""
@@ -125,4 +137,5 @@ class Family:
             for p in found
         }
         if len(self.plans) >= _ENOUGH and len(shapes) == 1 and None not in shapes:
-            self.general = Plan([Step(s.site, s.training, 0, s.how) for s in plan.steps])
+            steps = [Step(s.site, s.training, 0, s.how) for s in plan.steps]
+            self.general = Plan(steps, measured=plan.measured)

@@ -19,6 +19,7 @@ from normswap.functional.backward import in_backward
 from normswap.graph.rows.snapshot import Snapshot, function_of
 from normswap.graph.tracing.bytecode import returns_nothing
 from normswap.sites import looks_like_norm
+from normswap.util.distributed import is_sharded
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _PARALLEL = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
@@ -33,7 +34,7 @@ def find_obstacle(module: nn.Module) -> str:
     for part in module.modules():
         if {cls.__name__ for cls in type(part).__mro__} & _PARALLEL:
             return "a part is wrapped for parallel training"
-    if any(type(p).__name__ == "DTensor" for p in module.parameters()):
+    if is_sharded(module):
         return "its parameters are sharded"
     return ""
 

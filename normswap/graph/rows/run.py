@@ -19,6 +19,8 @@ from normswap.graph.rows.quiet import after_hooks, quiet
 from normswap.graph.rows.samples import batches_in, fresh, vary
 
 _LOCK = threading.RLock()
+# Of a call that says nothing of any other.
+ALIKE = "its samples are all alike"
 
 
 @dataclass
@@ -49,7 +51,11 @@ class Run:
     def measure(self, count: int, hooks: bool = False) -> Plan:
         """Measure on the first samples of this call; hooks of the user's run only if asked."""
         # A list of two images or of two inputs, of two samples: as inputs, images tell nothing.
-        counts = {len(batches_in(self.values, self.samples, several)) for several in (True, False)}
+        try:
+            found = [batches_in(self.values, self.samples, several)[0] for several in (True, False)]
+        except Exception as error:
+            return Plan(reason=_because("an argument cannot be copied", error))
+        counts = set(map(len, found))
         plan = self._measure(count, hooks, len(counts) > 1)
         if len(counts) > 1 and (plan.reason or any(step.cause for step in plan.steps)):
             plan = self._measure(count, hooks, False)
@@ -80,15 +86,20 @@ class Run:
                 if not found.possible:
                     return Plan(reason=f"no argument has {self.samples} samples")
                 self.measurement = found
-                return Plan(found.steps())
+                steps = found.steps()
+                return Plan(steps, measured=count) if found.varied else Plan(reason=ALIKE)
         except Exception as error:
             if around:
                 return self._measure(count, hooks, batches, around=False)
             # The model's own code, given samples that it may not be made for.
-            what = f"{type(error).__name__}: {error}".split("\n")[0]
-            return Plan(reason=f"the model raises on other samples, {what:.120}")
+            return Plan(reason=_because("the model raises on other samples", error))
         finally:
             self.measurement = None
+
+
+def _because(what: str, error: Exception) -> str:
+    why = f"{type(error).__name__}: {error}".split("\n")[0]
+    return f"{what}, {why:.120}"
 
 
 RUN: ContextVar[Run | None] = ContextVar("normswap_run", default=None)

@@ -1,32 +1,39 @@
-"""The samples in the arguments of a forward: copy them, exchange some of them."""
+"""The samples in the arguments of a forward: find them, copy what holds them."""
 
 import copy
+import copyreg
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# How a sample is changed, in this order: each reaches what the one before it may have missed.
-HOWS = ("others", "shuffle", "noise")
-_MOST_OTHERS = 3
+# What lists of numbers are as tensors.
+_NUMBERS: dict[Any, torch.dtype] = {int: torch.int64, float: torch.float64}
+# What is looked into of an object: one that holds more is no batch.
+_MOST_HELD = 1000
 
 
 def is_list_of_samples(value: Any, samples: int, batches: bool = False) -> bool:
     """Return whether a list holds one entry a sample: images, lengths, or what belongs to each.
 
-    Tensors of as many rows as there are may be batches instead; `batches` says that they are.
+    Tensors of as many rows as there are may be batches instead, in whatever holds them; `batches`
+    says that they are.
     """
     if not isinstance(value, list | tuple) or len(value) != samples or hasattr(value, "_fields"):
         return False
-    if all(type(v) is int for v in value):
+    if all(type(v) is int for v in value) or all(isinstance(v, str) for v in value):
         return True
-    if all(isinstance(v, Tensor) for v in value):
-        may_be_batches = all(v.dim() > 0 and len(v) == samples for v in value)
-        return all(v.dim() <= 3 for v in value) and not (batches and may_be_batches)
-    return all(isinstance(v, dict) or is_dataclass(v) for v in value)
+    held = [tensors_of(v) for v in value]
+    if not all(held) and not all(isinstance(v, dict) or is_dataclass(v) for v in value):
+        return False
+    if any(isinstance(v, Tensor) and v.dim() > 3 for v in value):
+        return False
+    may_be_batches = all(t.shape[:1] == (samples,) for parts in held for t in parts)
+    return not (batches and may_be_batches)
 
 
 def parts_of(value: Any) -> dict[Any, Any] | None:
@@ -40,11 +47,48 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
     return None
 
 
+def tensors_of(value: Any) -> list[Any]:
+    """Return the tensors and arrays that any object holds, itself or in what it holds."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    queue = [value]
+    while queue and len(seen) < _MOST_HELD:
+        part = queue.pop()
+        if id(part) in seen or isinstance(part, nn.Module | type | FunctionType | ModuleType):
+            continue
+        seen.add(id(part))
+        if isinstance(part, Tensor) or _is_array(part):
+            found.append(part)
+        elif isinstance(part, dict | UserDict):
+            queue += part.values()
+        elif isinstance(part, list | tuple | set):
+            queue += part
+        else:
+            slots = copyreg._slotnames(type(part))  # type: ignore[attr-defined]
+            queue += [getattr(part, name) for name in slots if hasattr(part, name)]
+            queue += getattr(part, "__dict__", {}).values()
+    return found
+
+
 def as_tensors(value: Any) -> Any:
-    """Return an array of NumPy, or a list of them, as tensors; anything else as it is."""
-    if isinstance(value, list | tuple) and value and all(map(_is_array, value)):
-        return [torch.tensor(part) for part in value]
+    """Return an array of NumPy, a nested tensor, or a list of arrays or numbers, as tensors.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(value, list | tuple) and value:
+        if all(map(_is_array, value)):
+            return [torch.tensor(part) for part in value]
+        if all(map(_is_sequence, value)):
+            return [torch.tensor(part, dtype=_NUMBERS[type(part[0])]) for part in value]
+    if isinstance(value, Tensor) and value.is_nested:
+        return list(value.unbind())
     return torch.tensor(value) if _is_array(value) else value
+
+
+def _is_sequence(value: Any) -> bool:
+    """Return whether a value is a list of numbers of one kind, as the tokens of a sentence."""
+    kinds = {type(v) for v in value} if isinstance(value, list) else {None}
+    return len(kinds) == 1 and kinds <= _NUMBERS.keys()
 
 
 def _is_array(value: Any) -> bool:
@@ -52,43 +96,66 @@ def _is_array(value: Any) -> bool:
     return found and value.dtype.kind in "biufc" and value.dtype.isnative
 
 
-def vary(values: Any, samples: int, change: Callable[[Any], Any], batches: bool = False) -> Any:
+def vary(values: Any, samples: int, *change: Any) -> Any:
     """Copy the arguments of a call, see `rebuild`; all of them together are no list of samples."""
-    return tuple(rebuild(value, samples, change, batches) for value in values)
+    return tuple(rebuild(value, samples, *change) for value in values)
 
 
-def batches_in(values: Any, samples: int, batches: bool = False) -> list[Any]:
-    """Return the batches, and the lists of samples, in the arguments of a call."""
-    found: list[Any] = []
-
-    def note(batch: Any) -> Any:
-        found.append(batch)
-        return batch
-
-    vary(values, samples, note, batches)
+def batches_in(values: Any, samples: int, batches: bool = False) -> tuple[list[Any], list[Tensor]]:
+    """Return the batches, and the lists of samples, in the arguments of a call; other tensors."""
+    found: tuple[list[Any], list[Tensor]] = [], []
+    vary(values, samples, noting(found[0]), batches, noting(found[1]))
     return found
 
 
-def rebuild(value: Any, samples: int, change: Callable[[Any], Any], batches: bool = False) -> Any:
+def noting(kept: list[Any]) -> Callable[[Any], Any]:
+    """Return a function that keeps what it is given, and returns it."""
+
+    def note(value: Any) -> Any:
+        kept.append(value)
+        return value
+
+    return note
+
+
+def rebuild(
+    value: Any,
+    samples: int,
+    change: Callable[[Any], Any],
+    batches: bool = False,
+    beside: Callable[[Any], Any] | None = None,
+) -> Any:
     """Copy an argument, with `change(batch)` for each tensor (N, ...) and list of N samples.
 
-    What may be such a list or several batches is the latter if `batches`.
+    What may be such a list or several batches is the latter if `batches`. Other tensors are what
+    `beside` makes of them.
 
     Raises:
-        TypeError: a part that cannot be copied, as an iterator.
+        TypeError: a part that cannot be copied, as a generator, or not with other tensors.
     """
     tensors = as_tensors(value)
     if tensors is not value:
-        new = rebuild(tensors, samples, change, batches)
-        return new.numpy() if isinstance(new, Tensor) else type(value)(v.numpy() for v in new)
+        new = rebuild(tensors, samples, change, batches, beside)
+        if isinstance(value, Tensor):
+            return torch.nested.as_nested_tensor(new, layout=value.layout)
+        if isinstance(new, Tensor):
+            return new.numpy()
+        return type(value)(v.tolist() if isinstance(value[0], list) else v.numpy() for v in new)
     if isinstance(value, Tensor):
-        return change(value) if value.dim() > 0 and value.shape[0] == samples else fresh(value)
+        is_batch = value.dim() > 0 and value.shape[0] == samples
+        return (change if is_batch else beside or fresh)(value)
     if is_list_of_samples(value, samples, batches):
         return type(value)(change(value))
     parts = parts_of(value)
     if parts is None:
-        return value if isinstance(value, nn.Module) else copy.deepcopy(value)
-    new = {key: rebuild(part, samples, change, batches) for key, part in parts.items()}
+        if isinstance(value, nn.Module):
+            return value
+        memo = {id(t): rebuild(t, samples, change, False, beside) for t in tensors_of(value)}
+        copied = copy.deepcopy(value, memo.copy())
+        if not {id(t) for t in memo.values()}.issuperset(map(id, tensors_of(copied))):
+            raise TypeError(f"a {type(value).__name__} copies its tensors in its own way")
+        return copied
+    new = {key: rebuild(part, samples, change, batches, beside) for key, part in parts.items()}
     if isinstance(value, list | tuple):
         return (
             type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
@@ -110,84 +177,3 @@ def fresh(value: Any) -> Any:
     clone = value.detach().clone().requires_grad_(value.requires_grad)
     # A leaf could not be changed in place.
     return clone.clone() if value.requires_grad and torch.is_grad_enabled() else clone
-
-
-def rolled(batch: Any) -> Any:
-    """Return the batch with its last sample first."""
-    return fresh(batch.roll(1, 0) if isinstance(batch, Tensor) else [*batch[-1:], *batch[:-1]])
-
-
-def ended(batch: Any) -> Any:
-    """Return the batch with a last sample that ends earlier, by its length, mask or padding.
-
-    Of numbers that may tell kinds, all zero, the first becomes one: order goes by kind, too.
-    """
-    if not isinstance(batch, Tensor):
-        new = fresh([*batch])
-        if isinstance(new[0], int):
-            return ended(torch.tensor(new)).tolist()
-        if isinstance(new[-1], Tensor) and new[-1].dim() and len(new[-1]) > 1:
-            new[-1] = new[-1][:-1]
-        return new
-    values = batch.detach().clone()
-    last = values[-1:]
-    if last.dim() > 1 and last.dtype != torch.bool:
-        # Time may be the first or the last dimension of a sample.
-        last[:, 1:], last[..., 1:] = 0, 0
-    elif last.dim() == 1 and not values.any():
-        values[:1] = 1
-    elif last.dtype == torch.bool:
-        last[..., -1:] = ~last[..., -1:]
-    else:
-        last.copy_((last / 2).to(last.dtype))
-    return fresh(values.requires_grad_(batch.requires_grad))
-
-
-def is_content(batch: Any, least: int) -> bool:
-    """Return whether a batch can be changed: not a flag, a length or what goes with an image."""
-    if isinstance(batch, Tensor):
-        return batch.dim() >= least and batch.dtype != torch.bool
-    return all(isinstance(part, Tensor) for part in batch)
-
-
-@torch.no_grad()
-def exchange(batch: Any, picked: list[int], how: str, generator: torch.Generator) -> Any:
-    """Return a batch whose picked samples are changed, their values staying in its range.
-
-    Args:
-        batch: a tensor (N, ...) or N tensors.
-        picked: indices of the samples.
-        how: "others": at each place the value another sample has there; "shuffle": a sample's own
-            elements in another order; "noise": values between the least and the largest.
-        generator: what they are drawn from.
-    """
-    if isinstance(batch, Tensor) and batch.is_complex():
-        return torch.view_as_complex(exchange(torch.view_as_real(batch), picked, how, generator))
-    values = [part.detach() for part in batch]
-    new = [part.clone() for part in values]
-    for i in picked:
-        if how == "others":
-            for step in range(1, min(len(values), _MOST_OTHERS + 1)):
-                other = values[(i + step) % len(values)]
-                if other.shape == new[i].shape:
-                    new[i] = torch.where(new[i] == values[i], other, new[i])
-        elif how == "shuffle":
-            order = torch.randperm(new[i].numel(), generator=generator).to(new[i].device)
-            new[i] = values[i].flatten()[order].view(values[i].shape)
-        elif new[i].numel():
-            new[i] = _noise(values, values[i], generator)
-    if not isinstance(batch, Tensor):
-        return new
-    # In the memory format of the batch.
-    return torch.empty_like(batch.detach()).copy_(torch.stack(new))
-
-
-def _noise(batch: list[Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Return values drawn between the least and the largest of a batch."""
-    values = torch.cat([part.flatten() for part in batch]).cpu().double()
-    values = values[values.isfinite()]
-    low, high = map(float, values.aminmax()) if values.numel() else (0.0, 0.0)
-    draw = torch.rand(like.shape, generator=generator, dtype=torch.float64)
-    if like.is_floating_point():
-        return (low + (high - low or 1.0) * draw).to(like)
-    return (low + (high - low + 1) * draw).floor().clamp(max=high).to(like)

@@ -8,10 +8,10 @@ import functools
 import itertools
 import operator
 import os
-import random
 import sys
 import types
 import warnings
+from array import array
 from collections import deque
 from collections.abc import Collection, Iterator, MutableMapping
 from typing import Any
@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from normswap.graph.class_questions import reachable
+from normswap.graph.rows.generators import controls_of, global_controls, is_equal
 from normswap.graph.tracing.failure import is_library
 from normswap.util.original_class import class_of
 
 # Values that are looked into, the nearest first: what holds more is data, not state.
 _MOST = 20_000
+_MOST_BYTES = 1 << 24
 _MISSING = object()
 # Modules of Python with classes of plain objects.
-_NAMESPACES = ("types", "argparse", "collections")
+_NAMESPACES = ("types", "argparse", "collections", "queue", "_thread")
 # Iterators whose state a copy keeps; from Python 3.14 on those of itertools have none.
 _COPYABLE = ("builtins",) if sys.version_info >= (3, 14) else ("builtins", "itertools")
 
@@ -39,8 +41,8 @@ class Snapshot:
     functions and plain objects, slots included, dicts, the environment, variables of functions
     around others, and the globals that forwards and the functions they call name. So are
     collections with their entries, defaults of arguments among them, tensors with their values,
-    parameters included, and with their states iterators and generators of random numbers, those of
-    Python, NumPy and torch included.
+    parameters included, arrays with theirs, and with their states iterators and generators of
+    random numbers, those of Python, NumPy and torch included.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,14 +50,10 @@ class Snapshot:
         self._tables: list[tuple[Any, Collection[str] | None, dict[Any, Any]]] = []
         self._collections: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor, Tensor]] = []
+        # Arrays, the index of all they hold, and copies.
+        self._arrays: list[tuple[Any, Any, Any]] = []
         # Of each generator: what reads its state, what sets it, what starts it anew.
-        self._dice: list[tuple[Any, Any, Any]] = [
-            (random.getstate, random.setstate, random.seed),
-            (torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed),
-        ]
-        # NumPy is no dependency: only where the program has imported it.
-        if numpy := sys.modules.get("numpy.random"):
-            self._dice.append((numpy.get_state, numpy.set_state, numpy.seed))
+        self._dice: list[tuple[Any, Any, Any]] = global_controls()
         self._met: set[int] = set()
         if any(parameter.is_cuda for parameter in model.parameters()):
             self._keep(torch.cuda.default_generators[torch.cuda.current_device()])
@@ -97,7 +95,7 @@ class Snapshot:
         ):
             return []
         self._met.add(id(value))
-        if (controls := _controls(value)) is not None:
+        if (controls := controls_of(value)) is not None:
             self._dice.append(controls)
         elif isinstance(value, Tensor):
             # With its data, which a forward may exchange: a momentum encoder does.
@@ -108,6 +106,8 @@ class Snapshot:
             return [*kept.values()] if isinstance(kept, dict) else kept
         elif isinstance(value, tuple):
             return list(value)
+        elif (whole := _whole_of(value)) is not None:
+            self._arrays.append((value, whole, copy.copy(value)))
         elif isinstance(value, types.CellType):
             return self._keep_table(value)
         elif not _is_of_library(value):
@@ -131,6 +131,8 @@ class Snapshot:
             if not _holds(collection, kept):
                 collection.clear()
                 (collection.update if hasattr(collection, "update") else collection.extend)(kept)
+        for value, whole, kept in self._arrays:
+            value[whole] = kept
         with torch.no_grad():
             for tensor, data, values in self._tensors:
                 if tensor.data_ptr() != data.data_ptr():
@@ -140,7 +142,7 @@ class Snapshot:
                     tensor.copy_(values)
         moved = False
         for (read, write, start), state in zip(self._dice, self._states, strict=True):
-            if not _equal(read(), state):
+            if not is_equal(read(), state):
                 moved = True
                 write(state)
             if seed is not None:
@@ -158,20 +160,14 @@ def function_of(hook: Any) -> types.FunctionType | None:
     return function if isinstance(function, types.FunctionType) else None
 
 
-def _controls(value: Any) -> tuple[Any, Any, Any] | None:
-    """Return what reads, sets and seeds the state of a generator of random numbers."""
-    if isinstance(value, torch.Generator):
-        return value.get_state, value.set_state, value.manual_seed
-    if isinstance(value, random.Random):
-        return value.getstate, value.setstate, value.seed
-    numpy: Any = sys.modules.get("numpy.random")
-    if numpy and isinstance(value, numpy.RandomState):
-        return value.get_state, value.set_state, value.seed
-    if numpy and isinstance(value, numpy.Generator):
-        bits = value.bit_generator
-        write = functools.partial(setattr, bits, "state")
-        return lambda: bits.state, write, lambda seed: write(type(bits)(seed).state)
-    return None
+def _whole_of(value: Any) -> Any:
+    """Return the index of all of an array that can change, of NumPy or of bytes; None of others."""
+    if isinstance(value, bytearray | array):
+        return slice(None) if len(value) < _MOST_BYTES else None
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, numpy.ndarray):
+        return None
+    return ... if value.flags.writeable and value.nbytes < _MOST_BYTES else None
 
 
 def _slots_of(value: Any) -> list[str]:
@@ -235,12 +231,3 @@ def _holds(collection: Any, kept: Any) -> bool:
     if len(collection) != len(kept) or not all(map(operator.is_, collection, kept)):
         return False
     return not isinstance(kept, dict) or all(map(operator.is_, collection.values(), kept.values()))
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Return whether two states of a generator are equal: tensors, or what may hold arrays."""
-    if isinstance(one, dict):
-        return all(map(_equal, one.values(), other.values()))
-    if isinstance(one, tuple) and any(hasattr(part, "all") for part in one):
-        return all(map(_equal, one, other))
-    return bool((one == other).all()) if hasattr(one, "all") else bool(one == other)

@@ -7,7 +7,14 @@ import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from normswap.graph.tracing.uses import ASKS, ATTRIBUTE, COMPARES, find_uses, instructions_of
+from normswap.graph.tracing.uses import (
+    ASKS,
+    ATTRIBUTE,
+    COMPARES,
+    NAMES,
+    find_uses,
+    instructions_of,
+)
 
 _SKIPPED = ("PRECALL", "NOP", "NOT_TAKEN", "PUSH_NULL")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
@@ -115,15 +122,21 @@ def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _split(steps: list[dis.Instruction], loads: dict[int, Load]) -> Iterator[Statement]:
+    for part in parts_of(steps):
+        yield Statement(
+            [loads[s.offset] for s in part if s.offset in loads],
+            {str(s.argval) for s in part if s.opname in ATTRIBUTE},
+            {s.argrepr if s.opname == "BINARY_OP" else s.opname for s in part},
+        )
+
+
+def parts_of(steps: list[dis.Instruction]) -> Iterator[list[dis.Instruction]]:
+    """Yield the instructions of each statement, or part of one."""
     start = 0
     for end, step in enumerate(steps, 1):
         if step.opname.startswith(_ENDS):
-            part, start = steps[start:end], end
-            yield Statement(
-                [loads[s.offset] for s in part if s.offset in loads],
-                {str(s.argval) for s in part if s.opname in ATTRIBUTE},
-                {s.argrepr if s.opname == "BINARY_OP" else s.opname for s in part},
-            )
+            yield steps[start:end]
+            start = end
 
 
 def _find_loads(
@@ -198,9 +211,12 @@ def _catches(steps: list[dis.Instruction]) -> bool:
 
 
 def is_compared(frame: types.FrameType) -> bool:
-    """Return whether what the call under way in a frame returns is only compared."""
-    after = [s.opname for s in steps_of(frame.f_code) if s.offset > frame.f_lasti][:8]
-    for place, name in enumerate(after):
+    """Return whether what the call under way in a frame returns is compared, or asked its name."""
+    after = [step for step in steps_of(frame.f_code) if step.offset > frame.f_lasti][:8]
+    if after[0].opname in ATTRIBUTE and after[0].argval in NAMES:
+        return True
+    for place, step in enumerate(after):
+        name = step.opname
         if name in COMPARES:
             return True
         # Before it may come what it is compared with: a name and its attributes, or a tuple.

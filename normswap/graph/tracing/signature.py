@@ -41,8 +41,14 @@ class Forward(NamedTuple):
 def parameters_of(function: Callable[..., Any], follow_wrapped: bool = False) -> list[Parameter]:
     """Return the parameters of an unbound method after self; ``*args, **kwargs`` if unknown.
 
-    Of a decorated one they are the decorator's, which may tell what was given from what was not.
+    Of a decorated one they are the decorator's, which may tell what was given from what was not;
+    a ``__signature__`` is what it shows, whatever it takes.
     """
+    if not follow_wrapped and isinstance(function, types.FunctionType):
+        own = function
+        parts = own.__code__, own.__globals__, None, own.__defaults__, own.__closure__
+        function = types.FunctionType(*parts)
+        function.__kwdefaults__ = own.__kwdefaults__
     try:
         signature = inspect.signature(function, follow_wrapped=follow_wrapped)
     except (TypeError, ValueError):

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 COMPARES = {"IS_OP", "COMPARE_OP", "CONTAINS_OP"}
 ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
+# Attributes that tell a class by name.
+NAMES = ("__name__", "__qualname__", "__module__")
 # What is done with a name, as far as it matters.
 ASKS, SETS, RENAMES = "asks", "sets", "renames"
 _ASKING = ("isinstance", "issubclass", "super")
@@ -58,7 +60,7 @@ def find_uses(steps: Sequence[dis.Instruction]) -> dict[int, str]:
         after = steps[end].opname if end < len(steps) else ""
         if after in ("STORE_ATTR", "DELETE_ATTR"):
             use = SETS
-        elif step.offset in asked or after.startswith("CHECK_EXC"):
+        elif step.offset in asked or after.startswith("CHECK_EXC") or _asks_name(step, chain):
             use = ASKS
         elif after.startswith(_RENAMED) or (not chain and after.startswith("STORE_")):
             use = RENAMES
@@ -66,6 +68,10 @@ def find_uses(steps: Sequence[dis.Instruction]) -> dict[int, str]:
             use = ""
         uses[step.offset] = use
     return uses
+
+
+def _asks_name(step: dis.Instruction, chain: Sequence[dis.Instruction]) -> bool:
+    return step.argval == "__class__" and bool(chain) and chain[0].argval in NAMES
 
 
 def _find_asked(steps: Sequence[dis.Instruction]) -> Iterator[int]:

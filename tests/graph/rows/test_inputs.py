@@ -1,5 +1,7 @@
 """Samples are told apart in inputs of every form."""
 
+import threading
+
 import numpy
 import pytest
 import torch
@@ -92,6 +94,42 @@ def test_an_argument_that_can_be_read_only_once_is_left_alone():
     parts = [model(iter(x[i : i + 1]), context=LABELS[i : i + 1]) for i in range(N)]
     assert torch.allclose(y, torch.cat(parts), atol=1e-6)
     assert "not measured" in rows_of(model)["norm"]
+
+
+class Holding:
+    """Copies its tensor itself, as some containers of tensors do."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __deepcopy__(self, memo):
+        return Holding(self.x.clone())
+
+
+UNCOPYABLE = {
+    "generator": lambda x: (row for row in x),
+    "lock beside": lambda x: {"x": x, "lock": threading.Lock()},
+    "own copies": Holding,
+}
+
+
+@pytest.mark.parametrize("given", UNCOPYABLE.values(), ids=UNCOPYABLE)
+def test_an_argument_that_cannot_be_copied_is_not_measured(given):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, parts):
+            rows = parts["x"] if isinstance(parts, dict) else getattr(parts, "x", parts)
+            return self.norm(torch.stack(list(rows)))
+
+    model = apart(normswap.convert(Reading().double().eval(), "cn", contexts=K, verify=False))
+    x = torch.randn(N, 6, dtype=torch.float64)
+    y = model(given(x), context=LABELS)
+    parts = [model(given(x[i : i + 1]), context=LABELS[i : i + 1]) for i in range(N)]
+    torch.testing.assert_close(y, torch.cat(parts))
+    assert "cannot be copied, TypeError" in rows_of(model)["norm"]
 
 
 def test_inputs_of_every_form_are_told_apart():
@@ -212,3 +250,38 @@ def test_arrays_of_numpy_that_their_values_sort_are_an_error():
     model = apart(normswap.convert(model, "cn", contexts=K, verify=False))
     with pytest.raises(ContextError, match="each row of the input of norm to be of one sample"):
         model([*numpy.random.default_rng(0).normal(size=(N, 6))], context=LABELS)
+
+
+class Flipped(nn.Module):
+    """Norms images of any dtype, or the mean of what a table holds of tokens, the last first."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.table = nn.Embedding(5, 6)
+
+    def forward(self, x):
+        tokens = x.dtype == torch.int64
+        x = self.table(x).mean(1) if tokens else x.double()
+        return self.norm(x.flip(0)).flip(0)
+
+
+def flipped():
+    return apart(normswap.convert(Flipped().double().eval(), "cn", contexts=K, verify=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+@pytest.mark.parametrize("first", [torch.zeros, torch.ones])
+def test_black_images_and_empty_masks_tell_the_order_of_others(dtype, first):
+    model = flipped()
+    for x in (first(N, 6, dtype=dtype), (torch.randn(N, 6) > 0).to(dtype)):
+        torch.testing.assert_close(model(x, context=LABELS), singly(model, x))
+    assert rows_of(model) == {"norm": "permuted"}
+
+
+def test_tokens_that_are_all_alike_tell_nothing_of_other_batches():
+    model = flipped()
+    model(torch.zeros(N, 3, dtype=torch.int64), context=LABELS)
+    assert rows_of(model) == {"norm": "not measured: its samples are all alike"}
+    x = torch.randint(5, (N, 3))
+    torch.testing.assert_close(model(x, context=LABELS), singly(model, x))

@@ -39,10 +39,22 @@ class Chosen(Steps):
         return self.norm(x[order].mean(1))[order.argsort()]
 
 
-class Grouped(Steps):
+class LongestFirst(Steps):
     def forward(self, x, beside):
-        order = torch.cat([(beside == kind).nonzero()[:, 0] for kind in (0, 1, 2)])
+        order = beside.argsort(descending=True)
         return self.norm(x[order].mean(1))[order.argsort()]
+
+
+class Grouped(Steps):
+    kinds = 0, 1, 2
+
+    def forward(self, x, beside):
+        order = torch.cat([(beside == kind).nonzero()[:, 0] for kind in self.kinds])
+        return self.norm(x[order].mean(1))[order.argsort()]
+
+
+class GroupedFromTheLast(Grouped):
+    kinds = 2, 1, 0
 
 
 def mask(lengths, steps):
@@ -57,8 +69,15 @@ FORMS = {
     "mask of what is left out": (Steps(lambda x, m: ~m), lambda n, steps: ~mask(n, steps)),
     "packed": (Packed(None), lambda n, _: torch.tensor(n)),
     "order": (Chosen(None), lambda n, _: torch.tensor(n)),
+    "longest first": (LongestFirst(None), lambda n, _: torch.tensor(n)),
     "kind": (Grouped(None), lambda n, _: torch.tensor(n) % 3),
+    "kind, the last first": (GroupedFromTheLast(None), lambda n, _: torch.tensor(n) % 3),
     "flag": (Grouped(None), lambda n, _: torch.tensor(n) > 5),
+    "flag, those that have it first": (
+        GroupedFromTheLast(None),
+        lambda n, _: torch.tensor(n) > 5,
+    ),
+    "flag that all have, first": (GroupedFromTheLast(None), lambda n, _: torch.tensor(n) != 2),
 }
 
 
@@ -91,6 +110,32 @@ def test_padding_that_only_values_tell_is_never_misread():
         model(torch.randn(N, 7, 6) * mask(lengths, 7)[:, :, None], None, context=LABELS)
     with pytest.raises(ContextError, match=r"depends on their values.*exclude='norm'"):
         model(torch.randn(N, 7, 6) * mask([7, 2, 6, 5], 7)[:, :, None], None, context=LABELS)
+
+
+def test_two_samples_of_one_length_tell_no_order_of_others():
+    for model in (Chosen(None), LongestFirst(None)):
+        model = apart(normswap.convert(model.double().eval(), "cn", contexts=K, verify=False))
+        labels = torch.tensor([0, 1])
+        for lengths in ([4, 4], [1, 4], [4, 1]):
+            x, lengths = torch.randn(2, 7, 6, dtype=torch.float64), torch.tensor(lengths)
+            y = model(x, lengths, context=labels)
+            parts = [model(x[i : i + 1], lengths[i : i + 1], labels[i : i + 1]) for i in (0, 1)]
+            torch.testing.assert_close(y, torch.cat(parts))
+
+
+def test_samples_that_a_forward_sorts_by_their_padding_are_never_misread():
+    class Sorted(Steps):
+        def forward(self, x, beside):
+            order = (x != 0).any(2).sum(1).argsort(descending=True)
+            return self.norm(x[order].mean(1))[order.argsort()]
+
+    model = apart(normswap.convert(Sorted(None).eval(), "cn", contexts=K, verify=False))
+    try:
+        model(torch.randn(N, 7, 6), None, context=LABELS)
+    except ContextError:
+        pass
+    with pytest.raises(ContextError, match=r"exclude='norm'"):
+        model(torch.randn(N, 7, 6) * mask([2, 7, 5, 6], 7)[:, :, None], None, context=LABELS)
 
 
 def test_a_list_of_lengths_goes_with_the_samples_that_are_measured():

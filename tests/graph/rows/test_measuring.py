@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+from contextvars import ContextVar
 from typing import ClassVar
 
 import pytest
@@ -215,3 +216,17 @@ def test_what_a_forward_looks_up_stays_and_may_name_a_generic_type():
     check(apart(model))
     assert rows_of(model) == {"norm": "one per sample"}
     assert REGISTRY == {"<known>": 2.0}
+
+
+def test_a_context_variable_that_a_forward_sets_is_as_after_one_run():
+    calls = ContextVar("calls", default=0)
+
+    class Counting(Rows):
+        def forward(self, x):
+            calls.set(calls.get() + 1)
+            return super().forward(x)
+
+    model = normswap.convert(Counting(ORDERS["as they are"]).eval(), "cn", contexts=K, verify=False)
+    before = calls.get()
+    model(torch.randn(N, 6), context=LABELS)
+    assert calls.get() == before + 1

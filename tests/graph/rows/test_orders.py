@@ -46,6 +46,18 @@ def test_orders_that_leave_the_first_three_samples_in_place(tail, samples, trace
     assert model(x, context=labels).equal(model.norm(x[order], context=labels[order]))
 
 
+@pytest.mark.parametrize("groups", [lambda x: x.view(5, -1, 6), lambda x: x.view(-1, 5, 6)])
+@pytest.mark.parametrize("samples", [(10, 15), (5, 10), (30, 5)])
+def test_groups_of_five_samples_that_are_transposed(groups, samples):
+    def transposed(s, x):
+        if len(x) == 1:
+            return s.norm(x)
+        order = groups(torch.arange(len(x))[:, None].expand(-1, 6))[..., 0].T.flatten()
+        return taken(s, x, order)
+
+    check(ordered(transposed), samples)
+
+
 @pytest.mark.parametrize("name", ORDERS)
 def test_rows_in_any_steady_order_equal_samples_one_by_one(name):
     model = ordered(ORDERS[name])

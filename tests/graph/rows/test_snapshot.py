@@ -2,8 +2,11 @@
 
 import itertools
 import os
+import queue
 import random
+import threading
 import types
+from array import array
 from collections import OrderedDict, deque
 
 import numpy as np
@@ -74,6 +77,12 @@ class Changing(nn.Module):
         self.drawing = np.random.default_rng(0)
         self.twister = np.random.Generator(np.random.MT19937(0))
         self.older = np.random.RandomState(0)
+        self.counts = {"rows": np.zeros(2), "all": np.array(0.0)}
+        self.bits = bytearray(2)
+        self.codes = array("l", [0])
+        self.waiting = queue.Queue()
+        self.here = threading.local()
+        self.here.calls = 0
 
     def forward(self, x):
         global N
@@ -102,6 +111,12 @@ class Changing(nn.Module):
         self.drawing.random()
         self.twister.random()
         self.older.random_sample()
+        self.counts["rows"][0] += 1
+        self.counts["all"] += 1
+        self.bits[0] += 1
+        self.codes[0] += 1
+        self.waiting.put(1)
+        self.here.calls += 1
         os.environ["NORMSWAP_TEST_SNAPSHOT"] = "1"
         return x + torch.rand(())
 
@@ -131,6 +146,9 @@ LOOKS = {
     "NumPy's generator": lambda m: str(m.drawing.bit_generator.state),
     "NumPy's twister": lambda m: str(m.twister.bit_generator.state),
     "an older generator of NumPy": lambda m: str(m.older.get_state()),
+    "arrays": lambda m: (m.counts["rows"].tolist(), float(m.counts["all"]), m.bits[0], m.codes[0]),
+    "a queue": lambda m: m.waiting.qsize(),
+    "what belongs to a thread": lambda m: m.here.calls,
     "the environment": lambda m: os.environ.get("NORMSWAP_TEST_SNAPSHOT"),
     "torch's generator": lambda m: torch.get_rng_state().tolist(),
 }

@@ -1,4 +1,4 @@
-"""One more context in a converted model: `add_context`."""
+"""One context more, or less, in a converted model: `add_context` and `remove_context`."""
 
 import warnings
 from dataclasses import replace
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from normswap.errors import ContextWarning, ConversionError
 from normswap.graph.use_context import scopes_of
-from normswap.lifecycle.context_rows import change_contexts, check_changeable, table_of
-from normswap.lifecycle.record import context_or_pooled, find_root, method_layers
-from normswap.methods.base import Contexts, Method
+from normswap.lifecycle.context_rows import change_contexts, changed_tables, check_changeable
+from normswap.lifecycle.record import context_index, context_or_pooled, find_root
+from normswap.methods.base import Contexts
 from normswap.methods.layer import POLICIES
 from normswap.methods.norm_values import pick
-from normswap.util.arguments import check_flag, describe
+from normswap.util.arguments import check_flag, describe, listed
 
 # A share far smaller rounds to zero in the layers, which divide by its root.
 _LEAST = 1e-6
@@ -81,10 +81,7 @@ def add_context(
         raise ConversionError(
             f"expected share= in (0, 1), got {describe(share)}; at least {_LEAST} from both ends"
         )
-    tables = {
-        where: _longer(where, layer, method, index, share)
-        for where, layer in method_layers(root).items()
-    }
+    tables = changed_tables(root, method, index, share, _append)
     weights = contexts.priors
     priors = torch.cat([weights * (1 - share), weights.new_tensor([share])])
     answering = contexts.answering or (count if keep_unknown else None)
@@ -128,20 +125,78 @@ def _check_name(name: Any, contexts: Contexts) -> None:
         raise ConversionError(f"{name!r} is a policy for unknown labels; choose another name")
 
 
-def _longer(
-    where: str, layer: nn.Module, method: Method, like: int | None, share: float
-) -> dict[str, Tensor]:
-    """Return the tables of a layer with the row of the new context appended."""
-    longer: dict[str, Tensor] = {}
-    for key, row in method.added_rows(layer, like, share).items():
-        table = table_of(where, layer, key)
-        if table.shape[1:] != row.shape:
-            raise ConversionError(
-                f"expected a row {tuple(table.shape[1:])} for {where}.{key}, got {tuple(row.shape)}"
-            )
-        longer[key] = _append(table, row)
-    return longer
-
-
 def _append(table: Tensor, row: Tensor) -> Tensor:
     return torch.cat([table, row.detach().to(table).unsqueeze(0)])
+
+
+def remove_context(
+    model: nn.Module, context: str | int, *, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Take a context out of a converted model, in place; what it learned is gone.
+
+    For given labels nothing else changes, to the bit. The priors of the others keep their ratios,
+    and "pooled" and "posterior" look at them alone from now on: right after `add_context` this is
+    its undoing. Contexts after the removed one move down by one in number; their names stay.
+
+    Parameters with a row a context are replaced by new ones, as by `add_context`: pass the
+    `optimizer`, or make it anew.
+
+    Args:
+        model: a converted model whose method takes contexts; not wrapped in DDP.
+        context: which, by name or index.
+        optimizer: one that trains these parameters; as for `add_context`.
+
+    Raises:
+        ConversionError: not a converted model; a method without contexts; the only context, or
+            one that samples without a label depend on; an optimizer, or a hook on a parameter,
+            that cannot follow. Nothing is changed then.
+        UnknownNameError, ContextError: no such context.
+
+    Warns:
+        ContextWarning: other contexts have new numbers.
+    """
+    root, record = find_root(model)
+    method = check_changeable(model, root, record, "remove")
+    contexts, index = record.contexts, context_index(record, context)
+    after = _without(contexts, index)
+
+    def shorten(table: Tensor) -> Tensor:
+        return torch.cat([table[:index], table[index + 1 :]])
+
+    tables = changed_tables(root, method, 0, 0.5, lambda table, _: shorten(table))
+    change_contexts(root, record, after, tables, optimizer, shorten, shorten)
+    if moved := after.names[index:]:
+        warnings.warn(
+            f"without {contexts.names[index]!r}, labels that are numbers mean other contexts: "
+            f"{listed(f'{name} is {index + k}' for k, name in enumerate(moved))}",
+            ContextWarning,
+            stacklevel=2,
+        )
+
+
+def _without(contexts: Contexts, index: int) -> Contexts:
+    """Return the contexts but one, and what answers for unknown labels without it."""
+    name, unknown, answering = contexts.names[index], contexts.unknown, contexts.answering
+    if contexts.count == 1:
+        raise ConversionError(
+            f"{name!r} is the only context; normswap.specialize(model) returns the model without"
+        )
+    alone = index == 0 and answering == 1 and unknown in ("pooled", "posterior")
+    if unknown == index or alone:
+        raise ConversionError(
+            f"samples without a label are answered by context {name!r} alone; choose what else "
+            "they get with normswap.set_unknown first"
+        )
+    kept = [k for k in range(contexts.count) if k != index]
+    priors = contexts.priors[kept]
+    if isinstance(unknown, int):
+        unknown -= unknown > index
+    if answering is not None:
+        answering -= index < answering
+    return replace(
+        contexts,
+        names=tuple(contexts.names[k] for k in kept),
+        priors=priors / priors.sum(),
+        unknown=unknown,
+        answering=answering if answering and answering < len(kept) else None,
+    )

@@ -1,0 +1,45 @@
+"""Generators of random numbers, of Python, NumPy and torch: read, set and start them anew."""
+
+import functools
+import random
+import sys
+from typing import Any
+
+import torch
+
+
+def global_controls() -> list[tuple[Any, Any, Any]]:
+    """Return what reads, sets and seeds the states that all code shares, on the CPU."""
+    found: list[tuple[Any, Any, Any]] = [
+        (random.getstate, random.setstate, random.seed),
+        (torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed),
+    ]
+    # NumPy is no dependency: only where the program has imported it.
+    if numpy := sys.modules.get("numpy.random"):
+        found.append((numpy.get_state, numpy.set_state, numpy.seed))
+    return found
+
+
+def controls_of(value: Any) -> tuple[Any, Any, Any] | None:
+    """Return what reads, sets and seeds the state of a generator of random numbers."""
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state, value.manual_seed
+    if isinstance(value, random.Random):
+        return value.getstate, value.setstate, value.seed
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy and isinstance(value, numpy.RandomState):
+        return value.get_state, value.set_state, value.seed
+    if numpy and isinstance(value, numpy.Generator):
+        bits = value.bit_generator
+        write = functools.partial(setattr, bits, "state")
+        return lambda: bits.state, write, lambda seed: write(type(bits)(seed).state)
+    return None
+
+
+def is_equal(one: Any, other: Any) -> bool:
+    """Return whether two states of a generator are equal: tensors, or what may hold arrays."""
+    if isinstance(one, dict):
+        return all(map(is_equal, one.values(), other.values()))
+    if isinstance(one, tuple) and any(hasattr(part, "all") for part in one):
+        return all(map(is_equal, one, other))
+    return bool((one == other).all()) if hasattr(one, "all") else bool(one == other)

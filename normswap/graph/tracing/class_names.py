@@ -1,0 +1,55 @@
+"""Read from the code of a function whether it goes by the names of classes.
+
+``type(x).__name__ == "BatchNorm2d"`` asks for a class as ``type(x) is BatchNorm2d`` does.
+"""
+
+import dis
+import functools
+import types
+
+from normswap.graph.tracing.bytecode import parts_of, steps_of
+from normswap.graph.tracing.uses import ATTRIBUTE, COMPARES, NAMES
+
+_SEARCHES = {"startswith", "endswith", "find", "lower", "count", "split"}
+
+
+@functools.lru_cache(4096)
+def ways_to_names(code: types.CodeType) -> frozenset[str]:
+    """Return how a function takes the class of what is not its first argument, and asks its name.
+
+    A name that is only raised, logged or part of a text for people does not count.
+
+    Returns:
+        Of "type" and "__class__" those that it does so by.
+    """
+    own = code.co_varnames[:1] if code.co_argcount else ()
+    found, goes_on = set[str](), False
+    for part in parts_of(steps_of(code)):
+        taken = [_takes(part, place, own) for place in range(len(part))]
+        others = {str(way) for way in taken if way not in (None, "own")}
+        found |= others
+        goes_on |= (bool(others) or "own" not in taken) and _goes_on_with_a_name(part)
+    return frozenset(found if goes_on else ())
+
+
+def _takes(part: list[dis.Instruction], place: int, own: tuple[str, ...]) -> str | None:
+    """Return how an instruction takes a class, "own" for that of `own`; None if it does not."""
+    step, given = part[place], part[place + 1 : place + 3]
+    if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval == "type":
+        is_own = bool(given) and given[0].argval in own and given[-1].opname not in ATTRIBUTE
+    elif step.opname in ATTRIBUTE and step.argval == "__class__":
+        is_own = place > 0 and part[place - 1].argval in own
+    else:
+        return None
+    return "own" if is_own else str(step.argval)
+
+
+def _goes_on_with_a_name(part: list[dis.Instruction]) -> bool:
+    """Return whether a statement compares, searches, keeps or returns the name of a class."""
+    attributes = {step.argval for step in part if step.opname in ATTRIBUTE}
+    texts = {step.argval for step in part if step.opname == "LOAD_GLOBAL"} & {"str", "repr"}
+    if not (attributes.intersection(NAMES) or texts):
+        return False
+    compared = attributes & _SEARCHES or any(step.opname in COMPARES for step in part)
+    kept = part[-1].opname.startswith(("STORE_", "RETURN")) and not texts
+    return bool(compared or kept)
