@@ -138,7 +138,7 @@ class ContextNormX(ContextLayer):
         if (triton := self.find_triton(x, unlabelled, *given, self.priors)) is not None:
             labels = None if labels is None else one_label(labels)
             pooled = self.pooled_contexts(unlabelled)
-            y: Tensor = triton.norm_learned(x, labels, triton.Learned(*given), self.priors, pooled)
+            y: Tensor = triton.norm_learned(x, labels, given, self.priors, pooled)
             return y
         learned = self.learned(compute_dtype(x))
         unknown = partial(self.unknown_map, learned, partial(instance_moments, x))

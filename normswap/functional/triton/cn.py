@@ -4,41 +4,66 @@ One more in evaluation where samples without a label weigh the contexts, for the
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from normswap.functional import kernels
-from normswap.functional.moments import Moments
-from normswap.functional.segments import count
-from normswap.functional.tables import records
-from normswap.functional.triton import cn_kernels, rows_kernels, sweeps
-from normswap.functional.triton.cn_formula import Norm as Norm
-from normswap.functional.triton.cn_formula import differentiate
+from normswap.functional import context, kernels
+from normswap.functional.affine import Centred, centre_norm
+from normswap.functional.moments import Moments, context_posterior, instance_moments
+from normswap.functional.segments import Counts, count
+from normswap.functional.tables import apply_centred, records
+from normswap.functional.triton import cn_kernels, sweeps, tile
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import Rows, cut_contexts, plan
+from normswap.functional.triton.plan import cut_contexts, cut_rows, plan
+from normswap.functional.triton.recording import Tensors, Way, record
 from normswap.functional.triton.sorting import find_rows, sort_labels
+
+
+class Norm(NamedTuple):
+    """What a layer of CN holds.
+
+    Attributes:
+        weight, bias, priors: (K, C), (K, C) and (K,).
+        running: moments, (K, C), of contexts with fewer than two values in the batch.
+        moved: the running moments that this batch is to move; None for none.
+        batches: how many moved them, (K,).
+        eps: added to the variance.
+        momentum: None for the average of all batches.
+        pooled: which contexts, from and to, are pooled for samples without a label; (0, 0) where
+            there must be none, None where the host knows that there is none.
+        weighs: whether samples without a label, instead, weigh the contexts, each for itself.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    priors: Tensor
+    running: Moments
+    moved: Moments | None
+    batches: Tensor
+    eps: float
+    momentum: float | None
+    pooled: tuple[int, int] | None
+    weighs: bool
 
 
 class Cut(NamedTuple):
     """How a layer's tables lie in one tensor, and programs share them; by sizes alone.
 
     Attributes:
-        size: R, rows of centre, scale and shift: K + 1, or K + N where samples weigh the contexts.
         values: of all tables, float32; `cn_kernels.split_rest` says which.
-        numbers: what kernels over tables take as N, R, K, C, M, S and PART.
-        rows: what kernels over x take as R, K, C, M, sn, sm, sc, S and PART.
-        blocks: what they take as BN, BC, KP, WN and WC.
+        numbers: what kernels over tables take as N, R, K, C, M, S and PART; R, rows of centre,
+            scale and shift, is K + 1, or K + N where samples weigh the contexts.
+        rows: what kernels over x take as scale, stride, R, K and geometry.
+        blocks: constants of kernels over tables.
         programs: of a launch over them.
     """
 
-    size: int
     values: int
     numbers: tuple[int, ...]
-    rows: tuple[int, ...]
+    rows: tuple[int | None, ...]
     blocks: dict[str, int]
     programs: int
 
@@ -48,16 +73,15 @@ def _cut(
     instances: int, geometry: tuple[int, ...], contexts: int, pools: bool, weighs: bool
 ) -> Cut:
     channels, positions, *_, splits, part = geometry
-    own = Rows(contexts + pools, channels)
-    size, values = contexts + 1, 2 * (contexts + 1) * channels + 2 * _line(contexts)
-    blocks, programs = {"KP": 0, "WN": 1, "WC": 1}, own.programs
+    programs, blocks = cut_rows(contexts + pools, channels)
+    rows, values = contexts + 1, 2 * (contexts + 1) * channels + 2 * _line(contexts)
     if weighs:
-        size, values = contexts + instances, values + contexts * (2 * channels + instances)
-        blocks, programs = cut_contexts(contexts, channels), own.programs + instances
-    numbers = (instances, size, contexts, channels, positions, splits, part)
-    values += 3 * size * channels
-    rows = (size, contexts, *geometry)
-    return Cut(size, values, numbers, rows, {**own.blocks, **blocks}, programs)
+        rows, values = contexts + instances, values + contexts * (2 * channels + instances)
+        programs += instances
+    numbers = (instances, rows, contexts, channels, positions, splits, part)
+    blocks |= cut_contexts(contexts, channels) if weighs else {"KP": 0, "WN": 1, "WC": 1}
+    over_x = (None, None, rows, contexts, *geometry)
+    return Cut(values + 3 * rows * channels, numbers, over_x, blocks, programs)
 
 
 def _line(contexts: int) -> int:
@@ -72,7 +96,7 @@ def norm_contexts(
     Args:
         x: (N, C, *).
         labels: (N,) in [-1, K); or (1,), that of all; None where all are -1.
-        norm: the layer.
+        norm: see there.
         batched: whether with the moments of the batch, where a context has two values or more.
         note: called with the moments each context is normalised with and its number of values.
     """
@@ -84,12 +108,11 @@ def norm_contexts(
         if norm.weighs and labels is not None:
             index = labels = find_rows(labels.expand(instances), contexts)
         tables = _make_tables(x, norm, cut, index, False, False)
-        return sweeps.affine_of(x, tables, labels, cut.size, contexts)
+        return sweeps.affine_of(x, tables, labels, cut.numbers[1], contexts)
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
-    found = sort_labels(labels.expand(instances), contexts, norm.weighs).packed
-    y: Tensor = _ContextNorm.apply(x, norm.weight, norm.bias, norm, cut, found, batched, note)
-    return y
+    index = sort_labels(labels.expand(instances), contexts, norm.weighs)
+    return record(_WAY, (norm, cut, index, batched, note), x, norm.weight, norm.bias)
 
 
 def _make_tables(
@@ -103,82 +126,101 @@ def _make_tables(
         parts = sweeps.part_stats(x, index, cut.numbers[2])
     found = x.new_empty(cut.values, dtype=torch.float32)
     launch(
-        cn_kernels.tables,
-        cut.programs,
-        *(*norm.running, norm.batches, norm.weight, norm.bias, norm.priors, parts, index, found),
+        cn_kernels.tables, cut.programs, *norm.running, norm.batches, norm.weight, norm.bias,
+        norm.priors, parts, index, found,
         (*(norm.pooled or (0, 0)), norm.eps, norm.momentum, *cut.numbers),
-        BATCH=batched,
-        SORTED=ordered,
-        **cut.blocks,
-    )
+        BATCH=batched, SORTED=ordered, **cut.blocks,
+    )  # fmt: skip
     return found
 
 
-class _ContextNorm(Function):
+def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
     """See `normswap.functional.context.ContextGlue` for the formulas."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, norm, cut, index, batched, note = inputs
-        tables = _make_tables(x, norm, cut, index, True, batched)
-        ctx.norm, ctx.cut, ctx.batched = norm, cut, batched
-        # All that depends on x is saved as tensors are: checkpointing computes all of it anew.
-        ctx.save_for_backward(x, weight, bias, norm.priors, index, tables)
-        if note is not None:
-            used, values, _ = _moments(tables, cut)
-            note(Moments(*(t[:-1] for t in used)), count(values[:-1].unsqueeze(1)))
-        contexts = cut.numbers[2]
-        if norm.moved is None:
-            return sweeps.affine_of(x, tables, index, cut.size, contexts)
+    x, (norm, cut, index, batched, note) = inputs[0], given
+    tables = _make_tables(x, norm, cut, index, True, batched)
+    if note is not None:
+        used, values, _ = _moments(tables, cut)
+        note(Moments(*(t[:-1] for t in used)), count(values[:-1].unsqueeze(1)))
+    if norm.moved is None:
+        y = sweeps.affine_of(x, tables, index, *cut.numbers[1:3])
+    else:
         p, y = plan(x), torch.empty_like(x)
-        launch(
-            cn_kernels.apply_and_move,
-            p.programs,
-            *(x, y, tables, index, *norm.moved, norm.batches, cut.rows),
-            **p.blocks,
-        )
-        return y
+        moved = (*norm.moved, norm.batches, cut.rows[2:])
+        launch(cn_kernels.apply_and_move, p.programs, x, y, tables, index, *moved, **p.blocks)
+    return y, norm.priors, index, tables
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, priors, index, tables = ctx.saved_tensors
-        norm, cut, needed = ctx.norm, ctx.cut, ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            used, _, known = _moments(tables, cut)
-            norm = norm._replace(weight=weight, bias=bias, priors=priors, running=used)
-            labels = index[: len(x)]
-            found = differentiate(x, norm, known, labels, ctx.batched, grads[0], needed[:3])
-            return *found, *[None] * 5
-        p, dy = plan(x), kernels.match(grads[0], x)
-        instances, size, _, channels, _, splits, _ = cut.numbers
-        moves = needed[0] and (ctx.batched or norm.weighs)
-        dx = torch.empty_like(x) if needed[0] else None
-        room = 2 * channels * (instances * splits + (size if moves else 0))
-        found = x.new_empty(room, dtype=torch.float32)
-        over_x = (found, tables, index, cut.rows)
-        launch(rows_kernels.dots, p.programs, dy, x, None if moves else dx, *over_x, **p.blocks)
-        dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-        launch(
-            cn_kernels.pull,
-            cut.programs,
-            *(found, index, tables, weight, bias, priors, dweight, dbias),
-            (*(norm.pooled or (0, 0)), norm.eps, *cut.numbers[:-1]),
-            MOVES=moves,
-            WEIGHED=norm.weighs,
-            **cut.blocks,
-        )
-        if moves:
-            launch(rows_kernels.combine, p.programs, dy, x, dx, *over_x, **p.blocks)
-        return dx, dweight, dbias, *[None] * 5
+
+def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any) -> Tensors:
+    (x, weight, bias), (priors, index, tables) = inputs, kept
+    norm, cut, _, batched, _ = given
+    p, dy = plan(x), kernels.match(dy, x)
+    instances, rows, _, channels, _, splits, _ = cut.numbers
+    moves = needed[0] and (batched or norm.weighs)
+    dx = torch.empty_like(x) if needed[0] else None
+    room = 2 * channels * (instances * splits + (rows if moves else 0))
+    found = x.new_empty(room, dtype=torch.float32)
+    over_x = (tables, index, cut.rows)
+    launch(tile.dots, p.programs, dy, x, None if moves else dx, found, *over_x, **p.blocks)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    launch(
+        cn_kernels.pull, cut.programs, found, index, tables, weight, bias, priors, dweight, dbias,
+        (*(norm.pooled or (0, 0)), norm.eps, *cut.numbers[:-1]),
+        MOVES=moves, WEIGHED=norm.weighs, **cut.blocks,
+    )  # fmt: skip
+    if moves:
+        launch(tile.combine, p.programs, dy, x, dx, found, None, *over_x, **p.blocks)
+    return dx, dweight, dbias
 
 
 def _moments(tables: Tensor, cut: Cut) -> tuple[Moments, Tensor, Moments | None]:
     """Return the moments that were used, (K + 1, C), their number of values, and those compared."""
-    contexts, channels = cut.numbers[2:4]
+    rows, contexts, channels = cut.numbers[1:4]
     size = (contexts + 1) * channels
-    rest = tables[3 * cut.size * channels :]
+    rest = tables[3 * rows * channels :]
     used = Moments(*(t.view(-1, channels) for t in (tables[:size], rest[size : 2 * size])))
     values = rest[2 * size :][: contexts + 1]
     known = rest[2 * (size + _line(contexts)) :][: 2 * contexts * channels]
     compared = Moments(*known.view(2, contexts, channels)) if len(known) else None
     return used, values, compared
+
+
+def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
+    (x, weight, bias), (priors, index, tables), (norm, cut, _, batched, _) = inputs, kept, given
+    contexts, (used, _, known), labels = len(weight), _moments(tables, cut), index[: len(x)]
+    dtype, (low, high) = used.mean.dtype, norm.pooled or (0, contexts)
+    priors = priors.to(dtype).unsqueeze(1)
+    share = priors[low:high] / priors[low:high].sum()
+    affine = (t.to(dtype) * priors.rsqrt() for t in (weight, bias))
+    gain, shift = (torch.cat((t, (share * t[low:high]).sum(0, keepdim=True))) for t in affine)
+    labels = torch.where(labels < 0, contexts, labels).clamp(max=contexts)
+    mix = None
+    if known is not None:
+        # Nothing has written row K of what was used.
+        pairs = zip(used, known, strict=True)
+        used = Moments(*(torch.cat((t[:contexts], row[:1])) for t, row in pairs))
+        mix = partial(_mix, labels, known, priors.squeeze(1), norm.eps)
+    if batched:
+        rest = (torch.ones_like(gain[:, :1]), used, contexts, norm.eps, _ignore)
+        return context.norm_contexts(x, labels, gain, shift, *rest, override=mix)
+    table = centre_norm(used, gain, shift, norm.eps)
+    if mix is None:
+        return apply_centred(x, table, labels)
+    return apply_centred(x, mix(table.rows(labels), instance_moments(x), gain, shift))
+
+
+def _mix(
+    labels: Tensor, known: Moments, priors: Tensor, eps: float,
+    table: Centred, instances: Moments, gain: Tensor, shift: Tensor,
+) -> Centred:  # fmt: skip
+    """Give samples without a label, whose index is K, the map that their weights mix."""
+    contexts = len(priors)
+    weights = context_posterior(instances, known, priors, eps)
+    mixed = centre_norm(known, gain[:contexts], shift[:contexts], eps).mix(weights)
+    return table.where(labels < contexts, mixed)
+
+
+def _ignore(used: Moments, counts: Counts) -> None:
+    """Note nothing: a derivative moves no statistics."""
+
+
+_WAY = Way(_forward, _backward, _formula)

@@ -12,10 +12,9 @@ without a label: all, one, or, if that is an error, none, which makes their row 
 import triton
 import triton.language as tl
 
-from normswap.functional.triton.pool_kernels import add_priors, pool
+from normswap.functional.triton import parts
 from normswap.functional.triton.posterior_kernels import add_weighted_dots, pull_weights, weigh
-from normswap.functional.triton.rows_kernels import apply, split, take_row
-from normswap.functional.triton.tile import add_dots, add_moments, find_parts_of
+from normswap.functional.triton.tile import apply
 
 
 @triton.jit
@@ -36,73 +35,54 @@ def split_rest(rest, K, C):
 
 @triton.jit(do_not_specialize=["low", "high", "N", "R", "K", "S"])
 def tables(
-    running_mean, running_var, batches, weight, bias, priors, parts, rows, found,
+    running_mean, running_var, batches, weight, bias, priors, part_stats, rows, found,
     low, high, eps, momentum, N, R, K, C, M, S, PART, BATCH: tl.constexpr, SORTED: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, WN: tl.constexpr, WC: tl.constexpr,
 ):  # fmt: skip
     """Write the map of each row, ``y = (x - centre) * scale + shift``, and what it is made of.
 
-    With moments of the BATCH, of `parts`, where a context has two values or more, else with the
-    running ones. Of KP contexts, 0 for none, samples without a label weigh all.
+    With moments of the BATCH where a context has two values or more, else with the
+    running ones. Of KP contexts, 0 for none, samples without a label weigh all; the running
+    moments that they compare with are kept, as these are to move: by momentum, or, where that is
+    None, to the average of all batches.
     """
     program, own = tl.program_id(0), K * tl.cdiv(C, BC)
-    if KP == 0 or program < own:
-        write_row(
-            program, running_mean, running_var, batches, weight, bias, priors, parts, rows, found,
-            low, high, eps, momentum, N, R, K, C, M, S, PART, BATCH, SORTED, KP > 0, BN, BC,
-        )  # fmt: skip
-    else:
-        n, needed = (program - own).to(tl.int64), True
-        if rows is not None:
-            needed = tl.load(rows + n) >= K
-        if needed:
-            weights = split_rest(split(found, R, C)[3], K, C)[6] + n * K
-            # Parts are counted from the instance on: int32 divides at once.
-            part_mean = parts + n * S * C
-            weigh(
-                part_mean, part_mean + N.to(tl.int64) * S * C, running_mean, running_var, weight,
-                bias, priors, found + (K + n) * C, R.to(tl.int64) * C, weights, eps,
-                K, C, M, S, PART, KP, WN, WC,
-            )  # fmt: skip
-
-
-@triton.jit
-def write_row(
-    program, running_mean, running_var, batches, weight, bias, priors, parts, rows, found,
-    low, high, eps, momentum, N, R, K, C, M, S, PART,
-    BATCH: tl.constexpr, SORTED: tl.constexpr, KEEP: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Write one row; KEEP the running moments that others compare with, as they are to move.
-
-    With a momentum of None, these move to the average of all batches.
-    """
-    k, c, at, ok = take_row(program, C, BC)
-    centre, scale, shift, rest = split(found, R, C)
-    inverse, var, values, rates, known_mean, known_var, _ = split_rest(rest, K, C)
-    mu = tl.zeros([BC], tl.float64)
-    v = tl.zeros([BC], tl.float64)
-    gain = tl.zeros([BC], tl.float32)
-    bias_k = tl.zeros([BC], tl.float32)
-    count = 0.0
-    if KEEP or k < K:
+    k, c, at, ok = parts.take_row(program, C, BC)
+    centre, scale, shift, rest = parts.split(found, R, C)
+    inverse, var, values, rates, known_mean, known_var, weights = split_rest(rest, K, C)
+    if KP > 0:
+        if program >= own:
+            n, needed = (program - own).to(tl.int64), True
+            if rows is not None:
+                needed = tl.load(rows + n) >= K
+            if needed:
+                # Parts are counted from the instance on: int32 divides at once.
+                part_mean = part_stats + n * S * C
+                weigh(
+                    part_mean, part_mean + N.to(tl.int64) * S * C, running_mean, running_var,
+                    weight, bias, priors, found + (K + n) * C, R.to(tl.int64) * C, weights + n * K,
+                    eps, K, C, M, S, PART, KP, WN, WC,
+                )  # fmt: skip
+            return
+    mu, v = tl.zeros([BC], tl.float64), tl.zeros([BC], tl.float64)
+    gain, bias_k, count = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32), 0.0
+    if KP > 0 or k < K:
         root = tl.rsqrt(tl.load(priors + k).to(tl.float32))
         gain = tl.load(weight + at, ok, 0.0).to(tl.float32) * root
         bias_k = tl.load(bias + at, ok, 0.0).to(tl.float32) * root
-        mu = tl.load(running_mean + at, ok, 0.0).to(tl.float64)
-        v = tl.load(running_var + at, ok, 0.0).to(tl.float64)
-        if KEEP:
-            tl.store(known_mean + at, mu.to(tl.float32), ok)
-            tl.store(known_var + at, v.to(tl.float32), ok)
+        mu, v = parts.wide(running_mean, at, ok), parts.wide(running_var, at, ok)
+        if KP > 0:
+            tl.store(known_mean + at, mu, ok)
+            tl.store(known_var + at, v, ok)
         if BATCH:
             offsets = rows + 2 * N
             lo, hi = tl.load(offsets + k), tl.load(offsets + k + 1)
             number = (hi - lo) * M
             if number > 1:
                 count = number.to(tl.float32)
-                part_var = parts + N.to(tl.int64) * S * C
-                mu, two = add_moments(
-                    parts, part_var, rows + N, lo * S, hi * S, c, C, M, S, PART, BN
+                part_var = part_stats + N.to(tl.int64) * S * C
+                mu, two = parts.add_moments(
+                    part_stats, part_var, rows + N, lo * S, hi * S, c, C, M, S, PART, BN
                 )
                 mu /= number
                 v = tl.maximum(two / number - mu * mu, 0.0)
@@ -112,7 +92,7 @@ def write_row(
             offsets = rows + 2 * N + K
             needed = tl.load(offsets + 1) > tl.load(offsets)
         if needed:
-            mu, v, gain, bias_k = pool(
+            mu, v, gain, bias_k = parts.pool(
                 running_mean, running_var, weight, bias, priors, low, high, c, C, False, BN
             )
     near, spread = mu.to(tl.float32), v.to(tl.float32)
@@ -144,11 +124,11 @@ def apply_and_move(
 
     A launch after `tables` has read them for samples without a label.
     """
-    apply(x, y, tables, rows, 1, R, K, C, C, M, sn, sm, sc, S, PART, BM, BC)
-    rest, width = split_rest(split(tables, R, C)[3], K, C), tl.cdiv(C, BC)
+    apply(x, y, tables, rows, None, None, 1, R, K, C, C, M, sn, sm, sc, S, PART, BM, BC)
+    rest, width = split_rest(parts.split(tables, R, C)[3], K, C), tl.cdiv(C, BC)
     var, values, rates = rest[1], rest[2], rest[3]
     for block in range(tl.program_id(0), K * width, tl.num_programs(0)):
-        k, _, at, ok = take_row(block, C, BC)
+        k, _, at, ok = parts.take_row(block, C, BC)
         count, rate = tl.load(values + k), tl.load(rates + k)
         if count > 1.5:
             new = tl.load(var + at, ok, 0.0) * (count / (count - 1))
@@ -162,7 +142,7 @@ def apply_and_move(
 def move(running, new, rate, at, ok):
     """Move a row of running statistics towards a new one."""
     old = tl.load(running + at, ok, 0.0).to(tl.float32)
-    tl.store(running + at, (old + rate * (new - old)).to(running.dtype.element_ty), ok)
+    tl.store(running + at, old + rate * (new - old), ok)
 
 
 @triton.jit(do_not_specialize=["low", "high", "N", "R", "K", "S"])
@@ -173,45 +153,32 @@ def pull(
 ):  # fmt: skip
     """Write the gradients of weight and bias, and, if x MOVES its moments, what else dx has.
 
-    Samples without a label have WEIGHED the contexts or not.
+    With D1 = sum dy and D2 = sum dy (x - mu_k) over the L values of a context, and r = 1 / sigma_k:
+    dbias = D1, dweight = r D2, both over sqrt(lambda_k), and
+    ``dx = A dy + spread (x - mu_k) + constant``, spread = -A r^2 D2 / L, constant = -A D1 / L.
+    Of contexts whose moments are not the batch's, nothing else. Samples without a label have
+    WEIGHED the contexts or not.
     """
     program, own = tl.program_id(0), K * tl.cdiv(C, BC)
     second = dots + N.to(tl.int64) * S * C
     spread = second + N.to(tl.int64) * S * C
     constant = spread + R.to(tl.int64) * C
-    centre, scale, _, rest = split(tables, R, C)
+    centre, scale, _, rest = parts.split(tables, R, C)
     inverse, _, values, _, known_mean, known_var, weights = split_rest(rest, K, C)
-    if KP == 0 or program < own:
-        pull_row(
-            program, dots, second, rows + N, rows + 2 * N, inverse, scale, values, priors, weights,
-            known_mean, known_var, centre, dweight, dbias, spread, constant, low, high, eps,
-            K, C, S, MOVES, WEIGHED, BN, BC,
-        )  # fmt: skip
-    elif MOVES:
-        n = (program - own).to(tl.int64)
-        if tl.load(rows + n) >= K:
-            pull_weights(
-                n, dots, second, known_mean, known_var, weight, bias, priors,
-                centre, weights, spread, constant, eps, K, C, M, S, KP, WN, WC,
-            )  # fmt: skip
-
-
-@triton.jit
-def pull_row(
-    program, first, second, order, offsets, inverse, scale, values, priors, weights,
-    known_mean, known_var, centre, dweight, dbias, spread, constant, low, high, eps,
-    K, C, S, MOVES: tl.constexpr, WEIGHED: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Write one row.
-
-    With D1 = sum dy and D2 = sum dy (x - mu_k) over the L values of a context, and r = 1 / sigma_k:
-    dbias = D1, dweight = r D2, both over sqrt(lambda_k), and
-    ``dx = A dy + spread (x - mu_k) + constant``, spread = -A r^2 D2 / L, constant = -A D1 / L.
-    Of contexts whose moments are not the batch's, nothing else.
-    """
-    k, c, at, ok = take_row(program, C, BC)
-    lo, hi = find_parts_of(offsets, k, S)
-    one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)
+    order, offsets = rows + N, rows + 2 * N
+    if KP > 0:
+        if program >= own:
+            if MOVES:
+                n = (program - own).to(tl.int64)
+                if tl.load(rows + n) >= K:
+                    pull_weights(
+                        n, dots, second, known_mean, known_var, weight, bias, priors,
+                        centre, weights, spread, constant, eps, K, C, M, S, KP, WN, WC,
+                    )  # fmt: skip
+            return
+    k, c, at, ok = parts.take_row(program, C, BC)
+    lo, hi = parts.find_parts_of(offsets, k, S)
+    one, two = parts.add_dots(dots, second, order, lo, hi, c, C, S, BN)
     by_weight = tl.load(inverse + at, ok, 0.0) * two
     if MOVES:
         count = tl.load(values + k)
@@ -223,19 +190,19 @@ def pull_row(
         root = tl.sqrt(tl.load(priors + k).to(tl.float32))
         by_weight /= root
         by_bias = one / root
-        lo, hi = find_parts_of(offsets, K, S)
+        lo, hi = parts.find_parts_of(offsets, K, S)
         if WEIGHED:
             mu = tl.load(known_mean + at, ok, 0.0)
             one, two = add_weighted_dots(
-                first, second, order, weights, centre, mu, lo, hi, k, c, K, C, S, BN
+                dots, second, order, weights, centre, mu, lo, hi, k, c, K, C, S, BN
             )
             by_weight += two * tl.rsqrt(tl.load(known_var + at, ok, 1.0) + eps) / root
             by_bias += one / root
         elif (lo < hi) & (low <= k) & (k < high):
             # Samples without a label have a share of every context that is pooled.
-            share = root / add_priors(priors, low, high, BN)
-            one, two = add_dots(first, second, order, lo, hi, c, C, S, BN)
+            share = root / parts.add_priors(priors, low, high, BN)
+            one, two = parts.add_dots(dots, second, order, lo, hi, c, C, S, BN)
             by_weight += share * two * tl.load(inverse + K * C + c, ok, 0.0)
             by_bias += share * one
-        tl.store(dweight + at, by_weight.to(dweight.dtype.element_ty), ok)
-        tl.store(dbias + at, by_bias.to(dbias.dtype.element_ty), ok)
+        tl.store(dweight + at, by_weight, ok)
+        tl.store(dbias + at, by_bias, ok)

@@ -1,142 +1,174 @@
-"""CN-X by Triton's kernels: two launches forward, two backward."""
+"""CN-X by Triton: two launches forward, two backward.
 
-from typing import Any, NamedTuple
+Tables are (K + 1, C); rows and pooled contexts are as in `cn_kernels`.
+"""
+
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
 
 from normswap.functional import kernels
 from normswap.functional.affine import Centred
 from normswap.functional.moments import Moments, pool_moments
 from normswap.functional.tables import apply_centred, records
-from normswap.functional.triton import cnx_kernels, rows_kernels, sweeps
+from normswap.functional.triton import parts, sweeps, tile
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import Rows, plan
+from normswap.functional.triton.plan import cut_rows, plan
+from normswap.functional.triton.recording import Tensors, Way, record
 from normswap.functional.triton.sorting import sort_labels
 
 
-class Learned(NamedTuple):
-    """What a layer of CN-X learns: mu and log sigma, (K, C), weight and bias, (C,) or None."""
+@triton.jit(do_not_specialize=["low", "high", "N", "K"])
+def tables(
+    mu, log_sigma, weight, bias, priors, rows, found, low, high,
+    N, K, C, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Write the map of each row, ``y = (x - centre) * scale + shift``, and 1 / sigma."""
+    k, c, at, ok = parts.take_row(tl.program_id(0), C, BC)
+    centre, scale, shift, inverse = parts.split(found, K + 1, C)
+    near = tl.zeros([BC], tl.float32)
+    left, inv = tl.zeros_like(near), tl.zeros_like(near)
+    if k < K:
+        near = tl.load(mu + at, ok, 0.0).to(tl.float32)
+        inv = tl.exp(-tl.load(log_sigma + at, ok, 0.0).to(tl.float32))
+    else:
+        needed = True
+        if rows is not None:
+            offsets = rows + 2 * N + K
+            needed = tl.load(offsets + 1) > tl.load(offsets)
+        if needed:
+            m, v, _, _ = parts.pool(mu, log_sigma, None, None, priors, low, high, c, C, True, BN)
+            near = m.to(tl.float32)
+            left = (m - near).to(tl.float32)
+            inv = tl.rsqrt(v.to(tl.float32))
+    gain, bias_k = inv, tl.zeros([BC], tl.float32)
+    if weight is not None:
+        gain *= tl.load(weight + c, ok, 0.0).to(tl.float32)
+        bias_k = tl.load(bias + c, ok, 0.0).to(tl.float32)
+    tl.store(centre + at, near, ok)
+    tl.store(scale + at, gain, ok)
+    # The shift makes up for what rounding leaves of the pooled mean.
+    tl.store(shift + at, bias_k - left * gain, ok)
+    tl.store(inverse + at, inv, ok)
 
-    mu: Tensor
-    log_sigma: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
+
+@triton.jit(do_not_specialize=["low", "high", "N", "K", "S"])
+def pull(
+    dots, rows, tables, mu, log_sigma, priors, dmu, dlog_sigma, dweight, dbias, low, high,
+    N, K, C, S, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients: of mu and log sigma in rows of contexts, of weight and bias in row K.
+
+    With D1 = sum dy and D2 = sum dy (x - mu_k) over the instances of a context, and A = weight /
+    sigma_k: dmu = -A D1, dlog_sigma = -A D2; dweight = sum_k D2 / sigma_k, dbias = sum_k D1.
+    """
+    k, c, at, ok = parts.take_row(tl.program_id(0), C, BC)
+    lying = parts.split(tables, K + 1, C)
+    centre, scale, inverse = lying[0], lying[1], lying[3]
+    first, second = dots, dots + N.to(tl.int64) * S * C
+    order, offsets = rows + N, rows + 2 * N
+    if k < K:
+        lo, hi = parts.find_parts_of(offsets, k, S)
+        one, two = parts.add_dots(first, second, order, lo, hi, c, C, S, BN)
+        a = tl.load(scale + at, ok, 0.0)
+        dm, dl = -a * one, -a * two
+        lo, hi = parts.find_parts_of(offsets, K, S)
+        if (lo < hi) & (low <= k) & (k < high):
+            # Samples without a label have a share of every context that is pooled.
+            share = tl.load(priors + k).to(tl.float32) / parts.add_priors(priors, low, high, BN)
+            one, two = parts.add_dots(first, second, order, lo, hi, c, C, S, BN)
+            pool = K.to(tl.int64) * C + c
+            a, r = tl.load(scale + pool, ok, 0.0), tl.load(inverse + pool, ok, 0.0)
+            by_var = -0.5 * a * r * r * two
+            off = tl.load(mu + at, ok, 0.0).to(tl.float32) - tl.load(centre + pool, ok, 0.0)
+            var = tl.exp(2 * tl.load(log_sigma + at, ok, 0.0).to(tl.float32))
+            dm += share * (2 * off * by_var - a * one)
+            dl += share * 2 * var * by_var
+        tl.store(dmu + at, dm, ok)
+        tl.store(dlog_sigma + at, dl, ok)
+    elif dweight is not None:
+        by_weight, by_bias = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
+        for i in range(0, N * S, BN):
+            lie, _, there = parts.find_parts(None, i, N * S, c, C, S, BN)
+            n = (i + tl.arange(0, BN)) // S
+            row = tl.load(rows + n, n < N, 0)[:, None] * C + c[None, :]
+            one = tl.load(first + lie, there, 0.0)
+            by_bias += tl.sum(one, 0)
+            two = tl.load(second + lie, there, 0.0)
+            by_weight += tl.sum(two * tl.load(inverse + row, there, 0.0), 0)
+        tl.store(dweight + c, by_weight, ok)
+        tl.store(dbias + c, by_bias, ok)
 
 
 def norm_learned(
-    x: Tensor,
-    labels: Tensor | None,
-    learned: Learned,
-    priors: Tensor,
-    pooled: tuple[int, int] | None,
+    x: Tensor, labels: Tensor | None, learned: Tensors, priors: Tensor, pooled: Any
 ) -> Tensor:
-    """Return x normalised with the learned statistics of each instance's context.
+    """Return x normalised with what is learned of each instance's context.
 
-    Args:
-        x: (N, C, *).
-        labels: (N,) in [-1, K); or (1,), that of all; None where all are -1.
-        learned: see there.
-        priors: (K,).
-        pooled: see `normswap.functional.triton.cn.Norm`.
+    That are mu and log sigma, (K, C), weight and bias, (C,) or None. Labels and pooled contexts
+    are as in `normswap.functional.triton.cn`.
     """
-    contexts = learned.mu.shape[0]
     if not records((x, *(t for t in learned if t is not None))):
-        tables = _make_tables(x, learned, priors, pooled, None)
-        return sweeps.affine_of(x, tables, labels, contexts + 1, contexts)
+        return _apply(x, _make_tables(x, learned, priors, pooled, None), labels, learned)
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
-    index = sort_labels(labels.expand(x.shape[0]), contexts).packed
-    y: Tensor = _LearnedNorm.apply(x, *learned, priors, pooled, index)
-    return y
+    index = sort_labels(labels.expand(x.shape[0]), len(learned[0]))
+    return record(_WAY, (priors, pooled, index), x, *learned)
 
 
 def _make_tables(
-    x: Tensor,
-    learned: Learned,
-    priors: Tensor,
-    pooled: tuple[int, int] | None,
-    index: Tensor | None,
+    x: Tensor, learned: Tensors, priors: Tensor, pooled: Any, index: Tensor | None
 ) -> Tensor:
     """Return centre, scale, shift and 1 / sigma of contexts and the pool, (4, K + 1, C)."""
-    contexts, channels = learned.mu.shape
+    contexts, channels = learned[0].shape
     found = x.new_empty(4 * (contexts + 1) * channels, dtype=torch.float32)
-    cut = Rows(contexts + (pooled is not None), channels)
-    launch(
-        cnx_kernels.tables,
-        cut.programs,
-        *(*learned, priors, index, found),
-        (*(pooled or (0, 0)), x.shape[0], contexts, channels),
-        **cut.blocks,
-    )
+    programs, blocks = cut_rows(contexts + (pooled is not None), channels)
+    numbers = (*(pooled or (0, 0)), x.shape[0], contexts, channels)
+    launch(tables, programs, *learned, priors, index, found, numbers, **blocks)
     return found
 
 
-class _LearnedNorm(Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, *learned, priors, pooled, index = inputs
-        tables, contexts = (
-            _make_tables(x, Learned(*learned), priors, pooled, index),
-            len(learned[0]),
-        )
-        ctx.pooled = pooled
-        ctx.save_for_backward(x, *learned, priors, index, tables)
-        return sweeps.affine_of(x, tables, index, contexts + 1, contexts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, *learned, priors, index, tables = ctx.saved_tensors
-        needed, pooled = ctx.needs_input_grad, ctx.pooled
-        if torch.is_grad_enabled():
-            given, labels = Learned(*learned), index[: len(x)]
-            pulled = _differentiate(x, given, priors, pooled, labels, grads[0], needed[:5])
-            return *pulled, None, None, None
-        mu, log_sigma, weight, _ = learned
-        p, dy, (contexts, channels) = plan(x), kernels.match(grads[0], x), mu.shape
-        instances, _, _ = p.shape
-        dx = torch.empty_like(x) if needed[0] else None
-        found = x.new_empty(2 * instances * p.splits * channels, dtype=torch.float32)
-        numbers = (contexts + 1, contexts, *p.geometry)
-        over_x = (dy, x, dx, found, tables, index, numbers)
-        launch(rows_kernels.dots, p.programs, *over_x, **p.blocks)
-        pulled = [None if t is None else torch.empty_like(t) for t in learned]
-        cut = Rows(contexts + (weight is not None), channels)
-        launch(
-            cnx_kernels.pull,
-            cut.programs,
-            *(found, index, tables, mu, log_sigma, priors, *pulled),
-            (*(pooled or (0, 0)), instances, contexts, channels, p.splits),
-            **cut.blocks,
-        )
-        return dx, *pulled, None, None, None
+def _apply(x: Tensor, found: Tensor, labels: Tensor | None, learned: Tensors) -> Tensor:
+    contexts = learned[0].shape[0]
+    return sweeps.affine_of(x, found, labels, contexts + 1, contexts)
 
 
-def _differentiate(
-    x: Tensor,
-    learned: Learned,
-    priors: Tensor,
-    pooled: tuple[int, int] | None,
-    labels: Tensor,
-    dy: Tensor,
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """Return the gradients with a graph of their own, for second derivatives."""
-    # As views: of inputs that depend on each other, each is to be held fixed for the others.
-    given = [None if t is None else t.view_as(t) for t in learned]
-    (mu, log_sigma, weight, bias), x = Learned(*given), x.view_as(x)  # type: ignore[arg-type]
-    contexts = len(mu)
-    low, high = pooled or (0, contexts)
-    with torch.autocast(x.device.type, enabled=False):
-        mean, spread = mu.float(), log_sigma.float()
-        share = priors[low:high].float() / priors[low:high].float().sum()
-        pool = pool_moments(Moments(mean[low:high], (2 * spread[low:high]).exp()), share)
-        inverse = torch.cat((torch.exp(-spread), pool.var.rsqrt()))
-        scale = inverse if weight is None else weight.float() * inverse
-        shift = torch.zeros_like(scale) if bias is None else bias.float().expand_as(scale)
-        table = Centred(torch.cat((mean, pool.mean)), scale, shift)
-        y = apply_centred(x, table, labels)
-    wanted = [t for t, need in zip((x, *given), needed, strict=True) if t is not None and need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
+    (x, *learned), (priors, _, index) = inputs, given
+    found = _make_tables(x, learned, *given)
+    return _apply(x, found, index, learned), priors, index, found
+
+
+def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any) -> Tensors:
+    (x, *learned), (priors, index, lying), pooled = inputs, kept, given[1]
+    mu, log_sigma, weight, _ = learned
+    p, dy, (contexts, channels) = plan(x), kernels.match(dy, x), mu.shape
+    instances, _, _ = p.shape
+    dx = torch.empty_like(x) if needed[0] else None
+    found = x.new_empty(2 * instances * p.splits * channels, dtype=torch.float32)
+    over_x = (dy, x, dx, found, lying, index, (None, None, contexts + 1, contexts, *p.geometry))
+    launch(tile.dots, p.programs, *over_x, **p.blocks)
+    pulled = [None if t is None else torch.empty_like(t) for t in learned]
+    programs, blocks = cut_rows(contexts + (weight is not None), channels)
+    tensors = (found, index, lying, mu, log_sigma, priors, *pulled)
+    numbers = (*(pooled or (0, 0)), instances, contexts, channels, p.splits)
+    launch(pull, programs, *tensors, numbers, **blocks)
+    return dx, *pulled
+
+
+def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
+    (x, mu, log_sigma, weight, bias), (priors, index, _) = inputs, kept
+    low, high = given[1] or (0, len(mu))
+    mean, spread = mu.float(), log_sigma.float()
+    share = priors[low:high].float() / priors[low:high].float().sum()
+    pooled = pool_moments(Moments(mean[low:high], (2 * spread[low:high]).exp()), share)
+    inverse = torch.cat((torch.exp(-spread), pooled.var.rsqrt()))
+    scale = inverse if weight is None else weight.float() * inverse
+    shift = torch.zeros_like(scale) if bias is None else bias.float().expand_as(scale)
+    return apply_centred(x, Centred(torch.cat((mean, pooled.mean)), scale, shift), index[: len(x)])
+
+
+_WAY = Way(_forward, _backward, _formula)

@@ -1,47 +1,57 @@
-"""ACN by Triton's kernels: autograd around those of `elements` and of `owners`."""
+"""ACN by Triton's kernels: those of `mixture_kernels`, where each value is assigned on its own.
+
+Three launches forward, three backward; formulas as in `normswap.functional.mixture_fused`. The
+parameters are read as they are stored: bounds and softmax are a part of the kernels, so that a
+layer starts nothing else. `owners` assigns a channel of an instance as a whole.
+"""
 
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
+from normswap.functional.kernels import match
 from normswap.functional.mixture import Mixture, Normalized, norm_elements_by_formula
 from normswap.functional.mixture_instances import norm_instances
-from normswap.functional.mixture_start import bounded_log_prior, bounded_log_sigma
+from normswap.functional.mixture_start import (
+    PRIOR_FLOOR,
+    bounded_log_prior,
+    bounded_log_sigma,
+    log_sigma_bounds,
+)
 from normswap.functional.moments import Moments
-from normswap.functional.tables import records
-from normswap.functional.triton import elements, owners
-from normswap.functional.triton.elements import Running
-from normswap.functional.triton.elements import Settings as Settings
+from normswap.functional.triton import mixture_kernels as mk
+from normswap.functional.triton import owners
+from normswap.functional.triton.launching import launch
+from normswap.functional.triton.plan import power
+from normswap.functional.triton.recording import Tensors, Way, run
 
 # Components beyond them are torch's: tiles would be narrower than a warp.
 _MOST_COMPONENTS = 64
 # Of all instances: their number in a launch fits into int32.
 _MOST_POSITIONS = 2**30
+# Warps of a program, and eight values of all components for each thread.
+_WARPS, _VALUES = 8, 2048
+# Two for each of 132 multiprocessors: few enough that each can add up what the others left.
+_PROGRAMS = 264
 
 
-class _Way(NamedTuple):
-    """What computes an assignment.
+class Settings(NamedTuple):
+    """How a layer computes.
 
     Attributes:
-        forward: from x, parameters, running statistics and settings to y, and what backward needs:
-            tensors, the first the mass, mean and variance that components are normalised with.
-        backward: from dy, inputs, those tensors, settings and whether mu and sigma serve as
-            moments, to the gradients of inputs.
-        formula: the same in torch's operators.
+        eps: added to variances of the batch and running ones; its root is the least sigma.
+        batch: whether the moments are the batch's.
+        update: whether they move the running ones.
+        momentum: by which weight, None for cumulative averages.
     """
 
-    forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., list[Tensor | None]]
-    formula: Callable[..., Normalized]
-
-
-_WAYS = {
-    "channel": _Way(elements.forward, elements.backward, norm_elements_by_formula),
-    "instance": _Way(owners.forward, owners.backward, norm_instances),
-}
+    eps: float
+    batch: bool
+    update: bool
+    momentum: float | None
 
 
 def serves(x: Tensor, assignment: str, components: int) -> bool:
@@ -53,77 +63,123 @@ def serves(x: Tensor, assignment: str, components: int) -> bool:
 def norm_mixture(
     x: Tensor,
     parameters: tuple[Tensor, ...],
-    running: Running,
+    running: tuple[Tensor, Tensor, Tensor] | None,
     settings: Settings,
     assignment: str,
 ) -> Tensor:
     """Return x normalised, in its dtype and layout; see `AdaptiveContextNorm`.
 
-    Args:
-        x: (N, C, *).
-        parameters: weight and bias (C,), logits of lambda, mu and log sigma (K, C).
-        running: mean, variance (K, C) and number of batches, changed in place; None where mu and
-            sigma serve.
-        settings: see there.
-        assignment: "channel" or "instance".
+    Parameters are weight and bias (C,), logits of lambda, mu and log sigma (K, C); running are
+    mean, variance (K, C) and number of batches, changed in place, or None where mu and sigma serve.
     """
-    way = _WAYS[assignment]
-    if not records((x, *parameters)):
-        unrecorded: Tensor = way.forward(x, parameters, running, settings)[0]
-        return unrecorded
-    y: Tensor = _MixtureNorm.apply(x, *parameters, running, settings, way)
-    return y
+    return run(_WAYS[assignment], (running, settings), x, *parameters)
 
 
-class _MixtureNorm(Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, *parameters, running, ctx.settings, ctx.way = inputs
-        y: Tensor
-        y, *kept = ctx.way.forward(x, tuple(parameters), running, ctx.settings)
-        ctx.learned = running is None
-        ctx.save_for_backward(x, *parameters, *kept)
-        return y
+class Cut(NamedTuple):
+    """Tiles (BM, BC) of x (N, C, *), and the programs that share them.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        inputs, kept, needed = list(saved[:6]), list(saved[6:]), ctx.needs_input_grad[:6]
-        rest = (ctx.settings, ctx.learned)
-        with torch.autocast(grads[0].device.type, enabled=False):
-            if torch.is_grad_enabled():
-                formula = ctx.way.formula
-                found = _differentiate(grads[0], inputs, kept[0], *rest, needed, formula)
-            else:
-                found = ctx.way.backward(grads[0], inputs, kept, *rest)
-        pairs = zip(found, needed, strict=True)
-        return *(grad if wanted else None for grad, wanted in pairs), None, None, None
+    Attributes:
+        geometry: C, M, sn, sm, sc, T, TILES, P of the kernels.
+        blocks: their constants; `glue` those of kernels over tables alone.
+        programs: of a launch over x, and over tables.
+    """
+
+    geometry: tuple[int, ...]
+    blocks: dict[str, Any]
+    glue: dict[str, Any]
+    programs: tuple[int, int]
 
 
-def _differentiate(
-    dy: Tensor,
-    inputs: list[Tensor],
-    used: Tensor,
-    settings: Settings,
-    learned: bool,
-    needed: tuple[bool, ...],
-    formula: Callable[..., Normalized],
-) -> list[Tensor | None]:
-    """Return the gradients with a graph of their own, for second derivatives."""
-    # As views: of inputs that depend on each other, each is to be held fixed for the others.
-    views = [t.view_as(t) for t in inputs]
-    x, (weight, bias, logits, mu, log_sigma) = views[0], (t.float() for t in views[1:])
+@lru_cache(maxsize=4096)
+def _cut(shape: torch.Size, contiguous: bool, count: int) -> Cut:
+    instances, channels, positions = shape[0], shape[1], shape[2:].numel()
+    components = power(count)
+    values = max(_VALUES // components, 1)
+    if contiguous:
+        rows = min(values, power(positions))
+        columns = min(values // rows, power(channels))
+        strides = (channels * positions, 1, positions)
+    else:
+        # One instance of all positions: the tables are the same for all.
+        instances, positions = 1, instances * positions
+        columns = min(16, values, power(channels))
+        rows = min(values // columns, power(positions))
+        strides = (0, channels, 1)
+    width, tiles = -(-channels // columns), -(-positions // rows)
+    programs = max(1, min(instances * tiles, _PROGRAMS // width))
+    same = {"K": count, "KP": components}
+    narrow = min(8, power(channels))
+    glue = {**same, "BM": max(1024 // components // narrow, 1), "BC": narrow}
+    return Cut(
+        (channels, positions, *strides, tiles, instances * tiles, programs),
+        {"FLOOR": PRIOR_FLOOR, **same, "BM": rows, "BC": columns, "num_warps": _WARPS},
+        glue,
+        (programs * width, -(-channels // narrow)),
+    )
+
+
+def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
+    """Return y, and the mass, mean and variance that components are normalised with, (3, K, C)."""
+    (x, weight, bias, *assigned), (running, settings) = inputs, given
+    (_, mu, log_sigma), bounds = assigned, log_sigma_bounds(settings.eps)
+    cut = _cut(x.shape, x.is_contiguous(), len(mu))
+    channels, programs = x.shape[1], cut.geometry[-1] if settings.batch else 0
+    y, used = torch.empty_like(x), x.new_empty(3, *mu.shape, dtype=torch.float32)
+    part = used.new_empty(programs, 4, *mu.shape)
+    mean, var, count = running or (None, None, None)
+    if settings.batch:
+        over_x = (x, part, *assigned, *bounds, cut.geometry)
+        launch(mk.masses, cut.programs[0], *over_x, **cut.blocks)
+    number = x.numel() // channels
+    launch(
+        mk.settle, cut.programs[1], part, used, mu, log_sigma, *bounds, mean, var, count,
+        settings.momentum, number / max(number - 1, 1), channels, programs,
+        UPDATE=settings.update, **cut.glue,
+    )  # fmt: skip
+    launch(
+        mk.mix, cut.programs[0], x, y, used, count, weight, bias, *assigned, *bounds,
+        settings.eps if running else 0.0, cut.geometry, UPDATE=settings.update, **cut.blocks,
+    )  # fmt: skip
+    return y, used
+
+
+def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any) -> Tensors:
+    """Return the gradients of inputs, given what `forward` returned besides y."""
+    (x, weight, _, *assigned), (used,), (running, settings) = inputs, kept, given
+    cut, dy = _cut(x.shape, x.is_contiguous(), used.shape[1]), match(dy, x)
+    bounds, eps = log_sigma_bounds(settings.eps), settings.eps if running else 0.0
+    programs, dx = cut.geometry[-1], torch.empty_like(x)
+    pulled = used.new_empty(programs, 2, *used.shape[1:])
+    part = used.new_empty(programs, *used.shape)
+    found = [torch.empty_like(t) for t in inputs[1:]]
+    over_x = (used, *assigned, *bounds, cut.geometry)
+    launch(mk.pulls, cut.programs[0], x, dy, pulled, *over_x, **cut.blocks)
+    launch(
+        mk.differentiate, cut.programs[0], x, dy, dx, pulled, part, used, weight, *assigned,
+        *bounds, eps, cut.geometry, **cut.blocks,
+    )  # fmt: skip
+    launch(
+        mk.finish, cut.programs[1], pulled, part, used, weight, assigned[0], assigned[2],
+        *bounds, eps, *found, x.shape[1], programs,
+        LEARNED=running is None, FLOOR=PRIOR_FLOOR, **cut.glue,
+    )  # fmt: skip
+    return [dx, *found]
+
+
+def _formula(
+    formula: Callable[..., Normalized], inputs: Tensors, kept: Tensors, given: Any
+) -> Tensor:
+    (x, *tables), (running, settings) = inputs, given
+    weight, bias, logits, mu, log_sigma = (t.float() for t in tables)
     log_prior, log_sigma = bounded_log_prior(logits), bounded_log_sigma(log_sigma, settings.eps)
-    given = Moments(mu, (2 * log_sigma).exp()) if learned else Moments(used[1], used[2])
-    y = formula(
-        x,
-        Mixture(log_prior, mu, log_sigma),
-        weight * (-0.5 * log_prior).exp(),
-        bias,
-        given,
-        0.0 if learned else settings.eps,
-        settings.batch,
-    ).y
-    wanted = [t for t, need in zip(views, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+    moments = Moments(*kept[0][1:])
+    if running is None:
+        moments, settings = Moments(mu, (2 * log_sigma).exp()), settings._replace(eps=0.0)
+    mixture, gain = Mixture(log_prior, mu, log_sigma), weight * (-0.5 * log_prior).exp()
+    return formula(x, mixture, gain, bias, moments, settings.eps, settings.batch).y
+
+
+_WAYS = {
+    "channel": Way(_forward, _backward, partial(_formula, norm_elements_by_formula)),
+    "instance": Way(owners.forward, owners.backward, partial(_formula, norm_instances)),
+}

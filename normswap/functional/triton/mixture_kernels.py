@@ -7,20 +7,8 @@ What a program's tiles leave is added up value by value, and reduced once, to a 
 import triton
 import triton.language as tl
 
-from normswap.functional.triton.mixture_tables import settle_moments, write_gradients
-from normswap.functional.triton.mixture_tile import (
-    MASS,
-    cells,
-    densities,
-    find,
-    gains,
-    keep,
-    place,
-    priors,
-    shares,
-    table,
-    total,
-)
+from normswap.functional.triton import mixture_tile as mt
+from normswap.functional.triton.parts import wide
 
 _TINY = tl.constexpr(1e-30)
 
@@ -35,35 +23,26 @@ def masses(
 
     The origin o is the mean of what it owns of the program's first tile, so that nothing cancels.
     """
-    p, c, within = place(C, sm, sc, BM, BC)
-    tables = densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
-    at, ok = find(p, c, C, M, T, sn, sm, BM)
+    p, c, within = mt.place(C, sm, sc, BM, BC)
+    tables = mt.densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
+    at, ok = mt.find(p, c, C, M, T, sn, sm, BM)
     v = tl.load(x + at + within, ok, 0.0).to(tl.float32)[None]
-    tau, _ = shares(v, ok, tables)
+    tau, _ = mt.shares(v, ok, tables)
     # Something of each value, as a component may own nothing of it.
     near = tau + tl.where(ok, 1e-6, 0.0)[None]
     mass = tl.maximum(tl.sum(near, 1, keep_dims=True), _TINY)
     origin = tl.sum(near * v, 1, keep_dims=True) / mass
     mass, first, second = tl.zeros_like(tau), tl.zeros_like(tau), tl.zeros_like(tau)
     for j in range(p, TILES, P):
-        at, ok = find(j, c, C, M, T, sn, sm, BM)
+        at, ok = mt.find(j, c, C, M, T, sn, sm, BM)
         v = tl.load(x + at + within, ok, 0.0).to(tl.float32)[None]
-        tau, _ = shares(v, ok, tables)
+        tau, _ = mt.shares(v, ok, tables)
         d = v - origin
         owned = tau * d
         mass += tau
         first += owned
         second += owned * d
-    keep(part, p, 0, 4, origin, c, C, K, KP)
-    keep(part, p, 1, 4, tl.sum(mass, 1, keep_dims=True), c, C, K, KP)
-    keep(part, p, 2, 4, tl.sum(first, 1, keep_dims=True), c, C, K, KP)
-    keep(part, p, 3, 4, tl.sum(second, 1, keep_dims=True), c, C, K, KP)
-
-
-@triton.jit
-def wide(at, ok):
-    """Return float32 values in float64."""
-    return tl.load(at, ok, 0.0).to(tl.float64)
+    mt.keep(part, p, 4, (origin, mass, first, second), c, C, K, KP)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -74,25 +53,20 @@ def settle(
 ):  # fmt: skip
     """Add up what `masses` wrote, and settle the moments."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    at, ok = cells(c, C, K, KP)
+    at, ok = mt.cells(c, C, K, KP)
     mass = tl.zeros([KP, BM, BC], tl.float64)
     first, second = tl.zeros_like(mass), tl.zeros_like(mass)
     for i in range(0, P, BM):
         p = (i + tl.arange(0, BM))[None, :, None]
         row, there = part + p * 4 * K * C + at, ok & (p < P)
         # In float64 no digits that float32 has are lost to a mean that is large against the spread.
-        o, w = wide(row, there), wide(row + K * C, there)
-        one, two = wide(row + 2 * K * C, there), wide(row + 3 * K * C, there)
+        o, w = wide(row, 0, there), wide(row, K * C, there)
+        one, two = wide(row, 2 * K * C, there), wide(row, 3 * K * C, there)
         mass += w
         first += w * o + one
         second += (w * o + 2 * one) * o + two
-    sums = (
-        tl.sum(mass, 1, keep_dims=True),
-        tl.sum(first, 1, keep_dims=True),
-        tl.sum(second, 1, keep_dims=True),
-    )
-    given = (mu, log_sigma, mean, var, batches)
-    settle_moments(sums, used, given, least, most, momentum, factor, c, C, UPDATE, K, KP)
+    sums, given = (mass, first, second), (mu, log_sigma, mean, var, batches)
+    mt.settle_moments(sums, used, given, least, most, momentum, factor, c, C, UPDATE, K, KP)
 
 
 @triton.jit(do_not_specialize=["T", "TILES", "P"])
@@ -102,16 +76,16 @@ def mix(
     FLOOR: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write y; with UPDATE count the batch, which `settle` read a launch before."""
-    p, c, within = place(C, sm, sc, BM, BC)
-    tables = densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
-    m, gain, root = gains(used, weight, priors(logits, c, C, FLOOR, K, KP)[1], eps, c, C, K, KP)
-    a, b = gain * root, table(bias, c, c < C, 0.0)[None]
+    p, c, within = mt.place(C, sm, sc, BM, BC)
+    tables = mt.densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
+    m, gain, root = mt.gains(used, weight, tables[7], eps, c, C, K, KP)
+    a, b = gain * root, mt.table(bias, c, c < C, 0.0)[None]
     for j in range(p, TILES, P):
-        at, ok = find(j, c, C, M, T, sn, sm, BM)
+        at, ok = mt.find(j, c, C, M, T, sn, sm, BM)
         v = tl.load(x + at + within, ok, 0.0).to(tl.float32)[None]
-        tau, _ = shares(v, ok, tables)
+        tau, _ = mt.shares(v, ok, tables)
         found = tl.sum(tau * (a * (v - m)), 0) + b
-        tl.store(y + at + within, found.to(y.dtype.element_ty), ok)
+        tl.store(y + at + within, found, ok)
     if UPDATE:
         if tl.program_id(0) == 0:
             tl.store(batches, tl.load(batches) + 1)
@@ -124,21 +98,20 @@ def pulls(
     FLOOR: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write ``sum dy tau_k`` and ``sum dy tau_k (x - m_k)``, (P, 2, K, C)."""
-    p, c, within = place(C, sm, sc, BM, BC)
-    tables = densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
-    cell, there = cells(c, C, K, KP)
+    p, c, within = mt.place(C, sm, sc, BM, BC)
+    tables = mt.densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
+    cell, there = mt.cells(c, C, K, KP)
     m = tl.load(used + K * C + cell, there, 0.0)
     first, second = tl.zeros([KP, BM, BC], tl.float32), tl.zeros([KP, BM, BC], tl.float32)
     for j in range(p, TILES, P):
-        at, ok = find(j, c, C, M, T, sn, sm, BM)
+        at, ok = mt.find(j, c, C, M, T, sn, sm, BM)
         v = tl.load(x + at + within, ok, 0.0).to(tl.float32)[None]
         g = tl.load(dy + at + within, ok, 0.0).to(tl.float32)[None]
-        tau, _ = shares(v, ok, tables)
+        tau, _ = mt.shares(v, ok, tables)
         owned = tau * g
         first += owned
         second += owned * (v - m)
-    keep(part, p, 0, 2, tl.sum(first, 1, keep_dims=True), c, C, K, KP)
-    keep(part, p, 1, 2, tl.sum(second, 1, keep_dims=True), c, C, K, KP)
+    mt.keep(part, p, 2, (first, second), c, C, K, KP)
 
 
 @triton.jit(do_not_specialize=["T", "TILES", "P"])
@@ -151,38 +124,36 @@ def differentiate(
 
     Each program adds up what all left of `pulls`: P is small, and a launch would cost more.
     """
-    p, c, within = place(C, sm, sc, BM, BC)
-    tables = densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
+    p, c, within = mt.place(C, sm, sc, BM, BC)
+    tables = mt.densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
     inverse = tables[2]
-    m, gain, root = gains(used, weight, priors(logits, c, C, FLOOR, K, KP)[1], eps, c, C, K, KP)
+    m, gain, root = mt.gains(used, weight, tables[7], eps, c, C, K, KP)
     a = gain * root
-    cell, there = cells(c, C, K, KP)
+    cell, there = mt.cells(c, C, K, KP)
     mass = tl.load(used + cell, there, 0.0)
     # Through the batch's moments; the running ones have no gradient, and no part in that of x.
-    share = tl.where(mass >= MASS, -a / tl.maximum(mass, MASS), 0.0)
-    by_mean = share * total(pulled, 0, 2, P, c, C, BM, K, KP)
-    by_var = 0.5 * share * root * root * total(pulled, 1, 2, P, c, C, BM, K, KP)
+    share = tl.where(mass >= mt.MASS, -a / tl.maximum(mass, mt.MASS), 0.0)
+    by_mean = share * mt.total(pulled, 0, 2, P, c, C, BM, K, KP)
+    by_var = 0.5 * share * root * root * mt.total(pulled, 1, 2, P, c, C, BM, K, KP)
     constant = by_var * tl.load(used + 2 * K * C + cell, there, 0.0)
     zeroth = tl.zeros([KP, BM, BC], tl.float32)
     first, second = tl.zeros_like(zeroth), tl.zeros_like(zeroth)
     for j in range(p, TILES, P):
-        at, ok = find(j, c, C, M, T, sn, sm, BM)
+        at, ok = mt.find(j, c, C, M, T, sn, sm, BM)
         v = tl.load(x + at + within, ok, 0.0).to(tl.float32)[None]
         g = tl.load(dy + at + within, ok, 0.0).to(tl.float32)[None]
-        tau, z = shares(v, ok, tables)
+        tau, z = mt.shares(v, ok, tables)
         d = v - m
         slope = g * a + by_mean + by_var * d
         dtau = slope * d - constant
         dlogit = tau * (dtau - tl.sum(tau * dtau, 0, keep_dims=True))
         pulled_z = dlogit * z
         found = tl.sum(tau * (slope + by_var * d) - pulled_z * inverse, 0)
-        tl.store(dx + at + within, found.to(dx.dtype.element_ty), ok)
+        tl.store(dx + at + within, found, ok)
         zeroth += dlogit
         first += pulled_z
         second += pulled_z * z
-    keep(part, p, 0, 3, tl.sum(zeroth, 1, keep_dims=True), c, C, K, KP)
-    keep(part, p, 1, 3, tl.sum(first, 1, keep_dims=True), c, C, K, KP)
-    keep(part, p, 2, 3, tl.sum(second, 1, keep_dims=True), c, C, K, KP)
+    mt.keep(part, p, 3, (zeroth, first, second), c, C, K, KP)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -194,12 +165,12 @@ def finish(
     """Write the gradients of the parameters. LEARNED: m and v are mu and sigma^2."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     sums = (
-        total(pulled, 0, 2, P, c, C, BM, K, KP),
-        total(pulled, 1, 2, P, c, C, BM, K, KP),
-        total(part, 0, 3, P, c, C, BM, K, KP),
-        total(part, 1, 3, P, c, C, BM, K, KP),
-        total(part, 2, 3, P, c, C, BM, K, KP),
+        mt.total(pulled, 0, 2, P, c, C, BM, K, KP),
+        mt.total(pulled, 1, 2, P, c, C, BM, K, KP),
+        mt.total(part, 0, 3, P, c, C, BM, K, KP),
+        mt.total(part, 1, 3, P, c, C, BM, K, KP),
+        mt.total(part, 2, 3, P, c, C, BM, K, KP),
     )
     tables = (used, weight, logits, log_sigma)
     targets = (dweight, dbias, dlogits, dmu, dlog_sigma)
-    write_gradients(sums, tables, targets, least, most, eps, c, C, LEARNED, FLOOR, K, KP)
+    mt.write_gradients(sums, tables, targets, least, most, eps, c, C, LEARNED, FLOOR, K, KP)

@@ -19,7 +19,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def place(C, sm, sc, BM: tl.constexpr, BC: tl.constexpr):
+def place(C, sm, sc, BM, BC):
     """Return this program's number of the P of its channels, these, and offsets in a tile."""
     width = tl.cdiv(C, BC)
     first = tl.program_id(0) % width * BC
@@ -29,7 +29,7 @@ def place(C, sm, sc, BM: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def find(j, c, C, M, T, sn, sm, BM: tl.constexpr):
+def find(j, c, C, M, T, sn, sm, BM):
     """Return where tile j of the T an instance has begins, and which of it are values."""
     n, i = j // T, j % T * BM
     ok = (i + tl.arange(0, BM) < M)[:, None] & (c < C)[None, :]
@@ -43,14 +43,14 @@ def table(pointer, at, ok, other):
 
 
 @triton.jit
-def cells(c, C, K: tl.constexpr, KP: tl.constexpr):
+def cells(c, C, K, KP):
     """Return where the channels' part of a table (K, C) lies, (KP, 1, BC), and a mask."""
     k, c = tl.arange(0, KP)[:, None, None], c[None, None, :]
     return k * C + c, (k < K) & (c < C)
 
 
 @triton.jit
-def priors(logits, c, C, FLOOR: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+def priors(logits, c, C, FLOOR, K, KP):
     """Return the softmax of logits and log lambda; see `mixture_start.bounded_log_prior`."""
     at, ok = cells(c, C, K, KP)
     there = tl.arange(0, KP)[:, None, None] < K
@@ -67,11 +67,8 @@ def spread(log_sigma, at, ok, least, most):
 
 
 @triton.jit
-def densities(
-    logits, mu, log_sigma, least, most, c, C,
-    FLOOR: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-):  # fmt: skip
-    """Return the tables that `shares` reads: mu_0, 1 / sigma_0, 1 / sigma, and the logits'."""
+def densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP):
+    """Return what `shares` reads: mu_0, 1 / sigma_0, 1 / sigma, logits in parts, log lambda."""
     at, ok = cells(c, C, K, KP)
     _, log_prior = priors(logits, c, C, FLOOR, K, KP)
     ls, first = spread(log_sigma, at, ok, least, most), c[None, None, :]
@@ -80,13 +77,14 @@ def densities(
     off = (centre - table(mu, at, ok, 0.0)) * inverse
     constant = tl.where(tl.arange(0, KP)[:, None, None] < K, log_prior - ls, float("-inf"))
     half: tl.constexpr = -0.5 * _LOG2E
-    return centre, one, inverse, off, (inverse - one) * half, off * half, constant * _LOG2E
+    slope, rise, constant = (inverse - one) * half, off * half, constant * _LOG2E
+    return centre, one, inverse, off, slope, rise, constant, log_prior
 
 
 @triton.jit
 def shares(v, ok, tables):
     """Return tau, zero where there is no value, and z, both (KP, BM, BC), of values (1, BM, BC)."""
-    centre, one, inverse, off, slope, rise, constant = tables
+    centre, one, inverse, off, slope, rise, constant, _ = tables
     e = v - centre
     z = e * inverse + off
     logit = (e * slope + rise) * (z + e * one) + constant
@@ -95,7 +93,7 @@ def shares(v, ok, tables):
 
 
 @triton.jit
-def total(part, row, rows, P, c, C, BM: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+def total(part, row, rows, P, c, C, BM, K, KP):
     """Return the sum of a row of the programs' parts, (KP, 1, BC)."""
     at, ok = cells(c, C, K, KP)
     found = tl.zeros([KP, BM, c.shape[0]], tl.float32)
@@ -108,16 +106,85 @@ def total(part, row, rows, P, c, C, BM: tl.constexpr, K: tl.constexpr, KP: tl.co
 
 
 @triton.jit
-def keep(part, p, row, rows, value, c, C, K: tl.constexpr, KP: tl.constexpr):
-    """Write a row of this program's part."""
+def keep(part, p, rows, values, c, C, K, KP):
+    """Write the rows of this program's part: sums over the tile of so many values."""
     at, ok = cells(c, C, K, KP)
-    tl.store(part + (p * rows + row) * K * C + at, value, ok)
+    for row in tl.static_range(rows):
+        found = tl.sum(values[row], 1, keep_dims=True)
+        tl.store(part + (p * rows + row) * K * C + at, found, ok)
 
 
 @triton.jit
-def gains(used, weight, log_prior, eps, c, C, K: tl.constexpr, KP: tl.constexpr):
+def gains(used, weight, log_prior, eps, c, C, K, KP):
     """Return m, gain and 1 / sqrt(v + eps) of the components."""
     at, ok = cells(c, C, K, KP)
     gain = table(weight, c, c < C, 0.0)[None, None] * tl.exp(-0.5 * log_prior)
     v = tl.load(used + 2 * K * C + at, ok, 1.0)
     return tl.load(used + K * C + at, ok, 0.0), gain, 1.0 / tl.sqrt(v + eps)
+
+
+@triton.jit
+def settle_moments(sums, used, given, least, most, momentum, factor, c, C, UPDATE, K, KP):
+    """Write mass, mean and variance that components are normalised with, (3, K, C).
+
+    From tau, tau x and tau x^2, in float64, which are summed along a tile here. A component that
+    owns less than a thousandth of a value takes the running mean and variance, or its own where
+    there are none. With UPDATE the others move theirs: by momentum, or where that is None, as
+    cumulative averages. Mean and variance, (KP, 1, BC), are returned.
+    """
+    mass = tl.sum(sums[0], 1, keep_dims=True)
+    first, second = tl.sum(sums[1], 1, keep_dims=True), tl.sum(sums[2], 1, keep_dims=True)
+    mu, log_sigma, mean, var, batches = given
+    at, ok = cells(c, C, K, KP)
+    usable, share = mass >= MASS, tl.maximum(mass, MASS)
+    batch = first / share
+    squares = tl.maximum(second / share - batch * batch, 0.0)
+    if mean is None:
+        m, v = table(mu, at, ok, 0.0), tl.exp(2 * spread(log_sigma, at, ok, least, most))
+    else:
+        m, v = table(mean, at, ok, 0.0), table(var, at, ok, 1.0)
+    m_used = tl.where(usable, batch.to(tl.float32), m)
+    v_used = tl.where(usable, squares.to(tl.float32), v)
+    tl.store(used + at, mass.to(tl.float32), ok)
+    tl.store(used + K * C + at, m_used, ok)
+    tl.store(used + 2 * K * C + at, v_used, ok)
+    if UPDATE:
+        if momentum is None:
+            rate = 1.0 / (tl.load(batches) + 1).to(tl.float32)
+        else:
+            rate = momentum
+        mine = ok & usable
+        tl.store(mean + at, m + rate * (m_used - m), mine)
+        tl.store(var + at, v + rate * (v_used * factor - v), mine)
+    return m_used, v_used
+
+
+@triton.jit
+def write_gradients(sums, tables, targets, least, most, eps, c, C, LEARNED, FLOOR, K, KP):
+    """Write the gradients of weight, bias, logits, mu and log sigma.
+
+    From ``sum dy tau, sum dy tau (x - m), sum dl, sum dl z, sum dl z^2``; see `mixture_fused`.
+    LEARNED: m and v are mu and sigma^2.
+    """
+    pulled, along, zeroth, first, second = sums
+    used, weight, logits, log_sigma = tables
+    dweight, dbias, dlogits, dmu, dlog_sigma = targets
+    at, ok = cells(c, C, K, KP)
+    share, log_prior = priors(logits, c, C, FLOOR, K, KP)
+    _, gain, root = gains(used, weight, log_prior, eps, c, C, K, KP)
+    raw, dgain = table(log_sigma, at, ok, 0.0), root * along
+    by_mu = first * tl.exp(-tl.minimum(tl.maximum(raw, least), most))
+    by_sigma = second - zeroth
+    if LEARNED:
+        by_mu -= gain * root * pulled
+        by_sigma -= gain * dgain
+    by_sigma = tl.where((raw >= least) & (raw <= most), by_sigma, 0.0)
+    inner = tl.where(ok, (zeroth - 0.5 * gain * dgain) * tl.exp(-log_prior), 0.0)
+    dlogit = (1 - FLOOR) * share * (inner - tl.sum(share * inner, 0, keep_dims=True))
+    dgain = tl.sum(tl.where(ok, dgain * tl.exp(-0.5 * log_prior), 0.0), 0)
+    here = (c < C)[None]
+    tl.store(dweight + c[None], dgain, here)
+    tl.store(dbias + c[None], tl.sum(pulled, 0), here)
+    tl.store(dlogits + at, dlogit, ok)
+    tl.store(dmu + at, by_mu, ok)
+    tl.store(dlog_sigma + at, by_sigma, ok)

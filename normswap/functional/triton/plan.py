@@ -14,6 +14,8 @@ from normswap.functional.kernels import is_channels_last
 
 # Values of a tile, and the channels of one where channels are last: 16 values a thread.
 _TILE, _WIDTH = 2048, 64
+# Rows of a table in a step, and channels.
+_STEP, _COLUMNS = 64, 16
 # Programs that keep a large GPU busy: eight for each of 132 multiprocessors.
 _PROGRAMS = 1056
 # Below them, offsets in a tile and the number of a program fit into int32.
@@ -21,24 +23,20 @@ _MOST_POSITIONS, _MOST_PROGRAMS = 2**30, 2**31
 
 
 class Plan(NamedTuple):
-    """A cut of x (N, C, *), as (N, positions, C), into parts of the positions.
+    """A cut of x (N, C, *), as (N, positions, C), into parts of the positions, each a program's.
 
     Attributes:
         shape: N, C, positions.
-        strides: of an instance, a position and a channel.
-        splits: parts of the positions of an instance, each a program's.
+        splits: parts of an instance.
         part: positions of a part; the last one may have fewer.
-        tile: positions and channels of a tile.
         programs: of a launch.
         geometry: what the kernels of `tile` take as C, M, sn, sm, sc, S and PART.
-        blocks: what they take as BM and BC.
+        blocks: what they take as BM and BC, the positions and channels of a tile.
     """
 
     shape: tuple[int, int, int]
-    strides: tuple[int, int, int]
     splits: int
     part: int
-    tile: tuple[int, int]
     programs: int
     geometry: tuple[int, ...]
     blocks: dict[str, int]
@@ -74,10 +72,8 @@ def _plan(shape: torch.Size, contiguous: bool) -> Plan:
     splits = -(-positions // part)
     return Plan(
         (instances, channels, positions),
-        strides,
         splits,
         part,
-        (rows, columns),
         instances * splits * -(-channels // columns),
         (channels, positions, *strides, splits, part),
         {"BM": rows, "BC": columns},
@@ -89,21 +85,13 @@ def power(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-class Rows(NamedTuple):
-    """A cut of tables (rows, C) into programs of so many channels, that walk `BN` rows a step."""
+def cut_rows(rows: int, channels: int) -> tuple[int, dict[str, int]]:
+    """Return how many programs share tables (rows, C), and their constants.
 
-    rows: int
-    channels: int
-
-    @property
-    def programs(self) -> int:
-        """Programs of a launch, one a row and block of channels."""
-        return self.rows * -(-self.channels // self.blocks["BC"])
-
-    @property
-    def blocks(self) -> dict[str, int]:
-        """What kernels over tables take as BN and BC."""
-        return {"BN": 64, "BC": min(16, power(self.channels))}
+    One has a row and BC channels, and walks others, BN at a time.
+    """
+    columns = min(_COLUMNS, power(channels))
+    return rows * -(-channels // columns), {"BN": _STEP, "BC": columns}
 
 
 def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
@@ -114,3 +102,19 @@ def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
     rows = power(contexts)
     columns = min(_TILE // 2 // rows, 256, power(channels))
     return {"KP": rows, "WN": max(1, min(16, _TILE // 2 // columns)), "WC": columns, "num_warps": 8}
+
+
+def cut_instances(
+    x: Tensor, columns: int, components: int = 1
+) -> tuple[int, tuple[int, ...], dict[str, int]]:
+    """Return how many programs share the channels of x, their numbers, and their constants.
+
+    One has BC channels, no more than so many columns, and walks all instances, BN at a time, and
+    their parts, SB at a time; N, C, M, S and PART are the numbers.
+    """
+    p = plan(x)
+    instances, channels, _ = p.shape
+    some, narrow = min(power(p.splits), 32), min(columns, power(channels))
+    rows = min(64 // some, 1024 // (power(components) * narrow), power(instances))
+    blocks = {"SB": some, "BN": rows, "BC": narrow}
+    return -(-channels // narrow), (*p.shape, p.splits, p.part), blocks

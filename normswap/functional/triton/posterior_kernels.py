@@ -7,11 +7,11 @@ A program takes one instance n and all contexts, KP rows, BC channels at a time.
 import triton
 import triton.language as tl
 
-from normswap.functional.triton.tile import add_dots, add_moments, find_parts
+from normswap.functional.triton.parts import add_dots, add_moments, find_parts
 
 
 @triton.jit
-def load_rows(table, c, other, K, C, KP: tl.constexpr):
+def load_rows(table, c, other, K, C, KP):
     """Return channels c of all contexts, (KP, BC)."""
     k = tl.arange(0, KP)
     ok = (k < K)[:, None] & (c < C)[None, :]
@@ -19,13 +19,13 @@ def load_rows(table, c, other, K, C, KP: tl.constexpr):
 
 
 @triton.jit
-def load_moments(mean, var, eps, c, K, C, KP: tl.constexpr):
+def load_moments(mean, var, eps, c, K, C, KP):
     """Return mean and reciprocal standard deviation of all contexts."""
     return load_rows(mean, c, 0.0, K, C, KP), tl.rsqrt(load_rows(var, c, 1.0, K, C, KP) + eps)
 
 
 @triton.jit
-def load_affine(weight, bias, priors, c, K, C, KP: tl.constexpr):
+def load_affine(weight, bias, priors, c, K, C, KP):
     """Return weight and bias of all contexts, over sqrt(lambda)."""
     k = tl.arange(0, KP)
     root = tl.rsqrt(tl.load(priors + k, k < K, 1.0).to(tl.float32))[:, None]
@@ -34,8 +34,8 @@ def load_affine(weight, bias, priors, c, K, C, KP: tl.constexpr):
 
 @triton.jit
 def weigh(
-    part_mean, part_var, mean, var, weight, bias, priors, row, size, weights, eps,
-    K, C, M, S, PART, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    part_mean, part_var, mean, var, weight, bias, priors, row, size, weights, eps, K, C, M, S,
+    PART, KP, BN, BC,
 ):  # fmt: skip
     """Write the probability of each context, and the map that they mix, about the mean.
 
@@ -76,8 +76,8 @@ def weigh(
 
 @triton.jit
 def pull_weights(
-    n, first, second, mean, var, weight, bias, priors, centre, weights, spread, constant,
-    eps, K, C, M, S, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    n, first, second, mean, var, weight, bias, priors, centre, weights, spread, constant, eps, K,
+    C, M, S, KP, BN, BC,
 ):  # fmt: skip
     """Write what else than ``dy * scale`` dx has: ``spread (x - m) + constant``.
 
@@ -110,12 +110,9 @@ def pull_weights(
 
 
 @triton.jit
-def add_weighted_dots(
-    first, second, order, weights, centre, mu, lo, hi, k, c, K, C, S, BN: tl.constexpr
-):  # fmt: skip
+def add_weighted_dots(first, second, order, weights, centre, mu, lo, hi, k, c, K, C, S, BN):
     """Return what `add_dots` does, of parts with the weights of context k, about its mean mu."""
-    one = tl.zeros(c.shape, tl.float32)
-    two = tl.zeros(c.shape, tl.float32)
+    one, two = tl.zeros(c.shape, tl.float32), tl.zeros(c.shape, tl.float32)
     for i in range(lo, hi, BN):
         at, _, ok = find_parts(order, i, hi, c, C, S, BN)
         j = i + tl.arange(0, BN)

@@ -1,28 +1,9 @@
 """Instances sorted by context, so that kernels walk those of a context in a fixed order."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from normswap.functional.labels import kept
-
-
-class SortedLabels(NamedTuple):
-    """Instances by context.
-
-    Attributes:
-        rows: of each instance, (N,): its context, or K; or, where those without one have rows of
-            their own, what `find_rows` returns.
-        order: instances, (N,), by context; those without one last.
-        offsets: where in `order` a context starts, (K + 2,); K is none.
-        packed: all three, one after the other.
-    """
-
-    rows: Tensor
-    order: Tensor
-    offsets: Tensor
-    packed: Tensor
 
 
 def find_rows(labels: Tensor, contexts: int) -> Tensor:
@@ -35,13 +16,15 @@ def find_rows(labels: Tensor, contexts: int) -> Tensor:
     return kept(labels, (find_rows, contexts), make)
 
 
-def sort_labels(labels: Tensor, contexts: int, own_rows: bool = False) -> SortedLabels:
+def sort_labels(labels: Tensor, contexts: int, own_rows: bool = False) -> Tensor:
     """Return the instances sorted by context, once for all layers that the labels meet.
 
-    On the device of the labels, (N,) in [-1, K); nothing waits for it.
+    Labels are (N,) in [-1, K); nothing waits for their device. One after the other lie: the row of
+    each instance, (N,), its context, or K, or, with own rows, as `find_rows` returns them; the
+    instances by context, (N,), -1 last; and where in these a context starts, (K + 2,).
     """
 
-    def sort() -> SortedLabels:
+    def sort() -> Tensor:
         number = len(labels)
         packed = labels.new_empty(2 * number + contexts + 2)
         rows, order, offsets = packed.split_with_sizes([number, number, contexts + 2])
@@ -52,6 +35,6 @@ def sort_labels(labels: Tensor, contexts: int, own_rows: bool = False) -> Sorted
         torch.searchsorted(found, starts, out=offsets)
         if own_rows:
             rows.copy_(find_rows(labels, contexts))
-        return SortedLabels(rows, order, offsets, packed)
+        return packed
 
     return kept(labels, (sort_labels, contexts, own_rows), sort)

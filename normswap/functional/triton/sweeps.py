@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from normswap.functional.moments import Moments
-from normswap.functional.triton import rows_kernels, tile
+from normswap.functional.triton import parts, tile
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import Rows, plan
+from normswap.functional.triton.plan import Plan, cut_rows, plan
 
 
 def part_stats(x: Tensor, index: Tensor | None = None, least: int = 0) -> Tensor:
@@ -21,21 +21,22 @@ def part_stats(x: Tensor, index: Tensor | None = None, least: int = 0) -> Tensor
     With an index, (N,), only instances whose index is no less than `least` have any.
     """
     p = plan(x)
-    found = _room(x, p.splits)
-    step = 0 if index is None else index.stride(0)
-    launch(tile.stats, p.programs, x, found, index, (step, least, *p.geometry), **p.blocks)
+    found = x.new_empty(2, x.shape[0], p.splits, x.shape[1], dtype=torch.float32)
+    numbers = (_step(index), least, *p.geometry)
+    launch(tile.stats, p.programs, x, found, index, numbers, **p.blocks)
     return found
 
 
 def stats(x: Tensor) -> Moments:
     """Return mean and biased variance of each channel of each instance, (N, C)."""
-    p, parts = plan(x), part_stats(x)
+    p, found = plan(x), part_stats(x)
     if p.splits == 1:
-        return Moments(*parts.squeeze(2).unbind())
-    (instances, channels, positions), cut = p.shape, Rows(len(x), x.shape[1])
+        return Moments(*found.squeeze(2).unbind())
+    instances, channels, positions = p.shape
+    programs, blocks = cut_rows(instances, channels)
     mean, var = x.new_empty(2, instances, channels, dtype=torch.float32).unbind()
     sizes = (channels, positions, p.splits, p.part)
-    launch(tile.merge, cut.programs, parts, mean, var, *sizes, **cut.blocks)
+    launch(parts.merge, programs, found, mean, var, *sizes, **blocks)
     return Moments(mean, var)
 
 
@@ -48,27 +49,22 @@ def affine(
 ) -> Tensor:
     """Return ``(x - centre) * scale + shift``, in the dtype and layout of x; None is 0."""
     p, y = plan(x), torch.empty_like(x)
-    tables, rows = _address(x, index, centre, scale, shift)
-    launch(tile.apply, p.programs, x, y, *tables, *rows, p.geometry, **p.blocks)
+    (m, s, t), last, stride = _address(p, index, centre, scale, shift)
+    numbers = (_step(index), None, last, stride, *p.geometry)
+    launch(tile.apply, p.programs, x, y, m, index, s, t, numbers, **p.blocks)
     return y
 
 
 def affine_of(x: Tensor, tables: Tensor, labels: Tensor | None, size: int, contexts: int) -> Tensor:
-    """Return what `affine` does, by tables that lie in one tensor; see `rows_kernels`.
+    """Return what `affine` does, by tables that lie in one tensor, (size, C) each; see `tile`.
 
-    Args:
-        x: (N, C, *).
-        tables: centre, scale and shift, (R, C) each, come first.
-        labels: the row of each instance, (N,); or (1,), that of all; -1 is row K. None where all
-            have that, or, with K + N rows, instance n has row K + n.
-        size: R.
-        contexts: K.
+    Labels, (N,) or (1,), are the row of each instance or of all, -1 row K. Without, all have that,
+    or, with K + N rows, instance n has row K + n.
     """
     p, y = plan(x), torch.empty_like(x)
     stride = 0 if labels is None and size == contexts + 1 else x.shape[1]
-    step = 0 if labels is None or labels.shape[0] == 1 else labels.stride(0)
-    numbers = (step, size, contexts, stride, *p.geometry)
-    launch(rows_kernels.apply, p.programs, x, y, tables, labels, numbers, **p.blocks)
+    numbers = (None, None, _step(labels), size, contexts, stride, *p.geometry)
+    launch(tile.apply, p.programs, x, y, tables, labels, numbers, **p.blocks)
     return y
 
 
@@ -80,60 +76,52 @@ def part_dots(
     The sums are over parts of the positions, (2, N, S, C); dy is laid out as x.
     """
     p, dx = plan(x), None if scale is None else torch.empty_like(x)
-    found = _room(x, p.splits)
-    tables, rows = _address(x, None, centre, scale)
-    launch(tile.dots, p.programs, dy, x, dx, found, *tables, *rows, p.geometry, **p.blocks)
+    found = x.new_empty(2, x.shape[0], p.splits, x.shape[1], dtype=torch.float32)
+    (m, s), last, stride = _address(p, None, centre, scale)
+    numbers = (stride, None, last, *p.geometry)
+    launch(tile.dots, p.programs, dy, x, dx, found, m, None, s, numbers, **p.blocks)
     return dx, found
 
 
 def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``sum dy`` and ``sum dy * (x - centre)``, of the shape of centre."""
-    return _whole(centre, part_dots(dy, x, centre)[1])
+    return scale_and_dot(dy, x, centre, None)[1:]
 
 
 def scale_and_dot(
-    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``dy * scale`` and what `dot` returns."""
+    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor | None
+) -> tuple[Any, Tensor, Tensor]:
+    """Return ``dy * scale``, if there is a scale, and what `dot` returns."""
     dx, found = part_dots(dy, x, centre, scale)
-    assert dx is not None
-    return dx, *_whole(centre, found)
+    if found.shape[1:3] != (len(centre), 1):
+        # Over parts, and over instances where the tables have one row.
+        found = found.sum((1, 2) if len(centre) == 1 else 2)
+    first, second = found.view(2, *centre.shape).unbind()
+    return dx, first, second
 
 
 def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tensor) -> Tensor:
     """Return ``a * dy + b * (x - centre) + c`` in the dtype and layout of x."""
     p, dx = plan(x), torch.empty_like(x)
-    tables, rows = _address(x, None, a, b, c, centre)
-    launch(tile.combine, p.programs, dy, x, dx, *tables, *rows, p.geometry, **p.blocks)
+    (s, t, u, m), last, stride = _address(p, None, a, b, c, centre)
+    numbers = (stride, None, last, *p.geometry)
+    launch(tile.combine, p.programs, dy, x, dx, t, u, m, None, s, numbers, **p.blocks)
     return dx
 
 
-def _room(x: Tensor, splits: int) -> Tensor:
-    """Return two tables of the parts, (2, N, S, C)."""
-    return x.new_empty(2, x.shape[0], splits, x.shape[1], dtype=torch.float32)
+def _step(index: Tensor | None) -> int:
+    """Return how far apart the rows of instances lie; 0 where all have the same."""
+    return 0 if index is None or index.shape[0] == 1 else index.stride(0)
 
 
-def _address(x: Tensor, index: Tensor | None, *tables: Tensor | None) -> tuple[Any, Any]:
-    """Return the tables as the kernels read them, and index, si, K and stride to go with them."""
-    count = max([t.shape[0] for t in tables if t is not None])
-    if index is None and count not in (1, x.shape[0]):
-        raise ValueError(f"expected tables of 1 or {x.shape[0]} rows, got {count}")
-    shape = (count, x.shape[1])
-    found = [t if t is None or _lies_as(t, shape) else t.expand(shape).contiguous() for t in tables]
-    stride = 0 if count == 1 else shape[1]
-    if index is None:
-        return found, (None, 0, 0, stride)
-    step = 0 if index.shape[0] == 1 else index.stride(0)
-    return found, (index, step, count - 1, stride)
-
-
-def _lies_as(t: Tensor, shape: tuple[int, int]) -> bool:
-    return t.shape == shape and t.is_contiguous()
-
-
-def _whole(centre: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sums over parts, and over instances where the tables have one row."""
-    if found.shape[1:3] != (len(centre), 1):
-        found = found.sum((1, 2) if len(centre) == 1 else 2)
-    first, second = found.view(2, *centre.shape).unbind()
-    return first, second
+def _address(p: Plan, index: Tensor | None, *tables: Tensor | None) -> tuple[Any, int, int]:
+    """Return the tables as the kernels read them, their last row, and the stride between rows."""
+    count, (instances, channels, _) = max([t.shape[0] for t in tables if t is not None]), p.shape
+    if index is None and count not in (1, instances):
+        raise ValueError(f"expected tables of 1 or {instances} rows, got {count}")
+    shape = (count, channels)
+    found = [
+        t if t is None or (t.shape == shape and t.is_contiguous()) else t.expand(shape).contiguous()
+        for t in tables
+    ]
+    return found, 0 if index is None else count - 1, 0 if count == 1 else channels

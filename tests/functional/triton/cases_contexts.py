@@ -33,7 +33,8 @@ def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
     monkeypatch.setattr(plan, "_TILE", 8)
     monkeypatch.setattr(plan, "_WIDTH", 2)
     monkeypatch.setattr(plan, "_PROGRAMS", 3 * 7 * (2 if layout == "channels_last" else 3))
-    monkeypatch.setattr(plan.Rows, "blocks", {"BN": 2, "BC": 2})
+    monkeypatch.setattr(plan, "_STEP", 2)
+    monkeypatch.setattr(plan, "_COLUMNS", 2)
     plan._plan.cache_clear()
     x, dy = make((7, 3, 4, 5), layout=layout)
     assert plan.plan(x).splits > 1

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import normswap
-from normswap.functional.triton import elements, mixture
+from normswap.functional.triton import mixture
 from tests.functional.triton.values import CASES, DEVICE, SHARE
 from tests.support.builders import assert_close, make_batch, random_
 from tests.support.fused import laid_out
@@ -22,10 +22,10 @@ RANGES = ((0.5, 1.5), (-1, 1), (-1, 1), (-1, 4), (-0.3, 0.7))
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch, on_the_device):
     # Few programs, so that one has several tiles and several have a part in a sum.
-    monkeypatch.setattr(elements, "_PROGRAMS", 2)
-    elements._cut.cache_clear()
+    monkeypatch.setattr(mixture, "_PROGRAMS", 2)
+    mixture._cut.cache_clear()
     yield
-    elements._cut.cache_clear()
+    mixture._cut.cache_clear()
 
 
 def make(shape=(3, 5, 4, 3), dtype=torch.float32, layout="contiguous"):

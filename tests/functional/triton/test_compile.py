@@ -3,39 +3,40 @@
 import pytest
 
 pytest.importorskip("triton")
-from normswap.functional.triton import cn_kernels, cnx_kernels, rows_kernels, tile
+from normswap.functional.triton import cn_kernels, cnx, parts, tile
 from normswap.functional.triton.plan import cut_contexts
 from tests.functional.triton.compiling import compile_kernel
 
 ROWS = {"BN": 64, "BC": 16}
 NONE_WEIGH = {"KP": 0, "WN": 1, "WC": 1}
 TRAINING = {"BATCH": True, "SORTED": True}
-RUNNING = {"parts": None, "rows": None, "BATCH": False, "SORTED": False}
+RUNNING = {"part_stats": None, "rows": None, "BATCH": False, "SORTED": False}
+TOGETHER = {"scale": None, "stride": None}
 OVER_X = [
     (tile.stats, {"index": None}),
     (tile.stats, {}),
-    (tile.apply, {}),
-    (tile.apply, {"centre": None, "index": None}),
-    (tile.dots, {}),
-    (tile.dots, {"dx": None, "scale": None}),
-    (tile.combine, {}),
-    (rows_kernels.apply, {}),
-    (rows_kernels.apply, {"rows": None}),
-    (rows_kernels.dots, {"dx": None}),
-    (rows_kernels.combine, {}),
+    (tile.apply, {"R": None}),
+    (tile.apply, {"R": None, "centre": None, "index": None}),
+    (tile.dots, {"R": None}),
+    (tile.dots, {"R": None, "dx": None, "scale": None}),
+    (tile.combine, {"R": None}),
+    (tile.apply, {"scale": None, "shift": None}),
+    (tile.apply, {"scale": None, "shift": None, "index": None}),
+    (tile.dots, TOGETHER | {"dx": None}),
+    (tile.combine, TOGETHER | {"constant": None}),
     (cn_kernels.apply_and_move, {}),
 ]
 OVER_TABLES = [
-    (tile.merge, {}),
+    (parts.merge, {}),
     (cn_kernels.tables, NONE_WEIGH | TRAINING),
     (cn_kernels.tables, NONE_WEIGH | TRAINING | {"momentum": None}),
     (cn_kernels.tables, NONE_WEIGH | RUNNING),
     (cn_kernels.pull, NONE_WEIGH | {"MOVES": True, "WEIGHED": False}),
     (cn_kernels.pull, NONE_WEIGH | {"MOVES": False, "WEIGHED": False}),
-    (cnx_kernels.tables, {}),
-    (cnx_kernels.tables, {"rows": None, "weight": None, "bias": None}),
-    (cnx_kernels.pull, {}),
-    (cnx_kernels.pull, {"dweight": None, "dbias": None}),
+    (cnx.tables, {}),
+    (cnx.tables, {"rows": None, "weight": None, "bias": None}),
+    (cnx.pull, {}),
+    (cnx.pull, {"dweight": None, "dbias": None}),
 ]
 OVER_CONTEXTS = [
     (cn_kernels.tables, TRAINING),

@@ -18,17 +18,18 @@ def test_a_cut_covers_x_and_its_numbers_fit(shape, last):
     if last and x.dim() > 3:
         x = x.contiguous(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()])
     cut = plan(x)
-    rows, columns = cut.tile
+    rows, columns = cut.blocks.values()
     positions = x[0, 0].numel()
     assert (cut.splits - 1) * cut.part < positions <= cut.splits * cut.part
     assert cut.part % rows == 0
     assert rows * columns <= 2048
     assert rows & (rows - 1) == columns & (columns - 1) == 0
+    strides = cut.geometry[2:5]
     last_index = (shape[0] - 1, positions - 1, shape[1] - 1)
-    reached = sum(i * s for i, s in zip(last_index, cut.strides, strict=True))
+    reached = sum(i * s for i, s in zip(last_index, strides, strict=True))
     assert reached == x.numel() - 1
     # Offsets within a tile are int32.
-    assert (rows - 1) * cut.strides[1] + (columns - 1) * cut.strides[2] < 2**31
+    assert (rows - 1) * strides[1] + (columns - 1) * strides[2] < 2**31
     assert serves(x) == (cut.programs < 2**31)
 
 

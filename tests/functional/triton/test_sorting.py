@@ -14,11 +14,15 @@ def resolve(labels):
     return resolve_labels(labels, 3, NAMES)
 
 
+def order_and_offsets(labels, contexts):
+    number = len(labels)
+    _, *found = sort_labels(labels, contexts).split([number, number, contexts + 2])
+    return [t.tolist() for t in found]
+
+
 def test_instances_by_context_in_their_order_and_those_without_one_last():
-    found = sort_labels(torch.tensor(GIVEN), 3)
-    assert found.order.tolist() == [1, 3, 0, 4, 2]
-    assert found.offsets.tolist() == [0, 2, 2, 4, 5]
-    assert sort_labels(torch.full((4,), -1), 3).offsets.tolist() == [0, 0, 0, 0, 4]
+    assert order_and_offsets(torch.tensor(GIVEN), 3) == [[1, 3, 0, 4, 2], [0, 2, 2, 4, 5]]
+    assert order_and_offsets(torch.full((4,), -1), 3)[1] == [0, 0, 0, 0, 4]
 
 
 def test_instances_without_a_context_have_rows_of_their_own_after_those_of_contexts():
@@ -29,10 +33,9 @@ def test_instances_without_a_context_have_rows_of_their_own_after_those_of_conte
 
 
 def test_rows_order_and_offsets_lie_one_after_the_other():
-    for labels, own, rows in (([1, -1, 0], False, [1, 2, 0]), ([1, -1, 0], True, [1, 3, 0])):
-        found = sort_labels(torch.tensor(labels), 2, own)
-        assert found.rows.tolist() == rows
-        assert found.packed.tolist() == [*rows, *found.order.tolist(), *found.offsets.tolist()]
+    for own, rows in ((False, [1, 2, 0]), (True, [1, 3, 0])):
+        found = sort_labels(torch.tensor([1, -1, 0]), 2, own)
+        assert found.tolist() == [*rows, *(2, 0, 1), *(0, 1, 2, 3)]
 
 
 def test_checked_labels_are_sorted_once():
@@ -45,8 +48,8 @@ def test_checked_labels_are_sorted_once():
 
 def test_not_for_other_numbers_of_contexts_nor_for_labels_that_nobody_checked():
     labels = resolve(torch.tensor(GIVEN)).labels
-    assert len(sort_labels(labels, 3).offsets) == 5
-    assert len(sort_labels(labels, 4).offsets) == 6
+    assert len(sort_labels(labels, 3)) == 2 * len(GIVEN) + 5
+    assert len(sort_labels(labels, 4)) == 2 * len(GIVEN) + 6
     labels = torch.tensor(GIVEN)
     assert sort_labels(labels, 3) is not sort_labels(labels, 3)
 
@@ -56,7 +59,7 @@ def test_labels_that_were_written_to_are_sorted_anew():
     labels = resolve(given).labels
     sort_labels(labels, 3)
     given.zero_()
-    assert sort_labels(labels, 3).offsets.tolist() == [0, 5, 5, 5, 5]
+    assert order_and_offsets(labels, 3)[1] == [0, 5, 5, 5, 5]
 
 
 def test_each_forward_has_labels_of_its_own():
@@ -81,16 +84,14 @@ def test_labels_of_folded_rows_are_made_and_sorted_once():
 def test_one_label_for_all_is_sorted_once_for_each_number_of_rows():
     context = resolve("b")
     for rows in (4, 6):
-        found = [
-            sort_labels(labels_per_row(context, torch.empty(rows, 2), ""), 3) for _ in range(2)
-        ]
-        assert found[0] is found[1]
-        assert found[0].offsets.tolist() == [0, 0, rows, rows, rows]
+        labels = [labels_per_row(context, torch.empty(rows, 2), "") for _ in range(2)]
+        assert sort_labels(labels[0], 3) is sort_labels(labels[1], 3)
+        assert order_and_offsets(labels[0], 3)[1] == [0, 0, rows, rows, rows]
 
 
 def test_parts_of_labels_are_sorted_apart():
     labels = resolve(torch.tensor(GIVEN)).labels
-    found = [sort_labels(part, 3).offsets.tolist() for part in (labels[:2], labels[3:])]
+    found = [order_and_offsets(part, 3)[1] for part in (labels[:2], labels[3:])]
     assert found == [[0, 1, 1, 2, 2], [0, 1, 1, 2, 2]]
-    found = [sort_labels(part, 3).offsets.tolist() for part in (labels[:1], labels[1:2])]
+    found = [order_and_offsets(part, 3)[1] for part in (labels[:1], labels[1:2])]
     assert found == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from normswap.functional.triton import exchange_kernels, gate_kernels
+from normswap.functional.triton import exchange, gate
 from tests.functional.triton.compiling import compile_kernel
 
 
@@ -12,8 +12,8 @@ from tests.functional.triton.compiling import compile_kernel
 def test_the_gate(architecture, parts):
     given = {"BATCH": True, "SB": parts, "BN": 64 // parts, "BC": 8}
     for kernel, more in (
-        (gate_kernels.gate, {"UPDATE": True}),
-        (gate_kernels.differentiate, {}),
+        (gate.gate, {"UPDATE": True}),
+        (gate.differentiate, {}),
     ):
         assert compile_kernel(kernel, architecture, **given, **more)[1] == 0, kernel
 
@@ -24,5 +24,5 @@ def test_the_gate(architecture, parts):
 )
 def test_the_exchange(architecture, dtype, last, tile):
     given = {"CHANNELS": int(last), "SB": 8, "BM": tile[0], "BC": tile[1]}
-    for kernel in (exchange_kernels.exchange, exchange_kernels.differentiate):
+    for kernel in (exchange.exchange, exchange.differentiate):
         assert compile_kernel(kernel, architecture, dtype, last, **given)[1] == 0, kernel

@@ -1,0 +1,66 @@
+"""Autograd around launches: one Function for every method that starts its own."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from normswap.functional.tables import records
+
+# Tensors, some of which may be None.
+Tensors = Sequence[Any]
+
+
+class Way(NamedTuple):
+    """What computes a method, from inputs, x (N, C, *) first, and what else is given.
+
+    Attributes:
+        forward: from inputs and given to y, and what else backward needs: tensors.
+        backward: from dy, inputs, those tensors, given, and which gradients are needed, to these.
+        formula: y in torch's operators, from inputs, those tensors and given.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., Tensors]
+    formula: Callable[..., Tensor]
+
+
+def run(way: Way, given: Any, *inputs: Tensor | None) -> Tensor:
+    """Return y, recorded only where autograd asks for that."""
+    if records([t for t in inputs if t is not None]):
+        return record(way, given, *inputs)
+    return way.forward(inputs, given)[0]
+
+
+def record(way: Way, given: Any, *inputs: Tensor | None) -> Tensor:
+    """Return y."""
+    y: Tensor = _Recorded.apply(way, given, *inputs)
+    return y
+
+
+class _Recorded(Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        ctx.way, ctx.given, *inputs = args
+        y, *kept = ctx.way.forward(inputs, ctx.given)
+        # All that depends on x is saved as tensors are: checkpointing computes all of it anew.
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.count = len(inputs)
+        found: Tensor = y
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        inputs, kept = saved[: ctx.count], saved[ctx.count :]
+        if not torch.is_grad_enabled():
+            return None, None, *ctx.way.backward(grads[0], inputs, kept, ctx.given, needed)
+        # As views: of inputs that depend on each other, each is to be held fixed for the others.
+        views = [None if t is None else t.view_as(t) for t in inputs]
+        with torch.autocast(grads[0].device.type, enabled=False):
+            y = ctx.way.formula(views, kept, ctx.given)
+        wanted = [t for t, need in zip(views, needed, strict=True) if need and t is not None]
+        found = iter(torch.autograd.grad(y, wanted, grads, create_graph=True, allow_unused=True))
+        return None, None, *(next(found) if need else None for need in needed)
