@@ -61,10 +61,10 @@ def exchange(
         tl.store(centre + row, m, c < C)
         tl.store(deviation + row, sd, c < C)
         tl.store(scale + row, ratio, c < C)
-        if CHANNELS:
-            tl.store(inverted + c_o, c.to(tl.int64), (c < C) & (n == 0))
-        else:
+        if not CHANNELS:
             tl.store(inverted + n_o, n)
+        elif n == 0:
+            tl.store(inverted + c_o, c.to(tl.int64), c < C)
     write_map(x, y, m[None, :], ratio[None, :], t[None, :], tiles, C, sm, BM)
 
 

@@ -3,7 +3,6 @@
 import builtins
 import functools
 import math
-import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
+from normswap.graph.tracing.failure import is_library, is_torch
 from normswap.graph.tracing.list_effects import may_be_changed
 from normswap.graph.tracing.value_kinds import any_leaf
 
@@ -91,14 +90,3 @@ def stand_for(replacement: Callable[..., Any], original: Any) -> Callable[..., A
     """Mark what stands for another thing while a trace runs; return it."""
     vars(replacement)["normswap_original"] = original
     return replacement
-
-
-def ask_user_only(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Return a query of a mode that torch may ask but a traced forward may not branch on."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if is_torch(sys._getframe(1).f_globals.get("__name__")):
-            return function(*args, **kwargs)
-        raise TraceFailure(f"asks torch.{name}(), which may change from run to run")
-
-    return stand_for(call, function)

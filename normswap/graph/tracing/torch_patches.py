@@ -12,7 +12,7 @@ from normswap.graph.tracing import stand_ins
 from normswap.graph.tracing.bytecode import is_compared
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
-from normswap.graph.tracing.patches import Patches, ask_user_only, stand_for
+from normswap.graph.tracing.patches import Patches, stand_for
 from normswap.graph.tracing.stand_ins import symbolic_isinstance
 from normswap.util.original_class import class_of
 
@@ -29,12 +29,25 @@ def patch_torch(patches: Patches, session: "TraceSession", original: Any) -> Cal
     patches.set(torch.jit, "isinstance", symbolic_isinstance)
     patches.set(torch, "is_tensor", lambda v: symbolic_isinstance(v, Tensor))
     for name in _MODES:
-        patches.set(torch, name, ask_user_only(getattr(torch, name), name))
+        patches.set(torch, name, _ask_user_only(session, getattr(torch, name), name))
     for switch in (torch.autocast, torch.inference_mode):
         for name in ("__init__", "__enter__"):
             patches.set(switch, name, _refuse(session, vars(switch)[name], lambda *_: SWITCHES))
     _patch_modules(patches, session)
     return stand_in
+
+
+def _ask_user_only(
+    session: "TraceSession", function: Callable[..., Any], name: str
+) -> Callable[..., Any]:
+    """Return a query of a mode that torch may ask but a traced forward may not branch on."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if session.tracer is None or is_torch(sys._getframe(1).f_globals.get("__name__")):
+            return function(*args, **kwargs)
+        raise TraceFailure(f"asks torch.{name}(), which may change from run to run")
+
+    return stand_for(call, function)
 
 
 def _patch_modules(patches: Patches, session: "TraceSession") -> None:

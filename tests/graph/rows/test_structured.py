@@ -110,3 +110,41 @@ def test_nested_tensors_are_samples(layout):
             for x, label in zip(steps, LABELS.tolist(), strict=True)
         ]
         torch.testing.assert_close(y, torch.cat(parts))
+
+
+class Reading(nn.Module):
+    """Norms a vector of each text, in an order of its own."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.letters = nn.Embedding(128, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.order = order
+
+    def forward(self, texts):
+        order = self.order(texts)
+        vectors = [self.letters(torch.tensor([*map(ord, texts[i])])).mean(0) for i in order]
+        y = self.norm(torch.stack(vectors))
+        return torch.empty_like(y).index_copy(0, torch.tensor(order), y)
+
+
+def read(order):
+    return apart(normswap.convert(Reading(order).double().eval(), "cn", contexts=K, verify=False))
+
+
+TEXTS = [["aa", "bc", "ca", "db"], ["hello", "b", "cdd", "abcd"], ["a", "bb", "ccc", "abcd"]]
+
+
+@pytest.mark.parametrize("order", [iter, reversed], ids=["as they come", "the last first"])
+def test_texts_are_samples(order):
+    model = read(lambda texts: [*order(range(len(texts)))])
+    for texts in TEXTS:
+        labels = LABELS[: len(texts)]
+        single = [model([t], context=labels[i : i + 1]) for i, t in enumerate(texts)]
+        torch.testing.assert_close(model(texts, context=labels), torch.cat(single))
+
+
+def test_texts_that_are_sorted_are_refused():
+    model = read(lambda texts: sorted(range(len(texts)), key=lambda i: len(texts[i])))
+    with pytest.raises(ContextError, match="order depends on their values"):
+        model(TEXTS[1], context=LABELS[:4])
