@@ -56,8 +56,9 @@ def find_questions(module: nn.Module, changed: dict[type, type]) -> Iterator[Que
     kinds = {k for old, new in changed.items() for k in old.__mro__ if k not in new.__mro__}
     renamed = [old for old, new in changed.items() if old.__name__ != new.__name__]
     for function in reachable(cls.forward, cls):
-        named = {way for code in codes_of(function.__code__) for way in ways_to_names(code)}
-        for way in sorted(named if renamed else ()):
+        codes = codes_of(function.__code__) if renamed and _is_of(function, cls) else ()
+        named = {way for code in codes for way in ways_to_names(code)}
+        for way in sorted(named):
             # `__class__` is answered as before, but not by what the compiler sees.
             text = f"{function.__qualname__} goes by the name of a class ({way})"
             yield from (Question(text, c, compiled=way != "type") for c in renamed)
@@ -84,6 +85,16 @@ def find_questions(module: nn.Module, changed: dict[type, type]) -> Iterator[Que
                 )
                 text = f"{function.__qualname__} asks whether something is {what}"
                 yield from (Question(text, c, exact=False, compiled=True) for c in below)
+
+
+def _is_of(function: types.FunctionType, cls: type) -> bool:
+    """Return whether a function is of the packages of a model, or of none that is installed.
+
+    Others that a forward calls go by names of classes in what they print, not of norms.
+    """
+    package, *_ = (function.__module__ or "").split(".")
+    own = any(package == base.__module__.partition(".")[0] for base in cls.__mro__)
+    return own or "-packages" not in function.__code__.co_filename
 
 
 def _has(values: list[Any], value: Any) -> bool:
