@@ -32,12 +32,12 @@ class Random(Net):
         return super().forward(x) + torch.rand(5)
 
 
-class TypeAsking(Net):
-    """Computes something else once the class of its norms has another name."""
+class TextAsking(Net):
+    """Computes something else once its norms print as another class."""
 
     def forward(self, x):
         y = super().forward(x)
-        return y if type(self.first[1]).__name__ == "BatchNorm2d" else 2 * y
+        return y if repr(self.first[1]).startswith("BatchNorm2d") else 2 * y
 
 
 class Reordering(Net):
@@ -100,7 +100,7 @@ def models():
     yield "no-norms", lambda: nn.Conv2d(3, 4, 1), images
     yield "of-batch", OfBatch, images
     yield "random", Random, images
-    yield "type-asking", TypeAsking, images
+    yield "text-asking", TextAsking, images
     yield "reordering", Reordering, images
     yield "deaf", Deaf, images
     yield "chaotic", Chaotic, images

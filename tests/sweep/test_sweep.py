@@ -41,7 +41,7 @@ EXPECTED = {
     "no-norms": ("no norms", ""),
     "of-batch": ("undecided", "depends on the rest of the batch"),
     "random": ("undecided", "output in eval is random"),
-    "type-asking": ("wrong", "unlabelled: outputs differ"),
+    "text-asking": ("wrong", "unlabelled: outputs differ"),
     "reordering": ("wrong", "training output: outputs differ"),
     "deaf": ("failed", "outputs the same for different samples"),
     "chaotic": ("failed", "rounding errors of the input alone"),

@@ -4,8 +4,8 @@
 """
 
 import dis
-import functools
 import types
+import weakref
 
 from normswap.graph.tracing.bytecode import parts_of, steps_of
 from normswap.graph.tracing.uses import ATTRIBUTE, COMPARES, NAMES
@@ -13,8 +13,10 @@ from normswap.graph.tracing.uses import ATTRIBUTE, COMPARES, NAMES
 _SEARCHES = {"startswith", "endswith", "find", "lower", "count", "split"}
 
 
-@functools.lru_cache(4096)
-def ways_to_names(code: types.CodeType) -> frozenset[str]:
+_KNOWN: "weakref.WeakKeyDictionary[types.CodeType, set[str]]" = weakref.WeakKeyDictionary()
+
+
+def ways_to_names(code: types.CodeType) -> set[str]:
     """Return how a function takes the class of what is not its first argument, and asks its name.
 
     A name that is only raised, logged or part of a text for people does not count.
@@ -22,6 +24,12 @@ def ways_to_names(code: types.CodeType) -> frozenset[str]:
     Returns:
         Of "type" and "__class__" those that it does so by.
     """
+    if code not in _KNOWN:
+        _KNOWN[code] = _find_ways(code)
+    return _KNOWN[code]
+
+
+def _find_ways(code: types.CodeType) -> set[str]:
     own = code.co_varnames[:1] if code.co_argcount else ()
     found, goes_on = set[str](), False
     for part in parts_of(steps_of(code)):
@@ -29,7 +37,7 @@ def ways_to_names(code: types.CodeType) -> frozenset[str]:
         others = {str(way) for way in taken if way not in (None, "own")}
         found |= others
         goes_on |= (bool(others) or "own" not in taken) and _goes_on_with_a_name(part)
-    return frozenset(found if goes_on else ())
+    return found if goes_on else set()
 
 
 def _takes(part: list[dis.Instruction], place: int, own: tuple[str, ...]) -> str | None:

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +42,14 @@ def _ask_user_only(
     session: "TraceSession", function: Callable[..., Any], name: str
 ) -> Callable[..., Any]:
     """Return a query of a mode that torch may ask but a traced forward may not branch on."""
+    # A module that is imported while a trace runs may keep the query.
+    asked = weakref.ref(session)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if session.tracer is None or is_torch(sys._getframe(1).f_globals.get("__name__")):
-            return function(*args, **kwargs)
-        raise TraceFailure(f"asks torch.{name}(), which may change from run to run")
+        traces = (session := asked()) is not None and session.tracer is not None
+        if traces and not is_torch(sys._getframe(1).f_globals.get("__name__")):
+            raise TraceFailure(f"asks torch.{name}(), which may change from run to run")
+        return function(*args, **kwargs)
 
     return stand_for(call, function)
 
