@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="show what a saved conversion is; needs no model")
     show.add_argument("folder", help="that normswap.save wrote, or user/name on the hub")
     show.add_argument("--revision", help="branch, tag or commit on the hub")
+    show.add_argument("--subfolder", help="where the conversion lies below the folder")
     show.set_defaults(run=_show)
 
     add_plot(commands)
@@ -121,7 +122,7 @@ def randomise_statistics(model: nn.Module) -> None:
 
 
 def _show(options: argparse.Namespace) -> str:
-    folder = find_folder(options.folder, options.revision)
+    folder = find_folder(options.folder, options.revision, options.subfolder)
     content = read_description(folder)
     base, file, name = content["base"], content["file"], content["method"]
     known = name in methods()

@@ -105,6 +105,7 @@ def load(
     folder: str | PathLike[str],
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
     inplace: bool = False,
     check_values: bool = True,
     trace: bool = True,
@@ -119,8 +120,9 @@ def load(
             was saved besides the layers replaces its own.
         folder: that `save` wrote; or "user/name", a repository of the Hugging Face hub with such a
             folder's files, where no folder here has the name, nor is "user" one, and
-            huggingface_hub is installed.
+            huggingface_hub is installed. Its own login opens private ones.
         revision: branch, tag or commit of the repository; given, the hub is asked in any case.
+        subfolder: where the conversion lies below the folder or the top of the repository.
         inplace: change `base` itself instead of a copy.
         check_values: whether the base's tensors that were not saved must have the values they had
             when the saved model was converted. False takes them as they are.
@@ -141,7 +143,7 @@ def load(
     expect_module(base)
     check_flag("inplace", inplace)
     check_flag("check_values", check_values)
-    content, tensors = read_folder(find_folder(folder, revision))
+    content, tensors = read_folder(find_folder(folder, revision, subfolder))
     if content["method"] not in methods():
         raise UnknownNameError(
             f"{folder} was saved with method {content['method']!r}, which is not registered here; "

@@ -7,7 +7,7 @@ tensors-RANDOM.safetensors    written first, under a name of its own
 import os
 import re
 import secrets
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
@@ -128,7 +128,9 @@ def _named(folder: Path) -> str:
     return str(read_description(folder)["file"]["name"])
 
 
-def find_folder(folder: str | os.PathLike[str], revision: str | None = None) -> Path:
+def find_folder(
+    folder: str | os.PathLike[str], revision: str | None = None, subfolder: str | None = None
+) -> Path:
     """Return the folder of a saved conversion, from the hub where none is here.
 
     What is at the path wins, unless a revision asks for a repository. A string "user/name" that
@@ -138,12 +140,14 @@ def find_folder(folder: str | os.PathLike[str], revision: str | None = None) -> 
     Args:
         folder: a path, or "user/name".
         revision: branch, tag or commit of the repository; "main" by default.
+        subfolder: where the conversion lies below the folder or the top of the repository.
 
     Raises:
         CheckpointError: no path, a revision of no repository, a repository that the hub does not
-            give, or no huggingface_hub.
+            give, no place below it, or no huggingface_hub.
     """
     path = as_path(folder, CheckpointError)
+    below = _below(subfolder)
     is_repository = isinstance(folder, str) and bool(_REPOSITORY.fullmatch(folder))
     if revision is not None and not (is_repository and isinstance(revision, str) and revision):
         raise CheckpointError(
@@ -151,7 +155,7 @@ def find_folder(folder: str | os.PathLike[str], revision: str | None = None) -> 
             f"on the hub, got {describe(revision)} of {folder}"
         )
     if revision is None and (not is_repository or os.path.exists(path)):
-        return path
+        return path / below
     if revision is None and path.parent.is_dir():
         raise CheckpointError(
             f"found no folder {path.name} in {path.parent}, which is a folder here; for the "
@@ -164,9 +168,24 @@ def find_folder(folder: str | os.PathLike[str], revision: str | None = None) -> 
     except NormswapError as error:
         raise CheckpointError(str(error)) from error
     try:
-        return Path(hub.snapshot_download(folder, revision=revision, allow_patterns=_FILES))
+        files = [(below / name).as_posix() for name in _FILES]
+        top = hub.snapshot_download(folder, revision=revision, allow_patterns=files)
+        return Path(top) / below
     except Exception as error:  # of the hub, of what it speaks HTTP with, of the disk
         said = " ".join(str(error).split())
         raise CheckpointError(
             f"{here}, and the hub gives no repository {folder} so: {said}"
         ) from error
+
+
+def _below(subfolder: str | None) -> PurePosixPath:
+    """Return a subfolder as a path that stays below the place it is asked of."""
+    if subfolder is None:
+        return PurePosixPath()
+    below = PurePosixPath(subfolder) if isinstance(subfolder, str) and subfolder else None
+    if below is None or below.is_absolute() or ".." in below.parts or "\\" in subfolder:
+        raise CheckpointError(
+            'expected subfolder= as a path below the folder, such as "run/norms", got '
+            f"{describe(subfolder)}"
+        )
+    return below

@@ -15,6 +15,7 @@ from tests.support.saved import make
 ROOT = Path(normswap.__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "somebody/their-norms"
+BELOW = "run/norms"
 
 
 def cache(folder, repository):
@@ -31,7 +32,9 @@ def loaded(tmp_path_factory):
     pytest.importorskip("huggingface_hub")
     folder = tmp_path_factory.mktemp("hub")
     base, model = make()
-    normswap.save(model, cache(folder / "cache", NAME))
+    stored = cache(folder / "cache", NAME)
+    normswap.save(model, stored)
+    normswap.save(normswap.convert(base, "cn", contexts=["low", "high"]), stored / BELOW)
     torch.save((base, make_inputs(base)), folder / "base.pt")
     torch.save(model.eval()(make_inputs(base), context="b"), folder / "expected.pt")
     code = f"""
@@ -47,6 +50,8 @@ def pinned():
 pinned()
 torch.save(normswap.load(base, "{NAME}").eval()(x, context="b"), "output.pt")
 main(["show", "{NAME}"])
+main(["show", "{NAME}", "--subfolder", "{BELOW}"])
+print(normswap.summary(normswap.load(base, "{NAME}", subfolder="{BELOW}")).contexts)
 main(["show", "{NAME}-of-others"])
 os.makedirs("{NAME}")
 pinned()
@@ -70,6 +75,26 @@ def test_a_repository_in_the_cache_loads_as_a_folder_does(loaded):
 
 def test_the_command_line_shows_a_repository(loaded):
     assert "contexts        3: a, b, c" in loaded[1].stdout
+
+
+def test_a_conversion_in_a_subfolder_of_a_repository_loads(loaded):
+    assert "contexts        2: low, high" in loaded[1].stdout
+    assert "('low', 'high')" in loaded[1].stdout.splitlines()
+
+
+def test_a_conversion_in_a_subfolder_of_a_folder_loads(tmp_path):
+    base, model = make()
+    normswap.save(model, tmp_path / BELOW)
+    found = normswap.load(base, tmp_path, subfolder=BELOW)
+    assert normswap.summary(found).contexts == ("a", "b", "c")
+    with pytest.raises(normswap.CheckpointError, match=r"run/other"):
+        normswap.load(base, tmp_path, subfolder="run/other")
+
+
+@pytest.mark.parametrize("subfolder", ["", "/norms", "../norms", "run/../../norms", 3, ["norms"]])
+def test_a_subfolder_that_leads_elsewhere_is_refused(tmp_path, subfolder):
+    with pytest.raises(normswap.CheckpointError, match="expected subfolder= as a path below"):
+        normswap.load(make()[0], tmp_path, subfolder=subfolder)
 
 
 def test_a_repository_that_is_not_there_is_an_error_that_says_both(loaded):
