@@ -16,9 +16,9 @@ from normswap.conversion.summary import summarise
 from normswap.conversion.target import carry_out, find_target
 from normswap.conversion.verification import Reference, compare, run_original
 from normswap.errors import AdviceWarning, ConversionError, expect_module, not_converted
+from normswap.graph.scope.use_context import scopes_of
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery
-from normswap.graph.use_context import scopes_of
 from normswap.lifecycle.record import Record, find_inside, find_root
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.registry import get_method

@@ -8,7 +8,7 @@ from torch import nn
 from normswap.conversion.replacement import Target, build_layer
 from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import InsertedLayer
-from normswap.graph.scope import Scope
+from normswap.graph.scope.scope import Scope
 from normswap.graph.state import ContainerState
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record

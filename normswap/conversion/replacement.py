@@ -11,7 +11,7 @@ from torch import nn
 
 from normswap.conversion.adopt import adopt
 from normswap.errors import ConversionError
-from normswap.graph.scope import Scope
+from normswap.graph.scope.scope import Scope
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.original import make_layer, remember_original
 from normswap.lifecycle.record import Record

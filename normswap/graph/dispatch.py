@@ -17,9 +17,9 @@ from normswap.functional.labels import Context
 from normswap.graph.bypassed import explain
 from normswap.graph.class_questions import answered
 from normswap.graph.foreign import is_symbolic, run_symbolic
-from normswap.graph.incoming import enter_context, resolve
 from normswap.graph.prepare import open_session, prepare
-from normswap.graph.scope import RUNNING, Scope
+from normswap.graph.scope.incoming import enter_context, resolve
+from normswap.graph.scope.scope import RUNNING, Scope
 from normswap.graph.state import (
     UNTRACED,
     ContainerState,

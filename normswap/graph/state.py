@@ -11,7 +11,7 @@ from torch import nn
 from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.class_questions import answered
-from normswap.graph.scope import Scope, scope_of
+from normswap.graph.scope.scope import Scope, scope_of
 from normswap.graph.tracing import NO_GUARDS, Guards, Kind
 from normswap.util.original_class import STATE
 

@@ -15,7 +15,7 @@ from normswap.errors import ConversionError
 from normswap.graph.install import install, uninstall
 from normswap.graph.pinned import find_pinned
 from normswap.graph.prepare import open_session, prepare_default
-from normswap.graph.scope import Scope
+from normswap.graph.scope.scope import Scope
 from normswap.graph.state import ContainerState, state_of
 from normswap.util.original_class import ORIGINAL, STATE
 

@@ -10,7 +10,7 @@ from torch import nn
 from normswap.errors import ConversionError, MissingContextError
 from normswap.functional import context_moments, gaussian_divergence, instance_moments
 from normswap.functional.moments import Moments
-from normswap.graph.use_context import use_context
+from normswap.graph.scope.use_context import use_context
 from normswap.lifecycle.record import context_index, find_root, labelled_method, method_layers
 from normswap.methods.base import Method
 from normswap.util.batches import (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ContextWarning, ConversionError
-from normswap.graph.use_context import scopes_of
+from normswap.graph.scope.use_context import scopes_of
 from normswap.lifecycle.context_rows import change_contexts, changed_tables, check_changeable
 from normswap.lifecycle.record import context_index, context_or_pooled, find_root
 from normswap.methods.base import Contexts

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normswap.errors import ConversionError
-from normswap.graph.use_context import scopes_of
+from normswap.graph.scope.use_context import scopes_of
 from normswap.lifecycle.record import Record, labelled_method, method_layers
 from normswap.methods.base import Contexts, Method
 from normswap.methods.layer_tensors import has_no_values

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.errors import ConversionError, expect_module
-from normswap.graph.use_context import use_context
+from normswap.graph.scope.use_context import use_context
 from normswap.lifecycle.record import find_inside
 from normswap.methods.instance import ContextInstanceNorm
 from normswap.methods.layer import ContextLayer

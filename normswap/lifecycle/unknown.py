@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError
-from normswap.graph.use_context import scopes_of, use_context
+from normswap.graph.scope.use_context import scopes_of, use_context
 from normswap.lifecycle.record import Record, find_root, method_layers, policy_of
 from normswap.methods.layer import ContextLayer
 from normswap.methods.registry import get_method

@@ -123,7 +123,7 @@ class ContextNorm(ContextTables):
         )
         labels = None if labels is None else one_label(labels)
         note = self._update if batched and together else None
-        y: Tensor = triton.norm_contexts(x, labels, norm, batched, note)
+        y: Tensor = triton.context_norm(x, labels, norm, batched, note)
         return y
 
     def _at_first_run(self, running: Moments) -> Moments:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from normswap.api import convert, summary
-from normswap.graph.use_context import use_context
+from normswap.graph.scope.use_context import use_context
 from normswap.methods.base import InsertedMethod
 from normswap.methods.layer import ContextLayer
 from normswap.testing.case import (

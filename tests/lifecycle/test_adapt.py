@@ -10,7 +10,7 @@ from torch.optim.swa_utils import update_bn
 
 import normswap
 from normswap import ConversionError
-from normswap.graph.use_context import scopes_of
+from normswap.graph.scope.use_context import scopes_of
 from normswap.methods.layer import ContextLayer
 from tests.support.builders import SKEWED, assert_close
 from tests.support.models import make_inputs, make_model, same, separate

@@ -88,7 +88,7 @@ def _line(contexts: int) -> int:
     return (contexts + 16) // 16 * 16
 
 
-def norm_contexts(
+def context_norm(
     x: Tensor, labels: Tensor | None, norm: Norm, batched: bool, note: Callable[..., None] | None
 ) -> Tensor:
     """Return x normalised with the moments of each instance's context.

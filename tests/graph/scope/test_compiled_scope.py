@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import normswap
-from normswap.graph import scope as scope_module
+from normswap.graph.scope import scope as scope_module
 from tests.support.behave import LABELS, Both, Holder, Own, images
 from tests.support.scoped import in_thread, make, run
 

@@ -10,10 +10,10 @@ from torch import nn
 from normswap.errors import ContextError
 from normswap.functional.backward import UNKNOWN, Remembered, may_run_again
 from normswap.functional.labels import Context, Labels, is_stale, resolve_labels
-from normswap.graph.entries import SEVERAL, Entry, Local
-from normswap.graph.label_watch import LabelWatch
 from normswap.graph.rows.check import Rows
 from normswap.graph.rows.run import is_measuring
+from normswap.graph.scope.entries import SEVERAL, Entry, Local
+from normswap.graph.scope.label_watch import LabelWatch
 from normswap.util.original_class import STATE
 
 # Before that, compiled code can read what belongs to a thread, but not what belongs to a task.

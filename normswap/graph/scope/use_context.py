@@ -7,7 +7,7 @@ from torch import nn
 
 from normswap.errors import ContextError, expect_module, not_converted
 from normswap.functional.labels import Labels
-from normswap.graph.scope import Scope, scope_of
+from normswap.graph.scope.scope import Scope, scope_of
 from normswap.util.original_class import STATE
 
 
