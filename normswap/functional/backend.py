@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 # Where Triton's kernels run, and what they read; float64 is for torch's operators.
 DEVICES = ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_eager() -> bool:
@@ -28,7 +29,7 @@ def is_eager() -> bool:
 
 def is_plain(t: Tensor) -> bool:
     """Return whether a tensor is torch's own: kernels do not know what a subclass overrides."""
-    return type(t) in (Tensor, nn.Parameter)
+    return type(t) in _PLAIN
 
 
 def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
@@ -42,14 +43,14 @@ def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
     device, dtype = x.device, x.dtype
     if device.type not in DEVICES or dtype not in _DTYPES or x.dim() < 3 or not is_eager():
         return None
-    if not is_plain(x) or x.numel() == 0:
+    if type(x) not in _PLAIN or x.numel() == 0:
         return None
     for t in tables:
-        if t is not None and not (is_plain(t) and t.is_contiguous() and t.device == device):
+        if t is not None and not (type(t) in _PLAIN and t.is_contiguous() and t.device == device):
             return None
-    if os.environ.get("NORMSWAP_TRITON") == "0" or not _works(device, dtype):
+    if not _works(device, dtype) or not _module("plan").serves(x):
         return None
-    return _module(name) if _module("plan").serves(x) else None
+    return _module(name)
 
 
 @cache
@@ -59,7 +60,12 @@ def _module(name: str) -> Any:
 
 @cache
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether a kernel could be compiled and started on a device; say why not, once."""
+    """Return whether a kernel could be compiled and started on a device; say why not, once.
+
+    What NORMSWAP_TRITON says is asked once, too: looking it up takes the time of a launch.
+    """
+    if os.environ.get("NORMSWAP_TRITON") == "0":
+        return False
     try:
         sweeps = import_module("normswap.functional.triton.sweeps")
         one = torch.ones(1, 1, 1, device=device)

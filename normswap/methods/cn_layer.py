@@ -75,9 +75,10 @@ class ContextNorm(ContextTables):
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
         if not (self.training and (self.synced or self.shrink)):
-            given = (self.weight, self.bias, *self._buffers.values())
+            moved = self.running_mean, self.running_var, self.num_batches_tracked
+            given = (self.weight, self.bias, self.priors, *moved)
             if (triton := self.find_triton(x, unlabelled, *given)) is not None:
-                return self._normalize_by_triton(triton, x, labels, unlabelled)
+                return self._normalize_by_triton(triton, x, labels, unlabelled, *given)
         dtype = compute_dtype(x)
         running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
         scripted = not torch.compiler.is_compiling() and torch._C._is_tracing()
@@ -96,11 +97,11 @@ class ContextNorm(ContextTables):
         return apply_by_label(x, table, labels, unlabelled, unknown)
 
     def _normalize_by_triton(
-        self, triton: Any, x: Tensor, labels: Tensor | None, unlabelled: bool
-    ) -> Tensor:
+        self, triton: Any, x: Tensor, labels: Tensor | None, unlabelled: bool,
+        weight: Tensor, bias: Tensor, priors: Tensor, mean: Tensor, var: Tensor, batches: Tensor,
+    ) -> Tensor:  # fmt: skip
         batched = labels is not None and self.training and not (self.frozen or self.stats_frozen)
-        priors, affine = self.priors, (self.weight, self.bias)
-        buffers = running = Moments(self.running_mean, self.running_var)
+        buffers = running = Moments(mean, var)
         again = together = False
         if self.training:
             again, together = in_backward(), sum_over_ddp() is not None
@@ -109,13 +110,14 @@ class ContextNorm(ContextTables):
         weighs = self.weighs(unlabelled)
         if self.shared_affine:
             factor = priors.sqrt().unsqueeze(1)
-            affine = affine[0] * factor, affine[1] * factor  # type: ignore[assignment]
+            weight, bias = weight * factor, bias * factor
         norm = triton.Norm(
-            *affine,
+            weight,
+            bias,
             priors,
             running,
             buffers if batched and not (again or together) else None,
-            self.num_batches_tracked,
+            batches,
             float(self.eps),
             None if self.momentum is None else float(self.momentum),
             None if weighs else self.pooled_contexts(unlabelled),

@@ -10,9 +10,11 @@ import torch
 from tabulate import tabulate
 
 from recipes.bench import HEADINGS, bench_model, make_model
+from tests.bench.host import measure_host
 from tests.bench.layers import BASE, LAYOUTS, SHAPES, bench_layers
 
 MODELS = ("resnet50", "efficientnet_b0")
+KINDS = ("layers", "models", "host", "plot")
 METHODS = ("cn", "cn-x", "selfnorm", "crossnorm")
 
 
@@ -53,6 +55,15 @@ def print_models(options: argparse.Namespace, device: torch.device) -> None:
         print(tabulate(rows, HEADINGS, disable_numparse=True))
 
 
+def print_host(options: argparse.Namespace) -> None:
+    rows = []
+    for method in ("cn", "cn-x"):
+        for what, (base, time) in measure_host(method, options.repeats).items():
+            rows.append([method, what, f"{base:.0f}", f"{time:.0f}", f"{time - base:.0f}"])
+    print("\nthe host's part on a GPU, CPU time, us a layer")
+    print(tabulate(rows, ["method", "", "BatchNorm2d", "layer", "more"], disable_numparse=True))
+
+
 def plot_scaling(path: Path, options: argparse.Namespace, device: torch.device) -> None:
     """Draw the cost of a training step of one layer against the number of contexts."""
     import matplotlib
@@ -78,7 +89,7 @@ def plot_scaling(path: Path, options: argparse.Namespace, device: torch.device) 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     add = parser.add_argument
-    add("what", nargs="*", metavar="layers|models|plot", help="all by default")
+    add("what", nargs="*", metavar="layers|models|host|plot", help="all by default")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--counts", type=int, nargs="+", default=[1, 4, 16, 128], metavar="K")
     add("--repeats", type=int, default=20)
@@ -91,17 +102,19 @@ def main() -> None:
     add("--bf16", action="store_true")
     add("--plot", type=Path, default=Path("scaling.png"), help="where the plot goes")
     options = parser.parse_args()
-    unknown = sorted({*options.what} - {"layers", "models", "plot"})
+    unknown = sorted({*options.what} - {*KINDS})
     if unknown:
-        parser.error(f"unknown benchmark {', '.join(unknown)}; choose from layers, models, plot")
+        parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {', '.join(KINDS)}")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    chosen = options.what or ["layers", "models", "plot"]
+    chosen = options.what or KINDS
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if "layers" in chosen:
         print_layers(options, device)
     if "models" in chosen:
         print_models(options, device)
+    if "host" in chosen:
+        print_host(options)
     if "plot" in chosen:
         plot_scaling(options.plot, options, device)
 

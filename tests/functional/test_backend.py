@@ -37,7 +37,7 @@ def test_it_serves_what_the_kernels_read(working, dtype):
     assert backend.triton_for(x_of(dtype), "cn", torch.zeros(3), None) is not None
 
 
-def test_it_leaves_the_rest_to_torch(working, monkeypatch):
+def test_it_leaves_the_rest_to_torch(working):
     x = x_of()
     assert backend.triton_for(x_of(torch.float64)) is None
     assert backend.triton_for(x[:, :, 0, 0]) is None
@@ -49,8 +49,11 @@ def test_it_leaves_the_rest_to_torch(working, monkeypatch):
     found = []
     torch.func.vmap(lambda t: found.append(backend.triton_for(t)) or t)(x.unsqueeze(0))
     assert found == [None]
+
+
+def test_a_variable_turns_it_off(on_a_cpu, monkeypatch):
     monkeypatch.setenv("NORMSWAP_TRITON", "0")
-    assert backend.triton_for(x) is None
+    assert backend.triton_for(x_of()) is None  # and no warning, which is an error here
 
 
 def test_without_triton_torch_serves_and_it_is_said_once(on_a_cpu, monkeypatch):

@@ -16,8 +16,8 @@ from normswap.functional.moments import Moments, context_posterior, instance_mom
 from normswap.functional.segments import Counts, count
 from normswap.functional.tables import apply_centred, records
 from normswap.functional.triton import cn_kernels, sweeps, tile
-from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import cut_contexts, cut_rows, plan
+from normswap.functional.triton.launching import Start, kept_for
+from normswap.functional.triton.plan import Plan, cut_contexts, cut_rows, plan, plan_of
 from normswap.functional.triton.recording import Tensors, Way, record
 from normswap.functional.triton.sorting import find_rows, sort_labels
 
@@ -68,24 +68,94 @@ class Cut(NamedTuple):
     programs: int
 
 
-@lru_cache(maxsize=4096)
-def _cut(
-    instances: int, geometry: tuple[int, ...], contexts: int, pools: bool, weighs: bool
-) -> Cut:
-    channels, positions, *_, splits, part = geometry
+class Forward(NamedTuple):
+    """The launches of a forward, tensors not given yet, and the sizes of what they write."""
+
+    cut: Cut
+    parts: tuple[int, ...]
+    stats: Start
+    tables: Start
+    apply: Start
+
+
+class Backward(NamedTuple):
+    """The launches of a backward, likewise."""
+
+    values: int
+    dots: Start
+    pull: Start
+    combine: Start
+
+
+def _cut(p: Plan, contexts: int, pools: bool, weighs: bool) -> Cut:
+    instances, channels, positions = p.shape
     programs, blocks = cut_rows(contexts + pools, channels)
     rows, values = contexts + 1, 2 * (contexts + 1) * channels + 2 * _line(contexts)
     if weighs:
         rows, values = contexts + instances, values + contexts * (2 * channels + instances)
         programs += instances
-    numbers = (instances, rows, contexts, channels, positions, splits, part)
+    numbers = (instances, rows, contexts, channels, positions, p.splits, p.part)
     blocks |= cut_contexts(contexts, channels) if weighs else {"KP": 0, "WN": 1, "WC": 1}
-    over_x = (None, None, rows, contexts, *geometry)
+    over_x = (None, None, rows, contexts, *p.geometry)
     return Cut(values + 3 * rows * channels, numbers, over_x, blocks, programs)
 
 
 def _line(contexts: int) -> int:
     return (contexts + 16) // 16 * 16
+
+
+@lru_cache(maxsize=4096)
+def _forward_of(
+    kinds: Any, shape: torch.Size, contiguous: bool, contexts: int, pooled: Any, weighs: bool,
+    rates: Any, batched: bool, ordered: bool | None, moves: bool,
+) -> Forward:  # fmt: skip
+    """Return the launches for tensors of these kinds.
+
+    Rates are eps and momentum; `ordered` says whether the index is of sorted labels, None that
+    there is none.
+    """
+    p = plan_of(shape, contiguous)
+    cut = _cut(p, contexts, pooled is not None, weighs)
+    instances, rows, _, channels, _, splits, _ = cut.numbers
+    # Of those without a label alone, where the moments of the others do not matter.
+    some = (0, 0) if batched else (1, contexts)
+    numbers = (*(pooled or (0, 0)), *rates, *cut.numbers)
+    if moves:
+        apply = Start(cn_kernels.apply_and_move, p.programs, cut.rows[2:], **p.blocks)
+    else:
+        over_x = (None, None, 1, rows, contexts, channels, *p.geometry)
+        apply = Start(tile.apply, p.programs, over_x, **p.blocks)
+    tables = Start(
+        cn_kernels.tables,
+        cut.programs,
+        numbers,
+        BATCH=batched,
+        SORTED=ordered is True,
+        **cut.blocks,
+    )
+    stats = Start(tile.stats, p.programs, (*some, *p.geometry), **p.blocks)
+    return Forward(cut, (2, instances, splits, channels), stats, tables, apply)
+
+
+@lru_cache(maxsize=4096)
+def _backward_of(
+    kinds: Any, shape: torch.Size, contiguous: bool, contexts: int, pooled: Any, weighs: bool,
+    eps: float, needed: bool, moves: bool,
+) -> Backward:  # fmt: skip
+    """Return the launches for tensors of these kinds.
+
+    They write dx where it is needed, the last one where the moments of x move with it.
+    """
+    p = plan_of(shape, contiguous)
+    cut = _cut(p, contexts, pooled is not None, weighs)
+    instances, rows, _, channels, _, splits, _ = cut.numbers
+    numbers = (*(pooled or (0, 0)), eps, *cut.numbers[:-1])
+    return Backward(
+        2 * channels * (instances * splits + (rows if moves else 0)),
+        Start(tile.dots, p.programs, cut.rows, **p.blocks),
+        Start(cn_kernels.pull, cut.programs, numbers, MOVES=moves, WEIGHED=weighs, **cut.blocks),
+        Start(tile.combine, p.programs, cut.rows, **p.blocks),
+    )
 
 
 def context_norm(
@@ -101,74 +171,64 @@ def context_norm(
         note: called with the moments each context is normalised with and its number of values.
     """
     contexts, instances = norm.weight.shape[0], x.shape[0]
-    geometry = plan(x).geometry
-    cut = _cut(instances, geometry, contexts, norm.pooled is not None, norm.weighs)
     if not batched and not records((x, norm.weight, norm.bias)):
         index = None
         if norm.weighs and labels is not None:
             index = labels = find_rows(labels.expand(instances), contexts)
-        tables = _make_tables(x, norm, cut, index, False, False)
-        return sweeps.affine_of(x, tables, labels, cut.numbers[1], contexts)
+        found, tables = _make_tables(x, norm, index, False, False)
+        return sweeps.affine_of(x, tables, labels, found.cut.numbers[1], contexts)
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
-    index = sort_labels(labels.expand(instances), contexts, norm.weighs)
-    return record(_WAY, (norm, cut, index, batched, note), x, norm.weight, norm.bias)
+    if labels.shape[0] != instances:
+        labels = labels.expand(instances)
+    index = sort_labels(labels, contexts, norm.weighs)
+    return record(_WAY, (norm, index, batched, note), x, norm.weight, norm.bias)
 
 
 def _make_tables(
-    x: Tensor, norm: Norm, cut: Cut, index: Tensor | None, ordered: bool, batched: bool
-) -> Tensor:
+    x: Tensor, norm: Norm, index: Tensor | None, ordered: bool, batched: bool
+) -> tuple[Forward, Tensor]:
     """Return all tables; with the row of each instance as index, or all that is sorted."""
+    given = (*norm.running, norm.batches, norm.weight, norm.bias, norm.priors)
+    what = (x.shape, x.is_contiguous(), norm.weight.shape[0], norm.pooled, norm.weighs)
+    rates, row = (norm.eps, norm.momentum), None if index is None else ordered
+    kinds = (x, *given, *(norm.moved or ()))
+    found = kept_for(kinds, _forward_of, *what, rates, batched, row, norm.moved is not None)
     parts = None
-    if batched:
-        parts = sweeps.part_stats(x)
-    elif norm.weighs:
-        parts = sweeps.part_stats(x, index, cut.numbers[2])
-    found = x.new_empty(cut.values, dtype=torch.float32)
-    launch(
-        cn_kernels.tables, cut.programs, *norm.running, norm.batches, norm.weight, norm.bias,
-        norm.priors, parts, index, found,
-        (*(norm.pooled or (0, 0)), norm.eps, norm.momentum, *cut.numbers),
-        BATCH=batched, SORTED=ordered, **cut.blocks,
-    )  # fmt: skip
-    return found
+    if batched or norm.weighs:
+        parts = x.new_empty(found.parts, dtype=torch.float32)
+        found.stats(x, parts, None if batched else index)
+    tables = x.new_empty(found.cut.values, dtype=torch.float32)
+    found.tables(*given, parts, index, tables)
+    return found, tables
 
 
 def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
     """See `normswap.functional.context.ContextGlue` for the formulas."""
-    x, (norm, cut, index, batched, note) = inputs[0], given
-    tables = _make_tables(x, norm, cut, index, True, batched)
+    x, (norm, index, batched, note) = inputs[0], given
+    found, tables = _make_tables(x, norm, index, True, batched)
     if note is not None:
-        used, values, _ = _moments(tables, cut)
+        used, values, _ = _moments(tables, found.cut)
         note(Moments(*(t[:-1] for t in used)), count(values[:-1].unsqueeze(1)))
-    if norm.moved is None:
-        y = sweeps.affine_of(x, tables, index, *cut.numbers[1:3])
-    else:
-        p, y = plan(x), torch.empty_like(x)
-        moved = (*norm.moved, norm.batches, cut.rows[2:])
-        launch(cn_kernels.apply_and_move, p.programs, x, y, tables, index, *moved, **p.blocks)
+    y = torch.empty_like(x)
+    found.apply(x, y, tables, index, *(() if norm.moved is None else (*norm.moved, norm.batches)))
     return y, norm.priors, index, tables
 
 
 def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any) -> Tensors:
     (x, weight, bias), (priors, index, tables) = inputs, kept
-    norm, cut, _, batched, _ = given
-    p, dy = plan(x), kernels.match(dy, x)
-    instances, rows, _, channels, _, splits, _ = cut.numbers
-    moves = needed[0] and (batched or norm.weighs)
+    norm, _, batched, _ = given
+    dy, moves = kernels.match(dy, x), needed[0] and (batched or norm.weighs)
+    what = (x.shape, x.is_contiguous(), weight.shape[0], norm.pooled, norm.weighs, norm.eps)
+    kinds = (x, dy, weight, bias, priors, index, tables)
+    start = kept_for(kinds, _backward_of, *what, needed[0], moves)
     dx = torch.empty_like(x) if needed[0] else None
-    room = 2 * channels * (instances * splits + (rows if moves else 0))
-    found = x.new_empty(room, dtype=torch.float32)
-    over_x = (tables, index, cut.rows)
-    launch(tile.dots, p.programs, dy, x, None if moves else dx, found, *over_x, **p.blocks)
+    found = x.new_empty(start.values, dtype=torch.float32)
+    start.dots(dy, x, None if moves else dx, found, tables, index)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    launch(
-        cn_kernels.pull, cut.programs, found, index, tables, weight, bias, priors, dweight, dbias,
-        (*(norm.pooled or (0, 0)), norm.eps, *cut.numbers[:-1]),
-        MOVES=moves, WEIGHED=norm.weighs, **cut.blocks,
-    )  # fmt: skip
+    start.pull(found, index, tables, weight, bias, priors, dweight, dbias)
     if moves:
-        launch(tile.combine, p.programs, dy, x, dx, found, None, *over_x, **p.blocks)
+        start.combine(dy, x, dx, found, None, tables, index)
     return dx, dweight, dbias
 
 
@@ -185,8 +245,9 @@ def _moments(tables: Tensor, cut: Cut) -> tuple[Moments, Tensor, Moments | None]
 
 
 def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
-    (x, weight, bias), (priors, index, tables), (norm, cut, _, batched, _) = inputs, kept, given
-    contexts, (used, _, known), labels = len(weight), _moments(tables, cut), index[: len(x)]
+    (x, weight, bias), (priors, index, tables), (norm, _, batched, _) = inputs, kept, given
+    contexts, labels = len(weight), index[: len(x)]
+    used, _, known = _moments(tables, _cut(plan(x), contexts, norm.pooled is not None, norm.weighs))
     dtype, (low, high) = used.mean.dtype, norm.pooled or (0, contexts)
     priors = priors.to(dtype).unsqueeze(1)
     share = priors[low:high] / priors[low:high].sum()

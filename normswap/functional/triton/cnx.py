@@ -3,6 +3,7 @@
 Tables are (K + 1, C); rows and pooled contexts are as in `cn_kernels`.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from normswap.functional.affine import Centred
 from normswap.functional.moments import Moments, pool_moments
 from normswap.functional.tables import apply_centred, records
 from normswap.functional.triton import parts, sweeps, tile
-from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import cut_rows, plan
+from normswap.functional.triton.launching import Start, kept_for
+from normswap.functional.triton.plan import cut_rows, plan_of
 from normswap.functional.triton.recording import Tensors, Way, record
 from normswap.functional.triton.sorting import sort_labels
 
@@ -111,51 +112,83 @@ def norm_learned(
     That are mu and log sigma, (K, C), weight and bias, (C,) or None. Labels and pooled contexts
     are as in `normswap.functional.triton.cn`.
     """
+    contexts = len(learned[0])
     if not records((x, *(t for t in learned if t is not None))):
-        return _apply(x, _make_tables(x, learned, priors, pooled, None), labels, learned)
+        found, _ = _make_tables(x, learned, priors, pooled, None)
+        return sweeps.affine_of(x, found, labels, contexts + 1, contexts)
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
-    index = sort_labels(labels.expand(x.shape[0]), len(learned[0]))
+    if labels.shape[0] != x.shape[0]:
+        labels = labels.expand(x.shape[0])
+    index = sort_labels(labels, contexts)
     return record(_WAY, (priors, pooled, index), x, *learned)
+
+
+@lru_cache(maxsize=4096)
+def _forward_of(
+    kinds: Any, shape: torch.Size, contiguous: bool, contexts: int, pooled: Any, ordered: bool
+) -> tuple[int, Start, Start]:
+    """Return the size of all tables, and the launches for tensors of these kinds."""
+    p = plan_of(shape, contiguous)
+    instances, channels, _ = p.shape
+    programs, blocks = cut_rows(contexts + (pooled is not None), channels)
+    numbers = (*(pooled or (0, 0)), instances, contexts, channels)
+    over_x = (None, None, 1, contexts + 1, contexts, channels, *p.geometry)
+    apply = Start(tile.apply, p.programs, over_x, **p.blocks)
+    size = 4 * (contexts + 1) * channels
+    return size, Start(tables, programs, numbers, **blocks), apply
+
+
+@lru_cache(maxsize=4096)
+def _backward_of(
+    kinds: Any, shape: torch.Size, contiguous: bool, contexts: int, pooled: Any, affine: bool,
+    needed: bool,
+) -> tuple[int, Start, Start]:  # fmt: skip
+    """Return the size of what is added up, and the launches for tensors of these kinds."""
+    p = plan_of(shape, contiguous)
+    instances, channels, _ = p.shape
+    over_x = (None, None, contexts + 1, contexts, *p.geometry)
+    programs, blocks = cut_rows(contexts + affine, channels)
+    numbers = (*(pooled or (0, 0)), instances, contexts, channels, p.splits)
+    dots = Start(tile.dots, p.programs, over_x, **p.blocks)
+    size = 2 * instances * p.splits * channels
+    return size, dots, Start(pull, programs, numbers, **blocks)
 
 
 def _make_tables(
     x: Tensor, learned: Tensors, priors: Tensor, pooled: Any, index: Tensor | None
-) -> Tensor:
-    """Return centre, scale, shift and 1 / sigma of contexts and the pool, (4, K + 1, C)."""
-    contexts, channels = learned[0].shape
-    found = x.new_empty(4 * (contexts + 1) * channels, dtype=torch.float32)
-    programs, blocks = cut_rows(contexts + (pooled is not None), channels)
-    numbers = (*(pooled or (0, 0)), x.shape[0], contexts, channels)
-    launch(tables, programs, *learned, priors, index, found, numbers, **blocks)
-    return found
+) -> tuple[Tensor, Start]:
+    """Return centre, scale, shift and 1 / sigma of contexts and the pool, (4, K + 1, C).
 
-
-def _apply(x: Tensor, found: Tensor, labels: Tensor | None, learned: Tensors) -> Tensor:
-    contexts = learned[0].shape[0]
-    return sweeps.affine_of(x, found, labels, contexts + 1, contexts)
+    The rest is the launch that applies them, by the rows of a sorted index.
+    """
+    kinds = [t for t in (x, *learned, priors) if t is not None]
+    what = (x.shape, x.is_contiguous(), len(learned[0]), pooled, index is not None)
+    size, start, apply = kept_for(kinds, _forward_of, *what)
+    found = x.new_empty(size, dtype=torch.float32)
+    start(*learned, priors, index, found)
+    return found, apply
 
 
 def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
     (x, *learned), (priors, _, index) = inputs, given
-    found = _make_tables(x, learned, *given)
-    return _apply(x, found, index, learned), priors, index, found
+    found, apply = _make_tables(x, learned, *given)
+    y = torch.empty_like(x)
+    apply(x, y, found, index)
+    return y, priors, index, found
 
 
 def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any) -> Tensors:
     (x, *learned), (priors, index, lying), pooled = inputs, kept, given[1]
     mu, log_sigma, weight, _ = learned
-    p, dy, (contexts, channels) = plan(x), kernels.match(dy, x), mu.shape
-    instances, _, _ = p.shape
-    dx = torch.empty_like(x) if needed[0] else None
-    found = x.new_empty(2 * instances * p.splits * channels, dtype=torch.float32)
-    over_x = (dy, x, dx, found, lying, index, (None, None, contexts + 1, contexts, *p.geometry))
-    launch(tile.dots, p.programs, *over_x, **p.blocks)
+    dy, dx = kernels.match(dy, x), torch.empty_like(x) if needed[0] else None
+    kinds = [t for t in (x, dy, *learned, priors, index, lying) if t is not None]
+    what = (x.shape, x.is_contiguous(), len(mu), pooled, weight is not None, needed[0])
+    size, dots, start = kept_for(kinds, _backward_of, *what)
+    found = x.new_empty(size, dtype=torch.float32)
+    dots(dy, x, dx, found, lying, index)
     pulled = [None if t is None else torch.empty_like(t) for t in learned]
-    programs, blocks = cut_rows(contexts + (weight is not None), channels)
-    tensors = (found, index, lying, mu, log_sigma, priors, *pulled)
-    numbers = (*(pooled or (0, 0)), instances, contexts, channels, p.splits)
-    launch(pull, programs, *tensors, numbers, **blocks)
+    start(found, index, lying, mu, log_sigma, priors, *pulled)
     return dx, *pulled
 
 

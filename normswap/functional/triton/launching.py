@@ -6,11 +6,13 @@ norm's in place of .85, on a machine with an H100.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+T = TypeVar("T")
 _TENSORS = {Tensor, nn.Parameter}
 # By kernel, device and kinds of arguments. Some programs serve a shape each: the oldest make room.
 _COMPILED: dict[tuple[Any, ...], Any] = {}
@@ -21,8 +23,64 @@ _OLDEST, _NEWEST = (3, 5), (3, 9)
 OPTIONS = {"enable_fp_fusion": True}
 
 
-def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) -> None:
-    """Start a kernel on the device where x, its first argument, is.
+class Start:
+    """A launch of which all is given but the tensors, and those are of one kind each time.
+
+    So Triton, and `launch`, look at the first alone; then addresses are handed on. The caller
+    answers for the kinds, by `kept_for`, and for which are None.
+
+    Args:
+        kernel, programs, meta: as for `launch`.
+        numbers: what its parameters after the tensors take.
+    """
+
+    __slots__ = ("_found", "_kernel", "_meta", "_numbers", "_programs", "_rest")
+
+    def __init__(self, kernel: Any, programs: int, numbers: tuple[Any, ...], **meta: Any) -> None:
+        self._kernel, self._programs, self._numbers, self._meta = kernel, programs, numbers, meta
+        self._found: Any = None
+        self._rest: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Start the kernel."""
+        found = self._found
+        if found is None or (found[0] is not None and found[0] != torch._C._cuda_getDevice()):
+            found = launch(self._kernel, self._programs, *tensors, self._numbers, **self._meta)
+            if found is not None:
+                self._found, self._rest = found, (*self._numbers, *found[4])
+            return
+        index, run, function, metadata, *_ = found
+        stream = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
+        places = [None if t is None else t.data_ptr() for t in tensors]
+        # As in `launch`.
+        run(
+            self._programs, 1, 1, stream, function, metadata, None, None, None, *places, *self._rest
+        )
+
+
+def kept_for(tensors: Sequence[Tensor], find: Callable[..., T], *what: Any) -> T:
+    """Return ``find(kinds, *what)``, which keeps what it found: instances of `Start`.
+
+    Kinds are what a compiled program depends on of tensors, on one device. Where one of these does
+    not begin at a multiple of 16 bytes, as a slice may, nothing is kept.
+
+    Args:
+        tensors: all that the launches are given and that may be of another kind in another call.
+        find: decorated with `functools.lru_cache`.
+        what: else decides the launches: hashable.
+    """
+    together = 0
+    for t in tensors:
+        together |= t.data_ptr()
+    if together & 15:
+        find, kinds = find.__wrapped__, None  # type: ignore[attr-defined]
+    else:
+        kinds = (tensors[0].device, *[t.dtype for t in tensors])
+    return find(kinds, *what)
+
+
+def launch(kernel: Any, programs: int, x: Any, /, *args: Any, **meta: Any) -> Any:
+    """Start a kernel on the device where x, its first argument, is; return what it compiled to.
 
     Args:
         kernel: of `triton.jit`; its parameters are x, those of args, then constants.
@@ -59,20 +117,20 @@ def launch(kernel: Any, programs: int, x: Tensor, /, *args: Any, **meta: Any) ->
     key = tuple(kinds)
     found = _COMPILED.get(key)
     if found is not None:
-        run, function, metadata, constants, *_ = found
+        _, run, function, metadata, constants, *_ = found
         stream = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
         # What Triton itself calls in the end; the three are for those who watch launches.
         run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
-        return None
+        return found
     given = [v for value in args for v in (value if isinstance(value, tuple) else (value,))]
     compiled = kernel[(programs,)](x, *given, **meta, **OPTIONS)
     if compiled is not None and _takes_values():  # None, as the interpreter returns
         if len(_COMPILED) >= _MOST:
             del _COMPILED[next(iter(_COMPILED))]
         constants = [meta[name] for name in kernel.arg_names[len(values) :]]
-        started = compiled.run, compiled.function, compiled.packed_metadata, constants
-        _COMPILED[key] = *started, kernel, compiled  # which are to live as long
-    return None
+        started = index, compiled.run, compiled.function, compiled.packed_metadata, constants
+        _COMPILED[key] = found = *started, kernel, compiled  # which are to live as long
+    return found
 
 
 @functools.cache

@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
 def plan(x: Tensor) -> Plan:
     """Return the cut of x, contiguous or with its channels last."""
-    return _plan(x.shape, x.is_contiguous())
+    return plan_of(x.shape, x.is_contiguous())
 
 
 def serves(x: Tensor) -> bool:
@@ -56,7 +56,8 @@ def serves(x: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _plan(shape: torch.Size, contiguous: bool) -> Plan:
+def plan_of(shape: torch.Size, contiguous: bool) -> Plan:
+    """Return the cut of x of a shape, contiguous or else with its channels last."""
     instances, channels, positions = shape[0], shape[1], shape[2:].numel()
     if contiguous:
         rows = min(_TILE // 2, power(positions))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normswap.functional import kernels
-from normswap.functional.triton import plan
+from normswap.functional.triton import cn, plan
 from tests.functional.triton.values import (
     CASES,
     DEVICE,
@@ -27,6 +27,11 @@ from tests.support.builders import assert_close
 pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
+def forget_cuts():
+    for cut in (plan.plan_of, cn._forward_of, cn._backward_of):
+        cut.cache_clear()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("maker", [make_cn, make_weighing, make_cnx])
 def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
@@ -35,7 +40,7 @@ def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
     monkeypatch.setattr(plan, "_PROGRAMS", 3 * 7 * (2 if layout == "channels_last" else 3))
     monkeypatch.setattr(plan, "_STEP", 2)
     monkeypatch.setattr(plan, "_COLUMNS", 2)
-    plan._plan.cache_clear()
+    forget_cuts()
     x, dy = make((7, 3, 4, 5), layout=layout)
     assert plan.plan(x).splits > 1
     layer = maker(3, 4, PRIORS, torch.float32).train()
@@ -45,7 +50,7 @@ def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
         compare(layer, x, dy, LABELS, oracles.cnx, priors=PRIORS)
     found = kernels.stats(x.detach())
     assert_close(found.var, x.double().flatten(2).var(2, correction=0), 1e-5)
-    plan._plan.cache_clear()
+    forget_cuts()
 
 
 @pytest.mark.parametrize(

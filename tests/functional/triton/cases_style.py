@@ -21,9 +21,9 @@ def in_parts(monkeypatch):
     """Cut small maps as large ones are."""
     monkeypatch.setattr(plan, "_TILE", 8)
     monkeypatch.setattr(plan, "_WIDTH", 2)
-    plan._plan.cache_clear()
+    plan.plan_of.cache_clear()
     yield
-    plan._plan.cache_clear()
+    plan.plan_of.cache_clear()
 
 
 def make(shape=(4, 3, 3, 2), dtype=torch.float32, layout="contiguous"):

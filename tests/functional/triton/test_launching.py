@@ -1,5 +1,7 @@
 """What a launch hands to a program that was compiled before, without Triton's own look at it."""
 
+import functools
+
 import pytest
 import torch
 
@@ -104,3 +106,56 @@ def test_old_programs_make_room(monkeypatch):
         start(kernel, x, count=count)
     assert kernel.asked == 4
     assert len(launching._COMPILED) == 2
+
+
+def starts_of(kernel, count=3):
+    return launching.Start(kernel, 7, (count, 1e-5), BC=16, K=4, num_warps=8)
+
+
+def test_a_start_looks_at_its_first_tensors_alone():
+    kernel = Kernel()
+    start = starts_of(kernel)
+    x, table = torch.ones(8), torch.ones(4)
+    start(x, None)
+    assert kernel.given == [(x, None, 3, 1e-5)]
+    start(table, None)
+    start(x, None)
+    assert kernel.asked == 1
+    assert [values for _, values in kernel.started] == [
+        (table.data_ptr(), None, 3, 1e-5, 4, 16),
+        (x.data_ptr(), None, 3, 1e-5, 4, 16),
+    ]
+
+
+def test_starts_of_the_same_kind_share_a_program():
+    kernel = Kernel()
+    for _ in range(2):
+        starts_of(kernel)(torch.ones(8), None)
+    assert kernel.asked == len(kernel.started) == 1
+
+
+def test_a_start_asks_versions_of_triton_that_nobody_read_each_time(monkeypatch):
+    monkeypatch.setattr(launching, "_takes_values", lambda: False)
+    kernel = Kernel()
+    start = starts_of(kernel)
+    for _ in range(2):
+        start(torch.ones(8), None)
+    assert kernel.asked == 2
+
+
+def test_what_is_kept_for_tensors_is_told_apart_by_their_kinds():
+    made = []
+    find = functools.lru_cache(lambda kinds, number: made.append(kinds) or len(made))
+    x, half = torch.ones(8), torch.ones(8, dtype=torch.float16)
+    assert launching.kept_for((x, half), find, 1) == launching.kept_for((x + 1, half), find, 1) == 1
+    assert launching.kept_for((x, half), find, 2) == 2
+    assert launching.kept_for((half, x), find, 1) == 3
+    assert launching.kept_for((x, half.to("meta")), find, 1) == 1  # the caller answers for devices
+    assert launching.kept_for((torch.empty(8, device="meta"), half), find, 1) == 4
+
+
+def test_nothing_is_kept_for_tensors_that_are_not_aligned():
+    find = functools.lru_cache(lambda kinds: object())
+    x, slice_of = torch.ones(8), torch.ones(9)[1:]
+    assert launching.kept_for((x, slice_of), find) is not launching.kept_for((x, slice_of), find)
+    assert launching.kept_for((x, x), find) is launching.kept_for((x, x), find)
