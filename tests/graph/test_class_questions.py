@@ -82,6 +82,37 @@ class NameKept:
         return name == "BatchNorm2d"
 
 
+class NameInALoop:
+    def ask(self):
+        for kind in type(self.norm).__mro__:
+            if kind.__name__ == "BatchNorm2d":
+                return True
+        return False
+
+
+class NameOfOneOfSeveral:
+    def ask(self):
+        kinds = [type(self.norm)]
+        return kinds[0].__name__ == "BatchNorm2d"
+
+
+def deprecated(function):
+    """Do what wrappers do that warn of arguments: a text names the method."""
+
+    def run(*args):
+        name = function.__name__
+        name = f"{args[0].__class__.__name__}.{name}"
+        return function(*args)
+
+    return run
+
+
+class NameOfAMethod:
+    @deprecated
+    def ask(self):
+        return True
+
+
 class NamesForPeople:
     def ask(self):
         if self.list is None:
@@ -152,8 +183,9 @@ SEVERAL = [Several, Named, Union, *NAMES]  # not answered in compiled code
 if torch.__version__ >= "2.15.0a0":
     SEVERAL += [One, Base, Matched]
 ANSWERED = [One, Base, *NAMES, OwnName, NamesForPeople, Matched, OtherTypes]
-UNFIT = [Subclass, Table, NameKept]  # no trace goes through them
-ONLY_TRACED = [Exact, ExactChild, NameOfType, Subclass, Class, Table, NameKept]
+KEPT = [NameKept, NameInALoop, NameOfOneOfSeveral]
+UNFIT = [Subclass, Table, *KEPT]  # no trace goes through them
+ONLY_TRACED = [Exact, ExactChild, NameOfType, Subclass, Class, Table, *KEPT]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +229,7 @@ def test_what_no_layer_can_answer_is_refused_where_no_trace_does(kind, base, met
     assert type(model.block) is Block
 
 
-@pytest.mark.parametrize("kind", [k for k in ONLY_TRACED if k not in (NameOfType, NameKept)])
+@pytest.mark.parametrize("kind", [k for k in ONLY_TRACED if k not in (NameOfType, *KEPT)])
 def test_the_exclude_that_the_error_names_serves(kind):
     model = make(kind, Untraceable).eval()
     model.list[0] = nn.InstanceNorm2d(4)  # one that is left where no batch norm is
@@ -241,6 +273,12 @@ def test_a_forward_called_by_itself_asks_too(method):
     model = make(One, Untraceable).eval()
     converted = normswap.convert(model, method, verify=False)
     close([converted.forward(images())], [model.forward(images())])
+
+
+def test_a_text_that_names_a_method_asks_for_no_class():
+    model = make(NameOfAMethod, Untraceable).eval()
+    converted = normswap.convert(model, "cn", verify=False)
+    close(call(converted, (images(),)), call(model, (images(),)))
 
 
 def test_norms_that_are_excluded_may_be_asked_for():

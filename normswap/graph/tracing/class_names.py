@@ -4,6 +4,7 @@
 """
 
 import dis
+import itertools
 import types
 import weakref
 
@@ -31,12 +32,18 @@ def ways_to_names(code: types.CodeType) -> set[str]:
 
 def _find_ways(code: types.CodeType) -> set[str]:
     own = code.co_varnames[:1] if code.co_argcount else ()
-    found, goes_on = set[str](), False
+    found, holders, goes_on = set[str](), set[str](), False
+    loops = False
     for part in parts_of(steps_of(code)):
-        taken = [_takes(part, place, own) for place in range(len(part))]
-        others = {str(way) for way in taken if way not in (None, "own")}
+        taken = {way for place in range(len(part)) if (way := _takes(part, place, own))}
+        others = taken - {"own"}
         found |= others
-        goes_on |= (bool(others) or "own" not in taken) and _goes_on_with_a_name(part)
+        if others or loops:
+            # A variable that a class is kept in, or the next of several.
+            holders |= {str(s.argval) for s in part if s.opname.startswith("STORE_")}
+        loops = bool(others) and part[-1].opname == "FOR_ITER"
+        if others or "own" not in taken:
+            goes_on |= _goes_on_with_a_name(part, bool(others), holders)
     return found if goes_on else set()
 
 
@@ -52,12 +59,25 @@ def _takes(part: list[dis.Instruction], place: int, own: tuple[str, ...]) -> str
     return "own" if is_own else str(step.argval)
 
 
-def _goes_on_with_a_name(part: list[dis.Instruction]) -> bool:
-    """Return whether a statement compares, searches, keeps or returns the name of a class."""
+def _goes_on_with_a_name(part: list[dis.Instruction], taken: bool, holders: set[str]) -> bool:
+    """Return whether a statement compares, searches, keeps or returns the name of a class.
+
+    That is one which it takes, or which may be in what it looks the name up on: `holders` are the
+    variables of classes.
+    """
     attributes = {step.argval for step in part if step.opname in ATTRIBUTE}
-    texts = {step.argval for step in part if step.opname == "LOAD_GLOBAL"} & {"str", "repr"}
-    if not (attributes.intersection(NAMES) or texts):
+    loaded = {step.argval for step in part if step.opname.startswith("LOAD_")}
+    texts = loaded & {"str", "repr"}
+    named = any(
+        given.argval in holders or not given.opname.startswith("LOAD_")
+        for given, step in itertools.pairwise(part)
+        if step.opname in ATTRIBUTE and step.argval in NAMES
+    )
+    asked = attributes.intersection(NAMES) or texts
+    if not asked or not (taken or named or (texts and loaded & holders)):
         return False
     compared = attributes & _SEARCHES or any(step.opname in COMPARES for step in part)
-    kept = part[-1].opname.startswith(("STORE_", "RETURN")) and not texts
+    # A name within a longer text is for people to read.
+    shown = texts or any(step.opname == "BUILD_STRING" for step in part)
+    kept = part[-1].opname.startswith(("STORE_", "RETURN")) and not shown
     return bool(compared or kept)
