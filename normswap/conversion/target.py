@@ -117,5 +117,5 @@ def find_first(model: nn.Module, norms: dict[str, nn.Module]) -> tuple[str, str]
 def carry_out(target: Target, surgery: Surgery, record: Record) -> nn.Module:
     """Change the model under surgery; return the converted one, a layer where it was a norm."""
     converted = target.apply(surgery, record)
-    check_questions(converted)
+    check_questions(converted, surgery.release)
     return converted

@@ -146,27 +146,53 @@ def _classes(value: Any) -> list[type]:
     return []
 
 
-def check_questions(model: nn.Module) -> None:
+def check_questions(model: nn.Module, release: Callable[[list[nn.Module]], None]) -> None:
     """Keep with each container what its forward asks and only a trace can answer.
+
+    A container whose exact class is asked for may do without a class of its own: the norms below
+    find the context in the scope of those above.
+
+    Args:
+        model: the converted model.
+        release: gives containers the class back that they had.
 
     Raises:
         ConversionError: a forward asks, and is not traced.
     """
+    found = list(_find_unanswered(model))
+    exact = {question.cls for _, questions in found for question in questions if question.exact}
+    plain = [m for m in model.modules() if m is not model and _is_plain(m) and class_of(m) in exact]
+    if plain:
+        release(plain)
+        found = list(_find_unanswered(model))
+    for name, questions in found:
+        check_question(name, _message(questions, model))
+
+
+def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
+    """Yield the names of modules whose forwards ask and are not traced, and what they ask."""
     changed = {class_of(m): type(m) for m in model.modules() if class_of(m) is not type(m)}
-    asked: dict[type, tuple[str, str]] = {}
+    asked: dict[type, tuple[list[Question], list[Question]]] = {}
     for name, module in model.named_modules():
         old = class_of(module)
         if old not in asked:
             found = list(find_questions(module, changed))
             ever = [q for q in found if not q.compiled]
-            asked[old] = _message(ever, model), _message(ever or found, model)
+            asked[old] = ever, ever or found
         state: Any = vars(module).get(STATE)
         if state is not None:
-            state.questions = asked[old]
+            state.questions = tuple(_message(questions, model) for questions in asked[old])
         ways = [] if state is None else state.seen()
         if not ways or any(way.run is None or way.calls_user_code for way in ways):
             # Without a state nothing stands between compiled code and the forward.
-            check_question(name, asked[old][state is None])
+            if questions := asked[old][state is None]:
+                yield name, questions
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether a module is a container that got nothing but a class."""
+    state = vars(module).get(STATE)
+    return state is not None and not state.children()
 
 
 def _message(questions: list[Question], model: nn.Module) -> str:

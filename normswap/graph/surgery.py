@@ -101,6 +101,20 @@ class Surgery:
             for module, _ in reversed(containers):
                 prepare_default(module, session)
 
+    def release(self, modules: list[nn.Module]) -> None:
+        """Undo `install` of some containers; the others are traced anew, around these."""
+        released = {id(module) for module in modules}
+        self._installed = [m for m in self._installed if id(m) not in released]
+        for module in modules:
+            uninstall(module)
+        states = [(module, vars(module)[STATE]) for module in self._installed]
+        layers = next((state.layers for _, state in states if state.layers), ())
+        with open_session(layers) as session:
+            for module, state in reversed(states):
+                if self.trace and not state.runs_own_forward:
+                    state.variants.clear()
+                    prepare_default(module, session)
+
     def add(self, module: nn.Module, name: str, layer: nn.Module) -> str:
         """Add a child under a free name like `name`; return the name."""
         free = name

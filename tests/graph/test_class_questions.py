@@ -184,12 +184,14 @@ if torch.__version__ >= "2.15.0a0":
     SEVERAL += [One, Base, Matched]
 ANSWERED = [One, Base, *NAMES, OwnName, NamesForPeople, Matched, OtherTypes]
 KEPT = [NameKept, NameInALoop, NameOfOneOfSeveral]
-UNFIT = [Subclass, Table, *KEPT]  # no trace goes through them
-ONLY_TRACED = [Exact, ExactChild, NameOfType, Subclass, Class, Table, *KEPT]
+UNFIT = [Subclass, *KEPT]  # no trace goes through them
+ONLY_TRACED = [Exact, NameOfType, Subclass, *KEPT]
+OF_CONTAINERS = [ExactChild, Class, Table]  # which keep their class, where no trace answers
 
 
 @pytest.mark.parametrize(
-    "kind", [*ANSWERED, Several, Union, *(k for k in ONLY_TRACED if k not in UNFIT)]
+    "kind",
+    [*ANSWERED, Several, Union, ExactChild, Class, *(k for k in ONLY_TRACED if k not in UNFIT)],
 )
 def test_a_trace_gives_the_answer_of_the_original(kind):
     scoped = kind in (NameOfAny, Matched)
@@ -215,7 +217,7 @@ def test_the_layers_answer_as_the_norms_did(kind, base, method):
         *itertools.product(ONLY_TRACED, [Untraceable], ["cn", "cn-x"]),
         *itertools.product(UNFIT, [Asking], ["cn"]),
         *itertools.product([*SEVERAL, Exact, Subclass], [Untraceable], ["acn"]),
-        *itertools.product([ExactChild, Class, Table], [Untraceable], ["crossnorm"]),
+        *itertools.product(OF_CONTAINERS, [Untraceable], ["crossnorm"]),
     ],
 )
 def test_what_no_layer_can_answer_is_refused_where_no_trace_does(kind, base, method):
@@ -227,6 +229,27 @@ def test_what_no_layer_can_answer_is_refused_where_no_trace_does(kind, base, met
     close(call(model.eval(), (images(),)), call(before.eval(), (images(),)))
     assert type(model.norm) is nn.BatchNorm2d
     assert type(model.block) is Block
+
+
+@pytest.mark.parametrize("kind", OF_CONTAINERS)
+def test_a_container_whose_class_is_asked_for_keeps_it(kind):
+    model = make(kind, Untraceable).eval()
+    randomize(model)
+    converted = normswap.convert(model, "cn", contexts=["a", "b"], verify=False)
+    assert type(converted.block) is Block
+    assert normswap.summary(converted).count(delivery="unreached") == 0
+    for copied in (converted, copy.deepcopy(converted)):
+        close(call(copied, (images(),)), call(model, (images(),)))
+    for layer in (m for m in converted.modules() if isinstance(m, normswap.ContextNorm)):
+        layer.running_mean[1] += 0.5
+    x = images()
+    mixed = converted(x, context=[i % 2 for i in range(len(x))])
+    one = [converted(x[i : i + 1], context=i % 2) for i in range(len(x))]
+    torch.testing.assert_close(mixed, torch.cat(one))
+    assert not torch.allclose(converted(x, context="a"), converted(x, context="b"))
+    plain = normswap.specialize(converted, "a")
+    assert type(plain.block) is Block
+    torch.testing.assert_close(plain(x), converted(x, context="a"))
 
 
 @pytest.mark.parametrize("kind", [k for k in ONLY_TRACED if k not in (NameOfType, *KEPT)])
