@@ -19,9 +19,7 @@ MODEL = {"nc": 1, "backbone": BACKBONE, "head": [[[2], 1, "Detect", ["nc"]]]}  #
 class Trainer(DetectionTrainer):
     def get_model(self, *args, **kwargs):
         model = super().get_model(*args, **kwargs)
-        # The head keeps its norms: `predict(augment=True)` asks for its exact class.
-        head = f"model.{len(model.model) - 1}.*"
-        return normswap.convert(model, "cn", contexts=CAMERAS, exclude=head)
+        return normswap.convert(model, "cn", contexts=CAMERAS)
 
     def get_dataloader(self, path, batch_size=16, rank=0, mode="train"):
         loader = super().get_dataloader(path, batch_size, rank, mode)
