@@ -2,14 +2,15 @@
 
 import zipfile
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from joblib import Parallel, delayed
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -17,6 +18,19 @@ from .errors import RecipeError
 
 # A process takes as long to start as some hundreds of small images to decode.
 PART, LEAST = 200, 1000
+Size = int | tuple[int, int]  # of a square, or width and height
+
+
+@contextmanager
+def opened(root: Path, workers: int) -> Iterator[Path]:
+    """Give a folder, or one of its name that a zip is unpacked into."""
+    if not zipfile.is_zipfile(root):
+        yield root
+        return
+    with TemporaryDirectory() as folder:
+        inside = Path(folder, root.name)  # what is said of it, and of one domain's, names it
+        unpack(root, inside, workers)
+        yield inside
 
 
 def unpack(archive: Path, folder: Path, workers: int) -> None:
@@ -26,45 +40,33 @@ def unpack(archive: Path, folder: Path, workers: int) -> None:
         RecipeError: a broken or encrypted zip.
     """
     try:
-        _unpack_all(archive, folder, workers)
+        with zipfile.ZipFile(archive) as opened:
+            names = opened.namelist()
+            # One of each folder first: processes that make the same folder get in each other's way.
+            firsts = {name.rpartition("/")[0]: name for name in names}
+            opened.extractall(folder, firsts.values())
+        files = [name for name in names if not name.endswith("/")]
+        # Large parts, since each reads the list of files again.
+        part = max(LEAST, -(-len(files) // workers))
+        _shared("unpacking", part, _unpack, files, workers, archive, folder)
     except (zipfile.BadZipFile, zlib.error, RuntimeError, OSError) as error:
         raise RecipeError(f"cannot unpack {archive}: {error}") from error
 
 
-def _unpack_all(archive: Path, folder: Path, workers: int) -> None:
-    with zipfile.ZipFile(archive) as opened:
-        names = opened.namelist()
-        # One of each folder first: processes that make the same folder get into each other's way.
-        opened.extractall(folder, {name.rpartition("/")[0]: name for name in names}.values())
-    files = [name for name in names if not name.endswith("/")]
-    # Large parts, since each reads the list of files again.
-    part = max(LEAST, -(-len(files) // workers))
-    _shared("unpacking", part, _unpack, files, workers, archive, folder)
-
-
-def decode(paths: Sequence[Path], size: int | tuple[int, int], workers: int) -> np.ndarray:
-    """Decode images into uint8 (N, H, W, 3), in the order of `paths`.
-
-    The size is that of a square, or width and height.
-    """
+def decode(paths: Sequence[Path], size: Size, workers: int) -> np.ndarray:
+    """Decode images into uint8 (N, H, W, 3), in the order of `paths`."""
     return np.concatenate(_shared("decoding", PART, _decode, paths, workers, size))
 
 
 def _shared(
-    what: str, part: int, work: Any, items: Sequence[Any], workers: int, *args: Any
+    what: str, part: int, work: Callable[..., Any], items: Sequence[Any], workers: int, *args: Any
 ) -> list[Any]:
     """Give what `work` makes of so many items at a time, in order; show a bar on a terminal."""
     parts = [items[start : start + part] for start in range(0, len(items), part)]
     bar = partial(tqdm, desc=what, total=len(parts), disable=None)
-    number = min(workers, len(items) // LEAST)
-    if number < 2:
-        return [work(part, *args) for part in bar(parts)]
-    with ProcessPoolExecutor(number, get_context("spawn")) as pool:
-        waiting = [pool.submit(work, part, *args) for part in parts]
-        try:
-            return [future.result() for future in bar(waiting)]
-        finally:
-            pool.shutdown(cancel_futures=True)
+    processes = max(1, min(workers, len(items) // LEAST))
+    pool = Parallel(processes, return_as="generator", batch_size=1)
+    return list(bar(pool(delayed(work)(part, *args) for part in parts)))
 
 
 def _unpack(names: Sequence[str], archive: Path, folder: Path) -> None:
@@ -72,16 +74,14 @@ def _unpack(names: Sequence[str], archive: Path, folder: Path) -> None:
         opened.extractall(folder, names)
 
 
-def _decode(paths: Sequence[Path], size: int | tuple[int, int]) -> np.ndarray:
-    width, height = (size, size) if isinstance(size, int) else size
-    images = np.empty((len(paths), height, width, 3), dtype=np.uint8)
-    for index, path in enumerate(paths):
+def _decode(paths: Sequence[Path], size: Size) -> np.ndarray:
+    size = (size, size) if isinstance(size, int) else size
+    images = []
+    for path in paths:
         try:
             with Image.open(path) as image:
-                fitted = ImageOps.fit(
-                    image.convert("RGB"), (width, height), Image.Resampling.BICUBIC
-                )
+                fitted = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC)
         except Exception as error:  # the decoders of formats raise errors of many classes
             raise RecipeError(f"cannot read the image {path}: {error}") from error
-        images[index] = np.array(fitted)
-    return images
+        images.append(np.array(fitted))
+    return np.stack(images)

@@ -5,14 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import RecipeError
-from .weights import (
-    EFFICIENTNET_LITE0,
-    EFFICIENTNET_LITE0_TIMM,
-    SCRATCH,
-    check_model_name,
-    image_size_of,
-)
+import timm
+
+from .errors import RecipeError, check
+from .weights import EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_TIMM, SCRATCH, check_model_name
 
 DIGITS_MODEL = "resnet10t"
 
@@ -50,47 +46,48 @@ def count(text: str) -> int:
     return number
 
 
-SHARED: dict[str, dict[str, Any]] = {
-    "data": {"type": Path, "help": "folder or zip DOMAIN/CLASS/image, instead of the default data"},
-    "image_size": {"type": count, "help": "pixels a side"},
-    "model": {
-        "help": f"any timm model with BatchNorm; without it {DIGITS_MODEL}, or with packaged "
-        f"weights {EFFICIENTNET_LITE0_TIMM}"
-    },
-    "weights": {"help": f"a safetensors or torch file, {EFFICIENTNET_LITE0}, or {SCRATCH}"},
-    "pretrained": {"action": "store_true", "help": "start from timm's weights (downloads them)"},
-    "epochs": {"type": count, "help": "passes over the training images"},
-    "steps": {"type": count, "help": "of training"},
-    "batch_size": {"type": count, "help": "images a step"},
-    "lr": {"type": float, "help": "peak of AdamW's rate"},
-    "weight_decay": {"type": float, "help": "of all but norms and biases"},
-    "amp": {"action": "store_true", "help": "bfloat16 by autocast"},
-    "tune": {
-        "action": "store_true",
-        "help": "choose each method's rate, of a third of --lr, it, and its threefold, with seed 0 "
-        "on a part of the training images that does not train then",
-    },
-    "drop_labels": {
-        "type": float,
-        "metavar": "P",
-        "help": "hide each context label from a training step with this probability",
-    },
-    "limit": {"type": count, "metavar": "N", "help": "images of each class that train, and test"},
-    "flip": {
-        "action": argparse.BooleanOptionalAction,
-        "help": "mirror training images of --data at random",
-    },
-    "device": {"help": "auto, cpu, cuda, cuda:1, mps, ..."},
-    "smoke": {"action": "store_true", "help": "tiny, to see that all works"},
-    "out": {"type": Path, "help": "where runs go"},
-    "name": {"help": "the run's folder, instead of one named by what it does"},
-    "resume": {"action": "store_true", "help": "continue a run that was stopped"},
+# By name: what reads it (None for a switch, bool for --NAME and --no-NAME), and its help.
+SHARED: dict[str, tuple[Any, str]] = {
+    "data": (Path, "folder or zip DOMAIN/CLASS/image, instead of the default data"),
+    "image_size": (count, "pixels a side"),
+    "model": (
+        str,
+        f"any timm model with BatchNorm; without it {DIGITS_MODEL}, or with packaged weights "
+        f"{EFFICIENTNET_LITE0_TIMM}",
+    ),
+    "weights": (str, f"a safetensors or torch file, {EFFICIENTNET_LITE0}, or {SCRATCH}"),
+    "pretrained": (None, "start from timm's weights (downloads them)"),
+    "epochs": (count, "passes over the training images"),
+    "steps": (count, "of training"),
+    "batch_size": (count, "images a step"),
+    "lr": (float, "peak of AdamW's rate"),
+    "weight_decay": (float, "of all but norms and biases"),
+    "ema": (float, "decay of the averaged weights"),
+    "amp": (None, "bfloat16 by autocast"),
+    "tune": (
+        None,
+        "choose each method's rate, of a third of --lr, it, and its threefold, with seed 0 on a "
+        "part of the training images that does not train then",
+    ),
+    "drop_labels": (float, "hide each context label from a training step with this probability"),
+    "limit": (count, "images of each class that train, and test"),
+    "flip": (bool, "mirror training images of --data at random"),
+    "workers": (count, "processes that decode images"),
+    "device": (str, "auto, cpu, cuda, cuda:1, mps, ..."),
+    "smoke": (None, "tiny, to see that all works"),
+    "out": (Path, "where runs go"),
+    "name": (str, "the run's folder, instead of one named by what it does"),
+    "resume": (None, "continue a run that was stopped"),
 }
 # What a training reads, where a recipe has no option for it.
 DEFAULTS = {
     "pretrained": False, "held_out": None, "limit": None, "loss": "ce", "amp": False,
     "batch_size": 64, "weight_decay": 0.05, "workers": 2, "flip": True, "drop_labels": 0.0,
 }  # fmt: skip
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,9 +101,12 @@ class Parser(argparse.ArgumentParser):
 
     def share(self, *names: str, **defaults: Any) -> None:
         """Add options of `SHARED`, by name, or by name with the recipe's default."""
+        actions = {None: "store_true", bool: argparse.BooleanOptionalAction}
         for name, default in {**dict.fromkeys(names), **defaults}.items():
-            keywords = {**SHARED[name]} if default is None else {**SHARED[name], "default": default}
-            self.add_argument(f"--{name.replace('_', '-')}", **keywords)
+            kind, text = SHARED[name]
+            how = {"action": actions[kind]} if kind in actions else {"type": kind}
+            given = {} if default is None else {"default": default}
+            self.add_argument(flag(name), help=text, **how, **given)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -115,57 +115,50 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
         return super()._get_help_string(action) if told else action.help
 
 
-def resolve(options: argparse.Namespace, packaged: bool = False, **smoke: Any) -> None:
+def resolve(
+    options: argparse.Namespace, packaged: bool = False, backbone: bool = True, **smoke: Any
+) -> None:
     """Decide what was left to data and weights, so that a run's record says it, and check it.
 
     With `packaged`, the packaged model starts from its packaged weights unless told otherwise;
-    `smoke` has the values of a smoke test.
+    without `backbone` the model is the recipe's; `smoke` has the values of a smoke test.
     """
-    by_data(options, **smoke)
     given = vars(options)
-    pretrained = given.get("pretrained", False)
-    if pretrained and options.weights not in (None, SCRATCH):
-        raise RecipeError("expected --pretrained or --weights, got both; name one start")
-    if options.model is None:
-        lite = options.weights == EFFICIENTNET_LITE0
-        options.model = EFFICIENTNET_LITE0_TIMM if lite else DIGITS_MODEL
-    if options.weights is None:
-        lite = packaged and options.model == EFFICIENTNET_LITE0_TIMM
-        options.weights = EFFICIENTNET_LITE0 if lite else SCRATCH
-    by_start(options)
-    check_rates(options)
-    check_model_name(options.model)
-    if options.image_size is None:
-        options.image_size = image_size_of(options.model)
-
-
-def by_data(options: argparse.Namespace, **smoke: Any) -> None:
-    """Decide what was left to the data; `smoke` has the values of a smoke test."""
-    given = vars(options)
-    if options.smoke:
-        given.update(smoke)
+    given.update(smoke if options.smoke else {})
     for name, value in given.items():
         if isinstance(value, ByData):
             given[name] = value.digits if options.data is None else value.folder
-
-
-def by_start(options: argparse.Namespace) -> None:
-    """Decide the rate, where it was left to the weights."""
-    if isinstance(options.lr, ByStart):
-        scratch = options.weights == SCRATCH and not vars(options).get("pretrained", False)
+    pretrained = given.get("pretrained", False)
+    if backbone:
+        both = pretrained and options.weights not in (None, SCRATCH)
+        check(not both, "expected --pretrained or --weights, got both; name one start")
+        if options.model is None:
+            lite = options.weights == EFFICIENTNET_LITE0
+            options.model = EFFICIENTNET_LITE0_TIMM if lite else DIGITS_MODEL
+        if options.weights is None:
+            lite = packaged and options.model == EFFICIENTNET_LITE0_TIMM
+            options.weights = EFFICIENTNET_LITE0 if lite else SCRATCH
+    if isinstance(given.get("lr"), ByStart):
+        scratch = options.weights == SCRATCH and not pretrained
         options.lr = options.lr.random if scratch else options.lr.given
+    check_rates(options)
+    if backbone:
+        check_model_name(options.model)
+        made_for = timm.get_pretrained_cfg_value(options.model, "input_size")
+        options.image_size = options.image_size or made_for[-1]
 
 
 def check_rates(options: argparse.Namespace) -> None:
-    """Refuse a rate, a weight decay or a share of labels that nothing can be trained with."""
+    """Refuse a rate, a weight decay or a share that nothing can be trained with."""
     for name, value in vars(options).items():
-        flag = f"--{name.replace('_', '-')}"
-        if name.startswith("lr") and value is not None and not value > 0:
-            raise RecipeError(f"expected {flag} above 0, got {value}")
-        if name == "weight_decay" and value < 0:
-            raise RecipeError(f"expected {flag} of 0 or more, got {value}")
-        if name == "drop_labels" and not 0 <= value <= 1:
-            raise RecipeError(f"expected {flag} in [0, 1], got {value}")
+        for rate in value if name == "rates" else [value] if name.startswith("lr") else []:
+            check(rate is None or rate > 0, f"expected {flag(name)} above 0, got {rate}")
+        if name == "weight_decay":
+            check(value >= 0, f"expected {flag(name)} of 0 or more, got {value}")
+        if name == "drop_labels":
+            check(0 <= value <= 1, f"expected {flag(name)} in [0, 1], got {value}")
+        if name == "ema":
+            check(0 <= value < 1, f"expected {flag(name)} in [0, 1), got {value}")
 
 
 def of_cell(options: argparse.Namespace, **settings: Any) -> argparse.Namespace:

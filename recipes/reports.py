@@ -7,10 +7,10 @@ runs/NAME/table.json    the figures of each method and seed, for `python -m reci
 
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from tabulate import tabulate
@@ -25,30 +25,45 @@ Record = dict[str, Any]
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
     """Give mean and standard deviation over seeds as text."""
-    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    deviation = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+def above(gains: Sequence[float], digits: int) -> str:
+    """Give a mean difference and its standard error as text."""
+    if not gains:
+        return ""
+    root = math.sqrt(len(gains))
+    error = f" +- {stdev(gains) / root:.{digits}f}" if len(gains) > 1 else ""
+    return f"{mean(gains):+.{digits}f}{error}"
 
 
 def differences(records: Sequence[Record], figure: str) -> dict[str, list[float]]:
     """Give by method how much its figure is above BatchNorm's, in the trainings they share."""
-
-    def rest(record: Record) -> str:
-        return repr({k: v for k, v in record["cell"].items() if k != "method"})
-
-    plain = {rest(r): r[figure] for r in records if r["cell"]["method"] == BASELINE}
+    plain: dict[str, float] = {}
     found: dict[str, list[float]] = {}
-    for record in records:
-        if record["cell"]["method"] != BASELINE and rest(record) in plain:
-            value = record[figure] - plain[rest(record)]
-            found.setdefault(record["cell"]["method"], []).append(value)
+    keyed = [({**r["cell"]}, r[figure]) for r in records]
+    others = [(cell.pop("method"), repr(cell), value) for cell, value in keyed]
+    plain = {cell: value for method, cell, value in others if method == BASELINE}
+    for method, cell, value in others:
+        if method != BASELINE and cell in plain:
+            found.setdefault(method, []).append(value - plain[cell])
     return found
 
 
+def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record["cell"]["method"], []).append(record)
+    return found
+
+
+def values_of(records: Sequence[Record], figure: str) -> list[float]:
+    return [r[figure] for r in records if r.get(figure) is not None]
+
+
 def table(
-    records: Sequence[Record],
-    figures: dict[str, str],
-    compared: str | None = None,
-    digits: int = 1,
+    records: Sequence[Record], figures: dict[str, str], compared: str | None = None, digits: int = 1
 ) -> str:
     """Tabulate figures of each method as mean and standard deviation over its seeds.
 
@@ -56,68 +71,46 @@ def table(
     same seed, and their standard error, the deviation over the root of their number.
     """
     gains = differences(records, compared) if compared else {}
-    rows: dict[str, list[Record]] = {}
-    for record in records:
-        rows.setdefault(record["cell"]["method"], []).append(record)
     lines = []
-    for method, group in rows.items():
-        found = [[r[name] for r in group if r.get(name) is not None] for name in figures]
-        texts = [spread(v, digits) if v else "-" for v in found]
-        some = [f" ({len(v)} of {len(group)})" if 0 < len(v) < len(group) else "" for v in found]
-        line = [method, len(group), *(map("".join, zip(texts, some, strict=True)))]
+    for method, group in by_method(records).items():
+        line: list[Any] = [method, len(group)]
+        for values in (values_of(group, name) for name in figures):
+            some = f" ({len(values)} of {len(group)})" if 0 < len(values) < len(group) else ""
+            line.append((spread(values, digits) if values else "-") + some)
         lines.append(line + [above(gains.get(method, []), digits)] * bool(compared))
     headings = ["method", "runs", *figures.values()] + ["above bn"] * bool(compared)
     return tabulate(lines, headings, tablefmt="github", numalign="right")
 
 
-def above(gains: Sequence[float], digits: int) -> str:
-    """Give a mean difference and its standard error as text."""
-    if not gains:
-        return ""
-    mean = f"{statistics.mean(gains):+.{digits}f}"
-    if len(gains) == 1:
-        return mean
-    return f"{mean} +- {statistics.stdev(gains) / math.sqrt(len(gains)):.{digits}f}"
-
-
 def draw_points(
-    path: Path,
-    records: Sequence[Record],
-    figures: dict[str, str],
-    title: str,
+    path: Path, records: Sequence[Record], figures: dict[str, str], title: str,
     unit: str = "accuracy, %",
-) -> None:
+) -> None:  # fmt: skip
     """Draw a column a figure, and in it, for each method, its runs and their mean."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(record["cell"]["method"] for record in records))
-    wide = max(6.0, 1.5 + 0.2 * (len(names) + 1) * len(figures))
+    groups = by_method(records)
+    wide = max(6.0, 1.5 + 0.2 * (len(groups) + 1) * len(figures))
     canvas = Figure(figsize=(wide, 4.2), dpi=120)
     axes = canvas.subplots()
-    step = 0.8 / len(names)
-    for index, name in enumerate(names):
-        colour, label, marker = f"C{index % 10}", str(name), MARKERS[index // 10 % len(MARKERS)]
-        for column, key in enumerate(figures):
-            values = [
-                r[key] for r in records if r["cell"]["method"] == name and r.get(key) is not None
-            ]
-            if not values:
-                continue
-            x = column + (index - (len(names) - 1) / 2) * step
-            error = statistics.stdev(values) if len(values) > 1 else 0.0
-            axes.errorbar(
-                x, statistics.mean(values), error, fmt=marker, color=colour, label=label,
-                markersize=5, capsize=3,
-            )  # fmt: skip
-            label = None
-            axes.plot([x + 0.25 * step] * len(values), values, ".", color=colour, alpha=0.5)
+    step = 0.8 / len(groups)
+    for index, (name, group) in enumerate(groups.items()):
+        how = {"color": f"C{index % 10}", "fmt": MARKERS[index // 10 % len(MARKERS)], "capsize": 3}
+        label: str | None = str(name)
+        for column, values in enumerate(values_of(group, key) for key in figures):
+            if values:
+                x = column + (index - (len(groups) - 1) / 2) * step
+                error = stdev(values) if len(values) > 1 else 0.0
+                axes.errorbar(x, mean(values), error, label=label, markersize=5, **how)
+                dots = [x + 0.25 * step] * len(values)
+                axes.plot(dots, values, ".", color=how["color"], alpha=0.5)
+                label = None
     axes.set_xticks(range(len(figures)), list(figures.values()))
     axes.set_xlim(-0.5, len(figures) - 0.5)
     for column in range(1, len(figures)):
         axes.axvline(column - 0.5, color="0.85", linewidth=0.8)
     axes.grid(axis="y", color="0.9")
-    axes.set_ylabel(unit)
-    axes.set_title(title)
+    axes.set(ylabel=unit, title=title)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), title="method")
     with runs.atomic(path) as temporary:
         canvas.savefig(temporary, format="png", bbox_inches="tight")
@@ -142,6 +135,9 @@ class Report:
     def table(self) -> str:
         return table(self.records, {**self.figures, **self.more}, self.compared, self.digits)
 
+    def draw(self, path: Path) -> None:
+        draw_points(path, self.records, self.figures, self.title, self.unit)
+
 
 def finish(folder: Path, text: str) -> None:
     """Write and print the report."""
@@ -153,24 +149,17 @@ def finish(folder: Path, text: str) -> None:
 
 
 def show(
-    folder: Path,
-    records: Sequence[Record],
-    figures: dict[str, str],
-    title: str,
-    more: dict[str, str] | None = None,
-    compared: str | None = None,
-    digits: int = 1,
-    unit: str = "accuracy, %",
-    notes: Sequence[str] = (),
-) -> None:
+    folder: Path, records: Sequence[Record], figures: dict[str, str], title: str,
+    more: dict[str, str] | None = None, compared: str | None = None, digits: int = 1,
+    unit: str = "accuracy, %", notes: Sequence[str] = (),
+) -> None:  # fmt: skip
     """End a run with a picture and a table of its figures; the table has `more`, and notes."""
-    shown = [*figures, *(more or {})]
+    more = more or {}
+    shown = [*figures, *more]
     kept = [{"cell": r["cell"], **{k: r[k] for k in shown if k in r}} for r in records]
-    report = Report(
-        records=kept, figures=figures, title=title, more=more or {}, compared=compared,
-        digits=digits, unit=unit,
-    )  # fmt: skip
-    versions = runs.read_config(folder, "versions")
-    runs.write_text(folder / TABLE, json.dumps({**asdict(report), "versions": versions}) + "\n")
-    draw_points(folder / "results.png", kept, figures, title, unit)
+    headings = {"figures": figures, "title": title, "more": more, "unit": unit}
+    report = Report(records=kept, compared=compared, digits=digits, **headings)
+    found = {**asdict(report), "versions": runs.read_config(folder, "versions")}
+    runs.write_text(folder / TABLE, json.dumps(found) + "\n")
+    report.draw(folder / "results.png")
     finish(folder, "\n\n".join([report.table(), *notes]))

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from . import grid, images, methods, reports, scores
 from .augment import Augmentation
 from .data import DomainData, Loader, stratified_mask, validation
-from .errors import RecipeError
-from .options import ByData, ByStart, Parser, by_data, by_start, check_rates, of_cell, resolve
+from .errors import check
+from .options import ByData, ByStart, Parser, resolve
 from .training import fill_statistics
 from .weights import SCRATCH, make_backbone
 
@@ -55,13 +55,7 @@ TILES = 200
 
 
 def run(options: Namespace) -> None:
-    smoke = {"epochs": 1, "limit": 4}
-    if options.weights == SCRATCH:
-        by_data(options, **smoke)
-        by_start(options)
-        check_rates(options)
-    else:
-        resolve(options, **smoke)
+    resolve(options, backbone=options.weights != SCRATCH, epochs=1, limit=4)
     device = images.pick_device(options.device)
     loaded = grid.Latest(lambda seed: load(options, seed))
 
@@ -73,14 +67,10 @@ def run(options: Namespace) -> None:
     names = data_of(0).domain_names  # what is wrong with images is said before a run is made
     folder = grid.open_run(options, "sensors")
 
-    def train(rates: dict[str, float], cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        data = data_of(cell["seed"])
-        config = of_cell(options, **{"lr": rates.get(cell["method"]), **cell})
-        final = "lr" not in cell
-        return train_one(data if final else validation(data), config, device, log, final)
+    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
+        return train_one(data_of(config.seed), config, device, log)
 
-    rates = grid.rates_of(options)
-    records = grid.run_tuned(folder, options, train, scores.known_mean, rates)
+    records = grid.run(folder, options, train, scores.known_mean)
     headings = {**{name: name for name in names}, "mean": "mean"}
     more = {"lr": "rate, 1e-3"} if options.tune else {}
     title = "accuracy by context, %"
@@ -92,11 +82,8 @@ def load(options: Namespace, seed: int) -> DomainData:
     if options.data is None:
         return tiles(options.image_size, seed, options.limit or TILES)
     data = images.load(options)
-    if not data.given_split:
-        raise RecipeError(
-            f"expected --data {options.data} to hold the folders train and test, of CLASS/image, "
-            f"got {', '.join(data.domain_names)}"
-        )
+    expected = f"expected --data {options.data} to hold the folders train and test, of CLASS/image"
+    check(data.given_split, f"{expected}, got {', '.join(data.domain_names)}")
     return data
 
 
@@ -124,8 +111,7 @@ def seen(data: DomainData, seed: int) -> DomainData:
     sensors = torch.randperm(len(data.images), generator=generator) % len(SENSORS)
     shown = torch.empty_like(data.images)
     for index, name in enumerate(SENSORS):
-        chosen = sensors == index
-        shown[chosen] = sense(data.images[chosen], name, generator)
+        shown[sensors == index] = sense(data.images[sensors == index], name, generator)
     return replace(data, images=shown, domains=sensors, domain_names=SENSORS)
 
 
@@ -150,14 +136,13 @@ def network(classes: int, width: int = 16) -> nn.Module:
     for channels in (width, 2 * width):
         skip = downsample_conv(channels, 2 * channels, 1, stride=2)
         blocks.append(BasicBlock(channels, 2 * channels, stride=2, downsample=skip))
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-        *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes),
-    )  # fmt: skip
+    stem = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes)
+    return nn.Sequential(*stem, *blocks, *head)
 
 
 def train_one(
-    data: DomainData, config: Namespace, device: torch.device, log: grid.Log, final: bool
+    data: DomainData, config: Namespace, device: torch.device, log: grid.Log
 ) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent, by what it is told, by context."""
     torch.manual_seed(config.seed)
@@ -166,15 +151,18 @@ def train_one(
         model, _ = make_backbone(config.model, len(data.classes), weights=config.weights)
         mean, std = (model.pretrained_cfg[name] for name in ("mean", "std"))
     model.to(device)
+    data = data if config.final else validation(data)
     loader = Loader(data, mean, std, config.batch_size, device)
     if config.method == "cn-x" and config.weights == SCRATCH:
         fill_statistics(model, loader, config.seed)
     model = methods.convert(model, config.method, data.domain_names)
     model.to(memory_format=torch.channels_last)
     images.train(config.method, model, loader, config, log)
-    measure = partial(scores.by_domain, loader=loader, names=data.domain_names, amp=config.amp)
-    policies = scores.EVERY if final else ()
-    found = scores.by_told(model, lambda model, label: measure(model, label=label), policies)
+
+    def measure(model: nn.Module, label: scores.Label | None) -> dict[str, float]:
+        return scores.by_domain(model, loader, data.domain_names, label, config.amp)
+
+    found = scores.by_told(model, measure, scores.EVERY if config.final else ())
     return {"accuracy": found, "lr": config.lr}
 
 

@@ -184,7 +184,9 @@ def test_the_loss_falls_on_a_learnable_task():
 def test_a_loss_that_is_not_finite_is_an_error():
     spy = Spy()
     spy.scale.data.fill_(torch.inf)
-    with pytest.raises(RecipeError, match=r"the loss of spy is nan in epoch 1, .*; try a smaller"):
+    with pytest.raises(
+        RecipeError, match=r"the loss of spy is nan after step 1, .*; try a smaller"
+    ):
         train_epoch([make_arm("spy", spy, CONFIG, 8)], make_loader(coloured()), CONFIG, 0)
 
 
