@@ -31,7 +31,6 @@ COMMANDS = {
 
 
 def main(argv: list[str]) -> int:
-    """Hand the arguments to the recipe named first."""
     if argv and argv[0] in COMMANDS:
         return int(importlib.import_module(f"recipes.{argv[0]}").main(argv[1:]))
     lines = ["usage: python -m recipes COMMAND [options]", ""]

@@ -55,7 +55,6 @@ def run(options: Namespace) -> None:
 
 
 def load(options: Namespace) -> DomainData:
-    """Load the two domains, the source first."""
     if options.data is None:
         options.source, options.target = options.source or ANGLES[0], options.target or ANGLES[1]
     names = (options.source, options.target)
@@ -69,7 +68,6 @@ def load(options: Namespace) -> DomainData:
 
 
 def plan_of(config: Namespace, views: Views) -> unlabelled.Plan:
-    """Give what a model is trained with."""
     size, data, device = config.batch_size, views.loader.data, views.loader.device
     generator = torch.Generator().manual_seed(config.seed)
     parts = [(data.train & (data.domains == d)).nonzero().flatten() for d in (SOURCE, TARGET)]
@@ -101,7 +99,6 @@ def plan_of(config: Namespace, views: Views) -> unlabelled.Plan:
 
 
 def measure(model: nn.Module, loader: Loader) -> dict[str, Any]:
-    """Give the accuracies on test images of the target, and that on the source."""
     tests = map(loader.test_indices, (SOURCE, TARGET))
     source, target = (scores.by_label(model, loader, test) for test in tests)
     return {**target, "source": source.get("known", source.get("plain"))}

@@ -62,7 +62,6 @@ class Load:
             return self.run(self.images, **self.arguments)
 
     def train(self) -> None:
-        """Run a step: forward, backward, optimizer."""
         self.model.train()
         self.optimizer.zero_grad()
         self._forward().float().logsumexp(1).mean().backward()

@@ -148,7 +148,6 @@ class Loader:
             yield self.batch(indices, generator, part)
 
     def test_indices(self, domain: int | None = None) -> Tensor:
-        """Give the indices of the images that test, of one domain or of all."""
         test = self.data.test
         return (test if domain is None else test & (self.data.domains == domain)).nonzero()[:, 0]
 

@@ -41,7 +41,6 @@ Accuracy = dict[str, dict[str, float]]  # by kind of label, by domain, in per ce
 
 
 def run(options: Namespace) -> None:
-    """Train every method with every domain held out and every seed, and tabulate."""
     both = f"expected --joint or --held-out, got both ({' '.join(options.held_out or ())})"
     alone = not (options.joint and options.held_out)
     check(alone, f"{both}; a joint training holds no domain out")
@@ -83,7 +82,6 @@ def run(options: Namespace) -> None:
 
 
 def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Module:
-    """Convert the model; every method computes the same function before it is trained."""
     settings: dict[str, Any] = {"assignment": "instance"} if method == "acn" else {}
     return methods.convert(model, method, contexts, verify=False, **settings)
 
@@ -91,7 +89,6 @@ def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Modul
 def train_one(
     config: Namespace, data: DomainData, nearest: NearestDomain, device: torch.device, log: grid.Log
 ) -> dict[str, Any]:
-    """Train one model and give the accuracies of its last epoch."""
     model, loader, _ = images.build(config, data, config.seed, device)
     model = apply_method(config.method, model, data.contexts)
     model.to(device, memory_format=torch.channels_last)

@@ -30,7 +30,6 @@ Epoch = dict[str, Any]
 
 
 def run(options: Namespace) -> None:
-    """Do what the recipe does, alone or as one of several processes."""
     with parallel.joined(options.device):
         settle(options)
         train(options)
@@ -73,7 +72,6 @@ def train(options: Namespace) -> None:
 def finish(
     folder: Path, options: Namespace, history: list[Epoch], arms: list[Arm], data: DomainData
 ) -> None:
-    """Write what a finished run leaves, and print its tables."""
     runs.write_lines(folder / runs.METRICS, history)
     runs.save_model(folder, arms[-1].model)
     given = {**read_curves(folder), "title": f"{options.model}, {folder.name}"}
@@ -106,7 +104,6 @@ def build(options: Namespace, data: DomainData, device: torch.device) -> tuple[l
 
 
 def train_and_test(arms: list[Arm], loader: Loader, config: Namespace, epoch: int) -> Epoch:
-    """Train an epoch, evaluate, and give the epoch's record."""
     start = time.perf_counter()
     report = train_epoch(arms, loader, config, epoch)
     for arm in arms:
@@ -115,7 +112,6 @@ def train_and_test(arms: list[Arm], loader: Loader, config: Namespace, epoch: in
 
 
 def describe(options: Namespace, data: DomainData, loader: Loader, device: torch.device) -> str:
-    """Say what is about to be trained on what."""
     held_out = f", {data.held_out} held out" if data.held_out else ""
     processes = f", shared by {parallel.size()} processes" if parallel.size() > 1 else ""
     return (

@@ -45,7 +45,6 @@ def run(options: Namespace) -> None:
 
 
 def plan_of(config: Namespace, views: Views) -> unlabelled.Plan:
-    """Give what a model is trained with."""
     size, data, device = config.batch_size, views.loader.data, views.loader.device
     generator = torch.Generator().manual_seed(config.seed)
     picked = images.pick(data, config.labels, config.seed, "--labels")
@@ -70,7 +69,6 @@ def plan_of(config: Namespace, views: Views) -> unlabelled.Plan:
 
 
 def measure(model: nn.Module, loader: Loader) -> dict[str, float]:
-    """Give the accuracies on the test images."""
     return scores.by_label(model, loader, loader.test_indices(), lambda _: UNLABELLED)
 
 

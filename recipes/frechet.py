@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from .errors import check
+from .training import descend
 from .weights import EFFICIENTNET_LITE0_TIMM, load_efficientnet_lite0
 
 BATCH, EPOCHS = 128, 12
@@ -101,9 +102,7 @@ def _fit(body: nn.Module, head: nn.Module, images: Tensor, labels: Tensor) -> No
         for chosen in torch.randperm(len(images)).to(images.device).split(64):
             scores = head(F.dropout(body(images[chosen]), 0.3))
             loss = F.cross_entropy(scores, labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(loss, optimizer)
             schedule.step()
 
 

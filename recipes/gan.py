@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import normswap
 
 from . import methods
-from .training import takes_context
+from .training import descend, takes_context, told
 
 NOISE, SIZE, BATCH = 64, 32, 64
 # BatchNorm that is given the class beside its input: the usual way to make a DCGAN conditional.
@@ -60,7 +60,6 @@ class Pair:
 
     @property
     def conditional(self) -> bool:
-        """Whether the networks are told the class."""
         return self.method == ONEHOT or takes_context(self.generator)
 
     def make(self, noise: Tensor, labels: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ class Pair:
             marks = F.one_hot(labels, self.classes).to(x.dtype)
             marks = marks.reshape(*marks.shape, *(1 for _ in x.shape[2:]))
             return net(torch.cat((x, marks.expand(-1, -1, *x.shape[2:])), 1))
-        return net(x, context=labels) if takes_context(net) else net(x)
+        return told(net, x, labels)
 
 
 def build(
@@ -119,11 +118,7 @@ def train_step(
     real_score, fake_score = pair.score(images, labels), pair.score(fake.detach(), labels)
     # -log D(real) - log(1 - D(fake)), where D is the sigmoid of the score.
     loss = F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
-    of_discriminator.zero_grad()
-    loss.backward()
-    of_discriminator.step()
+    descend(loss, of_discriminator)
     fooling = F.softplus(-pair.score(fake, labels)).mean()
-    of_generator.zero_grad()
-    fooling.backward()
-    of_generator.step()
+    descend(fooling, of_generator)
     return torch.stack((loss.detach(), fooling.detach()))

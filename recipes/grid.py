@@ -186,8 +186,6 @@ def timed(train: Train, cell: Cell, log: Log) -> Outcome:
 
 @dataclass
 class Failed:
-    """What a training in another process raised."""
-
     error: Exception
 
 

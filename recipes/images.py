@@ -39,7 +39,6 @@ def pick_device(name: str) -> torch.device:
 
 
 def add_options(parser: Parser, digits_epochs: int = 6) -> None:
-    """Add the options of recipes on one set of images, mixed of all domains."""
     parser.share("data", "weights", image_size=ByData(24, 64), batch_size=64, lr=TUNED)
     model = ByData(DIGITS_MODEL, EFFICIENTNET_LITE0_TIMM)
     parser.share(model=model, epochs=ByData(digits_epochs, 4))
@@ -50,7 +49,6 @@ def add_options(parser: Parser, digits_epochs: int = 6) -> None:
 
 
 def settle(options: Namespace) -> None:
-    """Decide what was left open and check it."""
     few = ByData(10, 3)
     resolve(options, packaged=True, seeds=1, epochs=1, batch_size=16, limit=few)
 
@@ -132,5 +130,4 @@ def build(
 
 
 def example(loader: Loader) -> Tensor:
-    """Give two training images, for a first forward."""
     return loader.batch(loader.train_indices[:2]).images

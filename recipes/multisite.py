@@ -42,7 +42,7 @@ from .errors import RecipeError, check, check_names
 from .options import Parser, count, of_cell, resolve
 from .scenes import IGNORED, TEST, TRAIN, VALID, Scenes
 from .scenes_folder import read_sites
-from .training import LARGE, takes_context
+from .training import LARGE, takes_context, told
 from .weights import EFFICIENTNET_LITE0, NARROW, SCRATCH
 
 TRAINING = TRAIN, VALID
@@ -79,7 +79,6 @@ def run(options: Namespace) -> None:
 
 
 def contexts_of(config: Namespace, data: Scenes) -> list[str]:
-    """Give the sites that train."""
     return data.sources if config.adapt is None else [config.adapt]
 
 
@@ -136,8 +135,8 @@ def train_one(
     def step(model: nn.Module, index: int) -> unlabelled.Loss:
         batch = patches(data, names, parts, config, config.seed * LARGE + index)
         pictures, masks, sites = (t.to(device) for t in batch)
-        told = {"context": sites if len(names) > 1 else torch.zeros_like(sites)}
-        found = model(pictures, **(told if labelled else {})).float()
+        sites = sites if len(names) > 1 else torch.zeros_like(sites)
+        found = told(model, pictures, sites).float()
         inside, vessels = masks != IGNORED, masks == 1
         likely = found.softmax(1)[:, 1] * inside
         dice = (2 * (likely * vessels).sum() + 1) / (likely.sum() + vessels.sum() + 1)
@@ -155,12 +154,12 @@ def train_one(
     found = scores.by_told(model, measure, scores.EVERY if config.final else ())
     if not config.final:
         return {**record, "accuracy": found}
-    told, more = next(iter(found)), {}
+    first, more = next(iter(found)), {}
     for name in data.sources:
         likely, truth = find(model, name if labelled else None, name)
         inside = truth != IGNORED
         more[f"auc_{name}"] = 100 * roc_auc_score(truth[inside], likely[inside])
-    return {**record, "accuracy": found, "more": {told: more}}
+    return {**record, "accuracy": found, "more": {first: more}}
 
 
 def adapted(model: nn.Module, data: Scenes, config: Namespace, find: Any) -> dict[str, Any]:
@@ -196,16 +195,15 @@ def probabilities(
     """Give how likely each pixel is a vessel's, of the images of a part of a site, and masks."""
     model.eval()
     device = next(model.parameters()).device
-    told = {} if context is None else {"context": context}
+    given = {} if context is None else {"context": context}
     chosen, found = data.where(part, data.sources.index(site)), []
     for rows in chosen.split(WHOLE):
-        likely = model(data.images[rows].to(device).float() / 255, **told).softmax(1)
+        likely = model(data.images[rows].to(device).float() / 255, **given).softmax(1)
         found.append(likely[:, 1].cpu())
     return torch.cat(found), data.masks[chosen]
 
 
 def dice_of(likely: Tensor, masks: Tensor) -> float:
-    """Give the mean of the images' Dice coefficients, in per cent, at a probability of a half."""
     found, truth = (likely > 0.5) & (masks != IGNORED), masks == 1
     both, sizes = ((found & truth).sum((1, 2)), found.sum((1, 2)) + truth.sum((1, 2)))
     return float((200 * both / sizes.clamp(min=1)).mean())

@@ -36,7 +36,6 @@ class NearestDomain:
         self._nearest.fit(styles.numpy(), domains.numpy())
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Give the context labels (N,) of images (N, 3, S, S)."""
         found = self._nearest.predict(self._style(images).numpy())
         return torch.as_tensor(found).to(images.device)
 

@@ -15,8 +15,6 @@ DIGITS_MODEL = "resnet10t"
 
 @dataclass(frozen=True)
 class ByData:
-    """A default that depends on the data."""
-
     digits: Any
     folder: Any
 

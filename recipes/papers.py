@@ -44,7 +44,7 @@ from . import grid, images, methods, reports, runs, sensors
 from .augment import Augmentation
 from .data import DomainData, validation
 from .options import ByData, Parser, count, resolve
-from .training import LARGE, check_finite, make_optimizer, takes_context
+from .training import LARGE, check_finite, descend, make_optimizer, told
 
 METHODS = "cn", "cn-x", "cn-x-batch", "acn"
 TEST_BATCH = 1000
@@ -100,7 +100,6 @@ def load(path: Path, device: torch.device) -> DomainData:
 
 
 def ready(pixels: Tensor) -> Tensor:
-    """Make uint8 (N, H, W, 3) ready for the network: (N, 3, H, W), channels last."""
     return pixels.permute(0, 3, 1, 2).float().sub(127.5).div(63.75)
 
 
@@ -127,7 +126,6 @@ def epoch_of(
 
 
 def network(classes: int, width: int, size: int) -> nn.Module:
-    """Make a CNN of three convolutions, each with its norm and a pooling by two."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i, (before, after) in enumerate(pairwise((3, width, 2 * width, 4 * width)), 1):
         layers[f"conv{i}"] = nn.Conv2d(before, after, 3, padding=1, bias=False)
@@ -154,14 +152,12 @@ def train_one(data: DomainData, config: Namespace) -> dict[str, Any]:
         where = {"select": f"norm{config.norm}", **components}
         model = methods.convert(model, config.method, data.domain_names, **where)
     model.to(memory_format=torch.channels_last)
-    told = takes_context(model)
     steps = max(1, len(chosen) // config.batch_size)
     optimizer, schedule = make_optimizer(model, config.lr, config.weight_decay, epochs * steps)
 
     def scores(x: Tensor, contexts: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            found: Tensor = model(x, context=contexts) if told else model(x)
-        return found.float()
+            return told(model, x, contexts).float()
 
     model.train()
     losses = torch.zeros(epochs, device=device)  # read at the end: no step waits for the device
@@ -169,9 +165,7 @@ def train_one(data: DomainData, config: Namespace) -> dict[str, Any]:
         for step, (x, labels, contexts) in enumerate(batches(epoch)):
             schedule.step_update(epoch * steps + step)
             loss = F.cross_entropy(scores(x, contexts), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(loss, optimizer)
             losses[epoch] += loss.detach() / steps
     if config.final:  # one that is tried may be too large
         check_finite(losses[-1].item(), f"of {config.method}, seed {config.seed},", config.lr)

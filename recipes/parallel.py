@@ -35,7 +35,6 @@ def is_first() -> bool:
 
 
 def say(*lines: object, **kwargs: Any) -> None:
-    """Print, in the first process."""
     if is_first():
         print(*lines, **kwargs)
 
@@ -74,7 +73,6 @@ def part_of(count: int) -> slice:
 
 
 def from_first(value: Any) -> Any:
-    """Give every process the value that the first one has."""
     values = [value]
     if size() > 1:
         dist.broadcast_object_list(values, src=0)

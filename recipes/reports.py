@@ -24,7 +24,6 @@ Record = dict[str, Any]
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Give mean and standard deviation over seeds as text."""
     deviation = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}"
 
@@ -140,7 +139,6 @@ class Report:
 
 
 def finish(folder: Path, text: str) -> None:
-    """Write and print the report."""
     versions = runs.read_config(folder, "versions")
     made = ", ".join(f"{k} {v}" for k, v in versions.items() if k != "command")
     runs.write_text(folder / "report.txt", f"{versions['command']}\n{made}\n\n{text}\n")

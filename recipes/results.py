@@ -66,7 +66,6 @@ def without_places(words: list[str]) -> list[str]:
 
 
 def read(path: Path) -> tuple[Report, dict[str, str]]:
-    """Read a kept run; give its report and versions."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         versions = found.pop("versions")
@@ -76,7 +75,6 @@ def read(path: Path) -> tuple[Report, dict[str, str]]:
 
 
 def filled(page: str, reports: dict[str, tuple[Report, dict[str, str]]]) -> str:
-    """Give a page with the table of each run in its place."""
     missing = ", ".join(name for _, name, _ in PLACE.findall(page) if name not in reports)
     way_out = "keep one with python -m recipes results --keep RUN --name NAME"
     check(not missing, f"expected a kept run for each table, got none for {missing}; {way_out}")

@@ -55,7 +55,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines, the whole file at once."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -70,7 +69,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def add_options(parser: Parser) -> None:
-    """Add the options of every command that makes a run."""
     parser.share("name", "resume", "smoke", out=Path("runs"), device="auto")
 
 
@@ -86,7 +84,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
 
 
 def settings_of(options: argparse.Namespace, recipe: str) -> dict[str, Any]:
-    """Give what decides a run, as JSON keeps it."""
     settings = {k: v for k, v in vars(options).items() if k not in NOT_SETTINGS}
     found: dict[str, Any] = json.loads(json.dumps({"recipe": recipe, **settings}, default=str))
     return found
@@ -147,7 +144,6 @@ def read_config(folder: Path, part: str = "settings") -> dict[str, Any]:
 
 
 def save_checkpoint(folder: Path, arms: list[Arm], history: list[dict[str, Any]]) -> None:
-    """Write the state after the last epoch of `history`, then the metrics."""
     states = {a.name: (a.model.state_dict(), a.optimizer.state_dict()) for a in arms}
     with atomic(folder / CHECKPOINT) as temporary:
         torch.save({"format": FORMAT, "history": history, "states": states}, temporary)
@@ -177,7 +173,6 @@ def load_checkpoint(folder: Path, arms: list[Arm]) -> list[dict[str, Any]]:
 
 
 def save_model(folder: Path, model: nn.Module) -> None:
-    """Write the state dict of the trained model alone."""
     # Copies, since safetensors refuses tensors that share memory (a norm under two names).
     state = {
         k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

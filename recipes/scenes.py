@@ -48,7 +48,6 @@ class Scenes:
     augmentation: Augmentation
 
     def where(self, part: int, domain: int | None = None) -> Tensor:
-        """Give the indices of the scenes of a part, of one domain or of all."""
         chosen = self.parts == part
         return (chosen if domain is None else chosen & (self.domains == domain)).nonzero()[:, 0]
 
@@ -110,7 +109,6 @@ def make_scenes(
     sources: Sequence[str], targets: Sequence[str], size: int = 64, seed: int = 0,
     counts: tuple[int, int, int] = COUNTS,
 ) -> Scenes:  # fmt: skip
-    """Make scenes of digits on textures."""
     check_names("domains among", (*sources, *targets), LOOKS)
     check(size >= 32, f"expected --image-size of at least 32 for the digits, got {size}")
     pixels, labels, classes = digits.source()

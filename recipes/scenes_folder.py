@@ -81,7 +81,6 @@ def choose(
 
 
 def pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """List the images of a domain with their masks."""
     images = sorted(p for p in (folder / "images").iterdir() if p.suffix.lower() in KINDS)
     check(images, f"expected images ({', '.join(KINDS)}) in {folder / 'images'}, got none")
     found = [(image, folder / "masks" / f"{image.stem}.png") for image in images]

@@ -131,7 +131,6 @@ def sense(pictures: Tensor, sensor: str, generator: torch.Generator) -> Tensor:
 
 
 def network(classes: int, width: int = 16) -> nn.Module:
-    """Make a ResNet of 8 layers for small images."""
     blocks = [BasicBlock(width, width)]
     for channels in (width, 2 * width):
         skip = downsample_conv(channels, 2 * channels, 1, stride=2)

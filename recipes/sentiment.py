@@ -25,6 +25,7 @@ import normswap
 from . import grid, images, methods, reports
 from .errors import check
 from .options import Parser, resolve
+from .training import descend
 
 FILES = {
     "train": "stsa.binary.train.txt",
@@ -66,7 +67,6 @@ class SentenceCNN(nn.Module):
         self.head = nn.Linear(3 * maps, 2)
 
     def forward(self, words: Tensor) -> Tensor:
-        """Give the scores (N, 2) of sentences (N, L)."""
         x = self.embedding(words).transpose(1, 2)
         found = [F.relu(conv(x)).amax(2) for conv in self.convs]
         return self.head(self.dropout(torch.cat(found, 1)))
@@ -94,7 +94,6 @@ def run(options: Namespace) -> None:
 
 
 def build(method: str, words: int, seed: int) -> nn.Module:
-    """Build the classifier and convert it; every method starts from the same weights."""
     torch.manual_seed(seed)
     inserted = method in ("crossnorm", "selfnorm", "cnsn")
     placed = {"placement": "norm"} if inserted else {}
@@ -116,9 +115,7 @@ def train_one(
         total = 0.0
         for inputs, labels in batches(data["train"], BATCH, generator):
             loss = F.cross_entropy(model(inputs.to(device)), labels.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(loss, optimizer)
             total += loss.item() * len(labels)
         found = {part: predict(model, data[part], device) for part in ("valid", "source", "target")}
         figures = {p: 100 * accuracy_score(data[p].labels, found[p]) for p in found}
@@ -131,7 +128,6 @@ def train_one(
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Sentences, device: torch.device) -> Tensor:
-    """Give the likelier class of every sentence, (N,)."""
     model.eval()
     return torch.cat([model(words.to(device)).argmax(1).cpu() for words, _ in batches(data, 256)])
 

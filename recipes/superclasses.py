@@ -132,7 +132,6 @@ def masked(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def with_superclasses(data: DomainData, given: Sequence[str]) -> DomainData:
-    """Make a domain of each superclass."""
     mapping: str | dict[str, str] = {}
     for text in () if list(given) == ["cifar100"] else given:
         name, equals, members = text.partition("=")

@@ -12,7 +12,6 @@ Epoch = dict[str, Any]
 
 
 def columns(arms: list[Arm]) -> list[tuple[str, str, str]]:
-    """List what is compared: arm, label known or not, heading."""
     return [
         (arm.name, kind, f"{arm.name}, label {kind}" if arm.takes_context else arm.name)
         for arm in arms
@@ -21,7 +20,6 @@ def columns(arms: list[Arm]) -> list[tuple[str, str, str]]:
 
 
 def mean_accuracy(record: Epoch, arm: str, kind: str, data: DomainData) -> float:
-    """Average an epoch's accuracy over the domains that train."""
     return mean(record["arms"][arm]["accuracy"][kind][domain] for domain in data.contexts)
 
 
@@ -68,7 +66,6 @@ def losses(arms: list[Arm]) -> str:
 
 
 def epoch_line(record: Epoch, arms: list[Arm], data: DomainData) -> str:
-    """Say how an epoch went, in one line."""
     found = [f"{text} {mean_accuracy(record, *a, data):.1f} %" for *a, text in columns(arms)]
     losses = ", ".join(f"{arm.name} {record['arms'][arm.name]['loss']:.3f}" for arm in arms)
     return f"epoch {record['epoch']}: loss {losses}; accuracy {'; '.join(found)}"

@@ -61,7 +61,6 @@ def make_optimizer(
 
 
 def make_arm(name: str, model: nn.Module, config: Namespace, steps_per_epoch: int) -> Arm:
-    """Give a model what it trains with."""
     parallel.share_statistics(model, converted=name != "bn")
     steps = config.epochs * steps_per_epoch
     tools = make_optimizer(model, config.lr, config.weight_decay, steps)
@@ -72,6 +71,18 @@ def make_arm(name: str, model: nn.Module, config: Namespace, steps_per_epoch: in
 def takes_context(model: nn.Module) -> bool:
     """Tell whether the model's forward has a `context` argument, as converted models do."""
     return "context" in inspect.signature(model.forward).parameters
+
+
+def told(model: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+    """Call a model, with these contexts if it takes some."""
+    return model(x, context=context) if takes_context(model) else model(x)
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take an optimizer's step down a loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def train_step(

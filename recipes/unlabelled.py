@@ -30,7 +30,7 @@ from . import grid, images, methods, reports
 from .augment import colour, each, seeded
 from .data import DomainData, Loader, validation
 from .options import TUNED, ByData, Parser, resolve
-from .training import LARGE, check_finite, make_optimizer, takes_context
+from .training import LARGE, check_finite, descend, make_optimizer, told
 from .weights import EFFICIENTNET_LITE0_TIMM, NARROW, SCRATCH
 
 RAND_AUGMENT = "rand-m10-n2"
@@ -55,7 +55,6 @@ def add_options(parser: Parser, plain: str, steps: int, batch: int) -> None:
 
 
 def settle(options: Namespace) -> None:
-    """Decide what was left open and check it."""
     resolve(options, packaged=True, seeds=1, steps=4, batch_size=10, limit=8)
 
 
@@ -68,7 +67,6 @@ class Views:
         self._erase = RandomErasing(probability=1.0, max_area=0.25, device=str(loader.device))
 
     def weak(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Give a random window of each of these images."""
         return self.loader.batch(indices, generator).images
 
     def strong(self, indices: Tensor, generator: torch.Generator) -> Tensor:
@@ -128,11 +126,8 @@ def forward(model: nn.Module, parts: Sequence[Tensor], contexts: Sequence[int]) 
     """Pass several sets of images as one batch, each with its context; give the logits of each."""
     sizes = [len(part) for part in parts]
     together = torch.cat(list(parts))
-    told: dict[str, Tensor] = {}
-    if takes_context(model):
-        labels = torch.tensor(contexts).repeat_interleave(torch.tensor(sizes))
-        told["context"] = labels.to(together.device)
-    return list(model(together, **told).split(sizes))
+    labels = torch.tensor(contexts).repeat_interleave(torch.tensor(sizes))
+    return list(told(model, together, labels.to(together.device)).split(sizes))
 
 
 def fit(
@@ -150,9 +145,7 @@ def fit(
         schedule.step_update(index)
         with torch.autocast(device, torch.bfloat16, enabled=options.amp):
             loss, figures = step(model, index)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(loss, optimizer)
         ema.update(model, step=index)
         noted.append({"loss": loss.item(), **{k: v.item() for k, v in figures.items()}})
         check_finite(noted[-1]["loss"], f"in step {index + 1}", options.lr)

@@ -37,7 +37,6 @@ default_cfgs = generate_default_cfgs({
 
 @register_model
 def resnet10t_narrow(pretrained: bool = False, **settings: Any) -> nn.Module:
-    """Make the network; there are no weights of it."""
     settings.pop("pretrained_cfg", None)
     return timm.create_model("resnet10t", channels=(16, 32, 64, 128), stem_width=8, **settings)
 
@@ -55,7 +54,6 @@ class PreActResNet(ResNetV2):  # type: ignore[misc]
 
 @register_model
 def preact_resnet8(pretrained: bool = False, **settings: Any) -> nn.Module:
-    """Make the network; there are no weights of it."""
     return build_model_with_cfg(PreActResNet, "preact_resnet8", pretrained, **settings)
 
 
@@ -99,7 +97,6 @@ def make_features(name: str, levels: list[int], pretrained: bool, weights: str) 
 
 
 def state_of(weights: str) -> dict[str, Tensor]:
-    """Read the packaged weights, or those of a file."""
     packaged = weights == EFFICIENTNET_LITE0
     return load_efficientnet_lite0() if packaged else read_state_dict(Path(weights))
 
