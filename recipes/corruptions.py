@@ -1,8 +1,9 @@
 """`python -m recipes corruptions`: train on clean images, test on corrupted ones.
 
-The corruptions are ImageNet-C's families at five severities (`recipes.corrupt`), on images held out
-at random; no training image is corrupted and nothing is chosen on test images: the figures are
-those of the last epoch. Every method has the same start, images, order, epochs and rate.
+The corruptions are fourteen of ImageNet-C's fifteen families, all but frost, at five severities
+(`recipes.corrupt`), on images held out at random; no training image is corrupted and nothing is
+chosen on test images: the figures are those of the last epoch. Every method has the same start,
+images, order, epochs and rate.
 
     crossnorm selfnorm cnsn    in residual blocks, where convert puts them by default
     ...+jsd                    and consistency with two CrossNorm passes
@@ -10,7 +11,7 @@ those of the last epoch. Every method has the same start, images, order, epochs 
 
 The default is small so that nine methods and three seeds take about 13 minutes of one thread:
 digits of 24 px, six epochs. A folder has its domains mixed, in training and in the test; at 64 px
-EfficientNet-Lite0 costs about 9 ms an image to train and 3 ms to test, of which there are 65 of
+EfficientNet-Lite0 costs about 9 ms an image to train and 3 ms to test, of which there are 71 of
 each test image: take `--images-per-class 30` and fewer methods on a CPU.
 
 AugMix leaves out what its authors leave out, since the test is made of it or close to it: contrast,
