@@ -11,6 +11,8 @@ domain of PACS. The Frechet distance is to images held out from everything, in f
 classifier trained on the training digits, or for a folder in EfficientNet-Lite0's of ImageNet. Of
 conditional generators, a classifier on these features says how often it finds the class asked for.
 The row `real` is of training images, as many as are generated: what copying them would get.
+`bn-frozen`, for `--methods`, keeps the statistics that both networks start with, those of a few
+hundred images: a control, a network without batch statistics as `cn-x` is one.
 
 All methods have the same start, batches and noise by seed, and DCGAN's own settings (Adam 2e-4,
 betas 0.5 and 0.999, batch 64, weights N(0, 0.02)), tuned for none. Figures are of the last epoch,
@@ -222,7 +224,7 @@ def draw_epochs(folder: Path, records: list[dict[str, Any]], real: dict[str, flo
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, METHODS)
+    grid.add_methods(parser, METHODS, (*METHODS, "bn-frozen"))
     parser.share("data", epochs=100, lr=2e-4)
     add = parser.add_argument
     add("--every", type=count, default=10, help="epochs a judgement")

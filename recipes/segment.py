@@ -4,8 +4,9 @@ An FCN over a timm `features_only` backbone, the whole of it converted: BatchNor
 the end of residual branches and CrossNorm with style crops after residual blocks (at one of them,
 with probability .5), which is the setting of Tang et al. (ICCV 2021) for GTA5; `cnsn` is both, each
 at its place. CN and CN-X have the source domains as contexts; a target's label is unknown, and
-so is a source's except in the column that says otherwise. With no options the data are made on the
-spot, see `recipes.scenes`.
+so is a source's except in the column that says otherwise. `bn-frozen` keeps the statistics that all
+start with: a control, a network without batch statistics as `cn-x` is one. With no options the data
+are made on the spot, see `recipes.scenes`.
 
 Every method has the same initial weights, running statistics (of eight batches), batches and
 epochs. The setting was chosen for `bn` on the validation scenes of the sources; scores are those of
@@ -184,7 +185,7 @@ def masks_of(folder: Path, method: str) -> Path:
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, METHODS, ("bn", *normswap.methods()))
+    grid.add_methods(parser, METHODS, ("bn", "bn-frozen", *normswap.methods()))
     parser.share("pretrained", model="resnet10t", image_size=64, epochs=8, lr=3e-3)
     parser.share(weight_decay=0.05)
     add = parser.add_argument
