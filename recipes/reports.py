@@ -47,15 +47,16 @@ def differences(records: Sequence[Record], figure: str) -> dict[str, list[float]
 def table(
     records: Sequence[Record],
     figures: dict[str, str],
-    compared: str | None = None,
+    compared: str | Sequence[str] | None = None,
     digits: int = 1,
 ) -> str:
     """Tabulate figures of each method as mean and standard deviation over its seeds.
 
-    The figure `compared` has a column more: the mean of its differences from BatchNorm's of the
+    A figure in `compared` has a column more: the mean of its differences from BatchNorm's of the
     same seed, and their standard error, the deviation over the root of their number.
     """
-    gains = differences(records, compared) if compared else {}
+    names = [compared] if isinstance(compared, str) else compared or ()
+    gains = {name: differences(records, name) for name in names}
     rows: dict[str, list[Record]] = {}
     for record in records:
         rows.setdefault(record["cell"]["method"], []).append(record)
@@ -65,8 +66,9 @@ def table(
         texts = [spread(v, digits) if v else "-" for v in found]
         some = [f" ({len(v)} of {len(group)})" if 0 < len(v) < len(group) else "" for v in found]
         line = [method, len(group), *(map("".join, zip(texts, some, strict=True)))]
-        lines.append(line + [above(gains.get(method, []), digits)] * bool(compared))
-    headings = ["method", "runs", *figures.values()] + ["above bn"] * bool(compared)
+        lines.append(line + [above(gains[name].get(method, []), digits) for name in names])
+    columns = ["above bn" if len(names) == 1 else f"{figures[name]}, above bn" for name in names]
+    headings = ["method", "runs", *figures.values(), *columns]
     return tabulate(lines, headings, tablefmt="github", numalign="right")
 
 
@@ -127,15 +129,15 @@ def draw_points(
 class Report:
     """What a table and a picture are made of: records, and headings of the figures to show.
 
-    Those of `more` are in the table alone. `compared` names the figure of which the table has, in
-    the last column, by how much a method is above BatchNorm (`bn`) with the same seed.
+    Those of `more` are in the table alone. `compared` names figures of which the table has, in the
+    last columns, by how much a method is above BatchNorm (`bn`) with the same seed.
     """
 
     records: Sequence[Record]
     figures: dict[str, str]
     title: str
     more: dict[str, str]
-    compared: str | None = None
+    compared: str | Sequence[str] | None = None
     digits: int = 1
     unit: str = "accuracy, %"
 
@@ -158,7 +160,7 @@ def show(
     figures: dict[str, str],
     title: str,
     more: dict[str, str] | None = None,
-    compared: str | None = None,
+    compared: str | Sequence[str] | None = None,
     digits: int = 1,
     unit: str = "accuracy, %",
     notes: Sequence[str] = (),

@@ -26,8 +26,10 @@ once, after that.
 """
 
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,7 @@ PHOTOGRAPHS = (
 SENSORS = ["colour", "infrared", "edges", "night"]
 METHODS = ("bn", "cn", "cn-first", "cn-shared", "cn-x-batch")
 TILES = 200
+MEAN, STD = 0.5, 0.25  # of pixels, as the network from scratch takes them
 
 
 def run(options: Namespace) -> None:
@@ -72,19 +75,28 @@ def run(options: Namespace) -> None:
 
     names = data_of(0).domain_names  # what is wrong with images is said before a run is made
     folder = grid.open_run(options, "sensors")
-
-    def train(rates: dict[str, float], cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        data = data_of(cell["seed"])
-        config = of_cell(options, **{"lr": rates.get(cell["method"]), **cell})
-        final = "lr" not in cell
-        return train_one(data if final else validation(data), config, device, log, final)
-
-    rates = grid.rates_of(options)
-    records = grid.run_tuned(folder, options, train, scores.known_mean, rates)
+    records = run_rates(folder, options, data_of, partial(train_one, device), scores.known_mean)
     headings = {**{name: name for name in names}, "mean": "mean"}
     more = {"lr": "rate, 1e-3"} if options.tune else {}
     title = "accuracy by context, %"
     reports.show(folder, scores.rows_by_told(records), headings, title, more, "mean")
+
+
+def run_rates(
+    folder: Path,
+    options: Namespace,
+    data_of: Callable[[int], DomainData],
+    train_one: Callable[[DomainData, Namespace, grid.Log, bool], dict[str, Any]],
+    score: Callable[[dict[str, Any]], float],
+) -> list[dict[str, Any]]:
+    """Run the grid; `train_one` gets the data of the seed, or to try a rate those of validation."""
+
+    def train(rates: dict[str, float], cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
+        data, final = data_of(cell["seed"]), "lr" not in cell
+        config = of_cell(options, **{"lr": rates.get(cell["method"]), **cell})
+        return train_one(data if final else validation(data), config, log, final)
+
+    return grid.run_tuned(folder, options, train, score, grid.rates_of(options))
 
 
 def load(options: Namespace, seed: int) -> DomainData:
@@ -156,12 +168,12 @@ def network(classes: int, width: int = 16) -> nn.Module:
     )  # fmt: skip
 
 
-def train_one(
-    data: DomainData, config: Namespace, device: torch.device, log: grid.Log, final: bool
-) -> dict[str, Any]:
-    """Train one model; give its accuracies in per cent, by what it is told, by context."""
+def start(
+    data: DomainData, config: Namespace, device: torch.device, contexts: Sequence[str]
+) -> tuple[nn.Module, Loader]:
+    """Make the converted network that a training starts from, and what makes its batches."""
     torch.manual_seed(config.seed)
-    model, mean, std = network(len(data.classes)), (0.5,) * 3, (0.25,) * 3
+    model, mean, std = network(len(data.classes)), (MEAN,) * 3, (STD,) * 3
     if config.weights != SCRATCH:
         model, _ = make_backbone(config.model, len(data.classes), weights=config.weights)
         mean, std = (model.pretrained_cfg[name] for name in ("mean", "std"))
@@ -169,8 +181,15 @@ def train_one(
     loader = Loader(data, mean, std, config.batch_size, device)
     if config.method == "cn-x" and config.weights == SCRATCH:
         fill_statistics(model, loader, config.seed)
-    model = methods.convert(model, config.method, data.domain_names)
-    model.to(memory_format=torch.channels_last)
+    model = methods.convert(model, config.method, contexts)
+    return model.to(memory_format=torch.channels_last), loader
+
+
+def train_one(
+    device: torch.device, data: DomainData, config: Namespace, log: grid.Log, final: bool
+) -> dict[str, Any]:
+    """Train one model; give its accuracies in per cent, by what it is told, by context."""
+    model, loader = start(data, config, device, data.domain_names)
     images.train(config.method, model, loader, config, log)
     measure = partial(scores.by_domain, loader=loader, names=data.domain_names, amp=config.amp)
     policies = scores.EVERY if final else ()
