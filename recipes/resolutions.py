@@ -8,6 +8,7 @@ the paper gives each size a BatchNorm of its own, which is `cn`.
     bn-alone    as many networks as there are sizes, each trained and tested at one
     cn          statistics, scale and shift of each size's own in every norm
     cn-first    these at the first norm alone (`select="first"`)
+    cn-shared   statistics of each size's own, one scale and shift (`affine="shared"`)
     cn-x-batch  BatchNorm, then each size's learned mean and spread (`statistics="batch"`)
 
 Accuracy is on the test images at each size. By seed all methods have the same start, images and
@@ -105,7 +106,7 @@ def accuracy(model: nn.Module, loader: Loader, size: int) -> float:
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, METHODS)
+    grid.add_methods(parser, METHODS, (*METHODS, "cn-shared"))
     parser.share("data", "limit", "tune", "amp", flip=True, batch_size=64, lr=2e-3)
     parser.share(image_size=ByData(16, 32), epochs=4)
     parser.add_argument(
