@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods, reports, runs, sensors
+from . import grid, images, methods, reports, runs, tiles
 from .augment import Augmentation
 from .data import DomainData, validation
 from .options import ByData, Parser, count, resolve
@@ -76,7 +76,7 @@ def prepared(options: Namespace) -> Path:
     name = f"normswap-papers-{getpass.getuser()}-{joblib.hash(repr(key))}.pt"
     path = Path(tempfile.gettempdir(), name)
     if not path.exists() or options.data is None or options.data.is_dir():
-        data = sensors.load(options, seed=0)
+        data = tiles.load(options, seed=0)
         trains = data.images[data.train].split(TEST_BATCH)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", normswap.ContextWarning)  # of small ones: they may be

@@ -21,6 +21,7 @@ MARKERS = "Ds^v"
 TABLE = "table.json"
 BASELINE = "bn"
 Record = dict[str, Any]
+Compared = str | Sequence[str] | None
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -62,22 +63,24 @@ def values_of(records: Sequence[Record], figure: str) -> list[float]:
 
 
 def table(
-    records: Sequence[Record], figures: dict[str, str], compared: str | None = None, digits: int = 1
+    records: Sequence[Record], figures: dict[str, str], compared: Compared = None, digits: int = 1
 ) -> str:
     """Tabulate figures of each method as mean and standard deviation over its seeds.
 
-    The figure `compared` has a column more: the mean of its differences from BatchNorm's of the
+    A figure in `compared` has a column more: the mean of its differences from BatchNorm's of the
     same seed, and their standard error, the deviation over the root of their number.
     """
-    gains = differences(records, compared) if compared else {}
+    names = [compared] if isinstance(compared, str) else compared or ()
+    gains = {name: differences(records, name) for name in names}
     lines = []
     for method, group in by_method(records).items():
         line: list[Any] = [method, len(group)]
         for values in (values_of(group, name) for name in figures):
             some = f" ({len(values)} of {len(group)})" if 0 < len(values) < len(group) else ""
             line.append((spread(values, digits) if values else "-") + some)
-        lines.append(line + [above(gains.get(method, []), digits)] * bool(compared))
-    headings = ["method", "runs", *figures.values()] + ["above bn"] * bool(compared)
+        lines.append(line + [above(gains[name].get(method, []), digits) for name in names])
+    columns = ["above bn" if len(names) == 1 else f"{figures[name]}, above bn" for name in names]
+    headings = ["method", "runs", *figures.values(), *columns]
     return tabulate(lines, headings, tablefmt="github", numalign="right")
 
 
@@ -119,15 +122,15 @@ def draw_points(
 class Report:
     """What a table and a picture are made of: records, and headings of the figures to show.
 
-    Those of `more` are in the table alone. `compared` names the figure of which the table has, in
-    the last column, by how much a method is above BatchNorm (`bn`) with the same seed.
+    Those of `more` are in the table alone. `compared` names figures of which the table has, in the
+    last columns, by how much a method is above BatchNorm (`bn`) with the same seed.
     """
 
     records: Sequence[Record]
     figures: dict[str, str]
     title: str
     more: dict[str, str]
-    compared: str | None = None
+    compared: Compared = None
     digits: int = 1
     unit: str = "accuracy, %"
 
@@ -148,7 +151,7 @@ def finish(folder: Path, text: str) -> None:
 
 def show(
     folder: Path, records: Sequence[Record], figures: dict[str, str], title: str,
-    more: dict[str, str] | None = None, compared: str | None = None, digits: int = 1,
+    more: dict[str, str] | None = None, compared: Compared = None, digits: int = 1,
     unit: str = "accuracy, %", notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """End a run with a picture and a table of its figures; the table has `more`, and notes."""

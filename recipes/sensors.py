@@ -30,79 +30,36 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.resnet import BasicBlock, downsample_conv
 from torch import Tensor, nn
 
-from . import grid, images, methods, reports, scores
-from .augment import Augmentation
-from .data import DomainData, Loader, stratified_mask, validation
-from .errors import check
+from . import grid, images, reports, scores, tiles
+from .data import DomainData
 from .options import ByData, ByStart, Parser, resolve
-from .training import fill_statistics
-from .weights import SCRATCH, make_backbone
+from .weights import SCRATCH
 
-# Those of scikit-image's wheel with detail nearly everywhere.
-PHOTOGRAPHS = (
-    *("astronaut", "brick", "camera", "cat", "coffee", "coins", "grass", "gravel"),
-    *("hubble_deep_field", "immunohistochemistry", "moon", "retina"),
-)
 SENSORS = ["colour", "infrared", "edges", "night"]
 METHODS = ("bn", "cn", "cn-first", "cn-shared", "cn-x-batch")
-TILES = 200
 
 
 def run(options: Namespace) -> None:
     resolve(options, backbone=options.weights != SCRATCH, epochs=1, limit=4)
-    device = images.pick_device(options.device)
-    loaded = grid.Latest(lambda seed: load(options, seed))
+    device, given = images.pick_device(options.device), tiles.source(options)
 
     @grid.Latest  # the seed is the outer loop
     def data_of(seed: int) -> DomainData:
-        data = loaded(0 if options.data else seed)
+        data = given(seed)
         return seen(data, seed) if len(data.domain_names) == 1 else data
 
-    names = data_of(0).domain_names  # what is wrong with images is said before a run is made
+    names = data_of(0).domain_names
     folder = grid.open_run(options, "sensors")
-
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
-        return train_one(data_of(config.seed), config, device, log)
-
-    records = grid.run(folder, options, train, scores.known_mean)
+    train = partial(train_one, device)
+    records = tiles.run(folder, options, data_of, train, scores.known_mean)
     headings = {**{name: name for name in names}, "mean": "mean"}
     more = {"lr": "rate, 1e-3"} if options.tune else {}
     title = "accuracy by context, %"
     reports.show(folder, scores.rows_by_told(records), headings, title, more, "mean")
-
-
-def load(options: Namespace, seed: int) -> DomainData:
-    """Cut the tiles, or load a folder of the images that train and of those that test."""
-    if options.data is None:
-        return tiles(options.image_size, seed, options.limit or TILES)
-    data = images.load(options)
-    expected = f"expected --data {options.data} to hold the folders train and test, of CLASS/image"
-    check(data.given_split, f"{expected}, got {', '.join(data.domain_names)}")
-    return data
-
-
-def tiles(size: int, seed: int, limit: int) -> DomainData:
-    """Cut photographs into tiles; give so many of each at most to train, and as many to test."""
-    from skimage import data
-
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for name in PHOTOGRAPHS:
-        picture = torch.from_numpy(np.atleast_3d(getattr(data, name)())).permute(2, 0, 1)
-        cut = picture.unfold(1, size, size).unfold(2, size, size).flatten(1, 2).transpose(0, 1)
-        chosen = torch.randperm(len(cut), generator=generator)[: 2 * limit]
-        parts.append(cut[chosen].expand(-1, 3, -1, -1))
-    labels = torch.repeat_interleave(torch.tensor([len(part) for part in parts]))
-    test = stratified_mask(labels, 0.5, generator)
-    how = Augmentation(side=(0.8, 1.0), shift=0.0, flip=True)
-    same = torch.zeros_like(labels)
-    return DomainData(torch.cat(parts), labels, same, ~test, test, [*PHOTOGRAPHS], ["all"], how)
 
 
 def seen(data: DomainData, seed: int) -> DomainData:
@@ -130,32 +87,11 @@ def sense(pictures: Tensor, sensor: str, generator: torch.Generator) -> Tensor:
     return x.round().clamp(0, 255).to(torch.uint8).expand_as(pictures)
 
 
-def network(classes: int, width: int = 16) -> nn.Module:
-    blocks = [BasicBlock(width, width)]
-    for channels in (width, 2 * width):
-        skip = downsample_conv(channels, 2 * channels, 1, stride=2)
-        blocks.append(BasicBlock(channels, 2 * channels, stride=2, downsample=skip))
-    stem = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes)
-    return nn.Sequential(*stem, *blocks, *head)
-
-
 def train_one(
-    data: DomainData, config: Namespace, device: torch.device, log: grid.Log
+    device: torch.device, data: DomainData, config: Namespace, log: grid.Log
 ) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent, by what it is told, by context."""
-    torch.manual_seed(config.seed)
-    model, mean, std = network(len(data.classes)), (0.5,) * 3, (0.25,) * 3
-    if config.weights != SCRATCH:
-        model, _ = make_backbone(config.model, len(data.classes), weights=config.weights)
-        mean, std = (model.pretrained_cfg[name] for name in ("mean", "std"))
-    model.to(device)
-    data = data if config.final else validation(data)
-    loader = Loader(data, mean, std, config.batch_size, device)
-    if config.method == "cn-x" and config.weights == SCRATCH:
-        fill_statistics(model, loader, config.seed)
-    model = methods.convert(model, config.method, data.domain_names)
-    model.to(memory_format=torch.channels_last)
+    model, loader = tiles.start(data, config, device, data.domain_names)
     images.train(config.method, model, loader, config, log)
 
     def measure(model: nn.Module, label: scores.Label | None) -> dict[str, float]:

@@ -73,7 +73,7 @@ def takes_context(model: nn.Module) -> bool:
     return "context" in inspect.signature(model.forward).parameters
 
 
-def told(model: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+def told(model: nn.Module, x: Tensor, context: Tensor | str) -> Tensor:
     """Call a model, with these contexts if it takes some."""
     return model(x, context=context) if takes_context(model) else model(x)
 

@@ -65,6 +65,27 @@ def test_only_methods_that_are_told_the_class_learn_from_it(method, batch):
     assert torch.equal(*scored) != pair.conditional
 
 
+def test_frozen_statistics_stay_those_of_the_start(batch):
+    images, labels = batch
+    for method in ("bn", "bn-frozen"):
+        pair = build(method, batch)
+        nets = (pair.generator, pair.discriminator)
+        before = [dict(copy.deepcopy(net).named_buffers()) for net in nets]
+        optimizers = [torch.optim.Adam(net.parameters(), 1e-2) for net in nets]
+        gan.train_step(pair, *optimizers, images, labels, torch.randn(len(labels), gan.NOISE))
+        same = [
+            torch.equal(value, old[name])
+            for net, old in zip(nets, before, strict=True)
+            for name, value in net.named_buffers()
+        ]
+        assert all(same) == any(same) == (method == "bn-frozen")
+        scores = []
+        for mode in (True, False):
+            pair.discriminator.train(mode)
+            scores.append(pair.score(images, labels))
+        assert torch.equal(*scores) == (method == "bn-frozen")
+
+
 def descend(loss, net):
     parameters = list(net.parameters())
     for p, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):

@@ -75,7 +75,7 @@ def test_a_zip_is_decoded_once(folder, tmp_path, monkeypatch):
     given += ["--rates", "1e-3"]
     assert main([*given, "--out", str(tmp_path / "runs")]) == 0
 
-    monkeypatch.setattr("recipes.sensors.load", None)
+    monkeypatch.setattr("recipes.tiles.load", None)
     assert main([*given, "--out", str(tmp_path / "runs")]) == 0
 
 

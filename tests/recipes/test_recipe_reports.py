@@ -42,6 +42,14 @@ def test_differences_are_paired_and_have_a_standard_error():
     assert rows[3] == ["acn", "2", "83.00 +- 2.83", "+2.00 +- 1.00"]
 
 
+def test_several_figures_may_be_compared():
+    records = [{**r, "more": 2 * r["accuracy"]} for r in RECORDS]
+    headings = {"accuracy": "right, %", "more": "double"}
+    rows = rows_of(reports.table(records, headings, ["accuracy", "more"], 2))
+    assert rows[0][-2:] == ["right, %, above bn", "double, above bn"]
+    assert rows[3][-2:] == ["+2.00 +- 1.00", "+4.00 +- 2.00"]
+
+
 def test_a_difference_is_of_trainings_that_share_all_but_the_method():
     held = [{**r, "cell": {**r["cell"], "held_out": str(i)}} for i, r in enumerate(RECORDS)]
     assert reports.differences(held, "accuracy") == {}

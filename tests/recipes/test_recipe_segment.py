@@ -79,6 +79,14 @@ def test_every_method_starts_as_the_same_function(data, options):
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_frozen_statistics_are_those_that_all_start_with(data, options):
+    images = torch.rand(3, 3, 48, 48)
+    plain, frozen = (segment.build(name, data, 1, options) for name in ("bn", "bn-frozen"))
+    expected = plain.eval()(images)
+    assert not torch.allclose(plain.train()(images), expected)
+    assert torch.equal(frozen.train()(images), expected)
+
+
 @pytest.mark.parametrize(
     ("name", "levels", "blocks"),
     [
