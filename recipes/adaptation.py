@@ -30,13 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import grid, images, scores, unlabelled
-from .data import DomainData, Loader
-from .errors import check
-from .methods import base_of
-from .options import Parser, count
-from .training import LARGE, takes_context
-from .unlabelled import Alignment, Views, draw, pseudo_loss
+from .common import grid, images, scores, unlabelled
+from .common.data import DomainData, Loader
+from .common.errors import check
+from .common.methods import base_of
+from .common.options import Parser, count
+from .common.training import LARGE, takes_context
+from .common.unlabelled import Alignment, Views, draw, pseudo_loss
 
 SOURCE, TARGET = 0, 1
 CONTEXTS = ("source", "target")

@@ -31,12 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import grid, images, reports, tiles, unlabelled
-from .data import DomainData, Loader
-from .errors import check
-from .options import ByData, Parser, count, resolve
-from .tiles import MEAN, STD, start
-from .training import takes_context, told
+from .common import grid, images, reports, tiles, unlabelled
+from .common.data import DomainData, Loader
+from .common.errors import check
+from .common.options import ByData, Parser, count, resolve
+from .common.tiles import MEAN, STD, start
+from .common.training import takes_context, told
 
 KINDS = ("clean", "adversarial")
 METHODS = ("bn", "bn-both", "cn", "cn-first", "cn-x-batch")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, methods
-from .options import Parser, count
-from .training import takes_context, wait_for
-from .weights import check_model_name
+from .common import grid, methods
+from .common.options import Parser, count
+from .common.training import takes_context, wait_for
+from .common.weights import check_model_name
 
 BASE = "as it is"
 METHODS = ("cn", "cn-x", "selfnorm", "crossnorm")

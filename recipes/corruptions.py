@@ -1,7 +1,7 @@
 """`python -m recipes corruptions`: train on clean images, test on corrupted ones.
 
 The corruptions are fourteen of ImageNet-C's fifteen families, all but frost, at five severities
-(`recipes.corrupt`), on images held out at random; no training image is corrupted and nothing is
+(`recipes/common/corrupt.py`), on images held out at random; no training image is corrupted and nothing is
 chosen on test images: the figures are those of the last epoch. Every method has the same start,
 images, order, epochs and rate.
 
@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import grid, images, methods, reports
-from .corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
-from .data import TEST_BATCH, DomainData, Loader
-from .options import Parser, of_cell
+from .common import grid, images, methods, reports
+from .common.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
+from .common.data import TEST_BATCH, DomainData, Loader
+from .common.options import Parser, of_cell
 
 # Each method, with the norms and the loss it stands for.
 METHODS = {

@@ -25,12 +25,12 @@ from torch import nn
 
 import normswap
 
-from . import grid, images, methods, reports, runs, scores
-from .data import DomainData, Loader
-from .errors import check
-from .nearest import NearestDomain
-from .options import ByData, ByStart, Parser, of_cell, resolve
-from .training import make_arm, takes_context, train_epoch
+from .common import grid, images, methods, reports, runs, scores
+from .common.data import DomainData, Loader
+from .common.errors import check
+from .common.nearest import NearestDomain
+from .common.options import ByData, ByStart, Parser, of_cell, resolve
+from .common.training import make_arm, takes_context, train_epoch
 
 METHODS = (
     *("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn"),

@@ -17,14 +17,14 @@ import normswap
 from normswap import plot
 from normswap.plot.run_files import read_curves
 
-from . import grid, images, methods, parallel, runs, tables
-from .data import DomainData, Loader
-from .errors import check
-from .losses import LOSSES, crossnorm_layers
-from .options import TUNED, ByData, Parser, resolve
-from .parallel import say
-from .scores import evaluate
-from .training import Arm, make_arm, train_epoch
+from .common import grid, images, methods, parallel, runs, tables
+from .common.data import DomainData, Loader
+from .common.errors import check
+from .common.losses import LOSSES, crossnorm_layers
+from .common.options import TUNED, ByData, Parser, resolve
+from .common.parallel import say
+from .common.scores import evaluate
+from .common.training import Arm, make_arm, train_epoch
 
 Epoch = dict[str, Any]
 

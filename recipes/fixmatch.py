@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import grid, images, scores, unlabelled
-from .data import Loader
-from .methods import base_of
-from .options import Parser, count
-from .training import LARGE
-from .unlabelled import Views, draw, pseudo_loss
+from .common import grid, images, scores, unlabelled
+from .common.data import Loader
+from .common.methods import base_of
+from .common.options import Parser, count
+from .common.training import LARGE
+from .common.unlabelled import Views, draw, pseudo_loss
 
 LABELLED, UNLABELLED = 0, 1
 CONTEXTS = ("labelled", "unlabelled")

@@ -32,13 +32,13 @@ from torchvision.utils import save_image
 
 from normswap import plot
 
-from . import digits, folders, gan, grid, reports, runs
-from .data import stratified_mask
-from .errors import check
-from .frechet import Judge, frechet_distance, imagenet_judge, small_judge
-from .images import pick_device
-from .options import Parser, check_rates, count
-from .training import LARGE, check_finite
+from .common import digits, folders, gan, grid, reports, runs
+from .common.data import stratified_mask
+from .common.errors import check
+from .common.frechet import Judge, frechet_distance, imagenet_judge, small_judge
+from .common.images import pick_device
+from .common.options import Parser, check_rates, count
+from .common.training import LARGE, check_finite
 
 METHODS = ("bn", gan.ONEHOT, "cn", "cn-x", "acn")
 HEADINGS = {"distance": "Frechet distance", "accuracy": "class as asked, %"}

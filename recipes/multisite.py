@@ -36,14 +36,14 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods, reports, scores, unlabelled
-from .dense import UNet
-from .errors import RecipeError, check, check_names
-from .options import Parser, count, of_cell, resolve
-from .scenes import IGNORED, TEST, TRAIN, VALID, Scenes
-from .scenes_folder import read_sites
-from .training import LARGE, takes_context, told
-from .weights import EFFICIENTNET_LITE0, NARROW, SCRATCH
+from .common import grid, images, methods, reports, scores, unlabelled
+from .common.dense import UNet
+from .common.errors import RecipeError, check, check_names
+from .common.options import Parser, count, of_cell, resolve
+from .common.scenes import IGNORED, TEST, TRAIN, VALID, Scenes
+from .common.scenes_folder import read_sites
+from .common.training import LARGE, takes_context, told
+from .common.weights import EFFICIENTNET_LITE0, NARROW, SCRATCH
 
 TRAINING = TRAIN, VALID
 METHODS = ("bn", "cn", "cn-first", "cn-x", "cn-x-batch")

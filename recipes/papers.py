@@ -40,11 +40,11 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods, reports, runs, tiles
-from .augment import Augmentation
-from .data import DomainData, validation
-from .options import ByData, Parser, count, resolve
-from .training import LARGE, check_finite, descend, make_optimizer, told
+from .common import grid, images, methods, reports, runs, tiles
+from .common.augment import Augmentation
+from .common.data import DomainData, validation
+from .common.options import ByData, Parser, count, resolve
+from .common.training import LARGE, check_finite, descend, make_optimizer, told
 
 METHODS = "cn", "cn-x", "cn-x-batch", "acn"
 TEST_BATCH = 1000

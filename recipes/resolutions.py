@@ -31,12 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import grid, images, reports, tiles, unlabelled
-from .data import DomainData, Loader
-from .errors import check
-from .options import ByData, Parser, count, resolve
-from .tiles import start
-from .training import told
+from .common import grid, images, reports, tiles, unlabelled
+from .common.data import DomainData, Loader
+from .common.errors import check
+from .common.options import ByData, Parser, count, resolve
+from .common.tiles import start
+from .common.training import told
 
 METHODS = ("bn", "bn-alone", "cn", "cn-first", "cn-x-batch")
 

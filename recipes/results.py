@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import grid, runs
-from .errors import RecipeError, check
-from .options import Parser
-from .reports import TABLE, Report
+from .common import grid, runs
+from .common.errors import RecipeError, check
+from .common.options import Parser
+from .common.reports import TABLE, Report
 
 HERE = Path(__file__).parent
 KEPT, PAGE = HERE / "kept", HERE / "RESULTS.md"

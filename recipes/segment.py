@@ -28,16 +28,16 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods, reports
-from .dense import FCN
-from .errors import RecipeError
-from .options import Parser, check_rates, count
-from .runs import atomic
-from .scenes import COUNTS, IGNORED, TEST, TRAIN, VALID, Scenes, make_scenes
-from .scenes_folder import read_scenes, split
-from .segment_scores import background, draw_predictions, evaluate, predict
-from .training import check_finite, descend, takes_context, told
-from .weights import check_model_name
+from .common import grid, images, methods, reports
+from .common.dense import FCN
+from .common.errors import RecipeError
+from .common.options import Parser, check_rates, count
+from .common.runs import atomic
+from .common.scenes import COUNTS, IGNORED, TEST, TRAIN, VALID, Scenes, make_scenes
+from .common.scenes_folder import read_scenes, split
+from .common.segment_scores import background, draw_predictions, evaluate, predict
+from .common.training import check_finite, descend, takes_context, told
+from .common.weights import check_model_name
 
 METHODS = ("bn", "crossnorm", "selfnorm", "cnsn", "cn", "cn-x")
 STYLE = {"crop": "style", "p": 0.5, "active": 1}

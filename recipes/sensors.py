@@ -34,10 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import grid, images, reports, scores, tiles
-from .data import DomainData
-from .options import ByData, ByStart, Parser, resolve
-from .weights import SCRATCH
+from .common import grid, images, reports, scores, tiles
+from .common.data import DomainData
+from .common.options import ByData, ByStart, Parser, resolve
+from .common.weights import SCRATCH
 
 SENSORS = ["colour", "infrared", "edges", "night"]
 METHODS = ("bn", "cn", "cn-first", "cn-shared", "cn-x-batch")

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods, reports
-from .errors import check
-from .options import Parser, resolve
-from .training import descend
+from .common import grid, images, methods, reports
+from .common.errors import check
+from .common.options import Parser, resolve
+from .common.training import descend
 
 FILES = {
     "train": "stsa.binary.train.txt",

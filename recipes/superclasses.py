@@ -36,11 +36,11 @@ from torch import nn
 
 import normswap
 
-from . import grid, images, methods, reports, scores
-from .data import TEST_BATCH, DomainData, Loader
-from .errors import check
-from .options import Parser
-from .weights import SCRATCH
+from .common import grid, images, methods, reports, scores
+from .common.data import TEST_BATCH, DomainData, Loader
+from .common.errors import check
+from .common.options import Parser
+from .common.weights import SCRATCH
 
 # Few enough that BatchNorm leaves errors, which a leak can mend: with 126 a class it makes few.
 DIGITS_PER_CLASS, DIGITS_EPOCHS = 10, 60

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recipes import adversarial, tiles
+from recipes import adversarial
 from recipes.__main__ import main
-from recipes.data import Loader
-from recipes.options import of_cell
+from recipes.common import tiles
+from recipes.common.data import Loader
+from recipes.common.options import of_cell
 
 HOW = Namespace(eps=8.0, attack_steps=3)
 EPS = 8 / 255 / tiles.STD

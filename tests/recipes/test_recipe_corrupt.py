@@ -5,8 +5,8 @@ from PIL import Image
 from scipy import ndimage
 from skimage import color, data, filters
 
-from recipes import corrupt
-from recipes.corrupt import FAMILIES, SEVERITIES
+from recipes.common import corrupt
+from recipes.common.corrupt import FAMILIES, SEVERITIES
 
 SIZE = 64
 

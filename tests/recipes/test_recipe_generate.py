@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from recipes import gan, generate
+from recipes import generate
 from recipes.__main__ import main
-from recipes.errors import RecipeError
-from recipes.grid import read_lines
+from recipes.common import gan
+from recipes.common.errors import RecipeError
+from recipes.common.grid import read_lines
 
 CLASSES = ["a", "b", "c"]
 METHODS = ("bn", gan.ONEHOT, "cn", "cn-x", "acn")

@@ -7,9 +7,9 @@ from torch import nn
 
 from recipes import papers
 from recipes.__main__ import main
-from recipes.augment import Augmentation
-from recipes.data import DomainData
-from recipes.grid import read_lines
+from recipes.common.augment import Augmentation
+from recipes.common.data import DomainData
+from recipes.common.grid import read_lines
 
 TINY = ["papers", "--smoke", "--methods"]
 
@@ -75,7 +75,7 @@ def test_a_zip_is_decoded_once(folder, tmp_path, monkeypatch):
     given += ["--rates", "1e-3"]
     assert main([*given, "--out", str(tmp_path / "runs")]) == 0
 
-    monkeypatch.setattr("recipes.tiles.load", None)
+    monkeypatch.setattr("recipes.common.tiles.load", None)
     assert main([*given, "--out", str(tmp_path / "runs")]) == 0
 
 

@@ -3,9 +3,10 @@
 import pytest
 from matplotlib.figure import Figure
 
-from recipes import reports, results, runs
+from recipes import results
 from recipes.__main__ import main
-from recipes.reports import draw_points
+from recipes.common import reports, runs
+from recipes.common.reports import draw_points
 
 
 def record(method, seed, **figures):

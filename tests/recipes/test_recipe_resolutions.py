@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from recipes import resolutions, tiles
+from recipes import resolutions
 from recipes.__main__ import main
-from recipes.data import Loader
-from recipes.grid import read_lines
-from recipes.options import of_cell
+from recipes.common import tiles
+from recipes.common.data import Loader
+from recipes.common.grid import read_lines
+from recipes.common.options import of_cell
 
 
 class Spy(nn.Module):

@@ -4,12 +4,13 @@ import torch
 from PIL import Image
 
 import normswap
-from recipes import scenes, scenes_folder, segment, segment_scores
+from recipes import segment
 from recipes.__main__ import main
-from recipes.dense import FCN
-from recipes.errors import RecipeError
-from recipes.grid import read_lines
-from recipes.options import Parser
+from recipes.common import scenes, scenes_folder, segment_scores
+from recipes.common.dense import FCN
+from recipes.common.errors import RecipeError
+from recipes.common.grid import read_lines
+from recipes.common.options import Parser
 
 COUNTS = (6, 2, 4)
 

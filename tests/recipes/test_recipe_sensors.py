@@ -5,9 +5,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from recipes import scores, tiles
 from recipes.__main__ import main
-from recipes.grid import read_lines
+from recipes.common import scores, tiles
+from recipes.common.grid import read_lines
 from recipes.sensors import SENSORS, sense
 
 

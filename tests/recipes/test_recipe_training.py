@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 import normswap
-from recipes.augment import Augmentation
-from recipes.data import DomainData, Loader
-from recipes.errors import RecipeError
-from recipes.options import of_cell
-from recipes.scores import evaluate
-from recipes.training import fill_statistics, make_arm, train_epoch
+from recipes.common.augment import Augmentation
+from recipes.common.data import DomainData, Loader
+from recipes.common.errors import RecipeError
+from recipes.common.options import of_cell
+from recipes.common.scores import evaluate
+from recipes.common.training import fill_statistics, make_arm, train_epoch
 
 CONFIG = of_cell(Namespace(epochs=2, batch_size=8, lr=1e-3, seed=0))
 CPU = torch.device("cpu")
