@@ -17,8 +17,7 @@ target images are only counted with.
 Without --data: scikit-learn's handwritten digits at two angles, each training digit at one of them,
 24 px, and a narrow ResNet-10-T from scratch (conversion after the first batches of both domains
 gave its norms statistics). The paper's threshold is 0.9; 0.8 keeps more labels in so few steps.
-With --tune each method's rate is a third of --lr, it, or its threefold, by a fifth of the source's
-training images with seed 0: labels of the target choose nothing.
+--tune chooses by images of the source: labels of the target choose nothing.
 """
 
 import math

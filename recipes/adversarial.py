@@ -12,10 +12,8 @@ paper gives each kind a BatchNorm of its own, which is `cn`.
     cn-x-batch  BatchNorm of both, then each kind's learned mean and spread (`statistics="batch"`)
 
 Accuracy is on clean images, told so, and on images attacked in the same way, told so; beside it, on
-images that are attacked through the context `clean` and not known to be. By seed all methods have
-the same start, images and order; figures are of the last step. Data and --limit are as of
-`sensors`, without its cameras. With --tune each method's rate is a third of --lr, it, or its
-threefold, by the clean accuracy on a fifth of the training images of seed 0.
+images that are attacked through the context `clean` and not known to be. Figures are of the last
+step. Data and --limit are as of `sensors`, without its cameras; --tune chooses by clean images.
 
 Source: Xie et al., "Adversarial Examples Improve Image Recognition", CVPR 2020, arXiv 1911.09665.
 Differs from source: the attack is made in evaluation, not with the statistics of the batch.

@@ -1,9 +1,7 @@
 """`python -m recipes corruptions`: train on clean images, test on corrupted ones.
 
-The corruptions are fourteen of ImageNet-C's fifteen families, all but frost, at five severities
-(`recipes/common/corrupt.py`), on images held out at random; no training image is corrupted and nothing is
-chosen on test images: the figures are those of the last epoch. Every method has the same start,
-images, order, epochs and rate.
+The corruptions are fourteen of ImageNet-C's fifteen families, all but frost, at five severities, on
+images held out at random; no training image is corrupted. Figures are those of the last epoch.
 
     crossnorm selfnorm cnsn    in residual blocks, where convert puts them by default
     ...+jsd                    and consistency with two CrossNorm passes

@@ -8,11 +8,10 @@ as contexts. Images of a domain never seen have no label; they are normalised wi
     posterior   contexts weighed by how well they explain the image
     nearest     the training domain whose early features are most alike
 
-Every method starts from the same weights by seed, and has the same batches, schedule and number of
-epochs, at the default settings of its conversion (ACN: one responsibility an image and channel).
-Results are those of the last epoch: nothing is chosen on test images. `bn-frozen` is BatchNorm that
-keeps the statistics it was pretrained with, and `cn-frozen` CN that does: CN-X does without batch
-statistics too, and what comes of that is not to be put down to contexts.
+Methods have the default settings of `convert` (ACN: one responsibility an image and channel).
+Results are those of the last epoch. `bn-frozen` is BatchNorm that keeps the statistics it was
+pretrained with, and `cn-frozen` CN that does: CN-X does without batch statistics too, and what
+comes of that is not to be put down to contexts.
 """
 
 from argparse import Namespace

@@ -14,9 +14,9 @@ The row `real` is of training images, as many as are generated: what copying the
 `bn-frozen`, for `--methods`, keeps the statistics that both networks start with, those of a few
 hundred images: a control, a network without batch statistics as `cn-x` is one.
 
-All methods have the same start, batches and noise by seed, and DCGAN's own settings (Adam 2e-4,
-betas 0.5 and 0.999, batch 64, weights N(0, 0.02)), tuned for none. Figures are of the last epoch,
-norms in eval mode; classes are asked for as often as they occur.
+All methods have DCGAN's own settings (Adam 2e-4, betas 0.5 and 0.999, batch 64, weights N(0,
+0.02)), tuned for none. Figures are of the last epoch, norms in eval mode; classes are asked for as
+often as they occur.
 """
 
 from argparse import Namespace

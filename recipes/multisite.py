@@ -16,9 +16,8 @@ With --adapt SITE it trains on that site alone, and is tested on the others as i
 to their training images, without masks: BatchNorm by statistics estimated anew (AdaBN), methods
 with contexts by one that is added, which leaves the answers for the site's own images as they were.
 
-By seed all methods have the same start, patches and order; the model tested is the moving average
-of the weights after the last step. With --tune each method's rate is a third of --lr, it, or its
-threefold, by the last fifth of the training images; what tests is read once, after that.
+The model tested is the moving average of the weights after the last step. --tune chooses by the
+last fifth of the training images.
 """
 
 import copy

@@ -11,10 +11,8 @@ the paper gives each size a BatchNorm of its own, which is `cn`.
     cn-shared   statistics of each size's own, one scale and shift (`affine="shared"`)
     cn-x-batch  BatchNorm, then each size's learned mean and spread (`statistics="batch"`)
 
-Accuracy is on the test images at each size. By seed all methods have the same start, images and
-order; figures are of the last step. Data and --limit are as of `sensors`, without its cameras. With
---tune each method's rate is a third of --lr, it, or its threefold, by a fifth of the training
-images of seed 0.
+Accuracy is on the test images at each size, after the last step. Data and --limit are as of
+`sensors`, without its cameras.
 
 Source: Wang et al., "Resolution Switchable Networks for Runtime Efficient Image Recognition", ECCV
 2020, arXiv 2007.09558. Differs from source: without the distillation between sizes.

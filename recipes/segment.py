@@ -8,10 +8,10 @@ so is a source's except in the column that says otherwise. `bn-frozen` keeps the
 start with: a control, a network without batch statistics as `cn-x` is one. With no options the data
 are made on the spot, see `recipes/common/scenes.py`.
 
-Every method has the same initial weights, running statistics (of eight batches), batches and
-epochs. The setting was chosen for `bn` on the validation scenes of the sources; scores are those of
-the last epoch. A score is intersection over union, averaged over classes, then over domains: to
-call everything background scores next to nothing, as the report says.
+Running statistics start from those of eight batches. The setting was chosen for `bn` on the
+validation scenes of the sources; scores are those of the last epoch. A score is intersection over
+union, averaged over classes, then over domains: to call everything background scores next to
+nothing, as the report says.
 """
 
 from argparse import Namespace

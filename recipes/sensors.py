@@ -15,14 +15,11 @@ The sensor is the context. Accuracy is on other images, told the sensor, or not:
     NAME-frozen with the statistics that given weights came with, as evaluation has them
 
 A ResNet of 8 layers is trained from scratch, or with --weights the timm model that these are of is
-trained on, with a new head. By seed all methods have the same start, images and
-order; figures are of the last epoch. By default it tells which of twelve photographs a tile is cut
-from; half of the tiles test. --data takes images {train,test}/CLASS/image, or
-DOMAIN/{train,test}/CLASS/image, of which the domains are the contexts and nothing else is done to
-them; --limit is of each part of each domain. --drop-labels 0.25 hides a quarter of the labels from
-training steps, for use where the sensor is not always known. With --tune each method's rate is a
-third of --lr, it, or its threefold, by a fifth of the training images of seed 0; what tests is read
-once, after that.
+trained on, with a new head. Figures are of the last epoch. By default it tells which of twelve
+photographs a tile is cut from; half of the tiles test. --data takes images
+{train,test}/CLASS/image, or DOMAIN/{train,test}/CLASS/image, of which the domains are the contexts
+and nothing else is done to them; --limit is of each part of each domain. --drop-labels 0.25 hides a
+quarter of the labels from training steps, for use where the sensor is not always known.
 """
 
 from argparse import Namespace

@@ -13,8 +13,7 @@ hides. Columns, all of one training each:
 `bn + mask` is what the leak is worth without any method: BatchNorm's predictions, restricted to the
 classes of the true superclass; `cn-superclass + mask` shows whether the method adds to that.
 k-means runs on training images alone, over pixels, or over features of the given weights before
-they are tuned. Every method has the same start, images, order, epochs and rate; figures are those
-of the last epoch, nothing is chosen on test images.
+they are tuned. Figures are those of the last epoch.
 
 The default, five methods and three seeds, takes two to three minutes of one thread.
 The digits train on ten of each class, since BatchNorm leaves hardly an error with all of them.

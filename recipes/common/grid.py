@@ -66,6 +66,7 @@ def add_methods(
 ) -> None:
     """Add the options that make a grid."""
     known = known or methods
+    parser.epilog = "By seed all methods have the same start, images, order and number of steps."
     add = parser.add_argument
     shown = f"of {', '.join(known)}; bn is the model as it is"
     kept = {"default": list(methods), "choices": known, "metavar": "METHOD", "help": shown}
