@@ -74,10 +74,7 @@ def train_one(
 
 
 def attack(model: nn.Module, x: Tensor, labels: Tensor, how: Namespace, kind: str) -> Tensor:
-    """Give images near these, within eps of a pixel's range of 255, on which the model errs more.
-
-    The model is told their kind, in evaluation, and comes back in the mode it was in.
-    """
+    """Give images within eps of these, of 255, on which the model, told their kind, errs more."""
     training = model.training
     model.eval()
     eps = how.eps / 255 / STD

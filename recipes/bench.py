@@ -44,10 +44,7 @@ def make_model(name: str) -> nn.Module:
 
 
 class Load:
-    """One model at work: a training step, and a forward in eval; labels go to those that take some.
-
-    It runs as it is or compiled, and as it is or under bfloat16 autocast.
-    """
+    """A model at work, as it is or compiled, under autocast or not; some are told labels."""
 
     def __init__(
         self, model: nn.Module, images: Tensor, labels: Tensor, compiled: bool, bf16: bool

@@ -96,11 +96,7 @@ def run(options: Namespace) -> None:
 def errors(
     model: nn.Module, loader: Loader, corrupted: dict[str, dict[int, Tensor]]
 ) -> dict[str, Any]:
-    """Measure the error in per cent: clean, by family, by group, over all families.
-
-    A family's error is the mean over its severities, a group's the mean over its families; each
-    severity's own error is under ``"by_severity"``.
-    """
+    """Measure the error in per cent: clean, by family and severity, by group, over all families."""
     model.eval()
     data = loader.data
     labels = data.labels[data.test]
@@ -119,11 +115,7 @@ def errors(
 
 
 def relative(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Add ``"mce"``: the mean over families of the error as a percentage of bn's, seed by seed.
-
-    A family in which bn of that seed makes no error has no ratio; it is left out for all methods of
-    the seed.
-    """
+    """Add "mce": the mean error in per cent of bn's of the seed, over families in which bn errs."""
     plain = {r["cell"]["seed"]: r for r in records if r["cell"]["method"] == "bn"}
     found, notes = [], []
     for seed, bn in plain.items():

@@ -100,11 +100,7 @@ def train_one(
 
 
 def measure(model: nn.Module, loader: Loader, nearest: NearestDomain) -> Accuracy:
-    """Measure the accuracy on the test images of each domain.
-
-    With contexts also by kind of label; a held-out domain has none, and those it was trained with
-    are then tested with theirs.
-    """
+    """Measure the accuracy by domain; with contexts also by kind of label, unknown if held out."""
     data = loader.data
     if not takes_context(model):
         return {"": scores.by_domain(model, loader, data.domain_names)}

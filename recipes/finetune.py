@@ -83,10 +83,7 @@ def finish(
 
 
 def build(options: Namespace, data: DomainData, device: torch.device) -> tuple[list[Arm], Loader]:
-    """Make the backbone, convert a copy; give the models ready to train.
-
-    The converted model is always the last; the unconverted one is the very model it was made from.
-    """
+    """Make the backbone and a converted copy of it, which is the last, ready to train."""
     model, loader, notes = images.build(options, data, options.seed, device)
     for line in notes:
         say(line)

@@ -123,10 +123,7 @@ def patches(
 def train_one(
     data: Scenes, config: Namespace, device: torch.device, log: grid.Log
 ) -> dict[str, Any]:
-    """Train one model; give its Dice in per cent, by what it is told, by site.
-
-    It is of the images that test, or of those left out of a training that tries a rate.
-    """
+    """Train one model; give its Dice in per cent, by what it is told, by site."""
     model = build(config, data).to(device, memory_format=torch.channels_last)
     names, labelled = contexts_of(config, data), takes_context(model)
     parts, part = (TRAINING, TEST) if config.final else ((TRAIN,), VALID)
@@ -162,10 +159,7 @@ def train_one(
 
 
 def adapted(model: nn.Module, data: Scenes, config: Namespace, find: Any) -> dict[str, Any]:
-    """Adapt a model to each other site; give its Dice as it is, and adapted.
-
-    Beside it is that of the site that trained, after all adaptations its mean over them.
-    """
+    """Adapt a model to each other site; give its Dice before and after, there and at home."""
     home, labelled = config.adapt, takes_context(model)
 
     def dice(model: nn.Module, context: str, site: str) -> float:

@@ -53,10 +53,7 @@ class DomainData:
 
 @dataclass(frozen=True)
 class Batch:
-    """Float images ready for a model, with class and context labels, on one device.
-
-    `mixed` holds further versions of the same images, if the loader makes any.
-    """
+    """Float images ready for a model, their labels, and versions of them if any are made."""
 
     images: Tensor
     labels: Tensor
@@ -109,10 +106,7 @@ class Loader:
     def batch(
         self, indices: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
     ) -> Batch:
-        """Build the batch of these samples, augmented if a generator is given.
-
-        A part of a batch is drawn as the whole is: its images are those that the whole has there.
-        """
+        """Build the batch of these samples, augmented by a generator; a part is drawn as a whole."""
         versions = [self.data.images[indices]]
         if generator is not None and self.mix is not None:
             versions += [self.mix(versions[0], generator) for _ in range(2)]
@@ -125,10 +119,7 @@ class Loader:
     def normalised(
         self, images: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
     ) -> Tensor:
-        """Make uint8 images ready for a model, windows of them if a generator is given.
-
-        Versions of an image, side by side as channels, get the same window.
-        """
+        """Make uint8 images ready for a model; versions side by side as channels get one window."""
         count = len(images)
         images = images[part].to(self.device).float() / 255
         if generator is not None:

@@ -34,11 +34,7 @@ def opened(root: Path, workers: int) -> Iterator[Path]:
 
 
 def unpack(archive: Path, folder: Path, workers: int) -> None:
-    """Unpack a zip into a folder.
-
-    Raises:
-        RecipeError: a broken or encrypted zip.
-    """
+    """Unpack a zip into a folder; a broken or encrypted one is a RecipeError."""
     try:
         with zipfile.ZipFile(archive) as opened:
             names = opened.namelist()

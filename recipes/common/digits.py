@@ -37,10 +37,7 @@ def source() -> tuple[Tensor, Tensor, list[str]]:
 
 
 def draw(pixels: Tensor, size: int) -> Tensor:
-    """Enlarge 8 x 8 digits, in [0, 16], to `size`: (N, 1, size, size) in [0, 1].
-
-    They fill three quarters of it, so that turning cuts off next to nothing.
-    """
+    """Enlarge 8 x 8 digits in [0, 16] to (N, 1, size, size) in [0, 1], with room to turn them."""
     inner = round(size * 0.75)
     before = (size - inner) // 2
     after = size - inner - before

@@ -43,8 +43,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``. The trace of the root is the sum of the
     roots of the eigenvalues of ``C_a^(1/2) C_b C_a^(1/2)``, which is symmetric.
 
-    The sets are (N, D) and (M, D), of two rows or more each.
-
     Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
     Equilibrium", NeurIPS 2017.
     """

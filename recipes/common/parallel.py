@@ -88,10 +88,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def share_statistics(model: nn.Module, converted: bool) -> None:
-    """Let norms take their batch statistics over all processes.
-
-    SyncBatchNorm works on GPUs only: on a CPU, batch norms keep to their part of the batch.
-    """
+    """Share batch statistics; on a CPU, where SyncBatchNorm does not work, batch norms do not."""
     if size() == 1:
         return
     on_gpu = next(model.parameters()).is_cuda

@@ -37,10 +37,7 @@ def own(batch: Batch) -> Tensor:
 def logits(
     model: nn.Module, loader: Loader, indices: Tensor, label: Label | None = None, amp: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Give scores and labels of images, as they are, on the loader's device.
-
-    Of several processes each gives its part.
-    """
+    """Give scores and labels of images as they are; of several processes each gives its part."""
     model.eval()
     found = [torch.empty(0, len(loader.data.classes), device=loader.device)]
     labels = [torch.empty(0, dtype=torch.int64, device=loader.device)]
@@ -74,10 +71,7 @@ class Surest(nn.Module):
 def by_told(
     model: nn.Module, measure: Callable[[nn.Module, Label | None], T], policies: Sequence[str]
 ) -> dict[str, T]:
-    """Measure a model by what it is told: its own contexts, and nothing, by each policy.
-
-    One that takes no contexts has what is measured under "".
-    """
+    """Measure a model told its own contexts, and nothing by each policy; "" if it takes none."""
     if not takes_context(model):
         return {"": measure(model, None)}
     found = {KNOWN: measure(model, own)}
@@ -106,10 +100,7 @@ def known_mean(record: dict[str, Any]) -> float:
 
 
 def rows_by_told(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give one record for a method, what it is told, and a seed.
-
-    It has what `by_told` found, the rate, and what the training has under "more" for that.
-    """
+    """Give a record for a method, what it is told, and a seed, with the rate and what is beside."""
     rows = []
     for record in records:
         method, seed = record["cell"].values()
@@ -130,11 +121,7 @@ def by_domain(
 
 
 def evaluate(arm: Arm, loader: Loader, config: Namespace) -> dict[str, dict[str, float]]:
-    """Measure the accuracy on the test images of each domain.
-
-    `unknown` is without a label, as when it is not to be had; `known`, for arms that take one, with
-    the domain as label. The held-out domain is under `unknown` only.
-    """
+    """Measure the accuracy by domain: `unknown` without labels, `known` told, of those trained."""
     parallel.agree_on_buffers(arm.model)
     data = loader.data
     found = {"unknown": by_domain(arm.model, loader, data.domain_names, None, config.amp)}

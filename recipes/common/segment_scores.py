@@ -30,10 +30,7 @@ def predict(model: nn.Module, images: Tensor, context: Tensor | None = None) -> 
 
 
 def evaluate(model: nn.Module, data: Scenes, part: int, known: bool = False) -> dict[str, float]:
-    """Give the mean IoU of each domain that has the part, and of sources and targets together.
-
-    With `known`, of the sources alone, with the domain as label.
-    """
+    """Give the mean IoU of each domain that has the part, and by kind; `known`: sources told."""
     scores: dict[str, float] = {}
     names = data.sources if known else [*data.sources, *data.targets]
     for domain, name in enumerate(names):

@@ -88,10 +88,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 def train_step(
     arm: Arm, batch: Batch, config: Namespace, update: int, share: float
 ) -> tuple[Tensor, float]:
-    """Take one step; give the loss, which is still on the device, and the step's seconds.
-
-    `share` is the share of the whole batch that this process has; losses of all processes add up.
-    """
+    """Take one step; give loss and seconds. `share` is that of this process in the whole batch."""
     device = batch.images.device
     torch.manual_seed(config.seed * LARGE + update)
     wait_for(device)

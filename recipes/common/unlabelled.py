@@ -83,10 +83,7 @@ def run(
     measure: Callable[[nn.Module, Loader], dict[str, Any]],
     headings: dict[str, str], title: str, score: str,
 ) -> None:  # fmt: skip
-    """Run a grid of trainings; `score` names the figure that chooses a rate, if that is asked for.
-
-    Compared with BatchNorm is `told`, what a model finds that is told contexts if it takes them.
-    """
+    """Run a grid; `score` names what chooses a rate, and `told` is compared with BatchNorm."""
     device = images.pick_device(options.device)
     # What is wrong with images, model or weights is said before a run is made.
     images.build(options, data, 0, device, fill=False)
@@ -172,10 +169,7 @@ class Pseudo(NamedTuple):
 def pseudo_loss(
     targets: Tensor, strong: Tensor, threshold: float | Tensor, one_hot: bool
 ) -> Pseudo:
-    """Teach logits of strong views the confident ones among probabilities from weak views.
-
-    With `one_hot` they learn the likeliest class, else the probabilities.
-    """
+    """Teach logits of strong views the confident ones of `targets`, or their likeliest class."""
     targets = targets.detach()
     confidence, labels = targets.max(1)
     kept = confidence >= threshold
