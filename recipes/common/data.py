@@ -106,7 +106,7 @@ class Loader:
     def batch(
         self, indices: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
     ) -> Batch:
-        """Build the batch of these samples, augmented by a generator; a part is drawn as a whole."""
+        """Build a batch of these samples, augmented by a generator; a part is drawn as a whole."""
         versions = [self.data.images[indices]]
         if generator is not None and self.mix is not None:
             versions += [self.mix(versions[0], generator) for _ in range(2)]
