@@ -1,11 +1,6 @@
 """Many trainings that differ in a few settings: each runs once, and one table is of them all.
 
-runs/NAME/config.json     every setting, and the versions it ran with
-runs/NAME/results.jsonl   one line a finished training, written whole: a kill loses only the
-                          training it interrupts
-runs/NAME/epochs.jsonl    one line an epoch
-runs/NAME/report.txt      the final table, with the command
-runs/NAME/results.png
+A training's line in results.jsonl is written whole: a kill loses only what it interrupts.
 """
 
 import argparse

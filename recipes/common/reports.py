@@ -1,8 +1,6 @@
 """How a grid of trainings ends: a picture, a table, and what both are made of.
 
-runs/NAME/report.txt    the tables, with the command
-runs/NAME/results.png
-runs/NAME/table.json    the figures of each method and seed, for `python -m recipes results`
+That is table.json, the figures of each method and seed, for `python -m recipes results`.
 """
 
 import json

@@ -2,6 +2,8 @@
 
     runs/NAME/config.json       every setting, and the versions it ran with
     runs/NAME/report.txt        the final tables, with the command
+    runs/NAME/results.jsonl     of a grid: one line a finished training, and
+    runs/NAME/epochs.jsonl      one line an epoch, results.png, and table.json: see `reports`
     runs/NAME/metrics.jsonl     of `finetune`: one line an epoch, and
     runs/NAME/checkpoint.pt     models, optimizers, history: all a resumed run needs
     runs/NAME/model.safetensors the trained model's state dict, when the run is finished
