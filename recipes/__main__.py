@@ -20,6 +20,8 @@ COMMANDS = {
     "domains": "train on several domains, test on one never seen, or on all",
     "adaptation": "adapt to a domain without labels (AdaMatch), domains as contexts",
     "corruptions": "train on clean images, test on ImageNet-C's families of corruptions",
+    "adversarial": "train on clean and adversarial images, the kind as context (AdvProp)",
+    "resolutions": "train one network for several input sizes, the size as context",
     "superclasses": "what superclass labels are worth, leaked at test time and not",
     "generate": "train a GAN on digits or on your images, each class a context",
     "fixmatch": "train on a few labels a class and many images without (FixMatch)",
@@ -31,7 +33,6 @@ COMMANDS = {
 
 
 def main(argv: list[str]) -> int:
-    """Hand the arguments to the recipe named first."""
     if argv and argv[0] in COMMANDS:
         return int(importlib.import_module(f"recipes.{argv[0]}").main(argv[1:]))
     lines = ["usage: python -m recipes COMMAND [options]", ""]

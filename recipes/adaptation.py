@@ -10,15 +10,14 @@ random, each logit by itself; with contexts the two are equal.
 
 CN and CN-X take contexts "source" and "target", and are tested on target images as `target` (the
 domain of a test image is taken as given: that is the task) and with the context unknown. In
-`source-only` the model with BatchNorm takes as many steps on the source alone; --methods knows also
-NAME-frozen, see `recipes.methods`. Target images that test are not adapted to, and class labels of
+`source-only` the model with BatchNorm takes as many steps on the source alone; NAME-frozen keeps
+the statistics of the given weights. Target images that test are not adapted to, and class labels of
 target images are only counted with.
 
 Without --data: scikit-learn's handwritten digits at two angles, each training digit at one of them,
 24 px, and a narrow ResNet-10-T from scratch (conversion after the first batches of both domains
 gave its norms statistics). The paper's threshold is 0.9; 0.8 keeps more labels in so few steps.
-With --tune each method's rate is a third of --lr, it, or its threefold, by a fifth of the source's
-training images with seed 0: labels of the target choose nothing.
+--tune chooses by images of the source: labels of the target choose nothing.
 """
 
 import math
@@ -30,22 +29,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import grid, images, scores, unlabelled
-from .data import DomainData, Loader
-from .errors import RecipeError
-from .methods import base_of
-from .options import Parser, count
-from .training import takes_context
-from .unlabelled import Alignment, Views, draw, pseudo_loss
+from .common import grid, images, scores, unlabelled
+from .common.data import DomainData, Loader
+from .common.errors import check
+from .common.methods import base_of
+from .common.options import Parser, count
+from .common.training import LARGE, takes_context
+from .common.unlabelled import Alignment, Views, draw, pseudo_loss
 
 SOURCE, TARGET = 0, 1
 CONTEXTS = ("source", "target")
 ANGLES = ("0", "45")
-HEADINGS = {
-    "told": "target, told if taken",
-    **{k: f"target, {scores.HEADINGS[k]}" for k in scores.POLICIES},
-    "source": "source",
-}
+UNTOLD = {k: f"target, {scores.HEADINGS[k]}" for k in scores.POLICIES}
+HEADINGS = {"told": "target, told if taken", **UNTOLD, "source": "source"}
 
 
 def run(options: Namespace) -> None:
@@ -53,40 +49,37 @@ def run(options: Namespace) -> None:
     data = load(options)
     title = f"source {data.domain_names[SOURCE]}, target {data.domain_names[TARGET]}"
     print(title)
-    plan = partial(plan_of, options)
-    unlabelled.run(options, "adaptation", data, CONTEXTS, plan, measure, HEADINGS, title, "source")
+    told = CONTEXTS, plan_of, measure, HEADINGS
+    unlabelled.run(options, "adaptation", data, *told, title, "source")
 
 
 def load(options: Namespace) -> DomainData:
-    """Load the two domains, the source first."""
     if options.data is None:
         options.source, options.target = options.source or ANGLES[0], options.target or ANGLES[1]
     names = (options.source, options.target)
-    if None in names or names[SOURCE] == names[TARGET]:
-        raise RecipeError(f"expected --source and --target to be two domains, got {names}")
+    two = None not in names and names[SOURCE] != names[TARGET]
+    check(two, f"expected --source and --target to be two domains, got {names}")
     if options.data is not None:
         return images.load(options, domains=names)
-    if not all(name.removeprefix("-").isdecimal() for name in names):
-        raise RecipeError(f"expected --source and --target as angles, got {' and '.join(names)}")
+    angles = all(name.removeprefix("-").isdecimal() for name in names)
+    check(angles, f"expected --source and --target as angles, got {' and '.join(names)}")
     return images.load(options, angles=[int(name) for name in names])
 
 
-def plan_of(options: Namespace, cell: grid.Cell, views: Views) -> unlabelled.Plan:
-    """Give what a model is trained with."""
-    seed, size, data = cell["seed"], options.batch_size, views.loader.data
-    device = views.loader.device
-    generator = torch.Generator().manual_seed(seed)
+def plan_of(config: Namespace, views: Views) -> unlabelled.Plan:
+    size, data, device = config.batch_size, views.loader.data, views.loader.device
+    generator = torch.Generator().manual_seed(config.seed)
     parts = [(data.train & (data.domains == d)).nonzero().flatten() for d in (SOURCE, TARGET)]
-    sources = draw(parts[SOURCE], size, options.steps, generator)
-    targets = draw(parts[TARGET], size * options.ratio, options.steps, generator)
+    sources = draw(parts[SOURCE], size, config.steps, generator)
+    targets = draw(parts[TARGET], size * config.ratio, config.steps, generator)
     align = Alignment(len(data.classes))
 
     def step(model: nn.Module, index: int) -> unlabelled.Loss:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        generator = torch.Generator().manual_seed(config.seed * LARGE + index)
         ours, others = sources[index], targets[index]
         labels = data.labels[ours].to(device).repeat(2)
         known = torch.cat([views.weak(ours, generator), views.strong(ours, generator)])
-        if base_of(cell["method"]) == "source-only":
+        if base_of(config.method) == "source-only":
             return F.cross_entropy(model(known), labels), {}
         shown = [known, views.weak(others, generator), views.strong(others, generator)]
         source, weak, strong = unlabelled.forward(model, shown, (SOURCE, TARGET, TARGET))
@@ -94,21 +87,19 @@ def plan_of(options: Namespace, cell: grid.Cell, views: Views) -> unlabelled.Pla
             alone = without_trace(model, known)
             source = alone.lerp(source, torch.rand(source.shape).to(source))
         confident = source[: len(ours)].detach().softmax(1)
-        threshold = options.threshold * confident.max(1).values.mean()
+        threshold = config.threshold * confident.max(1).values.mean()
         aligned = align(confident, weak.detach().softmax(1))
         pseudo = pseudo_loss(aligned, strong, threshold, one_hot=False)
         figures = unlabelled.counted(pseudo, data.labels[others].to(device))
-        weight = 0.5 - 0.5 * math.cos(min(math.pi, 2 * math.pi * index / options.steps))
+        weight = 0.5 - 0.5 * math.cos(min(math.pi, 2 * math.pi * index / config.steps))
         return F.cross_entropy(source, labels) + weight * pseudo.loss, figures
 
     return [torch.cat(pair) for pair in zip(sources[:8], targets[:8], strict=True)], step
 
 
 def measure(model: nn.Module, loader: Loader) -> dict[str, Any]:
-    """Give the accuracies on test images of the target, and that on the source."""
-    source, target = (
-        scores.by_label(model, loader, loader.test_indices(domain)) for domain in (SOURCE, TARGET)
-    )
+    tests = map(loader.test_indices, (SOURCE, TARGET))
+    source, target = (scores.by_label(model, loader, test) for test in tests)
     return {**target, "source": source.get("known", source.get("plain"))}
 
 

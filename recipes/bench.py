@@ -4,7 +4,6 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -15,14 +14,15 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, methods
-from .options import Parser, count
-from .training import takes_context, wait_for
-from .weights import check_model_name
+from .common import grid, methods
+from .common.options import Parser, count
+from .common.training import takes_context, wait_for
+from .common.weights import check_model_name
 
 BASE = "as it is"
 METHODS = ("cn", "cn-x", "selfnorm", "crossnorm")
 HEADINGS = ("method", "train, ms", "ratio", "eval, ms", "ratio", "peak, MB", "ratio")
+Cases = dict[str, Callable[[], object]]
 
 
 class Timing(NamedTuple):
@@ -31,6 +31,9 @@ class Timing(NamedTuple):
     median: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g}-{self.high:.3g})"
 
 
 def make_model(name: str) -> nn.Module:
@@ -41,27 +44,21 @@ def make_model(name: str) -> nn.Module:
 
 
 class Load:
-    """One model at work: a training step, and a forward in eval; labels go to those that take some.
-
-    It runs as it is or compiled, and as it is or under bfloat16 autocast.
-    """
+    """A model at work, as it is or compiled, under autocast or not; some are told labels."""
 
     def __init__(
         self, model: nn.Module, images: Tensor, labels: Tensor, compiled: bool, bf16: bool
     ) -> None:
-        self.model, self.images = model, images
+        self.model, self.images, self.bf16 = model, images, bf16
         self.arguments = {"context": labels} if takes_context(model) else {}
         self.run: Callable[..., Tensor] = torch.compile(model) if compiled else model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-        self.bf16 = bf16
 
     def _forward(self) -> Tensor:
-        kind = self.images.device.type
-        with torch.autocast(kind, torch.bfloat16) if self.bf16 else nullcontext():
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bf16):
             return self.run(self.images, **self.arguments)
 
     def train(self) -> None:
-        """Run a step: forward, backward, optimizer."""
         self.model.train()
         self.optimizer.zero_grad()
         self._forward().float().logsumexp(1).mean().backward()
@@ -69,53 +66,33 @@ class Load:
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Run a forward in eval mode."""
         self.model.eval()
         self._forward()
 
 
-def spread(timing: Timing) -> str:
-    """Give the median and the quartiles."""
-    return f"{timing.median:.3g} ({timing.low:.3g}-{timing.high:.3g})"
-
-
 def bench_model(
-    model: nn.Module,
-    names: Sequence[str],
-    images: Tensor,
-    contexts: int = 4,
-    repeats: int = 10,
-    compiled: bool = False,
-    bf16: bool = False,
-) -> list[list[str]]:
+    model: nn.Module, names: Sequence[str], images: Tensor, contexts: int = 4, repeats: int = 10,
+    compiled: bool = False, bf16: bool = False,
+) -> list[list[str]]:  # fmt: skip
     """Give a row for the model and for each method; ratios are to the model as it is."""
     device, labels = images.device, torch.arange(len(images), device=images.device) % contexts
-    models = {BASE: model}
-    models |= {name: methods.convert(model, name, contexts, verify=False) for name in names}
+    models = {name: methods.convert(model, name, contexts, verify=False) for name in names}
+    models = {BASE: model, **models}
     loads = {name: Load(m, images, labels, compiled, bf16) for name, m in models.items()}
     steps = interleave({name: load.train for name, load in loads.items()}, device, repeats)
-    peaks = {name: peak_bytes(load.train, device) for name, load in loads.items()}
+    peaks = {name: peak_bytes(load.train, device) / 2**20 for name, load in loads.items()}
     forwards = interleave({name: load.eval for name, load in loads.items()}, device, repeats)
-    return [
-        [
-            name,
-            spread(steps[name]),
-            f"{steps[name].median / steps[BASE].median:.2f}",
-            spread(forwards[name]),
-            f"{forwards[name].median / forwards[BASE].median:.2f}",
-            f"{peaks[name] / 2**20:.0f}",
-            f"{peaks[name] / peaks[BASE]:.2f}",
-        ]
-        for name in loads
-    ]
+    rows = []
+    for name, peak in peaks.items():
+        row = [name]
+        for times in (steps, forwards):
+            row += [str(times[name]), f"{times[name].median / times[BASE].median:.2f}"]
+        rows.append([*row, f"{peak:.0f}", f"{peak / peaks[BASE]:.2f}"])
+    return rows
 
 
 def interleave(
-    cases: dict[str, Callable[[], object]],
-    device: torch.device,
-    repeats: int = 20,
-    warmup: int = 3,
-    calls: int = 1,
+    cases: Cases, device: torch.device, repeats: int = 20, warmup: int = 3, calls: int = 1
 ) -> dict[str, Timing]:
     """Time each case in turn, `repeats` times, so that all meet the same machine.
 
@@ -130,29 +107,28 @@ def interleave(
     for _ in range(repeats):
         for name, case in cases.items():
             times[name].append(_time(case, device, calls) / calls)
-    return {name: _summarize(values) for name, values in times.items()}
+    quarter = repeats // 4
+    ordered = {name: sorted(values) for name, values in times.items()}
+    return {
+        n: Timing(statistics.median(v), v[quarter], v[-1 - quarter]) for n, v in ordered.items()
+    }
 
 
 def _time(case: Callable[[], object], device: torch.device, calls: int) -> float:
     """Return the milliseconds of several calls; those of the device, where it is a GPU."""
     wait_for(device)
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    gpu = device.type == "cuda"
+    start, end = (torch.cuda.Event(enable_timing=True) if gpu else None for _ in range(2))
     begin = time.perf_counter()
+    if start is not None:
+        start.record()
     for _ in range(calls):
         case()
-    if device.type == "cuda":
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    return 1e3 * (time.perf_counter() - begin)
-
-
-def _summarize(milliseconds: list[float]) -> Timing:
-    values = sorted(milliseconds)
-    quarter = len(values) // 4
-    return Timing(statistics.median(values), values[quarter], values[-1 - quarter])
+    if start is None or end is None:
+        return 1e3 * (time.perf_counter() - begin)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def peak_bytes(case: Callable[[], object], device: torch.device) -> int:
@@ -165,9 +141,8 @@ def peak_bytes(case: Callable[[], object], device: torch.device) -> int:
         case()
         wait_for(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
         case()
     held = peak = 0
     # torch keeps no peak for the CPU, but its profiler sees every allocation in order.
@@ -179,12 +154,11 @@ def peak_bytes(case: Callable[[], object], device: torch.device) -> int:
 
 
 def add_options(parser: Parser) -> None:
-    add = parser.add_argument
+    add, known = parser.add_argument, normswap.methods()
     add("--model", default="resnet50", help="a timm model")
-    add(
-        "--method", nargs="+", default=list(METHODS), metavar="NAME", choices=normswap.methods(),
-        help=f"methods to compare, of {', '.join(normswap.methods())}",
-    )  # fmt: skip
+    compared = f"methods to compare, of {', '.join(known)}"
+    how = {"default": list(METHODS), "choices": known, "metavar": "NAME", "help": compared}
+    add("--method", nargs="+", **how)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
     add("--batch", type=count, default=16, help="images in a batch")
     add("--size", type=count, default=128, help="side of the images")

@@ -6,13 +6,12 @@ as contexts. Images of a domain never seen have no label; they are normalised wi
 
     pooled      the one Gaussian of the mixture of contexts
     posterior   contexts weighed by how well they explain the image
-    nearest     the training domain whose early features are most alike (`nearest.py`)
+    nearest     the training domain whose early features are most alike
 
-Every method starts from the same weights by seed, and has the same batches, schedule and number of
-epochs, at the default settings of its conversion (ACN: one responsibility an image and channel).
-Results are those of the last epoch: nothing is chosen on test images. `bn-frozen` is BatchNorm that
-keeps the statistics it was pretrained with, and `cn-frozen` CN that does: CN-X does without batch
-statistics too, and what comes of that is not to be put down to contexts.
+Methods have the default settings of `convert` (ACN: one responsibility an image and channel).
+Results are those of the last epoch. `bn-frozen` is BatchNorm that keeps the statistics it was
+pretrained with, and `cn-frozen` CN that does: CN-X does without batch statistics too, and what
+comes of that is not to be put down to contexts.
 """
 
 from argparse import Namespace
@@ -25,12 +24,12 @@ from torch import nn
 
 import normswap
 
-from . import grid, images, methods, reports, runs, scores
-from .data import DomainData, Loader
-from .errors import RecipeError
-from .nearest import NearestDomain
-from .options import ByData, ByStart, Parser, of_cell, resolve
-from .training import make_arm, takes_context, train_epoch
+from .common import grid, images, methods, reports, runs, scores
+from .common.data import DomainData, Loader
+from .common.errors import check
+from .common.nearest import NearestDomain
+from .common.options import ByData, ByStart, Parser, of_cell, resolve
+from .common.training import make_arm, takes_context, train_epoch
 
 METHODS = (
     *("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn"),
@@ -41,93 +40,67 @@ Accuracy = dict[str, dict[str, float]]  # by kind of label, by domain, in per ce
 
 
 def run(options: Namespace) -> None:
-    """Train every method with every domain held out and every seed, and tabulate."""
-    if options.joint and options.held_out:
-        raise RecipeError(
-            f"expected --joint or --held-out, got both ({' '.join(options.held_out)}); a joint "
-            "training holds no domain out"
-        )
+    both = f"expected --joint or --held-out, got both ({' '.join(options.held_out or ())})"
+    alone = not (options.joint and options.held_out)
+    check(alone, f"{both}; a joint training holds no domain out")
     resolve(options, seeds=1, epochs=1, limit=6)
     device = images.pick_device(options.device)
-    joint = config_of(options, JOINT, 0)
+
+    @grid.Latest
+    def start_of(held_out: str, seed: int) -> tuple[DomainData, NearestDomain]:
+        config = of_cell(options, held_out=None if held_out == JOINT else held_out)
+        data = images.load(config, seed)
+        start, loader, _ = images.build(config, data, seed, device, fill=False)
+        return data, NearestDomain(start, loader)
+
+    joint = of_cell(options, held_out=None)
     data = images.load(joint)
     images.build(joint, data, 0, device)  # what is wrong is said before anything is written
     names = data.domain_names
     held = [JOINT] if options.joint else (options.held_out or names)
     for domain in held:
         if domain not in (JOINT, *names):
-            images.load(config_of(options, domain, 0))  # says which there are
+            images.load(of_cell(options, held_out=domain))  # says which there are
     recipe = "domains-joint" if options.joint else "domains"
     folder = grid.open_run(options, recipe, free=(*runs.FREE, "held_out"))
-    cells = [
-        {"held_out": domain, "method": method, "seed": seed}
-        for seed in range(options.seeds)
-        for domain in held
-        for method in options.methods
-    ]
+    wanted = [{"held_out": domain, **cell} for domain in held for cell in grid.cells(options)]
+    wanted.sort(key=lambda cell: cell["seed"])
 
-    @grid.Latest
-    def start_of(held_out: str, seed: int) -> tuple[Namespace, DomainData, NearestDomain]:
-        config = config_of(options, held_out, seed)
-        data = images.load(config, seed)
-        start, loader, _ = images.build(config, data, seed, device, fill=False)
-        return config, data, NearestDomain(start, loader)
+    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
+        return train_one(config, *start_of(config.held_out, config.seed), device, log)
 
-    def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        start = start_of(cell["held_out"], cell["seed"])
-        return train_one(cell["method"], *start, device, log)
-
-    records = grid.run_cells(folder, cells, train, grid.jobs_of(options))
+    records = grid.run(folder, options, train, wanted=wanted)
     rows = tabulated(records, grid.read_lines(folder / grid.EPOCHS), options.reach)
     headings = {domain: domain for domain in (names if options.joint else held)}
-    if len(headings) > 1:
-        headings["mean"] = "mean"
+    compared = "mean" if len(headings) > 1 else None
     more = {"trained": "domains trained on"}
     if options.joint:
         more = {"first": "mean after 1 epoch", "reached": f"epochs to {options.reach:g} %"}
-    compared = "mean" if len(headings) > 1 else None
+    headings |= {"mean": "mean"} if compared else {}
     reports.show(folder, rows, headings, "accuracy by domain", more, compared)
 
 
-def config_of(options: Namespace, held_out: str, seed: int) -> Namespace:
-    """Give the settings of one training."""
-    return of_cell(options, held_out=None if held_out == JOINT else held_out, seed=seed)
-
-
 def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Module:
-    """Convert the model; every method computes the same function before it is trained."""
     settings: dict[str, Any] = {"assignment": "instance"} if method == "acn" else {}
     return methods.convert(model, method, contexts, verify=False, **settings)
 
 
 def train_one(
-    method: str,
-    config: Namespace,
-    data: DomainData,
-    nearest: NearestDomain,
-    device: torch.device,
-    log: grid.Log,
+    config: Namespace, data: DomainData, nearest: NearestDomain, device: torch.device, log: grid.Log
 ) -> dict[str, Any]:
-    """Train one model and give the accuracies of its last epoch."""
     model, loader, _ = images.build(config, data, config.seed, device)
-    model = apply_method(method, model, data.contexts)
+    model = apply_method(config.method, model, data.contexts)
     model.to(device, memory_format=torch.channels_last)
-    arm = make_arm(method, model, config, loader.batches_per_epoch)
-    accuracy: Accuracy = {}
-    report: dict[str, Any] = {}
+    arm = make_arm(config.method, model, config, loader.batches_per_epoch)
     for epoch in range(config.epochs):
-        report = train_epoch([arm], loader, config, epoch)[method]
+        report = train_epoch([arm], loader, config, epoch)[config.method]
         accuracy = measure(model, loader, nearest)
         log({"epoch": epoch + 1, "loss": report["loss"], "accuracy": accuracy})
     return {"accuracy": accuracy, "step_ms": report["step_ms"]}
 
 
 def measure(model: nn.Module, loader: Loader, nearest: NearestDomain) -> Accuracy:
-    """Measure the accuracy on the test images of each domain.
-
-    With contexts also by kind of label; a held-out domain has none, and those it was trained with
-    are then tested with theirs.
-    """
+    """Measure the accuracy by domain; with contexts also by kind of label, unknown if held out."""
     data = loader.data
     if not takes_context(model):
         return {"": scores.by_domain(model, loader, data.domain_names)}
@@ -156,35 +129,27 @@ def tabulated(
             if held != JOINT and held not in accuracy:
                 continue
             name = f"{method}, {kind}" if kind else method
-            row = rows.setdefault(
-                (name, seed), {"cell": {"method": name, "seed": seed}, "held": {}, "own": []}
-            )
+            new = {"cell": {"method": name, "seed": seed}, "held": {}, "own": []}
+            row = rows.setdefault((name, seed), new)
             if held == JOINT:
-                row["held"] = accuracy
-                curve = [
-                    mean(e["accuracy"][kind].values())
-                    for e in epochs
-                    if e["cell"] == record["cell"]
-                ]
-                row["first"] = curve[0]
+                mine = [e["accuracy"][kind] for e in epochs if e["cell"] == record["cell"]]
+                curve = [mean(found.values()) for found in mine]
+                row.update(held=accuracy, first=curve[0])
                 row["reached"] = next((i for i, a in enumerate(curve, 1) if a >= reach), None)
             else:
                 row["held"][held] = accuracy[held]
                 own = record["accuracy"].get("label known", accuracy)
                 row["own"].append(mean(a for d, a in own.items() if d != held))
     for row in rows.values():
-        row.update(row["held"])
-        row["mean"] = mean(row["held"].values())
-        row["trained"] = mean(row["own"]) if row["own"] else None
+        trained = mean(row["own"]) if row["own"] else None
+        row.update({**row["held"], "mean": mean(row["held"].values()), "trained": trained})
     return list(rows.values())
 
 
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, METHODS)
-    parser.share(
-        "data", "model", "weights", "pretrained",
-        image_size=ByData(32, 64), epochs=ByData(12, 3), lr=ByStart(2e-3, 5e-4), drop_labels=0.0,
-    )  # fmt: skip
+    parser.share("data", "model", "weights", "pretrained", lr=ByStart(2e-3, 5e-4), drop_labels=0.0)
+    parser.share(image_size=ByData(32, 64), epochs=ByData(12, 3))
     add = parser.add_argument
     add("--joint", action="store_true", help="train on all domains, and hold none out")
     add("--held-out", nargs="+", metavar="DOMAIN", help="these alone, instead of each in turn")

@@ -17,25 +17,25 @@ import normswap
 from normswap import plot
 from normswap.plot.run_files import read_curves
 
-from . import grid, images, methods, parallel, runs, tables
-from .data import DomainData, Loader
-from .errors import RecipeError
-from .losses import LOSSES, crossnorm_layers
-from .options import TUNED, ByData, Parser, count, resolve
-from .parallel import say
-from .scores import evaluate
-from .training import Arm, make_arm, train_epoch
+from .common import grid, images, methods, parallel, runs, tables
+from .common.data import DomainData, Loader
+from .common.errors import check
+from .common.losses import LOSSES, crossnorm_layers
+from .common.options import TUNED, ByData, Parser, resolve
+from .common.parallel import say
+from .common.scores import evaluate
+from .common.training import Arm, make_arm, train_epoch
+
+Epoch = dict[str, Any]
 
 
 def run(options: Namespace) -> None:
-    """Do what the recipe does, alone or as one of several processes."""
     with parallel.joined(options.device):
         settle(options)
         train(options)
 
 
 def settle(options: Namespace) -> None:
-    """Decide what was left open and check it."""
     resolve(options, epochs=options.epochs if isinstance(options.epochs, int) else 2, limit=6)
 
 
@@ -50,21 +50,17 @@ def train(options: Namespace) -> None:
     say(normswap.summary(arms[-1].model))
     say(describe(options, data, loader, device))
     say(tables.losses(arms))
-
     if not options.resume and parallel.is_first():
         runs.write_config(folder, runs.settings_of(options, "finetune"))
-    say(
-        f"writing {folder}; to continue after a stop: "
-        f"{parallel.launcher()} -m recipes finetune --out {options.out} --name {folder.name} "
-        "--resume"
-    )
+    size = parallel.size()
+    launcher = "python" if size == 1 else f"torchrun --nproc-per-node={size}"
+    again = f"{launcher} -m recipes finetune --out {options.out} --name {folder.name} --resume"
+    say(f"writing {folder}; to continue after a stop: {again}")
     for epoch in range(len(history), options.epochs):
-        record = train_and_test(arms, loader, options, epoch)
-        history.append(record)
+        history.append(train_and_test(arms, loader, options, epoch))
         if parallel.is_first():
             runs.save_checkpoint(folder, arms, history)
-        say(tables.epoch_line(record, arms, data), flush=True)
-
+        say(tables.epoch_line(history[-1], arms, data), flush=True)
     if parallel.is_first():
         finish(folder, options, history, arms, data)
         say(
@@ -74,59 +70,37 @@ def train(options: Namespace) -> None:
 
 
 def finish(
-    folder: Path,
-    options: Namespace,
-    history: list[dict[str, Any]],
-    arms: list[Arm],
-    data: DomainData,
+    folder: Path, options: Namespace, history: list[Epoch], arms: list[Arm], data: DomainData
 ) -> None:
-    """Write what a finished run leaves, and print its tables."""
     runs.write_lines(folder / runs.METRICS, history)
     runs.save_model(folder, arms[-1].model)
     given = {**read_curves(folder), "title": f"{options.model}, {folder.name}"}
     plot.curves(**given, path=folder / "curves.png")
-    report = "\n".join(
-        [
-            tables.accuracy_table(history, arms, data),
-            tables.uncertainty(history, arms, data),
-            tables.losses(arms),
-            tables.cost_table(history, arms),
-        ]
-    )
-    trained = normswap.summary(arms[-1].model)
-    runs.write_text(folder / "report.txt", f"{report}\n\n{trained}\n")
+    accuracy, cost = tables.accuracy_table(history, arms, data), tables.cost_table(history, arms)
+    report = "\n".join([accuracy, tables.losses(arms), cost])
+    runs.write_text(folder / "report.txt", f"{report}\n\n{normswap.summary(arms[-1].model)}\n")
     say(report)
 
 
 def build(options: Namespace, data: DomainData, device: torch.device) -> tuple[list[Arm], Loader]:
-    """Make the backbone, convert a copy; give the models ready to train.
-
-    The converted model is always the last; the unconverted one is the very model it was made from.
-    """
+    """Make the backbone and a converted copy of it, which is the last, ready to train."""
     model, loader, notes = images.build(options, data, options.seed, device)
     for line in notes:
         say(line)
-    converted = methods.convert(
-        model,
-        options.method,
-        data.contexts,
-        unknown=options.unknown,
-        example_inputs=(images.example(loader),),
+    how = {"unknown": options.unknown, "example_inputs": (images.example(loader),)}
+    converted = methods.convert(model, options.method, data.contexts, **how)
+    check(
+        not options.loss.endswith("jsd") or crossnorm_layers(converted),
+        f"expected a --method with CrossNorm, such as crossnorm or cnsn, for --loss "
+        f"{options.loss}, got {options.method}",
     )
-    if options.loss.endswith("jsd") and not crossnorm_layers(converted):
-        raise RecipeError(
-            f"expected a --method with CrossNorm, such as crossnorm or cnsn, for --loss "
-            f"{options.loss}, got {options.method}"
-        )
+    chosen = {"bn": model} if options.baseline else {}
+    chosen[options.method] = converted
     steps = loader.batches_per_epoch
-    arms = [make_arm("bn", model, options, steps)] if options.baseline else []
-    return [*arms, make_arm(options.method, converted, options, steps)], loader
+    return [make_arm(name, m, options, steps) for name, m in chosen.items()], loader
 
 
-def train_and_test(
-    arms: list[Arm], loader: Loader, config: Namespace, epoch: int
-) -> dict[str, Any]:
-    """Train an epoch, evaluate, and give the epoch's record."""
+def train_and_test(arms: list[Arm], loader: Loader, config: Namespace, epoch: int) -> Epoch:
     start = time.perf_counter()
     report = train_epoch(arms, loader, config, epoch)
     for arm in arms:
@@ -135,50 +109,38 @@ def train_and_test(
 
 
 def describe(options: Namespace, data: DomainData, loader: Loader, device: torch.device) -> str:
-    """Say what is about to be trained on what."""
     held_out = f", {data.held_out} held out" if data.held_out else ""
+    processes = f", shared by {parallel.size()} processes" if parallel.size() > 1 else ""
     return (
         f"{options.model} on {device}: {int(data.train.sum()):,} training and "
         f"{int(data.test.sum()):,} test images of {data.images.shape[-1]} px, "
         f"{len(data.classes)} classes, domains {', '.join(data.domain_names)}{held_out} "
         f"({data.note}); {options.epochs} epochs of {loader.batches_per_epoch} steps of "
-        f"{options.batch_size}"
-        + (f", shared by {parallel.size()} processes" if parallel.size() > 1 else "")
+        f"{options.batch_size}{processes}"
     )
 
 
 def _stem(options: Namespace) -> str:
     source = "digits" if options.data is None else options.data.resolve().name
     loss = "" if options.loss == "ce" else f"-{options.loss}"
-    smoke = "-smoke" if options.smoke else ""
-    return f"{source}-{options.model}-{options.method}{loss}{smoke}"
+    return f"{source}-{options.model}-{options.method}{loss}{'-smoke' if options.smoke else ''}"
 
 
 def add_options(parser: Parser) -> None:
     runs.add_options(parser)
-    parser.share(
-        "data", "model", "pretrained", "weights",
-        image_size=ByData(32, None), epochs=ByData(12, 10), batch_size=64, lr=TUNED,
-        weight_decay=0.05, drop_labels=0.0,
-    )  # fmt: skip
-    add = parser.add_argument
+    parser.share("data", "model", "pretrained", "weights", "amp", lr=TUNED, batch_size=64)
+    parser.share(weight_decay=0.05, drop_labels=0.0, workers=2)
+    parser.share(image_size=ByData(32, None), epochs=ByData(12, 10))
+    add, policies = parser.add_argument, ("pooled", "posterior")
     add("--held-out", help="domain that does not train, tested with its label unknown")
     add("--method", default="cn-x", choices=normswap.methods(), help="what replaces BatchNorm")
-    add(
-        "--unknown", choices=("pooled", "posterior"),
-        help="what an unknown label means to the norms; by default what the method prefers",
-    )  # fmt: skip
-    add(
-        "--loss", default="ce", choices=LOSSES,
-        help="cross-entropy, alone or with JSD consistency over CrossNorm passes, AugMix or both",
-    )  # fmt: skip
-    add(
-        "--baseline", default=True, action=argparse.BooleanOptionalAction,
-        help="train the unconverted model beside it",
-    )  # fmt: skip
+    unknown = "what an unknown label means to the norms; by default what the method prefers"
+    add("--unknown", choices=policies, help=unknown)
+    loss = "cross-entropy, alone or with JSD consistency over CrossNorm passes, AugMix or both"
+    add("--loss", default="ce", choices=LOSSES, help=loss)
+    either = argparse.BooleanOptionalAction
+    add("--baseline", default=True, action=either, help="train the unconverted model beside it")
     add("--seed", type=int, default=0, help="decides split, start, batches")
-    add("--amp", action="store_true", help="bfloat16 autocast")
-    add("--workers", type=count, default=2, help="processes that decode images")
 
 
 main = partial(grid.command, "finetune", __doc__, add_options, run)

@@ -6,8 +6,8 @@ their weak views. All views are one batch. BatchNorm beside CNSN, and CN and CN-
 "labelled" and "unlabelled": tested as `unlabelled`, since test images are like the unlabelled ones
 (this needs no test label), and with the context unknown. In `labels-only` the model with BatchNorm
 takes as many steps on the labelled images alone, on their weak and their strong views, so that what
-the unlabelled images bring is not mistaken for what the augmentation brings; --methods knows also
-NAME-frozen, see `recipes.methods`.
+the unlabelled images bring is not mistaken for what the augmentation brings; NAME-frozen keeps the
+statistics of the given weights.
 
 The unlabelled images are all training images, the labelled among them; seeds differ in which are
 labelled, the initial weights and the batches. True labels of unlabelled images are only counted.
@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import grid, images, scores, unlabelled
-from .data import Loader
-from .methods import base_of
-from .options import Parser, count
-from .unlabelled import Views, draw, pseudo_loss
+from .common import grid, images, scores, unlabelled
+from .common.data import Loader
+from .common.methods import base_of
+from .common.options import Parser, count
+from .common.training import LARGE
+from .common.unlabelled import Views, draw, pseudo_loss
 
 LABELLED, UNLABELLED = 0, 1
 CONTEXTS = ("labelled", "unlabelled")
@@ -39,30 +40,28 @@ def run(options: Namespace) -> None:
     data = images.load(options, angles=(0,), flat=True)
     images.pick(data, options.labels, 0, "--labels")
     title = f"FixMatch, {options.labels} labels for each of {len(data.classes)} classes"
-    plan = partial(plan_of, options)
-    unlabelled.run(options, "fixmatch", data, CONTEXTS, plan, measure, HEADINGS, title, "told")
+    told = CONTEXTS, plan_of, measure, HEADINGS
+    unlabelled.run(options, "fixmatch", data, *told, title, "told")
 
 
-def plan_of(options: Namespace, cell: grid.Cell, views: Views) -> unlabelled.Plan:
-    """Give what a model is trained with."""
-    seed, size, loader = cell["seed"], options.batch_size, views.loader
-    data, device = loader.data, loader.device
-    generator = torch.Generator().manual_seed(seed)
-    picked = images.pick(data, options.labels, seed, "--labels")
-    labelled = draw(picked, size, options.steps, generator)
-    drawn = draw(loader.train_indices, size * options.ratio, options.steps, generator)
+def plan_of(config: Namespace, views: Views) -> unlabelled.Plan:
+    size, data, device = config.batch_size, views.loader.data, views.loader.device
+    generator = torch.Generator().manual_seed(config.seed)
+    picked = images.pick(data, config.labels, config.seed, "--labels")
+    labelled = draw(picked, size, config.steps, generator)
+    drawn = draw(views.loader.train_indices, size * config.ratio, config.steps, generator)
 
     def step(model: nn.Module, index: int) -> unlabelled.Loss:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        generator = torch.Generator().manual_seed(config.seed * LARGE + index)
         ours, others = labelled[index], drawn[index]
         targets = data.labels[ours].to(device)
         seen = views.weak(ours, generator)
-        if base_of(cell["method"]) == "labels-only":
+        if base_of(config.method) == "labels-only":
             seen = torch.cat([seen, views.strong(ours, generator)])
             return F.cross_entropy(model(seen), targets.repeat(2)), {}
         parts = [seen, views.weak(others, generator), views.strong(others, generator)]
         known, weak, strong = unlabelled.forward(model, parts, (LABELLED, UNLABELLED, UNLABELLED))
-        pseudo = pseudo_loss(weak.softmax(1), strong, options.threshold, one_hot=True)
+        pseudo = pseudo_loss(weak.softmax(1), strong, config.threshold, one_hot=True)
         figures = unlabelled.counted(pseudo, data.labels[others].to(device))
         return F.cross_entropy(known, targets) + pseudo.loss, figures
 
@@ -70,7 +69,6 @@ def plan_of(options: Namespace, cell: grid.Cell, views: Views) -> unlabelled.Pla
 
 
 def measure(model: nn.Module, loader: Loader) -> dict[str, float]:
-    """Give the accuracies on the test images."""
     return scores.by_label(model, loader, loader.test_indices(), lambda _: UNLABELLED)
 
 

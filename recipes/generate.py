@@ -11,17 +11,19 @@ domain of PACS. The Frechet distance is to images held out from everything, in f
 classifier trained on the training digits, or for a folder in EfficientNet-Lite0's of ImageNet. Of
 conditional generators, a classifier on these features says how often it finds the class asked for.
 The row `real` is of training images, as many as are generated: what copying them would get.
+`bn-frozen`, for `--methods`, keeps the statistics that both networks start with, those of a few
+hundred images: a control, a network without batch statistics as `cn-x` is one.
 
-All methods have the same start, batches and noise by seed, and DCGAN's own settings (Adam 2e-4,
-betas 0.5 and 0.999, batch 64, weights N(0, 0.02)), tuned for none. Figures are of the last epoch,
-norms in eval mode; classes are asked for as often as they occur.
+All methods have DCGAN's own settings (Adam 2e-4, betas 0.5 and 0.999, batch 64, weights N(0,
+0.02)), tuned for none. Figures are of the last epoch, norms in eval mode; classes are asked for as
+often as they occur.
 """
 
-import statistics
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -30,13 +32,13 @@ from torchvision.utils import save_image
 
 from normswap import plot
 
-from . import folders, gan, grid, images, reports, runs
-from .data import stratified_mask
-from .digits import draw
-from .errors import RecipeError
-from .frechet import Judge, frechet_distance, imagenet_judge, small_judge
-from .options import Parser, check_rates, count
-from .training import check_finite
+from .common import digits, folders, gan, grid, reports, runs
+from .common.data import stratified_mask
+from .common.errors import check
+from .common.frechet import Judge, frechet_distance, imagenet_judge, small_judge
+from .common.images import pick_device
+from .common.options import Parser, check_rates, count
+from .common.training import LARGE, check_finite
 
 METHODS = ("bn", gan.ONEHOT, "cn", "cn-x", "acn")
 HEADINGS = {"distance": "Frechet distance", "accuracy": "class as asked, %"}
@@ -79,10 +81,8 @@ def load(root: Path | None, smoke: bool, device: torch.device) -> Images:
     test = stratified_mask(labels, share, generator)
     others, truth = images[test], labels[test]
     images, labels = images[~test], labels[~test]
-    if len(images) < gan.BATCH:
-        raise RecipeError(
-            f"expected {gan.BATCH} images or more to train on, a batch, got {len(images)}"
-        )
+    expected = f"expected {gan.BATCH} images or more to train on, a batch"
+    check(len(images) >= gan.BATCH, f"{expected}, got {len(images)}")
     make_judge = small_judge if root is None else imagenet_judge
     judge = make_judge(images, labels, len(classes), device)
     held_out = judge.features(others)
@@ -99,24 +99,18 @@ def load(root: Path | None, smoke: bool, device: torch.device) -> Images:
 
 def load_digits() -> tuple[Tensor, Tensor, list[str]]:
     """Give scikit-learn's digits at 32 px in [-1, 1], their labels, the names of the classes."""
-    from sklearn.datasets import load_digits as sklearn_digits
-
-    source = sklearn_digits()
-    pixels = torch.tensor(source.images, dtype=torch.float32)
-    classes = [str(digit) for digit in source.target_names]
-    return draw(pixels, gan.SIZE) * 2 - 1, torch.tensor(source.target), classes
+    pixels, labels, classes = digits.source()
+    return digits.draw(pixels, gan.SIZE) * 2 - 1, labels, classes
 
 
 def read_folder(root: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Give the images of a folder CLASS/image likewise, cropped to squares."""
     data = folders.load_folder(root, gan.SIZE, flat=True)
-    if data.domain_names != [root.resolve().name]:
-        raise RecipeError(
-            f"expected images as CLASS/image in {root}; of a folder DOMAIN/CLASS/image, give one "
-            f"domain, such as --data {root / data.domain_names[0]}"
-        )
-    if len(data.classes) < 2:
-        raise RecipeError(f"expected two folders of classes or more in {root}, got {data.classes}")
+    one = f"give one domain, such as --data {root / data.domain_names[0]}"
+    expected = f"expected images as CLASS/image in {root}; of a folder DOMAIN/CLASS/image, {one}"
+    check(data.domain_names == [root.resolve().name], expected)
+    two = f"expected two folders of classes or more in {root}"
+    check(len(data.classes) > 1, f"{two}, got {data.classes}")
     return data.images.float() / 127.5 - 1, data.labels, data.classes
 
 
@@ -124,44 +118,40 @@ def run(options: Namespace) -> None:
     check_rates(options)
     if options.smoke:
         options.epochs, options.every, options.width = SMOKE_EPOCHS, 1, SMOKE_WIDTH
-    device = images.pick_device(options.device)
+    device = pick_device(options.device)
     data = load(options.data, options.smoke, device)
     print(data.note)
     folder = grid.open_run(options, "generate")
-    classes = data.classes
-    rows = [(data.labels == c).nonzero().flatten()[:COLUMNS] for c in range(len(classes))]
-    asked = torch.arange(len(classes)).repeat_interleave(COLUMNS)
+    rows = [(data.labels == c).nonzero().flatten()[:COLUMNS] for c in range(len(data.classes))]
+    asked = torch.arange(len(data.classes)).repeat_interleave(COLUMNS)
     save_samples(folder / "samples-real.png", data.images[torch.cat(rows)])
 
-    def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        pair = gan.build(
-            cell["method"], classes, options.width, data.images, data.labels, cell["seed"]
-        )
+    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
+        given = data.classes, config.width, data.images, data.labels, config.seed
+        pair = gan.build(config.method, *given)
         pair.generator.to(device)
         pair.discriminator.to(device)
-        figures = train_one(pair, cell["seed"], data, options, log)
-        if cell["seed"] == 0:
+        figures = train_one(pair, data, config, log)
+        if config.seed == 0:
             made = generate(pair, asked, seed=1)
-            save_samples(folder / f"samples-{cell['method']}.png", made)
+            save_samples(folder / f"samples-{config.method}.png", made)
         return figures
 
-    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
+    records = grid.run(folder, options, train)
     draw_epochs(folder, records, data.real)
     real = {"cell": {"method": "real"}, **data.real}
     table = reports.table([real, *records], HEADINGS)
     reports.finish(folder, f"{data.note}\n\n{table}")
 
 
-def train_one(
-    pair: gan.Pair, seed: int, data: Images, options: Namespace, log: grid.Log
-) -> dict[str, Any]:
+def train_one(pair: gan.Pair, data: Images, config: Namespace, log: grid.Log) -> dict[str, Any]:
     """Train both networks; give the figures of the last epoch."""
     nets = (pair.generator, pair.discriminator)
-    optimizers = [torch.optim.Adam(net.parameters(), options.lr, (0.5, 0.999)) for net in nets]
+    optimizers = [torch.optim.Adam(net.parameters(), config.lr, (0.5, 0.999)) for net in nets]
     device = next(nets[0].parameters()).device
     figures: dict[str, Any] = {}
-    for epoch in range(options.epochs):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    for epoch in range(config.epochs):
+        generator = torch.Generator().manual_seed(config.seed * LARGE + epoch)
         order = torch.randperm(len(data.images), generator=generator)
         order = order[: len(order) // gan.BATCH * gan.BATCH]  # the rest would be a small batch
         for net in nets:
@@ -170,11 +160,11 @@ def train_one(
         for chosen in order.split(gan.BATCH):
             noise = torch.randn(len(chosen), gan.NOISE, generator=generator)
             batch = (t.to(device) for t in (data.images[chosen], data.labels[chosen], noise))
-            losses.append(gan.train_step(pair, optimizers[0], optimizers[1], *batch))
+            losses.append(gan.train_step(pair, *optimizers, *batch))
         loss = torch.stack(losses).mean(0).tolist()
-        check_finite(sum(loss), f"of {pair.method} in epoch {epoch + 1}", options.lr)
+        check_finite(sum(loss), f"of {pair.method} in epoch {epoch + 1}", config.lr)
         line = {"epoch": epoch + 1, "discriminator": loss[0], "generator": loss[1]}
-        if (epoch + 1) % options.every == 0 or epoch + 1 == options.epochs:
+        if (epoch + 1) % config.every == 0 or epoch + 1 == config.epochs:
             figures = judge(pair, data)
             line |= figures
         log(line)
@@ -213,16 +203,16 @@ def draw_epochs(folder: Path, records: list[dict[str, Any]], real: dict[str, flo
     panels: dict[str, dict[str, list[float | None]]] = {}
     for key, heading in HEADINGS.items():
         panels[heading] = {"real": [real[key]] * len(epochs)}
-        for method in dict.fromkeys(record["cell"]["method"] for record in records):
+        for method in reports.by_method(records):
             found = [line for line in lines if line["cell"]["method"] == method and key in line]
             if found:
                 values = [[line[key] for line in found if line["epoch"] == e] for e in epochs]
-                panels[heading][method] = [statistics.mean(v) if v else None for v in values]
+                panels[heading][method] = [mean(v) if v else None for v in values]
     plot.curves(panels, epochs, log=[HEADINGS["distance"]], path=folder / "results.png")
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, METHODS)
+    grid.add_methods(parser, METHODS, (*METHODS, "bn-frozen"))
     parser.share("data", epochs=100, lr=2e-4)
     add = parser.add_argument
     add("--every", type=count, default=10, help="epochs a judgement")

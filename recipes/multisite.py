@@ -16,9 +16,8 @@ With --adapt SITE it trains on that site alone, and is tested on the others as i
 to their training images, without masks: BatchNorm by statistics estimated anew (AdaBN), methods
 with contexts by one that is added, which leaves the answers for the site's own images as they were.
 
-By seed all methods have the same start, patches and order; the model tested is the moving average
-of the weights after the last step. With --tune each method's rate is a third of --lr, it, or its
-threefold, by the last fifth of the training images; what tests is read once, after that.
+The model tested is the moving average of the weights after the last step. --tune chooses by the
+last fifth of the training images.
 """
 
 import copy
@@ -36,14 +35,14 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods, reports, scores, unlabelled
-from .dense import UNet
-from .errors import RecipeError, check_names
-from .options import Parser, count, of_cell, resolve
-from .scenes import IGNORED, TEST, TRAIN, VALID, Scenes
-from .scenes_folder import read_sites
-from .training import takes_context
-from .weights import EFFICIENTNET_LITE0, NARROW, SCRATCH
+from .common import grid, images, methods, reports, scores, unlabelled
+from .common.dense import UNet
+from .common.errors import RecipeError, check, check_names
+from .common.options import Parser, count, of_cell, resolve
+from .common.scenes import IGNORED, TEST, TRAIN, VALID, Scenes
+from .common.scenes_folder import read_sites
+from .common.training import LARGE, takes_context, told
+from .common.weights import EFFICIENTNET_LITE0, NARROW, SCRATCH
 
 TRAINING = TRAIN, VALID
 METHODS = ("bn", "cn", "cn-first", "cn-x", "cn-x-batch")
@@ -55,33 +54,30 @@ def run(options: Namespace) -> None:
     if options.model is None and options.weights != EFFICIENTNET_LITE0:
         options.model = NARROW
     resolve(options, steps=2, batch_size=4, image_size=64, patch=32, limit=5)
-    if options.patch > options.image_size:
-        raise RecipeError(f"expected --patch of at most {options.image_size}, got {options.patch}")
+    fits = options.patch <= options.image_size
+    check(fits, f"expected --patch of at most {options.image_size}, got {options.patch}")
     device = images.pick_device(options.device)
-    data = read_sites(options.data, options.image_size, options.limit)
-    if options.adapt is not None:
-        check_names("--adapt to be one of the sites", [options.adapt], data.sources)
-        if frozen := [m for m in options.methods if m.endswith(methods.FROZEN)]:
-            raise RecipeError(f"expected methods that adapt with --adapt, got {', '.join(frozen)}")
+    data, home = read_sites(options.data, options.image_size, options.limit), options.adapt
+    if home is not None:
+        check_names("--adapt to be one of the sites", [home], data.sources)
+        frozen = [m for m in options.methods if m.endswith(methods.FROZEN)]
+        check(not frozen, f"expected methods that adapt with --adapt, got {', '.join(frozen)}")
     for method in options.methods:  # what cannot be converted is said before a run is made
         build(of_cell(options, method=method, seed=0), data)
     folder = grid.open_run(options, "multisite")
 
-    def train(rates: dict[str, float], cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        config = of_cell(options, **{"lr": rates.get(cell["method"]), **cell})
-        return train_one(data, VALID if "lr" in cell else TEST, config, device, log)
+    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
+        return train_one(data, config, device, log)
 
-    records = grid.run_tuned(folder, options, train, scores.known_mean, grid.rates_of(options))
-    headings = {name: name for name in data.sources if name != options.adapt} | {"mean": "mean"}
+    records = grid.run(folder, options, train, scores.known_mean)
+    headings = {name: name for name in data.sources if name != home} | {"mean": "mean"}
     aside = {f"auc_{name}": f"AUC {name}" for name in data.sources}
-    if options.adapt is not None:
-        aside = {options.adapt: f"{options.adapt}, its own"}
+    aside = aside if home is None else {home: f"{home}, its own"}
     rows, more = scores.rows_by_told(records), {"lr": "rate, 1e-3", **aside}
     reports.show(folder, rows, headings, "Dice of vessels, %", more, "mean")
 
 
 def contexts_of(config: Namespace, data: Scenes) -> list[str]:
-    """Give the sites that train."""
     return data.sources if config.adapt is None else [config.adapt]
 
 
@@ -125,18 +121,18 @@ def patches(
 
 
 def train_one(
-    data: Scenes, part: int, config: Namespace, device: torch.device, log: grid.Log
+    data: Scenes, config: Namespace, device: torch.device, log: grid.Log
 ) -> dict[str, Any]:
-    """Train one model; give its Dice in per cent on a part, by what it is told, by site."""
+    """Train one model; give its Dice in per cent, by what it is told, by site."""
     model = build(config, data).to(device, memory_format=torch.channels_last)
     names, labelled = contexts_of(config, data), takes_context(model)
-    parts = (TRAIN,) if part == VALID else TRAINING
+    parts, part = (TRAINING, TEST) if config.final else ((TRAIN,), VALID)
 
     def step(model: nn.Module, index: int) -> unlabelled.Loss:
-        batch = patches(data, names, parts, config, config.seed * 1_000_003 + index)
+        batch = patches(data, names, parts, config, config.seed * LARGE + index)
         pictures, masks, sites = (t.to(device) for t in batch)
-        told = {"context": sites if len(names) > 1 else torch.zeros_like(sites)}
-        found = model(pictures, **(told if labelled else {})).float()
+        sites = sites if len(names) > 1 else torch.zeros_like(sites)
+        found = told(model, pictures, sites).float()
         inside, vessels = masks != IGNORED, masks == 1
         likely = found.softmax(1)[:, 1] * inside
         dice = (2 * (likely * vessels).sum() + 1) / (likely.sum() + vessels.sum() + 1)
@@ -145,28 +141,25 @@ def train_one(
     model, figures = unlabelled.fit(model, step, config, config.seed, log)
     find = partial(probabilities, data=data, part=part)
     record = {"lr": config.lr, **figures}
-    if config.adapt is not None and part == TEST:
+    if config.adapt is not None and config.final:
         return {**record, **adapted(model, data, config, find)}
 
     def measure(model: nn.Module, label: scores.Label | None) -> dict[str, float]:
         return {name: dice_of(*find(model, name if label else None, name)) for name in names}
 
-    found = scores.by_told(model, measure, scores.EVERY if part == TEST else ())
-    if part == VALID:
+    found = scores.by_told(model, measure, scores.EVERY if config.final else ())
+    if not config.final:
         return {**record, "accuracy": found}
-    told, more = next(iter(found)), {}
+    first, more = next(iter(found)), {}
     for name in data.sources:
         likely, truth = find(model, name if labelled else None, name)
         inside = truth != IGNORED
         more[f"auc_{name}"] = 100 * roc_auc_score(truth[inside], likely[inside])
-    return {**record, "accuracy": found, "more": {told: more}}
+    return {**record, "accuracy": found, "more": {first: more}}
 
 
 def adapted(model: nn.Module, data: Scenes, config: Namespace, find: Any) -> dict[str, Any]:
-    """Adapt a model to each other site; give its Dice as it is, and adapted.
-
-    Beside it is that of the site that trained, after all adaptations its mean over them.
-    """
+    """Adapt a model to each other site; give its Dice before and after, there and at home."""
     home, labelled = config.adapt, takes_context(model)
 
     def dice(model: nn.Module, context: str, site: str) -> float:
@@ -195,16 +188,15 @@ def probabilities(
     """Give how likely each pixel is a vessel's, of the images of a part of a site, and masks."""
     model.eval()
     device = next(model.parameters()).device
-    told = {} if context is None else {"context": context}
+    given = {} if context is None else {"context": context}
     chosen, found = data.where(part, data.sources.index(site)), []
     for rows in chosen.split(WHOLE):
-        likely = model(data.images[rows].to(device).float() / 255, **told).softmax(1)
+        likely = model(data.images[rows].to(device).float() / 255, **given).softmax(1)
         found.append(likely[:, 1].cpu())
     return torch.cat(found), data.masks[chosen]
 
 
 def dice_of(likely: Tensor, masks: Tensor) -> float:
-    """Give the mean of the images' Dice coefficients, in per cent, at a probability of a half."""
     found, truth = (likely > 0.5) & (masks != IGNORED), masks == 1
     both, sizes = ((found & truth).sum((1, 2)), found.sum((1, 2)) + truth.sum((1, 2)))
     return float((200 * both / sizes.clamp(min=1)).mean())
@@ -213,14 +205,13 @@ def dice_of(likely: Tensor, masks: Tensor) -> float:
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, METHODS, (*METHODS, "bn-frozen"))
     parser.share("model", "pretrained", "tune", "amp", weights=SCRATCH, image_size=320, lr=3e-3)
-    parser.share(steps=200, batch_size=8, weight_decay=0.05)
+    parser.share(steps=200, batch_size=8, weight_decay=0.05, ema=0.98)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder or zip SITE/{train,test}/{images,masks}")
     add("--limit", type=count, metavar="N", help="images of each part of each site")
     add("--adapt", metavar="SITE", help="train on this site alone, and adapt to the others")
     add("--patch", type=count, default=64, help="pixels a side of what trains")
     add("--levels", nargs="+", type=int, default=[0, 1, 2, 3], help="feature maps, finest first")
-    add("--ema", type=float, default=0.98, help="decay of the averaged weights")
 
 
 main = partial(grid.command, "multisite", __doc__, add_options, run)

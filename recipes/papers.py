@@ -10,9 +10,8 @@ their pixels. An image is told the one it most probably comes from, in training 
     cn-x-batch  BatchNorm, then each context's learned mean and spread (`statistics="batch"`)
     acn         a mixture of as many Gaussians for each channel, learned; it is told nothing
 
-By seed all methods have the same start, images, windows, mirrorings and order; figures are of the
-last epoch. Each method's rate is the best of --rates, with seed 0, on a fifth of the training
-images, which does not train then; what tests is read once, after that.
+Figures are of the last epoch. Each method's rate is the best of --rates, with seed 0, on a fifth of
+the training images, which does not train then; what tests is read once, after that.
 
 Published at 100 epochs of CIFAR-10, rate 1e-3: bn 86.90, cn-x 87.57, acn 87.97 (Faye et al., arXiv
 2403.16798). Chosen here: widths, the classifier, which norm, windows and mirrorings, a rate that
@@ -20,43 +19,47 @@ warms up and falls, and no decay of norms. Without --data it trains on tiles of 
 """
 
 import getpass
-import hashlib
 import tempfile
 import time
 import warnings
 from argparse import Namespace
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import joblib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods, reports, runs, sensors
-from .data import validation
-from .options import ByData, Parser, by_data, check_rates, count, of_cell
-from .resident import epoch_of, load, ready
-from .training import check_finite, make_optimizer, takes_context
+from .common import grid, images, methods, reports, runs, tiles
+from .common.augment import Augmentation
+from .common.data import DomainData, validation
+from .common.options import ByData, Parser, count, resolve
+from .common.training import LARGE, check_finite, descend, make_optimizer, told
 
 METHODS = "cn", "cn-x", "cn-x-batch", "acn"
 TEST_BATCH = 1000
+PADDING = 4
 
 
 def run(options: Namespace) -> None:
-    by_data(options, epochs=1, rate_epochs=1, limit=8, batch_size=32, width=8)
-    for lr in options.rates:
-        check_rates(Namespace(lr=lr, weight_decay=options.weight_decay))
-    work = {"path": prepared(options), "device": images.pick_device(options.device)}
+    small = {"epochs": 1, "rate_epochs": 1, "limit": 8, "batch_size": 32, "width": 8}
+    resolve(options, backbone=False, **small)
+    path, device = prepared(options), images.pick_device(options.device)
     folder = grid.open_run(options, "papers")
-    train = partial(train_one, options=options, **work)
-    records = grid.run_tuned(folder, options, train, itemgetter("accuracy"), options.rates)
+
+    def train(config: Namespace, _log: grid.Log) -> dict[str, Any]:
+        return train_one(load(path, device), config)
+
+    records = grid.run(folder, options, train, itemgetter("accuracy"), options.rates)
     early = max(1, options.epochs // 4)
     rows = [{**r, "lr": 1000 * r["lr"], "early": r["losses"][early - 1]} for r in records]
     more = {"lr": "rate, 1e-3", "early": f"loss of epoch {early}"}
@@ -69,10 +72,10 @@ def prepared(options: Namespace) -> Path:
     key: list[Any] = [options.data, options.image_size, options.limit, options.contexts]
     if options.data is not None and options.data.exists():
         key += [options.data.resolve(), options.data.stat().st_size, options.data.stat().st_mtime]
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir(), f"normswap-papers-{getpass.getuser()}-{digest}.pt")
+    name = f"normswap-papers-{getpass.getuser()}-{joblib.hash(repr(key))}.pt"
+    path = Path(tempfile.gettempdir(), name)
     if not path.exists() or options.data is None or options.data.is_dir():
-        data = sensors.load(options, seed=0)
+        data = tiles.load(options, seed=0)
         trains = data.images[data.train].split(TEST_BATCH)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", normswap.ContextWarning)  # of small ones: they may be
@@ -84,11 +87,43 @@ def prepared(options: Namespace) -> Path:
     return path
 
 
+@lru_cache(maxsize=1)
+def load(path: Path, device: torch.device) -> DomainData:
+    """Load the images once a process, (N, H, W, 3) uint8; they stay on the device whole."""
+    how = Augmentation(side=(1.0, 1.0), shift=PADDING, flip=True)
+    data = DomainData(**torch.load(path, weights_only=True), augmentation=how)
+    return replace(data, images=data.images.to(device).permute(0, 2, 3, 1).contiguous())
+
+
+def ready(pixels: Tensor) -> Tensor:
+    return pixels.permute(0, 3, 1, 2).float().sub(127.5).div(63.75)
+
+
+def epoch_of(
+    data: DomainData, chosen: Tensor, batch_size: int, seed: int, epoch: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Give batches of images, labels and contexts; seed and epoch alone decide them.
+
+    All images of the epoch are shifted and mirrored at once, on their device, as uint8, by what is
+    drawn on the CPU, so that all devices see the same.
+    """
+    generator = torch.Generator().manual_seed(seed * LARGE + epoch)
+    device, size = data.images.device, data.images.shape[1]
+    whole = len(chosen) - len(chosen) % min(batch_size, len(chosen))
+    order = chosen[torch.randperm(len(chosen), generator=generator)[:whole]].to(device)
+    shifts = torch.randint(2 * PADDING + 1, (2, whole, 1), generator=generator).to(device)
+    mirrored = torch.rand(whole, 1, generator=generator).to(device) < 0.5
+    line = torch.arange(size, device=device)
+    rows, columns = shifts[0] + line, shifts[1] + torch.where(mirrored, line.flip(0), line)
+    padded = F.pad(data.images, (0, 0, *(PADDING,) * 4))
+    pixels = padded[order[:, None, None], rows[:, :, None], columns[:, None, :]]
+    for index, part in zip(order.split(batch_size), pixels.split(batch_size), strict=True):
+        yield ready(part), data.labels[index], data.domains[index]
+
+
 def network(classes: int, width: int, size: int) -> nn.Module:
-    """Make a CNN of three convolutions, each with its norm and a pooling by two."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    sizes = 3, width, 2 * width, 4 * width
-    for i, (before, after) in enumerate(pairwise(sizes), 1):
+    for i, (before, after) in enumerate(pairwise((3, width, 2 * width, 4 * width)), 1):
         layers[f"conv{i}"] = nn.Conv2d(before, after, 3, padding=1, bias=False)
         layers[f"norm{i}"] = nn.BatchNorm2d(after)
         layers[f"pool{i}"] = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
@@ -96,22 +131,11 @@ def network(classes: int, width: int, size: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
-def train_one(
-    rates: dict[str, float],
-    cell: grid.Cell,
-    _log: grid.Log,
-    options: Namespace,
-    path: Path,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Train one model; give its accuracy in per cent, and the mean loss of every epoch.
-
-    Without `rates` the cell has one to be tried, on the part of the training images left out.
-    """
-    start = time.perf_counter()
-    config = of_cell(options, **cell)
-    data = load(path, device) if rates else validation(load(path, device))
-    lr, epochs = (rates[config.method], config.epochs) if rates else (config.lr, config.rate_epochs)
+def train_one(data: DomainData, config: Namespace) -> dict[str, Any]:
+    """Train one model; give its accuracy in per cent, and the mean loss of every epoch."""
+    start, device = time.perf_counter(), data.images.device
+    data = data if config.final else validation(data)
+    epochs = config.epochs if config.final else config.rate_epochs
     chosen, tests = data.train.nonzero()[:, 0], data.test.nonzero()[:, 0]
     data = replace(data, labels=data.labels.to(device), domains=data.domains.to(device))
     batches = partial(epoch_of, data, chosen, config.batch_size, config.seed)
@@ -120,20 +144,16 @@ def train_one(
     # A norm that learns its statistics must not start from what a fresh BatchNorm claims.
     torch.optim.swa_utils.update_bn((x for x, *_ in islice(batches(-1), 8)), model)
     if config.method in METHODS:
-        settings: dict[str, Any] = {"select": f"norm{config.norm}"}
-        if config.method == "acn":
-            settings["components"] = config.contexts
-        model = methods.convert(model, config.method, data.domain_names, **settings)
+        components = {"components": config.contexts} if config.method == "acn" else {}
+        where = {"select": f"norm{config.norm}", **components}
+        model = methods.convert(model, config.method, data.domain_names, **where)
     model.to(memory_format=torch.channels_last)
-    told = takes_context(model)
     steps = max(1, len(chosen) // config.batch_size)
-    optimizer, schedule = make_optimizer(model, lr, config.weight_decay, epochs * steps)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.amp)
+    optimizer, schedule = make_optimizer(model, config.lr, config.weight_decay, epochs * steps)
 
     def scores(x: Tensor, contexts: Tensor) -> Tensor:
-        with autocast():
-            found: Tensor = model(x, context=contexts) if told else model(x)
-        return found.float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            return told(model, x, contexts).float()
 
     model.train()
     losses = torch.zeros(epochs, device=device)  # read at the end: no step waits for the device
@@ -141,12 +161,10 @@ def train_one(
         for step, (x, labels, contexts) in enumerate(batches(epoch)):
             schedule.step_update(epoch * steps + step)
             loss = F.cross_entropy(scores(x, contexts), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(loss, optimizer)
             losses[epoch] += loss.detach() / steps
-    if rates:  # one that is tried may be too large
-        check_finite(losses[-1].item(), f"of {config.method}, seed {config.seed},", lr)
+    if config.final:  # one that is tried may be too large
+        check_finite(losses[-1].item(), f"of {config.method}, seed {config.seed},", config.lr)
     model.eval()
     hits = torch.zeros((), device=device)
     with torch.inference_mode():
@@ -154,16 +172,15 @@ def train_one(
             found = scores(ready(data.images[part]), data.domains[part]).argmax(1)
             hits += (found == data.labels[part]).sum()
     seconds = round(time.perf_counter() - start, 1)
-    figures = {"accuracy": 100 * hits.item() / len(tests), "lr": lr, "seconds": seconds}
+    figures = {"accuracy": 100 * hits.item() / len(tests), "lr": config.lr, "seconds": seconds}
     return {**figures, "losses": losses.tolist()}
 
 
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, ("bn", "cn", "cn-x", "acn"), ("bn", *METHODS))
     parser.share(image_size=ByData(16, 32), epochs=20, batch_size=256, weight_decay=1e-4)
-    parser.share("data", "limit", "amp")
+    parser.share("data", "limit", "amp", workers=2)
     add = parser.add_argument
-    add("--workers", type=count, default=2, help="processes that decode images")
     add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of AdamW, to choose of")
     add("--rate-epochs", type=count, default=5, help="epochs of each choice of a rate")
     add("--contexts", type=count, default=3, help="Gaussians of the mixture")

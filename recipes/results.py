@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import grid, runs
-from .errors import RecipeError
-from .options import Parser
-from .reports import TABLE, Report, draw_points
+from .common import grid, runs
+from .common.errors import RecipeError, check
+from .common.options import Parser
+from .common.reports import TABLE, Report
 
 HERE = Path(__file__).parent
 KEPT, PAGE = HERE / "kept", HERE / "RESULTS.md"
@@ -31,19 +31,16 @@ def run(options: Namespace) -> None:
     reports = {path.stem: read(path) for path in sorted(options.kept.glob("*.json"))}
     page = options.page.read_text(encoding="utf-8")
     runs.write_text(options.page, filled(page, reports))
-    if options.draw is not None:
+    for name, (report, _) in reports.items() if options.draw else ():
         options.draw.mkdir(parents=True, exist_ok=True)
-        for name, (report, _) in reports.items():
-            path = options.draw / f"{name}.png"
-            draw_points(path, report.records, report.figures, report.title, report.unit)
+        report.draw(options.draw / f"{name}.png")
     print(f"{options.page}: tables of {', '.join(reports) or 'no run'}")
 
 
 def keep(folder: Path, kept: Path, name: str) -> None:
     """Copy what the table of a finished run is made of; paths become their last part."""
     path = folder / TABLE
-    if not path.exists():
-        raise RecipeError(f"expected a finished run with {TABLE} in it, got {folder}")
+    check(path.exists(), f"expected a finished run with {TABLE} in it, got {folder}")
     found = json.loads(path.read_text(encoding="utf-8"))
     for record in found["records"]:
         for key, value in record.items():
@@ -62,17 +59,13 @@ def shortened(word: str) -> str:
 
 def without_places(words: list[str]) -> list[str]:
     """Leave out where a run went and how many ran at once: neither changes a figure."""
-    left: list[str] = []
-    skipped = False
-    for word in words:
-        if not skipped and word not in ("--out", "--name", "--jobs", "--resume"):
-            left.append(word)
-        skipped = word in ("--out", "--name", "--jobs")
-    return left
+    places = ("--out", "--name", "--jobs")
+    before = ["", *words]
+    kept = zip(before, words, strict=False)
+    return [w for b, w in kept if b not in places and w not in (*places, "--resume")]
 
 
 def read(path: Path) -> tuple[Report, dict[str, str]]:
-    """Read a kept run; give its report and versions."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         versions = found.pop("versions")
@@ -82,13 +75,9 @@ def read(path: Path) -> tuple[Report, dict[str, str]]:
 
 
 def filled(page: str, reports: dict[str, tuple[Report, dict[str, str]]]) -> str:
-    """Give a page with the table of each run in its place."""
-    missing = [name for _, name, _ in PLACE.findall(page) if name not in reports]
-    if missing:
-        raise RecipeError(
-            f"expected a kept run for each table, got none for {', '.join(missing)}; keep one with "
-            "python -m recipes results --keep RUN --name NAME"
-        )
+    missing = ", ".join(name for _, name, _ in PLACE.findall(page) if name not in reports)
+    way_out = "keep one with python -m recipes results --keep RUN --name NAME"
+    check(not missing, f"expected a kept run for each table, got none for {missing}; {way_out}")
 
     def table(found: re.Match[str]) -> str:
         report, versions = reports[found[2]]

@@ -4,13 +4,14 @@ An FCN over a timm `features_only` backbone, the whole of it converted: BatchNor
 the end of residual branches and CrossNorm with style crops after residual blocks (at one of them,
 with probability .5), which is the setting of Tang et al. (ICCV 2021) for GTA5; `cnsn` is both, each
 at its place. CN and CN-X have the source domains as contexts; a target's label is unknown, and
-so is a source's except in the column that says otherwise. With no options the data are made on the
-spot, see `recipes.scenes`.
+so is a source's except in the column that says otherwise. `bn-frozen` keeps the statistics that all
+start with: a control, a network without batch statistics as `cn-x` is one. With no options the data
+are made on the spot, see `recipes/common/scenes.py`.
 
-Every method has the same initial weights, running statistics (of eight batches), batches and
-epochs. The setting was chosen for `bn` on the validation scenes of the sources; scores are those of
-the last epoch. A score is intersection over union, averaged over classes, then over domains: to
-call everything background scores next to nothing, as the report says.
+Running statistics start from those of eight batches. The setting was chosen for `bn` on the
+validation scenes of the sources; scores are those of the last epoch. A score is intersection over
+union, averaged over classes, then over domains: to call everything background scores next to
+nothing, as the report says.
 """
 
 from argparse import Namespace
@@ -27,16 +28,16 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods, reports
-from .dense import FCN
-from .errors import RecipeError
-from .options import Parser, check_rates, count
-from .runs import atomic
-from .scenes import COUNTS, IGNORED, TEST, TRAIN, VALID, Scenes, make_scenes
-from .scenes_folder import read_scenes, split
-from .segment_scores import background, draw_predictions, evaluate, predict
-from .training import check_finite, takes_context
-from .weights import check_model_name
+from .common import grid, images, methods, reports
+from .common.dense import FCN
+from .common.errors import RecipeError
+from .common.options import Parser, check_rates, count
+from .common.runs import atomic
+from .common.scenes import COUNTS, IGNORED, TEST, TRAIN, VALID, Scenes, make_scenes
+from .common.scenes_folder import read_scenes, split
+from .common.segment_scores import background, draw_predictions, evaluate, predict
+from .common.training import check_finite, descend, takes_context, told
+from .common.weights import check_model_name
 
 METHODS = ("bn", "crossnorm", "selfnorm", "cnsn", "cn", "cn-x")
 STYLE = {"crop": "style", "p": 0.5, "active": 1}
@@ -67,10 +68,10 @@ def run(options: Namespace) -> None:
         build(method, scenes(0), 0, options)
     folder = grid.open_run(options, "segment")
 
-    def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        return train_one(cell, scenes(cell["seed"]), options, device, log, folder)
+    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
+        return train_one(scenes(config.seed), config, device, log, folder)
 
-    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
+    records = grid.run(folder, options, train)
     data = scenes(0)
     title = f"sources {', '.join(data.sources)}; targets {', '.join(data.targets)}"
     targets = {f"on_{name}": name for name in data.targets}
@@ -125,42 +126,33 @@ def build(method: str, data: Scenes, seed: int, options: Namespace) -> nn.Module
 
 
 def train_one(
-    cell: grid.Cell,
-    data: Scenes,
-    options: Namespace,
-    device: torch.device,
-    log: grid.Log,
-    folder: Path,
+    data: Scenes, config: Namespace, device: torch.device, log: grid.Log, folder: Path
 ) -> dict[str, Any]:
     """Train one model; give its scores after the last epoch."""
-    method, seed = cell["method"], cell["seed"]
-    model = build(method, data, seed, options).to(device)
-    labelled = takes_context(model)
-    optimizer = torch.optim.AdamW(normswap.param_groups(model, options.lr, options.weight_decay))
+    method, seed = config.method, config.seed
+    model = build(method, data, seed, config).to(device)
+    optimizer = torch.optim.AdamW(normswap.param_groups(model, config.lr, config.weight_decay))
     train = data.where(TRAIN)
-    steps = options.epochs * max(len(train) // options.batch, 1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, steps, pct_start=0.1)
-    for epoch in range(options.epochs):
+    steps = config.epochs * max(len(train) // config.batch, 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps, pct_start=0.1)
+    for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(seed * 1000 + epoch)
         torch.manual_seed(seed * 1000 + epoch)
         model.train()
         losses = []
-        for pictures, masks, domains in data.batches(train, options.batch, generator):
-            given = {"context": domains.to(device)} if labelled else {}
-            scores = model(pictures.to(device), **given)
-            masks = masks.to(device)
+        for batch in data.batches(train, config.batch, generator):
+            pictures, masks, domains = (tensor.to(device) for tensor in batch)
+            scores = told(model, pictures, domains)
             loss = F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum")
             loss = loss / (masks != IGNORED).sum().clamp(min=1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(loss, optimizer)
             schedule.step()
             losses.append(loss.detach())
         mean = torch.stack(losses).mean().item()
-        check_finite(mean, f"of {method} in epoch {epoch + 1}", options.lr)
+        check_finite(mean, f"of {method} in epoch {epoch + 1}", config.lr)
         log({"epoch": epoch + 1, "loss": mean, "valid": evaluate(model, data, VALID)["source"]})
     figures = {"valid": evaluate(model, data, VALID)["source"], **evaluate(model, data, TEST)}
-    if labelled:
+    if takes_context(model):
         figures["source_known"] = evaluate(model, data, TEST, known=True)["source"]
         normswap.set_unknown(model, "posterior")
         found = evaluate(model, data, TEST)
@@ -184,7 +176,7 @@ def masks_of(folder: Path, method: str) -> Path:
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, METHODS, ("bn", *normswap.methods()))
+    grid.add_methods(parser, METHODS, ("bn", "bn-frozen", *normswap.methods()))
     parser.share("pretrained", model="resnet10t", image_size=64, epochs=8, lr=3e-3)
     parser.share(weight_decay=0.05)
     add = parser.add_argument

@@ -11,10 +11,9 @@ that the mean of the two classes' accuracies stands beside the accuracy.
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 
 import normswap
 
-from . import grid, images, methods, reports
-from .errors import RecipeError
-from .options import Parser, check_rates
+from .common import grid, images, methods, reports
+from .common.errors import check
+from .common.options import Parser, resolve
+from .common.training import descend
 
 FILES = {
     "train": "stsa.binary.train.txt",
@@ -43,10 +43,10 @@ ACCURACIES = {
 BATCH = 50
 PAD, UNKNOWN = 0, 1
 SMOKE_SENTENCES = 200
+Lines = Sequence[tuple[int, list[str]]]
 
 
-@dataclass(frozen=True)
-class Sentences:
+class Sentences(NamedTuple):
     """Labelled sentences. Shape: words (N, L) int64, padded with `PAD`; labels (N,) int64."""
 
     words: Tensor
@@ -56,42 +56,37 @@ class Sentences:
 class SentenceCNN(nn.Module):
     """Word vectors, convolutions over 3, 4 and 5 words, norm, maximum over the sentence."""
 
-    def __init__(
-        self, words: int, width: int = 128, maps: int = 100, classes: int = 2, dropout: float = 0.5
-    ) -> None:
+    def __init__(self, words: int, width: int = 128, maps: int = 100) -> None:
         super().__init__()
         self.embedding = nn.Embedding(words, width, padding_idx=PAD)
         self.convs = nn.ModuleList(
             nn.Sequential(nn.Conv1d(width, maps, span, padding=span - 1), nn.BatchNorm1d(maps))
             for span in (3, 4, 5)
         )
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(3 * maps, classes)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(3 * maps, 2)
 
     def forward(self, words: Tensor) -> Tensor:
-        """Give the scores (N, classes) of sentences (N, L)."""
         x = self.embedding(words).transpose(1, 2)
         found = [F.relu(conv(x)).amax(2) for conv in self.convs]
         return self.head(self.dropout(torch.cat(found, 1)))
 
 
 def run(options: Namespace) -> None:
-    check_rates(options)
+    resolve(options, backbone=False, epochs=1)
     files = {part: read(options.data / name) for part, name in FILES.items()}
     if options.smoke:
-        options.epochs = 1
-        files = {
-            part: lines[:: max(len(lines) // SMOKE_SENTENCES, 1)] for part, lines in files.items()
-        }
+        steps = {part: max(len(lines) // SMOKE_SENTENCES, 1) for part, lines in files.items()}
+        files = {part: lines[:: steps[part]] for part, lines in files.items()}
     words = vocabulary(files["train"])
     data = {part: encode(lines, words) for part, lines in files.items()}
     device = images.pick_device(options.device)
     folder = grid.open_run(options, "sentiment")
 
-    def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        return train_one(cell, data, len(words) + 2, options, device, log)
+    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
+        return train_one(config, data, len(words) + 2, device, log)
 
-    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
+    records = grid.run(folder, options, train)
     most = data["target"].labels.bincount().max().item() / len(data["target"].labels)
     note = f"Of the product sentences {100 * most:.1f} % are of the larger class."
     more = {"best_epoch": "epoch"}
@@ -99,7 +94,6 @@ def run(options: Namespace) -> None:
 
 
 def build(method: str, words: int, seed: int) -> nn.Module:
-    """Build the classifier and convert it; every method starts from the same weights."""
     torch.manual_seed(seed)
     inserted = method in ("crossnorm", "selfnorm", "cnsn")
     placed = {"placement": "norm"} if inserted else {}
@@ -107,32 +101,24 @@ def build(method: str, words: int, seed: int) -> nn.Module:
 
 
 def train_one(
-    cell: grid.Cell,
-    data: dict[str, Sentences],
-    words: int,
-    options: Namespace,
-    device: torch.device,
-    log: grid.Log,
+    config: Namespace, data: dict[str, Sentences], words: int, device: torch.device, log: grid.Log
 ) -> dict[str, Any]:
     """Train one model; give the accuracies of its epoch that is best on the validation part."""
-    model = build(cell["method"], words, cell["seed"]).to(device)
-    groups = normswap.param_groups(model, options.lr, options.weight_decay)
+    model = build(config.method, words, config.seed).to(device)
+    groups = normswap.param_groups(model, config.lr, config.weight_decay)
     optimizer = torch.optim.AdamW(groups)
     best: dict[str, Any] = {"valid": -1.0}
-    for epoch in range(options.epochs):
-        generator = torch.Generator().manual_seed(cell["seed"] * 1000 + epoch)
-        torch.manual_seed(cell["seed"] * 1000 + epoch)
+    for epoch in range(config.epochs):
+        generator = torch.Generator().manual_seed(config.seed * 1000 + epoch)
+        torch.manual_seed(config.seed * 1000 + epoch)
         model.train()
         total = 0.0
         for inputs, labels in batches(data["train"], BATCH, generator):
             loss = F.cross_entropy(model(inputs.to(device)), labels.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(loss, optimizer)
             total += loss.item() * len(labels)
-        parts = ("valid", "source", "target")
-        found = {part: predict(model, data[part], device) for part in parts}
-        figures = {part: 100 * accuracy_score(data[part].labels, found[part]) for part in parts}
+        found = {part: predict(model, data[part], device) for part in ("valid", "source", "target")}
+        figures = {p: 100 * accuracy_score(data[p].labels, found[p]) for p in found}
         figures["balanced"] = 100 * balanced_accuracy_score(data["target"].labels, found["target"])
         log({"epoch": epoch + 1, "loss": total / len(data["train"].labels), **figures})
         if figures["valid"] > best["valid"]:
@@ -142,43 +128,34 @@ def train_one(
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Sentences, device: torch.device) -> Tensor:
-    """Give the likelier class of every sentence, (N,)."""
     model.eval()
-    found = [model(words.to(device)).argmax(1).cpu() for words, _ in batches(data, 256)]
-    return torch.cat(found)
+    return torch.cat([model(words.to(device)).argmax(1).cpu() for words, _ in batches(data, 256)])
 
 
-def read(path: Path) -> list[tuple[int, list[str]]]:
+def read(path: Path) -> Lines:
     """Read a file with one ``label text`` a line, label 0 or 1; says how many have no words."""
-    if not path.is_file():
-        raise RecipeError(f"expected a file of `label text` lines at {path}, found none")
+    check(path.is_file(), f"expected a file of `label text` lines at {path}, found none")
     found, empty = [], 0
     for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
         label, _, text = line.strip().partition(" ")
-        if label not in ("0", "1", ""):
-            raise RecipeError(
-                f"expected `0 text` or `1 text` in line {number} of {path}, got {line[:40]!r}"
-            )
+        expected = f"expected `0 text` or `1 text` in line {number} of {path}"
+        check(label in ("0", "1", ""), f"{expected}, got {line[:40]!r}")
         if text.split():
             found.append((int(label), text.split()))
-        elif label:
-            empty += 1
+        empty += bool(label and not text.split())
     if empty:
         print(f"{path.name}: left out {empty} line(s) that have a label and no words")
-    if not found:
-        raise RecipeError(f"expected sentences in {path}, found none")
+    check(found, f"expected sentences in {path}, found none")
     return found
 
 
-def vocabulary(sentences: Sequence[tuple[int, list[str]]], least: int = 2) -> dict[str, int]:
+def vocabulary(sentences: Lines, least: int = 2) -> dict[str, int]:
     """Number the words that occur `least` times or more; 0 pads, 1 is every other word."""
     counts = Counter(word for _, text in sentences for word in text)
     return {word: i + 2 for i, word in enumerate(w for w, n in counts.items() if n >= least)}
 
 
-def encode(
-    sentences: Sequence[tuple[int, list[str]]], words: dict[str, int], longest: int = 56
-) -> Sentences:
+def encode(sentences: Lines, words: dict[str, int], longest: int = 56) -> Sentences:
     """Turn sentences into numbers, cut or padded to `longest` words."""
     rows = torch.full((len(sentences), longest), PAD)
     for row, (_, text) in zip(rows, sentences, strict=True):

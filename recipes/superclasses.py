@@ -13,8 +13,7 @@ hides. Columns, all of one training each:
 `bn + mask` is what the leak is worth without any method: BatchNorm's predictions, restricted to the
 classes of the true superclass; `cn-superclass + mask` shows whether the method adds to that.
 k-means runs on training images alone, over pixels, or over features of the given weights before
-they are tuned. Every method has the same start, images, order, epochs and rate; figures are those
-of the last epoch, nothing is chosen on test images.
+they are tuned. Figures are those of the last epoch.
 
 The default, five methods and three seeds, takes two to three minutes of one thread.
 The digits train on ten of each class, since BatchNorm leaves hardly an error with all of them.
@@ -36,11 +35,11 @@ from torch import nn
 
 import normswap
 
-from . import grid, images, methods, reports, scores
-from .data import TEST_BATCH, DomainData, Loader
-from .errors import RecipeError
-from .options import Parser, of_cell
-from .weights import SCRATCH
+from .common import grid, images, methods, reports, scores
+from .common.data import TEST_BATCH, DomainData, Loader
+from .common.errors import check
+from .common.options import Parser
+from .common.weights import SCRATCH
 
 # Few enough that BatchNorm leaves errors, which a leak can mend: with 126 a class it makes few.
 DIGITS_PER_CLASS, DIGITS_EPOCHS = 10, 60
@@ -64,12 +63,12 @@ FIGURES = {
 
 
 def run(options: Namespace) -> None:
-    if options.data is None and options.train_per_class is None:
+    digits = options.data is None
+    if digits and options.train_per_class is None:
         options.train_per_class = DIGITS_PER_CLASS
     images.settle(options)
     device = images.pick_device(options.device)
-    if options.superclasses is None:
-        options.superclasses = list(DIGITS if options.data is None else PACS)
+    options.superclasses = options.superclasses or list(DIGITS if digits else PACS)
 
     @grid.Latest  # the seed is the outer loop
     def data_of(seed: int) -> DomainData:
@@ -79,10 +78,10 @@ def run(options: Namespace) -> None:
     images.build(options, data_of(0), 0, device)
     folder = grid.open_run(options, "superclasses")
 
-    def train(cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        return train_one(cell, data_of(cell["seed"]), options, device, log)
+    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
+        return train_one(config, data_of(config.seed), device, log)
 
-    records = grid.run_cells(folder, grid.cells(options), train, grid.jobs_of(options))
+    records = grid.run(folder, options, train)
     rows = [*records, *masked(records)]
     title = f"superclasses as contexts: {options.model}, {options.image_size} px"
     notes = ["test accuracy, %; mean +- standard deviation over seeds"]
@@ -93,40 +92,33 @@ def run(options: Namespace) -> None:
 
 
 def train_one(
-    cell: grid.Cell, data: DomainData, options: Namespace, device: torch.device, log: grid.Log
+    config: Namespace, data: DomainData, device: torch.device, log: grid.Log
 ) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent, by what it is told at test time."""
-    norms, source = METHODS[cell["method"]]
-    config = of_cell(options, seed=cell["seed"])
-    model, loader, _ = images.build(config, data, cell["seed"], device)
+    norms, source = METHODS[config.method]
+    model, loader, _ = images.build(config, data, config.seed, device)
     test = loader.test_indices()
-    inside = members(data)[data.domains[test]]  # the classes of each image's superclass
     figures: dict[str, Any] = {}
     if source == "kmeans":
-        features = "pixels" if options.weights == SCRATCH else model
+        seen = "pixels" if config.weights == SCRATCH else model
         clusters = len(data.domain_names)
-        loader.data, figures["clusters"] = with_clusters(loader, features, clusters, cell["seed"])
+        loader.data, figures["clusters"] = with_clusters(loader, seen, clusters, config.seed)
     names, inputs = loader.data.domain_names, (images.example(loader),)
     model = methods.convert(model, norms, names, example_inputs=inputs)
-    images.train(cell["method"], model, loader, config, log)
-
-    def within(label: scores.Label | None) -> float:
-        found, labels = scores.logits(model, loader, test, label)
-        found = found.masked_fill(~inside.to(found.device), -torch.inf)
-        return 100 * int((found.argmax(1) == labels).sum()) / len(test)
-
+    images.train(config.method, model, loader, config, log)
     found = scores.by_label(model, loader, test)
     if source == "superclass":
-        figures["masked"] = within(None if norms == "bn" else scores.own)
-    known = "leaky" if source == "superclass" else "assigned"
-    return {**{known if key == "known" else key: v for key, v in found.items()}, **figures}
-
-
-def members(data: DomainData) -> torch.Tensor:
-    """Tell which classes each superclass has, (superclasses, classes) bool."""
-    found = torch.zeros(len(data.domain_names), len(data.classes), dtype=torch.bool)
-    found[data.domains, data.labels] = True
-    return found
+        found["leaky"] = found.pop("known", None)
+        # Predictions within the classes of each image's superclass.
+        inside = torch.zeros(len(data.domain_names), len(data.classes), dtype=torch.bool)
+        inside[data.domains, data.labels] = True
+        told = None if norms == "bn" else scores.own
+        given, labels = scores.logits(model, loader, test, told)
+        given = given.masked_fill(~inside[data.domains[test]].to(given.device), -torch.inf)
+        figures["masked"] = 100 * int((given.argmax(1) == labels).sum()) / len(test)
+    else:
+        found["assigned"] = found.pop("known")
+    return {**{k: v for k, v in found.items() if v is not None}, **figures}
 
 
 def masked(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -139,24 +131,20 @@ def masked(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def with_superclasses(data: DomainData, given: Sequence[str]) -> DomainData:
-    """Make a domain of each superclass."""
     mapping: str | dict[str, str] = {}
-    if list(given) == ["cifar100"]:
-        mapping = "cifar100"
-    else:
-        for text in given:
-            name, equals, members = text.partition("=")
-            for member in members.split(","):
-                if not (name and equals and member in data.classes) or member in mapping:
-                    raise RecipeError(
-                        "expected --superclasses NAME=CLASS,CLASS ... with each class of the data "
-                        f"once, got {text!r}; the classes are {', '.join(data.classes)}"
-                    )
-                mapping[member] = name
+    for text in () if list(given) == ["cifar100"] else given:
+        name, equals, members = text.partition("=")
+        for member in members.split(","):
+            check(
+                name and equals and member in data.classes and member not in mapping,
+                "expected --superclasses NAME=CLASS,CLASS ... with each class of the data once, "
+                f"got {text!r}; the classes are {', '.join(data.classes)}",
+            )
+            mapping[member] = name
     with warnings.catch_warnings():
         # It warns that such labels leak at test time: what this recipe is about.
         warnings.simplefilter("ignore", normswap.ContextWarning)
-        assigner = normswap.contexts.from_superclasses(mapping, data.classes)
+        assigner = normswap.contexts.from_superclasses(mapping or "cifar100", data.classes)
     return replace(data, domains=assigner(data.labels), domain_names=list(assigner.names))
 
 
@@ -165,29 +153,29 @@ def with_clusters(
 ) -> tuple[DomainData, str]:
     """Make a domain of each cluster of the training images; every image is assigned by itself."""
     data = loader.data
-    every = [loader.normalised(part) for part in data.images.split(TEST_BATCH)]
-    trains = [loader.normalised(part) for part in data.images[data.train].split(TEST_BATCH)]
+    every, trains = (
+        [loader.normalised(part) for part in pixels.split(TEST_BATCH)]
+        for pixels in (data.images, data.images[data.train])
+    )
     if isinstance(features, nn.Module):
         features = copy.deepcopy(features).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", normswap.ContextWarning)  # of small clusters: reported
         assigner = normswap.contexts.kmeans(trains, clusters, features, seed=seed, progress=False)
     found = torch.cat([assigner(part).cpu() for part in every])
-    shown = []
-    for cluster in range(clusters):
+    names, shown = [f"cluster {k}" for k in range(clusters)], []
+    for cluster, name in enumerate(names):
         inside = data.domains[data.train & (found == cluster)].tolist()
-        kinds = [f"{inside.count(i)} {name}" for i, name in enumerate(data.domain_names)]
-        shown.append(f"cluster {cluster}: " + ", ".join(kinds))
-    names = [f"cluster {k}" for k in range(clusters)]
+        kinds = [f"{inside.count(i)} {kind}" for i, kind in enumerate(data.domain_names)]
+        shown.append(f"{name}: " + ", ".join(kinds))
     return replace(data, domains=found, domain_names=names), "; ".join(shown)
 
 
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, tuple(METHODS))
     images.add_options(parser, DIGITS_EPOCHS)
-    parser.add_argument(
-        "--superclasses", nargs="+", metavar="NAME=CLASS,CLASS", help="or cifar100; see above"
-    )
+    add = parser.add_argument
+    add("--superclasses", nargs="+", metavar="NAME=CLASS,CLASS", help="or cifar100; see above")
 
 
 main = partial(grid.command, "superclasses", __doc__, add_options, run)

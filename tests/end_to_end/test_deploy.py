@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import normswap
-from recipes.weights import load_efficientnet_lite0
+from recipes.common.weights import load_efficientnet_lite0
 from tests.support.models import ConvNet, Windows
 from tests.support.sampling import sampled
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import functional as transforms
 
 import normswap
-from recipes.weights import load_efficientnet_lite0
+from recipes.common.weights import load_efficientnet_lite0
 
 CHELSEA, COFFEE = 285, 967  # Egyptian cat, espresso
 FEW = 4

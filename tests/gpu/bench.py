@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from recipes.bench import interleave
-from recipes.training import wait_for
+from recipes.common.training import wait_for
 from tests.bench.layers import SHAPES, make_cases
 from tests.gpu import models
 from tests.gpu.graphs import capture

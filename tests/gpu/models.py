@@ -6,8 +6,8 @@ from functools import partial
 import torch
 
 import normswap
-from recipes import methods
 from recipes.bench import BASE, Load, interleave, make_model, peak_bytes
+from recipes.common import methods
 from tests.gpu.graphs import capture
 from tests.gpu.measures import Result, Skipped, try_each
 

@@ -2,11 +2,12 @@ import pytest
 import torch
 
 import normswap
-from recipes import adaptation, images
+from recipes import adaptation
 from recipes.__main__ import main
-from recipes.grid import read_lines
-from recipes.scores import HEADINGS
-from recipes.weights import NARROW, make_backbone
+from recipes.common import images
+from recipes.common.grid import read_lines
+from recipes.common.scores import HEADINGS
+from recipes.common.weights import NARROW, make_backbone
 
 
 def results(folder):

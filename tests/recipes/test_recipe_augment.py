@@ -4,8 +4,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from recipes.augment import Augmentation, AugMix
-from recipes.data import DomainData, Loader
+from recipes.common.augment import Augmentation, AugMix
+from recipes.common.data import DomainData, Loader
 
 
 def pictures() -> torch.Tensor:

@@ -5,8 +5,8 @@ from PIL import Image
 from scipy import ndimage
 from skimage import color, data, filters
 
-from recipes import corrupt
-from recipes.corrupt import FAMILIES, SEVERITIES
+from recipes.common import corrupt
+from recipes.common.corrupt import FAMILIES, SEVERITIES
 
 SIZE = 64
 
@@ -51,8 +51,8 @@ def test_a_corruption_is_the_same_again_and_leaves_its_input_alone(photographs, 
     assert not torch.equal(once, photographs)
 
 
-# Later severities of these differ in kind: finer clouds, finer waves.
-KINDS = ("fog", "elastic_transform")
+# Later severities of these differ in kind: finer clouds or waves, more blur, fewer flakes.
+KINDS = ("glass_blur", "snow", "fog", "elastic_transform")
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in KINDS])
@@ -92,6 +92,30 @@ def test_defocus_averages_a_disk(photographs):
     np.testing.assert_allclose(found, expected, atol=0.5 / 255 + 1e-5)
 
 
+def test_glass_blur_exchanges_neighbours_in_turn_between_two_blurs(photographs):
+    sigma, reach, rounds = 0.4 * SIZE / 32, 2, 2
+    found = corrupt._glass_blur(
+        photographs[:2].float() / 255, (0.4, 1, rounds), torch.Generator().manual_seed(3)
+    )
+    drawn, side = torch.Generator().manual_seed(3), SIZE - 2 * reach
+    down, right = (
+        torch.randint(-reach, reach, (rounds, side, side, 2), generator=drawn) for _ in range(2)
+    )
+    for number, picture in enumerate(floats(photographs)[:2]):
+        channels = [ndimage.gaussian_filter(c, sigma, mode="mirror", radius=3) for c in picture]
+        pixels = np.stack(channels, -1)
+        for turn in range(rounds):
+            for i, y in enumerate(range(SIZE - reach, reach, -1)):
+                for j, x in enumerate(range(SIZE - reach, reach, -1)):
+                    other = y + down[turn, i, j, number], x + right[turn, i, j, number]
+                    pixels[y, x], pixels[other] = pixels[other].copy(), pixels[y, x].copy()
+        expected = [
+            ndimage.gaussian_filter(pixels[..., c], sigma, mode="mirror", radius=3)
+            for c in range(3)
+        ]
+        np.testing.assert_allclose(found[number].numpy(), expected, atol=1e-5)
+
+
 def test_motion_blur_is_a_fading_trail(photographs):
     x = photographs[:1].float() / 255
     radius, sigma = 15 * SIZE / 224, 8 * SIZE / 224
@@ -117,6 +141,28 @@ def test_zoom_blur_averages_the_image_and_its_enlargements(photographs):
     expected = (image + sum(enlarged)) / 12
     found = floats(corrupt.corrupt(photographs, "zoom_blur", 3, seed=0))[0, 0]
     np.testing.assert_allclose(found, expected, atol=0.5 / 255 + 1e-5)
+
+
+def test_snow_falls_in_streaks_on_a_whiter_image_both_ways_round(photographs):
+    size, (mean, deviation, zoom, least, radius, sigma, kept) = 56, corrupt.TABLE["snow"][1][2]
+    picture = photographs[:1, :, :size, :size].float() / 255
+    found = corrupt._snow(picture, corrupt.TABLE["snow"][1][2], torch.Generator().manual_seed(3))
+
+    drawn, cells = torch.Generator().manual_seed(3), 224 // zoom
+    noise = torch.randn(1, 1, cells, cells, generator=drawn)[0, 0].double().numpy()
+    flakes = ndimage.zoom(mean + deviation * noise, zoom, order=1)
+    flakes = np.where(flakes < least, 0, flakes.clip(0, 1))
+    flakes = flakes.reshape(size, 4, size, 4).mean((1, 3))
+    angle = (2 * torch.rand(1, generator=drawn).item() - 1) * np.pi / 4
+    along = np.linspace(0, 2 * radius * size / 224, 33)
+    points = [(t * np.cos(angle), t * np.sin(angle)) for t in along]
+    weights = np.exp(-(along**2) / 2 / (sigma * size / 224) ** 2)
+    fallen = about_each_pixel(flakes, points, weights)
+
+    x = picture[0].double().numpy()
+    grey = 0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]
+    whiter = kept * x + (1 - kept) * np.maximum(x, 1.5 * grey + 0.5)
+    np.testing.assert_allclose(found[0].numpy(), whiter + fallen + np.rot90(fallen, 2), atol=1e-5)
 
 
 def test_fog_is_light_added_and_keeps_the_brightest_value():

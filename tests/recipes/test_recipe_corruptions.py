@@ -1,13 +1,14 @@
 import pytest
 import torch
 
-from recipes import corruptions, images
+from recipes import corruptions
 from recipes.__main__ import main
-from recipes.augment import AugMix
-from recipes.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
-from recipes.digits import load_digits
-from recipes.grid import read_lines
-from recipes.options import Parser
+from recipes.common import images
+from recipes.common.augment import AugMix
+from recipes.common.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
+from recipes.common.digits import load_digits
+from recipes.common.grid import read_lines
+from recipes.common.options import Parser
 
 
 def run(tmp_path, *given, name="run"):

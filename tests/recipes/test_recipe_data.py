@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from recipes.augment import Augmentation, cut_windows, draw_windows
-from recipes.data import DomainData, Loader, stratified_mask
+from recipes.common.augment import Augmentation, cut_windows, draw_windows
+from recipes.common.data import DomainData, Loader, stratified_mask
 
 STILL = Augmentation(side=(1.0, 1.0), shift=0.0, flip=False)
 

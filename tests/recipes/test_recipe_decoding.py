@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipes import decoding
-from recipes.errors import RecipeError
+from recipes.common import decoding
+from recipes.common.errors import RecipeError
 
 
 @pytest.fixture

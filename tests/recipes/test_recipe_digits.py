@@ -4,8 +4,8 @@ import torch
 from scipy import ndimage
 from sklearn.datasets import load_digits as sklearn_digits
 
-from recipes import digits
-from recipes.errors import RecipeError
+from recipes.common import digits
+from recipes.common.errors import RecipeError
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ from torch import nn
 import normswap
 from recipes import domains
 from recipes.__main__ import main
-from recipes.data import Loader
-from recipes.digits import load_digits
+from recipes.common.data import Loader
+from recipes.common.digits import load_digits
+from recipes.common.errors import RecipeError
+from recipes.common.grid import read_lines
+from recipes.common.nearest import NearestDomain
 from recipes.domains import JOINT, tabulated
-from recipes.errors import RecipeError
-from recipes.grid import read_lines
-from recipes.nearest import NearestDomain
 
 CPU = torch.device("cpu")
 

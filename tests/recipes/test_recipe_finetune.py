@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_flatten
 
 import normswap
 from normswap.methods.base import Method
-from recipes import finetune, images
+from recipes import finetune
 from recipes.__main__ import main
-from recipes.grid import read_lines
+from recipes.common import images
+from recipes.common.grid import read_lines
 from tests.recipes.test_recipe_options import parser_of
 from tests.support.sampling import sampled
 

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from recipes.__main__ import main
-from recipes.digits import load_digits
-from recipes.errors import RecipeError
-from recipes.grid import read_lines
-from recipes.images import pick
-from recipes.scores import HEADINGS
+from recipes.common.digits import load_digits
+from recipes.common.errors import RecipeError
+from recipes.common.grid import read_lines
+from recipes.common.images import pick
+from recipes.common.scores import HEADINGS
 
 SMALL = ["fixmatch", "--smoke", "--model", "test_resnet"]
 
@@ -66,7 +66,7 @@ def test_more_labels_than_images_is_an_error_before_anything_is_written(tmp_path
 
 
 def test_a_domain_that_is_not_there_is_an_error(folder):
-    from recipes.folders import load_folder
+    from recipes.common.folders import load_folder
 
     with pytest.raises(RecipeError, match=r"are day, night, got 'dusk'"):
         load_folder(folder, 16, domains=["night", "dusk"])

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.errors import RecipeError
-from recipes.folders import load_folder
+from recipes.common.errors import RecipeError
+from recipes.common.folders import load_folder
 
 
 def test_domains_and_classes_come_from_the_folders(folder):

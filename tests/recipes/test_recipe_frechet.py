@@ -4,8 +4,14 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from recipes.errors import RecipeError
-from recipes.frechet import ImageNetFeatures, Judge, frechet_distance, imagenet_judge, small_judge
+from recipes.common.errors import RecipeError
+from recipes.common.frechet import (
+    ImageNetFeatures,
+    Judge,
+    frechet_distance,
+    imagenet_judge,
+    small_judge,
+)
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from recipes import gan, generate
+from recipes import generate
 from recipes.__main__ import main
-from recipes.errors import RecipeError
-from recipes.grid import read_lines
+from recipes.common import gan
+from recipes.common.errors import RecipeError
+from recipes.common.grid import read_lines
 
 CLASSES = ["a", "b", "c"]
 METHODS = ("bn", gan.ONEHOT, "cn", "cn-x", "acn")
@@ -63,6 +64,27 @@ def test_only_methods_that_are_told_the_class_learn_from_it(method, batch):
     assert pair.conditional == (method not in ("bn", "acn"))
     assert torch.equal(*made) != pair.conditional
     assert torch.equal(*scored) != pair.conditional
+
+
+def test_frozen_statistics_stay_those_of_the_start(batch):
+    images, labels = batch
+    for method in ("bn", "bn-frozen"):
+        pair = build(method, batch)
+        nets = (pair.generator, pair.discriminator)
+        before = [dict(copy.deepcopy(net).named_buffers()) for net in nets]
+        optimizers = [torch.optim.Adam(net.parameters(), 1e-2) for net in nets]
+        gan.train_step(pair, *optimizers, images, labels, torch.randn(len(labels), gan.NOISE))
+        same = [
+            torch.equal(value, old[name])
+            for net, old in zip(nets, before, strict=True)
+            for name, value in net.named_buffers()
+        ]
+        assert all(same) == any(same) == (method == "bn-frozen")
+        scores = []
+        for mode in (True, False):
+            pair.discriminator.train(mode)
+            scores.append(pair.score(images, labels))
+        assert torch.equal(*scores) == (method == "bn-frozen")
 
 
 def descend(loss, net):

@@ -3,9 +3,9 @@ from argparse import Namespace
 
 import pytest
 
-from recipes import grid, runs
-from recipes.errors import RecipeError
-from recipes.options import Parser
+from recipes.common import grid, runs
+from recipes.common.errors import RecipeError
+from recipes.common.options import Parser
 
 
 def options(tmp_path, *given: str) -> Namespace:

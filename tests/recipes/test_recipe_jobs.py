@@ -5,8 +5,8 @@ import pickle
 import pytest
 from joblib import wrap_non_picklable_objects
 
-from recipes import grid
 from recipes.__main__ import main
+from recipes.common import grid
 
 GIVEN = {
     "adaptation": [],

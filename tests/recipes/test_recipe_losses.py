@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import normswap
-from recipes import losses
-from recipes.data import Batch
+from recipes.common import losses
+from recipes.common.data import Batch
 
 QUICK = ["finetune", "--smoke", "--model", "test_resnet", "--image-size", "16"]
 

@@ -7,14 +7,15 @@ import torch
 from joblib import wrap_non_picklable_objects
 from PIL import Image
 
-from recipes import grid, multisite
+from recipes import multisite
 from recipes.__main__ import main
-from recipes.errors import RecipeError
-from recipes.grid import read_lines
-from recipes.options import Parser, of_cell
-from recipes.scenes import IGNORED, TEST, TRAIN, VALID
-from recipes.scenes_folder import read_sites
-from recipes.weights import make_features
+from recipes.common import grid
+from recipes.common.errors import RecipeError
+from recipes.common.grid import read_lines
+from recipes.common.options import Parser, of_cell
+from recipes.common.scenes import IGNORED, TEST, TRAIN, VALID
+from recipes.common.scenes_folder import read_sites
+from recipes.common.weights import make_features
 
 
 @pytest.fixture(scope="module")

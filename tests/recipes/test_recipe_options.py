@@ -1,8 +1,9 @@
 import pytest
 
-from recipes import corruptions, finetune, images, runs
-from recipes.errors import RecipeError
-from recipes.options import ByData, Parser, count, resolve
+from recipes import corruptions, finetune
+from recipes.common import images, runs
+from recipes.common.errors import RecipeError
+from recipes.common.options import ByData, Parser, count, resolve
 
 
 def parser_of(add_options) -> Parser:

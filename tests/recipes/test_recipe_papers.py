@@ -5,11 +5,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from recipes import papers, resident
+from recipes import papers
 from recipes.__main__ import main
-from recipes.augment import Augmentation
-from recipes.data import DomainData
-from recipes.grid import read_lines
+from recipes.common.augment import Augmentation
+from recipes.common.data import DomainData
+from recipes.common.grid import read_lines
 
 TINY = ["papers", "--smoke", "--methods"]
 
@@ -75,12 +75,12 @@ def test_a_zip_is_decoded_once(folder, tmp_path, monkeypatch):
     given += ["--rates", "1e-3"]
     assert main([*given, "--out", str(tmp_path / "runs")]) == 0
 
-    monkeypatch.setattr("recipes.sensors.load", None)
+    monkeypatch.setattr("recipes.common.tiles.load", None)
     assert main([*given, "--out", str(tmp_path / "runs")]) == 0
 
 
 def test_images_are_shifted_within_their_padding_and_mirrored(data):
-    batches = list(resident.epoch_of(data, torch.arange(12), 5, seed=0, epoch=0))
+    batches = list(papers.epoch_of(data, torch.arange(12), 5, seed=0, epoch=0))
     assert [len(x) for x, *_ in batches] == [5, 5]
     mirrored = 0
     for pixels, labels, contexts in batches:
@@ -88,7 +88,7 @@ def test_images_are_shifted_within_their_padding_and_mirrored(data):
         for got, label in zip(pixels, labels, strict=True):
             window = nn.functional.pad(data.images[label].permute(2, 0, 1), (4, 4, 4, 4))
             wanted = [
-                (side, resident.ready(part.permute(1, 2, 0)[None])[0])
+                (side, papers.ready(part.permute(1, 2, 0)[None])[0])
                 for top in range(9)
                 for left in range(9)
                 for shown in [window[:, top : top + 8, left : left + 8]]
@@ -103,7 +103,7 @@ def test_images_are_shifted_within_their_padding_and_mirrored(data):
 def test_seed_and_epoch_alone_decide_an_epoch(data):
     def order(seed, epoch):
         torch.randn(1)
-        return torch.cat([x.flatten() for x, *_ in resident.epoch_of(data, every, 4, seed, epoch)])
+        return torch.cat([x.flatten() for x, *_ in papers.epoch_of(data, every, 4, seed, epoch)])
 
     every = torch.arange(12)
     assert torch.equal(order(0, 0), order(0, 0))

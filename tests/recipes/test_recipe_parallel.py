@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from recipes import finetune, parallel
+from recipes import finetune
 from recipes.__main__ import main
-from recipes.data import Loader
-from recipes.errors import RecipeError
-from recipes.grid import read_lines
+from recipes.common import parallel
+from recipes.common.data import Loader
+from recipes.common.errors import RecipeError
+from recipes.common.grid import read_lines
 from tests.recipes.test_recipe_data import loader, numbered, numbers_of
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ def test_processes_share_a_batch_as_one_process_draws_it(monkeypatch, size):
 def test_every_test_image_is_seen_by_one_process(monkeypatch):
     numbers = torch.arange(250)
     data = replace(numbered(250), train=numbers < 3, test=numbers > 2)
-    monkeypatch.setattr("recipes.data.TEST_BATCH", 16)
+    monkeypatch.setattr("recipes.common.data.TEST_BATCH", 16)
     seen = []
     for rank in range(3):
         as_process(monkeypatch, rank, 3)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import normswap
-from recipes import images, methods, unlabelled
-from recipes.data import Loader
-from recipes.digits import load_digits
-from recipes.unlabelled import Alignment, Views, draw, pseudo_loss
-from recipes.weights import NARROW, make_backbone
+from recipes.common import images, methods, unlabelled
+from recipes.common.data import Loader
+from recipes.common.digits import load_digits
+from recipes.common.unlabelled import Alignment, Views, draw, pseudo_loss
+from recipes.common.weights import NARROW, make_backbone
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

@@ -3,9 +3,10 @@
 import pytest
 from matplotlib.figure import Figure
 
-from recipes import reports, results, runs
+from recipes import results
 from recipes.__main__ import main
-from recipes.reports import draw_points
+from recipes.common import reports, runs
+from recipes.common.reports import draw_points
 
 
 def record(method, seed, **figures):
@@ -40,6 +41,14 @@ def test_differences_are_paired_and_have_a_standard_error():
     assert rows[2][-1] == ""
     # Differences of 1 and 3: a standard deviation of sqrt(2), over sqrt(2).
     assert rows[3] == ["acn", "2", "83.00 +- 2.83", "+2.00 +- 1.00"]
+
+
+def test_several_figures_may_be_compared():
+    records = [{**r, "more": 2 * r["accuracy"]} for r in RECORDS]
+    headings = {"accuracy": "right, %", "more": "double"}
+    rows = rows_of(reports.table(records, headings, ["accuracy", "more"], 2))
+    assert rows[0][-2:] == ["right, %, above bn", "double, above bn"]
+    assert rows[3][-2:] == ["+2.00 +- 1.00", "+4.00 +- 2.00"]
 
 
 def test_a_difference_is_of_trainings_that_share_all_but_the_method():

@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from recipes import runs
-from recipes.errors import RecipeError
-from recipes.options import of_cell
-from recipes.training import make_arm
+from recipes.common import runs
+from recipes.common.errors import RecipeError
+from recipes.common.options import of_cell
+from recipes.common.training import make_arm
 
 CONFIG = of_cell(Namespace(epochs=2, lr=1e-3))
 HISTORY = [{"epoch": 1, "arms": {}}]

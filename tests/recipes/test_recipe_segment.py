@@ -4,12 +4,13 @@ import torch
 from PIL import Image
 
 import normswap
-from recipes import scenes, scenes_folder, segment, segment_scores
+from recipes import segment
 from recipes.__main__ import main
-from recipes.dense import FCN
-from recipes.errors import RecipeError
-from recipes.grid import read_lines
-from recipes.options import Parser
+from recipes.common import scenes, scenes_folder, segment_scores
+from recipes.common.dense import FCN
+from recipes.common.errors import RecipeError
+from recipes.common.grid import read_lines
+from recipes.common.options import Parser
 
 COUNTS = (6, 2, 4)
 
@@ -77,6 +78,14 @@ def test_every_method_starts_as_the_same_function(data, options):
     for method in ("crossnorm", "selfnorm", "cnsn", "cn", "cn-x", "acn"):
         found = segment.build(method, data, 1, options).eval()(images)
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_statistics_are_those_that_all_start_with(data, options):
+    images = torch.rand(3, 3, 48, 48)
+    plain, frozen = (segment.build(name, data, 1, options) for name in ("bn", "bn-frozen"))
+    expected = plain.eval()(images)
+    assert not torch.allclose(plain.train()(images), expected)
+    assert torch.equal(frozen.train()(images), expected)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from recipes import scores, sensors
 from recipes.__main__ import main
-from recipes.grid import read_lines
+from recipes.common import scores, tiles
+from recipes.common.grid import read_lines
 from recipes.sensors import SENSORS, sense
 
 
@@ -45,7 +45,7 @@ def test_a_zip_trains_on_its_train_and_tests_on_its_test(split, tmp_path):
     given = ["--smoke", "--data", zipped, "--image-size", "16", "--methods", "bn", "cn"]
     assert main(["sensors", *given, "--out", str(tmp_path / "runs")]) == 0
 
-    data = sensors.load(Namespace(data=split, image_size=16, limit=None), seed=0)
+    data = tiles.load(Namespace(data=split, image_size=16, limit=None), seed=0)
     assert data.images[data.train, 0].unique().tolist() == [50]
     assert data.images[data.test, 0].unique().tolist() == [100]
 
@@ -70,7 +70,7 @@ def test_a_folder_without_a_split_is_an_error(folder, tmp_path, capsys):
 
 
 def test_no_pixel_of_a_tile_that_tests_is_trained_on():
-    data = sensors.tiles(16, seed=0, limit=5)
+    data = tiles.tiles(16, seed=0, limit=5)
     assert data.images.shape == (120, 3, 16, 16)
     assert torch.equal(data.labels[data.train].bincount(), torch.full((12,), 5))
     assert torch.equal(data.labels[data.test].bincount(), torch.full((12,), 5))

@@ -5,8 +5,8 @@ import torch
 
 from recipes import sentiment
 from recipes.__main__ import main
-from recipes.errors import RecipeError
-from recipes.grid import read_lines
+from recipes.common.errors import RecipeError
+from recipes.common.grid import read_lines
 
 
 @pytest.fixture

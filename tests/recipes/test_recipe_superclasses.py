@@ -4,12 +4,13 @@ import torch
 from sklearn.cluster import KMeans
 
 import normswap
-from recipes import scores, superclasses
+from recipes import superclasses
 from recipes.__main__ import main
-from recipes.data import Loader
-from recipes.digits import load_digits
-from recipes.errors import RecipeError
-from recipes.grid import read_lines
+from recipes.common import scores
+from recipes.common.data import Loader
+from recipes.common.digits import load_digits
+from recipes.common.errors import RecipeError
+from recipes.common.grid import read_lines
 from recipes.superclasses import DIGITS, with_clusters, with_superclasses
 
 

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 import normswap
-from recipes.augment import Augmentation
-from recipes.data import DomainData, Loader
-from recipes.errors import RecipeError
-from recipes.options import of_cell
-from recipes.scores import evaluate
-from recipes.training import fill_statistics, make_arm, train_epoch
+from recipes.common.augment import Augmentation
+from recipes.common.data import DomainData, Loader
+from recipes.common.errors import RecipeError
+from recipes.common.options import of_cell
+from recipes.common.scores import evaluate
+from recipes.common.training import fill_statistics, make_arm, train_epoch
 
 CONFIG = of_cell(Namespace(epochs=2, batch_size=8, lr=1e-3, seed=0))
 CPU = torch.device("cpu")
@@ -184,7 +184,9 @@ def test_the_loss_falls_on_a_learnable_task():
 def test_a_loss_that_is_not_finite_is_an_error():
     spy = Spy()
     spy.scale.data.fill_(torch.inf)
-    with pytest.raises(RecipeError, match=r"the loss of spy is nan in epoch 1, .*; try a smaller"):
+    with pytest.raises(
+        RecipeError, match=r"the loss of spy is nan after step 1, .*; try a smaller"
+    ):
         train_epoch([make_arm("spy", spy, CONFIG, 8)], make_loader(coloured()), CONFIG, 0)
 
 

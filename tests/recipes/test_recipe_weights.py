@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from skimage import data as pictures
 from torch import nn
 
-from recipes.errors import RecipeError
-from recipes.weights import (
+from recipes.common.errors import RecipeError
+from recipes.common.weights import (
     load_efficientnet_lite0,
     load_weights,
     make_backbone,

@@ -13,8 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 import normswap
-from recipes.errors import RecipeError
-from recipes.runs import write_text
+from recipes.common.errors import RecipeError
+from recipes.common.runs import write_text
 
 from . import report, store
 from .one import sweep_model

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recipes.errors import RecipeError
+from recipes.common.errors import RecipeError
 
 from .build import build_on_meta, count
 from .runner import Died, Task, run_tasks

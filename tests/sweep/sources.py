@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipes.errors import RecipeError
+from recipes.common.errors import RecipeError
 
 Make = Callable[[Sequence[int], torch.dtype], Any]
 SIZES = (64, 96, 128, 160, 224, 256)

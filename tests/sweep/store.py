@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import normswap
-from recipes.errors import RecipeError
-from recipes.runs import write_text
+from recipes.common.errors import RecipeError
+from recipes.common.runs import write_text
 
 CONFIG, RESULTS = "config.json", "results.jsonl"
 

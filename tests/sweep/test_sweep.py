@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.errors import RecipeError
+from recipes.common.errors import RecipeError
 from tests.sweep.__main__ import main
 from tests.sweep.store import open_sweep, read_results
 

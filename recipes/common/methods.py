@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import normswap
 from normswap.errors import AdviceWarning
 
-from .errors import RecipeError
+from .errors import check
 from .training import takes_context
 
 FROZEN = "-frozen"
@@ -37,36 +37,24 @@ def convert(
 ) -> nn.Module:
     """Convert a model; as long as it is not trained, it computes the same function."""
     name, variant = VARIANTS.get(base_of(method), (base_of(method), {}))
-    settings = {**variant, **settings}
     if name in normswap.methods():
-        if name == "mixstyle":
-            settings = {**after_early_stages(model), **settings}
-        labelled = normswap.get_method(name).needs_context
-        told = contexts if labelled else None
+        early = after_early_stages(model) if name == "mixstyle" else {}
+        told = contexts if normswap.get_method(name).needs_context else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AdviceWarning)  # what it advises is what is compared
-            model = normswap.convert(model, name, contexts=told, **settings)
-    if not method.endswith(FROZEN):
-        return model
-    if takes_context(model):
+            model = normswap.convert(model, name, contexts=told, **{**variant, **early, **settings})
+    if method.endswith(FROZEN) and takes_context(model):
         normswap.freeze(model, train="all", stats="frozen")
-        return model
-    for norm in model.modules():
-        if isinstance(norm, _BatchNorm):
-            norm.register_forward_pre_hook(lambda norm, _: norm.train(False) and None)
+    elif method.endswith(FROZEN):
+        for norm in model.modules():
+            if isinstance(norm, _BatchNorm):
+                norm.register_forward_pre_hook(lambda norm, _: norm.train(False) and None)
     return model
 
 
 def after_early_stages(model: nn.Module) -> dict[str, Any]:
-    """Return where MixStyle's authors have it: after layer1 and layer2 of a ResNet.
-
-    Raises:
-        RecipeError: the model does not say which its stages are.
-    """
+    """Give where MixStyle's authors have it: after layer1 and layer2 of a ResNet."""
     stages = [i["module"] for i in getattr(model, "feature_info", ()) if i["reduction"] in (4, 8)]
-    if not stages:
-        raise RecipeError(
-            f"expected a timm model with stages of reduction 4 and 8 for mixstyle, got "
-            f"{type(model).__name__}; leave mixstyle out of --methods"
-        )
+    expected = "expected a timm model with stages of reduction 4 and 8 for mixstyle"
+    check(stages, f"{expected}, got {type(model).__name__}; leave mixstyle out of --methods")
     return {"placement": "output", "select": stages}

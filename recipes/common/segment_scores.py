@@ -1,6 +1,5 @@
 """Scores of a segmentation, and a picture of it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,16 +30,13 @@ def predict(model: nn.Module, images: Tensor, context: Tensor | None = None) -> 
 
 
 def evaluate(model: nn.Module, data: Scenes, part: int, known: bool = False) -> dict[str, float]:
-    """Give the mean IoU of each domain that has the part, and of sources and targets together.
-
-    With `known`, of the sources alone, with the domain as label.
-    """
+    """Give the mean IoU of each domain that has the part, and by kind; `known`: sources told."""
     scores: dict[str, float] = {}
-    for domain, name in enumerate((*data.sources, *data.targets)):
+    names = data.sources if known else [*data.sources, *data.targets]
+    for domain, name in enumerate(names):
         chosen = data.where(part, domain)
-        if len(chosen) and not (known and domain >= len(data.sources)):
-            context = data.domains[chosen] if known else None
-            found = predict(model, data.images[chosen], context)
+        if len(chosen):
+            found = predict(model, data.images[chosen], data.domains[chosen] if known else None)
             scores[f"on_{name}"] = mean_iou(data.masks[chosen], found)
     for kind, names in (("source", data.sources), ("target", data.targets)):
         if values := [scores[f"on_{name}"] for name in names if f"on_{name}" in scores]:
@@ -63,32 +59,25 @@ def draw_predictions(
     path: Path, data: Scenes, scenes: Tensor, rows: dict[str, Tensor], title: str
 ) -> None:
     """Draw images, truth, and what each method found, a column a scene."""
+    from matplotlib.colors import hsv_to_rgb
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
 
-    colours = torch.tensor([(0.0, 0.0, 0.0), *_colours(data.classes)])
-    # Where no class is known: white.
-    colours = torch.cat([colours, torch.ones(256 - data.classes, 3)])
+    # Around the wheel, neighbours apart; white where no class is known.
+    hues = [(0.381966 * i % 1, 0.75, 1.0 - 0.25 * (i % 2)) for i in range(data.classes - 1)]
+    colours = torch.ones(256, 3)
+    colours[: data.classes] = torch.tensor([(0.0, 0.0, 0.0), *map(tuple, hsv_to_rgb(hues))])
     shown = {"truth": data.masks[scenes], **rows}
     pictures = {name: colours[masks.long()].permute(0, 3, 1, 2) for name, masks in shown.items()}
     pictures = {"image": data.images[scenes] / 255, **pictures}
-    names: Sequence[str] = (*data.sources, *data.targets)
     canvas = Figure(figsize=(1.1 * len(scenes) + 1.2, 1.1 * len(pictures) + 0.6), dpi=120)
-    for axis, (name, images) in zip(
-        canvas.subplots(len(pictures), squeeze=False)[:, 0], pictures.items(), strict=True
-    ):
+    axes = canvas.subplots(len(pictures), squeeze=False)[:, 0]
+    for axis, (name, images) in zip(axes, pictures.items(), strict=True):
         axis.imshow(make_grid(images, len(scenes), pad_value=1).permute(1, 2, 0).numpy())
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         axis.set(xticks=[], yticks=[])
+    names = (*data.sources, *data.targets)
     titles = dict.fromkeys(names[int(domain)] for domain in data.domains[scenes])
     canvas.suptitle(f"{title}: {', '.join(titles)}", fontsize=9)
     with atomic(path) as temporary:
         canvas.savefig(temporary, format="png", bbox_inches="tight")
-
-
-def _colours(classes: int) -> list[tuple[float, float, float]]:
-    """Give colours around the wheel, neighbours apart."""
-    from matplotlib.colors import hsv_to_rgb
-
-    hues = [(0.381966 * i % 1, 0.75, 1.0 - 0.25 * (i % 2)) for i in range(classes - 1)]
-    return [tuple(map(float, hsv_to_rgb(hue))) for hue in hues]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .augment import AugMix
 from .data import DomainData, Loader
 from .digits import ANGLES, load_digits
-from .errors import RecipeError
+from .errors import RecipeError, check
 from .folders import load_folder
 from .options import DIGITS_MODEL, TUNED, ByData, Parser, count, of_cell, resolve
 from .parallel import local_device
@@ -39,24 +39,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def add_options(parser: Parser, digits_epochs: int = 6) -> None:
-    """Add the options of recipes on one set of images, mixed of all domains."""
-    parser.share(
-        "data", "weights",
-        image_size=ByData(24, 64), model=ByData(DIGITS_MODEL, EFFICIENTNET_LITE0_TIMM),
-        epochs=ByData(digits_epochs, 4), batch_size=64, lr=TUNED,
-    )  # fmt: skip
-    parser.add_argument(
-        "--images-per-class", dest="limit", type=count, metavar="N",
-        help="of each domain, training and test together",
-    )  # fmt: skip
-    parser.add_argument(
-        "--train-per-class", type=count, metavar="N",
-        help="train on so many of each class, drawn at random, instead of all that do not test",
-    )  # fmt: skip
+    parser.share("data", "weights", image_size=ByData(24, 64), batch_size=64, lr=TUNED)
+    model = ByData(DIGITS_MODEL, EFFICIENTNET_LITE0_TIMM)
+    parser.share(model=model, epochs=ByData(digits_epochs, 4))
+    add, each = parser.add_argument, "of each domain, training and test together"
+    few = "train on so many of each class, drawn at random, instead of all that do not test"
+    add("--images-per-class", dest="limit", type=count, metavar="N", help=each)
+    add("--train-per-class", type=count, metavar="N", help=few)
 
 
 def settle(options: Namespace) -> None:
-    """Decide what was left open and check it."""
     few = ByData(10, 3)
     resolve(options, packaged=True, seeds=1, epochs=1, batch_size=16, limit=few)
 
@@ -82,12 +74,9 @@ def train(name: str, model: nn.Module, loader: Loader, config: Namespace, log: A
 
 
 def load(
-    options: Namespace,
-    seed: int = 0,
-    angles: Sequence[int] = ANGLES,
-    domains: Sequence[str] | None = None,
-    flat: bool = False,
-) -> DomainData:
+    options: Namespace, seed: int = 0, angles: Sequence[int] = ANGLES,
+    domains: Sequence[str] | None = None, flat: bool = False,
+) -> DomainData:  # fmt: skip
     """Load the folder, or without one the digits at these angles; the seed decides which test."""
     given = of_cell(options)
     size, held_out, limit = given.image_size, given.held_out, given.limit
@@ -104,28 +93,20 @@ def pick(data: DomainData, count: int, seed: int, option: str) -> Tensor:
     picked = []
     for label, name in enumerate(data.classes):
         members = (data.train & (data.labels == label)).nonzero().flatten()
-        if len(members) < count:
-            raise RecipeError(
-                f"expected {option} of at most {len(members)}, the training images of class "
-                f"{name!r}, got {count}"
-            )
+        most = f"at most {len(members)}, the training images of class {name!r}"
+        check(len(members) >= count, f"expected {option} of {most}, got {count}")
         picked.append(members[torch.randperm(len(members), generator=generator)[:count]])
     return torch.cat(picked)
 
 
 def build(
-    options: Namespace,
-    data: DomainData,
-    seed: int,
-    device: torch.device,
-    without: tuple[str, ...] = (),
-    fill: bool = True,
-) -> tuple[nn.Module, Loader, list[str]]:
+    options: Namespace, data: DomainData, seed: int, device: torch.device,
+    without: tuple[str, ...] = (), fill: bool = True,
+) -> tuple[nn.Module, Loader, list[str]]:  # fmt: skip
     """Make the network that every method starts from, and what makes its batches.
 
     `seed` is of random weights, which `fill` gives the statistics of the first batches; `without`
     are operations that AugMix leaves out. Beside model and loader come lines to tell the user.
-    Weights of another model, or images of a size it cannot take, are a RecipeError.
     """
     given = of_cell(options)
     torch.manual_seed(seed)
@@ -149,5 +130,4 @@ def build(
 
 
 def example(loader: Loader) -> Tensor:
-    """Give two training images, for a first forward."""
     return loader.batch(loader.train_indices[:2]).images

@@ -28,10 +28,8 @@ from .data import Batch
 # Each loss, and what it leaves for a model without CrossNorm trained beside.
 WITHOUT_CROSSNORM = {"ce": "ce", "jsd": "ce", "augmix": "augmix", "augmix+jsd": "augmix"}
 LOSSES = tuple(WITHOUT_CROSSNORM)
-CROSSNORM_WEIGHT = 10
-AUGMIX_WEIGHT = 12
-
-Forward = Callable[[Tensor, Tensor | None], Tensor]
+CROSSNORM_WEIGHT, AUGMIX_WEIGHT = 10, 12
+Layers = Sequence[normswap.CrossNorm]
 
 
 def loss_of(model: nn.Module, loss: str) -> str:
@@ -39,17 +37,16 @@ def loss_of(model: nn.Module, loss: str) -> str:
     return loss if crossnorm_layers(model) else WITHOUT_CROSSNORM[loss]
 
 
-def training_loss(loss: str, model: nn.Module, forward: Forward, batch: Batch) -> Tensor:
+def training_loss(
+    loss: str, model: nn.Module, forward: Callable[[Tensor, Tensor | None], Tensor], batch: Batch
+) -> Tensor:
     """Compute a loss on a batch; the predictions come with torch's random state as it is."""
     layers = crossnorm_layers(model)
     crosses = loss != WITHOUT_CROSSNORM[loss]
+    versions = [batch.images, *(batch.mixed if loss.startswith("augmix") else ())]
     with switched_off(layers) if crosses else nullcontext():
-        if loss.startswith("augmix"):
-            images = torch.cat([batch.images, *batch.mixed])
-            versions = 1 + len(batch.mixed)
-            clean, *mixed = forward(images, batch.context.repeat(versions)).chunk(versions)
-        else:
-            clean, mixed = forward(batch.images, batch.context), []
+        found = forward(torch.cat(versions), batch.context.repeat(len(versions)))
+    clean, *mixed = found.chunk(len(versions))
     total = F.cross_entropy(clean, batch.labels)
     if mixed:
         total = total + AUGMIX_WEIGHT * jsd([clean, *mixed])
@@ -82,7 +79,7 @@ def crossnorm_layers(model: nn.Module) -> list[normswap.CrossNorm]:
 
 
 @contextmanager
-def switched_off(layers: Sequence[normswap.CrossNorm]) -> Iterator[None]:
+def switched_off(layers: Layers) -> Iterator[None]:
     """Make CrossNorm an identity; every other layer stays in its mode."""
     with ExitStack() as stack:
         for layer in layers:
@@ -92,7 +89,7 @@ def switched_off(layers: Sequence[normswap.CrossNorm]) -> Iterator[None]:
 
 
 @contextmanager
-def firing(layers: Sequence[normswap.CrossNorm]) -> Iterator[None]:
+def firing(layers: Layers) -> Iterator[None]:
     """Make CrossNorm fire in every forward, at as many places as its schedule has active."""
     with ExitStack() as stack:
         for holder in _holders(layers):
@@ -101,6 +98,6 @@ def firing(layers: Sequence[normswap.CrossNorm]) -> Iterator[None]:
         yield
 
 
-def _holders(layers: Sequence[normswap.CrossNorm]) -> list[normswap.Schedule | normswap.CrossNorm]:
+def _holders(layers: Layers) -> list[normswap.Schedule | normswap.CrossNorm]:
     """List what holds the firing probability: the schedule the layers share, else each layer."""
     return list(dict.fromkeys(getattr(layer, "schedule", None) or layer for layer in layers))

@@ -1,15 +1,9 @@
 """Many trainings that differ in a few settings: each runs once, and one table is of them all.
 
-runs/NAME/config.json     every setting, and the versions it ran with
-runs/NAME/results.jsonl   one line a finished training, written whole: a kill loses only the
-                          training it interrupts
-runs/NAME/epochs.jsonl    one line an epoch
-runs/NAME/report.txt      the final table, with the command
-runs/NAME/results.png
+A training's line in results.jsonl is written whole: a kill loses only what it interrupts.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,13 +20,17 @@ import normswap
 
 from . import images, runs
 from .errors import RecipeError
-from .options import Parser, count
+from .options import Parser, count, of_cell
+from .runs import read_lines
 
 RESULTS, EPOCHS = "results.jsonl", "epochs.jsonl"
+Record = dict[str, Any]
 Cell = dict[str, Any]
 Log = Callable[[dict[str, Any]], None]
-Train = Callable[[Cell, Log], dict[str, Any]]
-Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
+Train = Callable[[Cell, Log], Record]
+# Trains with these settings, those of its cell among them; see `run`.
+Training = Callable[[argparse.Namespace, Log], Record]
+Outcome = tuple[Record, list[dict[str, Any]]]
 MOST_JOBS = 8  # each holds the images and a model
 T = TypeVar("T")
 
@@ -63,15 +61,14 @@ def add_methods(
 ) -> None:
     """Add the options that make a grid."""
     known = known or methods
-    parser.add_argument(
-        "--methods", nargs="+", default=list(methods), choices=known, metavar="METHOD",
-        help=f"of {', '.join(known)}; bn is the model as it is",
-    )  # fmt: skip
-    parser.add_argument("--seeds", type=count, default=seeds, help="how many, from 0 on")
-    parser.add_argument(
-        "--jobs", type=count, metavar="N",
-        help=f"trainings at once (default: on a CPU one a core, {MOST_JOBS} at most; else one)",
-    )  # fmt: skip
+    parser.epilog = "By seed all methods have the same start, images, order and number of steps."
+    add = parser.add_argument
+    shown = f"of {', '.join(known)}; bn is the model as it is"
+    kept = {"default": list(methods), "choices": known, "metavar": "METHOD", "help": shown}
+    add("--methods", nargs="+", **kept)
+    add("--seeds", type=count, default=seeds, help="how many, from 0 on")
+    jobs = f"trainings at once (default: on a CPU one a core, {MOST_JOBS} at most; else one)"
+    add("--jobs", type=count, metavar="N", help=jobs)
     runs.add_options(parser)
 
 
@@ -96,9 +93,42 @@ def jobs_of(options: argparse.Namespace) -> int:
     return min(torch.get_num_threads(), MOST_JOBS) if on_cpu and not options.smoke else 1
 
 
-def run_cells(
-    folder: Path, wanted: Sequence[Cell], train: Train, jobs: int = 1
-) -> list[dict[str, Any]]:
+def run(
+    folder: Path,
+    options: argparse.Namespace,
+    train: Training,
+    score: Callable[[Record], float] | None = None,
+    rates: Sequence[float] = (),
+    wanted: Sequence[Cell] | None = None,
+) -> list[Record]:
+    """Run a training for each method and seed, or for each of the cells that are wanted.
+
+    Its settings are the options, those of its cell, and its rate: that one of `rates` (without
+    them, of --lr or what --tune asks for) at which the method had the highest `score` with seed 0.
+    A training that tries a rate is not `final`, and must not see what tests.
+    """
+    jobs = jobs_of(options)
+    if not rates:
+        tune = vars(options).get("tune", False)
+        rates = [options.lr * factor for factor in ((1 / 3, 1, 3) if tune else (1,))]
+    chosen = dict.fromkeys(options.methods, rates[0])
+    if len(rates) > 1:
+        tried = [{"method": m, "seed": 0, "lr": lr} for m in options.methods for lr in rates]
+        records = run_cells(folder, tried, partial(_configured, train, options, {}), jobs)
+        for record in sorted(records, key=score):
+            chosen[record["cell"]["method"]] = record["cell"]["lr"]
+    wanted = cells(options) if wanted is None else wanted
+    return run_cells(folder, wanted, partial(_configured, train, options, chosen), jobs)
+
+
+def _configured(
+    train: Training, options: argparse.Namespace, rates: dict[str, float], cell: Cell, log: Log
+) -> Record:
+    lr, final = rates.get(cell["method"]), bool(rates)
+    return train(of_cell(options, **{"lr": lr, "final": final, **cell}), log)
+
+
+def run_cells(folder: Path, wanted: Sequence[Cell], train: Train, jobs: int = 1) -> list[Record]:
     """Run every cell that has no result yet; give the records of all, in their order.
 
     Several jobs are processes that share the threads of this one; the epochs of a training then
@@ -116,8 +146,8 @@ def run_cells(
     def log(cell: Cell, figures: dict[str, Any]) -> None:
         epochs.append({"cell": cell, **figures})
         runs.write_lines(folder / EPOCHS, epochs)
-        shown = {k: f"{v:.3g}" for k, v in figures.items() if isinstance(v, float)}
-        bar.set_postfix_str(f"{name_of(cell)}: {', '.join(f'{k} {v}' for k, v in shown.items())}")
+        shown = [f"{k} {v:.3g}" for k, v in figures.items() if isinstance(v, float)]
+        bar.set_postfix_str(f"{' '.join(map(str, cell.values()))}: {', '.join(shown)}")
 
     if jobs == 1 or len(missing) < 2:
         outcomes = (timed(train, cell, partial(log, cell)) for cell in missing)
@@ -142,36 +172,6 @@ def run_cells(
     return [next(record for record in done if record["cell"] == cell) for cell in wanted]
 
 
-def run_tuned(
-    folder: Path,
-    options: argparse.Namespace,
-    train: Callable[[dict[str, float], Cell, Log], dict[str, Any]],
-    score: Callable[[dict[str, Any]], float],
-    rates: Sequence[float],
-) -> list[dict[str, Any]]:
-    """Run the grid with each method at that one of these rates of which `score` is highest.
-
-    `train` is given the rates that were chosen. There are none yet for a training that tries one,
-    with seed 0: it has its rate in its cell, as "lr", and must not see what tests.
-    """
-    jobs = jobs_of(options)
-    chosen = dict.fromkeys(options.methods, rates[0])
-    if len(rates) > 1:
-        tried = [{"method": m, "seed": 0, "lr": lr} for m in options.methods for lr in rates]
-        for record in sorted(run_cells(folder, tried, partial(train, {}), jobs), key=score):
-            chosen[record["cell"]["method"]] = record["cell"]["lr"]
-    return run_cells(folder, cells(options), partial(train, chosen), jobs)
-
-
-def rates_of(options: argparse.Namespace) -> list[float]:
-    """Give the rates to choose from: with --tune --lr, a third of it, and its threefold."""
-    return [options.lr * factor for factor in ((1 / 3, 1, 3) if options.tune else (1,))]
-
-
-def name_of(cell: Cell) -> str:
-    return " ".join(map(str, cell.values()))
-
-
 def timed(train: Train, cell: Cell, log: Log) -> Outcome:
     """Train a cell; give its record, with its seconds, and no epochs that are not logged yet."""
     start = time.perf_counter()
@@ -182,8 +182,6 @@ def timed(train: Train, cell: Cell, log: Log) -> Outcome:
 
 @dataclass
 class Failed:
-    """What a training in another process raised."""
-
     error: Exception
 
 
@@ -212,13 +210,3 @@ class Latest(Generic[T]):
 
     def __reduce__(self) -> tuple[type["Latest[T]"], tuple[Callable[..., T]]]:
         return type(self), (self._make,)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; none where there is no file."""
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise RecipeError(f"cannot read {path}: {error}; delete it to run all again") from error

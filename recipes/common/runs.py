@@ -2,6 +2,8 @@
 
     runs/NAME/config.json       every setting, and the versions it ran with
     runs/NAME/report.txt        the final tables, with the command
+    runs/NAME/results.jsonl     of a grid: one line a finished training, and
+    runs/NAME/epochs.jsonl      one line an epoch, results.png, and table.json: see `reports`
     runs/NAME/metrics.jsonl     of `finetune`: one line an epoch, and
     runs/NAME/checkpoint.pt     models, optimizers, history: all a resumed run needs
     runs/NAME/model.safetensors the trained model's state dict, when the run is finished
@@ -27,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .errors import RecipeError
+from .errors import RecipeError, check
 from .options import Parser
 from .training import Arm
 
@@ -50,18 +52,25 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines, the whole file at once."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; none where there is no file."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise RecipeError(f"cannot read {path}: {error}; delete it to run all again") from error
+
+
 def add_options(parser: Parser) -> None:
-    """Add the options of every command that makes a run."""
     parser.share("name", "resume", "smoke", out=Path("runs"), device="auto")
 
 
@@ -69,8 +78,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     """Read the command line; what it leaves out of a run to be resumed is as it was there."""
     options = parser.parse_args(argv)
     if getattr(options, "resume", False):
-        if options.name is None:
-            raise RecipeError("expected --name with --resume, to know which run to continue")
+        check(options.name, "expected --name with --resume, to know which run to continue")
         saved = read_config(options.out / options.name)
         parser.set_defaults(**{k: v for k, v in saved.items() if k in vars(options)})
         options = parser.parse_args(argv)
@@ -78,7 +86,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
 
 
 def settings_of(options: argparse.Namespace, recipe: str) -> dict[str, Any]:
-    """Give what decides a run, as JSON keeps it."""
     settings = {k: v for k, v in vars(options).items() if k not in NOT_SETTINGS}
     found: dict[str, Any] = json.loads(json.dumps({"recipe": recipe, **settings}, default=str))
     return found
@@ -90,20 +97,17 @@ def folder_of(
     """Give the folder of a new run, or of one to be resumed; nothing is written yet."""
     folder: Path = options.out / (options.name or free_name(options.out, stem))
     if not options.resume:
-        if folder.exists():
-            raise RecipeError(
-                f"expected a new run, but {folder} exists; add --resume to continue it, or choose "
-                "another --name"
-            )
+        way_out = "add --resume to continue it, or choose another --name"
+        check(not folder.exists(), f"expected a new run, but {folder} exists; {way_out}")
         return folder
     before, now = read_config(folder), settings_of(options, recipe)
-    for key in sorted(before.keys() | now):
-        if key not in free and before.get(key) != now.get(key):
-            raise RecipeError(
-                f"expected --{key.replace('_', '-')} to be {before.get(key)!r}, as in the run to "
-                f"resume, got {now.get(key)!r}; leave it out, or start a new run with another "
-                "--name"
-            )
+    for key in sorted((before.keys() | now) - set(free)):
+        was, wanted = before.get(key), now.get(key)
+        check(
+            was == wanted,
+            f"expected --{key.replace('_', '-')} to be {was!r}, as in the run to resume, got "
+            f"{wanted!r}; leave it out, or start a new run with another --name",
+        )
     return folder
 
 
@@ -132,19 +136,16 @@ def write_config(folder: Path, settings: dict[str, Any]) -> None:
 
 def read_config(folder: Path, part: str = "settings") -> dict[str, Any]:
     """Read the settings of a run, or the versions it ran with."""
+    path = folder / CONFIG
+    way_out = f"found no {CONFIG}; leave out --resume to start it"
+    check(path.exists(), f"expected a run to resume at {folder}, {way_out}")
     try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))[part]
-    except FileNotFoundError as error:
-        raise RecipeError(
-            f"expected a run to resume at {folder}, found no {CONFIG}; leave out --resume to "
-            "start it"
-        ) from error
+        return json.loads(path.read_text(encoding="utf-8"))[part]
     except (ValueError, KeyError) as error:
-        raise RecipeError(f"cannot read the settings in {folder / CONFIG}: {error!r}") from error
+        raise RecipeError(f"cannot read the settings in {path}: {error!r}") from error
 
 
 def save_checkpoint(folder: Path, arms: list[Arm], history: list[dict[str, Any]]) -> None:
-    """Write the state after the last epoch of `history`, then the metrics."""
     states = {a.name: (a.model.state_dict(), a.optimizer.state_dict()) for a in arms}
     with atomic(folder / CHECKPOINT) as temporary:
         torch.save({"format": FORMAT, "history": history, "states": states}, temporary)
@@ -160,8 +161,8 @@ def load_checkpoint(folder: Path, arms: list[Arm]) -> list[dict[str, Any]]:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise RecipeError(f"cannot read the checkpoint {path}: {error}") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise RecipeError(f"expected a checkpoint of format {FORMAT} at {path}, got another")
+    ours = isinstance(saved, dict) and saved.get("format") == FORMAT
+    check(ours, f"expected a checkpoint of format {FORMAT} at {path}, got another")
     for arm in arms:
         model, optimizer = saved["states"][arm.name]
         try:
@@ -174,7 +175,6 @@ def load_checkpoint(folder: Path, arms: list[Arm]) -> list[dict[str, Any]]:
 
 
 def save_model(folder: Path, model: nn.Module) -> None:
-    """Write the state dict of the trained model alone."""
     # Copies, since safetensors refuses tensors that share memory (a norm under two names).
     state = {
         k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

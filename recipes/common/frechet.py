@@ -10,11 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+import timm
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from .errors import RecipeError
+from .errors import check
+from .training import descend
 from .weights import EFFICIENTNET_LITE0_TIMM, load_efficientnet_lite0
 
 BATCH, EPOCHS = 128, 12
@@ -23,12 +28,11 @@ IMAGENET_SIZE = 96
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Give mean (D,) and unbiased covariance (D, D) of features (N, D), in float64."""
-    if features.dim() != 2 or len(features) < 2:
-        raise RecipeError(
-            f"expected features (N, D) of two images or more, got {tuple(features.shape)}"
-        )
-    if not bool(features.isfinite().all()):
-        raise RecipeError("expected finite features; the images may hold NaN or infinity")
+    several = features.dim() == 2 and len(features) > 1
+    expected = "expected features (N, D) of two images or more"
+    check(several, f"{expected}, got {tuple(features.shape)}")
+    finite = bool(features.isfinite().all())
+    check(finite, "expected finite features; the images may hold NaN or infinity")
     features = features.double().cpu()
     return features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1)
 
@@ -39,14 +43,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``. The trace of the root is the sum of the
     roots of the eigenvalues of ``C_a^(1/2) C_b C_a^(1/2)``, which is symmetric.
 
-    The sets are (N, D) and (M, D), of two rows or more each.
-
     Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
     Equilibrium", NeurIPS 2017.
     """
     (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
-    if len(mean_a) != len(mean_b):
-        raise RecipeError(f"expected features of one length, got {len(mean_a)} and {len(mean_b)}")
+    sizes = len(mean_a), len(mean_b)
+    check(sizes[0] == sizes[1], f"expected features of one length, got {sizes[0]} and {sizes[1]}")
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
@@ -78,9 +80,8 @@ def small_judge(images: Tensor, labels: Tensor, classes: int, device: torch.devi
     """Train a small convolutional classifier from scratch on images (N, C, 32, 32): 64 features."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        widths = (images.shape[1], 16, 32, 64)
         layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
+        for before, after in pairwise((images.shape[1], 16, 32, 64)):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(after), nn.ReLU()]
         body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU()).to(device)
@@ -99,9 +100,7 @@ def _fit(body: nn.Module, head: nn.Module, images: Tensor, labels: Tensor) -> No
         for chosen in torch.randperm(len(images)).to(images.device).split(64):
             scores = head(F.dropout(body(images[chosen]), 0.3))
             loss = F.cross_entropy(scores, labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(loss, optimizer)
             schedule.step()
 
 
@@ -113,8 +112,6 @@ class ImageNetFeatures(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        import timm
-
         self.net = timm.create_model(EFFICIENTNET_LITE0_TIMM, num_classes=1000)
         self.net.load_state_dict(load_efficientnet_lite0())
 
@@ -127,16 +124,12 @@ class ImageNetFeatures(nn.Module):
 
 def imagenet_judge(images: Tensor, labels: Tensor, classes: int, device: torch.device) -> Judge:
     """Take ImageNet features, and fit a logistic regression on them to these images."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    judge = Judge(
-        "EfficientNet-Lite0 of ImageNet",
-        ImageNetFeatures().eval().to(device),
-        lambda features: torch.from_numpy(fitted.predict(features.numpy())),
-        device,
-    )
+
+    def predict(features: Tensor) -> Tensor:
+        return torch.from_numpy(fitted.predict(features.numpy()))
+
+    body = ImageNetFeatures().eval().to(device)
+    judge = Judge("EfficientNet-Lite0 of ImageNet", body, predict, device)
     fitted.fit(judge.features(images).numpy(), labels.numpy())
     return judge

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import timm.layers
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,16 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import normswap
 
-from .errors import RecipeError
+from .errors import RecipeError, check
 
 
 def rank() -> int:
-    """Give the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
-    """Give how many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -36,7 +35,6 @@ def is_first() -> bool:
 
 
 def say(*lines: object, **kwargs: Any) -> None:
-    """Print, in the first process."""
     if is_first():
         print(*lines, **kwargs)
 
@@ -52,11 +50,8 @@ def joined(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
-    if ":" in device:
-        raise RecipeError(
-            f"expected --device auto, cpu or cuda with several processes, got {device!r}; each "
-            "takes the GPU of its number"
-        )
+    expected = "expected --device auto, cpu or cuda with several processes"
+    check(":" not in device, f"{expected}, got {device!r}; each takes the GPU of its number")
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -73,17 +68,14 @@ def joined(device: str) -> Iterator[None]:
 
 def part_of(count: int) -> slice:
     """Give this process's part of `count` samples; parts differ by one sample at most."""
-    sizes = [len(part) for part in torch.arange(count).tensor_split(size())]
-    start = sum(sizes[: rank()])
-    return slice(start, start + sizes[rank()])
+    part = torch.arange(count).tensor_split(size())[rank()].tolist()
+    return slice(part[0], part[-1] + 1) if part else slice(0, 0)
 
 
 def from_first(value: Any) -> Any:
-    """Give every process the value that the first one has."""
-    if size() == 1:
-        return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    if size() > 1:
+        dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
@@ -96,18 +88,13 @@ def total(values: Tensor) -> Tensor:
 
 
 def share_statistics(model: nn.Module, converted: bool) -> None:
-    """Let norms take their batch statistics over all processes.
-
-    SyncBatchNorm works on GPUs only: on a CPU, batch norms keep to their part of the batch.
-    """
+    """Share batch statistics; on a CPU, where SyncBatchNorm does not work, batch norms do not."""
     if size() == 1:
         return
     on_gpu = next(model.parameters()).is_cuda
     if converted:
         normswap.convert_sync_batchnorm(model, others=on_gpu)
     elif on_gpu:
-        import timm.layers
-
         timm.layers.convert_sync_batchnorm(model)
 
 
@@ -128,9 +115,3 @@ def agree_on_buffers(model: nn.Module) -> None:
     if size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-
-
-def launcher() -> str:
-    """Give what started these processes."""
-    alone = size() == 1
-    return "python" if alone else f"torchrun --nproc-per-node={size()}"

@@ -1,8 +1,8 @@
 """How often a model is right on the images that test, by what it is told of their contexts."""
 
-import statistics
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from statistics import mean
 from typing import Any, TypeVar
 
 import torch
@@ -37,13 +37,9 @@ def own(batch: Batch) -> Tensor:
 def logits(
     model: nn.Module, loader: Loader, indices: Tensor, label: Label | None = None, amp: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Give scores and labels of images, as they are, on the loader's device.
-
-    Of several processes each gives its part.
-    """
+    """Give scores and labels of images as they are; of several processes each gives its part."""
     model.eval()
-    classes = len(loader.data.classes)
-    found = [torch.empty(0, classes, device=loader.device)]
+    found = [torch.empty(0, len(loader.data.classes), device=loader.device)]
     labels = [torch.empty(0, dtype=torch.int64, device=loader.device)]
     for batch in loader.whole(indices):
         told: dict[str, Any] = {} if label is None else {"context": label(batch)}
@@ -58,8 +54,7 @@ def accuracy(
 ) -> float:
     """Measure the accuracy in per cent, over all processes; arguments as of `logits`."""
     found, labels = logits(model, loader, indices, label, amp)
-    hits = (found.argmax(1) == labels).sum()
-    return 100 * int(parallel.total(hits)) / len(indices)
+    return 100 * int(parallel.total((found.argmax(1) == labels).sum())) / len(indices)
 
 
 class Surest(nn.Module):
@@ -74,14 +69,9 @@ class Surest(nn.Module):
 
 
 def by_told(
-    model: nn.Module,
-    measure: Callable[[nn.Module, Label | None], T],
-    policies: Sequence[str],
+    model: nn.Module, measure: Callable[[nn.Module, Label | None], T], policies: Sequence[str]
 ) -> dict[str, T]:
-    """Measure a model by what it is told: its own contexts, and nothing, by each policy.
-
-    One that takes no contexts has what is measured under "".
-    """
+    """Measure a model told its own contexts, and nothing by each policy; "" if it takes none."""
     if not takes_context(model):
         return {"": measure(model, None)}
     found = {KNOWN: measure(model, own)}
@@ -95,59 +85,43 @@ def by_told(
 def by_label(
     model: nn.Module, loader: Loader, indices: Tensor, label: Label = own
 ) -> dict[str, float]:
-    """Measure the accuracy by what a model is told: `known`, and by policy for what is not.
+    """Measure the accuracy by what a model is told, `plain` where it takes no contexts."""
 
-    Of a model that takes no contexts there is `plain` alone.
-    """
-    found = by_told(
-        model, lambda model, told: accuracy(model, loader, indices, told and label), POLICIES
-    )
-    return {told or "plain": value for told, value in found.items()}
+    def measure(model: nn.Module, told: Label | None) -> float:
+        return accuracy(model, loader, indices, told and label)
+
+    return {told or "plain": value for told, value in by_told(model, measure, POLICIES).items()}
 
 
 def known_mean(record: dict[str, Any]) -> float:
     """Give the mean of what `by_told` found in a training, told the contexts if they are taken."""
     found = record["accuracy"]
-    return statistics.mean(found.get(KNOWN, found.get("")).values())
+    return mean(found.get(KNOWN, found.get("")).values())
 
 
 def rows_by_told(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give one record for a method, what it is told, and a seed.
-
-    It has what `by_told` found, the rate, and what the training has under "more" for that.
-    """
+    """Give a record for a method, what it is told, and a seed, with the rate and what is beside."""
     rows = []
     for record in records:
         method, seed = record["cell"].values()
-        for told, accuracy in record["accuracy"].items():
+        for told, found in record["accuracy"].items():
             cell = {"method": f"{method}, {told}" if told else method, "seed": seed}
-            mean = statistics.mean(accuracy.values())
             more = {"lr": 1000 * record["lr"], **record.get("more", {}).get(told, {})}
-            rows.append({"cell": cell, **accuracy, "mean": mean, **more})
+            rows.append({"cell": cell, **found, "mean": mean(found.values()), **more})
     return rows
 
 
 def by_domain(
-    model: nn.Module,
-    loader: Loader,
-    names: Sequence[str],
-    label: Label | None = None,
+    model: nn.Module, loader: Loader, names: Sequence[str], label: Label | None = None,
     amp: bool = False,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Measure the accuracy on the test images of each of these domains."""
-    number = loader.data.domain_names.index
-    return {
-        name: accuracy(model, loader, loader.test_indices(number(name)), label, amp)
-        for name in names
-    }
+    tests = {name: loader.test_indices(loader.data.domain_names.index(name)) for name in names}
+    return {name: accuracy(model, loader, test, label, amp) for name, test in tests.items()}
 
 
 def evaluate(arm: Arm, loader: Loader, config: Namespace) -> dict[str, dict[str, float]]:
-    """Measure the accuracy on the test images of each domain.
-
-    `unknown` is without a label, as when it is not to be had; `known`, for arms that take one, with
-    the domain as label. The held-out domain is under `unknown` only.
-    """
+    """Measure the accuracy by domain: `unknown` without labels, `known` told, of those trained."""
     parallel.agree_on_buffers(arm.model)
     data = loader.data
     found = {"unknown": by_domain(arm.model, loader, data.domain_names, None, config.amp)}

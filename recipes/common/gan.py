@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import normswap
 
 from . import methods
-from .training import takes_context
+from .training import descend, takes_context, told
 
 NOISE, SIZE, BATCH = 64, 32, 64
 # BatchNorm that is given the class beside its input: the usual way to make a DCGAN conditional.
@@ -23,10 +23,9 @@ class Generator(nn.Module):
 
     def __init__(self, noise: int, channels: int, width: int) -> None:
         super().__init__()
-        widths = (noise, 4 * width, 2 * width, width)
         layers: list[nn.Module] = []
-        for i, (before, after) in enumerate(pairwise(widths)):
-            step = (1, 0) if i == 0 else (2, 1)
+        for before, after in pairwise((noise, 4 * width, 2 * width, width)):
+            step = (2, 1) if layers else (1, 0)
             layers += [nn.ConvTranspose2d(before, after, 4, *step, bias=False)]
             layers += [nn.BatchNorm2d(after), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(width, channels, 4, 2, 1))
@@ -61,7 +60,6 @@ class Pair:
 
     @property
     def conditional(self) -> bool:
-        """Whether the networks are told the class."""
         return self.method == ONEHOT or takes_context(self.generator)
 
     def make(self, noise: Tensor, labels: Tensor) -> Tensor:
@@ -77,7 +75,7 @@ class Pair:
             marks = F.one_hot(labels, self.classes).to(x.dtype)
             marks = marks.reshape(*marks.shape, *(1 for _ in x.shape[2:]))
             return net(torch.cat((x, marks.expand(-1, -1, *x.shape[2:])), 1))
-        return net(x, context=labels) if takes_context(net) else net(x)
+        return told(net, x, labels)
 
 
 def build(
@@ -87,10 +85,7 @@ def build(
 
     Every method of a seed has the same weights; `ONEHOT` has more of them. A fresh BatchNorm claims
     mean 0 and variance 1; norms that learn their statistics would start from that claim, so all
-    get those of `images`, and of images generated from noise.
-
-    Classes are the contexts of methods that have some. Images (N, C, 32, 32) are all there are, and
-    labels (N,) theirs; a few hundred are drawn.
+    get those of a few hundred of the images, and of images generated from noise.
     """
     torch.manual_seed(seed)
     extra = len(classes) if method == ONEHOT else 0
@@ -98,10 +93,8 @@ def build(
     generator = Generator(NOISE + extra, channels, width)
     discriminator = Discriminator(channels + extra, width)
     for module in [*generator.modules(), *discriminator.modules()]:
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.normal_(module.weight, 0, 0.02)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight, 1, 0.02)
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
+            nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
     plain = Pair(method if extra else "bn", len(classes), generator, discriminator)
     chosen = torch.randperm(len(images))[: 4 * BATCH]
     noise, images, labels = torch.randn(len(chosen), NOISE), images[chosen], labels[chosen]
@@ -113,13 +106,9 @@ def build(
 
 
 def train_step(
-    pair: Pair,
-    of_generator: torch.optim.Optimizer,
-    of_discriminator: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    noise: Tensor,
-) -> Tensor:
+    pair: Pair, of_generator: torch.optim.Optimizer, of_discriminator: torch.optim.Optimizer,
+    images: Tensor, labels: Tensor, noise: Tensor,
+) -> Tensor:  # fmt: skip
     """Step the discriminator, then the generator; give their losses, (2,).
 
     Real and generated images go through the discriminator in two forwards, so that batch
@@ -129,11 +118,7 @@ def train_step(
     real_score, fake_score = pair.score(images, labels), pair.score(fake.detach(), labels)
     # -log D(real) - log(1 - D(fake)), where D is the sigmoid of the score.
     loss = F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
-    of_discriminator.zero_grad()
-    loss.backward()
-    of_discriminator.step()
+    descend(loss, of_discriminator)
     fooling = F.softplus(-pair.score(fake, labels)).mean()
-    of_generator.zero_grad()
-    fooling.backward()
-    of_generator.step()
+    descend(fooling, of_generator)
     return torch.stack((loss.detach(), fooling.detach()))

@@ -39,12 +39,12 @@ def draw_windows(n: int, how: Augmentation, generator: torch.Generator) -> Tenso
     return theta
 
 
-def cut_windows(images: Tensor, windows: Tensor) -> Tensor:
+def cut_windows(
+    images: Tensor, windows: Tensor, mode: str = "bilinear", beyond: str = "border"
+) -> Tensor:
     """Cut a window out of each image (N, C, S, S) and resize it back to the image's size."""
-    grid = F.affine_grid(windows, list(images.shape), align_corners=False)
-    return F.grid_sample(
-        images, grid.to(images.device), "bilinear", padding_mode="border", align_corners=False
-    )
+    grid = F.affine_grid(windows, list(images.shape), align_corners=False).to(images.device)
+    return F.grid_sample(images, grid, mode, beyond, align_corners=False)
 
 
 @contextmanager
@@ -84,9 +84,6 @@ class AugMix:
         self._transform.ops = [op for op in self._transform.ops if op.name not in without]
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Mix each of (N, 3, S, S) uint8 images with augmented versions of itself.
-
-        The generator alone decides the result.
-        """
+        """Mix each of (N, 3, S, S) uint8 images with augmented versions of itself."""
         with seeded(generator):
             return each(images, self._transform)

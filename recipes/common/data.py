@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import parallel
 from .augment import Augmentation, cut_windows, draw_windows
-from .errors import RecipeError
+from .errors import check
 
 UNKNOWN = -1
 TEST_BATCH = 256
@@ -47,19 +47,13 @@ class DomainData:
 
     def context_of(self, domains: Tensor) -> Tensor:
         """Map domain indices to context labels; the held-out domain has none and is unknown."""
-        table = [
-            UNKNOWN if name == self.held_out else self.contexts.index(name)
-            for name in self.domain_names
-        ]
-        return torch.tensor(table)[domains]
+        numbers = {name: i for i, name in enumerate(self.contexts)}
+        return torch.tensor([numbers.get(name, UNKNOWN) for name in self.domain_names])[domains]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Float images ready for a model, with class and context labels, on one device.
-
-    `mixed` holds further versions of the same images, if the loader makes any.
-    """
+    """Float images ready for a model, their labels, and versions of them if any are made."""
 
     images: Tensor
     labels: Tensor
@@ -73,8 +67,7 @@ def stratified_mask(groups: Tensor, fraction: float, generator: torch.Generator)
     for group in groups.unique():
         members = (groups == group).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        picked[members[:count]] = True
+        picked[members[: min(max(1, round(fraction * len(members))), len(members) - 1)]] = True
     return picked
 
 
@@ -93,59 +86,40 @@ class Loader:
     """
 
     def __init__(
-        self,
-        data: DomainData,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        batch_size: int,
-        device: torch.device,
-        mix: Callable[[Tensor, torch.Generator], Tensor] | None = None,
-    ) -> None:
-        self.data = data
-        self.mean = mean
-        self.batch_size = batch_size
-        self.device = device
-        self.mix = mix
+        self, data: DomainData, mean: tuple[float, ...], std: tuple[float, ...], batch_size: int,
+        device: torch.device, mix: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.data, self.mean, self.batch_size = data, mean, batch_size
+        self.device, self.mix = device, mix
         self.train_indices = data.train.nonzero().flatten()
-        if len(self.train_indices) < parallel.size() or batch_size < parallel.size():
-            raise RecipeError(
-                f"expected --batch-size, and as many training images, of at least "
-                f"{parallel.size()}, one a process, got {batch_size}"
-            )
-        # An epoch's last, shorter batch is dropped: BatchNorm's statistics would be worse on it.
-        self.batches_per_epoch = max(1, len(self.train_indices) // batch_size)
         # A batch of all processes together.
         self.step_size = min(batch_size, len(self.train_indices))
-        self._mean = torch.tensor(mean, device=device)[:, None, None]
-        self._std = torch.tensor(std, device=device)[:, None, None]
+        check(
+            self.step_size >= parallel.size(),
+            f"expected --batch-size, and as many training images, of at least {parallel.size()}, "
+            f"one a process, got {batch_size}",
+        )
+        # An epoch's last, shorter batch is dropped: BatchNorm's statistics would be worse on it.
+        self.batches_per_epoch = max(1, len(self.train_indices) // batch_size)
+        self._mean, self._std = (torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
 
     def batch(
         self, indices: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
     ) -> Batch:
-        """Build the batch of these samples, augmented if a generator is given.
-
-        A part of a batch is drawn as the whole is: its images are those that the whole has there.
-        """
+        """Build a batch of these samples, augmented by a generator; a part is drawn as a whole."""
         versions = [self.data.images[indices]]
         if generator is not None and self.mix is not None:
             versions += [self.mix(versions[0], generator) for _ in range(2)]
         images = self.normalised(torch.cat(versions, 1), generator, part)
         clean, *mixed = images.chunk(len(versions), 1)
-        indices = indices[part]
-        return Batch(
-            clean,
-            self.data.labels[indices].to(self.device),
-            self.data.context_of(self.data.domains[indices]).to(self.device),
-            tuple(mixed),
-        )
+        labels = self.data.labels[indices[part]].to(self.device)
+        context = self.data.context_of(self.data.domains[indices[part]]).to(self.device)
+        return Batch(clean, labels, context, tuple(mixed))
 
     def normalised(
         self, images: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
     ) -> Tensor:
-        """Make uint8 images ready for a model, windows of them if a generator is given.
-
-        Versions of an image, side by side as channels, get the same window.
-        """
+        """Make uint8 images ready for a model; versions side by side as channels get one window."""
         count = len(images)
         images = images[part].to(self.device).float() / 255
         if generator is not None:
@@ -160,13 +134,11 @@ class Loader:
         """
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = self.train_indices[torch.randperm(len(self.train_indices), generator=generator)]
-        for start in range(self.batches_per_epoch):
-            indices = order[start * self.batch_size :][: self.batch_size]
+        for indices in order.split(self.batch_size)[: self.batches_per_epoch]:
             part = slice(None) if whole else parallel.part_of(len(indices))
             yield self.batch(indices, generator, part)
 
     def test_indices(self, domain: int | None = None) -> Tensor:
-        """Give the indices of the images that test, of one domain or of all."""
         test = self.data.test
         return (test if domain is None else test & (self.data.domains == domain)).nonzero()[:, 0]
 

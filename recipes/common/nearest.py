@@ -3,9 +3,13 @@
 import copy
 
 import torch
+from sklearn.feature_selection import VarianceThreshold
+from sklearn.neighbors import NearestCentroid
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from .data import UNKNOWN, Loader
+from .data import Loader
 
 MOST = 2048
 
@@ -19,11 +23,6 @@ class NearestDomain:
     """
 
     def __init__(self, model: nn.Module, loader: Loader) -> None:
-        from sklearn.feature_selection import VarianceThreshold
-        from sklearn.neighbors import NearestCentroid
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
         self._model = copy.deepcopy(model).eval()
         norms = nn.modules.batchnorm._NormBase
         first = next(m for m in self._model.modules() if isinstance(m, norms))
@@ -33,12 +32,10 @@ class NearestDomain:
         batches = [loader.batch(i) for i in loader.train_indices[order].split(256)]
         styles = torch.cat([self._style(batch.images) for batch in batches])
         domains = torch.cat([batch.context for batch in batches]).cpu()
-        assert UNKNOWN not in domains
         self._nearest = make_pipeline(VarianceThreshold(1e-9), StandardScaler(), NearestCentroid())
         self._nearest.fit(styles.numpy(), domains.numpy())
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Give the context labels (N,) of images (N, 3, S, S)."""
         found = self._nearest.predict(self._style(images).numpy())
         return torch.as_tensor(found).to(images.device)
 

@@ -12,31 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Augmentation, DomainData, stratified_mask
-from .errors import RecipeError, check_names
+from .augment import Augmentation, cut_windows
+from .data import DomainData, stratified_mask
+from .errors import check, check_names
 
 ANGLES = (0, 30, 60, 90)
 TEST_FRACTION = 0.3
 
 
 def rotate(images: Tensor, degrees: float) -> Tensor:
-    """Rotate images counter-clockwise about their centre, bilinear, black outside.
+    """Rotate images (N, C, S, S) counter-clockwise, bilinear, black outside."""
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    theta = torch.tensor([[cosine, -sine, 0.0], [sine, cosine, 0.0]])
+    return cut_windows(images, theta.expand(len(images), 2, 3), beyond="zeros")
 
-    Shape: (N, C, S, S) float, in and out.
-    """
-    angle = math.radians(degrees)
-    theta = torch.tensor(
-        [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
-    )
-    grid = F.affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
+
+def source() -> tuple[Tensor, Tensor, list[str]]:
+    """Give the digits (N, 8, 8) float in [0, 16], their labels, the names of the classes."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    pixels = torch.tensor(found.images, dtype=torch.float32)
+    return pixels, torch.tensor(found.target, dtype=torch.int64), list(map(str, found.target_names))
 
 
 def draw(pixels: Tensor, size: int) -> Tensor:
-    """Enlarge 8 x 8 digits, in [0, 16], to `size`: (N, 1, size, size) in [0, 1].
-
-    They fill three quarters of it, so that turning cuts off next to nothing.
-    """
+    """Enlarge 8 x 8 digits in [0, 16] to (N, 1, size, size) in [0, 1], with room to turn them."""
     inner = round(size * 0.75)
     before = (size - inner) // 2
     after = size - inner - before
@@ -45,30 +46,21 @@ def draw(pixels: Tensor, size: int) -> Tensor:
 
 
 def load_digits(
-    size: int = 32,
-    seed: int = 0,
-    held_out: str | None = None,
-    limit: int | None = None,
+    size: int = 32, seed: int = 0, held_out: str | None = None, limit: int | None = None,
     angles: Sequence[int] | None = None,
-) -> DomainData:
+) -> DomainData:  # fmt: skip
     """Load the digits, split them, and turn them into one domain an angle."""
-    from sklearn.datasets import load_digits as sklearn_digits
-
     angles = ANGLES if angles is None else angles
     names = [str(angle) for angle in angles]
     if held_out is not None:
         check_names("--held-out to be one of the domains", [held_out], names)
-    if size < 16:
-        raise RecipeError(f"expected --image-size of at least 16 for the digits, got {size}")
-    source = sklearn_digits()
-    pixels = torch.tensor(source.images, dtype=torch.float32)
-    labels = torch.tensor(source.target, dtype=torch.int64)
+    check(size >= 16, f"expected --image-size of at least 16 for the digits, got {size}")
+    pixels, labels, classes = source()
     generator = torch.Generator().manual_seed(seed)
     if limit is not None and limit < len(labels):
         kept = stratified_mask(labels, limit / len(labels), generator)
         pixels, labels = pixels[kept], labels[kept]
     is_test = stratified_mask(labels, TEST_FRACTION, generator)
-
     trained = [index for index, name in enumerate(names) if name != held_out]
     home = _deal(labels, ~is_test, trained, generator)
     upright = draw(pixels, size)
@@ -79,19 +71,10 @@ def load_digits(
         images = (turned * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
         parts.append((images, labels[shown], torch.full((len(images),), domain), is_test[shown]))
     images, labels, domains, test = (torch.cat(part) for part in zip(*parts, strict=True))
-    return DomainData(
-        images=images,
-        labels=labels,
-        domains=domains,
-        train=~test,
-        test=test,
-        classes=[str(digit) for digit in source.target_names],
-        domain_names=names,
-        # No mirroring: a mirrored digit is another sign.
-        augmentation=Augmentation(side=(0.9, 1.1), shift=0.08, flip=False),
-        held_out=held_out,
-        note="each training digit at one angle only, each test digit at every angle",
-    )
+    # No mirroring: a mirrored digit is another sign.
+    how = Augmentation(side=(0.9, 1.1), shift=0.08, flip=False)
+    note = "each training digit at one angle only, each test digit at every angle"
+    return DomainData(images, labels, domains, ~test, test, classes, names, how, held_out, note)
 
 
 def _deal(labels: Tensor, chosen: Tensor, domains: list[int], generator: torch.Generator) -> Tensor:

@@ -14,9 +14,8 @@ tested is the moving average of the weights after the last step; nothing is chos
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +29,8 @@ import normswap
 from . import grid, images, methods, reports
 from .augment import colour, each, seeded
 from .data import DomainData, Loader, validation
-from .errors import RecipeError
-from .options import TUNED, ByData, Parser, of_cell, resolve
-from .training import check_finite, make_optimizer, takes_context
+from .options import TUNED, ByData, Parser, resolve
+from .training import LARGE, check_finite, descend, make_optimizer, told
 from .weights import EFFICIENTNET_LITE0_TIMM, NARROW, SCRATCH
 
 RAND_AUGMENT = "rand-m10-n2"
@@ -51,18 +49,12 @@ def add_options(parser: Parser, plain: str, steps: int, batch: int) -> None:
     known = (plain, "bn", *normswap.methods(), *methods.VARIANTS, *frozen)
     shown = ("bn", "cnsn", "cn", "cn-x") if plain == "labels-only" else ("bn", "cn", "cn-x")
     grid.add_methods(parser, (plain, *shown), known)
-    parser.share(
-        "data", "weights", "limit", "tune", "amp",
-        flip=True, image_size=ByData(24, 64), model=ByData(NARROW, EFFICIENTNET_LITE0_TIMM),
-        steps=steps, batch_size=batch, lr=TUNED, weight_decay=0.05,
-    )  # fmt: skip
-    parser.add_argument("--ema", type=float, default=0.98, help="decay of the averaged weights")
+    parser.share("data", "weights", "limit", "tune", "amp", flip=True, image_size=ByData(24, 64))
+    parser.share(model=ByData(NARROW, EFFICIENTNET_LITE0_TIMM), steps=steps, batch_size=batch)
+    parser.share(lr=TUNED, weight_decay=0.05, ema=0.98)
 
 
 def settle(options: Namespace) -> None:
-    """Decide what was left open and check it."""
-    if not 0 <= options.ema < 1:
-        raise RecipeError(f"expected --ema in [0, 1), got {options.ema:g}")
     resolve(options, packaged=True, seeds=1, steps=4, batch_size=10, limit=8)
 
 
@@ -75,7 +67,6 @@ class Views:
         self._erase = RandomErasing(probability=1.0, max_area=0.25, device=str(loader.device))
 
     def weak(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Give a random window of each of these images."""
         return self.loader.batch(indices, generator).images
 
     def strong(self, indices: Tensor, generator: torch.Generator) -> Tensor:
@@ -87,56 +78,43 @@ class Views:
 
 
 def run(
-    options: Namespace,
-    recipe: str,
-    data: DomainData,
-    contexts: Sequence[str],
-    plan: Callable[[grid.Cell, Views], Plan],
+    options: Namespace, recipe: str, data: DomainData, contexts: Sequence[str],
+    plan: Callable[[Namespace, Views], Plan],
     measure: Callable[[nn.Module, Loader], dict[str, Any]],
-    headings: dict[str, str],
-    title: str,
-    score: str,
-) -> None:
-    """Run a grid of trainings; `score` names the figure that chooses a rate, if that is asked for.
-
-    Compared with BatchNorm is `told`, what a model finds that is told contexts if it takes them.
-    """
+    headings: dict[str, str], title: str, score: str,
+) -> None:  # fmt: skip
+    """Run a grid; `score` names what chooses a rate, and `told` is compared with BatchNorm."""
     device = images.pick_device(options.device)
     # What is wrong with images, model or weights is said before a run is made.
     images.build(options, data, 0, device, fill=False)
     folder = grid.open_run(options, recipe)
     for domain, name in enumerate(data.domain_names):
         here = data.domains == domain
-        print(
-            f"{name}: {int((here & data.train).sum()):,} training and "
-            f"{int((here & data.test).sum()):,} test images of {options.image_size} px"
-        )
+        trains, tests = (int((here & part).sum()) for part in (data.train, data.test))
+        size = f"{options.image_size} px"
+        print(f"{name}: {trains:,} training and {tests:,} test images of {size}")
 
     # Labels of other domains than the first must have no say in what is left out.
     groups = torch.where(data.domains == 0, data.labels, len(data.classes) + data.domains)
 
-    def train(rates: dict[str, float], cell: grid.Cell, log: grid.Log) -> dict[str, Any]:
-        seed, part = cell["seed"], validation(data, groups) if "lr" in cell else data
-        config = of_cell(options, **{"lr": rates.get(cell["method"]), **cell})
-        model, loader, _ = images.build(config, part, seed, device, fill=False)
+    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
+        part = data if config.final else validation(data, groups)
+        model, loader, _ = images.build(config, part, config.seed, device, fill=False)
         views = Views(loader)
-        start, step = plan(cell, views)
+        start, step = plan(config, views)
         if options.weights == SCRATCH:
             # Norms that learn their statistics would otherwise start from those of no data.
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(config.seed)
             batches = [views.weak(part, generator) for part in start]
             normswap.update_stats(model, batches, progress=False)
-        inputs = (images.example(loader),)
-        model = methods.convert(
-            model, cell["method"], contexts, example_inputs=inputs, verify=False
-        )
-        averaged, figures = fit(model, step, config, seed, log)
+        how = {"example_inputs": (images.example(loader),), "verify": False}
+        model = methods.convert(model, config.method, contexts, **how)
+        averaged, figures = fit(model, step, config, config.seed, log)
         found = measure(averaged, loader)
         found["told"] = found.get("known", found.get("plain"))
         return {**found, **figures, "rate": 1000 * config.lr}
 
-    rates = grid.rates_of(options)
-    records = grid.run_tuned(folder, options, train, itemgetter(score), rates)
+    records = grid.run(folder, options, train, itemgetter(score))
     more = {**COUNTED, **({"rate": "rate, 1e-3"} if options.tune else {})}
     reports.show(folder, records, headings, title, more, "told")
 
@@ -145,11 +123,8 @@ def forward(model: nn.Module, parts: Sequence[Tensor], contexts: Sequence[int]) 
     """Pass several sets of images as one batch, each with its context; give the logits of each."""
     sizes = [len(part) for part in parts]
     together = torch.cat(list(parts))
-    told: dict[str, Tensor] = {}
-    if takes_context(model):
-        labels = torch.tensor(contexts).repeat_interleave(torch.tensor(sizes))
-        told["context"] = labels.to(together.device)
-    return list(model(together, **told).split(sizes))
+    labels = torch.tensor(contexts).repeat_interleave(torch.tensor(sizes))
+    return list(told(model, together, labels.to(together.device)).split(sizes))
 
 
 def fit(
@@ -163,13 +138,11 @@ def fit(
     noted: list[dict[str, float]] = []
     model.train()
     for index in range(options.steps):
-        torch.manual_seed(seed * 1_000_003 + index)
+        torch.manual_seed(seed * LARGE + index)
         schedule.step_update(index)
         with torch.autocast(device, torch.bfloat16, enabled=options.amp):
             loss, figures = step(model, index)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(loss, optimizer)
         ema.update(model, step=index)
         noted.append({"loss": loss.item(), **{k: v.item() for k, v in figures.items()}})
         check_finite(noted[-1]["loss"], f"in step {index + 1}", options.lr)
@@ -185,12 +158,8 @@ def draw(indices: Tensor, size: int, steps: int, generator: torch.Generator) -> 
     return torch.cat(order)[: steps * size].view(steps, size)
 
 
-@dataclass(frozen=True)
-class Pseudo:
-    """The loss on strong views, and for the record which samples it took and what for.
-
-    Shape: loss (); kept (N,) bool; labels (N,) int64.
-    """
+class Pseudo(NamedTuple):
+    """The loss on strong views, and for the record which samples (N,) it took and what for."""
 
     loss: Tensor
     kept: Tensor
@@ -200,10 +169,7 @@ class Pseudo:
 def pseudo_loss(
     targets: Tensor, strong: Tensor, threshold: float | Tensor, one_hot: bool
 ) -> Pseudo:
-    """Teach logits of strong views the confident ones among probabilities from weak views.
-
-    With `one_hot` they learn the likeliest class, else the probabilities.
-    """
+    """Teach logits of strong views the confident ones of `targets`, or their likeliest class."""
     targets = targets.detach()
     confidence, labels = targets.max(1)
     kept = confidence >= threshold
@@ -226,8 +192,7 @@ class Alignment:
 
     def __init__(self, classes: int, momentum: float = 0.1) -> None:
         self.momentum = momentum
-        self.source = torch.full((classes,), 1 / classes)
-        self.target = torch.full((classes,), 1 / classes)
+        self.source = self.target = torch.full((classes,), 1 / classes)
 
     def __call__(self, source: Tensor, target: Tensor) -> Tensor:
         """Note the mean of both (N, classes) probabilities; give those of the target, aligned."""

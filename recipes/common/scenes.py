@@ -10,14 +10,17 @@ digits, and test scenes another part of the photograph: nothing of theirs is tra
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Augmentation, draw_windows, stratified_mask
-from .errors import RecipeError, check_names
+from . import digits
+from .augment import Augmentation, cut_windows, draw_windows
+from .data import stratified_mask
+from .errors import check, check_names
 
 IGNORED = 255
 TRAIN, VALID, TEST = range(3)
@@ -45,7 +48,6 @@ class Scenes:
     augmentation: Augmentation
 
     def where(self, part: int, domain: int | None = None) -> Tensor:
-        """Give the indices of the scenes of a part, of one domain or of all."""
         chosen = self.parts == part
         return (chosen if domain is None else chosen & (self.domains == domain)).nonzero()[:, 0]
 
@@ -63,36 +65,24 @@ class Scenes:
         for chosen in indices.split(size):
             images, masks = self.images[chosen].float() / 255, self.masks[chosen].long()
             if generator is not None:
-                images, masks = cut(images, masks, draw_windows(
-                    len(chosen), self.augmentation, generator
-                ))  # fmt: skip
+                windows = draw_windows(len(chosen), self.augmentation, generator)
+                images, masks = cut(images, masks, windows)
             yield images, masks, self.domains[chosen]
 
 
 def cut(images: Tensor, masks: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut a window out of each image and its mask; what lies beyond the edge is ignored.
-
-    Shape: images (N, 3, S, S) float; masks (N, S, S) int64; windows (N, 2, 3), affine maps.
-    """
-    grid = F.affine_grid(windows, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
+    """Cut a window out of each image and its mask; what lies beyond the edge is ignored."""
     # What is beyond the edge comes back as 0: classes are counted from 1 on meanwhile.
     shifted = torch.where(masks == IGNORED, 0, masks + 1).float()[:, None]
-    shifted = F.grid_sample(shifted, grid, "nearest", "zeros", align_corners=False)[:, 0].long()
-    return images, torch.where(shifted == 0, IGNORED, shifted - 1)
+    shifted = cut_windows(shifted, windows, "nearest", "zeros")[:, 0].long()
+    return cut_windows(images, windows), torch.where(shifted == 0, IGNORED, shifted - 1)
 
 
-@dataclass(frozen=True)
-class Look:
-    """What a made domain looks like: a texture, and ink on it.
+class Look(NamedTuple):
+    """What a made domain looks like: a texture of `skimage.data`, and ink on it.
 
-    Attributes:
-        texture: name of a photograph in `skimage.data`.
-        tint: factor of each of red, green and blue.
-        ink: colour of the digits.
-        opacity: how much of the texture the ink hides.
-        light: factors between which that of a scene lies.
-        noise: standard deviation of Gaussian noise, of pixel values in [0, 1].
+    `tint` is a factor of each colour, `opacity` how much of the texture the ink hides; the `light`
+    of a scene lies between two factors, and `noise` is the deviation of pixel values in [0, 1].
     """
 
     texture: str
@@ -116,57 +106,34 @@ DIGITS_A_SCENE = 3
 
 
 def make_scenes(
-    sources: Sequence[str],
-    targets: Sequence[str],
-    size: int = 64,
-    seed: int = 0,
+    sources: Sequence[str], targets: Sequence[str], size: int = 64, seed: int = 0,
     counts: tuple[int, int, int] = COUNTS,
-) -> Scenes:
-    """Make scenes of digits on textures."""
-    from sklearn.datasets import load_digits
-
+) -> Scenes:  # fmt: skip
     check_names("domains among", (*sources, *targets), LOOKS)
-    if size < 32:
-        raise RecipeError(f"expected --image-size of at least 32 for the digits, got {size}")
-    digits = load_digits()
-    pixels = torch.tensor(digits.images, dtype=torch.float32) / 16
-    labels = torch.tensor(digits.target)
+    check(size >= 32, f"expected --image-size of at least 32 for the digits, got {size}")
+    pixels, labels, classes = digits.source()
     generator = torch.Generator().manual_seed(seed)
     # Of the digits a quarter tests, an eighth validates, the others train.
     test = stratified_mask(labels, 0.25, generator)
     valid = stratified_mask(torch.where(test, 10, labels), 1 / 6, generator) & ~test
     use = torch.where(test, TEST, torch.where(valid, VALID, TRAIN))
-    made: list[tuple[Tensor, Tensor, int, int]] = []
+    made: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for domain, name in enumerate((*sources, *targets)):
         texture = photograph(LOOKS[name])
+        # The right third of each photograph is kept for test scenes.
+        left = 2 * texture.shape[2] // 3
         for part in (TRAIN, VALID, TEST) if domain < len(sources) else (TEST,):
             chosen = (use == part).nonzero()[:, 0]
-            # The right third of each photograph is kept for test scenes.
-            wide = texture.shape[2]
-            left, right = texture.split([2 * wide // 3, wide - 2 * wide // 3], 2)
+            ground = texture[:, :, left:] if part == TEST else texture[:, :, :left]
             for _ in range(counts[part]):
-                at = torch.randint(len(chosen), (DIGITS_A_SCENE,), generator=generator)
-                image, mask = draw_scene(
-                    pixels[chosen[at]],
-                    labels[chosen[at]],
-                    right if part == TEST else left,
-                    LOOKS[name],
-                    size,
-                    generator,
-                )
-                made.append((image, mask, domain, part))
-    images, masks, domains, parts = zip(*made, strict=True)
-    return Scenes(
-        torch.stack(images),
-        torch.stack(masks),
-        torch.tensor(domains),
-        torch.tensor(parts),
-        list(sources),
-        list(targets),
-        11,
-        # No mirroring: a mirrored digit is another sign.
-        Augmentation(side=(0.85, 1.15), shift=0.05, flip=False),
-    )
+                at = chosen[torch.randint(len(chosen), (DIGITS_A_SCENE,), generator=generator)]
+                shown = pixels[at] / 16, labels[at]
+                scene = draw_scene(*shown, ground, LOOKS[name], size, generator)
+                made.append((*scene, torch.tensor(domain), torch.tensor(part)))
+    # No mirroring: a mirrored digit is another sign.
+    how = Augmentation(side=(0.85, 1.15), shift=0.05, flip=False)
+    stacked = map(torch.stack, zip(*made, strict=True))
+    return Scenes(*stacked, list(sources), list(targets), 1 + len(classes), how)
 
 
 def photograph(look: Look) -> Tensor:
@@ -174,19 +141,13 @@ def photograph(look: Look) -> Tensor:
     import skimage.data
 
     image = np.asarray(getattr(skimage.data, look.texture)(), dtype=np.float32) / 255
-    if image.ndim == 2:
-        image = np.repeat(image[..., None], 3, axis=2)
-    return torch.from_numpy(image * np.float32(look.tint)).permute(2, 0, 1)
+    return torch.from_numpy(np.atleast_3d(image) * np.float32(look.tint)).permute(2, 0, 1)
 
 
 def draw_scene(
-    digits: Tensor,
-    labels: Tensor,
-    ground: Tensor,
-    look: Look,
-    size: int,
+    digits: Tensor, labels: Tensor, ground: Tensor, look: Look, size: int,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw digits on a piece of a texture, each in a quarter of its own.
 
     Of the ground (3, H, W), a piece of twice the size is halved. Digits are (D, 8, 8) in [0, 1], at

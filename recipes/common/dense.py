@@ -27,6 +27,11 @@ class Dense(nn.Module):
         return (images - self.mean) / self.std
 
 
+def block(before: int, after: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+
+
 class FCN(Dense):
     """Scores of every feature map, enlarged and added up (Long et al., CVPR 2015)."""
 
@@ -35,12 +40,7 @@ class FCN(Dense):
     ) -> None:
         super().__init__(name, levels, pretrained, SCRATCH)
         self.heads = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(channels, width, 3, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-                nn.Conv2d(width, classes, 1),
-            )
+            nn.Sequential(*block(channels, width), nn.Conv2d(width, classes, 1))
             for channels in self.channels
         )
 
@@ -65,8 +65,7 @@ class UNet(Dense):
         above, self.joins = skips.pop(), nn.ModuleList()
         for skip in reversed(skips):
             wide = max(skip, NARROWEST)
-            convolution = nn.Conv2d(above + skip, wide, 3, padding=1, bias=False)
-            self.joins.append(nn.Sequential(convolution, nn.BatchNorm2d(wide), nn.ReLU()))
+            self.joins.append(nn.Sequential(*block(above + skip, wide)))
             above = wide
         self.head = nn.Conv2d(above, 2, 1)
 

@@ -1,0 +1,120 @@
+"""`python -m recipes adversarial`: AdvProp, clean and adversarial images as contexts.
+
+Each step trains on a batch and on its adversarial version together. That is made by projected
+gradient ascent from a random start, on the model in evaluation, told the context `adversarial`: a
+few steps along the sign of the gradient, no pixel further than --eps of 255 from what it was. The
+paper gives each kind a BatchNorm of its own, which is `cn`.
+
+    bn          BatchNorm, clean images alone
+    bn-both     one BatchNorm for both kinds
+    cn          statistics, scale and shift of each kind's own in every norm
+    cn-first    these at the first norm alone (`select="first"`)
+    cn-x-batch  BatchNorm of both, then each kind's learned mean and spread (`statistics="batch"`)
+
+Accuracy is on clean images, told so, and on images attacked in the same way, told so; beside it, on
+images that are attacked through the context `clean` and not known to be. Figures are of the last
+step. Data and --limit are as of `sensors`, without its cameras; --tune chooses by clean images.
+
+Source: Xie et al., "Adversarial Examples Improve Image Recognition", CVPR 2020, arXiv 1911.09665.
+Differs from source: the attack is made in evaluation, not with the statistics of the batch.
+"""
+
+from argparse import Namespace
+from functools import partial
+from itertools import chain
+from operator import itemgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .common import grid, images, reports, tiles, unlabelled
+from .common.data import DomainData, Loader
+from .common.errors import check
+from .common.options import ByData, Parser, count, resolve
+from .common.tiles import MEAN, STD, start
+from .common.training import takes_context, told
+
+KINDS = ("clean", "adversarial")
+METHODS = ("bn", "bn-both", "cn", "cn-first", "cn-x-batch")
+HEADINGS = {"clean": "clean", "attacked": "attacked"}
+
+
+def run(options: Namespace) -> None:
+    resolve(options, backbone=False, epochs=1, limit=4)
+    check(options.eps > 0, f"expected --eps above 0, of 255, got {options.eps:g}")
+    device, data_of = images.pick_device(options.device), tiles.source(options)
+    folder = grid.open_run(options, "adversarial")
+    records = tiles.run(folder, options, data_of, partial(train_one, device), itemgetter("clean"))
+    more = {"unknown": "attacked, told clean"} | ({"rate": "rate, 1e-3"} if options.tune else {})
+    title = f"accuracy on clean and on attacked images (eps {options.eps:g} of 255), %"
+    reports.show(folder, records, HEADINGS, title, more, ["clean", "attacked"])
+
+
+def train_one(
+    device: torch.device, data: DomainData, config: Namespace, log: grid.Log
+) -> dict[str, Any]:
+    """Train one model; give its accuracies in per cent."""
+    model, loader = start(data, config, device, KINDS)
+    config.steps = config.epochs * loader.batches_per_epoch
+    batches = chain.from_iterable(loader.train_epoch(config.seed, e) for e in range(config.epochs))
+
+    def step(model: nn.Module, index: int) -> unlabelled.Loss:
+        batch = next(batches)
+        if config.method == "bn":
+            return F.cross_entropy(model(batch.images), batch.labels), {}
+        attacked = attack(model, batch.images, batch.labels, config, "adversarial")
+        kinds = torch.arange(2, device=device).repeat_interleave(len(attacked))
+        found = told(model, torch.cat([batch.images, attacked]), kinds)
+        return F.cross_entropy(found, batch.labels.repeat(2)), {}
+
+    model, figures = unlabelled.fit(model, step, config, config.seed, log)
+    return {**figures, **measure(model, loader, config), "rate": 1000 * config.lr}
+
+
+def attack(model: nn.Module, x: Tensor, labels: Tensor, how: Namespace, kind: str) -> Tensor:
+    """Give images within eps of these, of 255, on which the model, told their kind, errs more."""
+    training = model.training
+    model.eval()
+    eps = how.eps / 255 / STD
+    low, high = (0 - MEAN) / STD, (1 - MEAN) / STD
+    found = x + eps * (2 * torch.rand_like(x) - 1)
+    for _ in range(how.attack_steps):
+        found.requires_grad_()
+        loss = F.cross_entropy(told(model, found, kind), labels)
+        (slope,) = torch.autograd.grad(loss, found)
+        # Together the steps could go two and a half times as far as they may.
+        found = found.detach() + 2.5 * eps / how.attack_steps * slope.sign()
+        found = found.clamp(x - eps, x + eps).clamp(low, high)
+    model.train(training)
+    return found
+
+
+def measure(model: nn.Module, loader: Loader, how: Namespace) -> dict[str, float]:
+    """Give the accuracy in per cent on test images: clean, attacked, attacked and told clean."""
+    model.eval()
+    torch.manual_seed(0)
+    wanted = {"clean": "clean", "attacked": "adversarial"}
+    if takes_context(model):
+        wanted["unknown"] = "clean"
+    right = dict.fromkeys(wanted, 0)
+    for batch in loader.whole(loader.test_indices()):
+        for name, kind in wanted.items():
+            x, labels = batch.images, batch.labels
+            x = x if name == "clean" else attack(model, x, labels, how, kind)
+            with torch.inference_mode():
+                right[name] += int((told(model, x, kind).argmax(1) == labels).sum())
+    return {name: 100 * hits / len(loader.test_indices()) for name, hits in right.items()}
+
+
+def add_options(parser: Parser) -> None:
+    grid.add_methods(parser, METHODS)
+    parser.share("data", "limit", "tune", "amp", flip=True, batch_size=64, lr=2e-3)
+    parser.share(image_size=ByData(16, 32), epochs=4)
+    add = parser.add_argument
+    add("--eps", type=float, default=4.0, help="most that a pixel is changed by, of 255")
+    add("--attack-steps", type=count, default=2, help="of the attack")
+
+
+main = partial(grid.command, "adversarial", __doc__, add_options, run)
