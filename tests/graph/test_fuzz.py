@@ -7,11 +7,14 @@ import pytest
 from tests.graph.fuzz.alone import alone
 from tests.graph.fuzz.campaign import campaign, fails_alike, safely
 from tests.graph.fuzz.constructs import CONSTRUCTS
+from tests.graph.fuzz.judge import MODES
 from tests.graph.fuzz.program import parse
 from tests.graph.fuzz.shrink import shrink
 from tests.graph.fuzz.sides import Converted
 from tests.support.sampling import sampled
 
+# These without graphs, too; the others so in exhaustive runs.
+IN_BOTH_MODES = list(CONSTRUCTS)[::3]
 PROGRAMS = sorted(Path(__file__).parent.glob("fuzz/programs/*.txt"))
 
 
@@ -22,7 +25,13 @@ def _expect_none(verdict):
 
 @pytest.mark.parametrize("name", CONSTRUCTS)
 def test_a_construct_alone(name):
-    _expect_none(safely(alone(CONSTRUCTS[name])))
+    _expect_none(safely(alone(CONSTRUCTS[name]), MODES if name in IN_BOTH_MODES else ("traced",)))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [name for name in CONSTRUCTS if name not in IN_BOTH_MODES])
+def test_a_construct_alone_without_graphs(name):
+    _expect_none(safely(alone(CONSTRUCTS[name]), ("untraced",)))
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
