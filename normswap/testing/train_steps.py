@@ -27,10 +27,12 @@ def check_gradients(case: Case) -> None:
         model = case.trained().train(training)
         x = make_inputs(model).requires_grad_()
         names, values = zip(*model.named_parameters(), strict=True)
+        buffers = copy.deepcopy(dict(model.named_buffers()))
 
         def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-            tensors = dict(zip(names, values, strict=True))  # noqa: B023
-            y: torch.Tensor = functional_call(copy.deepcopy(model), tensors, (x,), case.given())  # noqa: B023
+            # Each call starts from the same statistics.
+            tensors = copy.deepcopy(buffers) | dict(zip(names, values, strict=True))  # noqa: B023
+            y: torch.Tensor = functional_call(model, tensors, (x,), case.given())  # noqa: B023
             return y
 
         gradcheck(run, (x, *values), fast_mode=True)

@@ -96,8 +96,9 @@ def fresh(value, tmp_path):
 def test_what_an_argument_cannot_be_is_an_error_of_ours(name, argument, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     warnings.simplefilter("ignore")
-    normswap.save(converted("cn"), tmp_path)
     function, table = FUNCTIONS[name]
+    if "folder" in table:
+        normswap.save(converted("cn"), tmp_path)
     if name == "save":
         table = {**table, "folder": (tmp_path / "new", "")}
     takes = table[argument][1].split(", ")

@@ -20,7 +20,7 @@ __all__ = ["scale_method"]
 def test_an_identity_layer_leaves_the_function_class_keys_and_signature(placement):
     import inspect
 
-    model = timm.create_model("resnet10t").eval()
+    model = timm.create_model("test_resnet").eval()
     x = torch.randn(2, 3, 32, 32)
     converted = normswap.convert(model, "scale", placement=placement)
     assert converted(x).equal(model(x))
@@ -208,7 +208,7 @@ def test_blocks_that_hand_on_lists_that_are_changed_are_named_where_no_place_is_
 
 
 def test_a_layer_after_the_output_of_modules_that_select_names():
-    model = timm.create_model("resnet10t").eval()
+    model = timm.create_model("test_resnet").eval()
     report = normswap.plan(model, "mixstyle", placement="output", select=["layer1", "layer2"])
     assert [(row.fqn, row.action) for row in report.rows] == [
         *(("layer1", "inserted"), ("layer2", "inserted"))

@@ -101,8 +101,8 @@ def test_an_unknown_operation_of_augmix_is_an_error():
     [
         (["--data", "/nowhere"], "expected --data to be a folder"),
         (["--model", "resnet10"], "did you mean"),
-        (["--weights", "/nowhere.pt"], "found no file"),
-        (["--weights", "efficientnet-lite0"], "expected the weights of this model"),
+        (["--smoke", "--weights", "/nowhere.pt"], "found no file"),
+        (["--smoke", "--weights", "efficientnet-lite0"], "expected the weights of this model"),
         (["--lr", "-1"], "expected --lr above 0"),
         (["--train-per-class", "500"], "expected --train-per-class of at most"),
     ],

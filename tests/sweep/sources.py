@@ -192,8 +192,7 @@ def _from_torchvision(name: str, kind: str) -> Candidate:
         sizes = ((4, 64), (8, 64), (8, 112), (16, 112), (16, 224))
         attempts = [Attempt(f"{t}x{s} px", {}, images(3, t, s, s)) for t, s in sizes]
     elif kind == "optical_flow":
-        attempts = [Attempt("2 x 128 px", {"num_flow_updates": 2}, image_pairs(128))]
-        attempts += [Attempt("2 x 128 px", {}, image_pairs(128))]
+        attempts = [Attempt("2 x 128 px", {}, image_pairs(128))]
     else:
         attempts = [Attempt(f"{s} px", {}, images(3, s, s)) for s in (*SIZES, 299)]
     return Candidate(
@@ -202,11 +201,11 @@ def _from_torchvision(name: str, kind: str) -> Candidate:
 
 
 def image_pairs(size: int) -> Make:
-    """Give batches of two tensors, as optical flow takes."""
+    """Give batches of two tensors, as optical flow takes, and two for its number of updates."""
 
     def make(rows: Sequence[int], dtype: torch.dtype) -> Any:
         pair = torch.stack([numbered(r, 2, 3, size, size) for r in rows]).to(dtype)
-        return pair[:, 0], pair[:, 1]
+        return pair[:, 0], pair[:, 1], 2
 
     return make
 

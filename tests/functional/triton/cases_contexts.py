@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normswap.functional import kernels
-from normswap.functional.triton import cn, plan
+from normswap.functional.triton import cn, cnx, plan
 from tests.functional.triton.values import (
     CASES,
     DEVICE,
@@ -23,17 +23,23 @@ from tests.functional.triton.values import (
 )
 from tests.support import oracles
 from tests.support.builders import assert_close
+from tests.support.sampling import sampled
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 def forget_cuts():
-    for cut in (plan.plan_of, cn._forward_of, cn._backward_of):
+    kept = (cn._forward_of, cn._backward_of, cnx._forward_of, cnx._backward_of)
+    for cut in (plan.plan_of, *kept):
         cut.cache_clear()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("maker", [make_cn, make_weighing, make_cnx])
+# Passes over x in either layout are those of all three, tables over contexts are of no layout.
+TILED = [(make_cn, "channels_last"), (make_weighing, "contiguous"), (make_cnx, "channels_last")]
+TILED += [(make_cn, "contiguous"), (make_weighing, "channels_last"), (make_cnx, "contiguous")]
+
+
+@pytest.mark.parametrize(("maker", "layout"), sampled(TILED, 3))
 def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
     monkeypatch.setattr(plan, "_TILE", 8)
     monkeypatch.setattr(plan, "_WIDTH", 2)

@@ -6,6 +6,7 @@ pytest.importorskip("triton")
 from normswap.functional.triton import cn_kernels, cnx, parts, tile
 from normswap.functional.triton.plan import cut_contexts
 from tests.functional.triton.compiling import compile_kernel
+from tests.support.sampling import sampled
 
 ROWS = {"BN": 64, "BC": 16}
 NONE_WEIGH = {"KP": 0, "WN": 1, "WC": 1}
@@ -45,11 +46,13 @@ OVER_CONTEXTS = [
 ]
 # Layout and tile as `plan` has them: channels last, large and small maps, and one position.
 CUTS = [("bf16", True, 32, 64), ("fp32", False, 1024, 2), ("fp16", False, 64, 32)]
-ARCHITECTURES = pytest.mark.parametrize("architecture", [80, 90])
+# Every kernel for each tile and number of contexts, and for each of two architectures; the other
+# pairs in exhaustive runs.
+OF_CUTS = [(90, CUTS[0]), (80, CUTS[1]), (90, CUTS[2]), (80, CUTS[0]), (90, CUTS[1]), (80, CUTS[2])]
+OF_CONTEXTS = [(80, 2), (90, 3), (90, 16), (80, 64), (90, 2), (80, 3), (80, 16), (90, 64)]
 
 
-@ARCHITECTURES
-@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize(("architecture", "cut"), sampled(OF_CUTS, 3), ids=str)
 def test_kernels_over_x(architecture, cut):
     x_type, last, rows, columns = cut
     for kernel, given in OVER_X:
@@ -60,7 +63,7 @@ def test_kernels_over_x(architecture, cut):
         assert 128 in widths, kernel
 
 
-@ARCHITECTURES
+@pytest.mark.parametrize("architecture", sampled([90, 80], 1))
 def test_kernels_over_tables(architecture):
     for kernel, given in OVER_TABLES:
         registers, spilled, _ = compile_kernel(kernel, architecture, **ROWS, **given)
@@ -68,8 +71,7 @@ def test_kernels_over_tables(architecture):
         assert registers <= 128, kernel
 
 
-@ARCHITECTURES
-@pytest.mark.parametrize("contexts", [2, 3, 16, 64])
+@pytest.mark.parametrize(("architecture", "contexts"), sampled(OF_CONTEXTS, 4))
 def test_kernels_over_contexts(architecture, contexts):
     cut = cut_contexts(contexts, 2048)
     cut["warps"] = cut.pop("num_warps")

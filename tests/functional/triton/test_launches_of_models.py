@@ -32,7 +32,7 @@ ONCE = {
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 
 
-@pytest.fixture(params=["resnet50", "efficientnet_b0"])
+@pytest.fixture(params=["resnet18", "test_efficientnet"])
 def model(request, monkeypatch):
     """Return a model without values; all but its norms compute in bfloat16, as by autocast.
 

@@ -1,7 +1,5 @@
 """Each instruction of a forward is seen before it runs."""
 
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -20,10 +18,13 @@ class Counting(Block):
         return super().forward(x)
 
 
+def check_counting(_):
+    check(Counting(), opaque="sets runs outside")
+
+
 def test_the_first_forward_of_a_process():
-    code = f"from {__name__} import Counting, check; check(Counting(), opaque='sets runs outside')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    # Of one that has imported what it needs, and run nothing.
+    torch.multiprocessing.start_processes(check_counting, start_method="forkserver")
 
 
 def test_a_forward_of_so_many_names_that_their_numbers_need_two_bytes():
