@@ -8,6 +8,7 @@ import torch
 from normswap.errors import ConversionError
 from normswap.functional.schedule import Schedule
 from normswap.methods.crossnorm import CrossNorm
+from tests.support.sampling import sampled
 
 COUNT = 10_000
 
@@ -19,7 +20,7 @@ def ask_all(schedule):
     return flags
 
 
-def compiled_draw(schedule):
+def compiled_draw(schedule, backend):
     def forward(x):
         schedule.begin(x.device)
         flags = [schedule.fires(site, x.device) for site in range(schedule.num_sites)]
@@ -27,10 +28,10 @@ def compiled_draw(schedule):
         return torch.stack(flags)
 
     torch._dynamo.reset()
-    return torch.compile(forward, fullgraph=True)
+    return torch.compile(forward, fullgraph=True, backend=backend)
 
 
-def compiled_layers(schedule):
+def compiled_layers(schedule, backend):
     """What fired is read off the layers' outputs."""
     crossnorm = CrossNorm()
 
@@ -42,31 +43,37 @@ def compiled_layers(schedule):
         return torch.stack([(y != x).any() for y in outputs])
 
     torch._dynamo.reset()
-    return torch.compile(forward, fullgraph=True)
+    return torch.compile(forward, fullgraph=True, backend=backend)
 
 
-def draws(mode, schedule, count):
+def draws(mode, schedule, count, backend="aot_eager"):
     torch.manual_seed(0)
     if mode == "eager":
         return torch.tensor([ask_all(schedule) for _ in range(count)])
     # All of 12 instances keep their style once in 12! times.
     x = torch.randn(12, 1, 2)
-    run = compiled_draw(schedule) if mode == "compiled" else compiled_layers(schedule)
+    compiled = compiled_draw if mode == "compiled" else compiled_layers
+    run = compiled(schedule, backend)
     return torch.stack([run(x) for _ in range(count)])
 
 
 @pytest.mark.parametrize(
-    ("mode", "p", "active", "count"),
-    [
-        ("eager", 0.5, 2, COUNT),
-        ("eager", 0.25, 1, COUNT),
-        pytest.param("compiled", 0.25, 1, COUNT, marks=pytest.mark.exhaustive),
-        ("compiled layers", 0.5, 2, 4000),
-    ],
+    ("mode", "p", "active", "count", "backend"),
+    sampled(
+        [
+            *(("eager", 0.5, 2, COUNT, ""), ("eager", 0.25, 1, COUNT, "")),
+            ("compiled layers", 0.5, 2, 4000, "aot_eager"),
+            *(
+                ("compiled", 0.25, 1, COUNT, "inductor"),
+                ("compiled layers", 0.5, 2, COUNT, "inductor"),
+            ),
+        ],
+        3,
+    ),
 )
-def test_how_often_and_where_it_fires(mode, p, active, count):
+def test_how_often_and_where_it_fires(mode, p, active, count, backend):
     sites = 6
-    fired = draws(mode, Schedule(p, active, sites), count)
+    fired = draws(mode, Schedule(p, active, sites), count, backend)
     per_forward = fired.sum(1)
     assert set(per_forward.tolist()) == {0, active}
 
@@ -85,11 +92,15 @@ def test_how_often_and_where_it_fires(mode, p, active, count):
     assert close((fired[1:, 0] & fired[:-1, 0]).sum(), (p * active / sites) ** 2)
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
-def test_no_two_forwards_share_a_draw(mode):
+# Inductor draws by generators of its own.
+BACKENDS = [("eager", ""), ("compiled", "aot_eager"), ("compiled", "inductor")]
+
+
+@pytest.mark.parametrize(("mode", "backend"), sampled(BACKENDS, 2))
+def test_no_two_forwards_share_a_draw(mode, backend):
     # 16 of 64 sites: C(64, 16) = 4.9e14 draws, so a repeat in 10,000 has probability 1e-7; in
     # eager mode, draws come from seeds of 32 bits: 1e-2, and this seed has none.
-    fired = draws(mode, Schedule(1.0, 16, 64), COUNT if mode == "eager" else 2000)
+    fired = draws(mode, Schedule(1.0, 16, 64), COUNT if mode == "eager" else 2000, backend)
     assert len({tuple(row) for row in fired.tolist()}) == len(fired)
 
 
@@ -100,11 +111,11 @@ def test_the_ends_of_p_are_exact(p, expected):
         assert sum(ask_all(schedule)) == expected
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
-def test_reproducible_from_the_seed(mode):
+@pytest.mark.parametrize(("mode", "backend"), sampled(BACKENDS, 2))
+def test_reproducible_from_the_seed(mode, backend):
     schedule = Schedule(0.5, 2, 8)
-    first = draws(mode, schedule, 50)
-    assert torch.equal(first, draws(mode, schedule, 50))
+    first = draws(mode, schedule, 50, backend)
+    assert torch.equal(first, draws(mode, schedule, 50, backend))
 
 
 def test_a_draw_moves_the_generator_alike_whether_it_fires_or_not():

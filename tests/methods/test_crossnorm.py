@@ -180,10 +180,11 @@ def test_compiles_whole_in_training_and_fires_with_probability_p(crop, backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_compiled_output_is_cross_norm_of_some_permutation():
+@pytest.mark.parametrize("backend", sampled(["aot_eager", "inductor"], 1))
+def test_compiled_output_is_cross_norm_of_some_permutation(backend):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    run = torch.compile(CrossNorm(p=1.0), fullgraph=True)
+    run = torch.compile(CrossNorm(p=1.0), fullgraph=True, backend=backend)
     x = torch.randn(2, 3, 4, 4)
     expected = [cross_norm(x, torch.tensor(order)) for order in ([0, 1], [1, 0])]
     seen = set()

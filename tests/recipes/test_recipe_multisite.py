@@ -153,9 +153,11 @@ def test_patches_are_windows_of_training_images_and_of_their_masks(data, config)
             part = torch.cat([picture, mask[None].float()])
             windows = whole[chosen].unfold(2, 32, 1).unfold(3, 32, 1).permute(0, 2, 3, 1, 4, 5)
             for side, seen in enumerate((part, part.flip(2))):
-                at = (windows == seen).all(-1).all(-1).all(-1).nonzero()
-                if len(at):
-                    assert data.domains[chosen[at[0, 0]]] == site
+                # Those with the same first line, of which few are.
+                at = (windows[..., 0, :] == seen[:, 0]).all(-1).all(-1).nonzero().tolist()
+                at = [place for place in at if torch.equal(windows[tuple(place)], seen)]
+                if at:
+                    assert data.domains[chosen[at[0][0]]] == site
                     mirrored += side
                     break
             else:
