@@ -53,7 +53,10 @@ def smp_models() -> Iterator[tuple[str, Build]]:
 
     for decoder in DECODERS:
         for encoder in ENCODERS:
-            yield f"{decoder}, {encoder}", partial(getattr(smp, decoder), encoder, None, None)
+            yield (
+                f"{decoder}, {encoder}",
+                partial(getattr(smp, decoder), encoder, encoder_weights=None),
+            )
 
 
 def ultralytics_models() -> Iterator[tuple[str, Build]]:
@@ -99,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
             what, norms = try_model(build, options.method)
             kind = what.partition(":")[0]
             count[source, kind] += 1
-            count[source, f"norms {kind}"] += norms
+            if norms:
+                count[source, f"norms {kind}"] += norms
             if kind == "refused":
                 print(f"{source}, {name}: {what}", flush=True)
     for (source, kind), number in count.items():
