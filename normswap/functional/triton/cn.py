@@ -4,7 +4,7 @@ One more in evaluation where samples without a label weigh the contexts, for the
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,17 @@ from normswap.functional.affine import Centred, centre_norm
 from normswap.functional.moments import Moments, context_posterior, instance_moments
 from normswap.functional.segments import Counts, count
 from normswap.functional.tables import apply_centred, records
-from normswap.functional.triton import cn_kernels, sweeps, tile
-from normswap.functional.triton.launching import Start, kept_for
-from normswap.functional.triton.plan import Plan, cut_contexts, cut_rows, plan, plan_of
+from normswap.functional.triton import sweeps
+from normswap.functional.triton.cn_launches import (
+    Cut,
+    Forward,
+    backward_of,
+    cut_of,
+    forward_of,
+    line,
+)
+from normswap.functional.triton.launching import kept_for
+from normswap.functional.triton.plan import plan
 from normswap.functional.triton.recording import Tensors, Way, record
 from normswap.functional.triton.sorting import find_rows, sort_labels
 
@@ -47,115 +55,6 @@ class Norm(NamedTuple):
     momentum: float | None
     pooled: tuple[int, int] | None
     weighs: bool
-
-
-class Cut(NamedTuple):
-    """How a layer's tables lie in one tensor, and programs share them; by sizes alone.
-
-    Attributes:
-        values: of all tables, float32; `cn_kernels.split_rest` says which.
-        numbers: what kernels over tables take as N, R, K, C, M, S and PART; R, rows of centre,
-            scale and shift, is K + 1, or K + N where samples weigh the contexts.
-        rows: what kernels over x take as scale, stride, R, K and geometry.
-        blocks: constants of kernels over tables.
-        programs: of a launch over them.
-    """
-
-    values: int
-    numbers: tuple[int, ...]
-    rows: tuple[int | None, ...]
-    blocks: dict[str, int]
-    programs: int
-
-
-class Forward(NamedTuple):
-    """The launches of a forward, tensors not given yet, and the sizes of what they write."""
-
-    cut: Cut
-    parts: tuple[int, ...]
-    stats: Start
-    tables: Start
-    apply: Start
-
-
-class Backward(NamedTuple):
-    """The launches of a backward, likewise."""
-
-    values: int
-    dots: Start
-    pull: Start
-    combine: Start
-
-
-def _cut(p: Plan, contexts: int, pools: bool, weighs: bool) -> Cut:
-    instances, channels, positions = p.shape
-    programs, blocks = cut_rows(contexts + pools, channels)
-    rows, values = contexts + 1, 2 * (contexts + 1) * channels + 2 * _line(contexts)
-    if weighs:
-        rows, values = contexts + instances, values + contexts * (2 * channels + instances)
-        programs += instances
-    numbers = (instances, rows, contexts, channels, positions, p.splits, p.part)
-    blocks |= cut_contexts(contexts, channels) if weighs else {"KP": 0, "WN": 1, "WC": 1}
-    over_x = (None, None, rows, contexts, *p.geometry)
-    return Cut(values + 3 * rows * channels, numbers, over_x, blocks, programs)
-
-
-def _line(contexts: int) -> int:
-    return (contexts + 16) // 16 * 16
-
-
-@lru_cache(maxsize=4096)
-def _forward_of(
-    kinds: Any, shape: torch.Size, contiguous: bool, contexts: int, pooled: Any, weighs: bool,
-    rates: Any, batched: bool, ordered: bool | None, moves: bool,
-) -> Forward:  # fmt: skip
-    """Return the launches for tensors of these kinds.
-
-    Rates are eps and momentum; `ordered` says whether the index is of sorted labels, None that
-    there is none.
-    """
-    p = plan_of(shape, contiguous)
-    cut = _cut(p, contexts, pooled is not None, weighs)
-    instances, rows, _, channels, _, splits, _ = cut.numbers
-    # Of those without a label alone, where the moments of the others do not matter.
-    some = (0, 0) if batched else (1, contexts)
-    numbers = (*(pooled or (0, 0)), *rates, *cut.numbers)
-    if moves:
-        apply = Start(cn_kernels.apply_and_move, p.programs, cut.rows[2:], **p.blocks)
-    else:
-        over_x = (None, None, 1, rows, contexts, channels, *p.geometry)
-        apply = Start(tile.apply, p.programs, over_x, **p.blocks)
-    tables = Start(
-        cn_kernels.tables,
-        cut.programs,
-        numbers,
-        BATCH=batched,
-        SORTED=ordered is True,
-        **cut.blocks,
-    )
-    stats = Start(tile.stats, p.programs, (*some, *p.geometry), **p.blocks)
-    return Forward(cut, (2, instances, splits, channels), stats, tables, apply)
-
-
-@lru_cache(maxsize=4096)
-def _backward_of(
-    kinds: Any, shape: torch.Size, contiguous: bool, contexts: int, pooled: Any, weighs: bool,
-    eps: float, needed: bool, moves: bool,
-) -> Backward:  # fmt: skip
-    """Return the launches for tensors of these kinds.
-
-    They write dx where it is needed, the last one where the moments of x move with it.
-    """
-    p = plan_of(shape, contiguous)
-    cut = _cut(p, contexts, pooled is not None, weighs)
-    instances, rows, _, channels, _, splits, _ = cut.numbers
-    numbers = (*(pooled or (0, 0)), eps, *cut.numbers[:-1])
-    return Backward(
-        2 * channels * (instances * splits + (rows if moves else 0)),
-        Start(tile.dots, p.programs, cut.rows, **p.blocks),
-        Start(cn_kernels.pull, cut.programs, numbers, MOVES=moves, WEIGHED=weighs, **cut.blocks),
-        Start(tile.combine, p.programs, cut.rows, **p.blocks),
-    )
 
 
 def context_norm(
@@ -193,7 +92,7 @@ def _make_tables(
     what = (x.shape, x.is_contiguous(), norm.weight.shape[0], norm.pooled, norm.weighs)
     rates, row = (norm.eps, norm.momentum), None if index is None else ordered
     kinds = (x, *given, *(norm.moved or ()))
-    found = kept_for(kinds, _forward_of, *what, rates, batched, row, norm.moved is not None)
+    found = kept_for(kinds, forward_of, *what, rates, batched, row, norm.moved is not None)
     parts = None
     if batched or norm.weighs:
         parts = x.new_empty(found.parts, dtype=torch.float32)
@@ -221,7 +120,7 @@ def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: An
     dy, moves = kernels.match(dy, x), needed[0] and (batched or norm.weighs)
     what = (x.shape, x.is_contiguous(), weight.shape[0], norm.pooled, norm.weighs, norm.eps)
     kinds = (x, dy, weight, bias, priors, index, tables)
-    start = kept_for(kinds, _backward_of, *what, needed[0], moves)
+    start = kept_for(kinds, backward_of, *what, needed[0], moves)
     dx = torch.empty_like(x) if needed[0] else None
     found = x.new_empty(start.values, dtype=torch.float32)
     start.dots(dy, x, None if moves else dx, found, tables, index)
@@ -239,7 +138,7 @@ def _moments(tables: Tensor, cut: Cut) -> tuple[Moments, Tensor, Moments | None]
     rest = tables[3 * rows * channels :]
     used = Moments(*(t.view(-1, channels) for t in (tables[:size], rest[size : 2 * size])))
     values = rest[2 * size :][: contexts + 1]
-    known = rest[2 * (size + _line(contexts)) :][: 2 * contexts * channels]
+    known = rest[2 * (size + line(contexts)) :][: 2 * contexts * channels]
     compared = Moments(*known.view(2, contexts, channels)) if len(known) else None
     return used, values, compared
 
@@ -247,7 +146,9 @@ def _moments(tables: Tensor, cut: Cut) -> tuple[Moments, Tensor, Moments | None]
 def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
     (x, weight, bias), (priors, index, tables), (norm, _, batched, _) = inputs, kept, given
     contexts, labels = len(weight), index[: len(x)]
-    used, _, known = _moments(tables, _cut(plan(x), contexts, norm.pooled is not None, norm.weighs))
+    used, _, known = _moments(
+        tables, cut_of(plan(x), contexts, norm.pooled is not None, norm.weighs)
+    )
     dtype, (low, high) = used.mean.dtype, norm.pooled or (0, contexts)
     priors = priors.to(dtype).unsqueeze(1)
     share = priors[low:high] / priors[low:high].sum()

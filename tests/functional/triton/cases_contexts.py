@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normswap.functional import kernels
-from normswap.functional.triton import cn, cnx, plan
+from normswap.functional.triton import cn_launches, cnx, plan
 from tests.functional.triton.values import (
     CASES,
     DEVICE,
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 def forget_cuts():
-    kept = (cn._forward_of, cn._backward_of, cnx._forward_of, cnx._backward_of)
+    kept = (cn_launches.forward_of, cn_launches.backward_of, cnx._forward_of, cnx._backward_of)
     for cut in (plan.plan_of, *kept):
         cut.cache_clear()
 

@@ -1,0 +1,166 @@
+"""Forwards that ask for the class of a norm or a container, in the ways that code has of asking."""
+
+from torch import nn
+
+from tests.support.behave import Block
+
+KINDS = (nn.BatchNorm1d, nn.BatchNorm2d)
+TABLE = {Block: 2.0, nn.Sequential: 3.0}
+
+
+def is_norm(module):
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+class Asking(nn.Module):
+    """Does something else where a question gets another answer; `untraceable` keeps it scoped."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.block = Block()
+        self.list = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+
+    def ask(self):
+        raise NotImplementedError
+
+    def forward(self, x):
+        x = self.list(self.block(self.norm(x)))
+        return x if self.ask() else 100 * x
+
+
+class Untraceable(Asking):
+    def forward(self, x):
+        try:
+            return super().forward(x)
+        except KeyError:
+            return x
+
+
+class One:
+    def ask(self):
+        return isinstance(self.norm, nn.BatchNorm2d) and not isinstance(self.norm, nn.BatchNorm3d)
+
+
+class Base:
+    def ask(self):
+        return is_norm(self.norm) and not is_norm(self.block)
+
+
+class Name:
+    def ask(self):
+        return self.norm.__class__.__name__ == "BatchNorm2d"
+
+
+class NameOfAny:
+    def ask(self):
+        return any("BatchNorm" in str(m.__class__) for m in self.modules())
+
+
+class OwnName:
+    def ask(self):
+        return self.norm._get_name() == "BatchNorm2d"
+
+
+class NameOfType:
+    def ask(self):
+        return type(self.norm).__name__ == "BatchNorm2d"
+
+
+class NameKept:
+    def ask(self):
+        kind = type(self.norm)
+        name = kind.__qualname__
+        return name == "BatchNorm2d"
+
+
+class NameInALoop:
+    def ask(self):
+        for kind in type(self.norm).__mro__:
+            if kind.__name__ == "BatchNorm2d":
+                return True
+        return False
+
+
+class NameOfOneOfSeveral:
+    def ask(self):
+        kinds = [type(self.norm)]
+        return kinds[0].__name__ == "BatchNorm2d"
+
+
+def deprecated(function):
+    """Do what wrappers do that warn of arguments: a text names the method."""
+
+    def run(*args):
+        name = function.__name__
+        name = f"{args[0].__class__.__name__}.{name}"
+        return function(*args)
+
+    return run
+
+
+class NameOfAMethod:
+    @deprecated
+    def ask(self):
+        return True
+
+
+class NamesForPeople:
+    def ask(self):
+        if self.list is None:
+            raise TypeError(f"{type(self.norm).__name__} and " + type(self.block).__name__)
+        return self.__class__.__name__ == "NamesForPeople" == type(self).__name__
+
+
+class Matched:
+    def ask(self):
+        match self.norm:
+            case nn.BatchNorm2d():
+                return True
+        return False
+
+
+class Several:
+    def ask(self):
+        return isinstance(self.norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+
+
+class Named:
+    def ask(self):
+        return isinstance(self.norm, KINDS)
+
+
+class Union:
+    def ask(self):
+        return isinstance(self.norm, nn.BatchNorm1d | nn.BatchNorm2d)
+
+
+class Exact:
+    def ask(self):
+        return type(self.norm) is nn.BatchNorm2d
+
+
+class ExactChild:
+    def ask(self):
+        return type(self.block) is Block and type(self.list) in (nn.Sequential, nn.ModuleList)
+
+
+class Class:
+    def ask(self):
+        return self.block.__class__ == Block
+
+
+class Table:
+    def ask(self):
+        return TABLE[type(self.block)] == 2.0
+
+
+class Subclass:
+    def ask(self):
+        return issubclass(type(self.norm), nn.BatchNorm2d)
+
+
+class OtherTypes:
+    def ask(self):
+        flags = (self.training, 1.0)
+        return type(flags) is tuple and type(self.training) in (bool, int)
