@@ -98,14 +98,15 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "tests.sweep", "--source", ZOO, "--out", str(out)]
     command += ["--filter", "good", "no-norms", "endless", "--timeout", "600"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+    quiet = {"stderr": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, **quiet) as process:
         deadline = time.monotonic() + 120
         path = out / "results.jsonl"
         while not (path.exists() and path.read_text().endswith("\n")):
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # its workers, too: one never ends
     before = path.read_bytes()
     path.write_bytes(before + b'{"model": "no-no')  # a line cut off by the kill
     names = ("--filter", "good", "no-norms", "endless", "--timeout", "3", "--resume")
