@@ -161,9 +161,9 @@ def check_questions(model: nn.Module, release: Callable[[list[nn.Module]], None]
     """
     found = list(_find_unanswered(model))
     exact = {question.cls for _, questions in found for question in questions if question.exact}
-    plain = [m for m in model.modules() if m is not model and _is_plain(m) and class_of(m) in exact]
-    if plain:
-        release(plain)
+    parts = [m for m in model.modules() if m is not model and class_of(m) in exact]
+    if parts := [m for m in parts if _may_be_released(m)]:
+        release(parts)
         found = list(_find_unanswered(model))
     for name, questions in found:
         check_question(name, _message(questions, model))
@@ -189,7 +189,7 @@ def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
                 yield name, questions
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _may_be_released(module: nn.Module) -> bool:
     """Return whether a module is a container that got nothing but a class."""
     state = vars(module).get(STATE)
     return state is not None and not state.children()
