@@ -12,8 +12,8 @@ from normswap.graph.scope.use_context import scopes_of
 from normswap.lifecycle.context_rows import change_contexts, changed_tables, check_changeable
 from normswap.lifecycle.record import context_index, context_or_pooled, find_root
 from normswap.methods.base import Contexts
-from normswap.methods.layer import POLICIES
 from normswap.methods.norm_values import pick
+from normswap.methods.unknown_labels import POLICIES
 from normswap.util.arguments import check_flag, describe, listed
 
 # A share far smaller rounds to zero in the layers, which divide by its root.

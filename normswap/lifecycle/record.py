@@ -11,7 +11,7 @@ from normswap.errors import ContextError, ConversionError, not_converted
 from normswap.graph.state import RECORD, state_of
 from normswap.lifecycle.original import original_of
 from normswap.methods.base import Contexts, Method, get_method
-from normswap.methods.layer import POLICIES
+from normswap.methods.unknown_labels import POLICIES
 from normswap.report import Row, Verification
 from normswap.sites import computed_tensor
 from normswap.util.arguments import check_choice, describe, listed, unknown_name

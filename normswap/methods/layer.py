@@ -6,17 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normswap.errors import ContextError, MissingContextError, refuse_scripting
+from normswap.errors import ContextError, refuse_scripting
 from normswap.functional.backend import triton_for
 from normswap.functional.label_rows import labels_per_row, wrong_length
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.methods.layer_tensors import Resettable, WithPriors, lay_out
 from normswap.methods.layer_tensors import load_shared as load_shared
 from normswap.methods.running import RunningStats
-from normswap.util.arguments import MOST_CONTEXTS, MOST_FEATURES, check_count, describe
+from normswap.methods.unknown_labels import UnknownLabels, check_unknown
+from normswap.util.arguments import MOST_CONTEXTS, MOST_FEATURES, check_count
 from normswap.util.original_class import AsBefore
-
-POLICIES = ("error", "pooled", "posterior")
 
 
 class NormLayer(AsBefore, RunningStats, Resettable):
@@ -74,7 +73,7 @@ class NormLayer(AsBefore, RunningStats, Resettable):
         return y
 
 
-class ContextLayer(WithPriors, NormLayer):
+class ContextLayer(UnknownLabels, WithPriors, NormLayer):
     """Base of layers whose forward takes a context.
 
     A subclass implements ``normalize(x, labels, unlabelled)``. `labels` is one int64 per row of
@@ -106,12 +105,7 @@ class ContextLayer(WithPriors, NormLayer):
     ) -> None:
         super().__init__(num_features)
         check_count("num_contexts", num_contexts, 1, MOST_CONTEXTS, error=ContextError)
-        index = type(unknown) is int and 0 <= unknown < num_contexts
-        if not index and not (isinstance(unknown, str) and unknown in POLICIES):
-            raise ContextError(
-                f"expected unknown= one of {', '.join(POLICIES)} or the index of a context in "
-                f"[0, {num_contexts}), got {describe(unknown)}"
-            )
+        check_unknown(unknown, num_contexts)
         self.num_contexts = num_contexts
         self.unknown = unknown
         self.names = tuple(str(k) for k in range(num_contexts))
@@ -142,30 +136,6 @@ class ContextLayer(WithPriors, NormLayer):
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
 
-    def row_unlabelled(self, *tables: Tensor) -> list[Tensor] | None:
-        """Return the row of each table, (1, C), for samples without a label, None if several."""
-        if isinstance(self.unknown, int):
-            return [t[self.unknown : self.unknown + 1] for t in tables]
-        if self.unknown == "error":
-            # Reached only where the host cannot see the labels; wrong results must be visible.
-            return [torch.full_like(t[:1], torch.nan) for t in tables]
-        return None
-
-    def pooled_contexts(self, unlabelled: bool) -> tuple[int, int] | None:
-        """Return from which to which context samples without a label are pooled over.
-
-        All, one, or none if that is an error; None where there is none.
-        """
-        if not unlabelled:
-            return None
-        if isinstance(self.unknown, int):
-            return self.unknown, self.unknown + 1
-        return 0, 0 if self.unknown == "error" else self.answering or self.num_contexts
-
-    def weighs(self, unlabelled: bool) -> bool:
-        """Return whether samples without a label weigh the contexts, each for itself."""
-        return unlabelled and self.unknown == "posterior" and self.num_contexts > 1
-
     def find_triton(self, x: Tensor, unlabelled: bool, *tables: Tensor | None) -> Any:
         """Return the module of Triton's kernels for this layer where they serve, else None.
 
@@ -177,44 +147,23 @@ class ContextLayer(WithPriors, NormLayer):
         return triton_for(x, self.kernels, *tables)
 
     def _labels(self, x: Tensor, context: Labels | None) -> tuple[Tensor | None, bool]:
+        where = self._where()
         if context is None and self.scope is not None:
             context = self.scope.lookup()
         if context is None:
-            return self._default_labels(x), self.num_contexts > 1
+            return self.labels_of_none(x, where), self.num_contexts > 1
         order: tuple[Any, ...] = ()
         if not isinstance(context, Context):
             # Called directly, not through a model that checked the labels: no folded batch here.
             context = resolve_labels(context, self.num_contexts, self.names, x.device)
             if not context.whole and context.labels.shape[0] != x.shape[0]:
-                raise wrong_length(x.shape[0], context.labels.shape[0], self._where())
+                raise wrong_length(x.shape[0], context.labels.shape[0], where)
         elif self.scope is not None:
-            step = self.scope.rows.find(self, self._where(), x, context)
+            step = self.scope.rows.find(self, where, x, context)
             order = () if step is None else (step.how, step.index)
-        if self.unknown == "error" and context.unknown is not False:
-            self._refuse_unknown(context)
-        labels = labels_per_row(context, x, self._where(), *order)
+        self.refuse_unknown(context, where)
+        labels = labels_per_row(context, x, where, *order)
         return labels, context.unknown is not False
-
-    def _default_labels(self, x: Tensor) -> Tensor | None:
-        if self.num_contexts == 1:
-            return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        if self.training or self.unknown == "error":
-            why = "in training mode" if self.training else "with unknown='error'"
-            raise MissingContextError(
-                f"expected `context`, one label per sample, {why}, got none (at {self._where()}; "
-                f"contexts: {', '.join(self.names)}); pass context= to the model or wrap the call "
-                "in normswap.use_context(model, labels)"
-            )
-        return None
-
-    def _refuse_unknown(self, context: Context) -> None:
-        if context.unknown:
-            raise MissingContextError(
-                f"expected a known `context` for every sample with unknown='error', got -1 "
-                f"(at {self._where()}); label them or convert with another unknown="
-            )
-        if not torch.compiler.is_compiling() and type(context.labels) is Tensor:
-            torch._assert_async((context.labels >= 0).all(), "unknown='error', got a label -1")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Note whose rows they are, where torch notes the version."""
