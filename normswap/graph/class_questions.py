@@ -204,9 +204,7 @@ def _way_out(questions: list[Question], model: nn.Module) -> str:
     left: dict[str, None] = {}
     for name, module in model.named_modules():
         old = class_of(module)
-        asked = [
-            q.cls for q in questions if old is q.cls or (not q.exact and issubclass(old, q.cls))
-        ]
+        asked = [q.cls for q in questions if q.means(old)]
         if not asked or old is type(module) or any(f"'{p}.*'" in left for p in _above(name)):
             continue
         if not name:
