@@ -1,5 +1,6 @@
 """Read normalisation layers into `Site`s: which classes are norms, and what each one states."""
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -156,7 +157,7 @@ def read_site(
         "instance" if isinstance(module, _InstanceNorm) else "batch"
     )
     tracked = isinstance(module.running_mean, Tensor)
-    momentum = module.momentum
+    momentum = module.momentum if module.momentum is None else float(module.momentum)
     if tracked and not module.track_running_stats:  # set after construction
         # A batch norm still uses the statistics in eval, but never moves them; an instance norm
         # never uses them.
@@ -176,8 +177,8 @@ def read_site(
         aliases=aliases,
         source=name,
         kind=kind,
-        num_features=module.num_features,
-        eps=module.eps,
+        num_features=operator.index(module.num_features),  # NumPy's are as good for torch
+        eps=float(module.eps),
         momentum=momentum,
         affine=module.weight is not None or module.bias is not None,
         tracked=tracked,
@@ -220,7 +221,7 @@ def _read_frozen(fqn: str, module: nn.Module, aliases: tuple[str, ...]) -> Site 
 def norm_channels(module: nn.Module) -> int | None:
     """Return the channels of a batch or instance norm, None for other modules."""
     if isinstance(module, _NormBase):
-        return module.num_features
+        return operator.index(module.num_features)
     mean = getattr(module, "running_mean", None)
     return mean.shape[0] if type(module).__name__.endswith(_FROZEN) and mean is not None else None
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy
 import pytest
 import timm.layers
 import torch
@@ -152,3 +153,36 @@ def test_a_norm_that_no_longer_tracks_comes_back_and_loads(kind):
     assert torch.equal(back.running_mean, base[1].running_mean)
     model.load_state_dict(base.state_dict())
     torch.testing.assert_close(model.eval()(IMAGES), base.eval()(IMAGES))
+
+
+class Sums(nn.Module):
+    """A residual block all of whose sizes are NumPy's, as lengths and counts of tables are."""
+
+    def __init__(self, count, eps, momentum):
+        super().__init__()
+        self.conv = nn.Conv2d(count, count, 1)
+        self.norm = nn.BatchNorm2d(count, eps, momentum)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize("method", normswap.methods())
+def test_numbers_that_are_not_pythons_are_taken_as_torch_takes_them(method):
+    torch.manual_seed(0)
+    base = Sums(numpy.int64(3), numpy.float32(0.01), numpy.float32(0.2)).eval()
+    same = Sums(3, float(numpy.float32(0.01)), float(numpy.float32(0.2))).eval()
+    same.load_state_dict(base.state_dict())
+    given = {"contexts": 2} if normswap.get_method(method).needs_context else {}
+    for placement in (None, "input"):
+        labels = {"context": torch.tensor([0, 1, 1, 0])} if given else {}
+        made = []
+        for each in (base, same):
+            torch.manual_seed(0)
+            made.append(normswap.convert(each, method, placement=placement, **given).train())
+            made[-1](IMAGES, **labels)
+        model, other = made
+        assert str(normswap.summary(model)) == str(normswap.summary(other))
+        state = other.state_dict()
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, state[name]), name

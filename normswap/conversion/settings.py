@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+from torch import Tensor
+
 from normswap.contexts.assigner import Assigner
 from normswap.contexts.priors import check_priors
 from normswap.conversion.presets import fill_from_preset
@@ -13,7 +15,7 @@ from normswap.errors import ContextWarning, ConversionError
 from normswap.lifecycle.record import policy_of
 from normswap.methods.base import BaseMethod, Contexts, get_method
 from normswap.methods.registry import parse_options
-from normswap.util.arguments import MOST_CONTEXTS, describe
+from normswap.util.arguments import MOST_CONTEXTS, as_count, describe
 from normswap.util.select import Selector, read_selector
 
 
@@ -91,6 +93,10 @@ def make_contexts(
 
 def _names(contexts: Any) -> tuple[str, ...]:
     """Return the names of the contexts, numbers where there are none."""
+    if (count := as_count(contexts)) is not None:
+        contexts = count
+    elif hasattr(contexts, "tolist") and not isinstance(contexts, Tensor):
+        contexts = contexts.tolist()  # an array, or a column of a table
     if isinstance(contexts, str):
         raise ConversionError(f"expected several names, got one string; write [{contexts!r}]")
     if isinstance(contexts, bool) or not isinstance(contexts, int | Sequence):
@@ -104,7 +110,12 @@ def _names(contexts: Any) -> tuple[str, ...]:
             f"row, got {count:,}"
         )
     names = tuple(map(str, range(count))) if isinstance(contexts, int) else tuple(contexts)
-    if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise ConversionError(
+            f"expected names of contexts as strings, got {describe(odd[0])} among them; write "
+            "[str(name) for name in names], or give a count where labels are 0, 1 and so on"
+        )
+    if not names or len(set(names)) < len(names):
         raise ConversionError(
             f"expected at least one context, names distinct, got {describe(contexts)}"
         )

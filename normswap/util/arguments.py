@@ -3,9 +3,11 @@
 import difflib
 import inspect
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError, NormswapError, UnknownNameError
@@ -103,6 +105,15 @@ def check_number(
         raise error(f"expected {name}= as a number in {bounds}, got {describe(value)}")
     if not low <= value <= high or value == math.inf or (open_low and value == low):
         raise error(f"expected {name}= in {bounds}, got {describe(value)}")
+
+
+def as_count(value: Any) -> int | None:
+    """Return an integer of any kind, such as NumPy's, as one of Python's; None for what is none."""
+    flag = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    try:
+        return None if flag else operator.index(value)
+    except (TypeError, RuntimeError):  # a tensor on the meta device has no value
+        return None
 
 
 def check_callable(name: str, value: Any, form: str, count: int) -> None:

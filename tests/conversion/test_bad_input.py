@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -135,7 +136,10 @@ def test_unknown_option_lists_the_options():
         (2.5, "as a count or a sequence"),
         ("photo", r"write \['photo'\]"),
         (["a", "a"], "names distinct"),
-        ([1, 2], "names distinct"),
+        ([1, 2], "names of contexts as strings, got 1 among them"),
+        (numpy.array([3, 5]), "names of contexts as strings, got 3 among them"),
+        (numpy.array([["a", "b"]]), r"as strings, got \['a', 'b'\] among them"),
+        (numpy.float64(2), "as a count or a sequence"),
     ],
 )
 def test_bad_contexts(contexts, match):

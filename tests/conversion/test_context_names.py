@@ -3,6 +3,7 @@
 import io
 import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -47,3 +48,15 @@ def test_names_that_are_numbers_of_other_contexts_warn():
         warnings.simplefilter("error", ContextWarning)
         for contexts in (["0", "1", "2"], ["2019", "2020"], NAMES, 4):
             convert(contexts)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "names"),
+    [
+        (numpy.unique(["night", "day", "day"]), ["day", "night"]),
+        (numpy.array([0, 2, 1]).max() + 1, ["0", "1", "2"]),
+        (torch.tensor([0, 2, 1]).max() + 1, ["0", "1", "2"]),
+    ],
+)
+def test_contexts_are_counted_and_named_by_arrays_too(contexts, names):
+    assert list(normswap.summary(convert(contexts)).contexts) == names

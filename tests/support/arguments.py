@@ -22,7 +22,7 @@ LABELS = torch.tensor([0, 1, 0, 1])
 PLANNED = {
     "model": (Net, ""),
     "method": ("cn", ""),
-    "contexts": (2, "None, 3, ['cn']"),
+    "contexts": (2, "None, 3, ['cn'], scalar, numpy"),
     "select": (None, "None"),
     "exclude": (None, "None, [], class"),
     "placement": (None, "None"),

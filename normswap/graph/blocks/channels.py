@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from normswap.util.arguments import as_count
+
 FIRST, LAST = 1, -1
 _KEEP_METHODS = (
     *("contiguous", "clone", "detach", "to", "type", "type_as", "float", "half", "double"),
@@ -116,9 +118,9 @@ class Reader:
         """Return the features of what a module returns for arguments with these."""
         first = arguments[0] if arguments else UNKNOWN
         if isinstance(module, _ConvNd):
-            return Features(module.out_channels, FIRST)
+            return Features(as_count(module.out_channels), FIRST)
         if isinstance(module, nn.Linear):
-            return Features(module.out_features, LAST)
+            return Features(as_count(module.out_features), LAST)
         if isinstance(module, _NORMS):
             return Features(_count(module), FIRST)
         if type(module) is nn.LayerNorm:
@@ -233,4 +235,4 @@ def agree(found: Sequence[Features]) -> Features:
 
 def _count(norm: nn.Module) -> int | None:
     count = getattr(norm, "num_features", None) or getattr(norm, "num_channels", None)
-    return count if isinstance(count, int) else None
+    return as_count(count)

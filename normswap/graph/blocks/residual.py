@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from normswap.graph.blocks.channels import Features, Reader, agree
+from normswap.util.arguments import as_count
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _WORK = (F.conv1d, F.conv2d, F.conv3d, F.linear, torch.matmul, operator.matmul, torch.bmm)
@@ -195,7 +196,7 @@ def input_channels(model: nn.Module) -> int | None:
     """Return the channels of a model's input, from its first convolution, linear layer or norm."""
     for layer in model.modules():
         for name in ("in_channels", "in_features", "num_features"):
-            count = getattr(layer, name, None)
-            if isinstance(count, int) and not any(layer.children()):
+            count = as_count(getattr(layer, name, None))
+            if count is not None and not any(layer.children()):
                 return count
     return None
