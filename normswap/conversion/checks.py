@@ -6,10 +6,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from normswap.errors import ConversionError, expect_module
-from normswap.graph.pinned import find_pinned
 from normswap.graph.state import RECORD, context_argument
 from normswap.sites import is_quantised, looks_like_norm
-from normswap.util.copies import attributes_of
 
 _WRAPPERS = {
     "OptimizedModule": "is compiled; convert the original module (._orig_mod), then compile it",
@@ -62,20 +60,3 @@ def _obstacle(module: nn.Module) -> str | None:
     if context_argument(module) is not None or RECORD in vars(module):
         return "is converted already; convert the original model with the method wanted"
     return None
-
-
-def check_copyable(model: nn.Module) -> None:
-    """Raise if a copy would use the original's modules, as a function among its attributes may."""
-    names = {id(m): f"the module {name or 'itself'}" for name, m in model.named_modules()}
-    names |= {
-        id(t): f"the tensor {name}"
-        for name, t in (*model.named_parameters(), *model.named_buffers())
-    }
-    met = set[tuple[int, bool]]()
-    for where, value in attributes_of(model):
-        norm = next((names[id(h)] for h in find_pinned(value, met) if id(h) in names), None)
-        if norm is not None:
-            raise ConversionError(
-                f"cannot convert a copy: {where} holds a function or weak reference that uses "
-                f"{norm} of the original, and would in the copy; pass inplace=True"
-            )

@@ -1,14 +1,70 @@
-"""What functions hold: a copy of a model shares its functions with the original, and so these."""
+"""What a copy shares with its original: what functions hold, and what classes keep of a model."""
 
 import functools
 import types
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from normswap.errors import ConversionError
 from normswap.graph.tracing.bytecode import codes_of, read_code
+from normswap.util.copies import attributes_of
+from normswap.util.original_class import STATE
+
+
+def check_copyable(model: nn.Module) -> None:
+    """Raise if a copy would use the original's modules, or be missed by who acts on these.
+
+    A function among its attributes may do the one. A class that lists its instances, to reset
+    them all (snntorch's neurons), does the other.
+
+    Raises:
+        ConversionError: naming the function, or the attribute of the class.
+    """
+    names = {id(m): f"the module {name or 'itself'}" for name, m in model.named_modules()}
+    listed = _listed_by_classes(model)
+    found = next((entry for entry in listed if id(entry[1]) in names), None)
+    if found is not None:
+        raise ConversionError(
+            f"cannot copy the model: the class attribute {found[0]} holds {names[id(found[1])]}, "
+            "and would not hold that of the copy; pass inplace=True"
+        )
+    names |= {
+        id(t): f"the tensor {name}"
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+    }
+    met = set[tuple[int, bool]]()
+    for where, value in attributes_of(model):
+        if where.rpartition(".")[2].startswith(STATE) or _is_ours(value):
+            continue  # what a conversion put there takes care of copies itself
+        held = next((names[id(h)] for h in find_pinned(value, met) if id(h) in names), None)
+        if held is not None:
+            raise ConversionError(
+                f"cannot copy the model: {where} holds a function or weak reference that uses "
+                f"{held} of the original, and would in the copy; pass inplace=True"
+            )
+
+
+def _is_ours(value: Any) -> bool:
+    return type(value).__module__.startswith("normswap.")
+
+
+def _listed_by_classes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what lists, sets and dicts among the attributes of a model's classes hold."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    for cls in classes:
+        for key, table in list(vars(cls).items()):
+            if isinstance(table, dict | weakref.WeakKeyDictionary | weakref.WeakValueDictionary):
+                held = [*table.keys(), *table.values()]
+            elif isinstance(table, list | tuple | set | frozenset | deque | weakref.WeakSet):
+                held = list(table)
+            else:
+                continue
+            for item in held:
+                yield f"{cls.__name__}.{key}", item() if isinstance(item, weakref.ref) else item
 
 
 def find_pinned(value: Any, met: set[tuple[int, bool]]) -> Iterator[nn.Module | Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError
+from normswap.graph.pinned import check_copyable
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery, restore_forwards
 from normswap.lifecycle.original import is_untouched, lacks_values, original_of, rebuild, write
@@ -120,6 +121,8 @@ def _restore(
 ) -> nn.Module:
     """Put norms in place of the layers; the contexts have to agree if `alike`. See `revert`."""
     check_parameters(root)
+    if not inplace:
+        check_copyable(root)
     target = root if inplace else copy_model(root)
     if not discard:
         _check_inserted(target, record)

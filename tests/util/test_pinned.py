@@ -2,6 +2,7 @@
 
 import functools
 import types
+import weakref
 
 import pytest
 import torch
@@ -196,3 +197,85 @@ def test_a_partial_that_holds_the_norm_itself_is_refused(given, inplace):
     with pytest.raises(normswap.ConversionError, match=r"act holds a norm.*exclude="):
         normswap.convert(model, "cn", inplace=inplace, verify=False)
     assert type(model.norm) is nn.BatchNorm2d
+
+
+class Counting(nn.Module):
+    """Counts its calls; its class keeps the instances, to reset them all."""
+
+    def __init__(self, instances):
+        super().__init__()
+        self.calls = 0
+        self.norm = nn.BatchNorm2d(4)
+        instances(type(self), self)
+
+    @classmethod
+    def reset(cls):
+        for one in cls.instances:
+            one.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.norm(x) + self.calls
+
+
+def in_list(cls, module):
+    cls.instances = [module]
+
+
+def in_set(cls, module):
+    cls.instances = {module}
+
+
+def in_weak_set(cls, module):
+    cls.instances = weakref.WeakSet([module])
+
+
+def in_keys(cls, module):
+    cls.instances = {module: 0}
+
+
+def in_weak_reference(cls, module):
+    cls.instances = [weakref.ref(module)]
+
+
+@pytest.mark.parametrize("keep", [in_list, in_set, in_weak_set, in_keys, in_weak_reference])
+def test_a_class_that_lists_its_instances_would_miss_the_copy(keep):
+    kind = type("Counted", (Counting,), {})
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), kind(keep)).eval()
+    with pytest.raises(normswap.ConversionError, match=r"Counted\.instances holds the module 1,"):
+        normswap.convert(model, "cn", verify=False)
+    assert type(model[1].norm) is nn.BatchNorm2d
+
+
+def test_in_place_such_a_class_resets_the_converted_model():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), type("Counted", (Counting,), {})(in_list)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    converted = normswap.convert(model, "cn", contexts=2, inplace=True, verify=False)
+    for _ in range(2):
+        type(model[1]).reset()
+        close([converted(x, context="1")], [expected])
+    for back in (normswap.revert, lambda m, **how: normswap.specialize(m, "1", **how)):
+        with pytest.raises(normswap.ConversionError, match=r"Counted\.instances.*inplace=True"):
+            back(converted)
+    plain = normswap.revert(converted, inplace=True)
+    type(model[1]).reset()
+    close([plain(x)], [expected])
+
+
+def test_a_class_that_lists_instances_of_other_models_is_in_nobodys_way():
+    kind = type("Counted", (Counting,), {})
+    model, other = kind(in_list), kind(in_list)
+    assert kind.instances == [other]
+    assert type(normswap.convert(model, "cn", verify=False)).__name__ == "Counted"
+
+
+def test_reverting_a_copy_whose_function_holds_a_part_is_refused():
+    model = make(closure)
+    converted = normswap.convert(model, "cn", contexts=2, inplace=True, verify=False)
+    for back in (normswap.revert, lambda m, **how: normswap.specialize(m, "1", **how)):
+        with pytest.raises(normswap.ConversionError, match=r"act holds a function.*inplace=True"):
+            back(converted)
+    plain = normswap.revert(converted, inplace=True)
+    x = images()
+    close([plain(x)], [plain.norm(plain.block(x)).relu()])
