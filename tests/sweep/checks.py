@@ -69,6 +69,34 @@ def check_mixed(
             found.problems.append("labels have no effect on the output")
 
 
+def check_reverted(
+    subject: Subject, reverted: nn.Module, original: nn.Module, expected: Any, found: Findings
+) -> None:
+    """Compare a reverted model with the original: class, state to the bit, and outputs."""
+    if type(reverted) is not type(original):
+        found.problems.append(f"reverted: a {type(reverted)}, not a {type(original)}")
+    states = original.state_dict(), reverted.state_dict()
+    if list(states[0]) != list(states[1]):
+        found.problems.append("reverted: other keys of the state dict")
+    elif not all(map(torch.equal, *(_tensors(s) for s in states))):
+        found.problems.append("reverted: other values in the state dict")
+    found.expect_equal("reverted", subject.run(reverted, range(len(LABELS))), expected)
+
+
+def check_one_reverted(
+    subject: Subject, reverted: nn.Module, original: nn.Module, pairs: Pairs, found: Findings
+) -> None:
+    """Compare a model reverted to context 1, after contexts moved apart, with that context."""
+    rows = range(len(LABELS))
+    with reference(pairs, "1"):
+        expected = subject.run(original, rows)
+    found.expect_equal("reverted to one context", subject.run(reverted, rows), expected)
+
+
+def _tensors(state: dict[str, Any]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)]
+
+
 def check_training(
     subject: Subject,
     model: nn.Module,

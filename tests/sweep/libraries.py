@@ -63,7 +63,8 @@ def ultralytics_models() -> Iterator[tuple[str, Build]]:
     import ultralytics
 
     for path in sorted((Path(ultralytics.__file__).parent / "cfg" / "models").rglob("*.yaml")):
-        yield path.stem, lambda path=path: ultralytics.YOLO(str(path)).model
+        kind = ultralytics.RTDETR if "rtdetr" in path.stem else ultralytics.YOLO
+        yield path.stem, lambda kind=kind, path=path: kind(str(path)).model
 
 
 SOURCES: dict[str, Callable[[], Iterator[tuple[str, Build]]]] = {

@@ -16,7 +16,14 @@ from torch import nn
 import normswap
 
 from .build import count, is_norm
-from .checks import check_eval_again, check_mixed, check_preserved, check_training
+from .checks import (
+    check_eval_again,
+    check_mixed,
+    check_one_reverted,
+    check_preserved,
+    check_reverted,
+    check_training,
+)
 from .layers import randomise
 from .outputs import Incomparable
 from .prepare import Limits, Prepared, build_shell, choose_scale, prepare
@@ -176,12 +183,19 @@ def _check(
     ]
     owners = {id(b): layer for layer in layers for b in layer.buffers()}
     check_preserved(subject, converted, prepared.expected, labelled, found)
+    reverted = normswap.revert(_copy(converted), inplace=True)
+    check_reverted(subject, reverted, original, prepared.expected, found)
     randomise([*fresh, *buffers], owners)
     check_mixed(subject, converted, original, pairs, labelled, prepared.dependent, found)
+    if pairs and labelled:
+        reverted = normswap.revert(_copy(converted), 1, inplace=True)
+        check_one_reverted(subject, reverted, original, pairs, found)
     trained = [p for _, p in fresh if p.requires_grad]
     if not trained:  # a method without parameters: those of the norms it joined
         norms = [m for m in converted.modules() if is_norm(m)]
         trained = [p for m in norms for p in m.parameters(recurse=False) if p.requires_grad]
+    # What lies before the norms gets its gradient through all of them; frozen ones have no other.
+    trained += [p for p in original.parameters() if p.requires_grad and p.dim() > 1][:1]
     state = list({id(b): b for _, b in buffers}.values())
     result["trained"] = len(trained)
     check_training(subject, converted, original, pairs, trained, state, labelled, found)

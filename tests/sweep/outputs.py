@@ -72,8 +72,9 @@ def apart(new: list[Tensor], old: list[Tensor]) -> float:
 def joined(singles: list[list[Tensor]], whole: list[Tensor]) -> list[Tensor]:
     """Put the outputs of single samples in the layout of a whole batch's.
 
-    A batch gives each tensor once with a row a sample, or (detection) a list with an entry a
-    sample; a tensor that is the same for every batch is taken from the first sample.
+    A batch gives each tensor once with a row a sample (in dimension 0, or in a later one, as after
+    that of layers), or (detection) a list with an entry a sample; a tensor that is the same for
+    every batch is taken from the first sample.
 
     Raises:
         Incomparable: neither fits.
@@ -88,14 +89,26 @@ def joined(singles: list[list[Tensor]], whole: list[Tensor]) -> list[Tensor]:
     result = []
     for index, tensor in enumerate(whole):
         parts = [single[index] for single in singles]
-        if tensor.dim() and sum(p.shape[0] if p.dim() else 0 for p in parts) == tensor.shape[0]:
-            result.append(torch.cat(parts))
+        along = _dimension(parts, tensor)
+        if along is not None:
+            result.append(torch.cat(parts, along))
         elif all(part.shape == tensor.shape for part in parts):
             result.append(parts[0])
         else:
             shapes = [tuple(part.shape) for part in parts]
             raise Incomparable(f"a batch outputs {tuple(tensor.shape)}, its samples {shapes}")
     return result
+
+
+def _dimension(parts: list[Tensor], whole: Tensor) -> int | None:
+    """Give the first dimension along which parts make up the shape of a whole, if any does."""
+    if any(part.dim() != whole.dim() for part in parts):
+        return None
+    for d in range(whole.dim()):
+        size = sum(part.shape[d] for part in parts)
+        if all((*p.shape[:d], size, *p.shape[d + 1 :]) == whole.shape for p in parts):
+            return d
+    return None
 
 
 def loss(output: list[Tensor]) -> Tensor:

@@ -229,7 +229,7 @@ def detection_samples(size: int) -> Make:
 
 @functools.cache
 def _custom(source: str) -> dict[str, Candidate]:
-    """Read `package.module:function`, which yields (name, builder, example inputs).
+    """Read `package.module:function`, which yields candidates or (name, builder, example inputs).
 
     Example inputs are a tensor, a tuple of arguments or a dict of keyword arguments, batch first,
     or a function of (sample numbers, dtype) that returns such inputs.
@@ -244,6 +244,9 @@ def _custom(source: str) -> dict[str, Candidate]:
         ) from error
     found: dict[str, Candidate] = {}
     for item in items:
+        if isinstance(item, Candidate):
+            found[item.name] = item
+            continue
         if not isinstance(item, tuple) or len(item) != 3 or not callable(item[1]):
             raise RecipeError(
                 f"expected {source} to yield (name, builder, example inputs), got {item!r}"

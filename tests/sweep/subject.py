@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -63,6 +64,7 @@ class Subject:
         """Run a model on the numbered samples and give the tensors it outputs."""
         torch.manual_seed(self.seed + seed)
         random.seed(self.seed + seed)
+        numpy.random.seed(self.seed + seed)
         inputs = self.make(rows, self.dtype)
         extra: dict[str, Any] = {}
         if context is not None:

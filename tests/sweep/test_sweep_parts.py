@@ -49,6 +49,8 @@ def test_samples_are_joined_as_their_batch_has_them():
     assert all(map(torch.equal, joined(singles, whole), whole))
     boxes = [torch.ones(i + 1, 4) for i in range(3)]
     assert all(map(torch.equal, joined([[b] for b in boxes], boxes), boxes))
+    layers = torch.arange(12.0).view(2, 3, 2)
+    assert torch.equal(joined([[layers[:, i : i + 1]] for i in range(3)], [layers])[0], layers)
     with pytest.raises(Incomparable, match="a batch outputs"):
         joined(singles, [torch.ones(5, 2), torch.ones(2)])
 

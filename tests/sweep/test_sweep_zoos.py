@@ -26,6 +26,24 @@ def test_the_smallest_member_with_norms_stands_for_a_family():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("library", "source", "name"),
+    [
+        ("transformers", "zoo_transformers:models", "PatchTSTForPrediction"),
+        ("monai", "zoos:monai", "MultiScalePatchDiscriminator*"),
+    ],
+)
+def test_models_of_other_libraries_are_run(tmp_path, capsys, library, source, name):
+    pytest.importorskip(library)
+    options = ["--source", f"tests.sweep.{source}", "--filter", name, "--out", str(tmp_path / "o")]
+    code = main(options)
+    assert code == 0, capsys.readouterr().out
+    (record,) = results(tmp_path / "o").values()
+    assert record["dtype"] == "float64"
+    assert record["replaced"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_one_architecture_of_every_family_of_timm_is_converted(tmp_path, capsys):
     options = ["--smallest-per-family", "--structure", "--blocks", "1", "--workers", "1"]

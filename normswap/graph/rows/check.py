@@ -137,7 +137,8 @@ class Rows:
             return _refuse(
                 run.context,
                 f"expected each row of the input of {site} to be of one sample, got {step.cause}, "
-                f"so that labels cannot follow; leave the norm out with exclude={site!r}",
+                f"so that labels cannot follow; leave the norm out with exclude={site!r}, or give "
+                "each call samples of one context",
             )
         return step
 

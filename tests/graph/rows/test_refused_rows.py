@@ -66,9 +66,9 @@ def test_labels_that_cannot_follow_are_an_error_that_names_norm_cause_and_way_ou
     torch.manual_seed(seed)
     random.seed(seed)
     x = torch.randn(4, 6, dtype=torch.float64)
-    with pytest.raises(ContextError, match=rf"input of norm .*{cause}.*exclude='norm'"):
+    ways_out = "exclude='norm', or give each call samples of one context"
+    with pytest.raises(ContextError, match=rf"input of norm .*{cause}.*{ways_out}"):
         model(x, context=LABELS)
-    # One context for all is no question of rows.
     assert torch.isfinite(model(x, context=torch.ones(4, dtype=torch.int64))).all()
     assert torch.isfinite(model(x, context="1")).all()
 
