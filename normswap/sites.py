@@ -152,7 +152,11 @@ def read_site(
     owner = _forward_owner(module)
     fused = _qualified(owner) in _FUSED
     if not fused and owner not in (_BatchNorm, nn.SyncBatchNorm, _InstanceNorm):
-        return f"{name} overrides the forward of its base class, so its function is unknown"
+        # By its full name: a library's own class is often called as torch's.
+        return (
+            f"{_qualified(owner)} overrides the forward of its base class, so its function is "
+            "unknown; a torch norm inside of a module that does the rest is replaced"
+        )
     kind: Literal["batch", "instance"] = (
         "instance" if isinstance(module, _InstanceNorm) else "batch"
     )

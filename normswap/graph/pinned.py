@@ -30,7 +30,8 @@ def check_copyable(model: nn.Module) -> None:
     if found is not None:
         raise ConversionError(
             f"cannot copy the model: the class attribute {found[0]} holds {names[id(found[1])]}, "
-            "and would not hold that of the copy; pass inplace=True"
+            "and would not hold that of the copy; pass inplace=True, or pass copy.deepcopy(model) "
+            "if nothing that you call goes by that attribute"
         )
     names |= {
         id(t): f"the tensor {name}"

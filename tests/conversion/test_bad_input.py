@@ -164,8 +164,8 @@ def test_bad_priors(priors, match):
     [
         (nn.BatchNorm2d(3, track_running_stats=False), "no running statistics to start from"),
         (
-            type("Odd", (nn.BatchNorm2d,), {"forward": lambda self, x: x})(3),
-            "overrides the forward",
+            type("BatchNorm2d", (nn.BatchNorm2d,), {"forward": lambda self, x: x})(3),
+            f"{__name__}.BatchNorm2d overrides the forward",
         ),
         (nn.GroupNorm(1, 3), "neither a batch nor an instance norm"),
         (

@@ -1,5 +1,6 @@
 """Functions on a model that hold parts of it: a copy would share them, so none is made."""
 
+import copy
 import functools
 import types
 import weakref
@@ -245,6 +246,8 @@ def test_a_class_that_lists_its_instances_would_miss_the_copy(keep):
     with pytest.raises(normswap.ConversionError, match=r"Counted\.instances holds the module 1,"):
         normswap.convert(model, "cn", verify=False)
     assert type(model[1].norm) is nn.BatchNorm2d
+    converted = normswap.convert(copy.deepcopy(model), "cn", contexts=2, verify=False)
+    assert type(normswap.revert(converted)[1].norm) is nn.BatchNorm2d
 
 
 def test_in_place_such_a_class_resets_the_converted_model():

@@ -7,7 +7,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from normswap.graph.tracing.failure import is_library, is_torch
@@ -55,8 +54,7 @@ def leaf_names(table: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return the functions among a module's globals that a graph calls instead of entering."""
     found: list[tuple[str, Any]] = []
     for name, value in list(table.items()):
-        free = isinstance(value, types.FunctionType) and not is_torch(value.__module__)
-        if isinstance(value, torch.jit.ScriptFunction) or free:
+        if isinstance(value, types.FunctionType) and not is_torch(value.__module__):
             found.append((name, value))
     return found + [(name, getattr(builtins, name)) for name in _BUILTINS if name not in table]
 

@@ -89,8 +89,10 @@ def why_unfit(value: Any, name: str, use: str = "") -> str:
     """
     if use == ASKS and isinstance(value, tuple) and all(isinstance(part, type) for part in value):
         return ""
-    if is_constant(value) or isinstance(value, torch.jit.ScriptFunction):
+    if is_constant(value):
         return ""
+    if isinstance(value, torch.jit.ScriptFunction):  # code of a graph has no name for it
+        return f"calls {name}, which is scripted"
     if isinstance(value, functools._lru_cache_wrapper):
         return f"calls {name}, which keeps a cache"
     if isinstance(value, types.ModuleType):
