@@ -34,7 +34,7 @@ Sapiens2ForSemanticSegmentation TimmBackbone
 """.split()
 SIZES = (64, 96, 224)
 # What a configuration may not have more of.
-MOST = {"layers": 2, "num_queries": 10, "vocab_size": 512, "num_denoising": 0}
+MOST = {"layers": 2, "num_queries": 10, "vocab_size": 512, "num_denoising": 0, "layerdrop": 0}
 _SPEECH = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32}
 _BEIT = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], **_SPEECH}
 _HEAD = {"upsample_out_channels": [16], "conv_out_channels": [16]}
@@ -120,10 +120,6 @@ OTHERS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
         named(["input_ids"], decoder_input_values=(8, 80), speaker_embeddings=(512,)),
     ),
     "SuperGlueForKeypointMatching": ({}, named(pixel_values=(2, 3, 96, 96))),
-    "TvpModel": (
-        {"max_img_size": 128, "num_frames": 4, "visual_prompt_size": 16},
-        named(["input_ids"], pixel_values=(4, 3, 128, 128)),
-    ),
     "Wav2Vec2ConformerForSequenceClassification": (_WAVES, named(input_values=(800,))),
 }
 
@@ -135,7 +131,7 @@ def shrink(config: Any, changes: dict[str, Any]) -> None:
             shrink(value, changes)
             continue
         for ending, most in MOST.items():
-            if name.endswith(ending) and isinstance(value, int) and not isinstance(value, bool):
+            if name.endswith(ending) and type(value) in (int, float):
                 setattr(config, name, min(value, most))
     for name, value in changes.items():
         if isinstance(getattr(config, name, None), int):

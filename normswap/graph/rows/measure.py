@@ -14,7 +14,7 @@ from torch import Tensor
 from normswap.graph.rows.decode import change_of, code, hold_once, is_open, moves_others, settle
 from normswap.graph.rows.plans import Step
 from normswap.graph.rows.samples import batches_in, fresh, vary
-from normswap.graph.rows.variations import HOWS, ended, exchange, rank_of, rolled
+from normswap.graph.rows.variations import HOWS, ended, exchange, rank_of, rolled, shifted
 
 # None that a program is likely to have started from.
 _OTHER_SEEDS = range(0x5EED0000, 0x5EED0008)
@@ -141,7 +141,7 @@ class Measurement:
         for at in {self.samples - 1, (self.samples - 1) // 2}:
             self._check(met, noise, at, partial(ended, at=at))
         if self.beside:
-            self._check(met, noise, 0, beside=rolled)
+            self._check(met, noise, 0, beside=shifted)
         return [step for step, _ in met]
 
     def _vary(self, batch: Any, content: Callable[[Any], Any], others: Callable[[Any], Any]) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 # What lists of numbers are as tensors.
 _NUMBERS: dict[Any, torch.dtype] = {int: torch.int64, float: torch.float64}
+SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 # What is looked into of an object: one that holds more is no batch.
 _MOST_HELD = 1000
 
@@ -142,7 +143,9 @@ def rebuild(
             return new.numpy()
         return type(value)(v.tolist() if isinstance(value[0], list) else v.numpy() for v in new)
     if isinstance(value, Tensor):
-        is_batch = value.dim() > 0 and value.shape[0] == samples
+        # A sparse square matrix says which samples are neighbours.
+        links = value.layout in SPARSE and value.shape[0] == value.shape[-1]
+        is_batch = value.dim() > 0 and value.shape[0] == samples and not links
         return (change if is_batch else beside or fresh)(value)
     if is_list_of_samples(value, samples, batches):
         return type(value)(change(value))

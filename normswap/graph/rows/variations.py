@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.graph.rows.samples import fresh, noting, rebuild, tensors_of
+from normswap.graph.rows.samples import SPARSE, fresh, noting, rebuild, tensors_of
 
 # How a sample is changed, in this order: each reaches what the one before it may have missed.
 HOWS = ("others", "shuffle", "noise")
@@ -14,10 +14,28 @@ _MOST_OTHERS = 3
 
 
 def rolled(batch: Any) -> Any:
-    """Return the batch with its last sample first; a single number as another one."""
+    """Return the batch with its last sample first."""
     if not isinstance(batch, Tensor):
         return fresh([*batch[-1:], *batch[:-1]])
-    return fresh(batch.roll(1, 0)) if batch.dim() else ended(batch.reshape(1), 0).reshape(())
+    return fresh(batch.roll(1, 0))
+
+
+def shifted(beside: Any) -> Any:
+    """Return what is no batch with its last entry first; a single number as another one.
+
+    Entries are along the longest dimension: an index may have one row, or two, as ends of edges,
+    that are alike or name what is of two sizes.
+    """
+    if not beside.dim():
+        return ended(beside.reshape(1), 0).reshape(())
+    longest = beside.shape.index(max(beside.shape))
+    if beside.layout not in SPARSE:
+        return fresh(beside.roll(1, longest))
+    entries = beside.detach().to_sparse(layout=torch.sparse_coo).coalesce()
+    indices = entries.indices().clone()
+    indices[longest] = (indices[longest] + 1) % beside.shape[longest]
+    new = torch.sparse_coo_tensor(indices, entries.values(), entries.shape).coalesce()
+    return new.to_sparse(layout=beside.layout)
 
 
 def ended(batch: Any, at: int) -> Any:
