@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.graph.tracing.bytecode import codes_of, read_code
+from normswap.util.elements import elements_of
 
 
 def find_pinned(value: Any, met: set[tuple[int, bool]]) -> Iterator[nn.Module | Tensor]:
@@ -63,10 +64,8 @@ def _items_of(item: Any) -> Iterator[Any]:
         yield from (item.__self__, item.__func__)
     elif isinstance(item, functools.partial):
         yield from (item.func, item.args, item.keywords)
-    elif isinstance(item, dict):
-        yield from item.values()
-    elif isinstance(item, list | tuple | set | frozenset):
-        yield from item
+    elif isinstance(item, list | tuple | set | frozenset | dict):
+        yield from elements_of(item)
     elif not isinstance(item, type | types.ModuleType | weakref.ProxyType):
         attributes = getattr(item, "__dict__", None)
         yield from attributes.values() if isinstance(attributes, dict) else ()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from normswap.graph.class_questions import reachable
 from normswap.graph.rows.generators import controls_of, global_controls, is_equal
 from normswap.graph.tracing.failure import is_library
+from normswap.util.elements import elements_of
 from normswap.util.original_class import class_of
 
 # Values that are looked into, the nearest first: what holds more is data, not state.
@@ -105,11 +106,11 @@ class Snapshot:
             # With its data, which a forward may exchange: a momentum encoder does.
             self._tensors.append((value, value.data, value.detach().clone()))
         elif isinstance(value, list | set | deque | dict):
-            kept = dict(value) if isinstance(value, dict) else list(value)
+            kept = dict(value) if isinstance(value, dict) else [*elements_of(value)]
             self._collections.append((value, kept))
             return [*kept.values()] if isinstance(kept, dict) else kept
         elif isinstance(value, tuple):
-            return list(value)
+            return [*elements_of(value)]
         elif (whole := _whole_of(value)) is not None:
             self._arrays.append((value, whole, copy.copy(value)))
         elif isinstance(value, types.CellType):
