@@ -34,6 +34,11 @@ def check_model(model: nn.Module) -> None:
 
 
 def _obstacle(module: nn.Module) -> str | None:
+    # Of parts without norms nothing is changed, so they may be scripted, compiled or traced.
+    opaque = isinstance(module, torch.jit.ScriptModule | fx.GraphModule)
+    compiled = module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+    if (opaque or compiled) and not any(map(_may_normalise, module.modules())):
+        return None
     if isinstance(module, torch.jit.ScriptModule):
         return "is scripted; convert the Python module, then script or export it"
     if module._compiled_call_impl is not None:
@@ -60,3 +65,12 @@ def _obstacle(module: nn.Module) -> str | None:
     if context_argument(module) is not None or RECORD in vars(module):
         return "is converted already; convert the original model with the method wanted"
     return None
+
+
+def _may_normalise(module: nn.Module) -> bool:
+    # A scripted module has the name of its class alone, and a graph may call the function.
+    name = str(getattr(module, "original_name", ""))
+    called = isinstance(module, fx.GraphModule) and any(
+        "norm" in str(node.target) for node in module.graph.nodes
+    )
+    return looks_like_norm(module) or "Norm" in name or called

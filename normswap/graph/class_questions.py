@@ -55,7 +55,7 @@ def find_questions(module: nn.Module, changed: dict[type, type]) -> Iterator[Que
     cls: Any = class_of(module)
     kinds = {k for old, new in changed.items() for k in old.__mro__ if k not in new.__mro__}
     renamed = [old for old, new in changed.items() if old.__name__ != new.__name__]
-    for function in reachable(cls.forward, cls):
+    for function in reachable(getattr(cls, "forward", None), cls):
         codes = codes_of(function.__code__) if renamed and _is_of(function, cls) else ()
         named = {way for code in codes for way in ways_to_names(code)}
         for way in sorted(named):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError
 from normswap.graph.tracing.bytecode import codes_of, read_code
 from normswap.util.copies import attributes_of
+from normswap.util.elements import elements_of
 from normswap.util.original_class import STATE
 
 
@@ -120,10 +121,8 @@ def _items_of(item: Any) -> Iterator[Any]:
         yield from (item.__self__, item.__func__)
     elif isinstance(item, functools.partial):
         yield from (item.func, item.args, item.keywords)
-    elif isinstance(item, dict):
-        yield from item.values()
-    elif isinstance(item, list | tuple | set | frozenset):
-        yield from item
+    elif isinstance(item, list | tuple | set | frozenset | dict):
+        yield from elements_of(item)
     elif not isinstance(item, type | types.ModuleType | weakref.ProxyType):
         attributes = getattr(item, "__dict__", None)
         yield from attributes.values() if isinstance(attributes, dict) else ()

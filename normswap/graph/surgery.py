@@ -17,6 +17,7 @@ from normswap.graph.pinned import find_pinned
 from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.scope.scope import Scope
 from normswap.graph.state import ContainerState, state_of
+from normswap.util.elements import elements_of
 from normswap.util.original_class import ORIGINAL, STATE
 
 _PLAIN = (bool, int, float, str, type(None), torch.Size, Tensor)
@@ -195,12 +196,12 @@ def _parts_of(value: Any, pinned: set[tuple[int, bool]]) -> Iterator[tuple[str, 
     elif isinstance(value, weakref.ref):
         fixed, kind = [value()], "a weak reference"
     elif isinstance(value, tuple | set | frozenset):
-        fixed, kind = list(value), f"a {type(value).__name__}"
+        fixed, kind = [*elements_of(value)], f"a {type(value).__name__}"
     elif isinstance(value, nn.Module):
         fixed = [*value.children(), *(v for k, v in vars(value).items() if not _is_own(k))]
         kind = f"a {type(value).__name__} that is none of the model's modules"
     else:
-        fixed, kind = list(value) if isinstance(value, dict) else [], "the keys of a dict"
+        fixed, kind = [*dict.keys(value)] if isinstance(value, dict) else [], "the keys of a dict"
         yield from (("", value, *entry) for entry in _entries(value))
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict) and not isinstance(value, type | types.ModuleType):
@@ -211,8 +212,8 @@ def _parts_of(value: Any, pinned: set[tuple[int, bool]]) -> Iterator[tuple[str, 
 def _entries(value: Any) -> list[tuple[Any, Any]]:
     """Return the keys and values of what can be changed by key; else none."""
     if isinstance(value, list | deque):
-        return list(enumerate(value))
-    return list(value.items()) if isinstance(value, dict) else []
+        return [*enumerate(elements_of(value))]
+    return [*dict.items(value)] if isinstance(value, dict) else []
 
 
 def _refuse_holder(where: str, holder: str, layer: nn.Module) -> NoReturn:

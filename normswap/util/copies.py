@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError
 from normswap.util.arguments import describe
 from normswap.util.distributed import shared_groups
+from normswap.util.elements import elements_of
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -60,7 +61,7 @@ def _attribute_tensors(model: nn.Module) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))
-            found.extend(value.values() if isinstance(value, dict) else value)
+            found.extend(elements_of(value))
 
 
 def attributes_of(model: nn.Module) -> Iterator[tuple[str, Any]]:

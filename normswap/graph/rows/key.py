@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.graph.rows.samples import as_tensors, is_list_of_samples, parts_of, tensors_of
+from normswap.util.elements import elements_of
 from normswap.util.original_class import STATE
 
 _FLAGS, _NUMBERS = {bool, str, type(None)}, {int, float}
@@ -81,12 +82,10 @@ def _describe_setting(
 
 def _held_by(value: Any, attributes: bool) -> Iterable[Any]:
     """Return what a setting that is made of others is made of."""
-    if isinstance(value, dict):
-        return value.values()
-    if isinstance(value, list | tuple):
-        return value
+    if isinstance(value, list | tuple | dict):
+        return elements_of(value)
     if isinstance(value, set | frozenset):
-        return sorted(map(repr, value))
+        return sorted(map(repr, elements_of(value)))
     if isinstance(value, FunctionType | MethodType):
         return (value.__code__,)
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from normswap.graph.class_questions import reachable
 from normswap.graph.rows.generators import controls_of, global_controls, is_equal
 from normswap.graph.tracing.failure import is_library
+from normswap.util.elements import elements_of
 from normswap.util.original_class import class_of
 
 # Values that are looked into, the nearest first: what holds more is data, not state.
@@ -64,7 +65,11 @@ class Snapshot:
         for cls in classes:
             if not is_library(cls.__module__):
                 level += [part for base in cls.__mro__ for part in self._keep(base)]
-                level += [part for f in reachable(cls.forward, cls) for part in self._see(f)]
+                level += [
+                    part
+                    for f in reachable(getattr(cls, "forward", None), cls)
+                    for part in self._see(f)
+                ]
         for module in model.modules():
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
                 if (function := function_of(hook)) is not None:
@@ -101,11 +106,11 @@ class Snapshot:
             # With its data, which a forward may exchange: a momentum encoder does.
             self._tensors.append((value, value.data, value.detach().clone()))
         elif isinstance(value, list | set | deque | dict):
-            kept = dict(value) if isinstance(value, dict) else list(value)
+            kept = dict(value) if isinstance(value, dict) else [*elements_of(value)]
             self._collections.append((value, kept))
             return [*kept.values()] if isinstance(kept, dict) else kept
         elif isinstance(value, tuple):
-            return list(value)
+            return [*elements_of(value)]
         elif (whole := _whole_of(value)) is not None:
             self._arrays.append((value, whole, copy.copy(value)))
         elif isinstance(value, types.CellType):

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.value_kinds import any_leaf, find_lists
+from normswap.util.elements import elements_of
 from normswap.util.original_class import container_class
 
 Contents = list[tuple[Any, list[tuple[Any, Any]]]]
@@ -50,8 +51,7 @@ def may_be_changed(value: Any) -> bool:
 def holds_objects(value: Any) -> bool:
     """Return whether a value is, or holds, an object whose fields can be set."""
     if isinstance(value, list | tuple | dict) and not is_dataclass(value):
-        parts = value.values() if isinstance(value, dict) else value
-        return any(map(holds_objects, parts))
+        return any(map(holds_objects, elements_of(value)))
     frozen = getattr(type(value), "__dataclass_params__", None)
     return frozen is not None and not frozen.frozen
 

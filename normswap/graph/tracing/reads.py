@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normswap.graph.tracing.failure import TraceFailure, is_library
 from normswap.graph.tracing.value_kinds import find_lists
 from normswap.graph.tracing.whitelist import FUNCTIONS, cannot_change, is_apply, is_constant
+from normswap.util.elements import elements_of
 
 _MOST_PARTS = 256
 _OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
@@ -152,7 +153,7 @@ class Reads:
     def _add_code(self, value: Any) -> None:
         """Note what functions run: IPython's autoreload puts new code into those there are."""
         if isinstance(value, list | tuple | dict):
-            for part in value.values() if isinstance(value, dict) else value:
+            for part in elements_of(value):
                 self._add_code(part)
         known = (id(value), "__code__") in self.names
         if isinstance(value, types.FunctionType) and not (known or is_library(value.__module__)):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from normswap.graph.tracing.signature import EXAMPLE
+from normswap.util.elements import elements_of
 
 Kind: TypeAlias = Any  # nested tuples of strings and constants: hashable, compared by value
 
@@ -111,7 +112,7 @@ def find_lists(value: Any) -> Iterator[Any]:
     if isinstance(value, (list, dict)):
         yield value
     if isinstance(value, (list, dict, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
+        for part in elements_of(value):
             yield from find_lists(part)
 
 

@@ -1,0 +1,20 @@
+"""What collections hold, whatever a class of a user's makes of its own methods."""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+COLLECTIONS = (list, tuple, set, frozenset, deque, dict)
+
+
+def elements_of(value: Any) -> Iterator[Any]:
+    """Iterate over the elements of a collection, or the values of a dict; else over nothing.
+
+    By the methods of Python's own classes: those of a subclass may raise, as `len` of e3nn's
+    `Irrep`, which is a tuple, or change something.
+    """
+    if isinstance(value, dict):
+        return iter(dict.values(value))
+    base: Any = next((cls for cls in COLLECTIONS if isinstance(value, cls)), None)
+    elements: Iterator[Any] = iter(()) if base is None else base.__iter__(value)
+    return elements
