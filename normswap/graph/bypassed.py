@@ -27,7 +27,7 @@ def find_bypassed(model: nn.Module) -> list[str]:
         cls: Any = class_of(module)
         if ORIGINAL in vars(module):
             continue
-        for function in reachable(getattr(cls, "forward", None), cls):
+        for function in reachable(cls):
             for code in codes_of(function.__code__):
                 variables = {name: module for name in code.co_varnames[: code.co_argcount][:1]}
                 found.update(dict.fromkeys(_read(code, {"self": module, **variables})))

@@ -55,7 +55,7 @@ def find_questions(module: nn.Module, changed: dict[type, type]) -> Iterator[Que
     cls: Any = class_of(module)
     kinds = {k for old, new in changed.items() for k in old.__mro__ if k not in new.__mro__}
     renamed = [old for old, new in changed.items() if old.__name__ != new.__name__]
-    for function in reachable(getattr(cls, "forward", None), cls):
+    for function in reachable(cls):
         codes = codes_of(function.__code__) if renamed and _is_of(function, cls) else ()
         named = {way for code in codes for way in ways_to_names(code)}
         for way in sorted(named):
@@ -102,9 +102,13 @@ def _has(values: list[Any], value: Any) -> bool:
     return any(found is value for found in values)
 
 
-def reachable(forward: Any, cls: type) -> Iterator[types.FunctionType]:
-    """Yield a forward and the functions it may call: methods of its class and free functions."""
-    waiting, met = [forward], set[int]()
+def reachable(cls: type) -> Iterator[types.FunctionType]:
+    """Yield a class's forward and the functions it may call: its methods and free functions.
+
+    A scripted module's class has no forward.
+    """
+    waiting: list[Any] = [getattr(cls, "forward", None)]
+    met = set[int]()
     while waiting:
         value = waiting.pop()
         if isinstance(value, property | classmethod | staticmethod | types.MethodType):

@@ -3,7 +3,6 @@
 import functools
 import types
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,12 +58,12 @@ def _listed_by_classes(model: nn.Module) -> Iterator[tuple[str, Any]]:
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     for cls in classes:
         for key, table in list(vars(cls).items()):
-            if isinstance(table, dict | weakref.WeakKeyDictionary | weakref.WeakValueDictionary):
+            if isinstance(table, weakref.WeakKeyDictionary | weakref.WeakValueDictionary):
                 held = [*table.keys(), *table.values()]
-            elif isinstance(table, list | tuple | set | frozenset | deque | weakref.WeakSet):
-                held = list(table)
+            elif isinstance(table, weakref.WeakSet):
+                held = [*table]
             else:
-                continue
+                held = [*elements_of(table), *(dict.keys(table) if isinstance(table, dict) else ())]
             for item in held:
                 yield f"{cls.__name__}.{key}", item() if isinstance(item, weakref.ref) else item
 

@@ -65,11 +65,7 @@ class Snapshot:
         for cls in classes:
             if not is_library(cls.__module__):
                 level += [part for base in cls.__mro__ for part in self._keep(base)]
-                level += [
-                    part
-                    for f in reachable(getattr(cls, "forward", None), cls)
-                    for part in self._see(f)
-                ]
+                level += [part for f in reachable(cls) for part in self._see(f)]
         for module in model.modules():
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
                 if (function := function_of(hook)) is not None:
