@@ -21,6 +21,7 @@ from normswap.graph.rows.samples import batches_in, fresh, vary
 _LOCK = threading.RLock()
 # Of a call that says nothing of any other.
 ALIKE = "its samples are all alike"
+UNMET = "no batch of several contexts has reached it"
 
 
 @dataclass
@@ -87,7 +88,9 @@ class Run:
                     return Plan(reason=f"no argument has {self.samples} samples")
                 self.measurement = found
                 steps = found.steps()
-                return Plan(steps, measured=count) if found.varied else Plan(reason=ALIKE)
+                if not found.varied:
+                    return Plan(reason=ALIKE if steps else UNMET)
+                return Plan(steps, measured=count)
         except Exception as error:
             if around:
                 return self._measure(count, hooks, batches, around=False)
