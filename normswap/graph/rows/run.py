@@ -85,7 +85,11 @@ class Run:
                     batches,
                 )
                 if not found.possible:
-                    return Plan(reason=f"no argument has {self.samples} samples")
+                    # As where a method of the user's repeats samples, or slices them, before it.
+                    given = (
+                        f"no argument of {type(self.module).__name__} has {self.samples} samples"
+                    )
+                    return Plan(reason=f"{given}: enter use_context with a label for each it has")
                 self.measurement = found
                 steps = found.steps()
                 if not found.varied:
