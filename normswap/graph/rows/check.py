@@ -25,7 +25,7 @@ from normswap.functional.labels import Context
 from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
-from normswap.graph.rows.run import ALIKE, RUN, Run, each_in_run
+from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, each_in_run
 
 # Samples of a measurement: fewer leave more orders that look alike.
 _FEW = 5
@@ -49,7 +49,7 @@ class Rows:
         self.families: dict[Any, Family] = {}
         self.known: dict[tuple[str, bool, float], Step] = {}
         self.irregular: dict[tuple[str, bool, int, int], Step] = {}
-        self.reason = "no batch of several contexts has run"
+        self.reason = UNMET
         self.fixed = False
 
     def run(
@@ -167,7 +167,7 @@ class Rows:
     def _keep(self, run: Run, plan: Plan) -> None:
         """Keep what holds for other calls."""
         self.reason = plan.reason or self.reason
-        if plan.reason == ALIKE:
+        if plan.reason in (ALIKE, UNMET):
             return
         for step in plan.steps:
             times = step.times if step.regular else _ratio(step.rows, run.samples)

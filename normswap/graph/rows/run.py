@@ -21,6 +21,7 @@ from normswap.graph.rows.samples import batches_in, fresh, vary
 _LOCK = threading.RLock()
 # Of a call that says nothing of any other.
 ALIKE = "its samples are all alike"
+UNMET = "no batch of several contexts has reached it"
 
 
 @dataclass
@@ -84,10 +85,16 @@ class Run:
                     batches,
                 )
                 if not found.possible:
-                    return Plan(reason=f"no argument has {self.samples} samples")
+                    # As where a method of the user's repeats samples, or slices them, before it.
+                    given = (
+                        f"no argument of {type(self.module).__name__} has {self.samples} samples"
+                    )
+                    return Plan(reason=f"{given}: enter use_context with a label for each it has")
                 self.measurement = found
                 steps = found.steps()
-                return Plan(steps, measured=count) if found.varied else Plan(reason=ALIKE)
+                if not found.varied:
+                    return Plan(reason=ALIKE if steps else UNMET)
+                return Plan(steps, measured=count)
         except Exception as error:
             if around:
                 return self._measure(count, hooks, batches, around=False)

@@ -151,9 +151,36 @@ def test_rows_are_measured_at_conversion_where_there_are_inputs():
 def test_verification_measures_rows():
     original = Folding(outermost, from_outermost)
     model = normswap.convert(original, "cn", contexts=K)
-    assert set(rows_of(model).values()) == {"not measured: no batch of several contexts has run"}
+    assert set(rows_of(model).values()) == {
+        "not measured: no batch of several contexts has reached it"
+    }
     normswap.verify(model, original, torch.randn(2, 5, 6))
     assert rows_of(model) == {"first": "one per sample", "norm": "folded x5"}
+
+
+class Beside(nn.Module):
+    """Holds a norm that its forward runs in training only, or not at all."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.first, self.other = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+        self.always = always
+
+    def forward(self, x):
+        print("", end="")
+        x = self.first(x) if self.always or self.training else x
+        return self.other(x) if self.training else x
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_norm_that_no_call_has_reached_is_called_so(always):
+    model = normswap.convert(
+        Beside(always).eval(), "cn", contexts=K, example_inputs=torch.randn(5, 6)
+    )
+    unmet = "not measured: no batch of several contexts has reached it"
+    assert rows_of(model) == {"first": "one per sample" if always else unmet, "other": unmet}
+    model.train()(torch.randn(4, 6), context=torch.tensor([0, 1, 1, 0]))
+    assert set(rows_of(model).values()) == {"one per sample"}
 
 
 def test_threads_do_not_mix_what_they_measure():

@@ -141,3 +141,30 @@ def test_an_error_that_the_forward_catches_is_raised_all_the_same(trace):
     with pytest.raises(ContextError, match="exclude='norm'"):
         model(x, context=[0, 1, 0, 1])
     model(x, context=[1, 1, 1, 1])
+
+
+class Sampler(nn.Module):
+    """Repeats its samples in a method that is no forward, as a flow that draws several of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def draw(self, x, times):
+        return self.net(x.repeat_interleave(times, 0))
+
+
+def test_a_method_that_repeats_samples_is_told_to_get_a_label_for_each_row():
+    model = normswap.convert(Sampler().eval(), "cn", contexts=2, verify=False)
+    with torch.no_grad():
+        model.net[1].running_mean[1] += 1.0
+    x, labels = torch.randn(2, 3), torch.tensor([0, 1])
+    refused = "no argument of Sequential has 2 samples: enter use_context with a label for each it"
+    with normswap.use_context(model, labels), pytest.raises(ContextError, match=refused):
+        model.draw(x, 2)
+    with normswap.use_context(model, labels.repeat_interleave(2)):
+        drawn = model.draw(x, 2)
+    torch.testing.assert_close(drawn, model(x, context=labels).repeat_interleave(2, 0))
