@@ -2,6 +2,8 @@
 
 Nothing is run, so that every architecture of a library takes seconds: what is refused at conversion
 is printed, with its reason, and the exit code is 1. Models that need a download are not built.
+`python -m tests.sweep --source tests.sweep.zoos:smp` (`:ultralytics`, `:monai`,
+`tests.sweep.zoo_transformers:models`) runs and checks small ones.
 """
 
 import argparse
