@@ -141,3 +141,23 @@ def test_an_error_that_the_forward_catches_is_raised_all_the_same(trace):
     with pytest.raises(ContextError, match="exclude='norm'"):
         model(x, context=[0, 1, 0, 1])
     model(x, context=[1, 1, 1, 1])
+
+
+class Draws(nn.Module):
+    """Normalises several draws of each sample in turn, as a decoder of scvi-tools does."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, draws, size):
+        return size * torch.stack([self.norm(draw) for draw in draws])
+
+
+def test_samples_in_another_dimension_are_pointed_at():
+    model = normswap.convert(Draws().eval(), "cn", contexts=2)
+    draws, size, labels = torch.randn(3, 7, 6), torch.rand(7, 1), torch.arange(7) % 2
+    hint = r"\(samples are dimension 0, and one argument is a tensor \(3, 7, 6\) of float32\)"
+    with pytest.raises(ContextError, match=hint):
+        model(draws, size, context=labels)
+    assert model(draws, size, context="1").shape == draws.shape
