@@ -1,6 +1,7 @@
 """Read normalisation layers into `Site`s: which classes are norms, and what each one states."""
 
 import operator
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from normswap.util.measure_eps import measure_eps
 _FUSED = {"timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"}
 # Batch norm with every tensor a buffer: torchvision, timm, detectron2 and DETR each have one.
 _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
+# A normal distribution (gpytorch's LogNormalPrior) is no norm.
+_NAMED = re.compile("Norm(?!al(?!i[sz]))")
 _DIMS = {"1d": (2, 3), "2d": (4,), "3d": (5,)}
 
 
@@ -104,7 +107,7 @@ def looks_like_norm(module: nn.Module) -> bool:
         return True
     name = type(module).__name__
     leaf = next(module.children(), None) is None
-    return name.endswith(_FROZEN) or (leaf and ("Norm" in name or name.endswith("BN")))
+    return name.endswith(_FROZEN) or (leaf and (bool(_NAMED.search(name)) or name.endswith("BN")))
 
 
 def computed_tensor(module: nn.Module, names: Iterable[str]) -> str:

@@ -186,3 +186,15 @@ def test_numbers_that_are_not_pythons_are_taken_as_torch_takes_them(method):
         state = other.state_dict()
         for name, value in model.state_dict().items():
             assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("name", ["LogNormalPrior", "NormalGamma", "MultivariateNormal"])
+def test_a_normal_distribution_is_no_norm(name):
+    model = nn.Sequential(type(name, (nn.Identity,), {})(), nn.BatchNorm2d(3))
+    assert [row.fqn for row in normswap.plan(model, "cn", contexts=2).rows] == ["1"]
+
+
+@pytest.mark.parametrize("name", ["RMSNorm2", "Normalization", "Normalise", "NormAct", "IBN"])
+def test_norms_that_are_not_replaced_are_listed(name):
+    model = nn.Sequential(type(name, (nn.Identity,), {})(), nn.BatchNorm2d(3))
+    assert [row.fqn for row in normswap.plan(model, "cn", contexts=2).rows] == ["0", "1"]

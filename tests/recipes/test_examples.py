@@ -20,6 +20,7 @@ EXAMPLES = {
     "monai_sites": ("monai", 0.6),  # Dice (0.01)
     "fastai_learner": ("fastai", 0.8),  # (0.1)
     "ultralytics_cameras": ("ultralytics", 0.5),  # mAP50 (0)
+    "braindecode_subjects": ("braindecode", 0.9),  # (0.5)
 }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from normswap.errors import ContextError, expect_module, not_converted
 from normswap.functional.labels import Context
@@ -26,6 +27,7 @@ from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
 from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, each_in_run
+from normswap.util.arguments import describe
 
 # Samples of a measurement: fewer leave more orders that look alike.
 _FEW = 5
@@ -137,8 +139,8 @@ class Rows:
             return _refuse(
                 run.context,
                 f"expected each row of the input of {site} to be of one sample, got {step.cause}, "
-                f"so that labels cannot follow; leave the norm out with exclude={site!r}, or give "
-                "each call samples of one context",
+                f"so that labels cannot follow{_beside(run)}; leave the norm out with "
+                f"exclude={site!r}, or give each call samples of one context",
             )
         return step
 
@@ -233,6 +235,13 @@ def _learn(known: dict[Any, Step], key: Any, step: Step) -> None:
         known[key] = step
     elif not step.cause and not before.agrees(step):
         known[key] = Step(step.site, step.training, step.rows, cause=_MIXED)
+
+
+def _beside(run: Run) -> str:
+    """Return what to say of an argument that seems to hold the samples in another dimension."""
+    tensors = (v for v in tree_leaves(run.values) if isinstance(v, Tensor) and v.dim() > 1)
+    odd = next((t for t in tensors if t.shape[0] != run.samples == t.shape[1]), None)
+    return "" if odd is None else f" (samples are dimension 0, and one argument is {describe(odd)})"
 
 
 def _ratio(rows: int, samples: int) -> float:

@@ -168,3 +168,23 @@ def test_a_method_that_repeats_samples_is_told_to_get_a_label_for_each_row():
     with normswap.use_context(model, labels.repeat_interleave(2)):
         drawn = model.draw(x, 2)
     torch.testing.assert_close(drawn, model(x, context=labels).repeat_interleave(2, 0))
+
+
+class Draws(nn.Module):
+    """Normalises several draws of each sample in turn, as a decoder of scvi-tools does."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, draws, size):
+        return size * torch.stack([self.norm(draw) for draw in draws])
+
+
+def test_samples_in_another_dimension_are_pointed_at():
+    model = normswap.convert(Draws().eval(), "cn", contexts=2)
+    draws, size, labels = torch.randn(3, 7, 6), torch.rand(7, 1), torch.arange(7) % 2
+    hint = r"\(samples are dimension 0, and one argument is a tensor \(3, 7, 6\) of float32\)"
+    with pytest.raises(ContextError, match=hint):
+        model(draws, size, context=labels)
+    assert model(draws, size, context="1").shape == draws.shape
