@@ -10,6 +10,8 @@ from torch import nn
 ORIGINAL = "_normswap_original"
 STATE = "_normswap"
 CALL = nn.Module._call_impl.__code__
+# What asks in the place of a forward's code, which while a trace runs other threads do, too.
+_BETWEEN = ("normswap.graph.tracing.torch_patches", "normswap.graph.tracing.stand_ins")
 
 
 def container_class(module: Any) -> type:
@@ -24,12 +26,20 @@ def class_of(value: Any) -> type:
     return container_class(value) if original is None else original.cls
 
 
+def asking(frame: types.FrameType | None) -> types.FrameType | None:
+    """Return the frame of the code that asks, left out what a trace in any thread puts between."""
+    while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
+        frame = frame.f_back
+    return frame
+
+
 def in_forward(frame: types.FrameType | None) -> bool:
     """Return whether a frame is of code that a model's forward runs, torch's own left out.
 
     Tools that exchange, fuse or synchronise norms must see what is there, a forward that branches
     on the class of a norm must see what it saw before.
     """
+    frame = asking(frame)
     module = "" if frame is None else str(frame.f_globals.get("__name__"))
     if module == "torch._dynamo.variables.builtin":  # traces an isinstance of a forward
         return True

@@ -13,7 +13,7 @@ from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.patches import stand_for
 from normswap.graph.tracing.symbol import is_input
 from normswap.graph.tracing.whitelist import cannot_change
-from normswap.util.original_class import class_of
+from normswap.util.original_class import asking, class_of
 
 
 def symbolic_isinstance(value: Any, kinds: Any) -> bool:
@@ -58,37 +58,58 @@ def symbolic_type(value: Any, *rest: Any) -> Any:
     """Answer what is compared with a type: for a converted module, the type of the original."""
     if rest:
         return type(value, *rest)
-    frame = sys._getframe(1)
     if isinstance(value, fx.Proxy):
         if is_input(value):
             return Tensor
         raise TraceFailure("asks for the type of a value that is only known when it runs")
-    if not is_compared(frame):
+    if not is_compared(_code_that_asks()):
         # Attributes of the class could be read, and changed, by way of it.
         raise TraceFailure(f"looks into the type of a {type(value).__name__}")
-    found = class_of(value)
-    # What the forward compares it with is what stands in for int or float there.
-    known = frame.f_globals if found in (int, float, bool) else {}
+    return _as_named(class_of(value))
+
+
+def type_elsewhere(*args: Any) -> Any:
+    """Answer in another thread, as `type` does."""
+    return _as_named(type(*args)) if len(args) == 1 else type(*args)
+
+
+def _code_that_asks() -> types.FrameType:
+    frame = asking(sys._getframe(1))
+    assert frame is not None
+    return frame
+
+
+def _as_named(found: Any) -> Any:
+    """Return a class; of int, float and bool, what stands in for it where the question is asked."""
+    known = _code_that_asks().f_globals if found in (int, float, bool) else {}
     return known.get(found.__name__, found)
 
 
 def _flatten(kinds: Any) -> list[Any]:
-    if kinds is symbolic_type:
-        return [type]
     if isinstance(kinds, tuple):
         return [k for part in kinds for k in _flatten(part)]
     if isinstance(kinds, types.UnionType):
         return list(kinds.__args__)
-    known = getattr(kinds, "normswap_original", None)  # int and float are replaced
+    known = getattr(kinds, "normswap_original", None)  # int, float and type are replaced
     return [known if isinstance(known, type) else kinds]
 
 
-STAND_INS: dict[str, Callable[..., Any]] = {
-    name: stand_for(function, getattr(builtins, name))
-    for name, function in (
-        ("isinstance", symbolic_isinstance),
-        ("hasattr", symbolic_hasattr),
-        ("getattr", symbolic_getattr),
-        ("type", symbolic_type),
-    )
-}
+def stand_ins(traces: Callable[[], bool]) -> dict[str, Callable[..., Any]]:
+    """Return what stands in for builtins, by name.
+
+    Globals are those of all threads: another one that runs the same code is answered as before.
+
+    Args:
+        traces: tells whether the thread that asks is the one that traces.
+    """
+
+    def of_thread(stand_in: Callable[..., Any], before: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: (stand_in if traces() else before)(*args)
+
+    found = {
+        "isinstance": symbolic_isinstance,
+        "hasattr": of_thread(symbolic_hasattr, hasattr),
+        "getattr": of_thread(symbolic_getattr, getattr),
+        "type": of_thread(symbolic_type, type_elsewhere),
+    }
+    return {name: stand_for(call, getattr(builtins, name)) for name, call in found.items()}

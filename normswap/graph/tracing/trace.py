@@ -24,7 +24,7 @@ from normswap.graph.tracing.failure import TraceFailure, in_words, is_library
 from normswap.graph.tracing.graph_cache import GraphCache
 from normswap.graph.tracing.list_effects import check_given, snapshot_lists
 from normswap.graph.tracing.reads import Guards
-from normswap.graph.tracing.stand_ins import STAND_INS
+from normswap.graph.tracing.stand_ins import stand_ins
 from normswap.graph.tracing.torch_patches import patch_torch
 from normswap.graph.tracing.traced import Traced
 from normswap.graph.tracing.tracer import ContainerTracer
@@ -66,6 +66,7 @@ class TraceSession:
         self._guards_of = guards_of
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
+        self._stand_ins = stand_ins(lambda: self.tracer is not None)
         self._patches = p.Patches()
         self._local = p.Patches()
         self._tables: dict[int, dict[str, Any]] = {}
@@ -114,7 +115,7 @@ class TraceSession:
             return False
         self._entered.add(key)
         if key not in self._tables:
-            found = {name: value for name, value in STAND_INS.items() if name not in table}
+            found = {name: value for name, value in self._stand_ins.items() if name not in table}
             for name, function in p.leaf_names(table):
                 found[name] = p.wrap_leaf(function, self._record)
             found |= {k: self._checkpoint for k, value in table.items() if value is _CHECKPOINT}
