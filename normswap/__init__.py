@@ -19,7 +19,7 @@ from normswap.errors import NormswapError as NormswapError
 from normswap.errors import UnknownNameError as UnknownNameError
 from normswap.errors import VerificationError as VerificationError
 from normswap.functional.schedule import Schedule as Schedule
-from normswap.graph.rows.check import fix_rows as fix_rows
+from normswap.graph.rows.fix_rows import fix_rows as fix_rows
 from normswap.graph.scope.use_context import use_context as use_context
 from normswap.lifecycle.absent_rows import keep_absent_rows as keep_absent_rows
 from normswap.lifecycle.adapt import adapt as adapt

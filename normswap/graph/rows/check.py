@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from normswap.errors import ContextError, expect_module, not_converted
+from normswap.errors import ContextError
 from normswap.functional.labels import Context
 from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
@@ -261,35 +261,3 @@ def _refuse(context: Context, message: str) -> Step:
         if bool((labels == labels[0]).all()):
             return Step("", False, 0, ANY)
     raise ContextError(message)
-
-
-def fix_rows(model: nn.Module, fixed: bool = True) -> None:
-    """Declare that the order in which samples reach the norms is the same in every call.
-
-    A forward that flips or permutes its samples has the order measured in each call, which costs
-    several forwards, since another call may have another. Declared fixed, it is measured once for
-    each batch size and kind of call, and compiled programs can use it.
-
-    Orders are measured in calls that are not compiled. Compiled code takes a norm that it gives
-    one row a sample, and of which nothing was measured in its mode, to be in the order of the
-    batch: where a forward reorders, run one mixed batch of each mode before compiling it.
-
-    Args:
-        model: a converted model, or a module that holds one.
-        fixed: False takes it back.
-
-    Raises:
-        ConversionError: no converted model in `model`.
-    """
-    expect_module(model)
-    found = {id(rows): rows for m in model.modules() if (rows := _rows_of(m)) is not None}
-    if not found:
-        raise not_converted(model, " with a method that takes labels")
-    for rows in found.values():
-        rows.fixed = fixed
-        rows.families.clear()
-
-
-def _rows_of(module: nn.Module) -> Rows | None:
-    rows = getattr(getattr(module, "scope", None), "rows", None)
-    return rows if isinstance(rows, Rows) else None
