@@ -35,7 +35,9 @@ def shifted(beside: Any) -> Any:
     indices = entries.indices().clone()
     indices[longest] = (indices[longest] + 1) % beside.shape[longest]
     new = torch.sparse_coo_tensor(indices, entries.values(), entries.shape).coalesce()
-    return new.to_sparse(layout=beside.layout)
+    blocked = beside.layout in (torch.sparse_bsr, torch.sparse_bsc)
+    size = tuple(beside.values().shape[-2:]) if blocked else None
+    return new.to_sparse(layout=beside.layout, blocksize=size)
 
 
 def ended(batch: Any, at: int) -> Any:

@@ -78,6 +78,7 @@ LAYOUTS = [
     lambda matrix: matrix.to_sparse(),
     lambda matrix: matrix.to_sparse_csr(),
     lambda matrix: matrix.to_sparse_csc(),
+    lambda matrix: matrix.to_sparse_bsr((1, 1)),
 ]
 
 
