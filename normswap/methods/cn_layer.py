@@ -22,6 +22,7 @@ from normswap.functional.moments import (
 from normswap.functional.segments import Counts, count, segments
 from normswap.functional.tables import apply_by_label
 from normswap.methods.cn_tables import ContextTables
+from normswap.methods.running import RUNNING
 from normswap.util.distributed import sum_over, sum_over_ddp
 
 
@@ -69,16 +70,16 @@ class ContextNorm(ContextTables):
     """
 
     kernels = "cn"
+    read = ("weight", "bias", "priors", *RUNNING)
     most_weighed = 64
     _first_run: Moments | None = None
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
         if not (self.training and (self.synced or self.shrink)):
-            moved = self.running_mean, self.running_var, self.num_batches_tracked
-            given = (self.weight, self.bias, self.priors, *moved)
-            if (triton := self.find_triton(x, unlabelled, *given)) is not None:
-                return self._normalize_by_triton(triton, x, labels, unlabelled, *given)
+            if (found := self.find_triton(x, unlabelled)) is not None:
+                triton, tensors = found
+                return self._normalize_by_triton(triton, x, labels, unlabelled, *tensors)
         dtype = compute_dtype(x)
         running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
         scripted = not torch.compiler.is_compiling() and torch._C._is_tracing()

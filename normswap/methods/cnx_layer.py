@@ -72,6 +72,7 @@ class ContextNormX(ContextLayer):
 
     context_parameters = ("mu", "log_sigma")
     kernels = "cnx"
+    read = ("priors", "mu", "log_sigma", "weight", "bias")
     track_running_stats = False
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -134,11 +135,11 @@ class ContextNormX(ContextLayer):
             reduce = sum_over(self.process_group) if self.synced else sum_over_ddp()
             if reduce is not None or x.numel() > x.shape[1]:
                 self.start_from(x, labels, reduce)
-        given = (self.mu, self.log_sigma, self.weight, self.bias)
-        if (triton := self.find_triton(x, unlabelled, *given, self.priors)) is not None:
+        if (found := self.find_triton(x, unlabelled)) is not None:
+            triton, (priors, *given) = found
             labels = None if labels is None else one_label(labels)
             pooled = self.pooled_contexts(unlabelled)
-            y: Tensor = triton.norm_learned(x, labels, given, self.priors, pooled)
+            y: Tensor = triton.norm_learned(x, labels, given, priors, pooled)
             return y
         learned = self.learned(compute_dtype(x))
         unknown = partial(self.unknown_map, learned, partial(instance_moments, x))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from normswap.errors import ContextError, refuse_scripting
-from normswap.functional.backend import triton_for
+from normswap.functional.backend import is_eager, triton_for
 from normswap.functional.label_rows import labels_per_row, wrong_length
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.methods.layer_tensors import Resettable, WithPriors, lay_out
@@ -91,7 +91,8 @@ class ContextLayer(UnknownLabels, WithPriors, NormLayer):
     """
 
     context_argument = "context"
-    kernels = ""
+    kernels = ""  # the module of `normswap.functional.triton`, and what its kernels read:
+    read: tuple[str, ...] = ()
     most_weighed = 0
 
     def __init__(
@@ -136,15 +137,22 @@ class ContextLayer(UnknownLabels, WithPriors, NormLayer):
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
 
-    def find_triton(self, x: Tensor, unlabelled: bool, *tables: Tensor | None) -> Any:
-        """Return the module of Triton's kernels for this layer where they serve, else None.
+    def find_triton(self, x: Tensor, unlabelled: bool) -> tuple[Any, list[Any]] | None:
+        """Return the module of Triton's kernels for this layer, and the tensors they are to read.
 
-        They don't where samples without a label weigh more contexts than kernels do, or not all.
+        None where they don't serve: samples without a label weigh more contexts than kernels do,
+        or not all, or `triton_for` says so.
         """
         few = self.num_contexts <= self.most_weighed and self.answering is None
-        if self.weighs(unlabelled) and not few:
+        if not is_eager() or (self.weighs(unlabelled) and not few):
             return None
-        return triton_for(x, self.kernels, *tables)
+        # A module's own look-up of a tensor takes ten times as long as one in these.
+        own, other = self._parameters, self._buffers
+        tensors = [
+            own[n] if n in own else other[n] if n in other else getattr(self, n) for n in self.read
+        ]
+        module = triton_for(x, self.kernels, *tensors)
+        return None if module is None else (module, tensors)
 
     def _labels(self, x: Tensor, context: Labels | None) -> tuple[Tensor | None, bool]:
         where = self._where()

@@ -15,7 +15,6 @@ from normswap.functional.affine import Centred, centre_norm
 from normswap.functional.moments import Moments, context_posterior, instance_moments
 from normswap.functional.segments import Counts, count
 from normswap.functional.tables import apply_centred, records
-from normswap.functional.triton import sweeps
 from normswap.functional.triton.cn_launches import (
     Cut,
     Forward,
@@ -28,6 +27,7 @@ from normswap.functional.triton.launching import kept_for
 from normswap.functional.triton.plan import plan
 from normswap.functional.triton.recording import Tensors, Way, record
 from normswap.functional.triton.sorting import find_rows, sort_labels
+from normswap.functional.triton.sweeps import step_of
 
 
 class Norm(NamedTuple):
@@ -74,8 +74,10 @@ def context_norm(
         index = None
         if norm.weighs and labels is not None:
             index = labels = find_rows(labels.expand(instances), contexts)
-        found, tables = _make_tables(x, norm, index, False, False)
-        return sweeps.affine_of(x, tables, labels, found.cut.numbers[1], contexts)
+        found, tables = _make_tables(x, norm, index, False, False, labels)
+        y = torch.empty_like(x)
+        found.apply(x, y, tables, labels)
+        return y
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
     if labels.shape[0] != instances:
@@ -85,14 +87,17 @@ def context_norm(
 
 
 def _make_tables(
-    x: Tensor, norm: Norm, index: Tensor | None, ordered: bool, batched: bool
+    x: Tensor, norm: Norm, index: Tensor | None, ordered: bool, batched: bool, rows: Tensor | None
 ) -> tuple[Forward, Tensor]:
-    """Return all tables; with the row of each instance as index, or all that is sorted."""
+    """Return what to launch, and all tables; the index is as for `forward_of`.
+
+    Rows are what the last launch is given, (N,) or (1,) or None; see `step_of`.
+    """
     given = (*norm.running, norm.batches, norm.weight, norm.bias, norm.priors)
     what = (x.shape, x.is_contiguous(), norm.weight.shape[0], norm.pooled, norm.weighs)
-    rates, row = (norm.eps, norm.momentum), None if index is None else ordered
-    kinds = (x, *given, *(norm.moved or ()))
-    found = kept_for(kinds, forward_of, *what, rates, batched, row, norm.moved is not None)
+    how = (batched, None if index is None else ordered, norm.moved is not None, step_of(rows))
+    kinds = (x, *given, *(norm.moved or ()), *(() if rows is None else (rows,)))
+    found = kept_for(kinds, forward_of, *what, (norm.eps, norm.momentum), *how)
     parts = None
     if batched or norm.weighs:
         parts = x.new_empty(found.parts, dtype=torch.float32)
@@ -105,7 +110,7 @@ def _make_tables(
 def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
     """See `normswap.functional.context.ContextGlue` for the formulas."""
     x, (norm, index, batched, note) = inputs[0], given
-    found, tables = _make_tables(x, norm, index, True, batched)
+    found, tables = _make_tables(x, norm, index, True, batched, index)
     if note is not None:
         used, values, _ = _moments(tables, found.cut)
         note(Moments(*(t[:-1] for t in used)), count(values[:-1].unsqueeze(1)))

@@ -8,6 +8,7 @@ import torch
 from normswap.functional.triton import cn_kernels, tile
 from normswap.functional.triton.launching import Start
 from normswap.functional.triton.plan import Plan, cut_contexts, cut_rows, plan_of
+from normswap.functional.triton.sweeps import apply_rows
 
 
 class Cut(NamedTuple):
@@ -70,12 +71,12 @@ def line(contexts: int) -> int:
 @lru_cache(maxsize=4096)
 def forward_of(
     kinds: Any, shape: torch.Size, contiguous: bool, contexts: int, pooled: Any, weighs: bool,
-    rates: Any, batched: bool, ordered: bool | None, moves: bool,
+    rates: Any, batched: bool, ordered: bool | None, moves: bool, step: int | None,
 ) -> Forward:  # fmt: skip
     """Return the launches for tensors of these kinds.
 
     Rates are eps and momentum; `ordered` says whether the index is of sorted labels, None that
-    there is none.
+    there is none; the step is that of the rows over x.
     """
     p = plan_of(shape, contiguous)
     cut = cut_of(p, contexts, pooled is not None, weighs)
@@ -86,8 +87,7 @@ def forward_of(
     if moves:
         apply = Start(cn_kernels.apply_and_move, p.programs, cut.rows[2:], **p.blocks)
     else:
-        over_x = (None, None, 1, rows, contexts, channels, *p.geometry)
-        apply = Start(tile.apply, p.programs, over_x, **p.blocks)
+        apply = apply_rows(p, rows, contexts, step)
     tables = Start(
         cn_kernels.tables,
         cut.programs,

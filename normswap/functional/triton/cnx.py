@@ -114,8 +114,10 @@ def norm_learned(
     """
     contexts = len(learned[0])
     if not records((x, *(t for t in learned if t is not None))):
-        found, _ = _make_tables(x, learned, priors, pooled, None)
-        return sweeps.affine_of(x, found, labels, contexts + 1, contexts)
+        found, apply = _make_tables(x, learned, priors, pooled, None, labels)
+        y = torch.empty_like(x)
+        apply(x, y, found, labels)
+        return y
     if labels is None:
         labels = torch.full((1,), -1, device=x.device)
     if labels.shape[0] != x.shape[0]:
@@ -126,15 +128,15 @@ def norm_learned(
 
 @lru_cache(maxsize=4096)
 def _forward_of(
-    kinds: Any, shape: torch.Size, contiguous: bool, contexts: int, pooled: Any, ordered: bool
-) -> tuple[int, Start, Start]:
+    kinds: Any, shape: torch.Size, contiguous: bool, contexts: int, pooled: Any, ordered: bool,
+    step: int | None,
+) -> tuple[int, Start, Start]:  # fmt: skip
     """Return the size of all tables, and the launches for tensors of these kinds."""
     p = plan_of(shape, contiguous)
     instances, channels, _ = p.shape
     programs, blocks = cut_rows(contexts + (pooled is not None), channels)
     numbers = (*(pooled or (0, 0)), instances, contexts, channels)
-    over_x = (None, None, 1, contexts + 1, contexts, channels, *p.geometry)
-    apply = Start(tile.apply, p.programs, over_x, **p.blocks)
+    apply = sweeps.apply_rows(p, contexts + 1, contexts, step)
     size = 4 * (contexts + 1) * channels
     return size, Start(tables, programs, numbers, **blocks), apply
 
@@ -156,23 +158,25 @@ def _backward_of(
 
 
 def _make_tables(
-    x: Tensor, learned: Tensors, priors: Tensor, pooled: Any, index: Tensor | None
-) -> tuple[Tensor, Start]:
+    x: Tensor, learned: Tensors, priors: Tensor, pooled: Any, index: Tensor | None,
+    rows: Tensor | None,
+) -> tuple[Tensor, Start]:  # fmt: skip
     """Return centre, scale, shift and 1 / sigma of contexts and the pool, (4, K + 1, C).
 
-    The rest is the launch that applies them, by the rows of a sorted index.
+    The index is of sorted labels. The rest is the launch that applies the tables by rows.
     """
-    kinds = [t for t in (x, *learned, priors) if t is not None]
-    what = (x.shape, x.is_contiguous(), len(learned[0]), pooled, index is not None)
-    size, start, apply = kept_for(kinds, _forward_of, *what)
+    kinds = [t for t in (x, *learned, priors, rows) if t is not None]
+    what = (x.shape, x.is_contiguous(), len(learned[0]), pooled)
+    how = (index is not None, sweeps.step_of(rows))
+    size, start, apply = kept_for(kinds, _forward_of, *what, *how)
     found = x.new_empty(size, dtype=torch.float32)
     start(*learned, priors, index, found)
     return found, apply
 
 
 def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
-    (x, *learned), (priors, _, index) = inputs, given
-    found, apply = _make_tables(x, learned, *given)
+    (x, *learned), (priors, pooled, index) = inputs, given
+    found, apply = _make_tables(x, learned, priors, pooled, index, index)
     y = torch.empty_like(x)
     apply(x, y, found, index)
     return y, priors, index, found

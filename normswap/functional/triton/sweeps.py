@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normswap.functional.moments import Moments
 from normswap.functional.triton import parts, tile
-from normswap.functional.triton.launching import launch
+from normswap.functional.triton.launching import Start, launch
 from normswap.functional.triton.plan import Plan, cut_rows, plan
 
 
@@ -55,17 +55,21 @@ def affine(
     return y
 
 
-def affine_of(x: Tensor, tables: Tensor, labels: Tensor | None, size: int, contexts: int) -> Tensor:
-    """Return what `affine` does, by tables that lie in one tensor, (size, C) each; see `tile`.
+def apply_rows(p: Plan, size: int, contexts: int, step: int | None) -> Start:
+    """Return the launch that does what `affine` does, by tables (size, C) that lie in one tensor.
 
-    Labels, (N,) or (1,), are the row of each instance or of all, -1 row K. Without, all have that,
-    or, with K + N rows, instance n has row K + n.
+    It takes x, y, the tables, and the row of each instance, (N,), or of all, (1,), -1 row K: see
+    `step_of`. Without rows, all have that one, or, with K + N of them, instance n has row K + n.
     """
-    p, y = plan(x), torch.empty_like(x)
-    stride = 0 if labels is None and size == contexts + 1 else x.shape[1]
-    numbers = (None, None, _step(labels), size, contexts, stride, *p.geometry)
-    launch(tile.apply, p.programs, x, y, tables, labels, numbers, **p.blocks)
-    return y
+    channels = p.shape[1]
+    stride = 0 if step is None and size == contexts + 1 else channels
+    numbers = (None, None, step or 0, size, contexts, stride, *p.geometry)
+    return Start(tile.apply, p.programs, numbers, **p.blocks)
+
+
+def step_of(rows: Tensor | None) -> int | None:
+    """Return how far apart the rows of instances lie, 0 where all have one, None without rows."""
+    return None if rows is None else _step(rows)
 
 
 def part_dots(

@@ -64,7 +64,7 @@ class Rows:
     ) -> Any:
         """Run a container that labels entered at, its norms' rows measured before if need be."""
         outer = RUN.get()
-        if outer is not None and outer.scope.model is state.scope.model:
+        if outer is not None and outer.model is state.scope.model:
             return call(values, context)
         run = Run(module, state.scope, call, values, context)
         kind, run.numbers = kind_of(module, values, run.samples)
@@ -112,7 +112,7 @@ class Rows:
             ContextError: labels cannot follow the rows, or nothing tells how.
         """
         run = None if torch.compiler.is_compiling() else RUN.get()
-        if run is not None and run.scope.model is layer.scope.model:
+        if run is not None and (run.model is layer.scope or run.model is layer.scope.model):
             if run.measurement is not None:
                 run.measurement.listen(layer, site, x)
                 return None

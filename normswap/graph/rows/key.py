@@ -33,26 +33,28 @@ def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
     numbers: list[Any] = []
     for value in values:
         _describe(value, samples, kinds, numbers)
-    seen: set[int] = set()
-    stack = [module]
-    while stack:
-        part = stack.pop()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        hooks = len(part._forward_hooks), len(part._forward_pre_hooks)
-        kinds.append((part.training, *hooks))
+    # Every forward looks at every module: what most of them are asked is to be quick.
+    parts, seen = [module], {id(module)}
+    for part in parts:
         children = part._modules
-        stack += [child for child in children.values() if child is not None]
+        for child in children.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                parts.append(child)
+        kinds.append((part.training,))
+        if part._forward_hooks or part._forward_pre_hooks:
+            kinds.append((len(part._forward_hooks), len(part._forward_pre_hooks)))
         # Settings of layers of libraries are no order of samples.
         if not type(part).__module__.startswith(_LIBRARIES if children else _LAYERS):
             for name, value in part.__dict__.items():
+                if name in _OWN:
+                    continue
                 kind = type(value)
                 if kind in _FLAGS:
                     kinds.append(value)
                 elif kind in _NUMBERS:
                     numbers.append(value)
-                elif name not in _OWN and not name.startswith(STATE):
+                elif not name.startswith(STATE):
                     _describe_setting(value, kinds, numbers)
     return tuple(kinds), tuple(numbers)
 

@@ -30,6 +30,8 @@ class Run:
 
     Attributes:
         refused: what a norm raised whose rows labels cannot follow; the forward may catch it.
+        samples: how many there are.
+        model: the scope of the whole model.
     """
 
     module: nn.Module
@@ -44,10 +46,9 @@ class Run:
     measurement: Measurement | None = None
     refused: ContextError | None = None
 
-    @property
-    def samples(self) -> int:
-        """How many there are."""
-        return self.context.labels.shape[0]
+    def __post_init__(self) -> None:
+        # Every norm asks.
+        self.samples, self.model = self.context.labels.shape[0], self.scope.model
 
     def measure(self, count: int, hooks: bool = False) -> Plan:
         """Measure on the first samples of this call; hooks of the user's run only if asked."""
