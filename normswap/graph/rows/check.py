@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from normswap.errors import ContextError
 from normswap.functional.labels import Context
+from normswap.graph.rows.decode import MADE_OF_SEVERAL
 from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
@@ -32,6 +33,10 @@ from normswap.util.arguments import describe
 # Samples of a measurement: fewer leave more orders that look alike.
 _FEW = 5
 _MOST_DETOURS = 3
+_ALIGN = (
+    "; where row i is of sample i all the same, as nodes of a graph are, declare it by "
+    "normswap.fix_rows(model, aligned=True)"
+)
 _MIXED = "rows whose order is another in each of several calls"
 
 
@@ -45,7 +50,10 @@ class Rows:
         irregular: by norm, mode, rows and samples: the one finding where no ratio tells, if fixed.
         reason: why the last measurement that failed did.
         fixed: whether an irregular order is taken to be the same in every call of a kind.
+        aligned: whether row i of every norm is declared to be of sample i, so nothing is measured.
     """
+
+    aligned = False
 
     def __init__(self) -> None:
         self.families: dict[Any, Family] = {}
@@ -64,7 +72,7 @@ class Rows:
     ) -> Any:
         """Run a container that labels entered at, its norms' rows measured before if need be."""
         outer = RUN.get()
-        if outer is not None and outer.model is state.scope.model:
+        if self.aligned or (outer is not None and outer.model is state.scope.model):
             return call(values, context)
         run = Run(module, state.scope, call, values, context)
         kind, run.numbers = kind_of(module, values, run.samples)
@@ -111,6 +119,14 @@ class Rows:
         Raises:
             ContextError: labels cannot follow the rows, or nothing tells how.
         """
+        if self.aligned:
+            if context.whole or x.shape[0] == context.labels.shape[0]:
+                return None
+            raise ContextError(
+                f"expected a row a label at {site}, since normswap.fix_rows(model, aligned=True) "
+                f"declared row i to be of sample i, got {x.shape[0]} rows for "
+                f"{context.labels.shape[0]} labels; leave the norm out with exclude={site!r}"
+            )
         run = None if torch.compiler.is_compiling() else RUN.get()
         if run is not None and (run.model is layer.scope or run.model is layer.scope.model):
             if run.measurement is not None:
@@ -140,7 +156,8 @@ class Rows:
                 run.context,
                 f"expected each row of the input of {site} to be of one sample, got {step.cause}, "
                 f"so that labels cannot follow{_beside(run)}; leave the norm out with "
-                f"exclude={site!r}, or give each call samples of one context",
+                f"exclude={site!r}, or give each call samples of one context"
+                + (_ALIGN if rows == run.samples and MADE_OF_SEVERAL in step.cause else ""),
             )
         return step
 
@@ -219,6 +236,8 @@ class Rows:
 
     def describe(self, site: str) -> str:
         """Say for a summary where the rows of a norm come from."""
+        if self.aligned:
+            return f"{ONE} (declared)"
         steps = (*self.known.values(), *self.irregular.values())
         found = {str(step): None for step in steps if step.site == site}
         return ", ".join(found) or f"not measured: {self.reason}"

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from normswap.graph.rows.plans import FOLDED, ONE, PERMUTED, REPEATED, Step
 
+MADE_OF_SEVERAL = "rows made of several samples"
 _NONE, _SEVERAL, _UNSURE = -1, -2, -3
 _KINDS = {
     _NONE: "rows from no sample",
-    _SEVERAL: "rows made of several samples",
+    _SEVERAL: MADE_OF_SEVERAL,
     _UNSURE: "rows that do not tell their sample",
 }
 # A row is taken for one sample's, though others move it too, where its own moves it this much more.

@@ -1,4 +1,4 @@
-"""Declare an order of rows that no rule tells the same in every call."""
+"""Declare what measuring rows cannot tell: an order that never changes, or that there is none."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from normswap.errors import expect_module, not_converted
 from normswap.graph.rows.check import Rows
 
 
-def fix_rows(model: nn.Module, fixed: bool = True) -> None:
+def fix_rows(model: nn.Module, fixed: bool = True, aligned: bool = False) -> None:
     """Declare that the order in which samples reach the norms is the same in every call.
 
     A forward that flips or permutes its samples has the order measured in each call, which costs
@@ -17,9 +17,15 @@ def fix_rows(model: nn.Module, fixed: bool = True) -> None:
     one row a sample, and of which nothing was measured in its mode, to be in the order of the
     batch: where a forward reorders, run one mixed batch of each mode before compiling it.
 
+    In a network of graphs a row is a node, and messages make each depend on several: no measurement
+    tells whose it is. Declared aligned, row i of every norm is that of label i, whatever it is
+    computed from, and nothing is measured; for labels of whole graphs give ``labels[batch]``.
+
     Args:
         model: a converted model, or a module that holds one.
         fixed: False takes it back.
+        aligned: row i of every norm is of sample i; norms with another number of rows are then an
+            error. False takes it back.
 
     Raises:
         ConversionError: no converted model in `model`.
@@ -29,7 +35,7 @@ def fix_rows(model: nn.Module, fixed: bool = True) -> None:
     if not found:
         raise not_converted(model, " with a method that takes labels")
     for rows in found.values():
-        rows.fixed = fixed
+        rows.fixed, rows.aligned = fixed, aligned
         rows.families.clear()
 
 
