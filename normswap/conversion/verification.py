@@ -41,15 +41,12 @@ def run_original(model: nn.Module, given: Inputs | None, labels: int) -> Referen
 
     if given is not None:
         try:
-            reference = refer(given)
+            return refer(given)
         except Exception as error:
             raise ConversionError(
                 f"the original model itself fails on example_inputs ({_brief(error)}); expected "
                 "what its forward takes in eval mode, batch first"
             ) from error
-        if labels and given.batch == 0:
-            raise ConversionError("expected example_inputs with a batch dimension, got none")
-        return reference
     reason = "pass example_inputs= to compare outputs"
     for guess in guess_inputs(model):
         try:
@@ -98,13 +95,16 @@ def compare(
         if argument is None or allow_unknown:
             name = "eval" if argument is None else "unknown"
             _record(result, name, _run(model, inputs), expected)
-        for start in range(0, 0 if argument is None else len(names), batch or 1):
-            chosen = list(range(start, min(start + batch, len(names))))
+        step = batch or 1
+        for start in range(0, 0 if argument is None else len(names), step):
+            chosen = list(range(start, min(start + step, len(names))))
             each = [chosen[i % len(chosen)] for i in range(batch)]
-            labels = torch.tensor(each, device=inputs.device)
+            # Of a batch that no tensor tells, as a graph's, all have one label.
+            labels = torch.tensor(each, device=inputs.device) if batch else chosen[0]
             outputs = _run(model, inputs, **{str(argument): labels})
             for label in chosen:
-                _record(result, names[label], outputs, expected, labels == label)
+                rows = labels == label if isinstance(labels, Tensor) else None
+                _record(result, names[label], outputs, expected, rows)
     except VerificationError as error:
         found = find_bypassed(model)
         if not found:

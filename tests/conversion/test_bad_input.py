@@ -198,18 +198,6 @@ def test_failing_example_inputs_leave_the_model_unchanged():
     assert describe(model) == before
 
 
-def test_inputs_without_a_batch_are_refused():
-    class Scalar(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bn = nn.BatchNorm1d(2)
-
-        def forward(self, scale):
-            return self.bn(torch.ones(4, 2) * scale)
-
-    refuses(Scalar(), "with a batch dimension", example_inputs=torch.tensor(2.0))
-
-
 def test_use_context_on_a_model_that_is_not_converted():
     with pytest.raises(ConversionError, match=r"call normswap\.convert first"):
         with normswap.use_context(Net(), 0):

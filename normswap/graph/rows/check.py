@@ -34,8 +34,8 @@ from normswap.util.arguments import describe
 _FEW = 5
 _MOST_DETOURS = 3
 _ALIGN = (
-    "; where row i is of sample i all the same, as nodes of a graph are, declare it by "
-    "normswap.fix_rows(model, aligned=True)"
+    "; where row i is of sample i all the same, as nodes of a graph are, convert without "
+    "example_inputs= and declare it by normswap.fix_rows(model, aligned=True)"
 )
 _MIXED = "rows whose order is another in each of several calls"
 

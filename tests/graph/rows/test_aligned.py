@@ -118,3 +118,34 @@ def test_compiled_as_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = model(x.double(), edges, batch, context=labels)
     torch.testing.assert_close(compiled(x.double(), edges, batch, context=labels), expected)
+
+
+class Graph:
+    """Nodes and edges in an object, of which nothing tells a batch."""
+
+    def __init__(self, x, edges, batch):
+        self.x, self.edges, self.batch = x, edges, batch
+
+
+class OfObjects(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.graphs = Graphs(pooled=True)
+
+    def forward(self, graph):
+        return self.graphs(graph.x, graph.edges, graph.batch)
+
+
+def test_inputs_without_a_batch_are_compared_a_context_at_a_time():
+    model = normswap.convert(OfObjects(), "cn", contexts=K, example_inputs=(Graph(*given()),))
+    found = normswap.verify(model, normswap.revert(model), (Graph(*given()),))
+    assert list(found.differences) == ["unknown", "0", "1", "2"]
+    assert max(found.differences.values()) < 1e-5 * found.scale
+
+
+def test_a_wrong_context_of_such_inputs_is_found():
+    model = normswap.convert(OfObjects(), "cn", contexts=K, unknown="0")
+    original = normswap.revert(model)
+    model.graphs.norm2.running_mean[1] += 1
+    with pytest.raises(normswap.errors.VerificationError, match="context 1"):
+        normswap.verify(model, original, (Graph(*given()),))
