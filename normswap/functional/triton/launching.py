@@ -61,8 +61,8 @@ class Start:
 def kept_for(tensors: Sequence[Tensor], find: Callable[..., T], *what: Any) -> T:
     """Return ``find(kinds, *what)``, which keeps what it found: instances of `Start`.
 
-    Kinds are what a compiled program depends on of tensors, on one device. Where one of these does
-    not begin at a multiple of 16 bytes, as a slice may, nothing is kept.
+    Kinds are what a compiled program depends on of tensors, on one device: their dtypes, and which
+    do not begin at a multiple of 16 bytes, as slices may.
 
     Args:
         tensors: all that the launches are given and that may be of another kind in another call.
@@ -72,10 +72,9 @@ def kept_for(tensors: Sequence[Tensor], find: Callable[..., T], *what: Any) -> T
     together = 0
     for t in tensors:
         together |= t.data_ptr()
+    kinds = (tensors[0].device, *[t.dtype for t in tensors])
     if together & 15:
-        find, kinds = find.__wrapped__, None  # type: ignore[attr-defined]
-    else:
-        kinds = (tensors[0].device, *[t.dtype for t in tensors])
+        kinds += tuple([t.data_ptr() & 15 == 0 for t in tensors])
     return find(kinds, *what)
 
 

@@ -154,8 +154,10 @@ def test_what_is_kept_for_tensors_is_told_apart_by_their_kinds():
     assert launching.kept_for((torch.empty(8, device="meta"), half), find, 1) == 4
 
 
-def test_nothing_is_kept_for_tensors_that_are_not_aligned():
+def test_what_is_kept_is_told_apart_by_which_tensors_are_aligned():
     find = functools.lru_cache(lambda kinds: object())
-    x, slice_of = torch.ones(8), torch.ones(9)[1:]
-    assert launching.kept_for((x, slice_of), find) is not launching.kept_for((x, slice_of), find)
-    assert launching.kept_for((x, x), find) is launching.kept_for((x, x), find)
+    x, part = torch.ones(8), torch.ones(9)[1:]
+    kinds = [(x, x), (x, part), (part, x), (part, part)]
+    found = [launching.kept_for(tensors, find) for tensors in kinds]
+    assert len({*found}) == 4
+    assert [launching.kept_for(tensors, find) for tensors in kinds] == found
