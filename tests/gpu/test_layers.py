@@ -50,7 +50,15 @@ def layer_of(method, dims, channels, count):
     return widen(case.convert(base, verify=False, **given, **options_of(case.method)))
 
 
-def compare(method, shape, dtype, layout, training, device, count=3, pattern=MIXED):
+def shifted(t):
+    """Return a tensor that does not begin where vectors of 16 bytes do."""
+    flat = t.flatten()
+    return torch.cat((flat[:1], flat))[1:].view(t.shape)
+
+
+def compare(
+    method, shape, dtype, layout, training, device, count=3, pattern=MIXED, move=lambda t: t
+):
     if device.type == "cpu":
         shape = (min(shape[0], 24), min(shape[1], 8), *shape[2:])
     wide = layer_of(method, len(shape), shape[1], count)
@@ -61,7 +69,8 @@ def compare(method, shape, dtype, layout, training, device, count=3, pattern=MIX
     x = make_batch(shape, offset=0.1, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
     labels = labels_for(shape[0], pattern) if case_of(method).labelled else None
     given = None if labels is None else labels.to(device)
-    found = values_of(model, x.to(device), given, training)
+    given = None if given is None else move(given)
+    found = values_of(model, move(x.to(device)), given, training)
     expected = values_of(wide, x.double(), labels, training)
     if method in SORTED and dtype != torch.float32:
         found, expected = without_gradients(found), without_gradients(expected)
@@ -93,3 +102,11 @@ def test_one_context_and_more_contexts_than_a_batch_has(method, training, count,
 def test_contexts_whose_samples_lie_together(method, training, device):
     pattern = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0, -1, -1, -1])
     compare(method, (12, 8, 9, 9), torch.bfloat16, "channels_last", training, device, 3, pattern)
+
+
+@EVERY
+@TRAINING
+def test_tensors_that_begin_anywhere(method, training, device):
+    shape = (12, 8, 9, 9)
+    for move in (lambda t: t, shifted, lambda t: t):
+        compare(method, shape, torch.float32, "contiguous", training, device, move=move)
