@@ -21,6 +21,7 @@ EXAMPLES = {
     "fastai_learner": ("fastai", 0.8),  # (0.1)
     "ultralytics_cameras": ("ultralytics", 0.5),  # mAP50 (0)
     "braindecode_subjects": ("braindecode", 0.9),  # (0.5)
+    "pyg_graphs": ("torch_geometric", 0.75),  # (0.5)
 }
 
 
