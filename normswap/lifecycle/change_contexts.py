@@ -20,6 +20,7 @@ from normswap.util.arguments import check_flag, describe, listed
 _LEAST = 1e-6
 
 
+@torch.inference_mode(False)
 def add_context(
     model: nn.Module,
     name: str | None = None,
@@ -129,6 +130,7 @@ def _append(table: Tensor, row: Tensor) -> Tensor:
     return torch.cat([table, row.detach().to(table).unsqueeze(0)])
 
 
+@torch.inference_mode(False)
 def remove_context(
     model: nn.Module, context: str | int, *, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
