@@ -11,7 +11,7 @@ import normswap
 from normswap import ConversionError
 from tests.support.builders import SKEWED, assert_close
 from tests.support.models import make_inputs, make_model, same, separate
-from tests.support.more_contexts import hook, parametrize, wrap
+from tests.support.more_contexts import Quantised, hook, parametrize, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore:samples without a label are now answered")
 EACH = pytest.mark.parametrize("method", ["cn", "cn-x"])
@@ -204,13 +204,6 @@ def test_what_is_refused_changes_nothing(arguments, change, match):
         normswap.add_context(changed, **arguments)
     assert same(model.state_dict(), before)
     assert normswap.summary(model).contexts == tuple(NAMES)
-
-
-class Quantised(torch.Tensor):
-    """A state of a class of its own, as torchao's optimizers have."""
-
-    def __deepcopy__(self, memo):
-        return self
 
 
 STATES = {
