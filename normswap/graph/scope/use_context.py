@@ -41,7 +41,8 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
     ``contextvars.copy_context().run``. A generator has none of its own: where two take turns, as
     loaders that are zipped, each with a block, forwards have the labels of the later block, and the
     other's end is an error. A loop that fetches a batch ahead from one, as Lightning does where a
-    loader has no length, runs each with the labels of the next. A copy of the model, as an EMA
+    loader has no length, runs each with the labels of the next; one that is kept unfinished keeps
+    its block open: ``close()`` it before code that has no labels. A copy of the model, as an EMA
     model, has blocks of its own: for both, give ``torch.nn.ModuleList([model, ema])``. Labels are
     in the order of what the converted model is given, whatever code around it did. Backward may run
     after the block. Inside compiled code, a list of names is compiled in: enter the block outside,
