@@ -108,7 +108,7 @@ def add_context(
             f"{share:.3g} (unknown={policy!r}); add_context(..., keep_unknown=True) keeps them as "
             "they were",
             ContextWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return count
 
@@ -172,7 +172,7 @@ def remove_context(
             f"without {contexts.names[index]!r}, labels that are numbers mean other contexts: "
             f"{listed(f'{name} is {index + k}' for k, name in enumerate(moved))}",
             ContextWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
