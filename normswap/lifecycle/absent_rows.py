@@ -77,7 +77,7 @@ def keep_absent_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> Kept
 
     Raises:
         ConversionError: no such optimizer; one that keeps no state for each row (LBFGS); or one
-            that holds no parameter of a context.
+            that holds no parameter of a context. In a step: a state that is no plain tensor.
     """
     expect_module(model)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -108,4 +108,10 @@ def _rows(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor
     state = {k: v for k, v in optimizer.state.get(p, {}).items() if isinstance(v, Tensor)}
     rows = ((len(p),), (len(p), 1)) if len(p) > 1 else ()
     fit = {k: v for k, v in state.items() if v.dim() and (v.shape == p.shape or v.shape in rows)}
+    for key, value in fit.items():
+        if type(value) not in (Tensor, nn.Parameter):
+            raise ConversionError(
+                f"cannot keep rows of the optimizer's state {key!r}, a {type(value).__name__}; use "
+                "an optimizer whose states are plain tensors, or end keep_absent_rows by .remove()"
+            )
     return {"": p.detach(), **fit}

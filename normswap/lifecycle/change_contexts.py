@@ -20,6 +20,7 @@ from normswap.util.arguments import check_flag, describe, listed
 _LEAST = 1e-6
 
 
+@torch.inference_mode(False)
 def add_context(
     model: nn.Module,
     name: str | None = None,
@@ -107,7 +108,7 @@ def add_context(
             f"{share:.3g} (unknown={policy!r}); add_context(..., keep_unknown=True) keeps them as "
             "they were",
             ContextWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return count
 
@@ -129,6 +130,7 @@ def _append(table: Tensor, row: Tensor) -> Tensor:
     return torch.cat([table, row.detach().to(table).unsqueeze(0)])
 
 
+@torch.inference_mode(False)
 def remove_context(
     model: nn.Module, context: str | int, *, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
@@ -170,7 +172,7 @@ def remove_context(
             f"without {contexts.names[index]!r}, labels that are numbers mean other contexts: "
             f"{listed(f'{name} is {index + k}' for k, name in enumerate(moved))}",
             ContextWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

@@ -69,10 +69,13 @@ def plan_states(
 
 
 def _changed(value: Any, parameter: nn.Parameter, where: str, change: Change) -> Any:
-    if not isinstance(value, Tensor):
-        if isinstance(value, list | tuple | dict) and value:
+    if type(value) not in (Tensor, nn.Parameter):
+        empty = isinstance(value, list | tuple | dict) and not value
+        # Preconditioners, and tensors that are quantised, have classes of their own.
+        if not (empty or value is None or isinstance(value, int | float | str)):
             raise ConversionError(
-                f"cannot tell the rows of the optimizer's state {where}: {describe(value)}"
+                f"cannot tell the rows of the optimizer's state {where}, {describe(value)}; make "
+                "the optimizer anew afterwards, without optimizer= here"
             )
         return value
     shape, wanted = tuple(value.shape), tuple(parameter.shape)

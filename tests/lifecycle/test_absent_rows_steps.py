@@ -9,6 +9,7 @@ from torch import nn
 
 import normswap
 from tests.support.absent import OPTIMIZERS, batches, converted, loss_of, tables
+from tests.support.more_contexts import Quantised
 from tests.support.ranks import on_two_processes
 
 
@@ -127,3 +128,18 @@ def test_a_context_added_later_is_kept_too():
     optimizer.step()
     moved = (tables(model)["bias"] != before).any(1)
     assert moved.tolist() == [False, True, False, False]
+
+
+def test_states_of_a_class_of_their_own_are_refused_in_the_step():
+    model = converted()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    weight = model[0].weight
+    optimizer.state[weight]["exp_avg"] = torch.zeros_like(weight).detach().as_subclass(Quantised)
+    kept = normswap.keep_absent_rows(optimizer, model)
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(normswap.ConversionError, match="state 'exp_avg', a Quantised; use"):
+        optimizer.step()
+    assert torch.equal(weight, before)
+    kept.remove()
+    optimizer.step()

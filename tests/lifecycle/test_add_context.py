@@ -1,6 +1,7 @@
 """A context more: the optimizer follows, training goes on, nothing else moves."""
 
 import copy
+import types
 
 import pytest
 import timm.optim
@@ -10,7 +11,7 @@ import normswap
 from normswap import ConversionError
 from tests.support.builders import SKEWED, assert_close
 from tests.support.models import make_inputs, make_model, same, separate
-from tests.support.more_contexts import hook, parametrize, wrap
+from tests.support.more_contexts import Quantised, hook, parametrize, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore:samples without a label are now answered")
 EACH = pytest.mark.parametrize("method", ["cn", "cn-x"])
@@ -205,20 +206,27 @@ def test_what_is_refused_changes_nothing(arguments, change, match):
     assert normswap.summary(model).contexts == tuple(NAMES)
 
 
-def shampoo(model):
-    """Return an optimizer with a preconditioner for each side of a parameter."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for parameter in model.parameters():
-        optimizer.state[parameter]["left"] = torch.eye(len(parameter))
-    return optimizer
+STATES = {
+    # A preconditioner for each side of a parameter, as Shampoo's.
+    "left": lambda p: torch.eye(len(p)),
+    # A number a row, or a column, of parameters with as many of both.
+    "line": lambda p: torch.ones(len(p)),
+    "exp_avg": lambda p: torch.zeros_like(p).detach().as_subclass(Quantised),
+    # As GaLore's.
+    "projector": lambda p: types.SimpleNamespace(side="left"),
+}
 
 
-def square(model):
-    """Return one with a number a row, or a column, of parameters with as many of both."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for parameter in model.parameters():
-        optimizer.state[parameter]["line"] = torch.ones(len(parameter))
-    return optimizer
+def keeping(key):
+    """Return what makes an optimizer that keeps such a state."""
+
+    def make_optimizer(model):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for parameter in model.parameters():
+            optimizer.state[parameter][key] = STATES[key](parameter)
+        return optimizer
+
+    return make_optimizer
 
 
 @pytest.mark.parametrize(
@@ -226,8 +234,10 @@ def square(model):
     [
         (lambda m: torch.optim.LBFGS(m.parameters()), 3, "one flat history"),
         (lambda m: torch.optim.SGD([m.head.weight], 0.1), 3, "found none"),
-        (shampoo, 3, "cannot tell the rows of the optimizer's state 'left' of stem.1.weight"),
-        (square, 4, "cannot tell the rows of the optimizer's state 'line'"),
+        (keeping("left"), 3, "cannot tell .* the optimizer's state 'left' of stem.1.weight"),
+        (keeping("line"), 4, "cannot tell the rows of the optimizer's state 'line'"),
+        (keeping("exp_avg"), 3, "cannot tell the rows of the optimizer's state 'exp_avg'"),
+        (keeping("projector"), 3, "state 'projector' of stem.1.weight.*; make .* anew"),
     ],
 )
 def test_an_optimizer_that_cannot_follow_is_refused_first(make_optimizer, contexts, match):
@@ -250,6 +260,17 @@ def test_adafactor_of_one_context_is_refused_rather_than_guessed():
     step(model, optimizer, None)
     with pytest.raises(ConversionError, match="make the optimizer anew"):
         normswap.add_context(model, "x", optimizer=optimizer)
+
+
+@EACH
+def test_in_inference_mode_contexts_are_added_and_removed_for_training(method):
+    model = make(method)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    step(model, optimizer)
+    with torch.inference_mode():
+        normswap.add_context(model, "d", optimizer=optimizer)
+        normswap.remove_context(model, "d", optimizer=optimizer)
+    step(model, optimizer)
 
 
 def test_what_is_no_optimizer_is_refused():

@@ -26,8 +26,10 @@ def test_a_warning_says_that_answers_without_a_label_change(method, policy, like
     normswap.adapt(model, [x], "a", progress=False)
     before = model(x)
     if changes:
-        with pytest.warns(ContextWarning, match="answered by context 'c' too, for a share of 0.3"):
+        text = "answered by context 'c' too, for a share of 0.3"
+        with pytest.warns(ContextWarning, match=text) as warned:
             normswap.add_context(model, "c", like=like)
+        assert warned[0].filename == __file__
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -114,6 +114,16 @@ def test_inplace_and_otherwise(tmp_path):
     assert not base.head.weight.requires_grad
 
 
+@pytest.mark.parametrize("method", ["cn", "cn-x"])
+def test_a_model_that_was_cast_since_goes_onto_a_base_of_its_dtype(method, tmp_path):
+    base, model = make(method)
+    normswap.save(model.to(torch.bfloat16).eval(), tmp_path)
+    x = make_inputs(base).to(torch.bfloat16)
+    loaded = normswap.load(base.to(torch.bfloat16), tmp_path).eval()
+    for given in ({"context": "a"}, {}):
+        assert torch.equal(loaded(x, **given), model(x, **given))
+
+
 def test_what_cannot_be_saved(tmp_path, monkeypatch):
     _, model = make()
     (tmp_path / "file").write_text("mine")

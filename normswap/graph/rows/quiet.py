@@ -7,13 +7,14 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _global_forward_pre_hooks
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 
 from normswap.functional.backward import in_backward
 from normswap.graph.rows.snapshot import Snapshot, function_of
@@ -45,7 +46,8 @@ def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Snapshot, dict[int, 
 
     Containers keep their mode, on which what they fold may depend. Hooks run that may return
     something, which is then what the model goes on with, and those of torch itself, which compute
-    weights; others, which only look, are left out.
+    weights; others, which only look, are left out, as are modes that see each tensor operation
+    (counts of FLOPs, selective checkpointing).
 
     Yields:
         What puts the state back, and the modes by id.
@@ -53,20 +55,30 @@ def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Snapshot, dict[int, 
     parts = list(module.modules())
     modes = {id(part): part.training for part in parts}
     tables = [(vars(p), {name: vars(p)[name] for name in ("training", *_HOOKS)}) for p in parts]
+    of_all = [
+        (table, key, hook)
+        for table in (_global_forward_hooks, _global_forward_pre_hooks)
+        for key, hook in table.items()
+        if not (hooks or _takes_part(hook))
+    ]
     try:
+        for everywhere, key, hook in of_all:
+            everywhere[key] = _elsewhere(hook)
         for part in parts:
             if not part._modules or looks_like_norm(part) or "running_mean" in part._buffers:
                 part.__dict__["training"] = False
             for name in () if hooks else _HOOKS:
                 kept = [(k, hook) for k, hook in vars(part)[name].items() if _takes_part(hook)]
                 part.__dict__[name] = OrderedDict(kept)
-        with _silence():
+        with _silence(), _disable_current_modes():
             snapshot = Snapshot(module)
             try:
                 yield snapshot, modes
             finally:
                 snapshot.restore()
     finally:
+        for everywhere, key, hook in of_all:
+            everywhere[key] = hook
         for table, own in tables:
             table.update(own)
 
@@ -100,6 +112,12 @@ def _takes_part(hook: Any) -> bool:
         return True
     function = function_of(hook)
     return function is not None and not returns_nothing(function.__code__)
+
+
+def _elsewhere(hook: Any) -> Callable[..., Any]:
+    """Return a hook of all modules that runs in other threads alone."""
+    here = threading.get_ident()
+    return lambda *given: None if threading.get_ident() == here else hook(*given)
 
 
 class _Silent(io.TextIOBase):

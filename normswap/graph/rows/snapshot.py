@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from normswap.graph.class_questions import reachable
 from normswap.graph.rows.generators import controls_of, global_controls, is_equal
@@ -66,10 +67,12 @@ class Snapshot:
             if not is_library(cls.__module__):
                 level += [part for base in cls.__mro__ for part in self._keep(base)]
                 level += [part for f in reachable(cls) for part in self._see(f)]
+        hooks = [_global_forward_hooks, _global_forward_pre_hooks]
         for module in model.modules():
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                if (function := function_of(hook)) is not None:
-                    level += [hook, *self._see(function)]
+            hooks += [module._forward_hooks, module._forward_pre_hooks]
+        for hook in itertools.chain.from_iterable(table.values() for table in hooks):
+            if (function := function_of(hook)) is not None:
+                level += [hook, *self._see(function)]
         while level:
             level = [part for value in level for part in self._keep(value)]
         self._states = [read() for read, _, _ in self._dice]

@@ -40,10 +40,13 @@ def use_context(model: nn.Module, context: Labels | None) -> Iterator[None]:
     thread and its asyncio task: work handed to another thread takes it along by
     ``contextvars.copy_context().run``. A generator has none of its own: where two take turns, as
     loaders that are zipped, each with a block, forwards have the labels of the later block, and the
-    other's end is an error. A copy of the model, as an EMA model, has blocks of its own: for both,
-    give ``torch.nn.ModuleList([model, ema])``. Labels are in the order of what the converted model
-    is given, whatever code around it did. Backward may run after the block. Inside compiled code,
-    a list of names is compiled in: enter the block outside, or give it a tensor.
+    other's end is an error. A loop that fetches a batch ahead from one, as Lightning does where a
+    loader has no length, runs each with the labels of the next; one that is kept unfinished keeps
+    its block open: ``close()`` it before code that has no labels. A copy of the model, as an EMA
+    model, has blocks of its own: for both, give ``torch.nn.ModuleList([model, ema])``. Labels are
+    in the order of what the converted model is given, whatever code around it did. Backward may run
+    after the block. Inside compiled code, a list of names is compiled in: enter the block outside,
+    or give it a tensor.
 
     Sliding windows are samples to the model: where windows of several volumes share a batch, as in
     MONAI's ``sliding_window_inference``, take each one's label by its place, which MONAI gives

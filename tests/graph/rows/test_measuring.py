@@ -9,6 +9,9 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import normswap
 from tests.support.rows import (
@@ -67,13 +70,40 @@ def test_verification_leaves_no_trace_in_the_original():
 
 def test_hooks_of_the_user_run_once_a_call_and_modes_and_flags_stay():
     model = ordered(ORDERS["pairs"]).train()
-    calls = []
+    calls, of_all = [], []
+
+    def note(m, args, y):
+        of_all.append(y)
+
+    hooks = [register_module_forward_hook(f) for f in (note, lambda m, args, y: of_all.append(y))]
     for module in (model, model.linear, model.norm):
         module.register_forward_pre_hook(lambda m, args: calls.append("before"))
         module.register_forward_hook(lambda m, args, y: calls.append("after"))
     model(torch.randn(N, 6, dtype=torch.float64), context=LABELS)
+    for hook in hooks:
+        hook.remove()
+    assert len(of_all) == 2 * 3
     assert calls.count("before") == calls.count("after") == 3
     assert len(model.linear._forward_hooks) == len(model.linear._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("trace", [True, False])
+def test_what_counts_or_keeps_operations_sees_those_of_the_call_alone(trace):
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+        return normswap.convert(model, "cn", contexts=K, verify=False, trace=trace)
+
+    x = torch.randn(N, 6)
+    with FlopCounterMode(display=False) as counter:
+        build()(x, context=LABELS)
+    assert counter.get_total_flops() == 2 * N * 6 * 6
+    keep = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    model, plain = build(), build()
+    y = checkpoint(model, x, context=LABELS, use_reentrant=False, context_fn=keep)
+    for output in (y, plain(x, context=LABELS)):
+        output.square().sum().backward()
+    assert torch.allclose(model[0].weight.grad, plain[0].weight.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("trace", [True, False])
