@@ -96,7 +96,7 @@ def read_sites(root: Path, height: int, limit: int | None = None) -> Scenes:
     narrower ones are padded on the right with black, that is ignored.
     """
     images, masks, numbers = [], [], []
-    with decoding.opened(root, workers=1) as root:
+    with decoding.opened(root) as root:
         sites = sorted(p.parents[1].name for p in root.glob("*/train/images") if p.is_dir())
         expected = "expected --data to hold two sites or more, SITE/train/images/NAME.png"
         check(len(sites) > 1, f"{expected}, got {', '.join(sites) or 'none'} at {root}")
