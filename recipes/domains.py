@@ -29,7 +29,7 @@ from .common.data import DomainData, Loader
 from .common.errors import check
 from .common.nearest import NearestDomain
 from .common.options import ByData, ByStart, Parser, of_cell, resolve
-from .common.training import make_arm, takes_context, train_epoch
+from .common.training import Log, make_arm, takes_context, train_epoch
 
 METHODS = (
     *("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn"),
@@ -44,32 +44,31 @@ def run(options: Namespace) -> None:
     alone = not (options.joint and options.held_out)
     check(alone, f"{both}; a joint training holds no domain out")
     resolve(options, seeds=1, epochs=1, limit=6)
-    device = images.pick_device(options.device)
 
     @grid.Latest
     def start_of(held_out: str, seed: int) -> tuple[DomainData, NearestDomain]:
         config = of_cell(options, held_out=None if held_out == JOINT else held_out)
         data = images.load(config, seed)
-        start, loader, _ = images.build(config, data, seed, device, fill=False)
+        start, loader, _ = images.build(config, data, seed, fill=False)
         return data, NearestDomain(start, loader)
 
     joint = of_cell(options, held_out=None)
     data = images.load(joint)
-    images.build(joint, data, 0, device)  # what is wrong is said before anything is written
+    images.build(joint, data, 0)  # what is wrong is said before anything is written
     names = data.domain_names
     held = [JOINT] if options.joint else (options.held_out or names)
     for domain in held:
         if domain not in (JOINT, *names):
             images.load(of_cell(options, held_out=domain))  # says which there are
     recipe = "domains-joint" if options.joint else "domains"
-    folder = grid.open_run(options, recipe, free=(*runs.FREE, "held_out"))
     wanted = [{"held_out": domain, **cell} for domain in held for cell in grid.cells(options)]
     wanted.sort(key=lambda cell: cell["seed"])
 
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
-        return train_one(config, *start_of(config.held_out, config.seed), device, log)
+    def train(config: Namespace, log: Log) -> dict[str, Any]:
+        return train_one(config, *start_of(config.held_out, config.seed), log)
 
-    records = grid.run(folder, options, train, wanted=wanted)
+    free = (*runs.FREE, "held_out")
+    folder, records = grid.run(options, recipe, train, wanted=wanted, free=free)
     rows = tabulated(records, grid.read_lines(folder / grid.EPOCHS), options.reach)
     headings = {domain: domain for domain in (names if options.joint else held)}
     compared = "mean" if len(headings) > 1 else None
@@ -86,11 +85,11 @@ def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Modul
 
 
 def train_one(
-    config: Namespace, data: DomainData, nearest: NearestDomain, device: torch.device, log: grid.Log
+    config: Namespace, data: DomainData, nearest: NearestDomain, log: Log
 ) -> dict[str, Any]:
-    model, loader, _ = images.build(config, data, config.seed, device)
+    model, loader, _ = images.build(config, data, config.seed)
     model = apply_method(config.method, model, data.contexts)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(config.device, memory_format=torch.channels_last)
     arm = make_arm(config.method, model, config, loader.batches_per_epoch)
     for epoch in range(config.epochs):
         report = train_epoch([arm], loader, config, epoch)[config.method]

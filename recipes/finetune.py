@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import normswap
 from normswap import plot
 from normswap.plot.run_files import read_curves
@@ -43,12 +41,11 @@ def train(options: Namespace) -> None:
     """Train both models; nothing is written before everything has been checked."""
     start = time.perf_counter()
     folder = parallel.from_first(runs.folder_of(options, "finetune", _stem(options)))
-    device = images.pick_device(options.device)
     data = images.load(options, options.seed)
-    arms, loader = build(options, data, device)
+    arms, loader = build(options, data)
     history = runs.load_checkpoint(folder, arms) if options.resume else []
     say(normswap.summary(arms[-1].model))
-    say(describe(options, data, loader, device))
+    say(describe(options, data, loader))
     say(tables.losses(arms))
     if not options.resume and parallel.is_first():
         runs.write_config(folder, runs.settings_of(options, "finetune"))
@@ -82,9 +79,9 @@ def finish(
     say(report)
 
 
-def build(options: Namespace, data: DomainData, device: torch.device) -> tuple[list[Arm], Loader]:
+def build(options: Namespace, data: DomainData) -> tuple[list[Arm], Loader]:
     """Make the backbone and a converted copy of it, which is the last, ready to train."""
-    model, loader, notes = images.build(options, data, options.seed, device)
+    model, loader, notes = images.build(options, data, options.seed)
     for line in notes:
         say(line)
     how = {"unknown": options.unknown, "example_inputs": (images.example(loader),)}
@@ -108,11 +105,11 @@ def train_and_test(arms: list[Arm], loader: Loader, config: Namespace, epoch: in
     return {"epoch": epoch + 1, "seconds": time.perf_counter() - start, "arms": report}
 
 
-def describe(options: Namespace, data: DomainData, loader: Loader, device: torch.device) -> str:
+def describe(options: Namespace, data: DomainData, loader: Loader) -> str:
     held_out = f", {data.held_out} held out" if data.held_out else ""
     processes = f", shared by {parallel.size()} processes" if parallel.size() > 1 else ""
     return (
-        f"{options.model} on {device}: {int(data.train.sum()):,} training and "
+        f"{options.model} on {options.device}: {int(data.train.sum()):,} training and "
         f"{int(data.test.sum()):,} test images of {data.images.shape[-1]} px, "
         f"{len(data.classes)} classes, domains {', '.join(data.domain_names)}{held_out} "
         f"({data.note}); {options.epochs} epochs of {loader.batches_per_epoch} steps of "

@@ -36,9 +36,8 @@ from .common import digits, folders, gan, grid, reports, runs
 from .common.data import stratified_mask
 from .common.errors import check
 from .common.frechet import Judge, frechet_distance, imagenet_judge, small_judge
-from .common.images import pick_device
 from .common.options import Parser, check_rates, count
-from .common.training import LARGE, check_finite
+from .common.training import LARGE, Log, check_finite
 
 METHODS = ("bn", gan.ONEHOT, "cn", "cn-x", "acn")
 HEADINGS = {"distance": "Frechet distance", "accuracy": "class as asked, %"}
@@ -118,33 +117,31 @@ def run(options: Namespace) -> None:
     check_rates(options)
     if options.smoke:
         options.epochs, options.every, options.width = SMOKE_EPOCHS, 1, SMOKE_WIDTH
-    device = pick_device(options.device)
-    data = load(options.data, options.smoke, device)
+    data = load(options.data, options.smoke, options.device)
     print(data.note)
-    folder = grid.open_run(options, "generate")
-    rows = [(data.labels == c).nonzero().flatten()[:COLUMNS] for c in range(len(data.classes))]
     asked = torch.arange(len(data.classes)).repeat_interleave(COLUMNS)
-    save_samples(folder / "samples-real.png", data.images[torch.cat(rows)])
 
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
+    def train(config: Namespace, log: Log) -> dict[str, Any]:
         given = data.classes, config.width, data.images, data.labels, config.seed
         pair = gan.build(config.method, *given)
-        pair.generator.to(device)
-        pair.discriminator.to(device)
+        pair.generator.to(config.device)
+        pair.discriminator.to(config.device)
         figures = train_one(pair, data, config, log)
         if config.seed == 0:
             made = generate(pair, asked, seed=1)
-            save_samples(folder / f"samples-{config.method}.png", made)
+            save_samples(config.folder / f"samples-{config.method}.png", made)
         return figures
 
-    records = grid.run(folder, options, train)
+    folder, records = grid.run(options, "generate", train)
+    rows = [(data.labels == c).nonzero().flatten()[:COLUMNS] for c in range(len(data.classes))]
+    save_samples(folder / "samples-real.png", data.images[torch.cat(rows)])
     draw_epochs(folder, records, data.real)
     real = {"cell": {"method": "real"}, **data.real}
     table = reports.table([real, *records], HEADINGS)
     reports.finish(folder, f"{data.note}\n\n{table}")
 
 
-def train_one(pair: gan.Pair, data: Images, config: Namespace, log: grid.Log) -> dict[str, Any]:
+def train_one(pair: gan.Pair, data: Images, config: Namespace, log: Log) -> dict[str, Any]:
     """Train both networks; give the figures of the last epoch."""
     nets = (pair.generator, pair.discriminator)
     optimizers = [torch.optim.Adam(net.parameters(), config.lr, (0.5, 0.999)) for net in nets]

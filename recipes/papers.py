@@ -39,11 +39,11 @@ from torch import Tensor, nn
 
 import normswap
 
-from .common import grid, images, methods, reports, runs, tiles
+from .common import grid, methods, reports, runs, tiles
 from .common.augment import Augmentation
 from .common.data import DomainData, validation
 from .common.options import ByData, Parser, count, resolve
-from .common.training import LARGE, check_finite, descend, make_optimizer, told
+from .common.training import LARGE, Log, check_finite, descend, make_optimizer, told
 
 METHODS = "cn", "cn-x", "cn-x-batch", "acn"
 TEST_BATCH = 1000
@@ -53,13 +53,13 @@ PADDING = 4
 def run(options: Namespace) -> None:
     small = {"epochs": 1, "rate_epochs": 1, "limit": 8, "batch_size": 32, "width": 8}
     resolve(options, backbone=False, **small)
-    path, device = prepared(options), images.pick_device(options.device)
-    folder = grid.open_run(options, "papers")
+    path = prepared(options)
 
-    def train(config: Namespace, _log: grid.Log) -> dict[str, Any]:
-        return train_one(load(path, device), config)
+    def train(config: Namespace, _: Log) -> dict[str, Any]:
+        return train_one(load(path, config.device), config)
 
-    records = grid.run(folder, options, train, itemgetter("accuracy"), options.rates)
+    chosen = itemgetter("accuracy")
+    folder, records = grid.run(options, "papers", train, chosen, options.rates)
     early = max(1, options.epochs // 4)
     rows = [{**r, "lr": 1000 * r["lr"], "early": r["losses"][early - 1]} for r in records]
     more = {"lr": "rate, 1e-3", "early": f"loss of epoch {early}"}

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import normswap
 
-from .common import grid, images, methods, reports
+from .common import grid, methods, reports
 from .common.errors import check
 from .common.options import Parser, resolve
-from .common.training import descend
+from .common.training import Log, descend
 
 FILES = {
     "train": "stsa.binary.train.txt",
@@ -80,13 +80,11 @@ def run(options: Namespace) -> None:
         files = {part: lines[:: steps[part]] for part, lines in files.items()}
     words = vocabulary(files["train"])
     data = {part: encode(lines, words) for part, lines in files.items()}
-    device = images.pick_device(options.device)
-    folder = grid.open_run(options, "sentiment")
 
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
-        return train_one(config, data, len(words) + 2, device, log)
+    def train(config: Namespace, log: Log) -> dict[str, Any]:
+        return train_one(config, data, len(words) + 2, log)
 
-    records = grid.run(folder, options, train)
+    folder, records = grid.run(options, "sentiment", train)
     most = data["target"].labels.bincount().max().item() / len(data["target"].labels)
     note = f"Of the product sentences {100 * most:.1f} % are of the larger class."
     more = {"best_epoch": "epoch"}
@@ -101,9 +99,10 @@ def build(method: str, words: int, seed: int) -> nn.Module:
 
 
 def train_one(
-    config: Namespace, data: dict[str, Sentences], words: int, device: torch.device, log: grid.Log
+    config: Namespace, data: dict[str, Sentences], words: int, log: Log
 ) -> dict[str, Any]:
     """Train one model; give the accuracies of its epoch that is best on the validation part."""
+    device = config.device
     model = build(config.method, words, config.seed).to(device)
     groups = normswap.param_groups(model, config.lr, config.weight_decay)
     optimizer = torch.optim.AdamW(groups)

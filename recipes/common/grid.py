@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import normswap
 
-from . import images, runs
+from . import runs
 from .errors import RecipeError
 from .options import Parser, count, of_cell
 from .runs import read_lines
@@ -89,43 +89,39 @@ def jobs_of(options: argparse.Namespace) -> int:
     """Give how many trainings run at once: what was asked for, or a core's worth each on a CPU."""
     if options.jobs is not None:
         return int(options.jobs)
-    on_cpu = images.pick_device(options.device).type == "cpu"
-    return min(torch.get_num_threads(), MOST_JOBS) if on_cpu and not options.smoke else 1
+    alone = options.smoke or options.device.type != "cpu"
+    return 1 if alone else min(torch.get_num_threads(), MOST_JOBS)
 
 
 def run(
-    folder: Path,
-    options: argparse.Namespace,
-    train: Training,
-    score: Callable[[Record], float] | None = None,
-    rates: Sequence[float] = (),
-    wanted: Sequence[Cell] | None = None,
-) -> list[Record]:
+    options: argparse.Namespace, recipe: str, train: Training,
+    score: Callable[[Record], float] | None = None, rates: Sequence[float] = (),
+    wanted: Sequence[Cell] | None = None, free: tuple[str, ...] = runs.FREE,
+) -> tuple[Path, list[Record]]:  # fmt: skip
     """Run a training for each method and seed, or for each of the cells that are wanted.
 
-    Its settings are the options, those of its cell, and its rate: that one of `rates` (without
-    them, of --lr or what --tune asks for) at which the method had the highest `score` with seed 0.
-    A training that tries a rate is not `final`, and must not see what tests.
+    Its settings are the options, the folder of the run, those of its cell, and its rate: that one
+    of `rates` (without them, of --lr or what --tune asks for) at which the method had the highest
+    `score` with seed 0. A training that tries a rate is not `final`, and must not see what tests.
+    Gives the folder and the records.
     """
-    jobs = jobs_of(options)
+    folder, jobs = open_run(options, recipe, free), jobs_of(options)
+
+    def configured(rates: dict[str, float], cell: Cell, log: Log) -> Record:
+        given = {"folder": folder, "lr": rates.get(cell["method"]), "final": bool(rates), **cell}
+        return train(of_cell(options, **given), log)
+
     if not rates:
         tune = vars(options).get("tune", False)
         rates = [options.lr * factor for factor in ((1 / 3, 1, 3) if tune else (1,))]
     chosen = dict.fromkeys(options.methods, rates[0])
     if len(rates) > 1:
         tried = [{"method": m, "seed": 0, "lr": lr} for m in options.methods for lr in rates]
-        records = run_cells(folder, tried, partial(_configured, train, options, {}), jobs)
+        records = run_cells(folder, tried, partial(configured, {}), jobs)
         for record in sorted(records, key=score):
             chosen[record["cell"]["method"]] = record["cell"]["lr"]
     wanted = cells(options) if wanted is None else wanted
-    return run_cells(folder, wanted, partial(_configured, train, options, chosen), jobs)
-
-
-def _configured(
-    train: Training, options: argparse.Namespace, rates: dict[str, float], cell: Cell, log: Log
-) -> Record:
-    lr, final = rates.get(cell["method"]), bool(rates)
-    return train(of_cell(options, **{"lr": lr, "final": final, **cell}), log)
+    return folder, run_cells(folder, wanted, partial(configured, chosen), jobs)
 
 
 def run_cells(folder: Path, wanted: Sequence[Cell], train: Train, jobs: int = 1) -> list[Record]:

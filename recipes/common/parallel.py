@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import normswap
 
-from .errors import RecipeError, check
+from .errors import RecipeError
 
 
 def rank() -> int:
@@ -39,23 +39,15 @@ def say(*lines: object, **kwargs: Any) -> None:
         print(*lines, **kwargs)
 
 
-def local_device(kind: str) -> str:
-    """Give the name of this process's device: each process on a machine has its own GPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" and size() > 1 else kind
-
-
 @contextmanager
-def joined(device: str) -> Iterator[None]:
+def joined(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started, if it did, and leave them afterwards."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
-    expected = "expected --device auto, cpu or cuda with several processes"
-    check(":" not in device, f"{expected}, got {device!r}; each takes the GPU of its number")
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     except (RecipeError, normswap.NormswapError) as error:

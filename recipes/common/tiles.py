@@ -7,7 +7,6 @@ A tile is cut from one of twelve photographs; which, is the class. Half of the t
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from . import grid, images, methods
 from .augment import Augmentation
 from .data import DomainData, Loader, stratified_mask, validation
 from .errors import check
-from .training import fill_statistics
+from .options import ByData, Parser
+from .training import Log, fill_statistics
 from .weights import SCRATCH, make_backbone
 
 # Those of scikit-image's wheel with detail nearly everywhere.
@@ -28,7 +28,6 @@ PHOTOGRAPHS = (
 )
 TILES = 200
 MEAN, STD = 0.5, 0.25  # of pixels, as the network from scratch takes them
-TrainOne = Callable[[DomainData, Namespace, grid.Log], grid.Record]
 
 
 def load(options: Namespace, seed: int) -> DomainData:
@@ -69,17 +68,15 @@ def network(classes: int, width: int = 16) -> nn.Module:
     return nn.Sequential(*stem, *blocks, *head)
 
 
-def start(
-    data: DomainData, config: Namespace, device: torch.device, contexts: Sequence[str]
-) -> tuple[nn.Module, Loader]:
+def start(data: DomainData, config: Namespace, contexts: Sequence[str]) -> tuple[nn.Module, Loader]:
     """Make the converted network that a training starts from, and what makes its batches."""
     torch.manual_seed(config.seed)
     model, mean, std = network(len(data.classes)), (MEAN,) * 3, (STD,) * 3
     if config.weights != SCRATCH:
         model, _ = make_backbone(config.model, len(data.classes), weights=config.weights)
         mean, std = (model.pretrained_cfg[name] for name in ("mean", "std"))
-    model.to(device)
-    loader = Loader(data, mean, std, config.batch_size, device)
+    model.to(config.device)
+    loader = Loader(data, mean, std, config.batch_size, config.device)
     if config.method == "cn-x" and config.weights == SCRATCH:
         fill_statistics(model, loader, config.seed)
     model = methods.convert(model, config.method, contexts)
@@ -93,14 +90,21 @@ def source(options: Namespace) -> Callable[[int], DomainData]:
     return lambda seed: loaded(0 if options.data else seed)
 
 
+def add_options(parser: Parser, methods: Sequence[str], known: Sequence[str]) -> None:
+    grid.add_methods(parser, methods, known)
+    parser.share("data", "limit", "tune", "amp", flip=True, batch_size=64)
+    parser.share(image_size=ByData(16, 32))
+
+
 def run(
-    folder: Path, options: Namespace, data_of: Callable[[int], DomainData], train_one: TrainOne,
-    score: Callable[[grid.Record], float],
-) -> list[grid.Record]:  # fmt: skip
-    """Run the grid; `train_one` gets the data of the seed, or to try a rate those of validation."""
+    options: Namespace, recipe: str, train: Callable[[DomainData, Namespace, Log], grid.Record],
+    score: Callable[[grid.Record], float], data_of: Callable[[int], DomainData] | None = None,
+) -> tuple[Path, list[grid.Record]]:  # fmt: skip
+    """Run the grid; `train` gets the data of the seed, or to try a rate those of validation."""
+    data_of = data_of or source(options)
 
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
+    def train_one(config: Namespace, log: Log) -> grid.Record:
         data = data_of(config.seed)
-        return train_one(data if config.final else validation(data), config, log)
+        return train(data if config.final else validation(data), config, log)
 
-    return grid.run(folder, options, train, score)
+    return grid.run(options, recipe, train_one, score)

@@ -10,14 +10,16 @@ import math
 import statistics
 import time
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import timm
 import timm.optim
 import timm.scheduler
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,6 +32,11 @@ from .errors import RecipeError, check
 from .losses import loss_of, training_loss
 
 LARGE = 1_000_003  # seeds of trainings are so far apart
+NOTES = 10  # epochs.jsonl's lines of a training by steps
+Log = Callable[[dict[str, Any]], None]
+# Loss of a step, and figures for the record that are means over its samples.
+Loss = tuple[Tensor, dict[str, Tensor]]
+Step = Callable[[nn.Module, int], Loss]
 
 
 @dataclass
@@ -83,6 +90,47 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+
+
+def fit(
+    model: nn.Module, step: Step, config: Namespace, log: Log
+) -> tuple[nn.Module, dict[str, float]]:
+    """Take the steps; give the moving average of the model, and the figures of the last tenth."""
+    optimizer, schedule = make_optimizer(model, config.lr, config.weight_decay, config.steps)
+    ema = ModelEmaV3(model, decay=config.ema, use_warmup=True)
+    every = max(1, config.steps // NOTES)
+    device = next(model.parameters()).device.type
+    noted: list[dict[str, float]] = []
+    model.train()
+    for index in range(config.steps):
+        torch.manual_seed(config.seed * LARGE + index)
+        schedule.step_update(index)
+        with torch.autocast(device, torch.bfloat16, enabled=config.amp):
+            loss, figures = step(model, index)
+        descend(loss, optimizer)
+        ema.update(model, step=index)
+        noted.append({"loss": loss.item(), **{k: v.item() for k, v in figures.items()}})
+        check_finite(noted[-1]["loss"], f"in step {index + 1}", config.lr)
+        if (index + 1) % every == 0:
+            log({"step": index + 1, **mean_of(noted[-every:])})
+    return ema.module, mean_of(noted[-every:])
+
+
+def fit_epochs(
+    model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], loader: Loader, config: Namespace,
+    log: Log,
+) -> tuple[nn.Module, dict[str, float]]:  # fmt: skip
+    """Take a step on each batch of the epochs; give what `fit` gives."""
+    config.steps = config.epochs * loader.batches_per_epoch
+    epochs = range(config.epochs)
+    batches = chain.from_iterable(loader.train_epoch(config.seed, e) for e in epochs)
+    return fit(model, lambda model, _: (loss(model, next(batches)), {}), config, log)
+
+
+def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Average each figure over the records that have it (NaN is to have none)."""
+    values = {key: [r[key] for r in records if r[key] == r[key]] for key in records[0]}
+    return {key: sum(found) / len(found) for key, found in values.items() if found}
 
 
 def train_step(
