@@ -36,8 +36,8 @@ from torch import Tensor, nn
 import normswap
 
 from .common import grid, methods, reports, scores
-from .common.dense import UNet
-from .common.errors import RecipeError, check, check_names
+from .common.dense import UNet, start
+from .common.errors import check, check_names
 from .common.options import Parser, count, of_cell, resolve
 from .common.scenes import IGNORED, TEST, TRAIN, VALID, Scenes
 from .common.scenes_folder import read_sites
@@ -83,20 +83,9 @@ def build(config: Namespace, data: Scenes) -> nn.Module:
     """Build the network and convert it; by seed every method starts as the same function."""
     torch.manual_seed(config.seed)
     names = contexts_of(config, data)
-    try:
-        model = UNet(config.model, config.levels, config.pretrained, config.weights)
-        given = copy.deepcopy(model.backbone.state_dict())
-        # A new BatchNorm claims mean 0 and variance 1; a norm that learns its statistics would
-        # start from that claim.
-        fill = [patches(data, names, TRAINING, config, seed)[0] for seed in range(FILL)]
-        normswap.update_stats(model, fill, progress=False)
-    except (normswap.NormswapError, RuntimeError, IndexError, AttributeError) as error:
-        raise RecipeError(
-            f"{config.model} gives no feature maps {config.levels} of patches of {config.patch} px "
-            f"({str(error).splitlines()[0]}); try other --levels, --patch or --model"
-        ) from error
-    if config.pretrained or config.weights != SCRATCH:
-        model.backbone.load_state_dict(given)
+    fill = [patches(data, names, TRAINING, config, seed)[0] for seed in range(FILL)]
+    keep = config.pretrained or config.weights != SCRATCH
+    model = start(UNet, config, fill, keep, weights=config.weights)
     if config.method.endswith(methods.FROZEN):  # the decoder is new: it has nothing to keep
         methods.convert(model.backbone, config.method, None)
         return model

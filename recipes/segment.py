@@ -29,9 +29,8 @@ from torch import Tensor, nn
 import normswap
 
 from .common import grid, methods, reports
-from .common.dense import FCN
-from .common.errors import RecipeError
-from .common.options import Parser, check_rates, count
+from .common.dense import FCN, start
+from .common.options import Parser, count, resolve
 from .common.runs import atomic
 from .common.scenes import COUNTS, IGNORED, TEST, TRAIN, VALID, Scenes, make_scenes
 from .common.scenes_folder import read_scenes, split
@@ -53,15 +52,13 @@ HEADINGS = {
     "target_posterior": "targets, posterior",
     "source_known": "sources, label known",
 }
-SMOKE_COUNTS, SMOKE_BATCH = (32, 8, 8), 16
+SMOKE_COUNTS = (32, 8, 8)
 SHOWN = 3  # test scenes of each domain in predictions.png
 
 
 def run(options: Namespace) -> None:
     check_model_name(options.model)
-    check_rates(options)
-    if options.smoke:
-        options.batch, options.epochs, options.seeds = SMOKE_BATCH, 1, 1
+    resolve(options, backbone=False, batch=16, epochs=1, seeds=1)
     scenes = loader(options)
     for method in options.methods:  # what cannot be converted shows now, not in an hour
         build(method, scenes(0), 0, options)
@@ -102,19 +99,9 @@ def loader(options: Namespace) -> Callable[[int], Scenes]:
 def build(method: str, data: Scenes, seed: int, options: Namespace) -> nn.Module:
     """Build the network and convert it; every method starts as the same function."""
     torch.manual_seed(seed)
-    try:
-        model = FCN(options.model, data.classes, options.levels, options.pretrained)
-        # A new BatchNorm claims mean 0 and variance 1; a norm that learns its statistics would
-        # start from that claim.
-        generator = torch.Generator().manual_seed(seed)
-        batches = data.batches(data.where(TRAIN), options.batch, generator)
-        torch.optim.swa_utils.update_bn((images for images, _, _ in islice(batches, 8)), model)
-    except (RuntimeError, AssertionError, IndexError, ValueError, AttributeError) as error:
-        raise RecipeError(
-            f"{options.model} gives no feature maps {options.levels} of images of "
-            f"{options.image_size} px ({str(error).splitlines()[0]}); try other --levels, "
-            "--image-size or --model"
-        ) from error
+    generator = torch.Generator().manual_seed(seed)
+    batches = islice(data.batches(data.where(TRAIN), options.batch, generator), 8)
+    model = start(FCN, options, (pictures for pictures, *_ in batches), classes=data.classes)
     placed = dict(PLACED.get(method, {}))
     if placed and options.placement:
         placed["placement"] = options.placement
