@@ -22,14 +22,13 @@ gave its norms statistics). The paper's threshold is 0.9; 0.8 keeps more labels 
 
 import math
 from argparse import Namespace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import grid, images, scores, unlabelled
+from .common import images, scores, unlabelled
 from .common.data import DomainData, Loader
 from .common.errors import check
 from .common.options import Parser, count
@@ -106,6 +105,3 @@ def add_options(parser: Parser) -> None:
     add("--target", help="domain without; an angle for the digits (45)")
     add("--ratio", type=count, default=1, help="target images a source image")
     add("--threshold", type=float, default=0.8, help="of the source's confidence")
-
-
-main = partial(grid.command, "adaptation", __doc__, add_options, run)

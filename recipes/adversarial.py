@@ -20,7 +20,6 @@ Differs from source: the attack is made in evaluation, not with the statistics o
 """
 
 from argparse import Namespace
-from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import grid, reports, tiles
+from .common import reports, tiles
 from .common.data import Batch, DomainData, Loader
 from .common.errors import check
 from .common.options import Parser, count, resolve
@@ -106,6 +105,3 @@ def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--eps", type=float, default=4.0, help="most that a pixel is changed by, of 255")
     add("--attack-steps", type=count, default=2, help="of the attack")
-
-
-main = partial(grid.command, "adversarial", __doc__, add_options, run)

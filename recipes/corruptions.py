@@ -19,7 +19,6 @@ brightness, colour, sharpness. What stays and comes near to a test: autocontrast
 
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -125,6 +124,3 @@ def relative(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], l
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, METHODS)
     images.add_options(parser)
-
-
-main = partial(grid.command, "corruptions", __doc__, add_options, run)

@@ -15,7 +15,6 @@ comes of that is not to be put down to contexts.
 """
 
 from argparse import Namespace
-from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -153,6 +152,3 @@ def add_options(parser: Parser) -> None:
     add("--joint", action="store_true", help="train on all domains, and hold none out")
     add("--held-out", nargs="+", metavar="DOMAIN", help="these alone, instead of each in turn")
     add("--reach", type=float, default=90.0, help="with --joint: epochs to this accuracy")
-
-
-main = partial(grid.command, "domains", __doc__, add_options, run)

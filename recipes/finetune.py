@@ -7,7 +7,6 @@ tables and curves. With no options it runs offline in minutes, on rotated handwr
 import argparse
 import time
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import normswap
 from normswap import plot
 from normswap.plot.run_files import read_curves
 
-from .common import grid, images, methods, parallel, runs, tables
+from .common import images, methods, parallel, runs, tables
 from .common.data import DomainData, Loader
 from .common.errors import check
 from .common.losses import LOSSES, crossnorm_layers
@@ -138,6 +137,3 @@ def add_options(parser: Parser) -> None:
     either = argparse.BooleanOptionalAction
     add("--baseline", default=True, action=either, help="train the unconverted model beside it")
     add("--seed", type=int, default=0, help="decides split, start, batches")
-
-
-main = partial(grid.command, "finetune", __doc__, add_options, run)

@@ -17,12 +17,11 @@ DOMAIN/CLASS/image, whose domains are then mixed.
 """
 
 from argparse import Namespace
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import grid, images, scores, unlabelled
+from .common import images, scores, unlabelled
 from .common.data import Loader
 from .common.options import Parser, count
 from .common.unlabelled import Pseudo, Views, pseudo_loss
@@ -64,6 +63,3 @@ def add_options(parser: Parser) -> None:
     add("--labels", type=count, default=4, help="a class")
     add("--ratio", type=count, default=3, help="unlabelled images a labelled one")
     add("--threshold", type=float, default=0.95, help="of a pseudo-label's confidence")
-
-
-main = partial(grid.command, "fixmatch", __doc__, add_options, run)

@@ -21,7 +21,6 @@ often as they occur.
 
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -204,6 +203,3 @@ def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--every", type=count, default=10, help="epochs a judgement")
     add("--width", type=count, default=16, help="of both networks")
-
-
-main = partial(grid.command, "generate", __doc__, add_options, run)

@@ -197,6 +197,3 @@ def add_options(parser: Parser) -> None:
     add("--adapt", metavar="SITE", help="train on this site alone, and adapt to the others")
     add("--patch", type=count, default=64, help="pixels a side of what trains")
     add("--levels", nargs="+", type=int, default=[0, 1, 2, 3], help="feature maps, finest first")
-
-
-main = partial(grid.command, "multisite", __doc__, add_options, run)

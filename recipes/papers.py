@@ -186,6 +186,3 @@ def add_options(parser: Parser) -> None:
     add("--contexts", type=count, default=3, help="Gaussians of the mixture")
     add("--norm", type=int, choices=(1, 2, 3), default=1, help="which of the three is replaced")
     add("--width", type=count, default=64, help="channels of the first convolution; then 2x, 4x")
-
-
-main = partial(grid.command, "papers", __doc__, add_options, run)

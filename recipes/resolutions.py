@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import grid, reports, tiles
+from .common import reports, tiles
 from .common.data import Batch, DomainData, Loader
 from .common.errors import check
 from .common.options import Parser, count, resolve
@@ -88,6 +88,3 @@ def add_options(parser: Parser) -> None:
     parser.share(lr=2e-3, epochs=4)
     sizes = "--image-size or less (default: it, three quarters and half of it)"
     parser.add_argument("--sizes", type=count, nargs="+", metavar="PX", help=sizes)
-
-
-main = partial(grid.command, "resolutions", __doc__, add_options, run)

@@ -11,11 +11,10 @@ versions. In RESULTS.md `<!-- table NAME -->` says where its table stands, up to
 import json
 import re
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .common import grid, runs
+from .common import runs
 from .common.errors import RecipeError, check
 from .common.options import Parser
 from .common.reports import TABLE, Report
@@ -94,6 +93,3 @@ def add_options(parser: Parser) -> None:
     add("--draw", type=Path, metavar="DIR", help="a folder for the pictures")
     add("--page", type=Path, default=PAGE, help="the page with the tables")
     add("--kept", type=Path, default=KEPT, help="the folder of kept runs")
-
-
-main = partial(grid.command, "results", __doc__, add_options, run)

@@ -169,6 +169,3 @@ def add_options(parser: Parser) -> None:
     add("--levels", nargs="+", type=int, default=[1, 2, 3], help="feature maps, finest first")
     add("--placement", help="of crossnorm, selfnorm and cnsn, for theirs")
     add("--batch", type=count, default=16, help="images a step")
-
-
-main = partial(grid.command, "segment", __doc__, add_options, run)

@@ -24,7 +24,6 @@ quarter of the labels from training steps, for use where the sensor is not alway
 
 from argparse import Namespace
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -100,6 +99,3 @@ def add_options(parser: Parser) -> None:
     tiles.add_options(parser, METHODS, known)
     parser.share("model", weights=SCRATCH, lr=ByStart(2e-3, 5e-4), drop_labels=0.0)
     parser.share(epochs=ByData(10, 4))
-
-
-main = partial(grid.command, "sensors", __doc__, add_options, run)

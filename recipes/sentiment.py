@@ -11,7 +11,6 @@ that the mean of the two classes' accuracies stands beside the accuracy.
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,6 +179,3 @@ def add_options(parser: Parser) -> None:
     files = f"folder with {', '.join(FILES.values())}"
     parser.add_argument("--data", type=Path, required=True, help=files)
     parser.share(epochs=8, lr=1e-3, weight_decay=0.01)
-
-
-main = partial(grid.command, "sentiment", __doc__, add_options, run)

@@ -27,7 +27,6 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -168,6 +167,3 @@ def add_options(parser: Parser) -> None:
     images.add_options(parser, DIGITS_EPOCHS)
     add = parser.add_argument
     add("--superclasses", nargs="+", metavar="NAME=CLASS,CLASS", help="or cifar100; see above")
-
-
-main = partial(grid.command, "superclasses", __doc__, add_options, run)

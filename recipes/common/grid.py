@@ -4,7 +4,6 @@ A training's line in results.jsonl is written whole: a kill loses only what it i
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,7 @@ import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-import normswap
-
 from . import runs
-from .errors import RecipeError
 from .options import Parser, count, of_cell
 from .runs import read_lines
 
@@ -33,27 +29,6 @@ Training = Callable[[argparse.Namespace, Log], Record]
 Outcome = tuple[Record, list[dict[str, Any]]]
 MOST_JOBS = 8  # each holds the images and a model
 T = TypeVar("T")
-
-
-def command(
-    recipe: str,
-    text: str | None,
-    add_options: Callable[[Parser], None],
-    run: Callable[[argparse.Namespace], None],
-    argv: list[str],
-) -> int:
-    """Run a recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
-    try:
-        parser = Parser(recipe, text)
-        add_options(parser)
-        run(runs.parse(parser, argv))
-    except (RecipeError, normswap.NormswapError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; what was finished is kept, for --resume", file=sys.stderr)
-        return 130
-    return 0
 
 
 def add_methods(
