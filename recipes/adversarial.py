@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import reports, tiles
+from .common import grid, reports, tiles
 from .common.data import Batch, DomainData, Loader
 from .common.errors import check
 from .common.options import Parser, count, resolve
@@ -42,7 +42,8 @@ HEADINGS = {"clean": "clean", "attacked": "attacked"}
 def run(options: Namespace) -> None:
     resolve(options, backbone=False, epochs=1, limit=4)
     check(options.eps > 0, f"expected --eps above 0, of 255, got {options.eps:g}")
-    folder, records = tiles.run(options, "adversarial", train_one, itemgetter("clean"))
+    chosen, source = itemgetter("clean"), tiles.source(options)
+    folder, records = grid.run(options, "adversarial", source, train_one, chosen)
     more = {"unknown": "attacked, told clean"} | ({"rate": "rate, 1e-3"} if options.tune else {})
     title = f"accuracy on clean and on attacked images (eps {options.eps:g} of 255), %"
     reports.show(folder, records, HEADINGS, title, more, ["clean", "attacked"])

@@ -39,34 +39,16 @@ METHODS = (
 OVERLAP = ("ContrastIncreasing", "BrightnessIncreasing", "ColorIncreasing", "SharpnessIncreasing")
 FIGURES = {"clean": "clean", **{group: group for group in GROUPS}, "corrupted": "all corrupted"}
 RELATIVE = "mCE, bn = 100"
+Data = tuple[DomainData, dict[str, dict[int, Tensor]]]  # and its corruptions, by severity
 
 
 def run(options: Namespace) -> None:
     images.settle(options)
 
-    @grid.Latest  # the seed is the outer loop
-    def data_of(seed: int) -> tuple[DomainData, dict[str, dict[int, Tensor]]]:
-        data = images.load_mixed(options, seed)
-        clean = data.images[data.test]
-        return data, {
-            name: {severity: corrupt(clean, name, severity, seed) for severity in SEVERITIES}
-            for name in FAMILIES
-        }
-
-    # What is wrong with images, model or weights is said before a run is made.
-    images.build(options, data_of(0)[0], 0)
-
-    def train(config: Namespace, log: Log) -> dict[str, Any]:
-        data, corrupted = data_of(config.seed)
-        norms, _, loss = config.method.partition("+")
-        config.loss = loss or "ce"
-        model, loader, _ = images.build(config, data, config.seed, without=OVERLAP)
-        inputs = (images.example(loader),)
-        model = methods.convert(model, norms, None, example_inputs=inputs)
-        images.train(config.method, model, loader, config, log)
-        return errors(model, loader, corrupted)
-
-    folder, records = grid.run(options, "corruptions", train)
+    folder, records = grid.run(
+        options, "corruptions", data_of, train_one,
+        before=lambda data: images.build(options, data[0], 0),
+    )  # fmt: skip
     compared, notes = relative(records)
     more = {"mce": RELATIVE} if any(r.get("mce") is not None for r in compared) else {}
     source = "digits" if options.data is None else options.data.resolve().name
@@ -81,6 +63,27 @@ def run(options: Namespace) -> None:
     ]
     how = {"unit": "error, %", "notes": notes}
     reports.show(folder, compared, FIGURES, title, more, "corrupted", **how)
+
+
+def data_of(config: Namespace) -> Data:
+    """Load the images, and corrupt those that test in every way."""
+    data, seed = images.load_mixed(config, config.seed), config.seed
+    clean = data.images[data.test]
+    return data, {
+        name: {severity: corrupt(clean, name, severity, seed) for severity in SEVERITIES}
+        for name in FAMILIES
+    }
+
+
+def train_one(given: Data, config: Namespace, log: Log) -> dict[str, Any]:
+    """Train one model; give its errors."""
+    data, corrupted = given
+    norms, _, loss = config.method.partition("+")
+    config.loss = loss or "ce"
+    model, loader, _ = images.build(config, data, config.seed, without=OVERLAP)
+    model = methods.convert(model, norms, None, example_inputs=(images.example(loader),))
+    images.train(config.method, model, loader, config, log)
+    return errors(model, loader, corrupted)
 
 
 @torch.inference_mode()

@@ -44,13 +44,6 @@ def run(options: Namespace) -> None:
     check(alone, f"{both}; a joint training holds no domain out")
     resolve(options, seeds=1, epochs=1, limit=6)
 
-    @grid.Latest
-    def start_of(held_out: str, seed: int) -> tuple[DomainData, NearestDomain]:
-        config = of_cell(options, held_out=None if held_out == JOINT else held_out)
-        data = images.load(config, seed)
-        start, loader, _ = images.build(config, data, seed, fill=False)
-        return data, NearestDomain(start, loader)
-
     joint = of_cell(options, held_out=None)
     data = images.load(joint)
     images.build(joint, data, 0)  # what is wrong is said before anything is written
@@ -63,11 +56,8 @@ def run(options: Namespace) -> None:
     wanted = [{"held_out": domain, **cell} for domain in held for cell in grid.cells(options)]
     wanted.sort(key=lambda cell: cell["seed"])
 
-    def train(config: Namespace, log: Log) -> dict[str, Any]:
-        return train_one(config, *start_of(config.held_out, config.seed), log)
-
     free = (*runs.FREE, "held_out")
-    folder, records = grid.run(options, recipe, train, wanted=wanted, free=free)
+    folder, records = grid.run(options, recipe, start_of, train_one, wanted=wanted, free=free)
     rows = tabulated(records, grid.read_lines(folder / grid.EPOCHS), options.reach)
     headings = {domain: domain for domain in (names if options.joint else held)}
     compared = "mean" if len(headings) > 1 else None
@@ -83,9 +73,17 @@ def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Modul
     return methods.convert(model, method, contexts, verify=False, **settings)
 
 
+def start_of(config: Namespace) -> tuple[DomainData, NearestDomain]:
+    config.held_out = None if config.held_out == JOINT else config.held_out
+    data = images.load(config, config.seed)
+    start, loader, _ = images.build(config, data, config.seed, fill=False)
+    return data, NearestDomain(start, loader)
+
+
 def train_one(
-    config: Namespace, data: DomainData, nearest: NearestDomain, log: Log
+    given: tuple[DomainData, NearestDomain], config: Namespace, log: Log
 ) -> dict[str, Any]:
+    data, nearest = given
     model, loader, _ = images.build(config, data, config.seed)
     model = apply_method(config.method, model, data.contexts)
     model.to(config.device, memory_format=torch.channels_last)

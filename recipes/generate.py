@@ -114,18 +114,7 @@ def run(options: Namespace) -> None:
     resolve(options, backbone=False, epochs=2, every=1, width=8)
     data = load(options.data, options.smoke, options.device)
     print(data.note)
-    asked = torch.arange(len(data.classes)).repeat_interleave(COLUMNS)
-
-    def train(config: Namespace, log: Log) -> dict[str, Any]:
-        given = data.classes, config.width, data.images, data.labels, config.seed
-        pair = gan.build(config.method, *given).to(config.device)
-        figures = train_one(pair, data, config, log)
-        if config.seed == 0:
-            made = generate(pair, asked, seed=1)
-            save_samples(config.folder / f"samples-{config.method}.png", made)
-        return figures
-
-    folder, records = grid.run(options, "generate", train)
+    folder, records = grid.run(options, "generate", lambda _: data, train_one)
     rows = [(data.labels == c).nonzero().flatten()[:COLUMNS] for c in range(len(data.classes))]
     save_samples(folder / "samples-real.png", data.images[torch.cat(rows)])
     draw_epochs(folder, records, data.real)
@@ -134,8 +123,10 @@ def run(options: Namespace) -> None:
     reports.finish(folder, f"{data.note}\n\n{table}")
 
 
-def train_one(pair: gan.Pair, data: Images, config: Namespace, log: Log) -> dict[str, Any]:
+def train_one(data: Images, config: Namespace, log: Log) -> dict[str, Any]:
     """Train both networks; give the figures of the last epoch."""
+    given = data.classes, config.width, data.images, data.labels, config.seed
+    pair = gan.build(config.method, *given).to(config.device)
     nets = (pair.generator, pair.discriminator)
     optimizers = [torch.optim.Adam(net.parameters(), config.lr, (0.5, 0.999)) for net in nets]
     figures: dict[str, Any] = {}
@@ -156,6 +147,10 @@ def train_one(pair: gan.Pair, data: Images, config: Namespace, log: Log) -> dict
             figures = judge(pair, data)
             line |= figures
         log(line)
+    if config.seed == 0:
+        asked = torch.arange(len(data.classes)).repeat_interleave(COLUMNS)
+        made = generate(pair, asked, seed=1)
+        save_samples(config.folder / f"samples-{config.method}.png", made)
     return figures
 
 

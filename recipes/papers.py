@@ -26,7 +26,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -53,18 +53,16 @@ PADDING = 4
 def run(options: Namespace) -> None:
     small = {"epochs": 1, "rate_epochs": 1, "limit": 8, "batch_size": 32, "width": 8}
     resolve(options, backbone=False, **small)
-    path = prepared(options)
-
-    def train(config: Namespace, _: Log) -> dict[str, Any]:
-        return train_one(load(path, config.device), config)
-
-    chosen = itemgetter("accuracy")
-    folder, records = grid.run(options, "papers", train, chosen, options.rates)
+    path, chosen = prepared(options), itemgetter("accuracy")
+    folder, records = grid.run(
+        options, "papers", lambda config: load(path, config.device), train_one, chosen,
+        rates=options.rates,
+    )  # fmt: skip
     early = max(1, options.epochs // 4)
     rows = [{**r, "lr": 1000 * r["lr"], "early": r["losses"][early - 1]} for r in records]
     more = {"lr": "rate, 1e-3", "early": f"loss of epoch {early}"}
     title = "accuracy of a shallow CNN, %"
-    reports.show(folder, rows, {"accuracy": "accuracy, %"}, title, more, "accuracy", 2)
+    reports.show(folder, rows, {"accuracy": "accuracy, %"}, title, more, "accuracy", digits=2)
 
 
 def prepared(options: Namespace) -> Path:
@@ -87,9 +85,8 @@ def prepared(options: Namespace) -> Path:
     return path
 
 
-@lru_cache(maxsize=1)
 def load(path: Path, device: torch.device) -> DomainData:
-    """Load the images once a process, (N, H, W, 3) uint8; they stay on the device whole."""
+    """Load the images, (N, H, W, 3) uint8; they stay on the device whole."""
     how = Augmentation(side=(1.0, 1.0), shift=PADDING, flip=True)
     data = DomainData(**torch.load(path, weights_only=True), augmentation=how)
     return replace(data, images=data.images.to(device).permute(0, 2, 3, 1).contiguous())
@@ -131,7 +128,7 @@ def network(classes: int, width: int, size: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
-def train_one(data: DomainData, config: Namespace) -> dict[str, Any]:
+def train_one(data: DomainData, config: Namespace, _: Log) -> dict[str, Any]:
     """Train one model; give its accuracy in per cent, and the mean loss of every epoch."""
     start, device = time.perf_counter(), data.images.device
     data = data if config.final else validation(data)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import reports, tiles
+from .common import grid, reports, tiles
 from .common.data import Batch, DomainData, Loader
 from .common.errors import check
 from .common.options import Parser, count, resolve
@@ -45,7 +45,8 @@ def run(options: Namespace) -> None:
     expected = f"expected --sizes to be two or more, each another, of at most {whole}"
     fine = 1 < len(set(sizes)) == len(sizes) and max(sizes) <= whole
     check(fine, f"{expected}, got {', '.join(map(str, sizes))}")
-    folder, records = tiles.run(options, "resolutions", train_one, itemgetter("mean"))
+    chosen, source = itemgetter("mean"), tiles.source(options)
+    folder, records = grid.run(options, "resolutions", source, train_one, chosen)
     headings = {f"at_{size}": f"{size} px" for size in sizes} | {"mean": "mean"}
     more = {"rate": "rate, 1e-3"} if options.tune else {}
     reports.show(folder, records, headings, "accuracy by size, %", more, "mean")

@@ -62,11 +62,7 @@ def run(options: Namespace) -> None:
     scenes = loader(options)
     for method in options.methods:  # what cannot be converted shows now, not in an hour
         build(method, scenes(0), 0, options)
-
-    def train(config: Namespace, log: Log) -> dict[str, Any]:
-        return train_one(scenes(config.seed), config, log)
-
-    folder, records = grid.run(options, "segment", train)
+    folder, records = grid.run(options, "segment", lambda config: scenes(config.seed), train_one)
     data = scenes(0)
     title = f"sources {', '.join(data.sources)}; targets {', '.join(data.targets)}"
     targets = {f"on_{name}": name for name in data.targets}

@@ -44,13 +44,12 @@ def run(options: Namespace) -> None:
     resolve(options, backbone=options.weights != SCRATCH, epochs=1, limit=4)
     given = tiles.source(options)
 
-    @grid.Latest  # the seed is the outer loop
-    def data_of(seed: int) -> DomainData:
-        data = given(seed)
-        return seen(data, seed) if len(data.domain_names) == 1 else data
+    def data_of(config: Namespace) -> DomainData:
+        data = given(config)
+        return seen(data, config.seed) if len(data.domain_names) == 1 else data
 
-    names = data_of(0).domain_names
-    folder, records = tiles.run(options, "sensors", train_one, scores.known_mean, data_of)
+    folder, records = grid.run(options, "sensors", data_of, train_one, scores.known_mean)
+    names = next(iter(records[0]["accuracy"].values()))
     headings = {**{name: name for name in names}, "mean": "mean"}
     more = {"lr": "rate, 1e-3"} if options.tune else {}
     title = "accuracy by context, %"

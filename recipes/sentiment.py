@@ -79,11 +79,8 @@ def run(options: Namespace) -> None:
         files = {part: lines[:: steps[part]] for part, lines in files.items()}
     words = vocabulary(files["train"])
     data = {part: encode(lines, words) for part, lines in files.items()}
-
-    def train(config: Namespace, log: Log) -> dict[str, Any]:
-        return train_one(config, data, len(words) + 2, log)
-
-    folder, records = grid.run(options, "sentiment", train)
+    given = data, len(words) + 2
+    folder, records = grid.run(options, "sentiment", lambda _: given, train_one)
     most = data["target"].labels.bincount().max().item() / len(data["target"].labels)
     note = f"Of the product sentences {100 * most:.1f} % are of the larger class."
     more = {"best_epoch": "epoch"}
@@ -98,10 +95,10 @@ def build(method: str, words: int, seed: int) -> nn.Module:
 
 
 def train_one(
-    config: Namespace, data: dict[str, Sentences], words: int, log: Log
+    given: tuple[dict[str, Sentences], int], config: Namespace, log: Log
 ) -> dict[str, Any]:
     """Train one model; give the accuracies of its epoch that is best on the validation part."""
-    device = config.device
+    (data, words), device = given, config.device
     model = build(config.method, words, config.seed).to(device)
     groups = normswap.param_groups(model, config.lr, config.weight_decay)
     optimizer = torch.optim.AdamW(groups)

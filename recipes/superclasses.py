@@ -27,6 +27,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -63,17 +64,11 @@ def run(options: Namespace) -> None:
     images.settle(options)
     options.superclasses = options.superclasses or list(DIGITS if digits else PACS)
 
-    @grid.Latest  # the seed is the outer loop
-    def data_of(seed: int) -> DomainData:
-        return with_superclasses(images.load_mixed(options, seed), options.superclasses)
+    def data_of(config: Namespace) -> DomainData:
+        return with_superclasses(images.load_mixed(config, config.seed), config.superclasses)
 
-    # What is wrong with images, model or weights is said before a run is made.
-    images.build(options, data_of(0), 0)
-
-    def train(config: Namespace, log: Log) -> dict[str, Any]:
-        return train_one(config, data_of(config.seed), log)
-
-    folder, records = grid.run(options, "superclasses", train)
+    before = partial(images.build, options, seed=0)
+    folder, records = grid.run(options, "superclasses", data_of, train_one, before=before)
     rows = [*records, *masked(records)]
     title = f"superclasses as contexts: {options.model}, {options.image_size} px"
     notes = ["test accuracy, %; mean +- standard deviation over seeds"]
@@ -83,7 +78,7 @@ def run(options: Namespace) -> None:
     reports.show(folder, rows, FIGURES, title, notes=notes)
 
 
-def train_one(config: Namespace, data: DomainData, log: Log) -> dict[str, Any]:
+def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent, by what it is told at test time."""
     norms = config.method.removesuffix("-superclass").removesuffix("-kmeans")
     model, loader, _ = images.build(config, data, config.seed)

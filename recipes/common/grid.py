@@ -18,14 +18,12 @@ from tqdm import tqdm
 from . import runs
 from .options import Parser, count, of_cell
 from .runs import read_lines
+from .training import Log
 
 RESULTS, EPOCHS = "results.jsonl", "epochs.jsonl"
 Record = dict[str, Any]
 Cell = dict[str, Any]
-Log = Callable[[dict[str, Any]], None]
 Train = Callable[[Cell, Log], Record]
-# Trains with these settings, those of its cell among them; see `run`.
-Training = Callable[[argparse.Namespace, Log], Record]
 Outcome = tuple[Record, list[dict[str, Any]]]
 MOST_JOBS = 8  # each holds the images and a model
 T = TypeVar("T")
@@ -69,23 +67,33 @@ def jobs_of(options: argparse.Namespace) -> int:
 
 
 def run(
-    options: argparse.Namespace, recipe: str, train: Training,
-    score: Callable[[Record], float] | None = None, rates: Sequence[float] = (),
+    options: argparse.Namespace, recipe: str, data_of: Callable[[argparse.Namespace], T],
+    train: Callable[[T, argparse.Namespace, Log], Record],
+    score: Callable[[Record], float] | None = None, *, rates: Sequence[float] = (),
     wanted: Sequence[Cell] | None = None, free: tuple[str, ...] = runs.FREE,
+    before: Callable[[T], object] = id,
 ) -> tuple[Path, list[Record]]:  # fmt: skip
-    """Run a training for each method and seed, or for each of the cells that are wanted.
+    """Train each method with each seed, or each of the wanted cells; give folder and records.
 
-    Its settings are the options, the folder of the run, those of its cell, and its rate: that one
-    of `rates` (without them, of --lr or what --tune asks for) at which the method had the highest
-    `score` with seed 0. A training that tries a rate is not `final`, and must not see what tests.
-    Gives the folder and the records.
+    A training gets the data of its settings, which those that differ in method or rate share, the
+    settings, and what notes its epochs. The settings are the options, the folder of the run, those
+    of its cell, and its rate: that one of `rates` (without them, of --lr or what --tune asks for)
+    at which the method had the highest `score` with seed 0. A training that tries a rate is not
+    `final`, and must not see what tests. `before` is given data before anything is written: what
+    is wrong with images, model or weights is to be said first.
     """
-    folder, jobs = open_run(options, recipe, free), jobs_of(options)
+    wanted = cells(options) if wanted is None else wanted
+    latest = Latest(lambda *cell: data_of(of_cell(options, **dict(cell))))
+
+    def shared(cell: Cell) -> T:
+        return latest(*(item for item in cell.items() if item[0] not in ("method", "lr")))
 
     def configured(rates: dict[str, float], cell: Cell, log: Log) -> Record:
         given = {"folder": folder, "lr": rates.get(cell["method"]), "final": bool(rates), **cell}
-        return train(of_cell(options, **given), log)
+        return train(shared(cell), of_cell(options, **given), log)
 
+    before(shared(wanted[0]))
+    folder, jobs = open_run(options, recipe, free), jobs_of(options)
     if not rates:
         tune = vars(options).get("tune", False)
         rates = [options.lr * factor for factor in ((1 / 3, 1, 3) if tune else (1,))]
@@ -95,7 +103,6 @@ def run(
         records = run_cells(folder, tried, partial(configured, {}), jobs)
         for record in sorted(records, key=score):
             chosen[record["cell"]["method"]] = record["cell"]["lr"]
-    wanted = cells(options) if wanted is None else wanted
     return folder, run_cells(folder, wanted, partial(configured, chosen), jobs)
 
 

@@ -106,7 +106,7 @@ SHARED: dict[str, tuple[Any, str]] = {
 DEFAULTS = {
     "pretrained": False, "held_out": None, "limit": None, "loss": "ce", "amp": False,
     "batch_size": 64, "weight_decay": 0.05, "workers": 2, "flip": True, "drop_labels": 0.0,
-    "weights": SCRATCH, "ema": 0.0, "device": torch.device("cpu"),
+    "weights": SCRATCH, "ema": 0.0, "final": True, "device": torch.device("cpu"),
 }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ A tile is cut from one of twelve photographs; which, is the class. Half of the t
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from .augment import Augmentation
 from .data import DomainData, Loader, stratified_mask, validation
 from .errors import check
 from .options import ByData, Parser
-from .training import Log, fill_statistics
+from .training import fill_statistics
 from .weights import SCRATCH, make_backbone
 
 # Those of scikit-image's wheel with detail nearly everywhere.
@@ -69,7 +68,11 @@ def network(classes: int, width: int = 16) -> nn.Module:
 
 
 def start(data: DomainData, config: Namespace, contexts: Sequence[str]) -> tuple[nn.Module, Loader]:
-    """Make the converted network that a training starts from, and what makes its batches."""
+    """Make the converted network that a training starts from, and what makes its batches.
+
+    A training that tries a rate is tested on a part of the images that train.
+    """
+    data = data if config.final else validation(data)
     torch.manual_seed(config.seed)
     model, mean, std = network(len(data.classes)), (MEAN,) * 3, (STD,) * 3
     if config.weights != SCRATCH:
@@ -83,28 +86,13 @@ def start(data: DomainData, config: Namespace, contexts: Sequence[str]) -> tuple
     return model.to(memory_format=torch.channels_last), loader
 
 
-def source(options: Namespace) -> Callable[[int], DomainData]:
-    """Give what gives the images of a seed; what is wrong with them is said at once."""
+def source(options: Namespace) -> Callable[[Namespace], DomainData]:
+    """Give what gives the images of a seed; those of a folder are the same for all."""
     loaded = grid.Latest(lambda seed: load(options, seed))
-    loaded(0)
-    return lambda seed: loaded(0 if options.data else seed)
+    return lambda config: loaded(0 if options.data else config.seed)
 
 
 def add_options(parser: Parser, methods: Sequence[str], known: Sequence[str]) -> None:
     grid.add_methods(parser, methods, known)
     parser.share("data", "limit", "tune", "amp", flip=True, batch_size=64)
     parser.share(image_size=ByData(16, 32))
-
-
-def run(
-    options: Namespace, recipe: str, train: Callable[[DomainData, Namespace, Log], grid.Record],
-    score: Callable[[grid.Record], float], data_of: Callable[[int], DomainData] | None = None,
-) -> tuple[Path, list[grid.Record]]:  # fmt: skip
-    """Run the grid; `train` gets the data of the seed, or to try a rate those of validation."""
-    data_of = data_of or source(options)
-
-    def train_one(config: Namespace, log: Log) -> grid.Record:
-        data = data_of(config.seed)
-        return train(data if config.final else validation(data), config, log)
-
-    return grid.run(options, recipe, train_one, score)

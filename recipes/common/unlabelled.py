@@ -14,6 +14,7 @@ tested is the moving average of the weights after the last step; nothing is chos
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -80,8 +81,6 @@ def run(
     headings: dict[str, str], title: str, score: str,
 ) -> None:  # fmt: skip
     """Run a grid; `score` names what chooses a rate, and `told` is compared with BatchNorm."""
-    # What is wrong with images, model or weights is said before a run is made.
-    images.build(options, data, 0, fill=False)
     for domain, name in enumerate(data.domain_names):
         here = data.domains == domain
         trains, tests = (int((here & part).sum()) for part in (data.train, data.test))
@@ -91,7 +90,7 @@ def run(
     # Labels of other domains than the first must have no say in what is left out.
     groups = torch.where(data.domains == 0, data.labels, len(data.classes) + data.domains)
 
-    def train(config: Namespace, log: Log) -> dict[str, Any]:
+    def train(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
         part = data if config.final else validation(data, groups)
         model, loader, _ = images.build(config, part, config.seed, fill=False)
         views = Views(loader)
@@ -108,7 +107,10 @@ def run(
         found["told"] = found.get("known", found.get("plain"))
         return {**found, **figures, "rate": 1000 * config.lr}
 
-    folder, records = grid.run(options, recipe, train, itemgetter(score))
+    before = partial(images.build, options, seed=0, fill=False)
+    folder, records = grid.run(
+        options, recipe, lambda _: data, train, itemgetter(score), before=before
+    )
     more = {**COUNTED, **({"rate": "rate, 1e-3"} if options.tune else {})}
     reports.show(folder, records, headings, title, more, "told")
 
