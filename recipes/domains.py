@@ -28,7 +28,7 @@ from .common.data import DomainData, Loader
 from .common.errors import check
 from .common.nearest import NearestDomain
 from .common.options import ByData, ByStart, Parser, of_cell, resolve
-from .common.training import Log, make_arm, takes_context, train_epoch
+from .common.training import Log, takes_context
 
 METHODS = (
     *("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn"),
@@ -87,12 +87,14 @@ def train_one(
     model, loader, _ = images.build(config, data, config.seed)
     model = apply_method(config.method, model, data.contexts)
     model.to(config.device, memory_format=torch.channels_last)
-    arm = make_arm(config.method, model, config, loader.batches_per_epoch)
-    for epoch in range(config.epochs):
-        report = train_epoch([arm], loader, config, epoch)[config.method]
-        accuracy = measure(model, loader, nearest)
-        log({"epoch": epoch + 1, "loss": report["loss"], "accuracy": accuracy})
-    return {"accuracy": accuracy, "step_ms": report["step_ms"]}
+    figures: dict[str, Any] = {}
+
+    def tested(line: dict[str, Any]) -> None:
+        figures["accuracy"] = measure(model, loader, nearest)
+        log({**line, **figures})
+
+    report = images.train(config.method, model, loader, config, tested)
+    return {**figures, "step_ms": report["step_ms"]}
 
 
 def measure(model: nn.Module, loader: Loader, nearest: NearestDomain) -> Accuracy:

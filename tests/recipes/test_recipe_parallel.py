@@ -52,7 +52,7 @@ def test_two_processes_finish_what_one_began_as_one_does(tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.tables, "epoch_line", stop)
+        patch.setattr(finetune, "epoch_line", stop)
         assert main(["finetune", *OPTIONS, *out, "--name", "two"]) == 130
     assert len(metrics(tmp_path / "two")) == 1
     capsys.readouterr()
