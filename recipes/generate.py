@@ -144,22 +144,16 @@ def train_one(data: Images, config: Namespace, log: Log) -> dict[str, Any]:
         check_finite(sum(loss), f"of {pair.method} in epoch {epoch + 1}", config.lr)
         line = {"epoch": epoch + 1, "discriminator": loss[0], "generator": loss[1]}
         if (epoch + 1) % config.every == 0 or epoch + 1 == config.epochs:
-            figures = judge(pair, data)
+            features = data.judge.features(generate(pair, data.asked, seed=2))
+            figures = {"distance": frechet_distance(data.held_out, features)}
+            if pair.conditional:
+                figures["accuracy"] = data.judge.accuracy(features, data.asked)
             line |= figures
         log(line)
     if config.seed == 0:
         asked = torch.arange(len(data.classes)).repeat_interleave(COLUMNS)
         made = generate(pair, asked, seed=1)
         save_samples(config.folder / f"samples-{config.method}.png", made)
-    return figures
-
-
-def judge(pair: gan.Pair, data: Images) -> dict[str, Any]:
-    """Measure generated images, of the same noise every time."""
-    features = data.judge.features(generate(pair, data.asked, seed=2))
-    figures = {"distance": frechet_distance(data.held_out, features)}
-    if pair.conditional:
-        figures["accuracy"] = data.judge.accuracy(features, data.asked)
     return figures
 
 

@@ -41,27 +41,20 @@ def keep(folder: Path, kept: Path, name: str) -> None:
     path = folder / TABLE
     check(path.exists(), f"expected a finished run with {TABLE} in it, got {folder}")
     found = json.loads(path.read_text(encoding="utf-8"))
-    for record in found["records"]:
-        for key, value in record.items():
-            record[key] = round(value, 4) if isinstance(value, float) else value
-    words = found["versions"]["command"].split()
-    found["versions"]["command"] = " ".join(map(shortened, without_places(words)))
+    found["versions"]["command"] = without_places(found["versions"]["command"])
     kept.mkdir(parents=True, exist_ok=True)
-    records = ",\n".join(json.dumps(record) for record in found.pop("records"))
+    rounded = [
+        {key: round(value, 4) if isinstance(value, float) else value for key, value in r.items()}
+        for r in found.pop("records")
+    ]
+    records = ",\n".join(map(json.dumps, rounded))
     text = json.dumps(found, indent=1)[:-2] + f',\n "records": [\n{records}\n]\n}}\n'
     runs.write_text(kept / f"{name}.json", text)
 
 
-def shortened(word: str) -> str:
-    return word.rsplit("/", 1)[-1]
-
-
-def without_places(words: list[str]) -> list[str]:
-    """Leave out where a run went and how many ran at once: neither changes a figure."""
-    places = ("--out", "--name", "--jobs")
-    before = ["", *words]
-    kept = zip(before, words, strict=False)
-    return [w for b, w in kept if b not in places and w not in (*places, "--resume")]
+def without_places(command: str) -> str:
+    """Leave out where a run went and how many ran at once; of paths, all but the last part."""
+    return re.sub(r" --(out|name|jobs) \S+| --resume|(?<= )\S*/", "", command)
 
 
 def read(path: Path) -> tuple[Report, dict[str, str]]:

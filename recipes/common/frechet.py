@@ -77,7 +77,7 @@ class Judge:
 
 
 def small_judge(images: Tensor, labels: Tensor, classes: int, device: torch.device) -> Judge:
-    """Train a small convolutional classifier from scratch on images (N, C, 32, 32): 64 features."""
+    """Train a small classifier, with dropout on its 64 features, on images (N, C, 32, 32)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers: list[nn.Module] = []
@@ -86,22 +86,17 @@ def small_judge(images: Tensor, labels: Tensor, classes: int, device: torch.devi
             layers += [nn.BatchNorm2d(after), nn.ReLU()]
         body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU()).to(device)
         head = nn.Linear(64, classes).to(device)
-        _fit(body, head, images.to(device), labels.to(device))
+        images, labels = images.to(device), labels.to(device)
+        steps = EPOCHS * math.ceil(len(images) / 64)
+        optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()])
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+        for _ in range(EPOCHS):
+            for chosen in torch.randperm(len(images)).to(device).split(64):
+                scores = head(F.dropout(body(images[chosen]), 0.3))
+                descend(F.cross_entropy(scores, labels[chosen]), optimizer)
+                schedule.step()
     name = "a classifier trained on the training images"
     return Judge(name, body.eval(), lambda x: head(x.to(device)).argmax(1).cpu(), device)
-
-
-def _fit(body: nn.Module, head: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Train for `EPOCHS` with AdamW, one cycle of its rate, and dropout on the features."""
-    steps = EPOCHS * math.ceil(len(images) / 64)
-    optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(EPOCHS):
-        for chosen in torch.randperm(len(images)).to(images.device).split(64):
-            scores = head(F.dropout(body(images[chosen]), 0.3))
-            loss = F.cross_entropy(scores, labels[chosen])
-            descend(loss, optimizer)
-            schedule.step()
 
 
 class ImageNetFeatures(nn.Module):

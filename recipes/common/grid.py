@@ -6,7 +6,6 @@ A training's line in results.jsonl is written whole: a kill loses only what it i
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,7 +23,7 @@ RESULTS, EPOCHS = "results.jsonl", "epochs.jsonl"
 Record = dict[str, Any]
 Cell = dict[str, Any]
 Train = Callable[[Cell, Log], Record]
-Outcome = tuple[Record, list[dict[str, Any]]]
+Outcome = tuple[Record, list[dict[str, Any]], Exception | None]
 MOST_JOBS = 8  # each holds the images and a model
 T = TypeVar("T")
 
@@ -127,51 +126,44 @@ def run_cells(folder: Path, wanted: Sequence[Cell], train: Train, jobs: int = 1)
         shown = [f"{k} {v:.3g}" for k, v in figures.items() if isinstance(v, float)]
         bar.set_postfix_str(f"{' '.join(map(str, cell.values()))}: {', '.join(shown)}")
 
-    if jobs == 1 or len(missing) < 2:
-        outcomes = (timed(train, cell, partial(log, cell)) for cell in missing)
-    else:
-        threads = max(1, torch.get_num_threads() // jobs)
-        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
-        outcomes = pool(delayed(apart)(train, cell, threads) for cell in missing)
+    jobs = min(jobs, len(missing)) or 1
+    pool = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+    given = max(1, torch.get_num_threads() // jobs), log if jobs == 1 else None
     failed = []
     with bar:
-        for outcome in outcomes:
-            if isinstance(outcome, Failed):
-                failed.append(outcome)
+        for record, logged, error in pool(delayed(outcome)(train, c, *given) for c in missing):
+            if error is not None:
+                failed.append(error)
                 continue
-            record, logged = outcome
             for figures in logged:
                 log(record["cell"], figures)
             done.append(record)
             runs.write_lines(folder / RESULTS, done)
             bar.update()
     if failed:
-        raise failed[0].error
+        raise failed[0]
     return [next(record for record in done if record["cell"] == cell) for cell in wanted]
 
 
-def timed(train: Train, cell: Cell, log: Log) -> Outcome:
-    """Train a cell; give its record, with its seconds, and no epochs that are not logged yet."""
-    start = time.perf_counter()
-    figures = {"cell": cell, **train(cell, log)}
-    figures.setdefault("seconds", round(time.perf_counter() - start, 1))
-    return figures, []
+def outcome(
+    train: Train, cell: Cell, threads: int, log: Callable[[Cell, dict[str, Any]], None] | None
+) -> Outcome:
+    """Train a cell; give its record, with its seconds, and the epochs that are not logged yet.
 
-
-@dataclass
-class Failed:
-    error: Exception
-
-
-def apart(train: Train, cell: Cell, threads: int) -> Outcome | Failed:
-    """Train a cell in a process of its own kind; give its record and its epochs."""
+    In a process of its own it has no `log`, and an error is given to who collects, who raises it
+    when the other trainings are kept.
+    """
     torch.set_num_threads(threads)
     epochs: list[dict[str, Any]] = []
+    start = time.perf_counter()
     try:
-        record, _ = timed(train, cell, epochs.append)
-    except Exception as error:  # raised by who collects, when the other trainings are kept
-        return Failed(error)
-    return record, epochs
+        record = {"cell": cell, **train(cell, partial(log, cell) if log else epochs.append)}
+    except Exception as error:
+        if log:
+            raise
+        return {}, epochs, error
+    record.setdefault("seconds", round(time.perf_counter() - start, 1))
+    return record, epochs, None
 
 
 class Latest(Generic[T]):

@@ -73,10 +73,9 @@ def choose(
     check(either, f"expected --source or --target of the domains of {listed}")
     sources = [d for d in domains if d not in targets] if sources is None else sources
     targets = [d for d in domains if d not in sources] if targets is None else targets
-    for option, names in (("--source", sources), ("--target", targets)):
-        check_names(f"{option} of {root} among", names, domains)
-        check(names, f"expected a domain for {option}, of those of {listed}")
-    check_names("domains among", (*sources, *targets), domains)
+    check_names(f"--source and --target of {root} among", (*sources, *targets), domains)
+    missing = "--target" if sources else "--source"
+    check(sources and targets, f"expected a domain for {missing}, of those of {listed}")
     return sources, targets
 
 
