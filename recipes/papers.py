@@ -26,7 +26,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -85,8 +85,9 @@ def prepared(options: Namespace) -> Path:
     return path
 
 
+@lru_cache(maxsize=1)
 def load(path: Path, device: torch.device) -> DomainData:
-    """Load the images, (N, H, W, 3) uint8; they stay on the device whole."""
+    """Load the images once a process, (N, H, W, 3) uint8; they stay on the device whole."""
     how = Augmentation(side=(1.0, 1.0), shift=PADDING, flip=True)
     data = DomainData(**torch.load(path, weights_only=True), augmentation=how)
     return replace(data, images=data.images.to(device).permute(0, 2, 3, 1).contiguous())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import runs
-from .common.errors import RecipeError, check
+from .common.errors import check
 from .common.options import Parser
 from .common.reports import TABLE, Report
 
@@ -58,12 +58,9 @@ def without_places(command: str) -> str:
 
 
 def read(path: Path) -> tuple[Report, dict[str, str]]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        versions = found.pop("versions")
-        return Report(**found), versions
-    except (ValueError, TypeError, KeyError) as error:
-        raise RecipeError(f"expected {path} to be a kept run, got {error!r}") from error
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    versions = found.pop("versions")
+    return Report(**found), versions
 
 
 def filled(page: str, reports: dict[str, tuple[Report, dict[str, str]]]) -> str:

@@ -70,7 +70,7 @@ def run(
     train: Callable[[T, argparse.Namespace, Log], Record],
     score: Callable[[Record], float] | None = None, *, rates: Sequence[float] = (),
     wanted: Sequence[Cell] | None = None, free: tuple[str, ...] = runs.FREE,
-    before: Callable[[T], object] = id,
+    before: Callable[[T], object] | None = None,
 ) -> tuple[Path, list[Record]]:  # fmt: skip
     """Train each method with each seed, or each of the wanted cells; give folder and records.
 
@@ -91,7 +91,9 @@ def run(
         given = {"folder": folder, "lr": rates.get(cell["method"]), "final": bool(rates), **cell}
         return train(shared(cell), of_cell(options, **given), log)
 
-    before(shared(wanted[0]))
+    first = shared(wanted[0])
+    if before is not None:
+        before(first)
     folder, jobs = open_run(options, recipe, free), jobs_of(options)
     if not rates:
         tune = vars(options).get("tune", False)
