@@ -209,7 +209,7 @@ def fill_statistics(model: nn.Module, loader: Loader, seed: int, batches: int = 
     """
     torch.manual_seed(seed)
     first = islice(loader.train_epoch(seed, -1, whole=True), batches)
-    normswap.update_stats(model, (batch.images for batch in first), progress=False)
+    torch.optim.swa_utils.update_bn((batch.images for batch in first), model)
 
 
 def wait_for(device: torch.device) -> None:
