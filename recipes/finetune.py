@@ -30,8 +30,8 @@ Epoch = dict[str, Any]
 
 
 def run(options: Namespace) -> None:
+    settle(options)
     with parallel.joined(options.device):
-        settle(options)
         train(options)
 
 

@@ -61,7 +61,7 @@ def jobs_of(options: argparse.Namespace) -> int:
     """Give how many trainings run at once: what was asked for, or a core's worth each on a CPU."""
     if options.jobs is not None:
         return int(options.jobs)
-    alone = options.smoke or options.device.type != "cpu"
+    alone = options.smoke or torch.device(options.device).type != "cpu"
     return 1 if alone else min(torch.get_num_threads(), MOST_JOBS)
 
 

@@ -96,7 +96,7 @@ SHARED: dict[str, tuple[Any, str]] = {
     "limit": (count, "images of each class that train, and test"),
     "flip": (bool, "mirror training images of --data at random"),
     "workers": (count, "processes that decode images"),
-    "device": (pick_device, "auto, cpu, cuda, cuda:1, mps, ..."),
+    "device": (str, "auto, cpu, cuda, cuda:1, mps, ..."),
     "smoke": (None, "tiny, to see that all works"),
     "out": (Path, "where runs go"),
     "name": (str, "the run's folder, instead of one named by what it does"),
@@ -166,6 +166,7 @@ def resolve(
         scratch = options.weights == SCRATCH and not pretrained
         options.lr = options.lr.random if scratch else options.lr.given
     check_rates(options)
+    options.device = pick_device(options.device)
     if backbone:
         check_model_name(options.model)
         made_for = timm.get_pretrained_cfg_value(options.model, "input_size")
