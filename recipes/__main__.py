@@ -1,7 +1,7 @@
 """`python -m recipes COMMAND`: run one of the recipes.
 
-A recipe is a module of this package with a `main(argv) -> exit code`; adding one is a line in
-`COMMANDS`. Modules are imported when asked for, so that help needs none of their dependencies.
+A recipe is a module of this package with `add_options(parser)` and `run(options)`; adding one is a
+line in `COMMANDS`. They are imported when asked for: help needs none of their dependencies.
 """
 
 import importlib
@@ -34,7 +34,7 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        return int(importlib.import_module(f"recipes.{argv[0]}").main(argv[1:]))
+        return int(importlib.import_module("recipes.common.runs").command(argv[0], argv[1:]))
     lines = ["usage: python -m recipes COMMAND [options]", ""]
     lines += [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
     lines += ["", "python -m recipes COMMAND --help lists the options of one."]

@@ -22,20 +22,18 @@ gave its norms statistics). The paper's threshold is 0.9; 0.8 keeps more labels 
 
 import math
 from argparse import Namespace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import grid, images, scores, unlabelled
+from .common import images, scores, unlabelled
 from .common.data import DomainData, Loader
 from .common.errors import check
-from .common.methods import base_of
 from .common.options import Parser, count
-from .common.training import LARGE, takes_context
-from .common.unlabelled import Alignment, Views, draw, pseudo_loss
+from .common.training import takes_context
+from .common.unlabelled import Alignment, Pseudo, Views, pseudo_loss
 
 SOURCE, TARGET = 0, 1
 CONTEXTS = ("source", "target")
@@ -67,34 +65,25 @@ def load(options: Namespace) -> DomainData:
 
 
 def plan_of(config: Namespace, views: Views) -> unlabelled.Plan:
-    size, data, device = config.batch_size, views.loader.data, views.loader.device
-    generator = torch.Generator().manual_seed(config.seed)
+    data = views.loader.data
     parts = [(data.train & (data.domains == d)).nonzero().flatten() for d in (SOURCE, TARGET)]
-    sources = draw(parts[SOURCE], size, config.steps, generator)
-    targets = draw(parts[TARGET], size * config.ratio, config.steps, generator)
     align = Alignment(len(data.classes))
 
-    def step(model: nn.Module, index: int) -> unlabelled.Loss:
-        generator = torch.Generator().manual_seed(config.seed * LARGE + index)
-        ours, others = sources[index], targets[index]
-        labels = data.labels[ours].to(device).repeat(2)
-        known = torch.cat([views.weak(ours, generator), views.strong(ours, generator)])
-        if base_of(config.method) == "source-only":
-            return F.cross_entropy(model(known), labels), {}
-        shown = [known, views.weak(others, generator), views.strong(others, generator)]
-        source, weak, strong = unlabelled.forward(model, shown, (SOURCE, TARGET, TARGET))
+    def teach(
+        model: nn.Module, index: int, known: Tensor, labels: Tensor, source: Tensor, weak: Tensor,
+        strong: Tensor,
+    ) -> tuple[Tensor, Pseudo]:  # fmt: skip
         if not takes_context(model):
             alone = without_trace(model, known)
             source = alone.lerp(source, torch.rand(source.shape).to(source))
-        confident = source[: len(ours)].detach().softmax(1)
+        confident = source[: config.batch_size].detach().softmax(1)
         threshold = config.threshold * confident.max(1).values.mean()
         aligned = align(confident, weak.detach().softmax(1))
         pseudo = pseudo_loss(aligned, strong, threshold, one_hot=False)
-        figures = unlabelled.counted(pseudo, data.labels[others].to(device))
         weight = 0.5 - 0.5 * math.cos(min(math.pi, 2 * math.pi * index / config.steps))
-        return F.cross_entropy(source, labels) + weight * pseudo.loss, figures
+        return F.cross_entropy(source, labels) + weight * pseudo.loss, pseudo
 
-    return [torch.cat(pair) for pair in zip(sources[:8], targets[:8], strict=True)], step
+    return unlabelled.plan(config, views, *parts, teach, both=True)
 
 
 def measure(model: nn.Module, loader: Loader) -> dict[str, Any]:
@@ -116,6 +105,3 @@ def add_options(parser: Parser) -> None:
     add("--target", help="domain without; an angle for the digits (45)")
     add("--ratio", type=count, default=1, help="target images a source image")
     add("--threshold", type=float, default=0.8, help="of the source's confidence")
-
-
-main = partial(grid.command, "adaptation", __doc__, add_options, run)

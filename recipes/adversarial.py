@@ -20,8 +20,6 @@ Differs from source: the attack is made in evaluation, not with the statistics o
 """
 
 from argparse import Namespace
-from functools import partial
-from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -29,12 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import grid, images, reports, tiles, unlabelled
-from .common.data import DomainData, Loader
+from .common import grid, reports, tiles
+from .common.data import Batch, DomainData, Loader
 from .common.errors import check
-from .common.options import ByData, Parser, count, resolve
+from .common.options import Parser, count, resolve
 from .common.tiles import MEAN, STD, start
-from .common.training import takes_context, told
+from .common.training import Log, fit_epochs, takes_context, told
 
 KINDS = ("clean", "adversarial")
 METHODS = ("bn", "bn-both", "cn", "cn-first", "cn-x-batch")
@@ -44,32 +42,26 @@ HEADINGS = {"clean": "clean", "attacked": "attacked"}
 def run(options: Namespace) -> None:
     resolve(options, backbone=False, epochs=1, limit=4)
     check(options.eps > 0, f"expected --eps above 0, of 255, got {options.eps:g}")
-    device, data_of = images.pick_device(options.device), tiles.source(options)
-    folder = grid.open_run(options, "adversarial")
-    records = tiles.run(folder, options, data_of, partial(train_one, device), itemgetter("clean"))
+    chosen, source = itemgetter("clean"), tiles.source(options)
+    folder, records = grid.run(options, "adversarial", source, train_one, chosen)
     more = {"unknown": "attacked, told clean"} | ({"rate": "rate, 1e-3"} if options.tune else {})
     title = f"accuracy on clean and on attacked images (eps {options.eps:g} of 255), %"
     reports.show(folder, records, HEADINGS, title, more, ["clean", "attacked"])
 
 
-def train_one(
-    device: torch.device, data: DomainData, config: Namespace, log: grid.Log
-) -> dict[str, Any]:
+def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent."""
-    model, loader = start(data, config, device, KINDS)
-    config.steps = config.epochs * loader.batches_per_epoch
-    batches = chain.from_iterable(loader.train_epoch(config.seed, e) for e in range(config.epochs))
+    model, loader = start(data, config, KINDS)
 
-    def step(model: nn.Module, index: int) -> unlabelled.Loss:
-        batch = next(batches)
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
         if config.method == "bn":
-            return F.cross_entropy(model(batch.images), batch.labels), {}
+            return F.cross_entropy(model(batch.images), batch.labels)
         attacked = attack(model, batch.images, batch.labels, config, "adversarial")
-        kinds = torch.arange(2, device=device).repeat_interleave(len(attacked))
+        kinds = torch.arange(2, device=attacked.device).repeat_interleave(len(attacked))
         found = told(model, torch.cat([batch.images, attacked]), kinds)
-        return F.cross_entropy(found, batch.labels.repeat(2)), {}
+        return F.cross_entropy(found, batch.labels.repeat(2))
 
-    model, figures = unlabelled.fit(model, step, config, config.seed, log)
+    model, figures = fit_epochs(model, loss, loader, config, log)
     return {**figures, **measure(model, loader, config), "rate": 1000 * config.lr}
 
 
@@ -109,12 +101,8 @@ def measure(model: nn.Module, loader: Loader, how: Namespace) -> dict[str, float
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, METHODS)
-    parser.share("data", "limit", "tune", "amp", flip=True, batch_size=64, lr=2e-3)
-    parser.share(image_size=ByData(16, 32), epochs=4)
+    tiles.add_options(parser, METHODS, METHODS)
+    parser.share(lr=2e-3, epochs=4)
     add = parser.add_argument
     add("--eps", type=float, default=4.0, help="most that a pixel is changed by, of 255")
     add("--attack-steps", type=count, default=2, help="of the attack")
-
-
-main = partial(grid.command, "adversarial", __doc__, add_options, run)

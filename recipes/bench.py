@@ -4,7 +4,6 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import timm
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 import normswap
 
-from .common import grid, methods
+from .common import methods
 from .common.options import Parser, count
 from .common.training import takes_context, wait_for
 from .common.weights import check_model_name
@@ -180,6 +179,3 @@ def run(options: Namespace) -> None:
         f"{options.repeats}; peak: memory a training step holds above the model's own"
     )
     print(tabulate(rows, HEADINGS, tablefmt="simple_outline", stralign="right"))
-
-
-main = partial(grid.command, "bench", __doc__, add_options, run)

@@ -19,7 +19,6 @@ brightness, colour, sharpness. What stays and comes near to a test: autocontrast
 
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -29,54 +28,28 @@ from torch import Tensor, nn
 from .common import grid, images, methods, reports
 from .common.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
 from .common.data import TEST_BATCH, DomainData, Loader
-from .common.options import Parser, of_cell
+from .common.options import Parser
+from .common.training import Log
 
-# Each method, with the norms and the loss it stands for.
-METHODS = {
-    "bn": ("bn", "ce"),
-    "crossnorm": ("crossnorm", "ce"),
-    "selfnorm": ("selfnorm", "ce"),
-    "cnsn": ("cnsn", "ce"),
-    "mixstyle": ("mixstyle", "ce"),
-    "crossnorm+jsd": ("crossnorm", "jsd"),
-    "cnsn+jsd": ("cnsn", "jsd"),
-    "bn+augmix": ("bn", "augmix"),
-    "cnsn+augmix": ("cnsn", "augmix"),
-    "cnsn+augmix+jsd": ("cnsn", "augmix+jsd"),
-}
+# NORMS, or NORMS+LOSS.
+METHODS = (
+    *("bn", "crossnorm", "selfnorm", "cnsn", "mixstyle", "crossnorm+jsd", "cnsn+jsd"),
+    *("bn+augmix", "cnsn+augmix", "cnsn+augmix+jsd"),
+)
 OVERLAP = ("ContrastIncreasing", "BrightnessIncreasing", "ColorIncreasing", "SharpnessIncreasing")
 FIGURES = {"clean": "clean", **{group: group for group in GROUPS}, "corrupted": "all corrupted"}
 RELATIVE = "mCE, bn = 100"
+Data = tuple[DomainData, dict[str, dict[int, Tensor]]]  # and its corruptions, by severity
 
 
 def run(options: Namespace) -> None:
     images.settle(options)
-    device = images.pick_device(options.device)
 
-    @grid.Latest  # the seed is the outer loop
-    def data_of(seed: int) -> tuple[DomainData, dict[str, dict[int, Tensor]]]:
-        data = images.load_mixed(options, seed)
-        clean = data.images[data.test]
-        return data, {
-            name: {severity: corrupt(clean, name, severity, seed) for severity in SEVERITIES}
-            for name in FAMILIES
-        }
-
-    # What is wrong with images, model or weights is said before a run is made.
-    images.build(options, data_of(0)[0], 0, device)
-    folder = grid.open_run(options, "corruptions")
-
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
-        data, corrupted = data_of(config.seed)
-        norms, loss = METHODS[config.method]
-        config = of_cell(config, loss=loss)
-        model, loader, _ = images.build(config, data, config.seed, device, without=OVERLAP)
-        inputs = (images.example(loader),)
-        model = methods.convert(model, norms, None, example_inputs=inputs)
-        images.train(config.method, model, loader, config, log)
-        return errors(model, loader, corrupted)
-
-    compared, notes = relative(grid.run(folder, options, train))
+    folder, records = grid.run(
+        options, "corruptions", data_of, train_one,
+        before=lambda data: images.build(options, data[0], 0),
+    )  # fmt: skip
+    compared, notes = relative(records)
     more = {"mce": RELATIVE} if any(r.get("mce") is not None for r in compared) else {}
     source = "digits" if options.data is None else options.data.resolve().name
     title = f"error on corrupted images: {source}, {options.model}, {options.image_size} px"
@@ -90,6 +63,27 @@ def run(options: Namespace) -> None:
     ]
     how = {"unit": "error, %", "notes": notes}
     reports.show(folder, compared, FIGURES, title, more, "corrupted", **how)
+
+
+def data_of(config: Namespace) -> Data:
+    """Load the images, and corrupt those that test in every way."""
+    data, seed = images.load_mixed(config, config.seed), config.seed
+    clean = data.images[data.test]
+    return data, {
+        name: {severity: corrupt(clean, name, severity, seed) for severity in SEVERITIES}
+        for name in FAMILIES
+    }
+
+
+def train_one(given: Data, config: Namespace, log: Log) -> dict[str, Any]:
+    """Train one model; give its errors."""
+    data, corrupted = given
+    norms, _, loss = config.method.partition("+")
+    config.loss = loss or "ce"
+    model, loader, _ = images.build(config, data, config.seed, without=OVERLAP)
+    model = methods.convert(model, norms, None, example_inputs=(images.example(loader),))
+    images.train(config.method, model, loader, config, log)
+    return errors(model, loader, corrupted)
 
 
 @torch.inference_mode()
@@ -131,8 +125,5 @@ def relative(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], l
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, tuple(METHODS))
+    grid.add_methods(parser, METHODS)
     images.add_options(parser)
-
-
-main = partial(grid.command, "corruptions", __doc__, add_options, run)

@@ -15,7 +15,6 @@ comes of that is not to be put down to contexts.
 """
 
 from argparse import Namespace
-from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -29,7 +28,7 @@ from .common.data import DomainData, Loader
 from .common.errors import check
 from .common.nearest import NearestDomain
 from .common.options import ByData, ByStart, Parser, of_cell, resolve
-from .common.training import make_arm, takes_context, train_epoch
+from .common.training import Log, takes_context
 
 METHODS = (
     *("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn"),
@@ -44,32 +43,21 @@ def run(options: Namespace) -> None:
     alone = not (options.joint and options.held_out)
     check(alone, f"{both}; a joint training holds no domain out")
     resolve(options, seeds=1, epochs=1, limit=6)
-    device = images.pick_device(options.device)
-
-    @grid.Latest
-    def start_of(held_out: str, seed: int) -> tuple[DomainData, NearestDomain]:
-        config = of_cell(options, held_out=None if held_out == JOINT else held_out)
-        data = images.load(config, seed)
-        start, loader, _ = images.build(config, data, seed, device, fill=False)
-        return data, NearestDomain(start, loader)
 
     joint = of_cell(options, held_out=None)
     data = images.load(joint)
-    images.build(joint, data, 0, device)  # what is wrong is said before anything is written
+    images.build(joint, data, 0)  # what is wrong is said before anything is written
     names = data.domain_names
     held = [JOINT] if options.joint else (options.held_out or names)
     for domain in held:
         if domain not in (JOINT, *names):
             images.load(of_cell(options, held_out=domain))  # says which there are
     recipe = "domains-joint" if options.joint else "domains"
-    folder = grid.open_run(options, recipe, free=(*runs.FREE, "held_out"))
     wanted = [{"held_out": domain, **cell} for domain in held for cell in grid.cells(options)]
     wanted.sort(key=lambda cell: cell["seed"])
 
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
-        return train_one(config, *start_of(config.held_out, config.seed), device, log)
-
-    records = grid.run(folder, options, train, wanted=wanted)
+    free = (*runs.FREE, "held_out")
+    folder, records = grid.run(options, recipe, start_of, train_one, wanted=wanted, free=free)
     rows = tabulated(records, grid.read_lines(folder / grid.EPOCHS), options.reach)
     headings = {domain: domain for domain in (names if options.joint else held)}
     compared = "mean" if len(headings) > 1 else None
@@ -85,18 +73,28 @@ def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Modul
     return methods.convert(model, method, contexts, verify=False, **settings)
 
 
+def start_of(config: Namespace) -> tuple[DomainData, NearestDomain]:
+    config.held_out = None if config.held_out == JOINT else config.held_out
+    data = images.load(config, config.seed)
+    start, loader, _ = images.build(config, data, config.seed, fill=False)
+    return data, NearestDomain(start, loader)
+
+
 def train_one(
-    config: Namespace, data: DomainData, nearest: NearestDomain, device: torch.device, log: grid.Log
+    given: tuple[DomainData, NearestDomain], config: Namespace, log: Log
 ) -> dict[str, Any]:
-    model, loader, _ = images.build(config, data, config.seed, device)
+    data, nearest = given
+    model, loader, _ = images.build(config, data, config.seed)
     model = apply_method(config.method, model, data.contexts)
-    model.to(device, memory_format=torch.channels_last)
-    arm = make_arm(config.method, model, config, loader.batches_per_epoch)
-    for epoch in range(config.epochs):
-        report = train_epoch([arm], loader, config, epoch)[config.method]
-        accuracy = measure(model, loader, nearest)
-        log({"epoch": epoch + 1, "loss": report["loss"], "accuracy": accuracy})
-    return {"accuracy": accuracy, "step_ms": report["step_ms"]}
+    model.to(config.device, memory_format=torch.channels_last)
+    figures: dict[str, Any] = {}
+
+    def tested(line: dict[str, Any]) -> None:
+        figures["accuracy"] = measure(model, loader, nearest)
+        log({**line, **figures})
+
+    report = images.train(config.method, model, loader, config, tested)
+    return {**figures, "step_ms": report["step_ms"]}
 
 
 def measure(model: nn.Module, loader: Loader, nearest: NearestDomain) -> Accuracy:
@@ -154,6 +152,3 @@ def add_options(parser: Parser) -> None:
     add("--joint", action="store_true", help="train on all domains, and hold none out")
     add("--held-out", nargs="+", metavar="DOMAIN", help="these alone, instead of each in turn")
     add("--reach", type=float, default=90.0, help="with --joint: epochs to this accuracy")
-
-
-main = partial(grid.command, "domains", __doc__, add_options, run)

@@ -17,20 +17,16 @@ DOMAIN/CLASS/image, whose domains are then mixed.
 """
 
 from argparse import Namespace
-from functools import partial
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from .common import grid, images, scores, unlabelled
+from .common import images, scores, unlabelled
 from .common.data import Loader
-from .common.methods import base_of
 from .common.options import Parser, count
-from .common.training import LARGE
-from .common.unlabelled import Views, draw, pseudo_loss
+from .common.unlabelled import Pseudo, Views, pseudo_loss
 
-LABELLED, UNLABELLED = 0, 1
+UNLABELLED = 1
 CONTEXTS = ("labelled", "unlabelled")
 HEADINGS = {"told": "told unlabelled if taken", **{k: scores.HEADINGS[k] for k in scores.POLICIES}}
 
@@ -45,27 +41,16 @@ def run(options: Namespace) -> None:
 
 
 def plan_of(config: Namespace, views: Views) -> unlabelled.Plan:
-    size, data, device = config.batch_size, views.loader.data, views.loader.device
-    generator = torch.Generator().manual_seed(config.seed)
-    picked = images.pick(data, config.labels, config.seed, "--labels")
-    labelled = draw(picked, size, config.steps, generator)
-    drawn = draw(views.loader.train_indices, size * config.ratio, config.steps, generator)
+    picked = images.pick(views.loader.data, config.labels, config.seed, "--labels")
 
-    def step(model: nn.Module, index: int) -> unlabelled.Loss:
-        generator = torch.Generator().manual_seed(config.seed * LARGE + index)
-        ours, others = labelled[index], drawn[index]
-        targets = data.labels[ours].to(device)
-        seen = views.weak(ours, generator)
-        if base_of(config.method) == "labels-only":
-            seen = torch.cat([seen, views.strong(ours, generator)])
-            return F.cross_entropy(model(seen), targets.repeat(2)), {}
-        parts = [seen, views.weak(others, generator), views.strong(others, generator)]
-        known, weak, strong = unlabelled.forward(model, parts, (LABELLED, UNLABELLED, UNLABELLED))
+    def teach(
+        model: nn.Module, index: int, seen: Tensor, labels: Tensor, known: Tensor, weak: Tensor,
+        strong: Tensor,
+    ) -> tuple[Tensor, Pseudo]:  # fmt: skip
         pseudo = pseudo_loss(weak.softmax(1), strong, config.threshold, one_hot=True)
-        figures = unlabelled.counted(pseudo, data.labels[others].to(device))
-        return F.cross_entropy(known, targets) + pseudo.loss, figures
+        return F.cross_entropy(known, labels) + pseudo.loss, pseudo
 
-    return list(drawn[:8]), step
+    return unlabelled.plan(config, views, picked, views.loader.train_indices, teach, both=False)
 
 
 def measure(model: nn.Module, loader: Loader) -> dict[str, float]:
@@ -78,6 +63,3 @@ def add_options(parser: Parser) -> None:
     add("--labels", type=count, default=4, help="a class")
     add("--ratio", type=count, default=3, help="unlabelled images a labelled one")
     add("--threshold", type=float, default=0.95, help="of a pseudo-label's confidence")
-
-
-main = partial(grid.command, "fixmatch", __doc__, add_options, run)

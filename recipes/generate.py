@@ -21,7 +21,7 @@ often as they occur.
 
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -36,15 +36,12 @@ from .common import digits, folders, gan, grid, reports, runs
 from .common.data import stratified_mask
 from .common.errors import check
 from .common.frechet import Judge, frechet_distance, imagenet_judge, small_judge
-from .common.images import pick_device
-from .common.options import Parser, check_rates, count
-from .common.training import LARGE, check_finite
+from .common.options import Parser, count, resolve
+from .common.training import LARGE, Log, check_finite
 
 METHODS = ("bn", gan.ONEHOT, "cn", "cn-x", "acn")
 HEADINGS = {"distance": "Frechet distance", "accuracy": "class as asked, %"}
-SMOKE_EPOCHS, SMOKE_WIDTH = 2, 8
 COLUMNS = 10
-DIGITS_HELD_OUT, FOLDER_HELD_OUT = 0.3, 0.2
 GENERATED = 1000
 SMOKE_IMAGES = 256
 
@@ -77,8 +74,7 @@ def load(root: Path | None, smoke: bool, device: torch.device) -> Images:
     if smoke and len(images) > SMOKE_IMAGES:
         kept = stratified_mask(labels, SMOKE_IMAGES / len(images), generator)
         images, labels = images[kept], labels[kept]
-    share = DIGITS_HELD_OUT if root is None else FOLDER_HELD_OUT
-    test = stratified_mask(labels, share, generator)
+    test = stratified_mask(labels, 0.3 if root is None else 0.2, generator)
     others, truth = images[test], labels[test]
     images, labels = images[~test], labels[~test]
     expected = f"expected {gan.BATCH} images or more to train on, a batch"
@@ -88,8 +84,8 @@ def load(root: Path | None, smoke: bool, device: torch.device) -> Images:
     held_out = judge.features(others)
     shown = torch.randperm(len(images), generator=generator)[:GENERATED]
     copied, asked = judge.features(images[shown]), labels[shown]
-    distance, accuracy = frechet_distance(held_out, copied), judge.accuracy(copied, asked)
-    real = {"distance": distance, "accuracy": accuracy}
+    real = {"distance": frechet_distance(held_out, copied)}
+    real["accuracy"] = judge.accuracy(copied, asked)
     note = (
         f"{len(images):,} training images of {len(classes)} classes, {len(others)} held out; "
         f"judge: {judge.name}, {judge.accuracy(held_out, truth):.1f} % right on held-out images"
@@ -115,68 +111,49 @@ def read_folder(root: Path) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def run(options: Namespace) -> None:
-    check_rates(options)
-    if options.smoke:
-        options.epochs, options.every, options.width = SMOKE_EPOCHS, 1, SMOKE_WIDTH
-    device = pick_device(options.device)
-    data = load(options.data, options.smoke, device)
+    resolve(options, backbone=False, epochs=2, every=1, width=8)
+    data = load(options.data, options.smoke, options.device)
     print(data.note)
-    folder = grid.open_run(options, "generate")
+    folder, records = grid.run(options, "generate", lambda _: data, train_one)
     rows = [(data.labels == c).nonzero().flatten()[:COLUMNS] for c in range(len(data.classes))]
-    asked = torch.arange(len(data.classes)).repeat_interleave(COLUMNS)
     save_samples(folder / "samples-real.png", data.images[torch.cat(rows)])
-
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
-        given = data.classes, config.width, data.images, data.labels, config.seed
-        pair = gan.build(config.method, *given)
-        pair.generator.to(device)
-        pair.discriminator.to(device)
-        figures = train_one(pair, data, config, log)
-        if config.seed == 0:
-            made = generate(pair, asked, seed=1)
-            save_samples(folder / f"samples-{config.method}.png", made)
-        return figures
-
-    records = grid.run(folder, options, train)
     draw_epochs(folder, records, data.real)
     real = {"cell": {"method": "real"}, **data.real}
     table = reports.table([real, *records], HEADINGS)
     reports.finish(folder, f"{data.note}\n\n{table}")
 
 
-def train_one(pair: gan.Pair, data: Images, config: Namespace, log: grid.Log) -> dict[str, Any]:
+def train_one(data: Images, config: Namespace, log: Log) -> dict[str, Any]:
     """Train both networks; give the figures of the last epoch."""
+    given = data.classes, config.width, data.images, data.labels, config.seed
+    pair = gan.build(config.method, *given).to(config.device)
     nets = (pair.generator, pair.discriminator)
     optimizers = [torch.optim.Adam(net.parameters(), config.lr, (0.5, 0.999)) for net in nets]
-    device = next(nets[0].parameters()).device
     figures: dict[str, Any] = {}
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(config.seed * LARGE + epoch)
         order = torch.randperm(len(data.images), generator=generator)
         order = order[: len(order) // gan.BATCH * gan.BATCH]  # the rest would be a small batch
-        for net in nets:
-            net.train()
+        pair.train()
         losses = []
         for chosen in order.split(gan.BATCH):
             noise = torch.randn(len(chosen), gan.NOISE, generator=generator)
-            batch = (t.to(device) for t in (data.images[chosen], data.labels[chosen], noise))
+            batch = (t.to(config.device) for t in (data.images[chosen], data.labels[chosen], noise))
             losses.append(gan.train_step(pair, *optimizers, *batch))
         loss = torch.stack(losses).mean(0).tolist()
         check_finite(sum(loss), f"of {pair.method} in epoch {epoch + 1}", config.lr)
         line = {"epoch": epoch + 1, "discriminator": loss[0], "generator": loss[1]}
         if (epoch + 1) % config.every == 0 or epoch + 1 == config.epochs:
-            figures = judge(pair, data)
+            features = data.judge.features(generate(pair, data.asked, seed=2))
+            figures = {"distance": frechet_distance(data.held_out, features)}
+            if pair.conditional:
+                figures["accuracy"] = data.judge.accuracy(features, data.asked)
             line |= figures
         log(line)
-    return figures
-
-
-def judge(pair: gan.Pair, data: Images) -> dict[str, Any]:
-    """Measure generated images, of the same noise every time."""
-    features = data.judge.features(generate(pair, data.asked, seed=2))
-    figures = {"distance": frechet_distance(data.held_out, features)}
-    if pair.conditional:
-        figures["accuracy"] = data.judge.accuracy(features, data.asked)
+    if config.seed == 0:
+        asked = torch.arange(len(data.classes)).repeat_interleave(COLUMNS)
+        made = generate(pair, asked, seed=1)
+        save_samples(config.folder / f"samples-{config.method}.png", made)
     return figures
 
 
@@ -200,14 +177,12 @@ def draw_epochs(folder: Path, records: list[dict[str, Any]], real: dict[str, flo
     """Draw the figures over the epochs, means over the seeds."""
     lines = [line for line in grid.read_lines(folder / grid.EPOCHS) if "distance" in line]
     epochs = sorted({line["epoch"] for line in lines})
-    panels: dict[str, dict[str, list[float | None]]] = {}
-    for key, heading in HEADINGS.items():
-        panels[heading] = {"real": [real[key]] * len(epochs)}
-        for method in reports.by_method(records):
-            found = [line for line in lines if line["cell"]["method"] == method and key in line]
-            if found:
-                values = [[line[key] for line in found if line["epoch"] == e] for e in epochs]
-                panels[heading][method] = [mean(v) if v else None for v in values]
+    panels = {text: {"real": [real[key]] * len(epochs)} for key, text in HEADINGS.items()}
+    for key, method in product(HEADINGS, reports.by_method(records)):
+        found = [line for line in lines if line["cell"]["method"] == method and key in line]
+        if found:
+            by_epoch = ([line[key] for line in found if line["epoch"] == e] for e in epochs)
+            panels[HEADINGS[key]][method] = list(map(mean, by_epoch))
     plot.curves(panels, epochs, log=[HEADINGS["distance"]], path=folder / "results.png")
 
 
@@ -217,6 +192,3 @@ def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--every", type=count, default=10, help="epochs a judgement")
     add("--width", type=count, default=16, help="of both networks")
-
-
-main = partial(grid.command, "generate", __doc__, add_options, run)

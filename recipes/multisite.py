@@ -35,13 +35,13 @@ from torch import Tensor, nn
 
 import normswap
 
-from .common import grid, images, methods, reports, scores, unlabelled
-from .common.dense import UNet
-from .common.errors import RecipeError, check, check_names
+from .common import grid, methods, reports, scores
+from .common.dense import UNet, start
+from .common.errors import check, check_names
 from .common.options import Parser, count, of_cell, resolve
 from .common.scenes import IGNORED, TEST, TRAIN, VALID, Scenes
 from .common.scenes_folder import read_sites
-from .common.training import LARGE, takes_context, told
+from .common.training import LARGE, Log, Loss, fit, takes_context, told
 from .common.weights import EFFICIENTNET_LITE0, NARROW, SCRATCH
 
 TRAINING = TRAIN, VALID
@@ -56,7 +56,6 @@ def run(options: Namespace) -> None:
     resolve(options, steps=2, batch_size=4, image_size=64, patch=32, limit=5)
     fits = options.patch <= options.image_size
     check(fits, f"expected --patch of at most {options.image_size}, got {options.patch}")
-    device = images.pick_device(options.device)
     data, home = read_sites(options.data, options.image_size, options.limit), options.adapt
     if home is not None:
         check_names("--adapt to be one of the sites", [home], data.sources)
@@ -64,12 +63,8 @@ def run(options: Namespace) -> None:
         check(not frozen, f"expected methods that adapt with --adapt, got {', '.join(frozen)}")
     for method in options.methods:  # what cannot be converted is said before a run is made
         build(of_cell(options, method=method, seed=0), data)
-    folder = grid.open_run(options, "multisite")
-
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
-        return train_one(data, config, device, log)
-
-    records = grid.run(folder, options, train, scores.known_mean)
+    chosen = scores.known_mean
+    folder, records = grid.run(options, "multisite", lambda _: data, train_one, chosen)
     headings = {name: name for name in data.sources if name != home} | {"mean": "mean"}
     aside = {f"auc_{name}": f"AUC {name}" for name in data.sources}
     aside = aside if home is None else {home: f"{home}, its own"}
@@ -85,20 +80,9 @@ def build(config: Namespace, data: Scenes) -> nn.Module:
     """Build the network and convert it; by seed every method starts as the same function."""
     torch.manual_seed(config.seed)
     names = contexts_of(config, data)
-    try:
-        model = UNet(config.model, config.levels, config.pretrained, config.weights)
-        given = copy.deepcopy(model.backbone.state_dict())
-        # A new BatchNorm claims mean 0 and variance 1; a norm that learns its statistics would
-        # start from that claim.
-        fill = [patches(data, names, TRAINING, config, seed)[0] for seed in range(FILL)]
-        normswap.update_stats(model, fill, progress=False)
-    except (normswap.NormswapError, RuntimeError, IndexError, AttributeError) as error:
-        raise RecipeError(
-            f"{config.model} gives no feature maps {config.levels} of patches of {config.patch} px "
-            f"({str(error).splitlines()[0]}); try other --levels, --patch or --model"
-        ) from error
-    if config.pretrained or config.weights != SCRATCH:
-        model.backbone.load_state_dict(given)
+    fill = [patches(data, names, TRAINING, config, seed)[0] for seed in range(FILL)]
+    keep = config.pretrained or config.weights != SCRATCH
+    model = start(UNet, config, fill, keep, weights=config.weights)
     if config.method.endswith(methods.FROZEN):  # the decoder is new: it has nothing to keep
         methods.convert(model.backbone, config.method, None)
         return model
@@ -120,17 +104,15 @@ def patches(
     return pictures, data.masks[at].long(), data.domains[picked]
 
 
-def train_one(
-    data: Scenes, config: Namespace, device: torch.device, log: grid.Log
-) -> dict[str, Any]:
+def train_one(data: Scenes, config: Namespace, log: Log) -> dict[str, Any]:
     """Train one model; give its Dice in per cent, by what it is told, by site."""
-    model = build(config, data).to(device, memory_format=torch.channels_last)
+    model = build(config, data).to(config.device, memory_format=torch.channels_last)
     names, labelled = contexts_of(config, data), takes_context(model)
     parts, part = (TRAINING, TEST) if config.final else ((TRAIN,), VALID)
 
-    def step(model: nn.Module, index: int) -> unlabelled.Loss:
+    def step(model: nn.Module, index: int) -> Loss:
         batch = patches(data, names, parts, config, config.seed * LARGE + index)
-        pictures, masks, sites = (t.to(device) for t in batch)
+        pictures, masks, sites = (t.to(config.device) for t in batch)
         sites = sites if len(names) > 1 else torch.zeros_like(sites)
         found = told(model, pictures, sites).float()
         inside, vessels = masks != IGNORED, masks == 1
@@ -138,7 +120,7 @@ def train_one(
         dice = (2 * (likely * vessels).sum() + 1) / (likely.sum() + vessels.sum() + 1)
         return F.cross_entropy(found, masks, ignore_index=IGNORED) + 1 - dice, {}
 
-    model, figures = unlabelled.fit(model, step, config, config.seed, log)
+    model, figures = fit(model, step, config, log)
     find = partial(probabilities, data=data, part=part)
     record = {"lr": config.lr, **figures}
     if config.adapt is not None and config.final:
@@ -212,6 +194,3 @@ def add_options(parser: Parser) -> None:
     add("--adapt", metavar="SITE", help="train on this site alone, and adapt to the others")
     add("--patch", type=count, default=64, help="pixels a side of what trains")
     add("--levels", nargs="+", type=int, default=[0, 1, 2, 3], help="feature maps, finest first")
-
-
-main = partial(grid.command, "multisite", __doc__, add_options, run)

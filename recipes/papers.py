@@ -39,11 +39,11 @@ from torch import Tensor, nn
 
 import normswap
 
-from .common import grid, images, methods, reports, runs, tiles
+from .common import grid, methods, reports, runs, tiles
 from .common.augment import Augmentation
 from .common.data import DomainData, validation
 from .common.options import ByData, Parser, count, resolve
-from .common.training import LARGE, check_finite, descend, make_optimizer, told
+from .common.training import LARGE, Log, check_finite, descend, make_optimizer, told
 
 METHODS = "cn", "cn-x", "cn-x-batch", "acn"
 TEST_BATCH = 1000
@@ -53,18 +53,16 @@ PADDING = 4
 def run(options: Namespace) -> None:
     small = {"epochs": 1, "rate_epochs": 1, "limit": 8, "batch_size": 32, "width": 8}
     resolve(options, backbone=False, **small)
-    path, device = prepared(options), images.pick_device(options.device)
-    folder = grid.open_run(options, "papers")
-
-    def train(config: Namespace, _log: grid.Log) -> dict[str, Any]:
-        return train_one(load(path, device), config)
-
-    records = grid.run(folder, options, train, itemgetter("accuracy"), options.rates)
+    path, chosen = prepared(options), itemgetter("accuracy")
+    folder, records = grid.run(
+        options, "papers", lambda config: load(path, config.device), train_one, chosen,
+        rates=options.rates,
+    )  # fmt: skip
     early = max(1, options.epochs // 4)
     rows = [{**r, "lr": 1000 * r["lr"], "early": r["losses"][early - 1]} for r in records]
     more = {"lr": "rate, 1e-3", "early": f"loss of epoch {early}"}
     title = "accuracy of a shallow CNN, %"
-    reports.show(folder, rows, {"accuracy": "accuracy, %"}, title, more, "accuracy", 2)
+    reports.show(folder, rows, {"accuracy": "accuracy, %"}, title, more, "accuracy", digits=2)
 
 
 def prepared(options: Namespace) -> Path:
@@ -131,7 +129,7 @@ def network(classes: int, width: int, size: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
-def train_one(data: DomainData, config: Namespace) -> dict[str, Any]:
+def train_one(data: DomainData, config: Namespace, _: Log) -> dict[str, Any]:
     """Train one model; give its accuracy in per cent, and the mean loss of every epoch."""
     start, device = time.perf_counter(), data.images.device
     data = data if config.final else validation(data)
@@ -186,6 +184,3 @@ def add_options(parser: Parser) -> None:
     add("--contexts", type=count, default=3, help="Gaussians of the mixture")
     add("--norm", type=int, choices=(1, 2, 3), default=1, help="which of the three is replaced")
     add("--width", type=count, default=64, help="channels of the first convolution; then 2x, 4x")
-
-
-main = partial(grid.command, "papers", __doc__, add_options, run)

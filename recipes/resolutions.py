@@ -20,7 +20,6 @@ Source: Wang et al., "Resolution Switchable Networks for Runtime Efficient Image
 
 from argparse import Namespace
 from functools import partial
-from itertools import chain
 from operator import itemgetter
 from statistics import mean
 from typing import Any
@@ -29,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import grid, images, reports, tiles, unlabelled
-from .common.data import DomainData, Loader
+from .common import grid, reports, tiles
+from .common.data import Batch, DomainData, Loader
 from .common.errors import check
-from .common.options import ByData, Parser, count, resolve
+from .common.options import Parser, count, resolve
 from .common.tiles import start
-from .common.training import told
+from .common.training import Log, fit_epochs, told
 
 METHODS = ("bn", "bn-alone", "cn", "cn-first", "cn-x-batch")
 
@@ -46,38 +45,27 @@ def run(options: Namespace) -> None:
     expected = f"expected --sizes to be two or more, each another, of at most {whole}"
     fine = 1 < len(set(sizes)) == len(sizes) and max(sizes) <= whole
     check(fine, f"{expected}, got {', '.join(map(str, sizes))}")
-    device, data_of = images.pick_device(options.device), tiles.source(options)
-    folder = grid.open_run(options, "resolutions")
-    records = tiles.run(folder, options, data_of, partial(train_one, device), itemgetter("mean"))
+    chosen, source = itemgetter("mean"), tiles.source(options)
+    folder, records = grid.run(options, "resolutions", source, train_one, chosen)
     headings = {f"at_{size}": f"{size} px" for size in sizes} | {"mean": "mean"}
     more = {"rate": "rate, 1e-3"} if options.tune else {}
     reports.show(folder, records, headings, "accuracy by size, %", more, "mean")
 
 
-def train_one(
-    device: torch.device, data: DomainData, config: Namespace, log: grid.Log
-) -> dict[str, Any]:
+def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
     """Train one model, or of `bn-alone` one a size; give the accuracy in per cent at each size."""
     sizes = config.sizes
     figures = {}
     for some in [[size] for size in sizes] if config.method == "bn-alone" else [sizes]:
-        model, loader = start(data, config, device, list(map(str, sizes)))
-        model, _ = unlabelled.fit(model, stepper(loader, config, some), config, config.seed, log)
+        model, loader = start(data, config, list(map(str, sizes)))
+        model, _ = fit_epochs(model, partial(loss, sizes=some), loader, config, log)
         figures |= {f"at_{size}": accuracy(model, loader, size) for size in some}
     return {**figures, "mean": mean(figures.values()), "rate": 1000 * config.lr}
 
 
-def stepper(loader: Loader, config: Namespace, sizes: list[int]) -> unlabelled.Step:
-    """Give the steps of a training at these sizes, and set how many there are."""
-    config.steps = config.epochs * loader.batches_per_epoch
-    batches = chain.from_iterable(loader.train_epoch(config.seed, e) for e in range(config.epochs))
-
-    def step(model: nn.Module, index: int) -> unlabelled.Loss:
-        batch = next(batches)
-        losses = [F.cross_entropy(at(model, batch.images, size), batch.labels) for size in sizes]
-        return torch.stack(losses).mean(), {}
-
-    return step
+def loss(model: nn.Module, batch: Batch, sizes: list[int]) -> Tensor:
+    losses = [F.cross_entropy(at(model, batch.images, size), batch.labels) for size in sizes]
+    return torch.stack(losses).mean()
 
 
 def at(model: nn.Module, pictures: Tensor, size: int) -> Tensor:
@@ -97,11 +85,7 @@ def accuracy(model: nn.Module, loader: Loader, size: int) -> float:
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, METHODS, (*METHODS, "cn-shared"))
-    parser.share("data", "limit", "tune", "amp", flip=True, batch_size=64, lr=2e-3)
-    parser.share(image_size=ByData(16, 32), epochs=4)
+    tiles.add_options(parser, METHODS, (*METHODS, "cn-shared"))
+    parser.share(lr=2e-3, epochs=4)
     sizes = "--image-size or less (default: it, three quarters and half of it)"
     parser.add_argument("--sizes", type=count, nargs="+", metavar="PX", help=sizes)
-
-
-main = partial(grid.command, "resolutions", __doc__, add_options, run)

@@ -11,12 +11,11 @@ versions. In RESULTS.md `<!-- table NAME -->` says where its table stands, up to
 import json
 import re
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .common import grid, runs
-from .common.errors import RecipeError, check
+from .common import runs
+from .common.errors import check
 from .common.options import Parser
 from .common.reports import TABLE, Report
 
@@ -42,36 +41,26 @@ def keep(folder: Path, kept: Path, name: str) -> None:
     path = folder / TABLE
     check(path.exists(), f"expected a finished run with {TABLE} in it, got {folder}")
     found = json.loads(path.read_text(encoding="utf-8"))
-    for record in found["records"]:
-        for key, value in record.items():
-            record[key] = round(value, 4) if isinstance(value, float) else value
-    words = found["versions"]["command"].split()
-    found["versions"]["command"] = " ".join(map(shortened, without_places(words)))
+    found["versions"]["command"] = without_places(found["versions"]["command"])
     kept.mkdir(parents=True, exist_ok=True)
-    records = ",\n".join(json.dumps(record) for record in found.pop("records"))
+    rounded = [
+        {key: round(value, 4) if isinstance(value, float) else value for key, value in r.items()}
+        for r in found.pop("records")
+    ]
+    records = ",\n".join(map(json.dumps, rounded))
     text = json.dumps(found, indent=1)[:-2] + f',\n "records": [\n{records}\n]\n}}\n'
     runs.write_text(kept / f"{name}.json", text)
 
 
-def shortened(word: str) -> str:
-    return word.rsplit("/", 1)[-1]
-
-
-def without_places(words: list[str]) -> list[str]:
-    """Leave out where a run went and how many ran at once: neither changes a figure."""
-    places = ("--out", "--name", "--jobs")
-    before = ["", *words]
-    kept = zip(before, words, strict=False)
-    return [w for b, w in kept if b not in places and w not in (*places, "--resume")]
+def without_places(command: str) -> str:
+    """Leave out where a run went and how many ran at once; of paths, all but the last part."""
+    return re.sub(r" --(out|name|jobs) \S+| --resume|(?<= )\S*/", "", command)
 
 
 def read(path: Path) -> tuple[Report, dict[str, str]]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        versions = found.pop("versions")
-        return Report(**found), versions
-    except (ValueError, TypeError, KeyError) as error:
-        raise RecipeError(f"expected {path} to be a kept run, got {error!r}") from error
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    versions = found.pop("versions")
+    return Report(**found), versions
 
 
 def filled(page: str, reports: dict[str, tuple[Report, dict[str, str]]]) -> str:
@@ -94,6 +83,3 @@ def add_options(parser: Parser) -> None:
     add("--draw", type=Path, metavar="DIR", help="a folder for the pictures")
     add("--page", type=Path, default=PAGE, help="the page with the tables")
     add("--kept", type=Path, default=KEPT, help="the folder of kept runs")
-
-
-main = partial(grid.command, "results", __doc__, add_options, run)

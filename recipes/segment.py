@@ -28,15 +28,14 @@ from torch import Tensor, nn
 
 import normswap
 
-from .common import grid, images, methods, reports
-from .common.dense import FCN
-from .common.errors import RecipeError
-from .common.options import Parser, check_rates, count
+from .common import grid, methods, reports
+from .common.dense import FCN, start
+from .common.options import Parser, count, resolve
 from .common.runs import atomic
 from .common.scenes import COUNTS, IGNORED, TEST, TRAIN, VALID, Scenes, make_scenes
 from .common.scenes_folder import read_scenes, split
 from .common.segment_scores import background, draw_predictions, evaluate, predict
-from .common.training import check_finite, descend, takes_context, told
+from .common.training import Log, check_finite, descend, takes_context, told
 from .common.weights import check_model_name
 
 METHODS = ("bn", "crossnorm", "selfnorm", "cnsn", "cn", "cn-x")
@@ -53,25 +52,17 @@ HEADINGS = {
     "target_posterior": "targets, posterior",
     "source_known": "sources, label known",
 }
-SMOKE_COUNTS, SMOKE_BATCH = (32, 8, 8), 16
+SMOKE_COUNTS = (32, 8, 8)
 SHOWN = 3  # test scenes of each domain in predictions.png
 
 
 def run(options: Namespace) -> None:
     check_model_name(options.model)
-    check_rates(options)
-    device = images.pick_device(options.device)
-    if options.smoke:
-        options.batch, options.epochs, options.seeds = SMOKE_BATCH, 1, 1
+    resolve(options, backbone=False, batch=16, epochs=1, seeds=1)
     scenes = loader(options)
     for method in options.methods:  # what cannot be converted shows now, not in an hour
         build(method, scenes(0), 0, options)
-    folder = grid.open_run(options, "segment")
-
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
-        return train_one(scenes(config.seed), config, device, log, folder)
-
-    records = grid.run(folder, options, train)
+    folder, records = grid.run(options, "segment", lambda config: scenes(config.seed), train_one)
     data = scenes(0)
     title = f"sources {', '.join(data.sources)}; targets {', '.join(data.targets)}"
     targets = {f"on_{name}": name for name in data.targets}
@@ -104,19 +95,9 @@ def loader(options: Namespace) -> Callable[[int], Scenes]:
 def build(method: str, data: Scenes, seed: int, options: Namespace) -> nn.Module:
     """Build the network and convert it; every method starts as the same function."""
     torch.manual_seed(seed)
-    try:
-        model = FCN(options.model, data.classes, options.levels, options.pretrained)
-        # A new BatchNorm claims mean 0 and variance 1; a norm that learns its statistics would
-        # start from that claim.
-        generator = torch.Generator().manual_seed(seed)
-        batches = data.batches(data.where(TRAIN), options.batch, generator)
-        torch.optim.swa_utils.update_bn((images for images, _, _ in islice(batches, 8)), model)
-    except (RuntimeError, AssertionError, IndexError, ValueError, AttributeError) as error:
-        raise RecipeError(
-            f"{options.model} gives no feature maps {options.levels} of images of "
-            f"{options.image_size} px ({str(error).splitlines()[0]}); try other --levels, "
-            "--image-size or --model"
-        ) from error
+    generator = torch.Generator().manual_seed(seed)
+    batches = islice(data.batches(data.where(TRAIN), options.batch, generator), 8)
+    model = start(FCN, options, (pictures for pictures, *_ in batches), classes=data.classes)
     placed = dict(PLACED.get(method, {}))
     if placed and options.placement:
         placed["placement"] = options.placement
@@ -125,12 +106,10 @@ def build(method: str, data: Scenes, seed: int, options: Namespace) -> nn.Module
     return methods.convert(model, method, data.sources, verify=False, **placed, **where)
 
 
-def train_one(
-    data: Scenes, config: Namespace, device: torch.device, log: grid.Log, folder: Path
-) -> dict[str, Any]:
+def train_one(data: Scenes, config: Namespace, log: Log) -> dict[str, Any]:
     """Train one model; give its scores after the last epoch."""
     method, seed = config.method, config.seed
-    model = build(method, data, seed, config).to(device)
+    model = build(method, data, seed, config).to(config.device)
     optimizer = torch.optim.AdamW(normswap.param_groups(model, config.lr, config.weight_decay))
     train = data.where(TRAIN)
     steps = config.epochs * max(len(train) // config.batch, 1)
@@ -141,7 +120,7 @@ def train_one(
         model.train()
         losses = []
         for batch in data.batches(train, config.batch, generator):
-            pictures, masks, domains = (tensor.to(device) for tensor in batch)
+            pictures, masks, domains = (tensor.to(config.device) for tensor in batch)
             scores = told(model, pictures, domains)
             loss = F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum")
             loss = loss / (masks != IGNORED).sum().clamp(min=1)
@@ -159,7 +138,7 @@ def train_one(
         normswap.set_unknown(model, "pooled")
         figures |= {f"{key}_posterior": found[key] for key in ("source", "target")}
     if seed == 0:
-        with atomic(masks_of(folder, method)) as temporary, temporary.open("wb") as file:
+        with atomic(masks_of(config.folder, method)) as temporary, temporary.open("wb") as file:
             np.save(file, predict(model, data.images[shown(data)]).numpy())
     return figures
 
@@ -186,6 +165,3 @@ def add_options(parser: Parser) -> None:
     add("--levels", nargs="+", type=int, default=[1, 2, 3], help="feature maps, finest first")
     add("--placement", help="of crossnorm, selfnorm and cnsn, for theirs")
     add("--batch", type=count, default=16, help="images a step")
-
-
-main = partial(grid.command, "segment", __doc__, add_options, run)

@@ -24,7 +24,6 @@ quarter of the labels from training steps, for use where the sensor is not alway
 
 from argparse import Namespace
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from .common import grid, images, reports, scores, tiles
 from .common.data import DomainData
 from .common.options import ByData, ByStart, Parser, resolve
+from .common.training import Log
 from .common.weights import SCRATCH
 
 SENSORS = ["colour", "infrared", "edges", "night"]
@@ -42,17 +42,14 @@ METHODS = ("bn", "cn", "cn-first", "cn-shared", "cn-x-batch")
 
 def run(options: Namespace) -> None:
     resolve(options, backbone=options.weights != SCRATCH, epochs=1, limit=4)
-    device, given = images.pick_device(options.device), tiles.source(options)
+    given = tiles.source(options)
 
-    @grid.Latest  # the seed is the outer loop
-    def data_of(seed: int) -> DomainData:
-        data = given(seed)
-        return seen(data, seed) if len(data.domain_names) == 1 else data
+    def data_of(config: Namespace) -> DomainData:
+        data = given(config)
+        return seen(data, config.seed) if len(data.domain_names) == 1 else data
 
-    names = data_of(0).domain_names
-    folder = grid.open_run(options, "sensors")
-    train = partial(train_one, device)
-    records = tiles.run(folder, options, data_of, train, scores.known_mean)
+    folder, records = grid.run(options, "sensors", data_of, train_one, scores.known_mean)
+    names = next(iter(records[0]["accuracy"].values()))
     headings = {**{name: name for name in names}, "mean": "mean"}
     more = {"lr": "rate, 1e-3"} if options.tune else {}
     title = "accuracy by context, %"
@@ -84,11 +81,9 @@ def sense(pictures: Tensor, sensor: str, generator: torch.Generator) -> Tensor:
     return x.round().clamp(0, 255).to(torch.uint8).expand_as(pictures)
 
 
-def train_one(
-    device: torch.device, data: DomainData, config: Namespace, log: grid.Log
-) -> dict[str, Any]:
+def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent, by what it is told, by context."""
-    model, loader = tiles.start(data, config, device, data.domain_names)
+    model, loader = tiles.start(data, config, data.domain_names)
     images.train(config.method, model, loader, config, log)
 
     def measure(model: nn.Module, label: scores.Label | None) -> dict[str, float]:
@@ -100,10 +95,6 @@ def train_one(
 
 def add_options(parser: Parser) -> None:
     known = (*METHODS, "cn-x", "bn-frozen", "cn-frozen", "cn-first-frozen")
-    grid.add_methods(parser, METHODS, known)
-    parser.share("data", "model", "limit", "tune", "amp", flip=True, batch_size=64)
-    parser.share(weights=SCRATCH, lr=ByStart(2e-3, 5e-4), drop_labels=0.0)
-    parser.share(image_size=ByData(16, 32), epochs=ByData(10, 4))
-
-
-main = partial(grid.command, "sensors", __doc__, add_options, run)
+    tiles.add_options(parser, METHODS, known)
+    parser.share("model", weights=SCRATCH, lr=ByStart(2e-3, 5e-4), drop_labels=0.0)
+    parser.share(epochs=ByData(10, 4))

@@ -11,7 +11,6 @@ that the mean of the two classes' accuracies stands beside the accuracy.
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 
 import normswap
 
-from .common import grid, images, methods, reports
+from .common import grid, methods, reports
 from .common.errors import check
 from .common.options import Parser, resolve
-from .common.training import descend
+from .common.training import Log, descend
 
 FILES = {
     "train": "stsa.binary.train.txt",
@@ -80,13 +79,8 @@ def run(options: Namespace) -> None:
         files = {part: lines[:: steps[part]] for part, lines in files.items()}
     words = vocabulary(files["train"])
     data = {part: encode(lines, words) for part, lines in files.items()}
-    device = images.pick_device(options.device)
-    folder = grid.open_run(options, "sentiment")
-
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
-        return train_one(config, data, len(words) + 2, device, log)
-
-    records = grid.run(folder, options, train)
+    given = data, len(words) + 2
+    folder, records = grid.run(options, "sentiment", lambda _: given, train_one)
     most = data["target"].labels.bincount().max().item() / len(data["target"].labels)
     note = f"Of the product sentences {100 * most:.1f} % are of the larger class."
     more = {"best_epoch": "epoch"}
@@ -101,9 +95,10 @@ def build(method: str, words: int, seed: int) -> nn.Module:
 
 
 def train_one(
-    config: Namespace, data: dict[str, Sentences], words: int, device: torch.device, log: grid.Log
+    given: tuple[dict[str, Sentences], int], config: Namespace, log: Log
 ) -> dict[str, Any]:
     """Train one model; give the accuracies of its epoch that is best on the validation part."""
+    (data, words), device = given, config.device
     model = build(config.method, words, config.seed).to(device)
     groups = normswap.param_groups(model, config.lr, config.weight_decay)
     optimizer = torch.optim.AdamW(groups)
@@ -181,6 +176,3 @@ def add_options(parser: Parser) -> None:
     files = f"folder with {', '.join(FILES.values())}"
     parser.add_argument("--data", type=Path, required=True, help=files)
     parser.share(epochs=8, lr=1e-3, weight_decay=0.01)
-
-
-main = partial(grid.command, "sentiment", __doc__, add_options, run)

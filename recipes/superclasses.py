@@ -39,20 +39,15 @@ from .common import grid, images, methods, reports, scores
 from .common.data import TEST_BATCH, DomainData, Loader
 from .common.errors import check
 from .common.options import Parser
+from .common.training import Log
 from .common.weights import SCRATCH
 
 # Few enough that BatchNorm leaves errors, which a leak can mend: with 126 a class it makes few.
 DIGITS_PER_CLASS, DIGITS_EPOCHS = 10, 60
 DIGITS = ("round=0,6,8,9", "straight=1,4,7", "curved=2,3,5")
 PACS = ("animals=dog,elephant,giraffe,horse", "others=guitar,house,person")
-# Each method: what replaces BatchNorm, and where contexts come from.
-METHODS = {
-    "bn": ("bn", "superclass"),
-    "cn-superclass": ("cn", "superclass"),
-    "cn-x-superclass": ("cn-x", "superclass"),
-    "cn-kmeans": ("cn", "kmeans"),
-    "cn-x-kmeans": ("cn-x", "kmeans"),
-}
+# What replaces BatchNorm, and where its contexts come from.
+METHODS = ("bn", "cn-superclass", "cn-x-superclass", "cn-kmeans", "cn-x-kmeans")
 FIGURES = {
     "plain": "no context",
     "leaky": "LEAKY: true superclass",
@@ -67,21 +62,13 @@ def run(options: Namespace) -> None:
     if digits and options.train_per_class is None:
         options.train_per_class = DIGITS_PER_CLASS
     images.settle(options)
-    device = images.pick_device(options.device)
     options.superclasses = options.superclasses or list(DIGITS if digits else PACS)
 
-    @grid.Latest  # the seed is the outer loop
-    def data_of(seed: int) -> DomainData:
-        return with_superclasses(images.load_mixed(options, seed), options.superclasses)
+    def data_of(config: Namespace) -> DomainData:
+        return with_superclasses(images.load_mixed(config, config.seed), config.superclasses)
 
-    # What is wrong with images, model or weights is said before a run is made.
-    images.build(options, data_of(0), 0, device)
-    folder = grid.open_run(options, "superclasses")
-
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
-        return train_one(config, data_of(config.seed), device, log)
-
-    records = grid.run(folder, options, train)
+    before = partial(images.build, options, seed=0)
+    folder, records = grid.run(options, "superclasses", data_of, train_one, before=before)
     rows = [*records, *masked(records)]
     title = f"superclasses as contexts: {options.model}, {options.image_size} px"
     notes = ["test accuracy, %; mean +- standard deviation over seeds"]
@@ -91,15 +78,14 @@ def run(options: Namespace) -> None:
     reports.show(folder, rows, FIGURES, title, notes=notes)
 
 
-def train_one(
-    config: Namespace, data: DomainData, device: torch.device, log: grid.Log
-) -> dict[str, Any]:
+def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent, by what it is told at test time."""
-    norms, source = METHODS[config.method]
-    model, loader, _ = images.build(config, data, config.seed, device)
+    norms = config.method.removesuffix("-superclass").removesuffix("-kmeans")
+    model, loader, _ = images.build(config, data, config.seed)
     test = loader.test_indices()
     figures: dict[str, Any] = {}
-    if source == "kmeans":
+    clustered = config.method.endswith("-kmeans")
+    if clustered:
         seen = "pixels" if config.weights == SCRATCH else model
         clusters = len(data.domain_names)
         loader.data, figures["clusters"] = with_clusters(loader, seen, clusters, config.seed)
@@ -107,7 +93,9 @@ def train_one(
     model = methods.convert(model, norms, names, example_inputs=inputs)
     images.train(config.method, model, loader, config, log)
     found = scores.by_label(model, loader, test)
-    if source == "superclass":
+    if clustered:
+        found["assigned"] = found.pop("known")
+    else:
         found["leaky"] = found.pop("known", None)
         # Predictions within the classes of each image's superclass.
         inside = torch.zeros(len(data.domain_names), len(data.classes), dtype=torch.bool)
@@ -116,8 +104,6 @@ def train_one(
         given, labels = scores.logits(model, loader, test, told)
         given = given.masked_fill(~inside[data.domains[test]].to(given.device), -torch.inf)
         figures["masked"] = 100 * int((given.argmax(1) == labels).sum()) / len(test)
-    else:
-        found["assigned"] = found.pop("known")
     return {**{k: v for k, v in found.items() if v is not None}, **figures}
 
 
@@ -172,10 +158,7 @@ def with_clusters(
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, tuple(METHODS))
+    grid.add_methods(parser, METHODS)
     images.add_options(parser, DIGITS_EPOCHS)
     add = parser.add_argument
     add("--superclasses", nargs="+", metavar="NAME=CLASS,CLASS", help="or cifar100; see above")
-
-
-main = partial(grid.command, "superclasses", __doc__, add_options, run)

@@ -3,10 +3,18 @@
 Scores are (N, classes, H, W), of images (N, 3, H, W) in [0, 1].
 """
 
+import copy
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import normswap
+
+from .errors import RecipeError
 from .weights import SCRATCH, make_features
 
 NARROWEST = 8  # channels of a decoder at the least
@@ -78,3 +86,26 @@ class UNet(Dense):
             skip = skips[last - 1 - i]
             x = self.joins[i](torch.cat([F.interpolate(x, skip.shape[-2:]), skip], 1))
         return self.head(x)
+
+
+def start(
+    make: Callable[..., Dense], config: Namespace, batches: Iterable[Tensor], keep: bool = False,
+    **settings: Any,
+) -> Dense:  # fmt: skip
+    """Make a network and give its norms the statistics of these batches, or the backbone keeps its.
+
+    A new BatchNorm claims mean 0 and variance 1; a norm that learns its statistics would start from
+    that claim.
+    """
+    try:
+        model = make(config.model, levels=config.levels, pretrained=config.pretrained, **settings)
+        given = copy.deepcopy(model.backbone.state_dict())
+        normswap.update_stats(model, batches, progress=False)
+    except (normswap.NormswapError, RuntimeError, LookupError, ValueError, AttributeError) as error:
+        raise RecipeError(
+            f"{config.model} gives no feature maps {config.levels} of such images "
+            f"({str(error).splitlines()[0]}); try other --levels, --model or sizes of images"
+        ) from error
+    if keep:
+        model.backbone.load_state_dict(given)
+    return model

@@ -30,7 +30,7 @@ def load_folder(
     A fifth of each class of each domain is the test split, unless the folder has one; of the
     held-out domain, all of it. `limit` is of each class of each domain, and each part of a split.
     """
-    with decoding.opened(root, workers) as root:
+    with decoding.opened(root) as root:
         files, split = list_folder(root, flat)
         names = sorted(files) if domains is None else list(dict.fromkeys(domains))
         check_names(f"domains of {root}, which are", names, sorted(files))

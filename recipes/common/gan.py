@@ -1,6 +1,5 @@
 """A DCGAN for images of 32 px, built with any of the norms, and one step of its training."""
 
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -18,45 +17,34 @@ NOISE, SIZE, BATCH = 64, 32, 64
 ONEHOT = "bn-onehot"
 
 
-class Generator(nn.Module):
-    """Make images (N, channels, 32, 32) in [-1, 1] of noise (N, noise); `width` sets its size."""
-
-    def __init__(self, noise: int, channels: int, width: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for before, after in pairwise((noise, 4 * width, 2 * width, width)):
-            step = (2, 1) if layers else (1, 0)
-            layers += [nn.ConvTranspose2d(before, after, 4, *step, bias=False)]
-            layers += [nn.BatchNorm2d(after), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(width, channels, 4, 2, 1))
-
-    def forward(self, noise: Tensor) -> Tensor:
-        return torch.tanh(self.layers(noise[:, :, None, None]))
+def generator_of(noise: int, channels: int, width: int) -> nn.Sequential:
+    """Make images (N, channels, 32, 32) in [-1, 1] of noise (N, noise); `width` sets the size."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (noise, 1, 1))]
+    for before, after in pairwise((noise, 4 * width, 2 * width, width)):
+        step = (2, 1) if len(layers) > 1 else (1, 0)
+        layers += [nn.ConvTranspose2d(before, after, 4, *step, bias=False)]
+        layers += [nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.ConvTranspose2d(width, channels, 4, 2, 1), nn.Tanh())
 
 
-class Discriminator(nn.Module):
+def discriminator_of(channels: int, width: int) -> nn.Sequential:
     """Score images (N, channels, 32, 32): (N,), high for real ones."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for before in (width, 2 * width):
-            layers += [nn.Conv2d(before, 2 * before, 4, 2, 1, bias=False)]
-            layers += [nn.BatchNorm2d(2 * before), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(4 * width, 1, 4))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images).flatten()
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+    for before in (width, 2 * width):
+        layers += [nn.Conv2d(before, 2 * before, 4, 2, 1, bias=False)]
+        layers += [nn.BatchNorm2d(2 * before), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(4 * width, 1, 4), nn.Flatten(0))
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(nn.Module):
     """The two networks of a GAN and what they are told of the classes."""
 
-    method: str
-    classes: int
-    generator: nn.Module
-    discriminator: nn.Module
+    def __init__(
+        self, method: str, classes: int, generator: nn.Module, discriminator: nn.Module
+    ) -> None:
+        super().__init__()
+        self.method, self.classes = method, classes
+        self.generator, self.discriminator = generator, discriminator
 
     @property
     def conditional(self) -> bool:
@@ -90,12 +78,12 @@ def build(
     torch.manual_seed(seed)
     extra = len(classes) if method == ONEHOT else 0
     channels = images.shape[1]
-    generator = Generator(NOISE + extra, channels, width)
-    discriminator = Discriminator(channels + extra, width)
-    for module in [*generator.modules(), *discriminator.modules()]:
+    generator = generator_of(NOISE + extra, channels, width)
+    discriminator = discriminator_of(channels + extra, width)
+    plain = Pair(method if extra else "bn", len(classes), generator, discriminator)
+    for module in plain.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
             nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
-    plain = Pair(method if extra else "bn", len(classes), generator, discriminator)
     chosen = torch.randperm(len(images))[: 4 * BATCH]
     noise, images, labels = torch.randn(len(chosen), NOISE), images[chosen], labels[chosen]
     measure = partial(normswap.update_stats, progress=False)

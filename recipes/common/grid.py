@@ -4,10 +4,8 @@ A training's line in results.jsonl is written whole: a kill loses only what it i
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,44 +14,18 @@ import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-import normswap
-
-from . import images, runs
-from .errors import RecipeError
+from . import runs
 from .options import Parser, count, of_cell
 from .runs import read_lines
+from .training import Log
 
 RESULTS, EPOCHS = "results.jsonl", "epochs.jsonl"
 Record = dict[str, Any]
 Cell = dict[str, Any]
-Log = Callable[[dict[str, Any]], None]
 Train = Callable[[Cell, Log], Record]
-# Trains with these settings, those of its cell among them; see `run`.
-Training = Callable[[argparse.Namespace, Log], Record]
-Outcome = tuple[Record, list[dict[str, Any]]]
+Outcome = tuple[Record, list[dict[str, Any]], Exception | None]
 MOST_JOBS = 8  # each holds the images and a model
 T = TypeVar("T")
-
-
-def command(
-    recipe: str,
-    text: str | None,
-    add_options: Callable[[Parser], None],
-    run: Callable[[argparse.Namespace], None],
-    argv: list[str],
-) -> int:
-    """Run a recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
-    try:
-        parser = Parser(recipe, text)
-        add_options(parser)
-        run(runs.parse(parser, argv))
-    except (RecipeError, normswap.NormswapError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; what was finished is kept, for --resume", file=sys.stderr)
-        return 130
-    return 0
 
 
 def add_methods(
@@ -89,43 +61,50 @@ def jobs_of(options: argparse.Namespace) -> int:
     """Give how many trainings run at once: what was asked for, or a core's worth each on a CPU."""
     if options.jobs is not None:
         return int(options.jobs)
-    on_cpu = images.pick_device(options.device).type == "cpu"
-    return min(torch.get_num_threads(), MOST_JOBS) if on_cpu and not options.smoke else 1
+    alone = options.smoke or torch.device(options.device).type != "cpu"
+    return 1 if alone else min(torch.get_num_threads(), MOST_JOBS)
 
 
 def run(
-    folder: Path,
-    options: argparse.Namespace,
-    train: Training,
-    score: Callable[[Record], float] | None = None,
-    rates: Sequence[float] = (),
-    wanted: Sequence[Cell] | None = None,
-) -> list[Record]:
-    """Run a training for each method and seed, or for each of the cells that are wanted.
+    options: argparse.Namespace, recipe: str, data_of: Callable[[argparse.Namespace], T],
+    train: Callable[[T, argparse.Namespace, Log], Record],
+    score: Callable[[Record], float] | None = None, *, rates: Sequence[float] = (),
+    wanted: Sequence[Cell] | None = None, free: tuple[str, ...] = runs.FREE,
+    before: Callable[[T], object] | None = None,
+) -> tuple[Path, list[Record]]:  # fmt: skip
+    """Train each method with each seed, or each of the wanted cells; give folder and records.
 
-    Its settings are the options, those of its cell, and its rate: that one of `rates` (without
-    them, of --lr or what --tune asks for) at which the method had the highest `score` with seed 0.
-    A training that tries a rate is not `final`, and must not see what tests.
+    A training gets the data of its settings, which those that differ in method or rate share, the
+    settings, and what notes its epochs. The settings are the options, the folder of the run, those
+    of its cell, and its rate: that one of `rates` (without them, of --lr or what --tune asks for)
+    at which the method had the highest `score` with seed 0. A training that tries a rate is not
+    `final`, and must not see what tests. `before` is given data before anything is written: what
+    is wrong with images, model or weights is to be said first.
     """
-    jobs = jobs_of(options)
+    wanted = cells(options) if wanted is None else wanted
+    latest = Latest(lambda *cell: data_of(of_cell(options, **dict(cell))))
+
+    def shared(cell: Cell) -> T:
+        return latest(*(item for item in cell.items() if item[0] not in ("method", "lr")))
+
+    def configured(rates: dict[str, float], cell: Cell, log: Log) -> Record:
+        given = {"folder": folder, "lr": rates.get(cell["method"]), "final": bool(rates), **cell}
+        return train(shared(cell), of_cell(options, **given), log)
+
+    first = shared(wanted[0])
+    if before is not None:
+        before(first)
+    folder, jobs = open_run(options, recipe, free), jobs_of(options)
     if not rates:
         tune = vars(options).get("tune", False)
         rates = [options.lr * factor for factor in ((1 / 3, 1, 3) if tune else (1,))]
     chosen = dict.fromkeys(options.methods, rates[0])
     if len(rates) > 1:
         tried = [{"method": m, "seed": 0, "lr": lr} for m in options.methods for lr in rates]
-        records = run_cells(folder, tried, partial(_configured, train, options, {}), jobs)
+        records = run_cells(folder, tried, partial(configured, {}), jobs)
         for record in sorted(records, key=score):
             chosen[record["cell"]["method"]] = record["cell"]["lr"]
-    wanted = cells(options) if wanted is None else wanted
-    return run_cells(folder, wanted, partial(_configured, train, options, chosen), jobs)
-
-
-def _configured(
-    train: Training, options: argparse.Namespace, rates: dict[str, float], cell: Cell, log: Log
-) -> Record:
-    lr, final = rates.get(cell["method"]), bool(rates)
-    return train(of_cell(options, **{"lr": lr, "final": final, **cell}), log)
+    return folder, run_cells(folder, wanted, partial(configured, chosen), jobs)
 
 
 def run_cells(folder: Path, wanted: Sequence[Cell], train: Train, jobs: int = 1) -> list[Record]:
@@ -149,51 +128,44 @@ def run_cells(folder: Path, wanted: Sequence[Cell], train: Train, jobs: int = 1)
         shown = [f"{k} {v:.3g}" for k, v in figures.items() if isinstance(v, float)]
         bar.set_postfix_str(f"{' '.join(map(str, cell.values()))}: {', '.join(shown)}")
 
-    if jobs == 1 or len(missing) < 2:
-        outcomes = (timed(train, cell, partial(log, cell)) for cell in missing)
-    else:
-        threads = max(1, torch.get_num_threads() // jobs)
-        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
-        outcomes = pool(delayed(apart)(train, cell, threads) for cell in missing)
+    jobs = min(jobs, len(missing)) or 1
+    pool = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+    given = max(1, torch.get_num_threads() // jobs), log if jobs == 1 else None
     failed = []
     with bar:
-        for outcome in outcomes:
-            if isinstance(outcome, Failed):
-                failed.append(outcome)
+        for record, logged, error in pool(delayed(outcome)(train, c, *given) for c in missing):
+            if error is not None:
+                failed.append(error)
                 continue
-            record, logged = outcome
             for figures in logged:
                 log(record["cell"], figures)
             done.append(record)
             runs.write_lines(folder / RESULTS, done)
             bar.update()
     if failed:
-        raise failed[0].error
+        raise failed[0]
     return [next(record for record in done if record["cell"] == cell) for cell in wanted]
 
 
-def timed(train: Train, cell: Cell, log: Log) -> Outcome:
-    """Train a cell; give its record, with its seconds, and no epochs that are not logged yet."""
-    start = time.perf_counter()
-    figures = {"cell": cell, **train(cell, log)}
-    figures.setdefault("seconds", round(time.perf_counter() - start, 1))
-    return figures, []
+def outcome(
+    train: Train, cell: Cell, threads: int, log: Callable[[Cell, dict[str, Any]], None] | None
+) -> Outcome:
+    """Train a cell; give its record, with its seconds, and the epochs that are not logged yet.
 
-
-@dataclass
-class Failed:
-    error: Exception
-
-
-def apart(train: Train, cell: Cell, threads: int) -> Outcome | Failed:
-    """Train a cell in a process of its own kind; give its record and its epochs."""
+    In a process of its own it has no `log`, and an error is given to who collects, who raises it
+    when the other trainings are kept.
+    """
     torch.set_num_threads(threads)
     epochs: list[dict[str, Any]] = []
+    start = time.perf_counter()
     try:
-        record, _ = timed(train, cell, epochs.append)
-    except Exception as error:  # raised by who collects, when the other trainings are kept
-        return Failed(error)
-    return record, epochs
+        record = {"cell": cell, **train(cell, partial(log, cell) if log else epochs.append)}
+    except Exception as error:
+        if log:
+            raise
+        return {}, epochs, error
+    record.setdefault("seconds", round(time.perf_counter() - start, 1))
+    return record, epochs, None
 
 
 class Latest(Generic[T]):

@@ -19,23 +19,8 @@ from .digits import ANGLES, load_digits
 from .errors import RecipeError, check
 from .folders import load_folder
 from .options import DIGITS_MODEL, TUNED, ByData, Parser, count, of_cell, resolve
-from .parallel import local_device
-from .training import fill_statistics, make_arm, train_epoch
+from .training import Log, fill_statistics, make_arm, train_epoch
 from .weights import EFFICIENTNET_LITE0_TIMM, SCRATCH, make_backbone
-
-
-def pick_device(name: str) -> torch.device:
-    """Give the device of this name; `auto` is the first accelerator, else the CPU."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        name = "cpu" if found is None else found.type
-    try:
-        device = torch.device(local_device(name))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RecipeError(f"expected --device to be usable, got {name!r}: {reason}") from error
-    return device
 
 
 def add_options(parser: Parser, digits_epochs: int = 6) -> None:
@@ -64,13 +49,18 @@ def load_mixed(options: Namespace, seed: int) -> DomainData:
     return replace(data, train=chosen)
 
 
-def train(name: str, model: nn.Module, loader: Loader, config: Namespace, log: Any) -> None:
-    """Train a model, with the loss that the settings name as far as its layers allow."""
+def train(
+    name: str, model: nn.Module, loader: Loader, config: Namespace, log: Log
+) -> dict[str, Any]:
+    """Train a model, with the loss that the settings name as far as its layers allow.
+
+    Gives what `train_epoch` reports of the last epoch.
+    """
     arm = make_arm(name, model, config, loader.batches_per_epoch)
     for epoch in range(config.epochs):
         report = train_epoch([arm], loader, config, epoch)[name]
         log({"epoch": epoch + 1, "loss": report["loss"]})
-    model.eval()
+    return report
 
 
 def load(
@@ -100,8 +90,8 @@ def pick(data: DomainData, count: int, seed: int, option: str) -> Tensor:
 
 
 def build(
-    options: Namespace, data: DomainData, seed: int, device: torch.device,
-    without: tuple[str, ...] = (), fill: bool = True,
+    options: Namespace, data: DomainData, seed: int, without: tuple[str, ...] = (),
+    fill: bool = True,
 ) -> tuple[nn.Module, Loader, list[str]]:  # fmt: skip
     """Make the network that every method starts from, and what makes its batches.
 
@@ -112,10 +102,10 @@ def build(
     torch.manual_seed(seed)
     scratch = not given.pretrained and given.weights == SCRATCH
     model, notes = make_backbone(given.model, len(data.classes), given.pretrained, given.weights)
-    model.to(device)
+    model.to(given.device)
     images = timm.data.resolve_model_data_config(model)
     mix = AugMix(images["mean"], without) if given.loss.startswith("augmix") else None
-    loader = Loader(data, images["mean"], images["std"], given.batch_size, device, mix)
+    loader = Loader(data, images["mean"], images["std"], given.batch_size, given.device, mix)
     try:
         with torch.inference_mode():
             model.eval()(example(loader))

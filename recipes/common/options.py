@@ -1,11 +1,13 @@
 """The options that recipes share: one table of them, defaults that the data decide, and checks."""
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import timm
+import torch
 
 from .errors import RecipeError, check
 from .weights import EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_TIMM, SCRATCH, check_model_name
@@ -42,6 +44,29 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
     return number
+
+
+def pick_device(name: str) -> torch.device:
+    """Give the device of this name; `auto` is the first accelerator, else the CPU.
+
+    Of the processes that torchrun starts, each on a machine has its own GPU.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    expected = "expected --device auto, cpu or cuda with several processes"
+    one = f"{expected}, got {name!r}; each takes the GPU of its number"
+    check(not (several and ":" in name), one)
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = "cpu" if found is None else found.type
+    if several and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"expected --device to be usable, got {name!r}: {reason}") from error
+    return device
 
 
 # By name: what reads it (None for a switch, bool for --NAME and --no-NAME), and its help.
@@ -81,7 +106,7 @@ SHARED: dict[str, tuple[Any, str]] = {
 DEFAULTS = {
     "pretrained": False, "held_out": None, "limit": None, "loss": "ce", "amp": False,
     "batch_size": 64, "weight_decay": 0.05, "workers": 2, "flip": True, "drop_labels": 0.0,
-    "weights": SCRATCH, "ema": 0.0,
+    "weights": SCRATCH, "ema": 0.0, "final": True, "device": torch.device("cpu"),
 }  # fmt: skip
 
 
@@ -141,6 +166,7 @@ def resolve(
         scratch = options.weights == SCRATCH and not pretrained
         options.lr = options.lr.random if scratch else options.lr.given
     check_rates(options)
+    options.device = pick_device(options.device)
     if backbone:
         check_model_name(options.model)
         made_for = timm.get_pretrained_cfg_value(options.model, "input_size")

@@ -4,7 +4,6 @@ Each takes its part of every batch, so that the batch, and with it the run, is t
 the first one writes and prints. Alone, everything here does nothing.
 """
 
-import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +13,10 @@ import timm.layers
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import normswap
 
-from .errors import RecipeError, check
+from .errors import RecipeError
 
 
 def rank() -> int:
@@ -39,23 +37,15 @@ def say(*lines: object, **kwargs: Any) -> None:
         print(*lines, **kwargs)
 
 
-def local_device(kind: str) -> str:
-    """Give the name of this process's device: each process on a machine has its own GPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" and size() > 1 else kind
-
-
 @contextmanager
-def joined(device: str) -> Iterator[None]:
+def joined(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started, if it did, and leave them afterwards."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
-    expected = "expected --device auto, cpu or cuda with several processes"
-    check(":" not in device, f"{expected}, got {device!r}; each takes the GPU of its number")
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     except (RecipeError, normswap.NormswapError) as error:
@@ -98,16 +88,16 @@ def share_statistics(model: nn.Module, converted: bool) -> None:
         timm.layers.convert_sync_batchnorm(model)
 
 
-def wrapped(model: nn.Module) -> nn.Module:
-    """Give what averages the gradients of all processes; the model itself on one."""
-    # Buffers are equal already, or made so by `agree_on_buffers`; a step may run several forwards,
-    # between which DistributedDataParallel's own broadcast would spoil what backward needs.
-    if size() == 1:
-        return model
-    known = inspect.signature(DistributedDataParallel).parameters
-    # torch renamed the argument after 2.9.
-    flag: Any = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, **{flag: False})
+def sum_gradients(model: nn.Module) -> None:
+    """Give every process the sum of what all found: each has the gradient of its part of a loss.
+
+    DistributedDataParallel would broadcast buffers between the forwards of one step.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if size() > 1:
+        whole = total(torch.cat([grad.flatten() for grad in grads]))
+        for grad, part in zip(grads, whole.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
 
 
 def agree_on_buffers(model: nn.Module) -> None:

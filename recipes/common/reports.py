@@ -4,7 +4,6 @@ That is table.json, the figures of each method and seed, for `python -m recipes 
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,30 +22,31 @@ Compared = str | Sequence[str] | None
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Give a mean and the deviation of the values as text."""
     deviation = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}"
 
 
 def above(gains: Sequence[float], digits: int) -> str:
     """Give a mean difference and its standard error as text."""
-    if not gains:
-        return ""
-    root = math.sqrt(len(gains))
-    error = f" +- {stdev(gains) / root:.{digits}f}" if len(gains) > 1 else ""
-    return f"{mean(gains):+.{digits}f}{error}"
+    error = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+    shown = "" if error is None else f" +- {error:.{digits}f}"
+    return f"{mean(gains):+.{digits}f}{shown}" if gains else ""
 
 
 def differences(records: Sequence[Record], figure: str) -> dict[str, list[float]]:
     """Give by method how much its figure is above BatchNorm's, in the trainings they share."""
-    plain: dict[str, float] = {}
-    found: dict[str, list[float]] = {}
-    keyed = [({**r["cell"]}, r[figure]) for r in records]
-    others = [(cell.pop("method"), repr(cell), value) for cell, value in keyed]
-    plain = {cell: value for method, cell, value in others if method == BASELINE}
-    for method, cell, value in others:
-        if method != BASELINE and cell in plain:
-            found.setdefault(method, []).append(value - plain[cell])
-    return found
+    methods = by_method(records)
+    plain = {rest_of(r): r[figure] for r in methods.pop(BASELINE, ())}
+    shared = {m: [r for r in group if rest_of(r) in plain] for m, group in methods.items()}
+    return {
+        m: [r[figure] - plain[rest_of(r)] for r in group] for m, group in shared.items() if group
+    }
+
+
+def rest_of(record: Record) -> str:
+    """Name what a training shares with those of other methods."""
+    return repr({key: value for key, value in record["cell"].items() if key != "method"})
 
 
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -95,16 +95,16 @@ def draw_points(
     axes = canvas.subplots()
     step = 0.8 / len(groups)
     for index, (name, group) in enumerate(groups.items()):
-        how = {"color": f"C{index % 10}", "fmt": MARKERS[index // 10 % len(MARKERS)], "capsize": 3}
-        label: str | None = str(name)
-        for column, values in enumerate(values_of(group, key) for key in figures):
-            if values:
-                x = column + (index - (len(groups) - 1) / 2) * step
-                error = stdev(values) if len(values) > 1 else 0.0
-                axes.errorbar(x, mean(values), error, label=label, markersize=5, **how)
-                dots = [x + 0.25 * step] * len(values)
-                axes.plot(dots, values, ".", color=how["color"], alpha=0.5)
-                label = None
+        colour, marker = f"C{index % 10}", MARKERS[index // 10 % len(MARKERS)]
+        beside = (index - (len(groups) - 1) / 2) * step
+        found = [(column + beside, values_of(group, key)) for column, key in enumerate(figures)]
+        found = [(x, values) for x, values in found if values]
+        at, means = [x for x, _ in found], [mean(values) for _, values in found]
+        errors = [stdev(values) if len(values) > 1 else 0.0 for _, values in found]
+        how = {"fmt": marker, "markersize": 5, "capsize": 3, "color": colour}
+        axes.errorbar(at, means, errors, label=str(name) if found else None, **how)
+        for x, values in found:
+            axes.plot([x + 0.25 * step] * len(values), values, ".", color=colour, alpha=0.5)
     axes.set_xticks(range(len(figures)), list(figures.values()))
     axes.set_xlim(-0.5, len(figures) - 0.5)
     for column in range(1, len(figures)):
@@ -149,15 +149,14 @@ def finish(folder: Path, text: str) -> None:
 
 def show(
     folder: Path, records: Sequence[Record], figures: dict[str, str], title: str,
-    more: dict[str, str] | None = None, compared: Compared = None, digits: int = 1,
-    unit: str = "accuracy, %", notes: Sequence[str] = (),
+    more: dict[str, str] | None = None, compared: Compared = None, notes: Sequence[str] = (),
+    **how: Any,
 ) -> None:  # fmt: skip
-    """End a run with a picture and a table of its figures; the table has `more`, and notes."""
-    more = more or {}
-    shown = [*figures, *more]
+    """End a run with a picture and a table of its figures, see `Report`, and notes."""
+    shown = [*figures, *(more or {})]
     kept = [{"cell": r["cell"], **{k: r[k] for k in shown if k in r}} for r in records]
-    headings = {"figures": figures, "title": title, "more": more, "unit": unit}
-    report = Report(records=kept, compared=compared, digits=digits, **headings)
+    given = {"figures": figures, "title": title, "more": more or {}, "compared": compared}
+    report = Report(records=kept, **given, **how)
     found = {**asdict(report), "versions": runs.read_config(folder, "versions")}
     runs.write_text(folder / TABLE, json.dumps(found) + "\n")
     report.draw(folder / "results.png")

@@ -13,6 +13,7 @@ holds the history, and metrics.jsonl is written from that history: no two files 
 """
 
 import argparse
+import importlib
 import json
 import os
 import pickle
@@ -28,6 +29,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
+import normswap
 
 from .errors import RecipeError, check
 from .options import Parser
@@ -72,6 +75,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def add_options(parser: Parser) -> None:
     parser.share("name", "resume", "smoke", out=Path("runs"), device="auto")
+
+
+def command(recipe: str, argv: list[str]) -> int:
+    """Run a recipe; give 0, 2 for something the user can fix, 130 when interrupted."""
+    module = importlib.import_module(f"recipes.{recipe}")
+    parser = Parser(recipe, module.__doc__)
+    try:
+        module.add_options(parser)
+        module.run(parse(parser, argv))
+    except (RecipeError, normswap.NormswapError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, for --resume", file=sys.stderr)
+        return 130
+    return 0
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

@@ -73,10 +73,9 @@ def choose(
     check(either, f"expected --source or --target of the domains of {listed}")
     sources = [d for d in domains if d not in targets] if sources is None else sources
     targets = [d for d in domains if d not in sources] if targets is None else targets
-    for option, names in (("--source", sources), ("--target", targets)):
-        check_names(f"{option} of {root} among", names, domains)
-        check(names, f"expected a domain for {option}, of those of {listed}")
-    check_names("domains among", (*sources, *targets), domains)
+    check_names(f"--source and --target of {root} among", (*sources, *targets), domains)
+    missing = "--target" if sources else "--source"
+    check(sources and targets, f"expected a domain for {missing}, of those of {listed}")
     return sources, targets
 
 
@@ -96,7 +95,7 @@ def read_sites(root: Path, height: int, limit: int | None = None) -> Scenes:
     narrower ones are padded on the right with black, that is ignored.
     """
     images, masks, numbers = [], [], []
-    with decoding.opened(root, workers=1) as root:
+    with decoding.opened(root) as root:
         sites = sorted(p.parents[1].name for p in root.glob("*/train/images") if p.is_dir())
         expected = "expected --data to hold two sites or more, SITE/train/images/NAME.png"
         check(len(sites) > 1, f"{expected}, got {', '.join(sites) or 'none'} at {root}")

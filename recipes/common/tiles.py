@@ -6,8 +6,6 @@ A tile is cut from one of twelve photographs; which, is the class. Half of the t
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from . import grid, images, methods
 from .augment import Augmentation
 from .data import DomainData, Loader, stratified_mask, validation
 from .errors import check
+from .options import ByData, Parser
 from .training import fill_statistics
 from .weights import SCRATCH, make_backbone
 
@@ -28,7 +27,6 @@ PHOTOGRAPHS = (
 )
 TILES = 200
 MEAN, STD = 0.5, 0.25  # of pixels, as the network from scratch takes them
-TrainOne = Callable[[DomainData, Namespace, grid.Log], grid.Record]
 
 
 def load(options: Namespace, seed: int) -> DomainData:
@@ -69,38 +67,32 @@ def network(classes: int, width: int = 16) -> nn.Module:
     return nn.Sequential(*stem, *blocks, *head)
 
 
-def start(
-    data: DomainData, config: Namespace, device: torch.device, contexts: Sequence[str]
-) -> tuple[nn.Module, Loader]:
-    """Make the converted network that a training starts from, and what makes its batches."""
+def start(data: DomainData, config: Namespace, contexts: Sequence[str]) -> tuple[nn.Module, Loader]:
+    """Make the converted network that a training starts from, and what makes its batches.
+
+    A training that tries a rate is tested on a part of the images that train.
+    """
+    data = data if config.final else validation(data)
     torch.manual_seed(config.seed)
     model, mean, std = network(len(data.classes)), (MEAN,) * 3, (STD,) * 3
     if config.weights != SCRATCH:
         model, _ = make_backbone(config.model, len(data.classes), weights=config.weights)
         mean, std = (model.pretrained_cfg[name] for name in ("mean", "std"))
-    model.to(device)
-    loader = Loader(data, mean, std, config.batch_size, device)
+    model.to(config.device)
+    loader = Loader(data, mean, std, config.batch_size, config.device)
     if config.method == "cn-x" and config.weights == SCRATCH:
         fill_statistics(model, loader, config.seed)
     model = methods.convert(model, config.method, contexts)
     return model.to(memory_format=torch.channels_last), loader
 
 
-def source(options: Namespace) -> Callable[[int], DomainData]:
-    """Give what gives the images of a seed; what is wrong with them is said at once."""
+def source(options: Namespace) -> Callable[[Namespace], DomainData]:
+    """Give what gives the images of a seed; those of a folder are the same for all."""
     loaded = grid.Latest(lambda seed: load(options, seed))
-    loaded(0)
-    return lambda seed: loaded(0 if options.data else seed)
+    return lambda config: loaded(0 if options.data else config.seed)
 
 
-def run(
-    folder: Path, options: Namespace, data_of: Callable[[int], DomainData], train_one: TrainOne,
-    score: Callable[[grid.Record], float],
-) -> list[grid.Record]:  # fmt: skip
-    """Run the grid; `train_one` gets the data of the seed, or to try a rate those of validation."""
-
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
-        data = data_of(config.seed)
-        return train_one(data if config.final else validation(data), config, log)
-
-    return grid.run(folder, options, train, score)
+def add_options(parser: Parser, methods: Sequence[str], known: Sequence[str]) -> None:
+    grid.add_methods(parser, methods, known)
+    parser.share("data", "limit", "tune", "amp", flip=True, batch_size=64)
+    parser.share(image_size=ByData(16, 32))

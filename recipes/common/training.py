@@ -10,14 +10,17 @@ import math
 import statistics
 import time
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import timm
 import timm.optim
 import timm.scheduler
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,18 +33,19 @@ from .errors import RecipeError, check
 from .losses import loss_of, training_loss
 
 LARGE = 1_000_003  # seeds of trainings are so far apart
+NOTES = 10  # epochs.jsonl's lines of a training by steps
+Log = Callable[[dict[str, Any]], None]
+# Loss of a step, and figures for the record that are means over its samples.
+Loss = tuple[Tensor, dict[str, Tensor]]
+Step = Callable[[nn.Module, int], Loss]
 
 
 @dataclass
 class Arm:
-    """One model of a run with its optimizer, schedule and loss.
-
-    `runner` is what a training step calls: the model, or what joins several processes around it.
-    """
+    """One model of a run with its optimizer, schedule and loss."""
 
     name: str
     model: nn.Module
-    runner: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: timm.scheduler.scheduler.Scheduler
     takes_context: bool
@@ -65,7 +69,7 @@ def make_arm(name: str, model: nn.Module, config: Namespace, steps_per_epoch: in
     steps = config.epochs * steps_per_epoch
     tools = make_optimizer(model, config.lr, config.weight_decay, steps)
     loss = loss_of(model, config.loss)
-    return Arm(name, model, parallel.wrapped(model), *tools, takes_context(model), loss)
+    return Arm(name, model, *tools, takes_context(model), loss)
 
 
 def takes_context(model: nn.Module) -> bool:
@@ -85,6 +89,47 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+def fit(
+    model: nn.Module, step: Step, config: Namespace, log: Log
+) -> tuple[nn.Module, dict[str, float]]:
+    """Take the steps; give the moving average of the model, and the figures of the last tenth."""
+    optimizer, schedule = make_optimizer(model, config.lr, config.weight_decay, config.steps)
+    ema = ModelEmaV3(model, decay=config.ema, use_warmup=True)
+    every = max(1, config.steps // NOTES)
+    device = next(model.parameters()).device.type
+    noted: list[dict[str, float]] = []
+    model.train()
+    for index in range(config.steps):
+        torch.manual_seed(config.seed * LARGE + index)
+        schedule.step_update(index)
+        with torch.autocast(device, torch.bfloat16, enabled=config.amp):
+            loss, figures = step(model, index)
+        descend(loss, optimizer)
+        ema.update(model, step=index)
+        noted.append({"loss": loss.item(), **{k: v.item() for k, v in figures.items()}})
+        check_finite(noted[-1]["loss"], f"in step {index + 1}", config.lr)
+        if (index + 1) % every == 0:
+            log({"step": index + 1, **mean_of(noted[-every:])})
+    return ema.module, mean_of(noted[-every:])
+
+
+def fit_epochs(
+    model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], loader: Loader, config: Namespace,
+    log: Log,
+) -> tuple[nn.Module, dict[str, float]]:  # fmt: skip
+    """Take a step on each batch of the epochs; give what `fit` gives."""
+    config.steps = config.epochs * loader.batches_per_epoch
+    epochs = range(config.epochs)
+    batches = chain.from_iterable(loader.train_epoch(config.seed, e) for e in epochs)
+    return fit(model, lambda model, _: (loss(model, next(batches)), {}), config, log)
+
+
+def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Average each figure over the records that have it (NaN is to have none)."""
+    values = {key: [r[key] for r in records if r[key] == r[key]] for key in records[0]}
+    return {key: sum(found) / len(found) for key, found in values.items() if found}
+
+
 def train_step(
     arm: Arm, batch: Batch, config: Namespace, update: int, share: float
 ) -> tuple[Tensor, float]:
@@ -96,16 +141,11 @@ def train_step(
     arm.schedule.step_update(update)
     if config.drop_labels > 0:
         batch = replace(batch, context=drop_labels(batch.context, config.drop_labels))
-
-    def forward(images: Tensor, context: Tensor | None) -> Tensor:
-        return arm.runner(images, context=context) if arm.takes_context else arm.runner(images)
-
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-        loss = training_loss(arm.loss, arm.model, forward, batch)
+        loss = share * training_loss(arm.loss, arm.model, partial(told, arm.model), batch)
     arm.optimizer.zero_grad()
-    # Gradients are averaged over processes, whose parts of the batch may differ in size.
-    loss = loss * (share * parallel.size())
     loss.backward()
+    parallel.sum_gradients(arm.model)
     gradients = {n: p.grad for n, p in arm.model.named_parameters() if p.grad is not None}
     if not torch.nn.utils.get_total_norm(gradients.values(), torch.inf).isfinite():
         spoilt = next(name for name, grad in gradients.items() if not grad.isfinite().all())
@@ -114,7 +154,7 @@ def train_step(
         raise RecipeError(f"the loss of {arm.name} is {loss.item()} {where}; {hint}")
     arm.optimizer.step()
     wait_for(device)
-    return loss.detach() / parallel.size(), time.perf_counter() - start
+    return loss.detach(), time.perf_counter() - start
 
 
 def train_epoch(

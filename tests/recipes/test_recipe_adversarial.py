@@ -90,7 +90,7 @@ def test_a_model_is_told_the_kind_that_each_figure_is_of(spy, loader):
 def test_a_step_trains_on_clean_images_and_on_their_adversarial_versions(spy, loader, monkeypatch):
     monkeypatch.setattr(adversarial, "start", lambda *_: (spy, loader))
     config = of_cell(HOW, method="cn", seed=0, epochs=1, lr=1e-3)
-    adversarial.train_one(torch.device("cpu"), loader.data, config, lambda _: None)
+    adversarial.train_one(loader.data, config, lambda _: None)
 
     first = next(iter(loader.train_epoch(0, 0))).images
     *attacks, (both, kinds, training) = spy.seen[:4]

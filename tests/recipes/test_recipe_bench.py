@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from recipes import bench
+from recipes.__main__ import main
 from recipes.bench import interleave, peak_bytes
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def test_a_row_for_the_model_and_for_each_method():
 
 def test_the_command_prints_the_table(capsys):
     arguments = "--model test_resnet --method cn-x --size 32 --batch 2 --repeats 1"
-    assert bench.main(arguments.split()) == 0
+    assert main(["bench", *arguments.split()]) == 0
     printed = capsys.readouterr().out
     assert "cn-x" in printed
     assert "medians" in printed
@@ -57,5 +58,5 @@ def test_the_command_prints_the_table(capsys):
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, capsys):
-    assert bench.main(arguments.split()) == 2
+    assert main(["bench", *arguments.split()]) == 2
     assert message in capsys.readouterr().err

@@ -1,5 +1,3 @@
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,19 +8,8 @@ from recipes.common.errors import RecipeError
 
 @pytest.fixture
 def few(monkeypatch):
-    """Let a few files be enough for two processes, and several parts."""
-    monkeypatch.setattr(decoding, "PART", 3)
+    """Let a few files be enough for two processes."""
     monkeypatch.setattr(decoding, "LEAST", 5)
-
-
-def test_processes_unpack_what_is_in_a_zip(few, folder, tmp_path):
-    zipped = shutil.make_archive(str(tmp_path / "zipped"), "zip", folder)
-    decoding.unpack(zipped, tmp_path / "inside", workers=2)
-
-    def files(root):
-        return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
-    assert files(tmp_path / "inside") == files(folder)
 
 
 def test_processes_decode_in_order(few, folder):

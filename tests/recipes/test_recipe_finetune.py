@@ -118,7 +118,7 @@ def test_the_same_seed_gives_the_same_run(finished, tmp_path):
 
 def test_both_models_start_from_the_same_function(tmp_path):
     options = options_of()
-    (bn, converted), loader = finetune.build(options, images.load(options), torch.device("cpu"))
+    (bn, converted), loader = finetune.build(options, images.load(options))
     batch = next(loader.train_epoch(0, 0))
     with torch.inference_mode():
         before = bn.model.eval()(batch.images)
@@ -150,7 +150,7 @@ def test_weights_from_a_file_are_the_start_and_a_skipped_head_is_said(tmp_path, 
     source = timm.create_model("test_resnet", num_classes=3)
     save_file(source.state_dict(), tmp_path / "start.safetensors")
     options = options_of("--weights", str(tmp_path / "start.safetensors"))
-    (bn, _), _ = finetune.build(options, images.load(options), torch.device("cpu"))
+    (bn, _), _ = finetune.build(options, images.load(options))
     for name, value in source.state_dict().items():
         if not name.startswith("fc."):
             assert torch.equal(value, bn.model.state_dict()[name]), name

@@ -53,13 +53,9 @@ def test_one_feature_is_enough():
     assert frechet_distance(a, b) == pytest.approx(4 + 2)
 
 
-def test_features_that_are_no_sample_are_an_error():
-    with pytest.raises(RecipeError, match=r"two images or more, got \(1, 4\)"):
-        frechet_distance(torch.ones(1, 4), torch.ones(3, 4))
+def test_features_that_are_not_finite_are_an_error():
     with pytest.raises(RecipeError, match="expected finite features"):
         frechet_distance(torch.full((3, 4), torch.nan), torch.ones(3, 4))
-    with pytest.raises(RecipeError, match="of one length, got 4 and 5"):
-        frechet_distance(torch.ones(3, 4), torch.ones(3, 5))
 
 
 def test_a_judge_counts_what_it_gets_right():

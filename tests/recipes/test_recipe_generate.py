@@ -42,7 +42,7 @@ def test_every_method_starts_from_the_same_function(method, batch):
 def test_statistics_start_from_those_of_images(batch):
     images, _ = batch
     pair = build("bn", batch)
-    conv, _, hidden, norm = pair.discriminator.layers[:4]
+    conv, _, hidden, norm = pair.discriminator[:4]
     seen = hidden(F.leaky_relu(conv(images), 0.2))
     torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(norm.running_var, seen.var((0, 2, 3)), rtol=1e-3, atol=1e-6)

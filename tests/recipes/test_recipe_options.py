@@ -120,7 +120,8 @@ def test_another_recipe_does_not_resume_a_run(tmp_path):
 
 
 def test_a_default_by_data_is_decided_by_the_data():
-    parser = parser_of(lambda parser: parser.share("data", "weights", "model", "smoke", lr=0.1))
+    shared = ("data", "weights", "model", "smoke")
+    parser = parser_of(lambda parser: parser.share(*shared, lr=0.1, device="cpu"))
     parser.add_argument("--parts", type=count, default=ByData(2, 5))
     parser.add_argument("--image-size", default=24)
     for given, parts in (([], 2), (["--data", "here"], 5), (["--parts", "7"], 7)):

@@ -52,7 +52,7 @@ def test_two_processes_finish_what_one_began_as_one_does(tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.tables, "epoch_line", stop)
+        patch.setattr(finetune, "epoch_line", stop)
         assert main(["finetune", *OPTIONS, *out, "--name", "two"]) == 130
     assert len(metrics(tmp_path / "two")) == 1
     capsys.readouterr()
@@ -115,5 +115,3 @@ def test_alone_there_is_nothing_to_share():
     assert parallel.part_of(7) == slice(0, 7)
     assert parallel.from_first("x") == "x"
     assert isinstance(loader(numbered(30)), Loader)
-    model = torch.nn.BatchNorm2d(3)
-    assert parallel.wrapped(model) is model

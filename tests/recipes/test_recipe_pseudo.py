@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import normswap
-from recipes.common import images, methods, unlabelled
+from recipes.common import images, methods, training, unlabelled
 from recipes.common.data import Loader
 from recipes.common.digits import load_digits
 from recipes.common.unlabelled import Alignment, Views, draw, pseudo_loss
@@ -127,14 +127,14 @@ def test_each_part_of_a_batch_gets_its_own_context():
 
 def test_the_average_of_the_weights_is_what_is_given_back():
     model = torch.nn.Linear(2, 1)
-    options = argparse.Namespace(lr=0.1, weight_decay=0.0, steps=6, ema=0.5, amp=False)
+    options = argparse.Namespace(lr=0.1, weight_decay=0.0, steps=6, ema=0.5, amp=False, seed=0)
     seen, notes = [], []
 
     def step(model, index):
         seen.append(model.weight.detach().clone())
         return model(torch.ones(4, 2)).square().mean(), {"kept": torch.tensor(float(index))}
 
-    averaged, figures = unlabelled.fit(model, step, options, 0, notes.append)
+    averaged, figures = training.fit(model, step, options, notes.append)
     seen.append(model.weight.detach().clone())
     weights = np.stack([w.numpy() for w in seen[1:]])
     expected = weights[0]
@@ -149,21 +149,20 @@ def test_the_average_of_the_weights_is_what_is_given_back():
 
 def test_a_figure_of_nothing_is_left_out_of_the_mean():
     nothing = {"right": float("nan"), "loss": 1.0}
-    found = unlabelled.mean_of([nothing, {"right": 4.0, "loss": 3.0}])
+    found = training.mean_of([nothing, {"right": 4.0, "loss": 3.0}])
     assert found == {"right": 4.0, "loss": 2.0}
-    assert unlabelled.mean_of([nothing]) == {"loss": 1.0}
+    assert training.mean_of([nothing]) == {"loss": 1.0}
 
 
 def test_every_method_starts_from_the_same_weights_and_function():
     options = argparse.Namespace(model=NARROW, weights="none", image_size=32)
     data = load_digits(limit=100, angles=(0,))
-    cpu = torch.device("cpu")
     pictures = torch.randn(4, 3, 32, 32)
-    plain, _, _ = images.build(options, data, 1, cpu)
+    plain, _, _ = images.build(options, data, 1)
     with torch.no_grad():
         expected = plain.eval()(pictures)
         frozen = ("bn-frozen", "cn-frozen")
         for method in ("bn", "cn", "cn-x", "acn", "crossnorm", "selfnorm", "cnsn", *frozen):
-            model, _, _ = images.build(options, data, 1, cpu)
+            model, _, _ = images.build(options, data, 1)
             model = methods.convert(model, method, ("a", "b"))
             torch.testing.assert_close(model.eval()(pictures), expected)

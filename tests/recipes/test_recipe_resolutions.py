@@ -36,15 +36,14 @@ def trained(loader, method, monkeypatch):
     """Train spies in place of networks; give what each of them notes, and the figures."""
     notes = []
 
-    def start(data, config, device, contexts):
+    def start(data, config, contexts):
         assert contexts == ["16", "12", "8"]
         notes.append([])
         return Spy(notes[-1]), loader
 
     monkeypatch.setattr(resolutions, "start", start)
     config = of_cell(Namespace(sizes=[16, 12, 8]), method=method, seed=0, epochs=1, lr=1e-3)
-    args = (torch.device("cpu"), loader.data, config, lambda _: None)
-    return notes, resolutions.train_one(*args)
+    return notes, resolutions.train_one(loader.data, config, lambda _: None)
 
 
 def test_every_step_and_the_test_see_each_size_and_are_told_it(loader, monkeypatch):

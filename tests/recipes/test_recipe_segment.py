@@ -258,7 +258,7 @@ def test_a_spoilt_folder_is_an_error_that_names_the_file(folder, spoil, message)
     ("sources", "targets", "message"),
     [
         (None, None, "--source or --target of the domains .*: day, night"),
-        (["dusk"], None, "--source of .* among day, night, got 'dusk'"),
+        (["dusk"], None, "--source and --target of .* among day, night, got 'dusk'"),
         (["day"], ["day"], "each domain once"),
         (["day", "night"], None, "a domain for --target"),
     ],

@@ -13,7 +13,6 @@ from recipes.common.weights import (
     load_weights,
     make_backbone,
     read_state_dict,
-    rename_in_order,
 )
 
 
@@ -56,22 +55,6 @@ def test_efficientnet_lite0_recognises_a_photograph(lite0, picture, label, proba
         probabilities = lite0(((pixels - 0.5) / 0.5)[None]).softmax(1)[0]
     assert probabilities.argmax() == label
     assert probabilities[label] == pytest.approx(probability, abs=0.03)
-
-
-def test_renaming_refuses_another_number_of_tensors():
-    two = {"a.weight": torch.zeros(2), "a.bias": torch.zeros(2)}
-    with pytest.raises(RecipeError, match="expected 1 tensors in FILE, got 2"):
-        rename_in_order(two, {"b.weight": torch.zeros(2)}, "FILE")
-
-
-def test_renaming_refuses_another_shape():
-    with pytest.raises(RecipeError, match=r"b\.weight of shape \(3,\) in FILE, got a\.weight"):
-        rename_in_order({"a.weight": torch.zeros(2)}, {"b.weight": torch.zeros(3)}, "FILE")
-
-
-def test_renaming_refuses_a_tensor_of_another_role():
-    with pytest.raises(RecipeError, match=r"b\.weight .* got a\.bias"):
-        rename_in_order({"a.bias": torch.zeros(2)}, {"b.weight": torch.zeros(2)}, "FILE")
 
 
 def test_matching_weights_are_all_loaded_in_silence():
