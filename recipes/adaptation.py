@@ -11,8 +11,8 @@ random, each logit by itself; with contexts the two are equal.
 CN and CN-X take contexts "source" and "target", and are tested on target images as `target` (the
 domain of a test image is taken as given: that is the task) and with the context unknown. In
 `source-only` the model with BatchNorm takes as many steps on the source alone; NAME-frozen keeps
-the statistics of the given weights. Target images that test are not adapted to, and class labels of
-target images are only counted with.
+the statistics of the given weights; `cn-shared` is CN with one affine for both contexts. Target
+images that test are not adapted to, and class labels of target images are only counted with.
 
 Without --data: scikit-learn's handwritten digits at two angles, each training digit at one of them,
 24 px, and a narrow ResNet-10-T from scratch (conversion after the first batches of both domains

@@ -7,7 +7,7 @@ their weak views. All views are one batch. BatchNorm beside CNSN, and CN and CN-
 (this needs no test label), and with the context unknown. In `labels-only` the model with BatchNorm
 takes as many steps on the labelled images alone, on their weak and their strong views, so that what
 the unlabelled images bring is not mistaken for what the augmentation brings; NAME-frozen keeps the
-statistics of the given weights.
+statistics of the given weights; `cn-shared` is CN with one affine for both contexts.
 
 The unlabelled images are all training images, the labelled among them; seeds differ in which are
 labelled, the initial weights and the batches. True labels of unlabelled images are only counted.

@@ -44,8 +44,8 @@ def add_options(parser: Parser, plain: str, steps: int, batch: int) -> None:
     """Add the options that these recipes have in common, defaults of the digits given."""
     frozen = [f"{name}{methods.FROZEN}" for name in (plain, "bn", "cn")]
     known = (plain, "bn", *normswap.methods(), *methods.VARIANTS, *frozen)
-    shown = ("bn", "cnsn", "cn", "cn-x") if plain == "labels-only" else ("bn", "cn", "cn-x")
-    grid.add_methods(parser, (plain, *shown), known)
+    shown = ("cnsn",) if plain == "labels-only" else ()
+    grid.add_methods(parser, (plain, "bn", *shown, "cn", "cn-shared", "cn-x"), known)
     parser.share("data", "weights", "limit", "tune", "amp", flip=True, image_size=ByData(24, 64))
     parser.share(model=ByData(NARROW, EFFICIENTNET_LITE0_TIMM), steps=steps, batch_size=batch)
     parser.share(lr=TUNED, weight_decay=0.05, ema=0.98)

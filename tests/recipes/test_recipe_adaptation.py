@@ -22,7 +22,7 @@ def test_the_smoke_run_trains_and_tests_every_method(tmp_path, capsys):
 
     folder = tmp_path / "adaptation-smoke"
     found = {record["cell"]["method"]: record for record in results(folder)}
-    assert list(found) == ["source-only", "bn", "cn", "cn-x"]
+    assert list(found) == ["source-only", "bn", "cn", "cn-shared", "cn-x"]
     for method, record in found.items():
         contextual = method.startswith("cn")
         expected = {"known", "pooled", "posterior"} if contextual else {"plain"}

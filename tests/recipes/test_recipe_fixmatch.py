@@ -20,7 +20,7 @@ def test_the_smoke_run_trains_and_tests_every_method_and_repeats_itself(tmp_path
 
     folder = tmp_path / "fixmatch-smoke"
     found = {record["cell"]["method"]: record for record in results(folder)}
-    assert list(found) == ["labels-only", "bn", "cnsn", "cn", "cn-x"]
+    assert list(found) == ["labels-only", "bn", "cnsn", "cn", "cn-shared", "cn-x"]
     for method, record in found.items():
         contextual = method.startswith("cn") and method != "cnsn"
         expected = {"known", "pooled", "posterior"} if contextual else {"plain"}
