@@ -34,7 +34,18 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        return int(importlib.import_module("recipes.common.runs").command(argv[0], argv[1:]))
+        try:
+            return int(importlib.import_module("recipes.common.runs").command(argv[0], argv[1:]))
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package == "recipes":
+                raise
+            print(
+                f"error: recipe {argv[0]!r} needs the package {package!r}, which is not installed; "
+                "from the project's folder, pip install -e '.[recipes]'",
+                file=sys.stderr,
+            )
+            return 2
     lines = ["usage: python -m recipes COMMAND [options]", ""]
     lines += [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
     lines += ["", "python -m recipes COMMAND --help lists the options of one."]

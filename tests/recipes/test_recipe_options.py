@@ -1,6 +1,9 @@
+import sys
+
 import pytest
 
 from recipes import corruptions, finetune
+from recipes.__main__ import main
 from recipes.common import images, runs
 from recipes.common.errors import RecipeError
 from recipes.common.options import ByData, Parser, count, resolve
@@ -128,3 +131,12 @@ def test_a_default_by_data_is_decided_by_the_data():
         options = parser.parse_args(given)
         resolve(options)
         assert options.parts == parts
+
+
+def test_package_that_is_missing_is_told(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.delitem(sys.modules, "recipes.common.runs")
+    assert main(["sensors", "--smoke"]) == 2
+    said = capsys.readouterr().err
+    assert "needs the package 'timm'" in said
+    assert "pip install -e '.[recipes]'" in said
