@@ -125,5 +125,5 @@ def relative(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], l
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, METHODS)
+    grid.add_methods(parser, METHODS, (*METHODS, "efdmix", "dsu"))
     images.add_options(parser)

@@ -155,7 +155,7 @@ def masks_of(folder: Path, method: str) -> Path:
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, METHODS, ("bn", "bn-frozen", *normswap.methods()))
+    grid.add_methods(parser, METHODS, methods.known())
     parser.share("pretrained", model="resnet10t", image_size=64, epochs=8, lr=3e-3)
     parser.share(weight_decay=0.05)
     add = parser.add_argument

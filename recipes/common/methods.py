@@ -25,6 +25,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cn-shared": ("cn", {"affine": "shared"}),
     "cn-x-batch": ("cn-x", {"statistics": "batch"}),
 }
+# Reductions of the stages after which authors have their augmentations; 2 is that of the stem.
+STAGES = {"mixstyle": (4, 8), "efdmix": (4, 8), "dsu": (2, 4, 8, 16, 32)}
+
+
+def known() -> tuple[str, ...]:
+    """Give the names of all that `convert` knows, bn first."""
+    names = ("bn", *normswap.methods(), *VARIANTS)
+    return (*names, *(f"{name}{FROZEN}" for name in names))
 
 
 def base_of(method: str) -> str:
@@ -38,11 +46,12 @@ def convert(
     """Convert a model; as long as it is not trained, it computes the same function."""
     name, variant = VARIANTS.get(base_of(method), (base_of(method), {}))
     if name in normswap.methods():
-        early = after_early_stages(model) if name == "mixstyle" else {}
+        placed = after_stages(model, name) if name in STAGES else {}
         told = contexts if normswap.get_method(name).needs_context else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AdviceWarning)  # what it advises is what is compared
-            model = normswap.convert(model, name, contexts=told, **{**variant, **early, **settings})
+            settings = {**variant, **placed, **settings}
+            model = normswap.convert(model, name, contexts=told, **settings)
     if method.endswith(FROZEN) and takes_context(model):
         normswap.freeze(model, train="all", stats="frozen")
     elif method.endswith(FROZEN):
@@ -52,9 +61,14 @@ def convert(
     return model
 
 
-def after_early_stages(model: nn.Module) -> dict[str, Any]:
-    """Give where MixStyle's authors have it: after layer1 and layer2 of a ResNet."""
-    stages = [i["module"] for i in getattr(model, "feature_info", ()) if i["reduction"] in (4, 8)]
-    expected = "expected a timm model with stages of reduction 4 and 8 for mixstyle"
-    check(stages, f"{expected}, got {type(model).__name__}; leave mixstyle out of --methods")
-    return {"placement": "output", "select": stages}
+def after_stages(model: nn.Module, method: str) -> dict[str, Any]:
+    """Give where its authors have an augmentation of style: after stages of a timm model."""
+    found: list[str] = []
+    for path, part in model.named_modules():
+        stages = getattr(part, "feature_info", ())
+        prefix = path and f"{path}."
+        for stage in getattr(stages, "info", stages):
+            found += [prefix + stage["module"]] * (stage["reduction"] in STAGES[method])
+    expected = f"expected a timm model with stages of reduction 4 and 8 for {method}"
+    check(found, f"{expected}, got {type(model).__name__}; leave {method} out of --methods")
+    return {"placement": "output", "select": found}

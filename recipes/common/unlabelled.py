@@ -42,8 +42,7 @@ Plan = tuple[Sequence[Tensor], Step]
 
 def add_options(parser: Parser, plain: str, steps: int, batch: int) -> None:
     """Add the options that these recipes have in common, defaults of the digits given."""
-    frozen = [f"{name}{methods.FROZEN}" for name in (plain, "bn", "cn")]
-    known = (plain, "bn", *normswap.methods(), *methods.VARIANTS, *frozen)
+    known = (plain, f"{plain}{methods.FROZEN}", *methods.known())
     shown = ("cnsn",) if plain == "labels-only" else ()
     grid.add_methods(parser, (plain, "bn", *shown, "cn", "cn-shared", "cn-x"), known)
     parser.share("data", "weights", "limit", "tune", "amp", flip=True, image_size=ByData(24, 64))

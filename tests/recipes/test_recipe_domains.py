@@ -113,10 +113,22 @@ def test_frozen_statistics_stay_and_are_used_in_training(method):
     assert frozen.bn1.weight.grad.abs().sum() > 0
 
 
-def test_mixstyle_follows_the_early_stages():
-    model = domains.apply_method("mixstyle", timm.create_model("resnet10t"), ["a", "b"])
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+@pytest.mark.parametrize(
+    ("method", "stages"),
+    [
+        ("mixstyle", ["layer1", "layer2"]),
+        ("efdmix-frozen", ["layer1", "layer2"]),
+        ("dsu", ["act1", "layer1", "layer2", "layer3", "layer4"]),
+    ],
+)
+def test_augmentations_of_style_follow_the_stages_of_their_authors(method, stages, prefix):
+    model = timm.create_model("resnet10t", features_only=bool(prefix))
+    if prefix:
+        model = nn.ModuleDict({"backbone": model})
+    model = domains.apply_method(method, model, ["a", "b"])
     rows = [row.fqn for row in normswap.summary(model).rows if row.action == "inserted"]
-    assert rows == ["layer1", "layer2"]
+    assert rows == [prefix + stage for stage in stages]
 
 
 def test_mixstyle_needs_stages():
