@@ -7,22 +7,20 @@ subclass now but a trace. Whether a norm is of several classes layers answer, to
 """
 
 import builtins
-import sys
 import types
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from normswap.errors import ConversionError
 from normswap.graph.pinned import closure_of
 from normswap.graph.tracing.bytecode import Statement, codes_of, read_code
 from normswap.graph.tracing.class_names import ways_to_names
 from normswap.graph.tracing.failure import is_library
 from normswap.graph.tracing.uses import COMPARES
-from normswap.util.original_class import ORIGINAL, STATE, class_of
+from normswap.util.original_class import class_of
 
 _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
 # From torch 2.15 on the compiler asks a module's own class, and no longer the module.
@@ -148,123 +146,3 @@ def _classes(value: Any) -> list[type]:
         parts = value.__args__ if isinstance(value, types.UnionType) else value
         return [c for part in parts for c in _classes(part)]
     return []
-
-
-def check_questions(model: nn.Module, release: Callable[[list[nn.Module]], None]) -> None:
-    """Keep with each container what its forward asks and only a trace can answer.
-
-    A container whose exact class is asked for may do without a class of its own: the norms below
-    find the context in the scope of those above.
-
-    Args:
-        model: the converted model.
-        release: gives containers the class back that they had.
-
-    Raises:
-        ConversionError: a forward asks, and is not traced.
-    """
-    found = list(_find_unanswered(model))
-    exact = {question.cls for _, questions in found for question in questions if question.exact}
-    parts = [m for m in model.modules() if m is not model and class_of(m) in exact]
-    if parts := [m for m in parts if _may_be_released(m)]:
-        release(parts)
-        found = list(_find_unanswered(model))
-    for name, questions in found:
-        check_question(name, _message(questions, model))
-
-
-def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
-    """Yield the names of modules whose forwards ask and are not traced, and what they ask."""
-    changed = {class_of(m): type(m) for m in model.modules() if class_of(m) is not type(m)}
-    asked: dict[type, tuple[list[Question], list[Question]]] = {}
-    for name, module in model.named_modules():
-        old = class_of(module)
-        if old not in asked:
-            found = list(find_questions(module, changed))
-            ever = [q for q in found if not q.compiled]
-            asked[old] = ever, ever or found
-        state: Any = vars(module).get(STATE)
-        if state is not None:
-            state.questions = tuple(_message(questions, model) for questions in asked[old])
-        ways = [] if state is None else state.seen()
-        if not ways or any(way.run is None or way.calls_user_code for way in ways):
-            # Without a state nothing stands between compiled code and the forward.
-            if questions := asked[old][state is None]:
-                yield name, questions
-
-
-def _may_be_released(module: nn.Module) -> bool:
-    """Return whether a module is a container that got nothing but a class."""
-    state = vars(module).get(STATE)
-    return state is not None and not state.children()
-
-
-def _message(questions: list[Question], model: nn.Module) -> str:
-    return f"{questions[0].text}, {_way_out(questions, model)}" if questions else ""
-
-
-def _way_out(questions: list[Question], model: nn.Module) -> str:
-    """Say which norms to leave out, so that nothing of the classes changes that are asked for."""
-    left: dict[str, None] = {}
-    for name, module in model.named_modules():
-        old = class_of(module)
-        asked = [q.cls for q in questions if q.means(old)]
-        if not asked or old is type(module) or any(f"'{p}.*'" in left for p in _above(name)):
-            continue
-        if not name:
-            return "which conversion changes: it is the model's own class"
-        if ORIGINAL in vars(module):
-            left[asked[0].__name__] = None
-            continue
-        _, *below = module.modules()
-        if _has_layers(module):
-            left[repr(name)] = None
-        if any(ORIGINAL in vars(each) or _has_layers(each) for each in below):
-            left[f"'{name}.*'"] = None
-    exclude = next(iter(left)) if len(left) == 1 else f"[{', '.join(left)}]"
-    return f"which conversion changes; leave norms out with exclude={exclude}"
-
-
-def _has_layers(module: nn.Module) -> bool:
-    """Return whether layers were inserted in a module itself."""
-    state = vars(module).get(STATE)
-    return state is not None and bool(state.children())
-
-
-def _above(name: str) -> Iterator[str]:
-    """Yield the names of the modules that a module is in."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def check_question(name: str, question: str) -> None:
-    """Raise where a forward that is not traced asks for classes.
-
-    Raises:
-        ConversionError: it does.
-    """
-    if question:
-        raise ConversionError(
-            f"expected a forward that can be traced, or asks isinstance(value, one_class) only, at "
-            f"{name or 'the model'}, got one where {question}"
-        )
-
-
-def answered(name: str, questions: tuple[str, str], run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function with code of the user's as one that is asked for classes and answers.
-
-    Args:
-        name: of its module.
-        questions: what the code asks that nothing answers, and that nothing does when compiled.
-        run: the function; it stays out of compiled code where that would answer otherwise.
-
-    Raises:
-        ConversionError: nothing answers.
-    """
-    compiling = torch.compiler.is_dynamo_compiling()
-    check_question(name, questions[1] if compiling else questions[0])
-    if questions[1] and not compiling and "torch._dynamo" in sys.modules:
-        alone: Callable[..., Any] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
-        return alone
-    return run

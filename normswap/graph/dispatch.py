@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from normswap.errors import ConversionError, InputError, NormswapError
 from normswap.functional.labels import Context
 from normswap.graph.bypassed import explain
-from normswap.graph.class_questions import answered
+from normswap.graph.class_answers import answered
 from normswap.graph.foreign import is_symbolic, run_symbolic
 from normswap.graph.prepare import open_session, prepare
 from normswap.graph.scope.incoming import enter_context, resolve

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from normswap.errors import ConversionError, refuse_scripting
-from normswap.graph.class_questions import answered
+from normswap.graph.class_answers import answered
 from normswap.graph.state import ContainerState, context_argument, own_forward
 from normswap.graph.tracing.value_kinds import any_leaf
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import InsertedLayer
-from normswap.graph.class_questions import answered
+from normswap.graph.class_answers import answered
 from normswap.graph.scope.scope import Scope, scope_of
 from normswap.graph.tracing import NO_GUARDS, Guards, Kind
 from normswap.util.original_class import STATE

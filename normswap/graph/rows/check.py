@@ -19,24 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from normswap.errors import ContextError
 from normswap.functional.labels import Context
-from normswap.graph.rows.decode import MADE_OF_SEVERAL
 from normswap.graph.rows.key import kind_of
-from normswap.graph.rows.plans import ANY, ONE, Family, Plan, Step
+from normswap.graph.rows.plans import ONE, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
+from normswap.graph.rows.refusals import not_aligned, refuse_cause, refuse_unknown
 from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, each_in_run
-from normswap.util.arguments import describe
 
 # Samples of a measurement: fewer leave more orders that look alike.
 _FEW = 5
 _MOST_DETOURS = 3
-_ALIGN = (
-    "; where row i is of sample i all the same, as nodes of a graph are, convert without "
-    "example_inputs= and declare it by normswap.fix_rows(model, aligned=True)"
-)
 _MIXED = "rows whose order is another in each of several calls"
 
 
@@ -122,11 +116,7 @@ class Rows:
         if self.aligned:
             if context.whole or x.shape[0] == context.labels.shape[0]:
                 return None
-            raise ContextError(
-                f"expected a row a label at {site}, since normswap.fix_rows(model, aligned=True) "
-                f"declared row i to be of sample i, got {x.shape[0]} rows for "
-                f"{context.labels.shape[0]} labels; leave the norm out with exclude={site!r}"
-            )
+            raise not_aligned(site, x.shape[0], context.labels.shape[0])
         run = None if torch.compiler.is_compiling() else RUN.get()
         if run is not None and (run.model is layer.scope or run.model is layer.scope.model):
             if run.measurement is not None:
@@ -152,13 +142,7 @@ class Rows:
         if step is None:
             return self._recall(layer, site, rows, run.context, run)
         if step.cause:
-            return _refuse(
-                run.context,
-                f"expected each row of the input of {site} to be of one sample, got {step.cause}, "
-                f"so that labels cannot follow{_beside(run)}; leave the norm out with "
-                f"exclude={site!r}, or give each call samples of one context"
-                + (_ALIGN if rows == run.samples and MADE_OF_SEVERAL in step.cause else ""),
-            )
+            return refuse_cause(run, site, rows, step.cause)
         return step
 
     def _detour(self, run: Run, layer: Any, site: str, rows: int) -> Step | None:
@@ -220,13 +204,7 @@ class Rows:
             # Another batch may tell.
             why = run.plan.reason
             run.family.plans.pop(run.numbers, None)
-        return _refuse(
-            context,
-            f"expected to know which of the {rows} rows of the input of {site} belong to which of "
-            f"{samples} samples, got nothing that tells ({why}); run the whole model in this mode, "
-            "not compiled, on samples that differ, after normswap.fix_rows(model) where their "
-            f"order never changes, or leave the norm out with exclude={site!r}",
-        )
+        return refuse_unknown(context, site, rows, why)
 
     def forget(self) -> None:
         """Measure anew: another forward may have another order."""
@@ -256,27 +234,6 @@ def _learn(known: dict[Any, Step], key: Any, step: Step) -> None:
         known[key] = Step(step.site, step.training, step.rows, cause=_MIXED)
 
 
-def _beside(run: Run) -> str:
-    """Return what to say of an argument that seems to hold the samples in another dimension."""
-    tensors = (v for v in tree_leaves(run.values) if isinstance(v, Tensor) and v.dim() > 1)
-    odd = next((t for t in tensors if t.shape[0] != run.samples == t.shape[1]), None)
-    return "" if odd is None else f" (samples are dimension 0, and one argument is {describe(odd)})"
-
-
 def _ratio(rows: int, samples: int) -> float:
     """Return rows a sample; a whole number as an int, since compiled code tells 1 from 1.0."""
     return rows / samples if rows % samples else rows // samples
-
-
-def _refuse(context: Context, message: str) -> Step:
-    """Raise, unless all labels are the same.
-
-    Raises:
-        ContextError: the message.
-    """
-    labels = context.labels
-    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
-    if not traced and type(labels) is Tensor and not labels.is_meta:
-        if bool((labels == labels[0]).all()):
-            return Step("", False, 0, ANY)
-    raise ContextError(message)

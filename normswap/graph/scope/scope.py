@@ -12,18 +12,13 @@ from normswap.functional.backward import UNKNOWN, Remembered, may_run_again
 from normswap.functional.labels import Context, Labels, is_stale, resolve_labels
 from normswap.graph.rows.check import Rows
 from normswap.graph.rows.run import is_measuring
+from normswap.graph.scope import lost
 from normswap.graph.scope.entries import SEVERAL, Entry, Local
 from normswap.graph.scope.label_watch import LabelWatch
 from normswap.util.original_class import STATE
 
 # Before that, compiled code can read what belongs to a thread, but not what belongs to a task.
 _COMPILES_CONTEXTVARS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
-
-
-_ALONE = (
-    "expected the context of compiled code that runs outside of its model's forward, perhaps again "
-    "in backward, got none; pass context=, or open normswap.use_context around it"
-)
 
 # The model whose forward has labels here: they are not those of a part of another model in it.
 RUNNING: ContextVar["Scope | None"] = ContextVar("normswap running", default=None)
@@ -104,7 +99,7 @@ class Scope:
             if compiling and not whole and torch.is_grad_enabled() and self.model._labelled:
                 # Where this is a recomputation, which compiled code cannot tell, labels would get
                 # lost; the same code uncompiled can.
-                raise ContextError(_ALONE)
+                raise ContextError(lost.ALONE)
         return None if entry is None else entry.context
 
     def _find(self, compiling: bool) -> Entry | None:
@@ -117,10 +112,7 @@ class Scope:
         elif _COMPILES_CONTEXTVARS:
             found = self._block
         elif here.mirror is not None and here.mirror.task == SEVERAL.task:
-            raise ContextError(
-                "expected one asyncio task at a time to use normswap.use_context around compiled "
-                "code, which before torch 2.14 cannot tell them apart; pass context="
-            )
+            raise ContextError(lost.SEVERAL_TASKS)
         else:
             found = here.mirror
         origin = self.origin
@@ -133,46 +125,22 @@ class Scope:
         model = self.model
         running = None if whole or torch.compiler.is_compiling() else RUNNING.get()
         if running is not None and running.model is not model:
-            raise ContextError(
-                "expected labels for a part of one converted model that runs inside a labelled "
-                "forward of another, got those of the other alone; open normswap.use_context "
-                "around both models, torch.nn.ModuleList([one, other]), or around the part (with "
-                "None where they are unknown), or put the model together before it is converted"
-            )
+            raise ContextError(lost.OTHER_MODEL)
         if not whole and len(model._forwards) > model._local.here.forwards:
-            raise ContextError(
-                "expected the context of a forward that runs in another thread to reach the norms "
-                "it runs in this one, got none here; start the work with "
-                "contextvars.copy_context().run, leave those norms out with exclude=, or, if this "
-                "call has nothing to do with that one, pass context= or use "
-                "normswap.use_context(model, None) in this thread"
-            )
+            raise ContextError(lost.OTHER_THREAD)
         if len(self._blocks) > self._local.here.labelled:
-            raise ContextError(
-                "expected context= or normswap.use_context in the thread of the call, got labels "
-                "from normswap.use_context in another thread only; pass context=, start the work "
-                "with contextvars.copy_context().run, or use normswap.use_context(model, None) in "
-                "this thread for a call without labels"
-            )
+            raise ContextError(lost.OTHER_BLOCK)
 
     def _recall(self, entry: Entry | None, task: int) -> Entry | None:
         """Return the context of the forward that backward computes again here."""
         found = self._checkpoints.recall(UNKNOWN if entry is None else entry.context)
         if found is not UNKNOWN:
             if found is not None and is_stale(found.labels):
-                raise ContextError(
-                    "expected labels that stay as they are until backward has computed their "
-                    "forward again, got some that were written to since; pass a copy of them"
-                )
+                raise ContextError(lost.STALE)
             return Entry(found, task)
         if not (self._labelled or self.model._labelled):
             return entry
-        raise ContextError(
-            "expected to know the one context of a forward that backward runs, got none or several "
-            "to choose from; pass context= inside the checkpointed part, put it alone under "
-            "torch.utils.checkpoint, compile the whole model instead of that part, or open "
-            "normswap.use_context in what backward runs"
-        )
+        raise ContextError(lost.SEVERAL_FORWARDS)
 
     def enter(self, context: Context | None) -> Left:
         """Put a context in scope for a forward; return what `leave` needs."""
@@ -231,10 +199,7 @@ class Scope:
             return True
         blocks = self._open.get()
         if not any(block is entry for block in blocks):
-            raise ContextError(
-                "expected a block of normswap.use_context to end in the thread and asyncio task "
-                "that it began in, where its labels now stay, got another; pass context="
-            )
+            raise ContextError(lost.NOT_CLOSED)
         here.entry, here.compiled = hidden
         if entry.context is not None:
             here.labelled -= 1
