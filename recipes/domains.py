@@ -46,7 +46,8 @@ def run(options: Namespace) -> None:
 
     joint = of_cell(options, held_out=None)
     data = images.load(joint)
-    images.build(joint, data, 0)  # what is wrong is said before anything is written
+    for method in options.methods:  # what is wrong is said before anything is written
+        apply_method(method, images.build(joint, data, 0), data.contexts)
     names = data.domain_names
     held = [JOINT] if options.joint else (options.held_out or names)
     for domain in held:

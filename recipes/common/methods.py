@@ -66,9 +66,10 @@ def after_stages(model: nn.Module, method: str) -> dict[str, Any]:
     found: list[str] = []
     for path, part in model.named_modules():
         stages = getattr(part, "feature_info", ())
-        prefix = path and f"{path}."
-        for stage in getattr(stages, "info", stages):
-            found += [prefix + stage["module"]] * (stage["reduction"] in STAGES[method])
+        stages = getattr(stages, "info", stages)
+        if isinstance(stages, Sequence) and not found:  # blocks have a method of that name
+            prefix = path and f"{path}."
+            found = [prefix + s["module"] for s in stages if s["reduction"] in STAGES[method]]
     expected = f"expected a timm model with stages of reduction 4 and 8 for {method}"
     check(found, f"{expected}, got {type(model).__name__}; leave {method} out of --methods")
     return {"placement": "output", "select": found}

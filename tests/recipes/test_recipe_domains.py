@@ -115,15 +115,15 @@ def test_frozen_statistics_stay_and_are_used_in_training(method):
 
 @pytest.mark.parametrize("prefix", ["", "backbone."])
 @pytest.mark.parametrize(
-    ("method", "stages"),
+    ("name", "method", "stages"),
     [
-        ("mixstyle", ["layer1", "layer2"]),
-        ("efdmix-frozen", ["layer1", "layer2"]),
-        ("dsu", ["act1", "layer1", "layer2", "layer3", "layer4"]),
+        ("resnet10t", "mixstyle", ["layer1", "layer2"]),
+        ("resnet10t", "dsu", ["act1", "layer1", "layer2", "layer3", "layer4"]),
+        ("tf_efficientnet_lite0", "efdmix-frozen", ["blocks.1", "blocks.2"]),
     ],
 )
-def test_augmentations_of_style_follow_the_stages_of_their_authors(method, stages, prefix):
-    model = timm.create_model("resnet10t", features_only=bool(prefix))
+def test_augmentations_of_style_follow_the_stages_of_their_authors(name, method, stages, prefix):
+    model = timm.create_model(name, features_only=bool(prefix))
     if prefix:
         model = nn.ModuleDict({"backbone": model})
     model = domains.apply_method(method, model, ["a", "b"])
