@@ -47,7 +47,8 @@ def run(options: Namespace) -> None:
     joint = of_cell(options, held_out=None)
     data = images.load(joint)
     for method in options.methods:  # what is wrong is said before anything is written
-        apply_method(method, images.build(joint, data, 0), data.contexts)
+        start, *_ = images.build(joint, data, 0, fill=False)
+        apply_method(method, start, data.contexts)
     names = data.domain_names
     held = [JOINT] if options.joint else (options.held_out or names)
     for domain in held:
