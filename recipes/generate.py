@@ -40,7 +40,8 @@ from .common.options import Parser, count, resolve
 from .common.training import LARGE, Log, check_finite
 
 METHODS = ("bn", gan.ONEHOT, "cn", "cn-x", "acn")
-HEADINGS = {"distance": "Frechet distance", "accuracy": "class as asked, %"}
+DISTANCE, ASKED = {"distance": "Frechet distance"}, {"accuracy": "class as asked, %"}
+HEADINGS = DISTANCE | ASKED
 COLUMNS = 10
 GENERATED = 1000
 SMOKE_IMAGES = 256
@@ -119,8 +120,9 @@ def run(options: Namespace) -> None:
     save_samples(folder / "samples-real.png", data.images[torch.cat(rows)])
     draw_epochs(folder, records, data.real)
     real = {"cell": {"method": "real"}, **data.real}
-    table = reports.table([real, *records], HEADINGS)
-    reports.finish(folder, f"{data.note}\n\n{table}")
+    title = "Frechet distance to held-out images"
+    how = {"compared": "distance", "notes": [data.note], "unit": "distance"}
+    reports.show(folder, [real, *records], DISTANCE, title, ASKED, **how)
 
 
 def train_one(data: Images, config: Namespace, log: Log) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def draw_epochs(folder: Path, records: list[dict[str, Any]], real: dict[str, flo
         if found:
             by_epoch = ([line[key] for line in found if line["epoch"] == e] for e in epochs)
             panels[HEADINGS[key]][method] = list(map(mean, by_epoch))
-    plot.curves(panels, epochs, log=[HEADINGS["distance"]], path=folder / "results.png")
+    plot.curves(panels, epochs, log=[HEADINGS["distance"]], path=folder / "epochs.png")
 
 
 def add_options(parser: Parser) -> None:

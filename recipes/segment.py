@@ -45,9 +45,7 @@ PLACED: dict[str, dict[str, Any]] = {
     "selfnorm": {"placement": "residual"},
     "cnsn": {"placement": "residual", "crossnorm_at": "post", **STYLE},
 }
-HEADINGS = {
-    "source": "sources",
-    "target": "targets",
+TOLD = {
     "source_posterior": "sources, posterior",
     "target_posterior": "targets, posterior",
     "source_known": "sources, label known",
@@ -67,17 +65,15 @@ def run(options: Namespace) -> None:
     title = f"sources {', '.join(data.sources)}; targets {', '.join(data.targets)}"
     targets = {f"on_{name}": name for name in data.targets}
     points = {"source": "sources", "target": "targets", **(targets if len(targets) > 1 else {})}
-    reports.draw_points(folder / "results.png", records, points, title, "mean IoU, %")
     rows = {m: torch.from_numpy(np.load(masks_of(folder, m))) for m in options.methods}
     draw_predictions(folder / "predictions.png", data, shown(data), rows, "test scenes, seed 0")
     each = {f"on_{name}": name for name in data.sources} | targets
-    parts = [
-        f"mean IoU, %; {title}; label unknown unless said",
-        reports.table(records, HEADINGS),
+    notes = [
+        f"mean IoU, %; {title}; label unknown unless said, and then by the policy of the method",
         reports.table(records, {"valid": "sources, validation", **each}),
         background(data, TEST),
     ]
-    reports.finish(folder, "\n\n".join(parts))
+    reports.show(folder, records, points, title, TOLD, "target", notes, unit="mean IoU, %")
 
 
 def loader(options: Namespace) -> Callable[[int], Scenes]:

@@ -126,7 +126,8 @@ def test_the_recipe_runs_reports_and_repeats_itself(tmp_path, capsys):
     assert [r["cell"]["method"] for r in results if "accuracy" in r] == [gan.ONEHOT, "cn", "cn-x"]
     samples = {f"samples-{name}.png" for name in ("real", *METHODS)}
     assert {p.name for p in folder.iterdir()} == samples | {
-        "config.json", "epochs.jsonl", "results.jsonl", "results.png", "report.txt",
+        "config.json", "epochs.jsonl", "epochs.png", "results.jsonl", "results.png", "report.txt",
+        "table.json",
     }  # fmt: skip
     assert "Frechet distance" in capsys.readouterr().out
     lines = [(tmp_path / name / "epochs.jsonl").read_text().splitlines() for name in ("one", "two")]

@@ -53,7 +53,7 @@ def test_the_recipe_runs_every_method_end_to_end_and_reports(tmp_path, capsys):
     made = {p.name for p in run.iterdir() if not p.name.startswith("masks-")}
     assert made == {
         "config.json", "epochs.jsonl", "results.jsonl", "results.png", "predictions.png",
-        "report.txt",
+        "report.txt", "table.json",
     }  # fmt: skip
     assert "everything called class 0: gravel: 8" in capsys.readouterr().out
 
