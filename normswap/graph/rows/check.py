@@ -1,17 +1,18 @@
 """Which row of a norm's input belongs to which sample: measured once for each kind of call.
 
 A model may fold windows or tokens into the batch, repeat it, or put it in another order before a
-norm, and no shape tells. So the first call of a kind with mixed labels is preceded by a
-measurement (see `measure`) on its first five samples, or a few more where five divide their
-number. An order that is regular holds from then on for any number of samples that those of the
-measurement do not divide, as long as the norms are met in the same sequence with as many rows a
-sample; any other holds for the one call it was measured for, and so does one that other lengths,
-masks or kinds of the samples would change.
+norm, and no shape tells. So the first call of a kind with mixed labels is preceded by a measurement
+(see `measure`) on its first five samples, or a few more where five divide their number, and, in
+brief, on one more, since an order may depend on their number. An order that is regular holds from
+then on for any number of samples that those of the measurement do not divide, as long as the norms
+are met in the same sequence with as many rows a sample; any other holds for the one call it was
+measured for, and so does one that other lengths, masks or kinds of the samples would change.
 
 What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
-order that leaves five samples in place and moves those of a larger batch; an order that a later
-call of the same kind changes, by a counter or by a hook of the user's, which does not run here.
-What a forward changes where `snapshot` does not look, as a file, changes in a measurement, too.
+order that leaves five and six samples in place and moves those of a larger batch; an order that a
+later call of the same kind changes, by a counter or by a hook of the user's, which does not run
+here. What a forward changes where `snapshot` does not look, as a file, changes in a measurement,
+too.
 """
 
 from collections.abc import Callable, Iterator
@@ -70,13 +71,13 @@ class Rows:
             return call(values, context)
         run = Run(module, state.scope, call, values, context)
         kind, run.numbers = kind_of(module, values, run.samples)
-        few = min(run.samples, _FEW)
-        key = (state.fqn, few, torch.is_grad_enabled(), kind)
+        # Beside five samples six are measured, where there are as many.
+        key = (state.fqn, min(run.samples, _FEW + 1), torch.is_grad_enabled(), kind)
         run.family = self.families.setdefault(key, Family())
         token = RUN.set(run)
         try:
             found = run.family.find(run.numbers, run.samples)
-            run.plan = found[0] if found else self._measure(run, few)
+            run.plan = found[0] if found else self._measure(run, min(run.samples, _FEW))
             output = call(values, context)
             if run.refused is not None:
                 raise run.refused
@@ -97,12 +98,25 @@ class Rows:
         while (square := plan.is_square(count)) and plan.regular and count < run.samples:
             count += 1
             plan = run.measure(count)
-        if not plan.regular and count < run.samples:
+        alone = square or (plan.regular and self._depends_on_number(run, plan, count))
+        if count < run.samples and (alone or not plan.regular):
             plan = run.measure(run.samples)
-            square = True
-        plan.samples = run.samples if square else None
+            alone = True
+        plan.samples = run.samples if alone else None
         self._keep(run, plan)
         return plan
+
+    def _depends_on_number(self, run: Run, plan: Plan, count: int) -> bool:
+        """Return whether one sample more, or else one less, has norms meet rows in another order.
+
+        A forward may regroup what divides by two, and leave the rest.
+        """
+        other = count + 1 if count < run.samples else count - 1
+        if other < 2 or plan.agrees(beside := run.measure(other, brief=True)):
+            return False
+        self._note(plan, count)
+        self._note(beside, other)
+        return True
 
     def find(self, layer: Any, site: str, x: Tensor, context: Context) -> Step | None:
         """Return how the rows of x, given to a norm, follow from the samples.
@@ -172,16 +186,20 @@ class Rows:
         self.reason = plan.reason or self.reason
         if plan.reason in (ALIKE, UNMET):
             return
-        for step in plan.steps:
-            times = step.times if step.regular else _ratio(step.rows, run.samples)
-            _learn(self.known, (step.site, step.training, times), step)
-            if self.fixed and not step.regular:
-                _learn(self.irregular, (step.site, step.training, step.rows, run.samples), step)
+        self._note(plan, run.samples)
         if plan.reason or plan.regular:
             run.family.keep(run.numbers, plan)
         elif self.fixed and not any(step.cause for step in plan.steps):
             plan.samples = run.samples
             run.family.keep(None, plan)
+
+    def _note(self, plan: Plan, samples: int) -> None:
+        """Note by norm what was found with so many samples."""
+        for step in plan.steps:
+            times = step.times if step.regular else _ratio(step.rows, samples)
+            _learn(self.known, (step.site, step.training, times), step)
+            if self.fixed and not step.regular:
+                _learn(self.irregular, (step.site, step.training, step.rows, samples), step)
 
     def _recall(
         self, layer: Any, site: str, rows: int, context: Context, run: Run | None = None

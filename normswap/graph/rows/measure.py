@@ -113,8 +113,8 @@ class Measurement:
 
         return self._run(change, met, beside)
 
-    def steps(self) -> list[Step]:
-        """Return every call of a norm, with what was found of its rows.
+    def steps(self, brief: bool = False) -> list[Step]:
+        """Return every call of a norm, with what was found of its rows; see `Run.measure`.
 
         Raises:
             Exception: whatever the model raises on its own inputs, or on all variations.
@@ -129,6 +129,8 @@ class Measurement:
         noise += [math.inf] * (len(met) - len(noise))
         for (step, x), moves, least in zip(met, self._moves(met, noise), noise, strict=True):
             settle(step, x, moves, self.samples, least)
+        if brief:
+            return [step for step, _ in met]
         if steady:
             cause = "rows whose order depends on their values"
             self._check(met, noise, 0, partial(self._vary, content=rolled, others=fresh), cause)

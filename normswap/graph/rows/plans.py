@@ -1,6 +1,7 @@
 """What measurements of a model's rows found, and for which calls it holds."""
 
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -95,6 +96,12 @@ class Plan:
     def is_square(self, count: int) -> bool:
         """Return whether some norm has a multiple of `count` rows for each of `count` samples."""
         return any(step.rows % count**2 == 0 for step in self.steps)
+
+    def agrees(self, other: "Plan") -> bool:
+        """Return whether another number of samples gave the same orders, as far as it tells."""
+        pairs = zip(self.steps, () if other.reason else other.steps, strict=False)
+        same = takewhile(lambda pair: pair[0].site == pair[1].site, pairs)
+        return all((a.how, a.times, a.cause) == (b.how, b.times, b.cause) for a, b in same)
 
     def step(self, at: int, site: str, rows: int, samples: int) -> Step | None:
         """Return what it says of the norm met at a place of the sequence; None if another."""

@@ -50,20 +50,26 @@ class Run:
         # Every norm asks.
         self.samples, self.model = self.context.labels.shape[0], self.scope.model
 
-    def measure(self, count: int, hooks: bool = False) -> Plan:
-        """Measure on the first samples of this call; hooks of the user's run only if asked."""
+    def measure(self, count: int, hooks: bool = False, brief: bool = False) -> Plan:
+        """Measure on the first samples of this call; hooks of the user's run only if asked.
+
+        Brief: what may change the order is not tried.
+        """
         # A list of two images or of two inputs, of two samples: as inputs, images tell nothing.
         try:
             found = [batches_in(self.values, self.samples, several)[0] for several in (True, False)]
         except Exception as error:
             return Plan(reason=_because("an argument cannot be copied", error))
         counts = set(map(len, found))
-        plan = self._measure(count, hooks, len(counts) > 1)
+        how = (count, hooks, brief)
+        plan = self._measure(*how, len(counts) > 1)
         if len(counts) > 1 and (plan.reason or any(step.cause for step in plan.steps)):
-            plan = self._measure(count, hooks, False)
+            plan = self._measure(*how, False)
         return plan
 
-    def _measure(self, count: int, hooks: bool, batches: bool, around: bool = True) -> Plan:
+    def _measure(
+        self, count: int, hooks: bool, brief: bool, batches: bool, around: bool = True
+    ) -> Plan:
         """Measure once, through the container's own pre-hooks; they ran before labels entered.
 
         They are run on what they made, and left out where the model then raises.
@@ -92,13 +98,13 @@ class Run:
                     )
                     return Plan(reason=f"{given}: enter use_context with a label for each it has")
                 self.measurement = found
-                steps = found.steps()
+                steps = found.steps(brief)
                 if not found.varied:
                     return Plan(reason=ALIKE if steps else UNMET)
                 return Plan(steps, measured=count)
         except Exception as error:
             if around:
-                return self._measure(count, hooks, batches, around=False)
+                return self._measure(count, hooks, brief, batches, around=False)
             # The model's own code, given samples that it may not be made for.
             return Plan(reason=_because("the model raises on other samples", error))
         finally:

@@ -58,7 +58,7 @@ def test_what_was_measured_is_copied_and_pickled(fold, unfold, never_again):
 def test_what_was_measured_holds_for_any_number_of_samples(fold, unfold, never_again):
     model = converted(fold, unfold)
     x = torch.randn(7, 4, 6, dtype=torch.float64)
-    model(x[:5], context=torch.tensor([0, 1, 2, 0, 1]))
+    model(x[:6], context=torch.tensor([0, 1, 2, 0, 1, 2]))
     never_again()
     labels = torch.tensor([0, 1, 2, 0, 1, 2, -1])
     assert torch.allclose(model(x, context=labels), singly(model, x, labels), rtol=1e-12)

@@ -46,6 +46,25 @@ def test_orders_that_leave_the_first_three_samples_in_place(tail, samples, trace
     assert model(x, context=labels).equal(model.norm(x[order], context=labels[order]))
 
 
+OF_NUMBERS = {
+    "of two where they divide": lambda n: (
+        torch.arange(n).view(2, -1).T.flatten() if n % 2 == 0 else None
+    ),
+    "turned around where odd": lambda n: torch.arange(n).flip(0) if n % 2 else None,
+    "turned around from six on": lambda n: torch.arange(n).flip(0) if n > 5 else None,
+}
+
+
+@pytest.mark.parametrize("samples", [(6, 7, 8, 33), (7, 6, 32, 10, 12, 15), (5, 8), (3, 4, 2, 9)])
+@pytest.mark.parametrize("name", OF_NUMBERS)
+def test_an_order_that_depends_on_the_number_of_samples(name, samples):
+    def regrouped(s, x):
+        order = OF_NUMBERS[name](len(x))
+        return s.norm(x) if order is None else taken(s, x, order)
+
+    check(ordered(regrouped), samples)
+
+
 @pytest.mark.parametrize("groups", [lambda x: x.view(5, -1, 6), lambda x: x.view(-1, 5, 6)])
 @pytest.mark.parametrize("samples", [(10, 15), (5, 10), (30, 5)])
 def test_groups_of_five_samples_that_are_transposed(groups, samples):
