@@ -9,13 +9,16 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+import normswap
 import recipes.__main__
 from normswap.cli.main import main
 from normswap.methods import registry
+from normswap.testing import check_method
 from tests.recipes.test_examples import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
@@ -80,9 +83,12 @@ def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
     monkeypatch.setattr(
         registry, "_REGISTRY", {n: registry.get_method(n) for n in registry.methods()}
     )
-    names = {"__name__": "readme"}
+    module, before = types.ModuleType("readme"), set(normswap.methods())
+    monkeypatch.setitem(sys.modules, "readme", module)  # where pickle finds its classes
     for number, code in enumerate(blocks(document, "python"), 1):
-        exec(compile(code, f"{document}, block {number}", "exec"), names)
+        exec(compile(code, f"{document}, block {number}", "exec"), vars(module))
+    for method in set(normswap.methods()) - before:
+        check_method(method)
 
 
 @pytest.mark.parametrize("document", GUIDES)

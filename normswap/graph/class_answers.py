@@ -111,8 +111,9 @@ def check_question(name: str, question: str) -> None:
     """
     if question:
         raise ConversionError(
-            f"expected a forward that can be traced, or asks isinstance(value, one_class) only, at "
-            f"{name or 'the model'}, got one where {question}"
+            "expected a forward that asks for classes by isinstance(value, one_class) only, or, "
+            f"without trace=False, one that can be traced, at {name or 'the model'}, got one where "
+            f"{question}"
         )
 
 
