@@ -63,13 +63,14 @@ def convert(
 
 def after_stages(model: nn.Module, method: str) -> dict[str, Any]:
     """Give where its authors have an augmentation of style: after stages of a timm model."""
-    found: list[str] = []
-    for path, part in model.named_modules():
+    found, parts = list[str](), dict(model.named_modules())
+    for path, part in parts.items():
         stages = getattr(part, "feature_info", ())
         stages = getattr(stages, "info", stages)
         if isinstance(stages, Sequence) and not found:  # blocks have a method of that name
             prefix = path and f"{path}."
             found = [prefix + s["module"] for s in stages if s["reduction"] in STAGES[method]]
+            found = [stage for stage in found if stage in parts]  # some leave the last ones out
     expected = f"expected a timm model with stages of reduction 4 and 8 for {method}"
     check(found, f"{expected}, got {type(model).__name__}; leave {method} out of --methods")
     return {"placement": "output", "select": found}
