@@ -27,6 +27,7 @@ from normswap.util.copies import copy_model
 from normswap.util.distributed import refuse_sharded
 
 
+@torch.inference_mode(False)  # else what is made here could never be trained
 def revert(
     model: nn.Module,
     context: str | int | None = None,
@@ -72,6 +73,7 @@ def revert(
     return _restore(root, record, index, alike, discard, inplace)
 
 
+@torch.inference_mode(False)  # else what is made here could never be trained
 def specialize(
     model: nn.Module, context: str | int | None = None, *, inplace: bool = False
 ) -> nn.Module:
