@@ -47,7 +47,7 @@ def test_one_context_alone_has_nothing_to_warn_of():
 
 def test_what_an_optimizer_keeps_on_a_parameter_follows():
     """As timm's AdaHessian keeps its traces."""
-    model = normswap.convert(make_model(), "cn", contexts=["a", "b"])
+    model = normswap.convert(make_model(), "cn", contexts=["a", "b"], unknown="a")
     where, layer = next((n, m) for n, m in model.named_modules() if hasattr(m, "num_contexts"))
     layer.weight.hess, layer.weight.tag = torch.rand_like(layer.weight), "kept"
     before = layer.weight.hess.clone()
