@@ -30,6 +30,7 @@ from normswap.util.copies import copy_model, copy_structure
 from normswap.util.select import Selector
 
 
+@torch.inference_mode(False)  # else what is made here could never be trained
 def convert(
     model: nn.Module,
     method: str = "cn-x",
@@ -125,7 +126,7 @@ def convert(
         scope.watch.quiet = unknown is not None
     exempt_norms(converted)
     if advice:
-        warnings.warn(advice, AdviceWarning, stacklevel=2)
+        warnings.warn(advice, AdviceWarning, stacklevel=3)
     return converted
 
 

@@ -1,6 +1,5 @@
 """Read normalisation layers into `Site`s: which classes are norms, and what each one states."""
 
-import operator
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normswap.util.arguments import as_count, describe
 from normswap.util.measure_eps import measure_eps
 
 # Classes of libraries this package does not import, by qualified name; each computes batch norm,
@@ -21,6 +21,8 @@ _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
 # A normal distribution (gpytorch's LogNormalPrior) is no norm.
 _NAMED = re.compile("Norm(?!al(?!i[sz]))")
 _DIMS = {"1d": (2, 3), "2d": (4,), "3d": (5,)}
+_STATISTICS = ("running_mean", "running_var")
+_TENSORS = ("weight", "bias", *_STATISTICS)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,26 @@ def computed_tensor(module: nn.Module, names: Iterable[str]) -> str:
     return next((name for name in names if isinstance(vars(module).get(name), Tensor)), "")
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    found = ((name, getattr(module, name, None)) for name in _TENSORS)
+    return {name: t for name, t in found if isinstance(t, Tensor)}
+
+
+def _odd_tensor(tensors: dict[str, Tensor]) -> str:
+    """Return what is unusual of the tensors of a norm, which may have been set by hand, or ""."""
+    if ("running_mean" in tensors) != ("running_var" in tensors):
+        return "it has one of running_mean and running_var without the other"
+    first = next(iter(tensors.values()), None)
+    for name, t in tensors.items():
+        usual = t.dim() == 1 and t.layout == torch.strided and t.is_floating_point()
+        if not usual or first is None or (t.shape, t.device) != (first.shape, first.device):
+            return (
+                f"its {name} is {describe(t)} on {t.device}; expected floating-point tensors of "
+                "one shape (C,) on one device"
+            )
+    return ""
+
+
 def is_quantised(tensor: Tensor) -> bool:
     """Return whether a tensor is of a class of torchao, whose bits nothing here reads."""
     return type(tensor).__module__.startswith("torchao.")
@@ -145,13 +167,16 @@ def read_site(
         return "its forward was replaced on the instance"
     if hasattr(module, "parametrizations"):
         return "its parameters are parametrized; remove the parametrization first"
-    if computed := computed_tensor(module, ("weight", "bias")):
-        return f"its {computed} is computed from other tensors; make it a parameter first"
-    if name.endswith(_FROZEN):
+    if computed := computed_tensor(module, _TENSORS):
+        usual = "buffer" if computed in _STATISTICS else "parameter"
+        return f"its {computed} is computed from other tensors; make it a {usual} first"
+    tensors, frozen = _tensors(module), name.endswith(_FROZEN)
+    odd = _odd_tensor(tensors) if frozen or isinstance(module, _NormBase) else unknown_norm(module)
+    if odd:
+        return odd
+    if frozen:
         return _read_frozen(fqn, module, aliases)
-    if not isinstance(module, _NormBase):
-        return unknown_norm(module)
-    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    assert isinstance(module, _NormBase)
     owner = _forward_owner(module)
     fused = _qualified(owner) in _FUSED
     if not fused and owner not in (_BatchNorm, nn.SyncBatchNorm, _InstanceNorm):
@@ -163,7 +188,7 @@ def read_site(
     kind: Literal["batch", "instance"] = (
         "instance" if isinstance(module, _InstanceNorm) else "batch"
     )
-    tracked = isinstance(module.running_mean, Tensor)
+    tracked = "running_mean" in tensors
     momentum = module.momentum if module.momentum is None else float(module.momentum)
     if tracked and not module.track_running_stats:  # set after construction
         # A batch norm still uses the statistics in eval, but never moves them; an instance norm
@@ -171,8 +196,11 @@ def read_site(
         tracked, momentum = kind == "batch", 0.0
     if kind == "batch" and not tracked:
         return "track_running_stats=False: there are no running statistics to start from"
-    own = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    own = next(iter(tensors.values()), torch.empty(0))
     like = own if like is None or own.numel() else like
+    channels = norm_channels(module)
+    if channels is None:
+        return f"its num_features is {describe(module.num_features)}, no count"
     base = next((c.__name__ for c in type(module).__mro__ if c.__name__[-2:] in _DIMS), "")
     dims = _DIMS.get(base[-2:], ())
     if kind == "instance":  # it also takes one dimension fewer, an input without a batch
@@ -184,10 +212,10 @@ def read_site(
         aliases=aliases,
         source=name,
         kind=kind,
-        num_features=operator.index(module.num_features),  # NumPy's are as good for torch
+        num_features=channels,
         eps=float(module.eps),
         momentum=momentum,
-        affine=module.weight is not None or module.bias is not None,
+        affine=any(name not in _STATISTICS for name in tensors),
         tracked=tracked,
         device=like.device,
         dtype=like.dtype,
@@ -198,15 +226,14 @@ def read_site(
 
 
 def _read_frozen(fqn: str, module: nn.Module, aliases: tuple[str, ...]) -> Site | str:
-    tensors = [getattr(module, n, None) for n in ("weight", "bias", "running_mean", "running_var")]
-    if not all(isinstance(t, Tensor) for t in tensors):
+    tensors = _tensors(module)
+    if len(tensors) < len(_TENSORS):
         return "a frozen batch norm without the usual weight, bias, running_mean, running_var"
     fused = tuple(n for n in ("drop", "act") if isinstance(getattr(module, n, None), nn.Module))
     eps = measure_eps(module, fused)
     if isinstance(eps, str):
         return eps
-    mean = tensors[2]
-    assert isinstance(mean, Tensor)
+    mean = tensors["running_mean"]
     return Site(
         fqn=fqn,
         aliases=aliases,
@@ -227,10 +254,11 @@ def _read_frozen(fqn: str, module: nn.Module, aliases: tuple[str, ...]) -> Site 
 
 def norm_channels(module: nn.Module) -> int | None:
     """Return the channels of a batch or instance norm, None for other modules."""
-    if isinstance(module, _NormBase):
-        return operator.index(module.num_features)
-    mean = getattr(module, "running_mean", None)
-    return mean.shape[0] if type(module).__name__.endswith(_FROZEN) and mean is not None else None
+    if not (isinstance(module, _NormBase) or type(module).__name__.endswith(_FROZEN)):
+        return None
+    # By its tensors, as torch's forward goes: what cut channels out of them may have left the rest.
+    lengths = (t.numel() for t in _tensors(module).values())
+    return next(lengths, as_count(getattr(module, "num_features", None)))
 
 
 def is_instance_norm(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ versions. In RESULTS.md `<!-- table NAME -->` says where its table stands, up to
 
 import json
 import re
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def run(options: Namespace) -> None:
+    check(options.page.is_file(), f"expected a page with tables, found none at {options.page}")
     if options.keep is not None:
         keep(options.keep, options.kept, options.name or options.keep.name)
     reports = {path.stem: read(path) for path in sorted(options.kept.glob("*.json"))}
@@ -54,7 +56,14 @@ def keep(folder: Path, kept: Path, name: str) -> None:
 
 def without_places(command: str) -> str:
     """Leave out where a run went and how many ran at once; of paths, all but the last part."""
-    return re.sub(r" --(out|name|jobs) \S+| --resume|(?<= )\S*/", "", command)
+    words = shlex.split(re.sub(r"(?<= )(--[\w-]+)=", r"\1 ", command))
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word in ("--out", "--name", "--jobs"):
+            next(rest, None)
+        elif word != "--resume":
+            kept.append(word.rstrip("/").rpartition("/")[2])
+    return shlex.join(kept)
 
 
 def read(path: Path) -> tuple[Report, dict[str, str]]:

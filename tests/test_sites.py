@@ -1,6 +1,7 @@
 """Reading norms: what their forward does counts, not what their class or constructor says."""
 
 import copy
+import re
 
 import numpy
 import pytest
@@ -198,3 +199,83 @@ def test_a_normal_distribution_is_no_norm(name):
 def test_norms_that_are_not_replaced_are_listed(name):
     model = nn.Sequential(type(name, (nn.Identity,), {})(), nn.BatchNorm2d(3))
     assert [row.fqn for row in normswap.plan(model, "cn", contexts=2).rows] == ["0", "1"]
+
+
+def set_by_hand(**tensors):
+    def change(norm):
+        for name, value in tensors.items():
+            norm._parameters.pop(name, None), norm._buffers.pop(name, None)
+            setattr(norm, name, value)
+
+    return change
+
+
+ODD = {
+    "a mean alone": (set_by_hand(running_var=None), "one of running_mean and running_var"),
+    "a variance alone": (set_by_hand(running_mean=None), "one of running_mean and running_var"),
+    "no statistics": (set_by_hand(running_mean=None, running_var=None), "no running statistics"),
+    "a plain mean": (set_by_hand(running_mean=torch.zeros(3)), "make it a buffer first"),
+    "another shape": (
+        set_by_hand(weight=nn.Parameter(torch.ones(1, 3, 1, 1))),
+        r"its weight is a tensor \(1, 3, 1, 1\)",
+    ),
+    "another length": (
+        set_by_hand(bias=nn.Parameter(torch.ones(5))),
+        r"its bias is a tensor \(5,\)",
+    ),
+    "another device": (
+        set_by_hand(weight=nn.Parameter(torch.ones(3, device="meta"))),
+        "expected floating-point tensors of one shape",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), ODD.values(), ids=ODD)
+@pytest.mark.parametrize("method", ["cn", "cn-x", "acn"])
+def test_norms_whose_tensors_were_set_to_what_is_odd_stay_and_say_why(method, change, reason):
+    base = nn.Sequential(nn.BatchNorm2d(3), filled(nn.BatchNorm2d(3)))
+    change(base[0])
+    model = normswap.convert(base, method)
+    assert [type(norm) is nn.BatchNorm2d for norm in model] == [True, False]
+    assert re.search(reason, normswap.summary(model).rows[0].reason)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "num_batches_tracked"])
+def test_a_tensor_of_a_norm_may_be_none(name):
+    base = nn.Sequential(filled(nn.BatchNorm2d(3)))
+    setattr(base[0], name, None)
+    model = normswap.convert(base, "cn", contexts=2, example_inputs=IMAGES)
+    assert normswap.summary(model).verification.largest < 1e-5
+
+
+@pytest.mark.parametrize("method", ["cn", "cn-x", "acn"])
+def test_statistics_that_are_parameters_are_copied(method):
+    norm = filled(nn.BatchNorm2d(3))
+    set_by_hand(running_mean=nn.Parameter(torch.ones(3)))(norm)
+    model = normswap.convert(nn.Sequential(norm), method, example_inputs=IMAGES)
+    copy.deepcopy(model)  # which a buffer with a gradient behind it refuses
+    with torch.no_grad():  # elsewhere torch refuses
+        torch.testing.assert_close(model.eval()(IMAGES), norm.eval()(IMAGES))
+
+
+@pytest.mark.parametrize("method", ["cn", "cn-x", "acn", "selfnorm"])
+def test_channels_are_those_of_the_tensors_where_the_number_is_stale(method):
+    """As after channels were cut out of a norm by hand; torch's forward reads no number."""
+    norm = filled(nn.BatchNorm2d(3))
+    norm.num_features = 7
+    model = normswap.convert(nn.Sequential(norm), method, example_inputs=IMAGES)
+    torch.testing.assert_close(model.eval()(IMAGES), norm.eval()(IMAGES))
+
+
+def test_a_number_of_channels_that_is_none_is_said():
+    norm = nn.InstanceNorm2d(3)
+    norm.num_features = 3.0
+    assert "its num_features is 3.0" in read_site("", norm)
+
+
+def test_what_a_user_set_on_a_norm_hides_no_tensor_of_its_layer():
+    base = nn.Sequential(filled(nn.BatchNorm2d(3)))
+    base[0].mu, base[0].priors = "text", "text"
+    model = normswap.convert(base, "cn-x", contexts=2, example_inputs=IMAGES)
+    assert isinstance(model[0].mu, nn.Parameter)
+    assert isinstance(model[0].priors, torch.Tensor)

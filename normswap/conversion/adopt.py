@@ -17,7 +17,7 @@ _HOOKS = sorted(name for name in _NEW if "hook" in name)
 
 def adopt(layer: nn.Module, source: nn.Module, site: Site) -> None:
     """Carry over mode, hooks, freezing, fused children, settings and further attributes."""
-    layer.train(source.training)
+    layer.train(bool(source.training))
     _keep_requires_grad(layer, source, site)
     _apply_fused(layer, source, site)
     if isinstance(layer, NormLayer):
@@ -34,7 +34,7 @@ def adopt(layer: nn.Module, source: nn.Module, site: Site) -> None:
         elif not own:  # the same dict, so that the handle of a hook still removes it
             layer.__dict__[name] = carried
     for name, value in vars(source).items():
-        unknown = name not in vars(layer) and name not in _NEW and not hasattr(type(layer), name)
+        unknown = name not in _NEW and not hasattr(layer, name)
         if name in _SETTINGS or unknown:
             layer.__dict__[name] = value
 

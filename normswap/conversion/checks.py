@@ -2,6 +2,7 @@
 
 import torch
 from torch import fx, nn
+from torch._guards import detect_fake_mode
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -22,10 +23,15 @@ def check_model(model: nn.Module) -> None:
     """Raise if a model, or a part of it, is of a kind that surgery cannot change.
 
     Raises:
-        ConversionError: not a module; lazy, scripted, compiled, traced, wrapped for distribution,
-            dispatched by accelerate, prepared for quantisation, or converted already.
+        ConversionError: not a module; fake, lazy, scripted, compiled, traced, wrapped for
+            distribution, dispatched by accelerate, prepared for quantisation, or converted already.
     """
     expect_module(model)
+    if detect_fake_mode([*model.parameters(), *model.buffers()]) is not None:
+        raise ConversionError(
+            "cannot convert where tensors are fake (FakeTensorMode): convert outside of it, on the "
+            "meta device where there is to be no memory, and run the converted model in it"
+        )
     for name, module in model.named_modules():
         where = f"its submodule {name}" if name else "the model"
         why = _obstacle(module)

@@ -16,15 +16,30 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def is_traced() -> bool:
+    """Return whether a compiler, a tracer or fake tensors run this: no value can be read."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(m) is not None for m in (modes.FAKE, modes.PROXY))
+
+
 def is_eager() -> bool:
     """Return whether nothing but autograd's backward looks at what runs: no compiler, no transform.
 
     A compiler, tracer, functorch transform or forward-mode derivative needs torch's operators.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if is_traced():
         return False
     transformed: bool = torch._C._are_functorch_transforms_active()
     return not transformed and forward_ad._current_level < 0
+
+
+def is_readable(t: Tensor) -> bool:
+    """Return whether the host can read a tensor of torch's own class: it has values."""
+    return is_plain(t) and not (is_traced() or t.is_meta)
 
 
 def is_plain(t: Tensor) -> bool:

@@ -21,6 +21,7 @@ from normswap.functional.moments import Moments, instance_moments
 from normswap.functional.tables import (
     apply_centred_by_formula,
     differentiate_again,
+    needs_formula,
     records,
     uses_kernels,
 )
@@ -140,7 +141,7 @@ class _StatAffine(Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
-        if torch.is_grad_enabled():
+        if needs_formula(grads[0]):
             found = differentiate(x, ctx.glue, tensors, grads[0], needed)
             return found[0], None, None, *found[1:]
         kept, scale, centre = ctx.kept, ctx.scale, ctx.centre
@@ -170,6 +171,6 @@ def _run_glue(
 def differentiate(
     x: Tensor, glue: Glue, tensors: Sequence[Tensor], dy: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Return the gradients with a graph of their own, for second derivatives."""
+    """Return the gradients by torch's own derivatives; see `differentiate_again`."""
     formula = partial(_compute_by_formula, glue, True)
     return differentiate_again(formula, (x, *tensors), dy, needed)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from normswap.errors import ContextError
+from normswap.functional.backend import is_traced
 from normswap.functional.labels import Context, kept, with_memo
 
 
@@ -61,7 +62,7 @@ def one_label(labels: Tensor) -> Tensor:
 
     What is traced from one example has to take labels of any other, so there they all stay.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if is_traced():
         return labels
     return labels[:1] if labels.stride(0) == 0 and len(labels) > 0 else labels
 

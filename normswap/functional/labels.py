@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normswap.errors import ContextError
-from normswap.functional.backend import is_eager
+from normswap.functional.backend import is_eager, is_readable
 from normswap.util.arguments import describe, listed, unknown_name
 
 
@@ -204,8 +204,7 @@ def _require_range(low: int, high: int, num_contexts: int, names: Sequence[str])
 
 def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> tuple[int, int] | None:
     """Return the range of labels, None if the host cannot know; raise if one is out of it."""
-    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
-    if traced or labels.is_meta or type(labels) is not Tensor:
+    if not is_readable(labels):
         return None
     if labels.numel() == 0:
         return 0, 0

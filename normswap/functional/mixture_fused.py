@@ -25,7 +25,7 @@ from torch.autograd import Function
 from normswap.functional.backend import is_eager, is_plain
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_by_formula
 from normswap.functional.moments import Moments, compute_dtype
-from normswap.functional.tables import differentiate_again
+from normswap.functional.tables import differentiate_again, needs_formula
 
 # Values of all components in hand at once: what stays in a CPU's cache, what fills a GPU.
 _BLOCK = {"cpu": 2**18}
@@ -135,7 +135,7 @@ class _ElementNorm(Function):
         saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor once a backward
         inputs, statistics = saved[:count], saved[count:]
         needed = ctx.needs_input_grad[:count]
-        if torch.is_grad_enabled():
+        if needs_formula(dy):
             formula = partial(_formula, ctx.eps, ctx.batch)
             return *differentiate_again(formula, inputs, dy, needed), None, None
         with torch.autocast(dy.device.type, enabled=False):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from normswap.errors import ConversionError, InputError, NormswapError
+from normswap.functional.backend import is_traced
 from normswap.functional.backward import in_backward
 from normswap.functional.draws import is_captured
 from normswap.util.arguments import check_count, check_number
@@ -70,7 +71,7 @@ class Schedule:
         captured = is_captured() and not in_backward()
         if captured and (device is None or device.type != CAPTURES):
             device = torch.device(CAPTURES)  # the model's first input may be no tensor of a GPU
-        if torch.compiler.is_compiling() or captured:
+        if is_traced() or captured:
             rank = torch.rand(self.num_sites, device=device).argsort().argsort()
             self._flags = (rank < self.active) & (torch.rand((), device=device) < self.p)
             return
@@ -82,7 +83,7 @@ class Schedule:
     def end(self) -> None:
         """Forget the draw, where the forward ends; a site that asks now begins another."""
         self._flags = None
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             self._draw.fired = None
 
     def fires(self, site: int, device: torch.device | None = None) -> bool | Tensor:
@@ -99,7 +100,7 @@ class Schedule:
             NormswapError: a recomputation in backward whose forward is not known, or a CUDA graph
                 that would repeat one draw.
         """
-        if torch.compiler.is_compiling():
+        if is_traced():
             if self._flags is None:
                 return torch.rand((), device=device) < self.p * self.active / self.num_sites
             return self._flags[site].to(device)

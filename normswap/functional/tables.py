@@ -25,16 +25,23 @@ def records(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def needs_formula(dy: Tensor) -> bool:
+    """Return whether backward is itself to be differentiated, or is run for several dy at once."""
+    several: bool = torch._C._functorch.is_legacy_batchedtensor(dy)  # is_grads_batched=True
+    return torch.is_grad_enabled() or several or not is_eager()
+
+
 def differentiate_again(
-    formula: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, needed: Sequence[bool]
+    formula: Callable[..., Tensor], inputs: Sequence[Any], dy: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Return the gradients of a formula with a graph of their own, for second derivatives."""
-    # As views: of inputs that depend on each other, each is to be held fixed for the others.
-    inputs = [t.view_as(t) for t in inputs]
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
-    with torch.autocast(dy.device.type, enabled=False):
+    """Return the gradients of a formula by torch's own derivatives, with a graph if asked for."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
+        # As views: of inputs that depend on each other, each is to be held fixed for the others.
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
         y = formula(*inputs)
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again, allow_unused=True))
     return [next(found) if need else None for need in needed]
 
 
@@ -116,9 +123,10 @@ class _TableAffine(Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, index, *tables = ctx.saved_tensors
         needed, (dy,) = ctx.needs_input_grad, grads
-        if torch.is_grad_enabled():
-            # No gradient depends on what was not kept.
-            x = torch.zeros_like(dy, requires_grad=True) if x is None else x
+        if needs_formula(dy):
+            if x is None:  # no gradient depends on what was not kept
+                like = {"dtype": dy.dtype, "device": dy.device, "requires_grad": True}
+                x = torch.zeros(dy.shape, **like)
             shift = torch.zeros_like(tables[1], requires_grad=True)
             formula = partial(_by_formula, index)
             found = differentiate_again(formula, (x, *tables, shift), dy, (needed[0], *needed[2:]))

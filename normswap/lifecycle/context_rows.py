@@ -170,7 +170,9 @@ def change_contexts(
                 _check_parameter(old, f"{where}.{key}")
                 parameters[old] = f"{where}.{key}"
                 new = changed[old] = nn.Parameter(table, old.requires_grad)
-                new.__dict__.update(old.__dict__)
+                for name, value in vars(old).items():  # AdaHessian keeps its state there
+                    rows = isinstance(value, Tensor) and value.shape == old.shape
+                    new.__dict__[name] = of_state(value) if rows else value
                 new.grad = None if old.grad is None else of_grad(old.grad)
     plans = [] if optimizer is None else plan_states(optimizer, parameters, of_state, root)
     # Nothing below can fail.

@@ -20,12 +20,14 @@ from normswap.lifecycle.record import (
 )
 from normswap.lifecycle.training import release
 from normswap.methods.base import InsertedMethod, Method, get_method
+from normswap.methods.layer_tensors import has_no_values
 from normswap.methods.norm_values import PlainNorm
 from normswap.util.arguments import check_flag, listed
 from normswap.util.copies import copy_model
 from normswap.util.distributed import refuse_sharded
 
 
+@torch.inference_mode(False)  # else what is made here could never be trained
 def revert(
     model: nn.Module,
     context: str | int | None = None,
@@ -71,6 +73,7 @@ def revert(
     return _restore(root, record, index, alike, discard, inplace)
 
 
+@torch.inference_mode(False)  # else what is made here could never be trained
 def specialize(
     model: nn.Module, context: str | int | None = None, *, inplace: bool = False
 ) -> nn.Module:
@@ -150,6 +153,8 @@ def _check_inserted(target: nn.Module, record: Record) -> None:
     kept = {}
     for name, layer in inserted_layers(target).items():
         why: str | None = "it normalises the input of the model, where the original has no norm"
+        if has_no_values(layer):
+            continue
         if isinstance(method, InsertedMethod):
             why = method.effect(layer)
         elif _is_untouched(layer, record):

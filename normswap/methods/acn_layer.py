@@ -152,7 +152,7 @@ class AdaptiveContextNorm(NormLayer):
         if isinstance(input, fx.Proxy):
             return self._record(input)
         x = self._accept(input)
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             return self._finish(self.normalize(x))
         with torch.autocast(x.device.type, enabled=False):
             return self._finish(self.normalize(x))

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from normswap.functional.moments import Moments
@@ -52,8 +51,7 @@ class ContextNormalization(Method):
         settings = {**settings_of(site, contexts), "momentum": site.momentum}
         layer = ContextNorm(**settings, shrink=options.shrink, affine=options.affine)
         layer.set_affine(*affine_tensors(source, site))
-        with torch.no_grad():
-            layer.take_running(source)
+        layer.take_running(source)
         return layer
 
     def advise(self, norms: list[nn.Module], options: Any) -> str | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import InputError
+from normswap.functional.backend import is_traced
 from normswap.functional.draws import draw_permutation, is_captured
 from normswap.functional.schedule import Schedule
 from normswap.functional.style import cross_norm, draw_box
@@ -93,7 +94,7 @@ class CrossNorm(nn.Module):
             return self.schedule.fires(self.index, x.device)
         if self.p in (0, 1):
             return bool(self.p)
-        if torch.compiler.is_compiling() or is_captured():
+        if is_traced() or is_captured():
             return torch.rand((), device=x.device) < self.p
         # On the CPU, whatever the device of x, so that the host knows without waiting.
         return torch.rand((), device="cpu").item() < self.p

@@ -91,7 +91,7 @@ class ContextInstanceNorm(ContextLayer):
         with torch.no_grad():
             layer.weight.copy_(weight.expand_as(layer.weight))
             layer.bias.copy_(bias.expand_as(layer.bias))
-            layer.take_running(source)
+        layer.take_running(source)
         return layer
 
     def forward(self, input: Tensor, context: Any = None) -> Tensor:

@@ -33,6 +33,7 @@ class RunningStats(nn.Module):
             if (buffer := self._buffers.get(name)) is not None:
                 buffer.fill_(value)
 
+    @torch.no_grad()
     def take_running(self, norm: nn.Module) -> None:
         """Copy the running statistics of the norm that is replaced, as far as both have them."""
         for name in RUNNING:

@@ -101,6 +101,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
     write_folder(path, content, layers | stored)
 
 
+@torch.inference_mode(False)  # else what is made here could never be trained
 def load(
     base: nn.Module,
     folder: str | PathLike[str],

@@ -86,3 +86,19 @@ def test_a_bare_norm_becomes_a_layer():
     x = torch.randn(2, 3, 4, 4)
     assert torch.allclose(layer(x, torch.tensor([0, 1])), norm(x), atol=1e-6)
     assert normswap.summary(layer).rows[0].fqn == ""
+
+
+@pytest.mark.parametrize("method", normswap.methods())
+def test_what_is_made_in_inference_mode_can_be_trained(method, tmp_path):
+    needs = normswap.get_method(method).needs_context
+    given = {"context": torch.arange(len(images())) % 2} if needs else {}
+    base = Net()
+    with torch.inference_mode():
+        model = normswap.convert(base, method, **({"contexts": 2} if needs else {}))
+        normswap.save(model, tmp_path / "run")
+        loaded = normswap.load(base, tmp_path / "run")
+        plain = [normswap.revert(model, discard=True)]
+        plain += [normswap.specialize(model, 1)] if needs else []
+    for made in (model, loaded, *plain):
+        made.train()(images(), **({} if made in plain else given)).sum().backward()
+        assert any(p.grad is not None for p in made.parameters())

@@ -159,3 +159,16 @@ def test_uniform_priors_of_a_layer_made_on_the_meta_device():
 def test_a_context_cannot_be_added_without_values():
     with pytest.raises(ConversionError, match=r"without values \(meta device\)"):
         normswap.add_context(start_empty("cn", "batch"))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", normswap.methods())
+def test_a_model_without_values_runs_and_goes_back(method, training):
+    needs = normswap.get_method(method).needs_context
+    with torch.device("meta"):
+        model = normswap.convert(Net(), method, **({"contexts": 3} if needs else {}))
+    model.train(training)
+    for labels in ([0, 1, 2], torch.tensor([0, 1, 2]), "1") if needs else (None,):
+        given = {} if labels is None else {"context": labels}
+        assert model(torch.empty(3, 3, 8, 8, device="meta"), **given).shape == (3, 2)
+    assert type(normswap.revert(model).bn) is nn.BatchNorm2d

@@ -43,3 +43,17 @@ def test_one_context_alone_has_nothing_to_warn_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         normswap.add_context(model, "b", like=0)
+
+
+def test_what_an_optimizer_keeps_on_a_parameter_follows():
+    """As timm's AdaHessian keeps its traces."""
+    model = normswap.convert(make_model(), "cn", contexts=["a", "b"], unknown="a")
+    where, layer = next((n, m) for n, m in model.named_modules() if hasattr(m, "num_contexts"))
+    layer.weight.hess, layer.weight.tag = torch.rand_like(layer.weight), "kept"
+    before = layer.weight.hess.clone()
+    normswap.add_context(model, "c", like="b")
+    weight = model.get_submodule(where).weight
+    torch.testing.assert_close(weight.hess, torch.cat([before, before[1:]]))
+    assert weight.tag == "kept"
+    normswap.remove_context(model, "c")
+    assert torch.equal(model.get_submodule(where).weight.hess, before)

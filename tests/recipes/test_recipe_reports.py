@@ -111,11 +111,21 @@ def test_a_table_without_its_run_and_a_run_without_a_table_are_errors(folder, tm
     assert main(["results", "--keep", str(folder), *given]) == 2
     assert "expected a finished run with table.json" in capsys.readouterr().err
     assert page.read_text() == "<!-- table other -->\n<!-- end -->\n"
+    page.unlink()
+    assert main(["results", *given]) == 2
+    assert "expected a page with tables" in capsys.readouterr().err
 
 
-def test_a_kept_command_names_no_place():
-    given = "python -m recipes x --data /a/b.zip --out /c --name d --jobs 2 --seeds 3 --resume"
-    assert results.without_places(given) == "python -m recipes x --data b.zip --seeds 3"
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--data /a/b.zip --out /c --name d --jobs 2 --seeds 3 --resume",
+        "--out='/my runs' --data=/a/b.zip --jobs=2 --seeds=3 --name 'd e'",
+    ],
+)
+def test_a_kept_command_names_no_place(given):
+    found = results.without_places(f"python -m recipes x {given}")
+    assert found == "python -m recipes x --data b.zip --seeds 3"
 
 
 def test_the_page_has_the_tables_of_the_runs_that_are_kept():

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from normswap.functional import labels, mixture_fused, tables
+from normswap.functional import backend, label_rows, labels, mixture_fused, tables
 from normswap.functional.labels import Context
 
 # Operators that start no kernel besides views; operators that start more than one.
@@ -151,5 +151,7 @@ def fake_cuda(monkeypatch):
     """Return a block for fake tensors, which the layers treat as they treat real ones."""
     for module in (tables, mixture_fused):
         monkeypatch.setattr(module, "is_plain", lambda t: True)
+    for module in (backend, label_rows):
+        monkeypatch.setattr(module, "is_traced", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return FakeTensorMode()

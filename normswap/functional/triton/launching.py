@@ -47,7 +47,9 @@ class Start:
         if found is None or (found[0] is not None and found[0] != torch._C._cuda_getDevice()):
             found = launch(self._kernel, self._programs, *tensors, self._numbers, **self._meta)
             if found is not None:
-                self._found, self._rest = found, (*self._numbers, *found[4])
+                # In this order: another thread takes the rest where it finds the program.
+                self._rest = *self._numbers, *found[4]
+                self._found = found
             return
         index, run, function, metadata, *_ = found
         stream = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
@@ -125,7 +127,7 @@ def launch(kernel: Any, programs: int, x: Any, /, *args: Any, **meta: Any) -> An
     compiled = kernel[(programs,)](x, *given, **meta, **OPTIONS)
     if compiled is not None and _takes_values():  # None, as the interpreter returns
         if len(_COMPILED) >= _MOST:
-            del _COMPILED[next(iter(_COMPILED))]
+            _COMPILED.pop(next(iter(_COMPILED)), None)
         constants = [meta[name] for name in kernel.arg_names[len(values) :]]
         started = index, compiled.run, compiled.function, compiled.packed_metadata, constants
         _COMPILED[key] = found = *started, kernel, compiled  # which are to live as long

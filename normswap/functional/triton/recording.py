@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from normswap.functional.tables import records
+from normswap.functional.tables import differentiate_again, needs_formula, records
 
 # Tensors, some of which may be None.
 Tensors = Sequence[Any]
@@ -55,12 +54,10 @@ class _Recorded(Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         inputs, kept = saved[: ctx.count], saved[ctx.count :]
-        if not torch.is_grad_enabled():
+        if not needs_formula(grads[0]):
             return None, None, *ctx.way.backward(grads[0], inputs, kept, ctx.given, needed)
-        # As views: of inputs that depend on each other, each is to be held fixed for the others.
-        views = [None if t is None else t.view_as(t) for t in inputs]
-        with torch.autocast(grads[0].device.type, enabled=False):
-            y = ctx.way.formula(views, kept, ctx.given)
-        wanted = [t for t, need in zip(views, needed, strict=True) if need and t is not None]
-        found = iter(torch.autograd.grad(y, wanted, grads, create_graph=True, allow_unused=True))
-        return None, None, *(next(found) if need else None for need in needed)
+
+        def formula(*inputs: Tensor | None) -> Any:
+            return ctx.way.formula(inputs, kept, ctx.given)
+
+        return None, None, *differentiate_again(formula, inputs, grads[0], needed)

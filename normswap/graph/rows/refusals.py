@@ -1,10 +1,10 @@
 """What to say where labels cannot follow the rows of a norm, and what to do about it."""
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from normswap.errors import ContextError
+from normswap.functional.backend import is_readable
 from normswap.functional.labels import Context
 from normswap.graph.rows.decode import MADE_OF_SEVERAL
 from normswap.graph.rows.plans import ANY, Step
@@ -55,10 +55,8 @@ def _refuse(context: Context, message: str) -> Step:
         ContextError: the message.
     """
     labels = context.labels
-    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
-    if not traced and type(labels) is Tensor and not labels.is_meta:
-        if bool((labels == labels[0]).all()):
-            return Step("", False, 0, ANY)
+    if is_readable(labels) and bool((labels == labels[0]).all()):
+        return Step("", False, 0, ANY)
     raise ContextError(message)
 
 

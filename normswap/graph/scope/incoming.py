@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from normswap.functional.backend import is_readable
 from normswap.functional.label_rows import wrong_length
 from normswap.functional.labels import Context
 from normswap.graph.state import ContainerState
@@ -76,7 +77,7 @@ def _is_single(context: Context, values: tuple[Any, ...]) -> bool:
     labels = context.labels
     if context.unknown is None or context.whole or labels.device.type != "cpu" or len(labels) < 2:
         return False
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if not is_readable(labels):
         return False
     if not any(len(labels) in _batch_sizes(value) for value in values):
         return False
@@ -86,8 +87,6 @@ def _is_single(context: Context, values: tuple[Any, ...]) -> bool:
 def _may_mix(context: Context) -> bool:
     """Return whether rows have to be told apart, and can be: values are there."""
     labels = context.labels
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or context.whole:
+    if context.whole or not is_readable(labels) or len(labels) < 2:
         return False
-    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return type(labels) is torch.Tensor and not labels.is_meta and len(labels) > 1
+    return not (labels.is_cuda and torch.cuda.is_current_stream_capturing())
