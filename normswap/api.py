@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from normswap.contexts.assigner import Assigner
 from normswap.conversion.checks import check_model
 from normswap.conversion.inputs import read_inputs
-from normswap.conversion.replacement import Target
 from normswap.conversion.settings import Settings, read_settings
 from normswap.conversion.summary import summarise
-from normswap.conversion.target import carry_out, find_target
+from normswap.conversion.target import Target, carry_out, find_target
 from normswap.conversion.verification import Reference, compare, run_original
 from normswap.errors import AdviceWarning, ConversionError, expect_module, not_converted
 from normswap.graph.pinned import check_copyable

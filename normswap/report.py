@@ -93,7 +93,7 @@ class Report:
     rows: list[Row]
     opaque: dict[str, str] = field(default_factory=dict)
     traced: int = 0
-    direct: list[str] = field(default_factory=list)
+    norm_reads: list[str] = field(default_factory=list)
     verification: Verification | None = None
     options: dict[str, Any] = field(default_factory=dict)
     argument: str | None = None
@@ -142,9 +142,9 @@ class Report:
         lines += [f"own forward: {name or '(root)'}: {why}" for name, why in self.opaque.items()]
         if self.argument not in (None, "context"):
             lines.append(f"labels: {self.argument}=, since the model takes a context= of its own")
-        if self.direct:
+        if self.norm_reads:
             lines.append(
-                f"read past the norm: {', '.join(self.direct[:6])}; "
+                f"read past the norm: {', '.join(self.norm_reads[:6])}; "
                 "such code now sees one row a context"
             )
         if self.verification is not None:

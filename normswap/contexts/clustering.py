@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from normswap.contexts.clusters import ClusterAssigner, GaussianMixtureAssigner, KMeansAssigner
-from normswap.contexts.feature_stream import FeatureStream
 from normswap.contexts.features import PIXELS, Features
+from normswap.contexts.loader_features import LoaderFeatures
 from normswap.errors import ContextError, ContextWarning
 from normswap.util.extras import need
 
@@ -59,12 +59,12 @@ def kmeans(
         ContextWarning: of tiny clusters.
     """
     cluster = need("sklearn.cluster", "contexts", "k-means")
-    stream = FeatureStream(loader, features, num_contexts, samples, seed, progress)
-    kept = stream.sample().numpy()
+    source = LoaderFeatures(loader, features, num_contexts, samples, seed, progress)
+    kept = source.sample().numpy()
     fitted = cluster.KMeans(num_contexts, n_init=4, random_state=seed)
     found = _quietly(fitted.fit_predict, kept)
     _check_distinct(len(set(found.tolist())), num_contexts)
-    if not stream.kept.complete:
+    if not source.kept.complete:
         start = {"init": fitted.cluster_centers_, "n_init": 1, "reassignment_ratio": 0}
         fitted = cluster.MiniBatchKMeans(num_contexts, random_state=seed, **start)
         waiting = torch.empty(0, kept.shape[1])
@@ -76,11 +76,11 @@ def kmeans(
                 fitted.partial_fit(waiting.numpy())
                 waiting = waiting[:0]
 
-        stream.read("k-means", learn)
+        source.read("k-means", learn)
         if len(waiting):
             fitted.partial_fit(waiting.numpy())
     arrays = {"centers": torch.from_numpy(fitted.cluster_centers_).float()}
-    assigner = stream.count(KMeansAssigner(stream.extractor, arrays))
+    assigner = source.count(KMeansAssigner(source.extractor, arrays))
     assigner.warn()
     return assigner
 
@@ -126,8 +126,8 @@ def gaussian_mixture(
         raise ContextError(f"expected dimensions= of at least 1, got {dimensions}")
     decomposition = need("sklearn.decomposition", "contexts", "a Gaussian mixture")
     mixture = need("sklearn.mixture", "contexts", "a Gaussian mixture")
-    stream = FeatureStream(loader, features, num_contexts, samples, seed, progress)
-    kept = stream.sample()
+    source = LoaderFeatures(loader, features, num_contexts, samples, seed, progress)
+    kept = source.sample()
     if len(kept) < 2:
         raise ContextError("expected two samples or more to fit a mixture to, got one")
     size = min(dimensions, kept.shape[1], len(kept) - 1)
@@ -151,7 +151,7 @@ def gaussian_mixture(
         "cholesky": torch.from_numpy(model.precisions_cholesky_),
         "log_weights": torch.from_numpy(model.weights_).log(),
     }
-    assigner = stream.count(GaussianMixtureAssigner(stream.extractor, arrays))
+    assigner = source.count(GaussianMixtureAssigner(source.extractor, arrays))
     if not model.converged_:
         text = f"the mixture of {num_contexts} did not converge in {model.n_iter_} steps"
         warnings.warn(text, ContextWarning, stacklevel=2)

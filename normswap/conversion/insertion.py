@@ -5,19 +5,20 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from normswap.conversion.replacement import Target, build_layer
+from normswap.conversion.replacement import Change, build_layer
 from normswap.errors import ConversionError
 from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.scope.scope import Scope
 from normswap.graph.state import ContainerState
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record
+from normswap.methods.base import InsertedMethod, Method
 from normswap.methods.layer import NormLayer
 from normswap.report import Row
 from normswap.sites import Place, Site, read_site
 
 
-class Insertion(Target):
+class Insertion(Change[InsertedMethod, Place]):
     """Layers of a method at places of a model, whose norms stay."""
 
     def apply(self, surgery: Surgery, record: Record) -> nn.Module:
@@ -52,7 +53,7 @@ class Insertion(Target):
         return surgery.model
 
 
-class InputNorm(Target):
+class InputNorm(Change[Method, Place]):
     """One more norm, before the model, that starts as the identity in eval mode."""
 
     def apply(self, surgery: Surgery, record: Record) -> nn.Module:

@@ -4,7 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -15,30 +15,34 @@ from normswap.graph.scope.scope import Scope
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.original import make_layer, remember_original
 from normswap.lifecycle.record import Record
-from normswap.methods.base import Method
+from normswap.methods.base import BaseMethod, Method
 from normswap.report import Row
-from normswap.sites import Site, find_norms, read_site
+from normswap.sites import Place, Site, find_norms, read_site
 from normswap.util.select import Selector, closest, why_kept
 
 # Classes of torchvision, detectron2 and mmdetection that cut regions out of feature maps.
 _POOLS = re.compile("roi_?(align|pool|extract)", re.IGNORECASE)
 
+_Method = TypeVar("_Method", bound=BaseMethod)
+_Where = TypeVar("_Where", Site, Place)
+_Same = TypeVar("_Same", bound="Change[Any, Any]")
+
 
 @dataclass(frozen=True)
-class Target(ABC):
-    """What a conversion changes.
+class Change(ABC, Generic[_Method, _Where]):
+    """What a conversion changes in a model, and how.
 
     Attributes:
         method: whose layers come.
         rows: everything that was considered.
-        where: the sites, or places, of the layers.
+        where: of each layer that comes.
     """
 
-    method: Any
+    method: _Method
     rows: list[Row]
-    where: list[Any]
+    where: list[_Where]
 
-    def on(self, device: torch.device) -> "Target":
+    def on(self: _Same, device: torch.device) -> _Same:
         """Return the same with layers on another device."""
         return replace(self, where=[replace(each, device=device) for each in self.where])
 
@@ -51,21 +55,28 @@ class Target(ABC):
         """Change the model under surgery; return the converted one."""
 
 
-class Replacement(Target):
-    """Norms of a model, each replaced at every name it has; it may itself be the one norm."""
+class Bare(Change[Method, Site]):
+    """A model that is itself the norm to replace: the layer is the converted model."""
+
+    def apply(self, surgery: Surgery, record: Record) -> nn.Module:
+        """Build the layer."""
+        (site,), (row, *_) = self.where, self.rows
+        scope = Scope(record.contexts.count, record.contexts.names)
+        return build_layer(self.method, site, surgery.model, record, scope, row)
+
+
+class Replacement(Change[Method, Site]):
+    """Norms inside a model, each replaced at every name it has."""
 
     def advice(self, model: nn.Module, options: Any) -> str | None:
         """Return what the method warns of, before the model changes."""
-        if self.where[0].fqn == "":
-            return None
         norms = [model.get_submodule(site.fqn) for site in self.where]
         if all(map(_is_frozen, norms, self.where)):
             return (
                 "these norms are frozen, and so are the layers in their place, which learn nothing "
                 'until normswap.freeze(model, "norms", stats="frozen"), whose also= names what else'
             )
-        advice: str | None = self.method.advise(norms, options)
-        return advice
+        return self.method.advise(norms, options)
 
     def apply(self, surgery: Surgery, record: Record) -> nn.Module:
         """Swap every chosen norm and thread the context to it."""
@@ -76,8 +87,6 @@ class Replacement(Target):
             build_layer(self.method, site, source, record, scope, rows[site.fqn])
             for site, source in zip(self.where, sources, strict=True)
         ]
-        if self.where[0].fqn == "":
-            return layers[0]
         for site, layer in zip(self.where, layers, strict=True):
             surgery.swap((site.fqn, *site.aliases), layer)
         surgery.replace_references({id(s): layer for s, layer in zip(sources, layers, strict=True)})
@@ -105,7 +114,7 @@ def build_layer(
 
 def find_replacement(
     model: nn.Module, method: Method, select: Selector, exclude: Selector
-) -> Replacement:
+) -> Replacement | Bare:
     """Return the norms to replace, at least one, with a row for every norm of the model."""
     rows: list[Row] = []
     chosen: list[Site] = []
@@ -137,7 +146,8 @@ def find_replacement(
                 chosen.append(site)
     if not chosen:
         raise ConversionError(_nothing_to_replace(model, rows, select))
-    return Replacement(method, rows, chosen)
+    root = [site for site in chosen if site.fqn == ""]
+    return Bare(method, rows, root) if root else Replacement(method, rows, chosen)
 
 
 def _is_frozen(norm: nn.Module, site: Site) -> bool:

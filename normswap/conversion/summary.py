@@ -54,7 +54,7 @@ def summarise(root: nn.Module, record: Record) -> Report:
         rows=rows,
         opaque=reach.opaque,
         traced=reach.traced,
-        direct=find_bypassed(root),
+        norm_reads=find_bypassed(root),
         verification=record.verification,
         argument=context_argument(root),
         parameters=sum(size for size, _ in sizes),

@@ -3,13 +3,14 @@
 import functools
 import glob
 from dataclasses import replace
+from typing import TypeAlias
 
 from torch import nn
 from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.conversion.insertion import InputNorm, Insertion
 from normswap.conversion.places import find_places, place_at_input, read_container
-from normswap.conversion.replacement import Target, find_replacement
+from normswap.conversion.replacement import Bare, Replacement, find_replacement
 from normswap.conversion.settings import Settings
 from normswap.errors import ConversionError
 from normswap.graph.class_answers import check_questions
@@ -19,6 +20,8 @@ from normswap.lifecycle.record import Record
 from normswap.methods.base import BaseMethod, InsertedMethod, Method
 from normswap.sites import find_norms, norm_channels, read_site
 from normswap.util.select import FIRST, Selector, check_meant, matches
+
+Target: TypeAlias = Replacement | Insertion | InputNorm | Bare
 
 
 def find_target(model: nn.Module, asked: Settings) -> Target:

@@ -44,11 +44,11 @@ class Variant:
         """Return whether everything the trace depended on is as it was."""
         if not self.guards.hold(module):
             return False
-        for path, cls, direct in self.calls:
+        for path, cls, as_given in self.calls:
             child: Any = module
             for name in path:
                 child = child._modules.get(name)
-            if type(child) is not cls or direct != takes_arguments_as_given(child):  # type: ignore[arg-type]
+            if type(child) is not cls or as_given != takes_arguments_as_given(child):  # type: ignore[arg-type]
                 return False
         return True
 

@@ -176,7 +176,7 @@ class AdaptiveContextNorm(NormLayer):
         parameters = (self.weight, self.bias, self.prior_logits, self.mu, self.log_sigma)
         running = tuple(getattr(self, name) for name in RUNNING)
         assignment = self.options.assignment
-        triton = triton_for(x, "mixture", *parameters, *running)
+        triton = triton_for(x, "mixture_norm", *parameters, *running)
         if triton is not None and triton.serves(x, assignment, len(self.mu)):
             settings = triton.Settings(self.eps, batch, batch and not in_backward(), self.momentum)
             given = None if self.running_mean is None else running

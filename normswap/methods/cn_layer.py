@@ -69,7 +69,7 @@ class ContextNorm(ContextTables):
     running statistics no second time.
     """
 
-    kernels = "cn"
+    kernels = "context_norm"
     read = ("weight", "bias", "priors", *RUNNING)
     most_weighed = 64
     _first_run: Moments | None = None

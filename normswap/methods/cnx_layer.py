@@ -71,7 +71,7 @@ class ContextNormX(ContextLayer):
     """
 
     context_parameters = ("mu", "log_sigma")
-    kernels = "cnx"
+    kernels = "learned_norm"
     read = ("priors", "mu", "log_sigma", "weight", "bias")
     track_running_stats = False
     weight: nn.Parameter | None

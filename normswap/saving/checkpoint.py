@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from normswap._version import __version__
 from normswap.conversion.checks import check_model
-from normswap.conversion.replacement import Target
 from normswap.conversion.settings import Settings, make_contexts
-from normswap.conversion.target import carry_out, find_target
+from normswap.conversion.target import Target, carry_out, find_target
 from normswap.errors import CheckpointError, UnknownNameError, expect_module
 from normswap.graph.pinned import check_copyable
 from normswap.graph.state import RECORD

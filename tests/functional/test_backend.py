@@ -34,7 +34,7 @@ def x_of(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_it_serves_what_the_kernels_read(working, dtype):
     assert backend.triton_for(x_of(dtype)) is not None
-    assert backend.triton_for(x_of(dtype), "cn", torch.zeros(3), None) is not None
+    assert backend.triton_for(x_of(dtype), "context_norm", torch.zeros(3), None) is not None
 
 
 def test_it_leaves_the_rest_to_torch(working):
@@ -44,8 +44,8 @@ def test_it_leaves_the_rest_to_torch(working):
     assert backend.triton_for(x[:0]) is None
     assert backend.triton_for(x.repeat(1, 1, 1, 2)[..., ::2]) is None
     assert backend.triton_for(x[:, :, 0].transpose(1, 2)) is None
-    assert backend.triton_for(x, "cn", torch.zeros(3, 2).t()) is None
-    assert backend.triton_for(x, "cn", torch.zeros(3, device="meta")) is None
+    assert backend.triton_for(x, "context_norm", torch.zeros(3, 2).t()) is None
+    assert backend.triton_for(x, "context_norm", torch.zeros(3, device="meta")) is None
     found = []
     torch.func.vmap(lambda t: found.append(backend.triton_for(t)) or t)(x.unsqueeze(0))
     assert found == [None]

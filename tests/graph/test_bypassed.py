@@ -108,7 +108,7 @@ def test_what_computes_something_else_is_named(use, trace):
 @TRACE
 @pytest.mark.parametrize("use", OTHER_VALUES.values(), ids=OTHER_VALUES)
 def test_the_summary_says_what_is_read(use, trace):
-    assert normswap.summary(convert(make(use), trace=trace, verify=False)).direct
+    assert normswap.summary(convert(make(use), trace=trace, verify=False)).norm_reads
 
 
 @TRACE
@@ -117,7 +117,7 @@ def test_calls_and_settings_are_right(use, trace):
     model = make(use)
     converted = convert(copy.deepcopy(model), trace=trace, example_inputs=X)
     torch.testing.assert_close(converted(X, context=LABELS), model(X))
-    assert not normswap.summary(converted).direct
+    assert not normswap.summary(converted).norm_reads
 
 
 @pytest.mark.parametrize("use", OTHER_VALUES.values(), ids=OTHER_VALUES)

@@ -36,7 +36,7 @@ def structure(report: normswap.Report, model: nn.Module) -> dict[str, Any]:
         "refused": {why: n for why, n in refused.items() if "neither a batch" not in why},
         "traced": report.traced,
         "opaque": opaque,
-        "direct": report.direct,
+        "norm_reads": report.norm_reads,
     }
 
 

@@ -1,4 +1,4 @@
-"""The kernels of a mixture that assigns each value on its own; `mixture` launches them.
+"""The kernels of a mixture that assigns each value on its own; `mixture_norm` launches them.
 
 What a program's tiles leave is added up value by value, and reduced once, to a row of parts
 (P, sums, K, C); parts are added in a fixed order, without atomics.

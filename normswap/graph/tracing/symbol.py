@@ -61,7 +61,7 @@ def is_certain(node: fx.Node) -> bool:
     if node.op == "call_method":
         return target not in _OPTIONAL and base is not None and is_certain(base)
     if node.op == "call_module":
-        return bool(node.meta.get("something"))
+        return bool(node.meta.get("returns_tensor"))
     name = getattr(target, "__name__", "")
     if name == "multi_head_attention_forward":  # its second result may be None
         return False

@@ -118,8 +118,8 @@ class ContainerTracer(fx.Tracer):
                 raise TraceFailure(f"hands a list or dict to a {name} that may change it")
             self.reads.below(path, guards)
         proxy = self.create_proxy("call_module", path, args, kwargs)
-        something = self.result.children[path] = returns_tensor(module)
-        proxy.node.meta["something"] = something
+        certain = self.result.children[path] = returns_tensor(module)
+        proxy.node.meta["returns_tensor"] = certain
         return proxy
 
     def _note_children(self, *modules: nn.Module) -> None:

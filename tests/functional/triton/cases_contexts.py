@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normswap.functional import kernels
-from normswap.functional.triton import cn_launches, cnx, plan
+from normswap.functional.triton import cn_launches, learned_norm, plan
 from tests.functional.triton.values import (
     CASES,
     DEVICE,
@@ -29,8 +29,9 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 def forget_cuts():
-    kept = (cn_launches.forward_of, cn_launches.backward_of, cnx._forward_of, cnx._backward_of)
-    for cut in (plan.plan_of, *kept):
+    kept = (cn_launches.forward_of, cn_launches.backward_of)
+    learned = (learned_norm._forward_of, learned_norm._backward_of)
+    for cut in (plan.plan_of, *kept, *learned):
         cut.cache_clear()
 
 

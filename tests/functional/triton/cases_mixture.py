@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import normswap
-from normswap.functional.triton import mixture
+from normswap.functional.triton import mixture_norm
 from tests.functional.triton.values import CASES, DEVICE, SHARE
 from tests.support.builders import assert_close, make_batch, random_
 from tests.support.fused import laid_out
@@ -23,10 +23,10 @@ RANGES = ((0.5, 1.5), (-1, 1), (-1, 1), (-1, 4), (-0.3, 0.7))
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch, on_the_device):
     # Few programs, so that one has several tiles and several have a part in a sum.
-    monkeypatch.setattr(mixture, "_PROGRAMS", 2)
-    mixture._cut.cache_clear()
+    monkeypatch.setattr(mixture_norm, "_PROGRAMS", 2)
+    mixture_norm._cut.cache_clear()
     yield
-    mixture._cut.cache_clear()
+    mixture_norm._cut.cache_clear()
 
 
 def make(shape=(3, 5, 4, 3), dtype=torch.float32, layout="contiguous"):
@@ -192,5 +192,5 @@ def test_checkpointing_changes_nothing(reentrant, assignment):
 
 
 def test_many_components_are_left_to_torch(monkeypatch):
-    monkeypatch.setattr(mixture, "norm_mixture", None)
+    monkeypatch.setattr(mixture_norm, "norm_mixture", None)
     make_acn(2, 65)(make((2, 2, 2, 3))[0])

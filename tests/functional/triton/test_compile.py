@@ -3,7 +3,7 @@
 import pytest
 
 pytest.importorskip("triton")
-from normswap.functional.triton import cn_kernels, cnx, parts, tile
+from normswap.functional.triton import cn_kernels, learned_norm, parts, tile
 from normswap.functional.triton.plan import cut_contexts
 from tests.functional.triton.compiling import compile_kernel
 from tests.support.sampling import sampled
@@ -34,10 +34,10 @@ OVER_TABLES = [
     (cn_kernels.tables, NONE_WEIGH | RUNNING),
     (cn_kernels.pull, NONE_WEIGH | {"MOVES": True, "WEIGHED": False}),
     (cn_kernels.pull, NONE_WEIGH | {"MOVES": False, "WEIGHED": False}),
-    (cnx.tables, {}),
-    (cnx.tables, {"rows": None, "weight": None, "bias": None}),
-    (cnx.pull, {}),
-    (cnx.pull, {"dweight": None, "dbias": None}),
+    (learned_norm.tables, {}),
+    (learned_norm.tables, {"rows": None, "weight": None, "bias": None}),
+    (learned_norm.pull, {}),
+    (learned_norm.pull, {"dweight": None, "dbias": None}),
 ]
 OVER_CONTEXTS = [
     (cn_kernels.tables, TRAINING),

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from normswap.functional.triton import mixture, mixture_kernels, owners
+from normswap.functional.triton import mixture_kernels, mixture_norm, owners
 from tests.functional.triton.compiling import compile_kernel
 
 SHAPE = torch.Size((32, 64, 56, 56))
@@ -18,7 +18,7 @@ PASSES = {"masses": {}, "mix": {"UPDATE": True}, "pulls": {}, "differentiate": {
     [(90, "bf16", True, 4), (80, "fp32", False, 32)],
 )
 def test_nothing_is_spilled(architecture, dtype, last, components):
-    cut = mixture._cut(SHAPE, not last, components)
+    cut = mixture_norm._cut(SHAPE, not last, components)
     for name, given in (GLUE | PASSES).items():
         blocks = dict(cut.glue if name in GLUE else cut.blocks)
         warps = blocks.pop("num_warps", 4)
@@ -44,7 +44,7 @@ def test_nor_by_instance(architecture, components, rows):
 @pytest.mark.parametrize("shape", [(256, 64, 112, 112), (32, 2048, 7, 7), (4, 3, 1, 1), (2, 5, 9)])
 def test_programs_share_all_tiles_and_are_few(shape, components):
     for contiguous in (True, False)[: len(shape) - 2]:
-        cut = mixture._cut(torch.Size(shape), contiguous, components)
+        cut = mixture_norm._cut(torch.Size(shape), contiguous, components)
         channels, positions, _, _, _, tiles, all_tiles, programs = cut.geometry
         rows, columns = cut.blocks["BM"], cut.blocks["BC"]
         instances = 1 if not contiguous else shape[0]

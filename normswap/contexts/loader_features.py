@@ -20,7 +20,7 @@ LARGEST = 1e15
 
 
 @dataclass(eq=False)
-class FeatureStream:
+class LoaderFeatures:
     """The features of a loader's batches, and a uniform sample of them.
 
     Arguments are those of `normswap.contexts.kmeans`; torch's generators start from the seed, too,

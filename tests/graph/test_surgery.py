@@ -1,4 +1,4 @@
-"""Norms that a model holds in more places than its modules."""
+"""References to norms in attributes of a model: replaced with them, or refused."""
 
 import functools
 import types

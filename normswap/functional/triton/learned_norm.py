@@ -110,7 +110,7 @@ def norm_learned(
     """Return x normalised with what is learned of each instance's context.
 
     That are mu and log sigma, (K, C), weight and bias, (C,) or None. Labels and pooled contexts
-    are as in `normswap.functional.triton.cn`.
+    are as in `normswap.functional.triton.context_norm`.
     """
     contexts = len(learned[0])
     if not records((x, *(t for t in learned if t is not None))):
