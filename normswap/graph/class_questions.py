@@ -22,7 +22,7 @@ from normswap.graph.tracing.bytecode import Statement, codes_of, read_code
 from normswap.graph.tracing.class_names import ways_to_names
 from normswap.graph.tracing.failure import is_library
 from normswap.graph.tracing.uses import COMPARES
-from normswap.util.original_class import ORIGINAL, STATE, class_of
+from normswap.util.original_class import MODES, ORIGINAL, STATE, class_of
 
 _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
 # From torch 2.15 on the compiler asks a module's own class, and no longer the module.
@@ -47,15 +47,17 @@ class Question(NamedTuple):
         return cls is self.cls or (not self.exact and issubclass(cls, self.cls))
 
 
-def find_questions(module: nn.Module, changed: dict[type, type]) -> Iterator[Question]:
+def find_questions(
+    module: nn.Module, changed: dict[type, type], method: str = "forward"
+) -> Iterator[Question]:
     """Yield what a module's forward asks about the class of modules that only a trace can answer.
 
-    `changed` gives the class now of each class before conversion.
+    `changed` gives the class now of each class before conversion; `method` is another one to read.
     """
     cls: Any = class_of(module)
     kinds = {k for old, new in changed.items() for k in old.__mro__ if k not in new.__mro__}
     renamed = [old for old, new in changed.items() if old.__name__ != new.__name__]
-    for function in reachable(cls):
+    for function in reachable(cls, method):
         codes = codes_of(function.__code__) if renamed and _is_of(function, cls) else ()
         named = {way for code in codes for way in ways_to_names(code)}
         for way in sorted(named):
@@ -102,12 +104,12 @@ def _has(values: list[Any], value: Any) -> bool:
     return any(found is value for found in values)
 
 
-def reachable(cls: type) -> Iterator[types.FunctionType]:
+def reachable(cls: type, method: str = "forward") -> Iterator[types.FunctionType]:
     """Yield a class's forward and the functions it may call: its methods and free functions.
 
     A scripted module's class has no forward.
     """
-    waiting: list[Any] = [getattr(cls, "forward", None)]
+    waiting: list[Any] = [getattr(cls, method, None)]
     met = set[int]()
     while waiting:
         value = waiting.pop()
@@ -171,11 +173,12 @@ def check_questions(model: nn.Module, release: Callable[[list[nn.Module]], None]
         found = list(_find_unanswered(model))
     for name, questions in found:
         check_question(name, _message(questions, model))
+    _check_modes(model)
 
 
 def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
     """Yield the names of modules whose forwards ask and are not traced, and what they ask."""
-    changed = {class_of(m): type(m) for m in model.modules() if class_of(m) is not type(m)}
+    changed = _changed(model)
     asked: dict[type, tuple[list[Question], list[Question]]] = {}
     for name, module in model.named_modules():
         old = class_of(module)
@@ -193,10 +196,34 @@ def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
                 yield name, questions
 
 
+def _changed(model: nn.Module) -> dict[type, type]:
+    """Return the class now of each class of a model that conversion changed."""
+    return {class_of(m): type(m) for m in model.modules() if class_of(m) is not type(m)}
+
+
+def _check_modes(model: nn.Module) -> None:
+    """Refuse a `train` that finds norms by what nothing answers, and would leave them training.
+
+    Raises:
+        ConversionError: there is one.
+    """
+    changed = _changed(model)
+    switched = {type(m): (n, m) for n, m in model.named_modules() if vars(m).get(STATE) is not None}
+    for cls, (name, module) in switched.items():
+        for verb in MODES:
+            asked = find_questions(module, changed, verb) if verb in vars(cls) else ()
+            if questions := [q for q in asked if not q.compiled]:
+                raise ConversionError(
+                    f"expected {verb}() of {name or 'the model'} to find norms by isinstance, got "
+                    f"one where {_message(questions, model)}"
+                )
+
+
 def _may_be_released(module: nn.Module) -> bool:
     """Return whether a module is a container that got nothing but a class."""
     state = vars(module).get(STATE)
-    return state is not None and not state.children()
+    switches = any(verb in vars(type(module)) for verb in MODES)
+    return state is not None and not state.children() and not switches
 
 
 def _message(questions: list[Question], model: nn.Module) -> str:

@@ -1,7 +1,9 @@
-"""What a converted module was, and who is told so: the forward of a model, nobody else."""
+"""What a converted module was, and who is told so: a model's forward and its switch of modes."""
 
+import functools
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 ORIGINAL = "_normswap_original"
 STATE = "_normswap"
 CALL = nn.Module._call_impl.__code__
+MODES = ("train", "eval")
 # What asks in the place of a forward's code, which while a trace runs other threads do, too.
 _BETWEEN = ("normswap.graph.tracing.torch_patches", "normswap.graph.tracing.stand_ins")
 
@@ -33,8 +36,24 @@ def asking(frame: types.FrameType | None) -> types.FrameType | None:
     return frame
 
 
+def switching(base: Any, verb: str) -> Callable[..., Any]:
+    """Return a method for a converted class in place of its own `train` or `eval`.
+
+    Models keep norms in eval mode there, which they find by class.
+    """
+
+    @functools.wraps(getattr(base, verb))
+    def switch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(base, verb)(self, *args, **kwargs)
+
+    return switch
+
+
+_SWITCH = switching(nn.Module, "train").__code__
+
+
 def in_forward(frame: types.FrameType | None) -> bool:
-    """Return whether a frame is of code that a model's forward runs, torch's own left out.
+    """Return whether a frame is of code that a model's forward or mode runs, but of torch's own.
 
     Tools that exchange, fuse or synchronise norms must see what is there, a forward that branches
     on the class of a norm must see what it saw before.
@@ -45,7 +64,9 @@ def in_forward(frame: types.FrameType | None) -> bool:
         return True
     if module.partition(".")[0] in ("torch", "normswap"):
         return False
-    while frame is not None and frame.f_code is not CALL and frame.f_code.co_name != "forward":
+    while frame is not None and frame.f_code.co_name != "forward":
+        if frame.f_code is CALL or frame.f_code is _SWITCH:
+            break
         frame = frame.f_back
     return frame is not None
 
