@@ -22,7 +22,7 @@ from normswap.graph.tracing.bytecode import Statement, codes_of, read_code
 from normswap.graph.tracing.class_names import ways_to_names
 from normswap.graph.tracing.failure import is_library
 from normswap.graph.tracing.uses import COMPARES
-from normswap.util.original_class import MODES, ORIGINAL, STATE, class_of
+from normswap.util.original_class import ORIGINAL, STATE, class_of, switches_of
 
 _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
 # From torch 2.15 on the compiler asks a module's own class, and no longer the module.
@@ -94,9 +94,14 @@ def _is_of(function: types.FunctionType, cls: type) -> bool:
 
     Others that a forward calls go by names of classes in what they print, not of norms.
     """
-    package, *_ = (function.__module__ or "").split(".")
+    package, *_ = _home_of(function).split(".")
     own = any(package == base.__module__.partition(".")[0] for base in cls.__mro__)
     return own or "-packages" not in function.__code__.co_filename
+
+
+def _home_of(function: types.FunctionType) -> str:
+    """Return the module of the code of a function; a wrapper bears that of what it wraps."""
+    return str(function.__globals__.get("__name__"))
 
 
 def _has(values: list[Any], value: Any) -> bool:
@@ -115,8 +120,11 @@ def reachable(cls: type, method: str = "forward") -> Iterator[types.FunctionType
         value = waiting.pop()
         if isinstance(value, property | classmethod | staticmethod | types.MethodType):
             value = value.fget if isinstance(value, property) else value.__func__
-        known = isinstance(value, types.FunctionType) and not is_library(value.__module__)
-        if not known or id(value) in met:
+        if not isinstance(value, types.FunctionType) or id(value) in met:
+            continue
+        if is_library(_home_of(value)):
+            # As `torch.compiler.disable` makes one.
+            waiting.append(getattr(value, "__wrapped__", None))
             continue
         met.add(id(value))
         yield value
@@ -209,9 +217,9 @@ def _check_modes(model: nn.Module) -> None:
     """
     changed = _changed(model)
     switched = {type(m): (n, m) for n, m in model.named_modules() if vars(m).get(STATE) is not None}
-    for cls, (name, module) in switched.items():
-        for verb in MODES:
-            asked = find_questions(module, changed, verb) if verb in vars(cls) else ()
+    for name, module in switched.values():
+        for verb in switches_of(class_of(module)):
+            asked = find_questions(module, changed, verb)
             if questions := [q for q in asked if not q.compiled]:
                 raise ConversionError(
                     f"expected {verb}() of {name or 'the model'} to find norms by isinstance, got "
@@ -222,7 +230,7 @@ def _check_modes(model: nn.Module) -> None:
 def _may_be_released(module: nn.Module) -> bool:
     """Return whether a module is a container that got nothing but a class."""
     state = vars(module).get(STATE)
-    switches = any(verb in vars(type(module)) for verb in MODES)
+    switches = any(switches_of(class_of(module)))
     return state is not None and not state.children() and not switches
 
 

@@ -19,7 +19,7 @@ from normswap.graph.tracing import (
     parameters_of,
     write_forward,
 )
-from normswap.util.original_class import MODES, STATE, switching
+from normswap.util.original_class import STATE, switches_of, switching
 
 
 def install(module: nn.Module, state: ContainerState, contextual: bool = True) -> None:
@@ -183,6 +183,5 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
     }
     if replaced or base.__call__ is not nn.Module.__call__:
         body["__call__"] = calling(base.__call__, argument)
-    own = (verb for verb in MODES if getattr(base, verb) is not getattr(nn.Module, verb))
-    body |= {verb: switching(base, verb) for verb in own}
+    body |= {verb: switching(base, verb) for verb in switches_of(base)}
     return _subclass(base, body)

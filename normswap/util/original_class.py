@@ -1,9 +1,10 @@
 """What a converted module was, and who is told so: a model's forward and its switch of modes."""
 
 import functools
+import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,6 @@ from torch import nn
 ORIGINAL = "_normswap_original"
 STATE = "_normswap"
 CALL = nn.Module._call_impl.__code__
-MODES = ("train", "eval")
 # What asks in the place of a forward's code, which while a trace runs other threads do, too.
 _BETWEEN = ("normswap.graph.tracing.torch_patches", "normswap.graph.tracing.stand_ins")
 
@@ -47,6 +47,20 @@ def switching(base: Any, verb: str) -> Callable[..., Any]:
         return getattr(base, verb)(self, *args, **kwargs)
 
     return switch
+
+
+def switches_of(base: Any) -> Iterator[str]:
+    """Yield which of `train` and `eval` a class has of its own, but a training loop."""
+    for verb in ("train", "eval"):
+        method = getattr(base, verb)
+        if method is getattr(nn.Module, verb) or not inspect.isfunction(method):
+            continue
+        first = next(iter([*inspect.signature(method).parameters.values()][1:]), None)
+        takes_mode = first is not None and (
+            first.name == "mode" or first.default is True or first.kind is first.VAR_POSITIONAL
+        )
+        if takes_mode or (first is None and verb == "eval"):
+            yield verb
 
 
 _SWITCH = switching(nn.Module, "train").__code__

@@ -107,6 +107,17 @@ def test_a_loop_called_train_sees_what_is_there():
     assert not any(train(converted))
 
 
+class Loop(Both):
+    """Has a training loop of that name, as the class that ultralytics' users hold."""
+
+    def train(self, trainer=None, **settings):
+        return [isinstance(m, nn.BatchNorm2d) or type(m) is nn.BatchNorm2d for m in self.modules()]
+
+
+def test_a_training_loop_of_the_model_sees_what_is_there():
+    assert not any(normswap.convert(Loop(), "cn", verify=False).train())
+
+
 class OnlyEval(nn.BatchNorm2d):
     def train(self, mode=True):
         return super().train(False)
