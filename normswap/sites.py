@@ -23,6 +23,10 @@ _NAMED = re.compile("Norm(?!al(?!i[sz]))")
 _DIMS = {"1d": (2, 3), "2d": (4,), "3d": (5,)}
 _STATISTICS = ("running_mean", "running_var")
 _TENSORS = ("weight", "bias", *_STATISTICS)
+# What a layer does besides its forward, and what torch's forward reads of it.
+_METHODS = {"__call__", "_call_impl", "__getattr__", "__getattribute__", "train", "eval"}
+_READ = {"training", "eps", "momentum", "weight", "bias", "running_mean", "running_var"}
+_READ |= {"num_batches_tracked", "track_running_stats"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,22 @@ def _forward_owner(module: nn.Module) -> type:
 
 def _is_torchs(function: Any) -> bool:
     return str(function.__module__).startswith("torch.nn.")
+
+
+def _changed_by(cls: type) -> str:
+    """Say what a subclass of torch's norms changes although its forward is torch's, or "".
+
+    One that stays in eval mode, or computes its momentum, is another norm in training.
+    """
+    for base in cls.__mro__:
+        if _is_torchs(base) or base is object:
+            continue
+        for name, value in vars(base).items():
+            if name in _METHODS:
+                return f"{_qualified(base)} overrides {name}, which may change what it computes"
+            if name in _READ and hasattr(value, "__set__"):
+                return f"{_qualified(base)} computes its {name} by a property"
+    return ""
 
 
 def looks_like_norm(module: nn.Module) -> bool:
@@ -185,6 +205,8 @@ def read_site(
             f"{_qualified(owner)} overrides the forward of its base class, so its function is "
             "unknown; a torch norm inside of a module that does the rest is replaced"
         )
+    if not fused and (change := _changed_by(type(module))):
+        return f"{change}; use torch's own norm, and set modes and values from outside"
     kind: Literal["batch", "instance"] = (
         "instance" if isinstance(module, _InstanceNorm) else "batch"
     )

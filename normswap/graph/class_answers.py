@@ -12,7 +12,7 @@ from torch import nn
 
 from normswap.errors import ConversionError
 from normswap.graph.class_questions import Question, find_questions
-from normswap.util.original_class import ORIGINAL, STATE, class_of
+from normswap.util.original_class import ORIGINAL, STATE, class_of, switches_of
 
 
 def check_questions(model: nn.Module, release: Callable[[list[nn.Module]], None]) -> None:
@@ -36,11 +36,12 @@ def check_questions(model: nn.Module, release: Callable[[list[nn.Module]], None]
         found = list(_find_unanswered(model))
     for name, questions in found:
         check_question(name, _message(questions, model))
+    _check_modes(model)
 
 
 def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
     """Yield the names of modules whose forwards ask and are not traced, and what they ask."""
-    changed = {class_of(m): type(m) for m in model.modules() if class_of(m) is not type(m)}
+    changed = _changed(model)
     asked: dict[type, tuple[list[Question], list[Question]]] = {}
     for name, module in model.named_modules():
         old = class_of(module)
@@ -58,10 +59,34 @@ def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
                 yield name, questions
 
 
+def _changed(model: nn.Module) -> dict[type, type]:
+    """Return the class now of each class of a model that conversion changed."""
+    return {class_of(m): type(m) for m in model.modules() if class_of(m) is not type(m)}
+
+
+def _check_modes(model: nn.Module) -> None:
+    """Refuse a `train` that finds norms by what nothing answers, and would leave them training.
+
+    Raises:
+        ConversionError: there is one.
+    """
+    changed = _changed(model)
+    switched = {type(m): (n, m) for n, m in model.named_modules() if vars(m).get(STATE) is not None}
+    for name, module in switched.values():
+        for verb in switches_of(class_of(module)):
+            asked = find_questions(module, changed, verb)
+            if questions := [q for q in asked if not q.compiled]:
+                raise ConversionError(
+                    f"expected {verb}() of {name or 'the model'} to find norms by isinstance, got "
+                    f"one where {_message(questions, model)}"
+                )
+
+
 def _may_be_released(module: nn.Module) -> bool:
     """Return whether a module is a container that got nothing but a class."""
     state = vars(module).get(STATE)
-    return state is not None and not state.children()
+    switches = any(switches_of(class_of(module)))
+    return state is not None and not state.children() and not switches
 
 
 def _message(questions: list[Question], model: nn.Module) -> str:

@@ -45,15 +45,17 @@ class Question(NamedTuple):
         return cls is self.cls or (not self.exact and issubclass(cls, self.cls))
 
 
-def find_questions(module: nn.Module, changed: dict[type, type]) -> Iterator[Question]:
+def find_questions(
+    module: nn.Module, changed: dict[type, type], method: str = "forward"
+) -> Iterator[Question]:
     """Yield what a module's forward asks about the class of modules that only a trace can answer.
 
-    `changed` gives the class now of each class before conversion.
+    `changed` gives the class now of each class before conversion; `method` is another one to read.
     """
     cls: Any = class_of(module)
     kinds = {k for old, new in changed.items() for k in old.__mro__ if k not in new.__mro__}
     renamed = [old for old, new in changed.items() if old.__name__ != new.__name__]
-    for function in reachable(cls):
+    for function in reachable(cls, method):
         codes = codes_of(function.__code__) if renamed and _is_of(function, cls) else ()
         named = {way for code in codes for way in ways_to_names(code)}
         for way in sorted(named):
@@ -90,9 +92,14 @@ def _is_of(function: types.FunctionType, cls: type) -> bool:
 
     Others that a forward calls go by names of classes in what they print, not of norms.
     """
-    package, *_ = (function.__module__ or "").split(".")
+    package, *_ = _home_of(function).split(".")
     own = any(package == base.__module__.partition(".")[0] for base in cls.__mro__)
     return own or "-packages" not in function.__code__.co_filename
+
+
+def _home_of(function: types.FunctionType) -> str:
+    """Return the module of the code of a function; a wrapper bears that of what it wraps."""
+    return str(function.__globals__.get("__name__"))
 
 
 def _has(values: list[Any], value: Any) -> bool:
@@ -100,19 +107,22 @@ def _has(values: list[Any], value: Any) -> bool:
     return any(found is value for found in values)
 
 
-def reachable(cls: type) -> Iterator[types.FunctionType]:
+def reachable(cls: type, method: str = "forward") -> Iterator[types.FunctionType]:
     """Yield a class's forward and the functions it may call: its methods and free functions.
 
     A scripted module's class has no forward.
     """
-    waiting: list[Any] = [getattr(cls, "forward", None)]
+    waiting: list[Any] = [getattr(cls, method, None)]
     met = set[int]()
     while waiting:
         value = waiting.pop()
         if isinstance(value, property | classmethod | staticmethod | types.MethodType):
             value = value.fget if isinstance(value, property) else value.__func__
-        known = isinstance(value, types.FunctionType) and not is_library(value.__module__)
-        if not known or id(value) in met:
+        if not isinstance(value, types.FunctionType) or id(value) in met:
+            continue
+        if is_library(_home_of(value)):
+            # As `torch.compiler.disable` makes one.
+            waiting.append(getattr(value, "__wrapped__", None))
             continue
         met.add(id(value))
         yield value

@@ -1,7 +1,10 @@
-"""What a converted module was, and who is told so: the forward of a model, nobody else."""
+"""What a converted module was, and who is told so: a model's forward and its switch of modes."""
 
+import functools
+import inspect
 import sys
 import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -33,8 +36,38 @@ def asking(frame: types.FrameType | None) -> types.FrameType | None:
     return frame
 
 
+def switching(base: Any, verb: str) -> Callable[..., Any]:
+    """Return a method for a converted class in place of its own `train` or `eval`.
+
+    Models keep norms in eval mode there, which they find by class.
+    """
+
+    @functools.wraps(getattr(base, verb))
+    def switch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(base, verb)(self, *args, **kwargs)
+
+    return switch
+
+
+def switches_of(base: Any) -> Iterator[str]:
+    """Yield which of `train` and `eval` a class has of its own, but a training loop."""
+    for verb in ("train", "eval"):
+        method = getattr(base, verb)
+        if method is getattr(nn.Module, verb) or not inspect.isfunction(method):
+            continue
+        first = next(iter([*inspect.signature(method).parameters.values()][1:]), None)
+        takes_mode = first is not None and (
+            first.name == "mode" or first.default is True or first.kind is first.VAR_POSITIONAL
+        )
+        if takes_mode or (first is None and verb == "eval"):
+            yield verb
+
+
+_SWITCH = switching(nn.Module, "train").__code__
+
+
 def in_forward(frame: types.FrameType | None) -> bool:
-    """Return whether a frame is of code that a model's forward runs, torch's own left out.
+    """Return whether a frame is of code that a model's forward or mode runs, but of torch's own.
 
     Tools that exchange, fuse or synchronise norms must see what is there, a forward that branches
     on the class of a norm must see what it saw before.
@@ -45,7 +78,9 @@ def in_forward(frame: types.FrameType | None) -> bool:
         return True
     if module.partition(".")[0] in ("torch", "normswap"):
         return False
-    while frame is not None and frame.f_code is not CALL and frame.f_code.co_name != "forward":
+    while frame is not None and frame.f_code.co_name != "forward":
+        if frame.f_code is CALL or frame.f_code is _SWITCH:
+            break
         frame = frame.f_back
     return frame is not None
 

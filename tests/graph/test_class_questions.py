@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import normswap
+from normswap.errors import ConversionError
 from tests.support.behave import Block, Holder, call, check, close, images, randomize
 from tests.support.questions import (
     Asking,
@@ -167,6 +168,36 @@ def test_a_text_that_names_a_method_asks_for_no_class():
     model = make(NameOfAMethod, Untraceable).eval()
     converted = normswap.convert(model, "cn", verify=False)
     close(call(converted, (images(),)), call(model, (images(),)))
+
+
+@torch.compiler.disable
+def is_norm_when_run(module):
+    return isinstance(module, nn.BatchNorm2d)
+
+
+@torch.compiler.disable
+def name_when_run(_, module):
+    return type(module).__name__
+
+
+class AskedOutside(Untraceable):
+    def ask(self):
+        return is_norm_when_run(self.norm) and not is_norm_when_run(self.block)
+
+
+class NamedOutside(Untraceable):
+    def ask(self):
+        return name_when_run(self, self.norm) == "BatchNorm2d"
+
+
+def test_what_torch_wraps_asks_no_more_than_what_it_wraps():
+    # The wrapper of `torch.compiler.disable`, which bears the name of the user's module, goes by
+    # names of classes in what it prints.
+    model = AskedOutside()
+    converted = normswap.convert(model, "cn", verify=False)
+    close(call(converted.eval(), (images(),)), call(model.eval(), (images(),)))
+    with pytest.raises(ConversionError, match="name_when_run goes by the name of a class"):
+        normswap.convert(NamedOutside(), "cn", verify=False)
 
 
 def test_norms_that_are_excluded_may_be_asked_for():

@@ -163,4 +163,5 @@ class Subclass:
 class OtherTypes:
     def ask(self):
         flags = (self.training, 1.0)
-        return type(flags) is tuple and type(self.training) in (bool, int)
+        key = "bias" if type(self.training) is str else type(flags) in (str, tuple)
+        return key and type(flags) is tuple and type(self.training) in (bool, int)

@@ -119,7 +119,8 @@ def check_training(
         return [t.detach() for t in output], given, snapshot(buffers)
 
     before = snapshot(buffers)
-    kept = copy.deepcopy(dict(original.named_buffers()))
+    moved = {id(b) for b in buffers}
+    kept = [(m, copy.deepcopy(dict(m.named_buffers()))) for m in (original, model)]
     model.train()
     original.train()
     try:
@@ -149,7 +150,10 @@ def check_training(
     finally:
         model.eval()
         original.eval()
-        restore(list(original.buffers()), list(kept.values()))
+        # All but those of layers, which stay moved: a flow's own norms, for example.
+        for owner, values in kept:
+            others = [n for n, b in owner.named_buffers() if id(b) not in moved]
+            restore([owner.get_buffer(n) for n in others], [values[n] for n in others])
 
 
 def check_eval_again(

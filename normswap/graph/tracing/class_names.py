@@ -9,7 +9,7 @@ import types
 import weakref
 
 from normswap.graph.tracing.bytecode import parts_of, steps_of
-from normswap.graph.tracing.uses import ATTRIBUTE, COMPARES, NAMES
+from normswap.graph.tracing.uses import ASKS, ATTRIBUTE, COMPARES, NAMES, find_uses, instructions_of
 
 _SEARCHES = {"startswith", "endswith", "find", "lower", "count", "split"}
 
@@ -33,7 +33,9 @@ def ways_to_names(code: types.CodeType) -> set[str]:
 def _find_ways(code: types.CodeType) -> set[str]:
     own = code.co_varnames[:1] if code.co_argcount else ()
     found, holders, goes_on = set[str](), set[str](), False
-    loops = False
+    loops, uses = False, find_uses(list(instructions_of(code)))
+    # A class that others are compared with makes no text of them: ``type(key) is str``.
+    compared = {offset for offset, use in uses.items() if use == ASKS}
     for part in parts_of(steps_of(code)):
         taken = {way for place in range(len(part)) if (way := _takes(part, place, own))}
         others = taken - {"own"}
@@ -43,7 +45,7 @@ def _find_ways(code: types.CodeType) -> set[str]:
             holders |= {str(s.argval) for s in part if s.opname.startswith("STORE_")}
         loops = bool(others) and part[-1].opname == "FOR_ITER"
         if others or "own" not in taken:
-            goes_on |= _goes_on_with_a_name(part, bool(others), holders)
+            goes_on |= _goes_on_with_a_name(part, bool(others), holders, compared)
     return found if goes_on else set()
 
 
@@ -59,15 +61,17 @@ def _takes(part: list[dis.Instruction], place: int, own: tuple[str, ...]) -> str
     return "own" if is_own else str(step.argval)
 
 
-def _goes_on_with_a_name(part: list[dis.Instruction], taken: bool, holders: set[str]) -> bool:
+def _goes_on_with_a_name(
+    part: list[dis.Instruction], taken: bool, holders: set[str], compared: set[int]
+) -> bool:
     """Return whether a statement compares, searches, keeps or returns the name of a class.
 
     That is one which it takes, or which may be in what it looks the name up on: `holders` are the
-    variables of classes.
+    variables of classes, `compared` the offsets of what is only compared with.
     """
     attributes = {step.argval for step in part if step.opname in ATTRIBUTE}
     loaded = {step.argval for step in part if step.opname.startswith("LOAD_")}
-    texts = loaded & {"str", "repr"}
+    texts = {s.argval for s in part if s.offset not in compared} & loaded & {"str", "repr"}
     named = any(
         given.argval in holders or not given.opname.startswith("LOAD_")
         for given, step in itertools.pairwise(part)
@@ -76,8 +80,8 @@ def _goes_on_with_a_name(part: list[dis.Instruction], taken: bool, holders: set[
     asked = attributes.intersection(NAMES) or texts
     if not asked or not (taken or named or (texts and loaded & holders)):
         return False
-    compared = attributes & _SEARCHES or any(step.opname in COMPARES for step in part)
+    tested = attributes & _SEARCHES or any(step.opname in COMPARES for step in part)
     # A name within a longer text is for people to read.
     shown = texts or any(step.opname == "BUILD_STRING" for step in part)
     kept = part[-1].opname.startswith(("STORE_", "RETURN")) and not shown
-    return bool(compared or kept)
+    return bool(tested or kept)

@@ -1,0 +1,185 @@
+"""A model's own `train` finds the norms it keeps in eval mode, or conversion is refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from normswap.errors import ConversionError
+from tests.support.behave import Both, close, images, randomize
+
+
+class Kept(Both):
+    """Keeps in eval mode what `holds_statistics` chooses."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if self.holds_statistics(module):
+                module.eval()
+        return self
+
+
+class ByClass(Kept):
+    def holds_statistics(self, module):
+        return isinstance(module, nn.BatchNorm2d)
+
+
+class OfSeveral(Kept):
+    def holds_statistics(self, module):
+        return isinstance(module, (nn.LayerNorm, nn.modules.batchnorm._BatchNorm))
+
+
+class ByName(Kept):
+    def holds_statistics(self, module):
+        return "BatchNorm" in module.__class__.__name__
+
+
+class Applied(Both):
+    def train(self, mode=True):
+        return super().train(mode).apply(lambda m: isinstance(m, nn.BatchNorm2d) and m.eval())
+
+
+class OwnEval(ByClass):
+    """Switches to eval by itself, in which norms go on training."""
+
+    def eval(self):
+        self.train(False)
+        for module in self.modules():
+            module.training = self.holds_statistics(module)
+        return self
+
+
+class Outer(nn.Sequential):
+    """Has a part that keeps its norms in eval mode, and one that does not."""
+
+    def __init__(self):
+        super().__init__(ByClass(), Both())
+
+
+def modes_of(model):
+    return {name: module.training for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("trace", [True, False])
+@pytest.mark.parametrize("kind", [ByClass, OfSeveral, ByName, Applied, OwnEval, Outer])
+def test_norms_are_found_as_before(kind, trace):
+    model = kind()
+    randomize(model)
+    converted = normswap.convert(model, "cn", contexts=2, trace=trace, verify=False)
+    for switch in (lambda m: m.train(), lambda m: m.eval(), lambda m: m.train(mode=True)):
+        for each in (model, converted, copied := copy.deepcopy(converted)):
+            switch(each)
+        assert modes_of(model) == modes_of(converted) == modes_of(copied)
+        close(converted(images(), context="1"), model(images()))
+    assert modes_of(normswap.revert(converted, 1).train()) == modes_of(model)
+
+
+class OfOneType(Kept):
+    def holds_statistics(self, module):
+        return type(module) is nn.BatchNorm2d
+
+
+class ByNameOfType(Kept):
+    def holds_statistics(self, module):
+        return type(module).__name__.startswith("BatchNorm")
+
+
+@pytest.mark.parametrize("kind", [OfOneType, ByNameOfType])
+def test_what_nothing_answers_is_refused(kind):
+    with pytest.raises(ConversionError, match=r"train\(\) of the model .*exclude=BatchNorm2d"):
+        normswap.convert(kind(), "cn", verify=False)
+    model = nn.Sequential(kind(), Both())
+    with pytest.raises(ConversionError, match=r"train\(\) of 0 .*exclude=BatchNorm2d"):
+        normswap.convert(model, "cn", verify=False)
+    normswap.convert(model, "cn", exclude="0.*", verify=False)
+
+
+def test_a_loop_called_train_sees_what_is_there():
+    converted = normswap.convert(ByClass(), "cn", verify=False)
+
+    def train(model):
+        model.train()
+        return [isinstance(m, nn.BatchNorm2d) for m in model.modules()]
+
+    assert not any(train(converted))
+
+
+class Loop(Both):
+    """Has a training loop of that name, as the class that ultralytics' users hold."""
+
+    def train(self, trainer=None, **settings):
+        return [isinstance(m, nn.BatchNorm2d) or type(m) is nn.BatchNorm2d for m in self.modules()]
+
+
+def test_a_training_loop_of_the_model_sees_what_is_there():
+    assert not any(normswap.convert(Loop(), "cn", verify=False).train())
+
+
+class OnlyEval(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class NeverTraining(nn.BatchNorm2d):
+    training = property(lambda self: False, lambda self, mode: None)
+
+
+class Momentum(nn.BatchNorm2d):
+    momentum = property(lambda self: 0.5, lambda self, value: None)
+
+
+class Weight(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels, affine=False)
+        self.raw = nn.Parameter(torch.zeros(channels))
+
+    weight = property(lambda self: self.raw.exp(), lambda self, value: None)
+
+
+class Doubled(nn.BatchNorm2d):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class OfInstances(nn.InstanceNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        (OnlyEval, "OnlyEval overrides train,"),
+        (type("Below", (OnlyEval,), {}), "OnlyEval overrides train,"),
+        (NeverTraining, "computes its training by a property"),
+        (Momentum, "computes its momentum by a property"),
+        (Weight, "computes its weight by a property"),
+        (Doubled, "Doubled overrides __call__,"),
+        (OfInstances, "OfInstances overrides train,"),
+    ],
+)
+def test_a_norm_that_is_another_one_in_training_is_refused(kind, what):
+    report = normswap.plan(nn.Sequential(kind(4), nn.BatchNorm2d(4)))
+    assert [row.action for row in report.rows] == ["refused", "replaced"]
+    assert what in report.rows[0].reason
+
+
+class Harmless(nn.BatchNorm2d):
+    momentum = 0.3
+
+    def reset_parameters(self):
+        super().reset_parameters()
+
+    def extra_repr(self):
+        return "harmless"
+
+
+def test_a_subclass_that_changes_nothing_is_replaced():
+    model = nn.Sequential(Harmless(4))
+    converted = normswap.convert(model, "cn", contexts=2, verify=False)
+    for _ in range(2):
+        close(converted(images(), context="1"), model(images()))
+    close(converted.eval()(images(), context="1"), model.eval()(images()))
