@@ -1,9 +1,9 @@
 """Read normalisation layers into `Site`s: which classes are norms, and what each one states."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,16 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.util.arguments import as_count, describe
+from normswap.util.changed_norms import (
+    STATISTICS,
+    TENSORS,
+    changed_by,
+    computed_tensor,
+    is_torchs,
+    norm_tensors,
+    odd_tensor,
+    qualified,
+)
 from normswap.util.measure_eps import measure_eps
 
 # Classes of libraries this package does not import, by qualified name; each computes batch norm,
@@ -21,12 +31,6 @@ _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
 # A normal distribution (gpytorch's LogNormalPrior) is no norm.
 _NAMED = re.compile("Norm(?!al(?!i[sz]))")
 _DIMS = {"1d": (2, 3), "2d": (4,), "3d": (5,)}
-_STATISTICS = ("running_mean", "running_var")
-_TENSORS = ("weight", "bias", *_STATISTICS)
-# What a layer does besides its forward, and what torch's forward reads of it.
-_METHODS = {"__call__", "_call_impl", "__getattr__", "__getattribute__", "train", "eval"}
-_READ = {"training", "eps", "momentum", "weight", "bias", "running_mean", "running_var"}
-_READ |= {"num_batches_tracked", "track_running_stats"}
 
 
 @dataclass(frozen=True)
@@ -94,33 +98,9 @@ class Place:
     reason: str = ""
 
 
-def _qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def _forward_owner(module: nn.Module) -> type:
     """Return the class whose forward runs; an override below a known norm is unknown code."""
     return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-
-
-def _is_torchs(function: Any) -> bool:
-    return str(function.__module__).startswith("torch.nn.")
-
-
-def _changed_by(cls: type) -> str:
-    """Say what a subclass of torch's norms changes although its forward is torch's, or "".
-
-    One that stays in eval mode, or computes its momentum, is another norm in training.
-    """
-    for base in cls.__mro__:
-        if _is_torchs(base) or base is object:
-            continue
-        for name, value in vars(base).items():
-            if name in _METHODS:
-                return f"{_qualified(base)} overrides {name}, which may change what it computes"
-            if name in _READ and hasattr(value, "__set__"):
-                return f"{_qualified(base)} computes its {name} by a property"
-    return ""
 
 
 def looks_like_norm(module: nn.Module) -> bool:
@@ -130,36 +110,6 @@ def looks_like_norm(module: nn.Module) -> bool:
     name = type(module).__name__
     leaf = next(module.children(), None) is None
     return name.endswith(_FROZEN) or (leaf and (bool(_NAMED.search(name)) or name.endswith("BN")))
-
-
-def computed_tensor(module: nn.Module, names: Iterable[str]) -> str:
-    """Return the first of these that hooks compute before each forward, as pruning does, or ""."""
-    return next((name for name in names if isinstance(vars(module).get(name), Tensor)), "")
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    found = ((name, getattr(module, name, None)) for name in _TENSORS)
-    return {name: t for name, t in found if isinstance(t, Tensor)}
-
-
-def _odd_tensor(tensors: dict[str, Tensor]) -> str:
-    """Return what is unusual of the tensors of a norm, which may have been set by hand, or ""."""
-    if ("running_mean" in tensors) != ("running_var" in tensors):
-        return "it has one of running_mean and running_var without the other"
-    first = next(iter(tensors.values()), None)
-    for name, t in tensors.items():
-        usual = t.dim() == 1 and t.layout == torch.strided and t.is_floating_point()
-        if not usual or first is None or (t.shape, t.device) != (first.shape, first.device):
-            return (
-                f"its {name} is {describe(t)} on {t.device}; expected floating-point tensors of "
-                "one shape (C,) on one device"
-            )
-    return ""
-
-
-def is_quantised(tensor: Tensor) -> bool:
-    """Return whether a tensor is of a class of torchao, whose bits nothing here reads."""
-    return type(tensor).__module__.startswith("torchao.")
 
 
 def unknown_norm(module: nn.Module) -> str:
@@ -187,25 +137,25 @@ def read_site(
         return "its forward was replaced on the instance"
     if hasattr(module, "parametrizations"):
         return "its parameters are parametrized; remove the parametrization first"
-    if computed := computed_tensor(module, _TENSORS):
-        usual = "buffer" if computed in _STATISTICS else "parameter"
+    if computed := computed_tensor(module, TENSORS):
+        usual = "buffer" if computed in STATISTICS else "parameter"
         return f"its {computed} is computed from other tensors; make it a {usual} first"
-    tensors, frozen = _tensors(module), name.endswith(_FROZEN)
-    odd = _odd_tensor(tensors) if frozen or isinstance(module, _NormBase) else unknown_norm(module)
+    tensors, frozen = norm_tensors(module), name.endswith(_FROZEN)
+    odd = odd_tensor(tensors) if frozen or isinstance(module, _NormBase) else unknown_norm(module)
     if odd:
         return odd
     if frozen:
         return _read_frozen(fqn, module, aliases)
     assert isinstance(module, _NormBase)
     owner = _forward_owner(module)
-    fused = _qualified(owner) in _FUSED
+    fused = qualified(owner) in _FUSED
     if not fused and owner not in (_BatchNorm, nn.SyncBatchNorm, _InstanceNorm):
         # By its full name: a library's own class is often called as torch's.
         return (
-            f"{_qualified(owner)} overrides the forward of its base class, so its function is "
+            f"{qualified(owner)} overrides the forward of its base class, so its function is "
             "unknown; a torch norm inside of a module that does the rest is replaced"
         )
-    if not fused and (change := _changed_by(type(module))):
+    if not fused and (change := changed_by(type(module))):
         return f"{change}; use torch's own norm, and set modes and values from outside"
     kind: Literal["batch", "instance"] = (
         "instance" if isinstance(module, _InstanceNorm) else "batch"
@@ -228,7 +178,7 @@ def read_site(
     if kind == "instance":  # it also takes one dimension fewer, an input without a batch
         dims = dims[-1:]
     # A check of its own may take other inputs than the base class does.
-    own_check = kind == "batch" and not _is_torchs(type(module)._check_input_dim)
+    own_check = kind == "batch" and not is_torchs(type(module)._check_input_dim)
     return Site(
         fqn=fqn,
         aliases=aliases,
@@ -237,7 +187,7 @@ def read_site(
         num_features=channels,
         eps=float(module.eps),
         momentum=momentum,
-        affine=any(name not in _STATISTICS for name in tensors),
+        affine=any(name not in STATISTICS for name in tensors),
         tracked=tracked,
         device=like.device,
         dtype=like.dtype,
@@ -248,8 +198,8 @@ def read_site(
 
 
 def _read_frozen(fqn: str, module: nn.Module, aliases: tuple[str, ...]) -> Site | str:
-    tensors = _tensors(module)
-    if len(tensors) < len(_TENSORS):
+    tensors = norm_tensors(module)
+    if len(tensors) < len(TENSORS):
         return "a frozen batch norm without the usual weight, bias, running_mean, running_var"
     fused = tuple(n for n in ("drop", "act") if isinstance(getattr(module, n, None), nn.Module))
     eps = measure_eps(module, fused)
@@ -279,7 +229,7 @@ def norm_channels(module: nn.Module) -> int | None:
     if not (isinstance(module, _NormBase) or type(module).__name__.endswith(_FROZEN)):
         return None
     # By its tensors, as torch's forward goes: what cut channels out of them may have left the rest.
-    lengths = (t.numel() for t in _tensors(module).values())
+    lengths = (t.numel() for t in norm_tensors(module).values())
     return next(lengths, as_count(getattr(module, "num_features", None)))
 
 

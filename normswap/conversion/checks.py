@@ -8,7 +8,8 @@ from torch.nn.parameter import is_lazy
 
 from normswap.errors import ConversionError, expect_module
 from normswap.graph.state import RECORD, context_argument
-from normswap.sites import is_quantised, looks_like_norm
+from normswap.sites import looks_like_norm
+from normswap.util.changed_norms import is_quantised
 
 _WRAPPERS = {
     "OptimizedModule": "is compiled; convert the original module (._orig_mod), then compile it",

@@ -13,8 +13,8 @@ from normswap.lifecycle.original import original_of
 from normswap.methods.base import Contexts, Method, get_method
 from normswap.methods.unknown_labels import POLICIES
 from normswap.report import Row, Verification
-from normswap.sites import computed_tensor
 from normswap.util.arguments import check_choice, describe, listed, unknown_name
+from normswap.util.changed_norms import computed_tensor
 
 
 @dataclass

@@ -23,8 +23,8 @@ from normswap.report import Verification
 from normswap.saving import fingerprint
 from normswap.saving.fingerprint import checksums, samples, shorten
 from normswap.saving.folder import find_folder, read_folder, write_folder
-from normswap.sites import is_quantised
 from normswap.util.arguments import check_choice, check_flag
+from normswap.util.changed_norms import is_quantised
 from normswap.util.copies import copy_model
 from normswap.util.whole_file import as_path
 
