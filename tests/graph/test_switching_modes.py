@@ -107,6 +107,28 @@ def test_a_loop_called_train_sees_what_is_there():
     assert not any(train(converted))
 
 
+class Folding(Both):
+    def train(self, mode=True):
+        super().train(mode)
+        self.gain = None if mode else self.a.norm.weight / self.a.norm.running_var
+        return self
+
+
+class Evaluating(Both):
+    def train(self, mode=True):
+        super().train(mode)
+        self.a.norm.eval()
+        self.a.norm.weight.requires_grad = False
+        self.a.norm.bias.requires_grad_(False)
+        return self
+
+
+def test_what_is_folded_in_eval_mode_is_told():
+    summary = normswap.summary(normswap.convert(Folding(), "cn", verify=False))
+    assert summary.direct == ["a.norm.weight", "a.norm.running_var"]
+    assert not normswap.summary(normswap.convert(Evaluating(), "cn", verify=False)).direct
+
+
 class Loop(Both):
     """Has a training loop of that name, as the class that ultralytics' users hold."""
 
