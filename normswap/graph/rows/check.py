@@ -37,6 +37,7 @@ _ALIGN = (
     "; where row i is of sample i all the same, as nodes of a graph are, convert without "
     "example_inputs= and declare it by normswap.fix_rows(model, aligned=True)"
 )
+_UNREACHED = "runs that measure, in which norms are in eval mode, do not reach it"
 _MIXED = "rows whose order is another in each of several calls"
 
 
@@ -218,7 +219,7 @@ class Rows:
         why = self.reason if step is None else step.cause
         if run is not None:
             # Another batch may tell.
-            why = run.plan.reason
+            why = _UNREACHED if run.plan.reason == UNMET else run.plan.reason
             run.family.plans.pop(run.numbers, None)
         return _refuse(
             context,
