@@ -9,28 +9,37 @@ from torch import nn
 from normswap.errors import ConversionError
 from normswap.graph.class_questions import reachable
 from normswap.graph.tracing.bytecode import codes_of, steps_of
-from normswap.util.original_class import CALL, ORIGINAL, class_of
+from normswap.util.original_class import CALL, ORIGINAL, class_of, switches_of
 
 _LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CONST")
 _LOOKS_UP = ("LOAD_ATTR", "LOAD_METHOD")
+_ON_TENSORS = (*_LOOKS_UP, "STORE_ATTR")
 # What a layer answers as the norm did.
 _SETTINGS = {"affine", "eps", "momentum", "num_features", "track_running_stats", "training"}
 _SAME = {"forward", "_call_impl", *_SETTINGS}
 # Of a tensor that has more rows.
-_KEPT = {"device", "dtype", "is_cuda", "requires_grad"}
+_KEPT = {"device", "dtype", "is_cuda", "requires_grad", "requires_grad_"}
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def find_bypassed(model: nn.Module) -> list[str]:
-    """Return the names of what forwards, by their code, take from replaced norms."""
+    """Return the names of what forwards, by their code, take from replaced norms.
+
+    So does what a model folds into its weights as it is switched to eval mode.
+    """
     found: dict[str, None] = {}
     for module in model.modules():
         cls: Any = class_of(module)
         if ORIGINAL in vars(module):
             continue
-        for function in reachable(cls):
+        methods = ("forward", *switches_of(cls))
+        for method, function in ((m, f) for m in methods for f in reachable(cls, m)):
             for code in codes_of(function.__code__):
                 variables = {name: module for name in code.co_varnames[: code.co_argcount][:1]}
-                found.update(dict.fromkeys(_read(code, {"self": module, **variables})))
+                read = _read(code, {"self": module, **variables})
+                # A switch of modes may call any method of a norm.
+                kept = (n for n in read if method == "forward" or n.endswith(_TENSORS))
+                found.update(dict.fromkeys(kept))
     return list(found)
 
 
@@ -84,7 +93,7 @@ def _read(code: types.CodeType, names: dict[str, Any]) -> Iterator[str]:
         named = named and hasattr(value, name)
         if kind in _LOOKS_UP or named:
             if ORIGINAL in getattr(value, "__dict__", ()):
-                kept = after is not None and after.opname in _LOOKS_UP and after.argval in _KEPT
+                kept = after is not None and after.opname in _ON_TENSORS and after.argval in _KEPT
                 if not (kept or name in _SAME or name.startswith("__")):
                     yield f"{vars(value)[ORIGINAL].site.fqn}.{name}"
             value = value._modules.get(name) if isinstance(value, nn.Module) else None

@@ -10,6 +10,7 @@ from torch import nn
 from normswap.graph.blocks.hidden import hiding
 from normswap.graph.dispatch import calling, dispatch
 from normswap.graph.foreign import refusals
+from normswap.graph.freezing import learn_freezing
 from normswap.graph.prepare import open_session, prepare_default
 from normswap.graph.state import ContainerState, state_of
 from normswap.graph.tracing import (
@@ -184,4 +185,5 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
     if replaced or base.__call__ is not nn.Module.__call__:
         body["__call__"] = calling(base.__call__, argument)
     body |= {verb: switching(base, verb) for verb in switches_of(base)}
+    learn_freezing(base)
     return _subclass(base, body)

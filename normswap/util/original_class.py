@@ -4,6 +4,7 @@ import functools
 import inspect
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 ORIGINAL = "_normswap_original"
 STATE = "_normswap"
 CALL = nn.Module._call_impl.__code__
+# Code of methods that find norms by class to switch their mode, see `graph.freezing`.
+FREEZING: "weakref.WeakSet[types.CodeType]" = weakref.WeakSet()
 # What asks in the place of a forward's code, which while a trace runs other threads do, too.
 _BETWEEN = ("normswap.graph.tracing.torch_patches", "normswap.graph.tracing.stand_ins")
 
@@ -73,6 +76,8 @@ def in_forward(frame: types.FrameType | None) -> bool:
     on the class of a norm must see what it saw before.
     """
     frame = asking(frame)
+    if frame is not None and frame.f_code in FREEZING:
+        return True
     module = "" if frame is None else str(frame.f_globals.get("__name__"))
     if module == "torch._dynamo.variables.builtin":  # traces an isinstance of a forward
         return True

@@ -107,6 +107,61 @@ def test_a_loop_called_train_sees_what_is_there():
     assert not any(train(converted))
 
 
+class Freezable(Both):
+    """Freezes norms by a method of its own, as models of segmentation_models_pytorch do."""
+
+    def freeze(self, mode):
+        for parameter in self.a.parameters():
+            parameter.requires_grad = mode
+        for module in self.a.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.train(mode)
+        self.frozen = not mode
+
+    def mark_in_eval(self):
+        self.eval()
+        for module in self.modules():
+            module.found = isinstance(module, nn.BatchNorm2d)
+
+
+def test_a_method_that_freezes_norms_finds_them():
+    model = Freezable()
+    randomize(model)
+    converted = normswap.convert(model, "cn", contexts=2, verify=False)
+    for each in (model.train(), converted.train(), copied := copy.deepcopy(converted)):
+        each.freeze(False)
+    assert modes_of(model) == modes_of(converted) == modes_of(copied)
+    close(converted(images(), context="1"), model(images()))
+    assert not converted.a.norm.weight.requires_grad
+    converted.freeze(True)
+    assert converted.a.norm.training
+    # What changes what it finds is a tool, which sees what is there.
+    converted.mark_in_eval()
+    assert not any(module.found for module in converted.modules())
+
+
+class Folding(Both):
+    def train(self, mode=True):
+        super().train(mode)
+        self.gain = None if mode else self.a.norm.weight / self.a.norm.running_var
+        return self
+
+
+class Evaluating(Both):
+    def train(self, mode=True):
+        super().train(mode)
+        self.a.norm.eval()
+        self.a.norm.weight.requires_grad = False
+        self.a.norm.bias.requires_grad_(False)
+        return self
+
+
+def test_what_is_folded_in_eval_mode_is_told():
+    summary = normswap.summary(normswap.convert(Folding(), "cn", verify=False))
+    assert summary.direct == ["a.norm.weight", "a.norm.running_var"]
+    assert not normswap.summary(normswap.convert(Evaluating(), "cn", verify=False)).direct
+
+
 class Loop(Both):
     """Has a training loop of that name, as the class that ultralytics' users hold."""
 

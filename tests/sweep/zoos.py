@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from .libraries import smp_models, ultralytics_models
 from .sources import Attempt, Candidate, images
 
 _PIXELS = [Attempt(f"{s} px", {}, images(3, s, s)) for s in (32, 64, 128)]
+_LARGE = [Attempt(f"{s} px", {}, images(3, s, s)) for s in (224, 480)]
 
 
 def smp() -> Iterator[Candidate]:
@@ -22,6 +24,25 @@ def smp() -> Iterator[Candidate]:
 def ultralytics() -> Iterator[Candidate]:
     for name, build in ultralytics_models():
         yield Candidate(name, "ultralytics", build, _PIXELS[1:])
+
+
+def pytorchcv() -> Iterator[Candidate]:
+    """Yield of each family the model with the smallest numbers in its name."""
+    from pytorchcv import model_provider
+
+    def build(name: str) -> nn.Module:
+        model: nn.Module = model_provider.get_model(name)
+        for module in model.modules():
+            if isinstance(getattr(module, "final_pool", None), nn.AvgPool2d):
+                module.final_pool = nn.AdaptiveAvgPool2d(1)  # else 224 px alone would do
+        return model
+
+    families: dict[str, list[str]] = {}
+    for name, make in model_provider._models.items():
+        families.setdefault(make.__module__.rpartition(".")[2], []).append(name)
+    for family, names in families.items():
+        name = min(names, key=lambda n: (sum(map(int, re.findall(r"\d+", n))), n))
+        yield Candidate(name, family, partial(build, name), [*_PIXELS[1:], *_LARGE])
 
 
 _SHAPE, _STEPS = (8, 16, 32), (2, 2)

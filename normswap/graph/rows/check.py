@@ -32,6 +32,7 @@ from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, each_in_run
 # Samples of a measurement: fewer leave more orders that look alike.
 _FEW = 5
 _MOST_DETOURS = 3
+_UNREACHED = "runs that measure, in which norms are in eval mode, do not reach it"
 _MIXED = "rows whose order is another in each of several calls"
 
 
@@ -220,7 +221,7 @@ class Rows:
         why = self.reason if step is None else step.cause
         if run is not None:
             # Another batch may tell.
-            why = run.plan.reason
+            why = _UNREACHED if run.plan.reason == UNMET else run.plan.reason
             run.family.plans.pop(run.numbers, None)
         return refuse_unknown(context, site, rows, why)
 

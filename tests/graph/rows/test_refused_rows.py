@@ -188,3 +188,26 @@ def test_samples_in_another_dimension_are_pointed_at():
     with pytest.raises(ContextError, match=hint):
         model(draws, size, context=labels)
     assert model(draws, size, context="1").shape == draws.shape
+
+
+class Split(nn.BatchNorm1d):
+    """In training normalises halves of a batch apart, as timm's SplitBatchNorm2d does."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.other = nn.BatchNorm1d(channels)
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        one, two = x.chunk(2)
+        return torch.cat([super().forward(one), self.other(two)])
+
+
+def test_a_norm_that_measuring_does_not_reach_is_said_to_be_so():
+    model = normswap.convert(nn.Sequential(nn.Linear(6, 6), Split(6)), "cn", contexts=2)
+    x, labels = torch.randn(8, 6), torch.arange(8) % 2
+    with pytest.raises(ContextError, match=r"do not reach it\).* exclude='1.other'"):
+        model(x, context=labels)
+    assert model(x, context="1").shape == x.shape
+    assert model.eval()(x, context=labels).shape == x.shape

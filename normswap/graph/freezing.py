@@ -1,0 +1,35 @@
+"""Find the methods by which a model freezes norms that it finds by class."""
+
+import itertools
+import types
+
+from normswap.graph.tracing.failure import is_torch
+from normswap.graph.tracing.uses import instructions_of
+from normswap.util.original_class import FREEZING
+
+_EXCHANGES = {"setattr", "delattr", "add_module", "register_module"}
+
+
+def learn_freezing(cls: type) -> None:
+    """Note the methods of a model that switch the mode of norms, which are told what those were.
+
+    One is `freeze_encoder` of segmentation_models_pytorch. Tools, which exchange or mark modules,
+    have to see what is there.
+    """
+    for base in cls.__mro__:
+        if not is_torch(base.__module__):
+            functions = [v for v in vars(base).values() if isinstance(v, types.FunctionType)]
+            FREEZING.update(f.__code__ for f in functions if _freezes(f.__code__))
+
+
+def _freezes(code: types.CodeType) -> bool:
+    names = set(code.co_names)
+    if "isinstance" not in names or not names & {"train", "eval"} or names & _EXCHANGES:
+        return False
+    own = code.co_varnames[:1]
+    for before, step in itertools.pairwise(instructions_of(code)):
+        # A flag of its own may say that it is frozen.
+        kept = before.argval in own or step.argval in ("requires_grad", "training")
+        if step.opname in ("STORE_SUBSCR", "DELETE_ATTR", "STORE_ATTR") and not kept:
+            return False
+    return True
