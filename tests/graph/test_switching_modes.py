@@ -158,8 +158,8 @@ class Evaluating(Both):
 
 def test_what_is_folded_in_eval_mode_is_told():
     summary = normswap.summary(normswap.convert(Folding(), "cn", verify=False))
-    assert summary.direct == ["a.norm.weight", "a.norm.running_var"]
-    assert not normswap.summary(normswap.convert(Evaluating(), "cn", verify=False)).direct
+    assert summary.norm_reads == ["a.norm.weight", "a.norm.running_var"]
+    assert not normswap.summary(normswap.convert(Evaluating(), "cn", verify=False)).norm_reads
 
 
 class Loop(Both):
