@@ -16,7 +16,8 @@ def draw_beta(
     if beta == 1:
         return torch.rand(count, device=device, generator=generator)
     shape = torch.full((2, count), float(beta), device=device)
-    gamma = torch._standard_gamma(shape, generator=generator)
+    # The meta device of torch 2.9 has no such operator.
+    gamma = shape if shape.is_meta else torch._standard_gamma(shape, generator=generator)
     # Both draws of a small beta can underflow.
     gamma = gamma.clamp(min=torch.finfo(gamma.dtype).tiny)
     return gamma[0] / gamma.sum(0)
