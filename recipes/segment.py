@@ -127,15 +127,14 @@ def train_one(data: Scenes, config: Namespace, log: Log) -> dict[str, Any]:
         check_finite(mean, f"of {method} in epoch {epoch + 1}", config.lr)
         log({"epoch": epoch + 1, "loss": mean, "valid": evaluate(model, data, VALID)["source"]})
     figures = {"valid": evaluate(model, data, VALID)["source"], **evaluate(model, data, TEST)}
+    if seed == 0:
+        with atomic(masks_of(config.folder, method)) as temporary, temporary.open("wb") as file:
+            np.save(file, predict(model, data.images[shown(data)]).numpy())
     if takes_context(model):
         figures["source_known"] = evaluate(model, data, TEST, known=True)["source"]
         normswap.set_unknown(model, "posterior")
         found = evaluate(model, data, TEST)
-        normswap.set_unknown(model, "pooled")
         figures |= {f"{key}_posterior": found[key] for key in ("source", "target")}
-    if seed == 0:
-        with atomic(masks_of(config.folder, method)) as temporary, temporary.open("wb") as file:
-            np.save(file, predict(model, data.images[shown(data)]).numpy())
     return figures
 
 

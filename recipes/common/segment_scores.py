@@ -70,7 +70,8 @@ def draw_predictions(
     shown = {"truth": data.masks[scenes], **rows}
     pictures = {name: colours[masks.long()].permute(0, 3, 1, 2) for name, masks in shown.items()}
     pictures = {"image": data.images[scenes] / 255, **pictures}
-    canvas = Figure(figsize=(1.1 * len(scenes) + 1.2, 1.1 * len(pictures) + 0.6), dpi=120)
+    size = (1.1 * len(scenes) + 1.2, 1.1 * len(pictures) + 0.6)
+    canvas = Figure(figsize=size, dpi=120, layout="constrained")
     axes = canvas.subplots(len(pictures), squeeze=False)[:, 0]
     for axis, (name, images) in zip(axes, pictures.items(), strict=True):
         axis.imshow(make_grid(images, len(scenes), pad_value=1).permute(1, 2, 0).numpy())
