@@ -21,7 +21,7 @@ from normswap.methods import registry
 from normswap.testing import check_method
 from tests.recipes.test_examples import EXAMPLES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GUIDES = ["README.md", "recipes/README.md", "normswap/README.md", ".github/CONTRIBUTING.md"]
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
