@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from normswap.errors import ContextError
 from normswap.functional.labels import Context
 from normswap.graph.rows.key import kind_of
-from normswap.graph.rows.plans import ONE, Family, Plan, Step
+from normswap.graph.rows.plans import ONE, PERMUTED, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
 from normswap.graph.rows.refusals import not_aligned, refuse_cause, refuse_unknown
 from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, each_in_run
@@ -34,6 +34,7 @@ _FEW = 5
 _MOST_DETOURS = 3
 _UNREACHED = "runs that measure, in which norms are in eval mode, do not reach it"
 _MIXED = "rows whose order is another in each of several calls"
+_SEVERAL = f"{PERMUTED}, in several orders"
 
 
 class Rows:
@@ -236,7 +237,9 @@ class Rows:
         if self.aligned:
             return f"{ONE} (declared)"
         steps = (*self.known.values(), *self.irregular.values())
-        found = {str(step): None for step in steps if step.site == site}
+        # What several orders keep compiled code from is no fault of a run, which measures each.
+        words = (_SEVERAL if s.cause == _MIXED else str(s) for s in steps if s.site == site)
+        found = dict.fromkeys(words)
         return ", ".join(found) or f"not measured: {self.reason}"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def in_words(error: Exception) -> str:
     code = (
         "" if step is None else linecache.getline(step.tb_frame.f_code.co_filename, step.tb_lineno)
     )
-    where = f"does `{code.strip()[:80]}`" if code.strip() else "does something"
-    return f"{where}, which no graph can without values ({name}: {text})"
+    where = f" at `{code.strip()[:80]}`" if code.strip() else ""
+    return f"fails{where} on stand-ins for its arguments, which have no values ({name}: {text})"
 
 
 def is_raised(error: BaseException) -> bool:

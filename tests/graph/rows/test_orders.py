@@ -109,6 +109,12 @@ def test_training_on_rows_in_a_steady_order_equals_a_loop_over_contexts(name):
         assert a.equal(b), key
 
 
+def test_a_norm_that_a_forward_calls_for_each_piece_of_a_batch_is_said_to_have_several_orders():
+    model = ordered(ORDERS["pieces of two"])
+    check(model, (4, 6))
+    assert rows_of(model) == {"norm": "permuted, in several orders"}
+
+
 def test_dropout_in_a_forward_does_not_hide_the_order():
     model = ordered(lambda s, x: pairs(s, nn.functional.dropout(x, 0.5, s.training))).train()
     model(torch.randn(4, 6, dtype=torch.float64), context=LABELS)

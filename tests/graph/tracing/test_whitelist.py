@@ -234,7 +234,7 @@ class Handing(Base):
 
 
 REASONS = {
-    Counting: "does `return super().forward([x][1])`, which no graph can without values (Index",
+    Counting: "fails at `return super().forward([x][1])` on stand-ins",
     Raising: "raises ValueError where its arguments have no values yet: give a list",
     Handing: "hands on an object of class object",
 }
