@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from normswap.conversion.inputs import Inputs, guess_inputs
 from normswap.errors import ConversionError, NormswapError, VerificationError
+from normswap.functional.moments import widen
 from normswap.graph.bypassed import find_bypassed, leave_out
 from normswap.graph.rows.snapshot import Snapshot
 from normswap.report import Verification
@@ -142,7 +143,7 @@ def _record(
         if not (old.is_floating_point() or old.is_complex()):
             continue
         tolerance = TOLERANCE.get(old.dtype, 5e-2)
-        new, old = _as_doubles(new), _as_doubles(old)
+        new, old = _as_wide(new), _as_wide(old)
         scale = float(old[old.isfinite()].abs().max()) if old.isfinite().any() else 0.0
         if rows is not None and old.dim() and old.shape[0] == rows.shape[0]:
             new, old = new[rows.to(new.device)], old[rows.to(old.device)]
@@ -165,10 +166,10 @@ def _record(
         result.reason = f"nothing finite was compared (context {name})"
 
 
-def _as_doubles(t: Tensor) -> Tensor:
+def _as_wide(t: Tensor) -> Tensor:
     """Return real numbers, strided, so wide that comparing adds no rounding."""
     t = t.to_dense() if t.layout != torch.strided else t
-    return (torch.view_as_real(t) if t.is_complex() else t).double()
+    return widen(torch.view_as_real(t) if t.is_complex() else t)
 
 
 def _shapes(tensors: list[Tensor]) -> str:

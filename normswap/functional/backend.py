@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -45,6 +46,14 @@ def is_readable(t: Tensor) -> bool:
 def is_plain(t: Tensor) -> bool:
     """Return whether a tensor is torch's own: kernels do not know what a subclass overrides."""
     return type(t) in _PLAIN
+
+
+def no_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """Return a block without autocast on the device of a tensor, if it has one."""
+    kind = t.device.type
+    if torch.amp.is_autocast_available(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:

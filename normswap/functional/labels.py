@@ -99,7 +99,10 @@ def _place(labels: Tensor, device: torch.device | None) -> Tensor:
     """Return checked labels on a device; where they come from the host, it does not wait."""
     if device is None or labels.device.type != "cpu" or labels.device == device:
         return labels
-    if device.type == "cuda" and is_eager() and type(labels) is Tensor:
+    if device.type != "cuda":
+        # Memory that is not pinned may be gone before others have read it (pytorch/pytorch#139550).
+        return labels.to(device)
+    if is_eager() and type(labels) is Tensor:
         labels = labels.pin_memory()
     return labels.to(device, non_blocking=True)
 
@@ -210,13 +213,21 @@ def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> tup
         return 0, 0
     if _is_under_vmap(labels):
         return None
-    if labels.device.type != "cpu":
+    if labels.device.type != "cpu" and _asserts(labels.device.type):
         in_range = ((labels >= -1) & (labels < num_contexts)).all()
         torch._assert_async(in_range, f"context labels must lie in [-1, {num_contexts})")
         return None
     low, high = (int(v) for v in labels.aminmax())
     _require_range(low, high, num_contexts, names)
     return low, high
+
+
+def _asserts(device_type: str) -> bool:
+    """Return whether a device asserts by itself, while the host goes on."""
+    if device_type == "cuda":
+        return True
+    key = torch._C._dispatch_key_for_device(device_type)
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", key)
 
 
 def _is_under_vmap(t: Tensor) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from normswap.functional.backend import is_eager, is_plain
+from normswap.functional.backend import is_eager, is_plain, no_autocast
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_by_formula
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import differentiate_again, needs_formula
@@ -138,7 +138,7 @@ class _ElementNorm(Function):
         if needs_formula(dy):
             formula = partial(_formula, ctx.eps, ctx.batch)
             return *differentiate_again(formula, inputs, dy, needed), None, None
-        with torch.autocast(dy.device.type, enabled=False):
+        with no_autocast(dy):
             found = _backward(inputs, statistics, ctx.eps, ctx.batch, dy)
         pairs = zip(found, needed, strict=True)
         return (*(grad if wanted else None for grad, wanted in pairs), None, None)

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# Devices that have no float64.
+WITHOUT_FLOAT64 = ("mps",)
+
 
 class Moments(NamedTuple):
     """Mean and biased variance; the shape of both is (rows, C)."""
@@ -29,12 +32,17 @@ def wide_dtype(t: Tensor) -> torch.dtype:
     For small sums and products where float32 is not enough. Autocast leaves float64 alone; it
     would compute a float32 product in bfloat16.
     """
-    return torch.float32 if t.device.type == "mps" else torch.float64
+    return torch.float32 if t.device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def widen(t: Tensor) -> Tensor:
+    """Return a tensor in `wide_dtype`."""
+    return t.to(wide_dtype(t))
 
 
 def log_spread(var: Tensor, eps: float) -> Tensor:
-    """Return ``0.5 * log(var + eps)``, computed in float64."""
-    return 0.5 * (var.double() + eps).log()
+    """Return ``0.5 * log(var + eps)``, in `wide_dtype`."""
+    return 0.5 * (widen(var) + eps).log()
 
 
 def instance_moments(x: Tensor) -> Moments:
@@ -81,7 +89,7 @@ def context_moments(
     """
     dtype = instances.mean.dtype
     # Segments are summed in order: float32 would lose digits as the batch grows.
-    mean, var = (t.to(wide_dtype(t)) for t in instances)
+    mean, var = map(widen, instances)
     ones = mean.new_ones(mean.shape[0], 1)
     counts = size * segment_sum(ones, index, num_contexts + 1)
     share = counts.clamp(min=1).reciprocal()
@@ -134,7 +142,7 @@ def combine_moments(
         The counts and moments over all, in the dtype of `moments`.
     """
     dtype = moments.mean.dtype
-    n, m, v = (t.to(wide_dtype(t)) for t in (counts, *moments))
+    n, m, v = map(widen, (counts, *moments))
     sums = reduce(torch.cat((n, n * m, n * (v + m.square())), 1))
     width, channels = n.shape[1], m.shape[1]
     total, first, second = sums[:, :width], sums[:, width:-channels], sums[:, -channels:]
@@ -217,7 +225,7 @@ def context_posterior(instances: Moments, contexts: Moments, priors: Tensor, eps
 
 
 def gaussian_divergences(moments: Moments, priors: Tensor) -> Tensor:
-    """Return how far each context's Gaussian is from the pooled one, in nats, (K, C) float64.
+    """Return how far each context's Gaussian is from the pooled one, in nats, (K, C).
 
     The Kullback-Leibler divergence
     ``KL_k = 1/2 [log(v / v_k) + (v_k + (m_k - m)^2) / v - 1]``; 0 where all are equal. A channel
@@ -226,9 +234,9 @@ def gaussian_divergences(moments: Moments, priors: Tensor) -> Tensor:
     Shape:
         moments: (K, C); priors: (K,) or (K, C).
     """
-    mean, var = (t.double() for t in moments)
+    mean, var = map(widen, moments)
     tiny = torch.finfo(torch.float32).tiny
-    pooled = pool_moments(Moments(mean, var), priors.double())
+    pooled = pool_moments(Moments(mean, var), widen(priors))
     ratio = var.clamp(min=tiny) / pooled.var.clamp(min=tiny)
     shift = (mean - pooled.mean).square() / pooled.var.clamp(min=tiny)
     return (0.5 * (ratio - 1 - ratio.log() + shift)).clamp(min=0)
@@ -240,5 +248,5 @@ def gaussian_divergence(moments: Moments, priors: Tensor) -> float:
     `gaussian_divergences`, averaged over channels and, with the priors (K,) or (K, C), over
     contexts.
     """
-    weights = priors.double().reshape(priors.shape[0], -1)
+    weights = widen(priors).reshape(priors.shape[0], -1)
     return float((weights * gaussian_divergences(moments, priors)).sum(0).mean())

@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
-from normswap.functional.backend import is_eager, is_plain, triton_for
+from normswap.functional.backend import is_eager, is_plain, no_autocast, triton_for
 from normswap.functional.label_rows import one_label
 from normswap.functional.moments import compute_dtype, pick_rows, segment_sum
 
@@ -36,7 +36,7 @@ def differentiate_again(
 ) -> list[Tensor | None]:
     """Return the gradients of a formula by torch's own derivatives, with a graph if asked for."""
     again = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
+    with torch.enable_grad(), no_autocast(dy):
         # As views: of inputs that depend on each other, each is to be held fixed for the others.
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         y = formula(*inputs)

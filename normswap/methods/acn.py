@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError
-from normswap.functional.moments import Moments
+from normswap.functional.moments import Moments, wide_dtype, widen
 from normswap.methods.acn_layer import AdaptiveContextNorm
 from normswap.methods.acn_options import AdaptiveOptions
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
@@ -72,15 +72,15 @@ class AdaptiveContextNormalization(Method):
         Then ``tau_k = lambda_k`` for every input, and gamma takes ``sum_k sqrt(lambda_k)``.
         """
         assert isinstance(layer, AdaptiveContextNorm)
-        mixture = layer.mixture(torch.float64)
+        mixture = layer.mixture(wide_dtype(layer.mu))
         tables = [mixture.mean, (2 * mixture.log_sigma).exp() - layer.eps]
         if layer.running_mean is not None and layer.running_var is not None:
-            tables += [layer.running_mean.double(), layer.running_var.double()]
+            tables += map(widen, (layer.running_mean, layer.running_var))
         if any(not torch.equal(t, t[:1].expand_as(t)) for t in tables):
             raise ConversionError(
                 "its map depends on the input: each value is normalised by the components it "
                 "probably belongs to, and these have moved apart"
             )
         gain = (0.5 * mixture.log_prior).exp().expand_as(mixture.mean).sum(0)
-        mean, var, weight = tables[-2][0], tables[-1][0].clamp(min=0), layer.weight.double() * gain
-        return PlainNorm(mean, var, weight, layer.bias.double(), layer.num_batches_tracked)
+        mean, var, weight = tables[-2][0], tables[-1][0].clamp(min=0), widen(layer.weight) * gain
+        return PlainNorm(mean, var, weight, widen(layer.bias), layer.num_batches_tracked)

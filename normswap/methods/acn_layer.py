@@ -14,7 +14,7 @@ from normswap.functional.mixture_fused import norm_elements
 from normswap.functional.mixture_instances import norm_instances
 from normswap.functional.mixture_start import bounded_log_prior, bounded_log_sigma, start_components
 from normswap.functional.mixture_synced import shared_moments
-from normswap.functional.moments import Moments, compute_dtype, log_spread
+from normswap.functional.moments import Moments, compute_dtype, log_spread, widen
 from normswap.methods.acn_options import AdaptiveOptions
 from normswap.methods.layer import NormLayer
 from normswap.methods.layer_tensors import check_settings, counted_nothing, fill_affine, fitting
@@ -124,9 +124,9 @@ class AdaptiveContextNorm(NormLayer):
             chosen.components, chosen.start, chosen.strength, self.prior_logits.dtype
         )
         log_sigma = log_spread(var, self.eps).expand_as(self.mu)
-        mu = mean.double() + offsets.to(mean.device).unsqueeze(1) * log_sigma.exp()
-        logits = logits.to(mean.device).unsqueeze(1).expand_as(self.prior_logits)
-        values = {"weight": factor * weight.double(), "bias": bias, "prior_logits": logits}
+        mu = widen(mean) + offsets.to(log_sigma).unsqueeze(1) * log_sigma.exp()
+        logits = logits.to(log_sigma).unsqueeze(1).expand_as(self.prior_logits)
+        values = {"weight": factor * widen(weight), "bias": bias, "prior_logits": logits}
         tracked = {"running_mean": mu, "running_var": var.expand_as(self.mu)}
         values |= {"mu": mu, "log_sigma": log_sigma}
         return values if self.running_mean is None else values | tracked

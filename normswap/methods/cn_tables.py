@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.functional.moments import Moments
+from normswap.functional.moments import Moments, wide_dtype
 from normswap.methods.layer import ContextLayer
 from normswap.methods.layer_tensors import check_settings, counted_nothing, fill_affine, load_shared
 from normswap.methods.norm_values import PlainNorm, added_prior, pick, pick_moments
@@ -116,9 +116,10 @@ class ContextTables(ContextLayer):
 
     def plain(self, context: int | None) -> PlainNorm:
         """Return the batch norm this layer is in eval mode for a context, None for the pooled."""
-        count, priors = self.num_batches_tracked, self.mixing(torch.float64)
+        count, wide = self.num_batches_tracked, wide_dtype(self.running_mean)
+        priors = self.mixing(wide)
         running = Moments(self.running_mean, self.running_var)
-        weight, bias = (pick(t, context, priors) for t in self.effective_affine(torch.float64))
+        weight, bias = (pick(t, context, priors) for t in self.effective_affine(wide))
         batches = count.max() if context is None else count[context]
         return PlainNorm(*pick_moments(running, context, priors), weight, bias, batches)
 

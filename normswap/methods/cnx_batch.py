@@ -15,6 +15,8 @@ from normswap.functional.moments import (
     context_moments,
     instance_moments,
     log_spread,
+    wide_dtype,
+    widen,
 )
 from normswap.functional.tables import apply_centred
 from normswap.methods.cnx_layer import ContextNormX, Learned
@@ -151,11 +153,11 @@ class BatchContextNormX(ContextNormX):
     def plain(self, context: int | None) -> PlainNorm:
         """Return the batch norm this layer is in eval mode, for a context; None for the pooled."""
         mean, var = self._learned(context)
-        whole = self.running_var.detach().double() + self.eps
-        weight, bias = (t.detach() for t in self.learned(torch.float64)[2:])
+        whole = widen(self.running_var.detach()) + self.eps
+        weight, bias = (t.detach() for t in self.learned(wide_dtype(self.mu))[2:])
         total = var * whole
         weight = torch.where(total < self.eps, weight * (self.eps / total).sqrt(), weight)
-        centre = self.running_mean.detach().double() + mean * whole.sqrt()
+        centre = widen(self.running_mean.detach()) + mean * whole.sqrt()
         count = self.num_batches_tracked
         return PlainNorm(centre, (total - self.eps).clamp(min=0), weight, bias, count)
 
@@ -168,7 +170,7 @@ class BatchContextNormX(ContextNormX):
     @torch.no_grad()
     def set_moments(self, context: int, moments: Moments) -> None:
         """Set mu and log sigma of a context from statistics of x, (C,) each."""
-        whole = self.running_var.double() + self.eps
-        mean = moments.mean.double() - self.running_mean.double()
+        whole = widen(self.running_var) + self.eps
+        mean = widen(moments.mean) - widen(self.running_mean)
         self.mu[context] = mean / whole.sqrt()
         self.log_sigma[context] = log_spread(moments.var, self.eps) - 0.5 * whole.log()

@@ -16,6 +16,8 @@ from normswap.functional.moments import (
     context_posterior,
     instance_moments,
     log_spread,
+    wide_dtype,
+    widen,
 )
 from normswap.functional.tables import apply_by_label
 from normswap.methods.layer import ContextLayer
@@ -195,7 +197,7 @@ class ContextNormX(ContextLayer):
         the factor ``sqrt(eps) / sigma`` that is left.
         """
         mean, var = self._learned(context)
-        weight, bias = (t.detach() for t in self.learned(torch.float64)[2:])
+        weight, bias = (t.detach() for t in self.learned(wide_dtype(self.mu))[2:])
         weight = torch.where(var < self.eps, weight * (self.eps / var).sqrt(), weight)
         return PlainNorm(mean, (var - self.eps).clamp(min=0), weight, bias)
 
@@ -204,9 +206,9 @@ class ContextNormX(ContextLayer):
         return Moments(self.mu.detach(), (2 * self.log_sigma.detach()).exp())
 
     def _learned(self, context: int | None) -> Moments:
-        """Return mu and sigma^2 of a context, or of the mixture, (C,) float64."""
-        moments = Moments(self.mu, (2 * self.log_sigma.double()).exp())
-        return pick_moments(moments, context, self.mixing(torch.float64))
+        """Return mu and sigma^2 of a context, or of the mixture, (C,) in `wide_dtype`."""
+        moments = Moments(self.mu, (2 * widen(self.log_sigma)).exp())
+        return pick_moments(moments, context, self.mixing(wide_dtype(self.mu)))
 
     def added_rows(self, like: int | None, share: float) -> dict[str, Tensor]:
         """Return the rows of one more context; see `Method.added_rows`."""

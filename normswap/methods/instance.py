@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from normswap.functional.affine import Affine, centre_norm
 from normswap.functional.backward import in_backward
 from normswap.functional.fused import stat_affine
-from normswap.functional.moments import Moments, compute_dtype
+from normswap.functional.moments import Moments, compute_dtype, wide_dtype
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
 from normswap.methods.layer import ContextLayer
@@ -168,7 +168,7 @@ class ContextInstanceNorm(ContextLayer):
 
     def plain(self, context: int | None) -> PlainNorm:
         """Return the instance norm this layer is, for a context; None for the mean affine."""
-        priors = self.mixing(torch.float64)
+        priors = self.mixing(wide_dtype(self.priors))
         weight, bias = (pick(t, context, priors) for t in (self.weight, self.bias))
         return PlainNorm(self.running_mean, self.running_var, weight, bias)
 

@@ -61,7 +61,7 @@ class WithPriors(Resettable):
             raise ContextError(
                 f"expected `priors` as a tensor of {count} numbers, got {describe(priors)}"
             )
-        total = float(priors.double().sum())
+        total = float(priors.cpu().double().sum())
         if priors.shape != (count,) or not bool((priors > 0).all()) or abs(total - 1) > 1e-3:
             raise ContextError(
                 f"expected `priors` of {count} positive values that sum to one, "

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normswap.functional.moments import Moments, pool_moments
+from normswap.functional.moments import Moments, pool_moments, widen
 from normswap.sites import Site
 
 
@@ -52,23 +52,23 @@ def advise_freezing(norms: list[nn.Module]) -> str | None:
 
 
 def pick(table: Tensor, context: int | None, priors: Tensor) -> Tensor:
-    """Return the row of a context, or the mean row for None; (K, C) to (C,), in float64."""
-    table = table.detach().double()
-    return priors.double() @ table if context is None else table[context]
+    """Return the row of a context, or the mean row for None; (K, C) to (C,), in `wide_dtype`."""
+    table = widen(table.detach())
+    return widen(priors) @ table if context is None else table[context]
 
 
 def pick_moments(moments: Moments, context: int | None, priors: Tensor) -> Moments:
-    """Return the moments of a context, or of the mixture for None; (K, C) to (C,), in float64."""
-    moments = Moments(*(t.detach().double() for t in moments))
+    """Return the moments of a context, or of the mixture for None, (C,) in `wide_dtype`."""
+    moments = Moments(*(widen(t.detach()) for t in moments))
     if context is None:
-        moments, context = pool_moments(moments, priors.double()), 0
+        moments, context = pool_moments(moments, widen(priors)), 0
     return Moments(moments.mean[context], moments.var[context])
 
 
 def added_prior(priors: Tensor, share: float) -> Tensor:
-    """Return the prior to append so that its share of the sum is `share`, () float64.
+    """Return the prior to append so that its share of the sum is `share`, () in `wide_dtype`.
 
     The others stay, so that nothing which divides by their roots changes. The values then no
     longer sum to one; their ratios are the probabilities.
     """
-    return torch.mul(priors.detach().double().sum(), share / (1 - share))
+    return torch.mul(widen(priors.detach()).sum(), share / (1 - share))
