@@ -35,7 +35,6 @@ _MAP_FUNCTIONS = (
 _KEEP_MODULES = ("activation", "dropout", "linear")
 _MAP_MODULES = ("pooling", "upsampling", "padding")
 _NOT_KEPT = (nn.GLU, nn.MultiheadAttention)
-_WEIGHTED = ("conv1d", "conv2d", "conv3d", "linear")
 _BOTH = ("add", "sub", "mul", "div", "truediv", "iadd", "isub", "imul", "itruediv", "maximum")
 _BOTH_METHODS = ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
@@ -104,10 +103,6 @@ class Reader:
             return first_only(self.read(node.args[0]))
         if name in ("cat", "concat"):
             return self._concatenated(node)
-        if name == "permute":
-            return self._permuted(node)
-        if name in _WEIGHTED and len(node.args) > 1:
-            return self._weighted(node, FIRST if name != "linear" else LAST)
         if node.target is operator.getitem:
             return self._sliced(node)
         if name in ("mean", "sum", "amax") and node.kwargs.get("keepdim") is True:
@@ -177,12 +172,6 @@ class Reader:
             return UNKNOWN
         return first_only(self.read(node.args[0]))
 
-    def _weighted(self, node: fx.Node, dimension: int) -> Features:
-        weight = node.args[1]
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-            return UNKNOWN
-        return Features(operator.attrgetter(str(weight.target))(self.module).shape[0], dimension)
-
     def _concatenated(self, node: fx.Node) -> Features:
         parts: Any = node.args[0]
         dimension = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -193,18 +182,8 @@ class Reader:
             return UNKNOWN
         return Features(sum(f.channels or 0 for f in found), found[0].dimension)
 
-    def _permuted(self, node: fx.Node) -> Features:
-        """Follow the channels of four-dimensional values between dimension 1 and the last."""
-        order: Any = node.args[1:] or node.kwargs.get("dims", ())
-        order = order[0] if order and isinstance(order[0], (list, tuple)) else order
-        value = self.read(node.args[0])
-        if not (value.known and order) or not all(isinstance(d, int) for d in order):
-            return UNKNOWN
-        place = [d % len(order) for d in order].index((value.dimension or 0) % len(order))
-        places = {1: FIRST, len(order) - 1: LAST}
-        return Features(value.channels, places.get(place))
-
     def _sliced(self, node: fx.Node) -> Features:
+        """Count channels that are kept of more, as GhostNet in timm."""
         value, index = self.read(node.args[0]), node.args[1]
         if value.dimension != FIRST or not isinstance(index, tuple) or len(index) < 2:
             return UNKNOWN

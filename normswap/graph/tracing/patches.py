@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.graph.tracing.failure import is_library, is_torch
-from normswap.graph.tracing.list_effects import may_be_changed
+from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
+from normswap.graph.tracing.list_effects import check_handed
 from normswap.graph.tracing.value_kinds import any_leaf
 
 _MISSING = object()
 # Builtins that turn into calls in the graph when given symbolic values.
-_BUILTINS = ("len", "int", "float", "max", "min", "round", "sum", "bool")
+_BUILTINS = ("len", "max", "min", "round", "sum")
 _CALLABLES = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
 MATH = [n for n in vars(math) if not n.startswith("_") and callable(getattr(math, n))]
 
@@ -63,22 +63,20 @@ def wrap_leaf(
     function: Callable[..., Any],
     record: Callable[[Callable[..., Any], Any, Any], Any],
 ) -> Callable[..., Any]:
-    """Return a function that records its call when an argument is symbolic.
-
-    A call that is handed a module or a callable is entered instead, since a norm may be reached
-    from there; so is one that could change a list or dict.
-    """
+    """Return a function that records its call when an argument is symbolic."""
     own = isinstance(function, types.FunctionType) and not is_library(function.__module__)
 
     @functools.wraps(function, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = (args, kwargs)
-        # The length and the truth of a list are known, whatever is in it.
-        known = function in (len, bool) and not isinstance(args[0], fx.Proxy)
+        given = (args, tuple(kwargs.values()))
+        # The length of a list is known, whatever is in it.
+        known = function is len and not isinstance(args[0], fx.Proxy)
         if not known and any_leaf(given, (fx.Proxy,)):
-            changes = own and any(map(may_be_changed, (*args, *kwargs.values())))
-            if not (changes or any_leaf(given, _CALLABLES)):
-                return record(function, args, kwargs)
+            if any_leaf(given, _CALLABLES):  # a norm may be reached from there
+                raise TraceFailure(f"hands a module or function to {function.__name__}()")
+            if own:
+                check_handed(given, f"{function.__name__}()")
+            return record(function, args, kwargs)
         return function(*args, **kwargs)
 
     return stand_for(call, function)

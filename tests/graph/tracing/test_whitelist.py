@@ -235,7 +235,7 @@ class Handing(Base):
 
 REASONS = {
     Counting: "does `return super().forward([x][1])`, which no graph can without values (Index",
-    Raising: "raises ValueError where its arguments have no values yet: give a list",
+    Raising: 'does `raise ValueError("give a list")`, which no graph can without',
     Handing: "hands on an object of class object",
 }
 
