@@ -188,7 +188,7 @@ def _find_refused(code: types.CodeType, steps: list[dis.Instruction]) -> dict[in
         name, given = step.opname, step.argval
         if name in _STORES_OUTSIDE and given not in code.co_cellvars:
             refused[step.offset] = f"sets {given} outside of it"
-        elif name == "IMPORT_NAME" and given.partition(".")[0] not in ("torch", "math"):
+        elif name == "IMPORT_NAME":
             refused[step.offset] = f"imports {given}"
         elif name in ATTRIBUTE and given in _INSIDE:
             refused[step.offset] = f"looks into .{given}"

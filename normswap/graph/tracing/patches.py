@@ -24,30 +24,27 @@ class Patches:
     """Replaces attributes and globals, and puts every one of them back."""
 
     def __init__(self) -> None:
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._undo: list[tuple[Any, str, object]] = []
 
-    def set(self, owner: Any, name: str, value: Any) -> None:
+    def set(self, owner: Any, name: str, value: object) -> None:
         """Replace ``owner.name``, or ``owner[name]`` in a dict of globals."""
         table = owner if isinstance(owner, dict) else vars(owner)
         self._undo.append((owner, name, table.get(name, _MISSING)))
-        if isinstance(owner, dict):
-            owner[name] = value
-        else:
-            setattr(owner, name, value)
+        _put(owner, name, value)
 
     def undo(self) -> None:
         """Put everything back, last first."""
         while self._undo:
-            owner, name, value = self._undo.pop()
-            if isinstance(owner, dict):
-                if value is _MISSING:
-                    owner.pop(name, None)
-                else:
-                    owner[name] = value
-            elif value is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
+            _put(*self._undo.pop())
+
+
+def _put(owner: Any, name: str, value: object) -> None:
+    if value is not _MISSING:
+        owner.update({name: value}) if isinstance(owner, dict) else setattr(owner, name, value)
+    elif isinstance(owner, dict):
+        owner.pop(name, None)
+    else:
+        delattr(owner, name)
 
 
 def leaf_names(table: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -63,7 +60,7 @@ def wrap_leaf(
     function: Callable[..., Any],
     record: Callable[[Callable[..., Any], Any, Any], Any],
 ) -> Callable[..., Any]:
-    """Return a function that records its call when an argument is symbolic."""
+    """Return a function that records calls with symbols: `channel_shuffle` of ShuffleNet."""
     own = isinstance(function, types.FunctionType) and not is_library(function.__module__)
 
     @functools.wraps(function, updated=())

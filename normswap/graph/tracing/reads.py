@@ -61,7 +61,7 @@ def alike(now: Any, then: Any) -> bool:
         return True
     if then is ANY_TENSOR:
         return isinstance(now, Tensor)
-    if type(now) is not type(then) or isinstance(then, (Tensor, nn.Module)):
+    if type(now) is not type(then) or isinstance(then, (Tensor, nn.Module, dict)):
         return False
     if isinstance(then, (list, tuple)):
         return len(now) == len(then) and all([alike(a, b) for a, b in zip(now, then)])  # noqa: B905
@@ -157,6 +157,9 @@ class Reads:
                 )
             for name, part in parts.items():
                 self.names[id(value), name] = (value, name, _copied(part))
+            table = value.__kwdefaults__ or {}
+            for name, part in table.items():
+                self.names[id(table), name] = (table, name, part)
             self._add_code(held)
 
     def changed(self) -> str:

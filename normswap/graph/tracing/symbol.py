@@ -22,17 +22,8 @@ class Value(fx.Proxy):
     def __hash__(self) -> int:
         raise TraceFailure("looks up a value known only when it runs in a set, dict or cache")
 
-    def __len__(self) -> int:  # list() asks for it, and takes this error for an answer
-        raise TypeError("the length of this value is only known when it runs")
-
     def __str__(self) -> str:
         raise TraceFailure("writes, as text, a value known only when it runs")
-
-    def __format__(self, spec: str) -> str:
-        return str(self)
-
-    def __contains__(self, item: Any) -> bool:
-        raise TraceFailure("asks what is in a value known only when it runs")
 
     def __getattr__(self, name: str) -> Any:
         if name != "node" and is_input(self) and not hasattr(Tensor, name):
