@@ -47,9 +47,9 @@ def _put(owner: Any, name: str, value: object) -> None:
         delattr(owner, name)
 
 
-def leaf_names(table: dict[str, Any]) -> list[tuple[str, Any]]:
+def leaf_names(table: dict[str, object]) -> list[tuple[str, Callable[..., Any]]]:
     """Return the functions among a module's globals that a graph calls instead of entering."""
-    found: list[tuple[str, Any]] = []
+    found: list[tuple[str, Callable[..., Any]]] = []
     for name, value in list(table.items()):
         if isinstance(value, types.FunctionType) and not is_torch(value.__module__):
             found.append((name, value))
@@ -79,7 +79,7 @@ def wrap_leaf(
     return stand_for(call, function)
 
 
-def stand_for(replacement: Callable[..., Any], original: Any) -> Callable[..., Any]:
+def stand_for(replacement: Callable[..., Any], original: object) -> Callable[..., Any]:
     """Mark what stands for another thing while a trace runs; return it."""
     vars(replacement)["normswap_original"] = original
     return replacement

@@ -27,10 +27,10 @@ class Guards(NamedTuple):
         names: (dict of globals or a class, name, value), of what lies outside of the module.
     """
 
-    attributes: tuple[tuple[Path, str, Any], ...] = ()
+    attributes: tuple[tuple[Path, str, object], ...] = ()
     children: tuple[tuple[Path, tuple[str, ...]], ...] = ()
-    methods: tuple[tuple[Path, str, Any], ...] = ()
-    names: tuple[tuple[Any, str, Any], ...] = ()
+    methods: tuple[tuple[Path, str, object], ...] = ()
+    names: tuple[tuple[object, str, object], ...] = ()
 
     def hold(self, module: nn.Module) -> bool:
         """Return whether everything is as it was."""
@@ -90,7 +90,7 @@ def flipped(module: nn.Module, guards: Guards) -> Iterator[bool]:
             part.__dict__["training"] = not part.training
 
 
-def _function(value: Any) -> Any:
+def _function(value: object) -> object:
     """Return the function of a bound method, and what stands behind a name while tracing."""
     value = getattr(value, "__func__", value)
     return getattr(value, "normswap_original", value)
@@ -108,13 +108,13 @@ class Reads:
     """
 
     def __init__(self) -> None:
-        self.attributes: dict[tuple[str, str], Any] = {}
-        self.given: dict[tuple[str, str], Any] = {}
+        self.attributes: dict[tuple[str, str], object] = {}
+        self.given: dict[tuple[str, str], object] = {}
         self.children: dict[str, tuple[str, ...]] = {}
-        self.methods: dict[tuple[str, str], Any] = {}
-        self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        self.methods: dict[tuple[str, str], object] = {}
+        self.names: dict[tuple[int, str], tuple[object, str, object]] = {}
 
-    def attribute(self, path: str, name: str, value: Any) -> Any:
+    def attribute(self, path: str, name: str, value: object) -> object:
         """Note an attribute; return what the forward is to see of it.
 
         Raises:
@@ -130,13 +130,13 @@ class Reads:
             self.given[path, name] = _copied(value)
         return self.given[path, name]
 
-    def name(self, holder: Any, name: str, value: Any) -> None:
+    def name(self, holder: object, name: str, value: object) -> None:
         """Note what a global, or an attribute of a class, means."""
         if (id(holder), name) not in self.names:
             self.names[id(holder), name] = (holder, name, _function(value))
             self._add_code(_function(value))
 
-    def method(self, path: str, name: str, function: Any) -> None:
+    def method(self, path: str, name: str, function: object) -> None:
         """Note which function the class of a module has."""
         self.methods[path, name] = function
         self._add_code(function)

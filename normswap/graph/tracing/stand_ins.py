@@ -13,7 +13,7 @@ from normswap.util.original_class import class_of
 
 
 def symbolic_isinstance(value: object, kinds: Any) -> bool:
-    """Answer for a tensor argument."""
+    """Answer for a tensor argument, of which DenseNet's layers ask whether it is a list."""
     if not isinstance(value, fx.Proxy):
         return isinstance(value, kinds) or issubclass(class_of(value), kinds)
     if is_input(value):

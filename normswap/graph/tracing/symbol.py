@@ -39,11 +39,13 @@ def is_input(value: Any) -> bool:
 
 
 def is_given(node: fx.Node) -> bool:
-    """Return whether a value is an argument or a parameter, which is not None."""
+    """Return whether a value is an argument or a parameter, not None: DLA's blocks in timm ask."""
     return node.op in ("placeholder", "get_attr")
 
 
 def _keep_in_place(name: str) -> None:
+    """Keep ``x += shortcut``, as of ResNets."""
+
     def method(self: Value, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
 

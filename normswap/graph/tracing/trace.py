@@ -62,14 +62,14 @@ class TraceSession:
         layers: classes of the norm layers, whose forward called by itself counts as a call.
     """
 
-    def __init__(self, layers: tuple[Any, ...] = ()) -> None:
+    def __init__(self, layers: tuple[type[nn.Module], ...] = ()) -> None:
         self.layers = layers
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
         self._stand_ins = stand_ins(lambda: self.tracer is not None)
         self._patches = p.Patches()
         self._local = p.Patches()
-        self._tables: dict[int, dict[str, Any]] = {}
+        self._tables: dict[int, dict[str, Callable[..., Any]]] = {}
         self._entered: set[int] = set()
         self._library: set[int] = set()
 

@@ -1,8 +1,8 @@
 """The arguments of a forward: which are symbolic in its graph, which are constants of it.
 
 A container is traced once for each *kind* of arguments it meets. Tensors and numbers are symbolic;
-None, bool, str and enums are constants, since Python branches on them; tuples, lists and dicts keep
-their structure.
+None, bool, str and enums are constants, since Python branches on them; tuples, lists (those of
+features that DenseNet's layers take) and dicts keep their structure.
 """
 
 import enum

@@ -4,7 +4,7 @@ import builtins
 import enum
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -46,7 +46,7 @@ class Watch:
         self._start = None
 
     def _enter_frame(
-        self, frame: types.FrameType, event: str, arg: Any
+        self, frame: types.FrameType, event: str, arg: object
     ) -> Callable[..., Any] | None:
         if not self._enter(frame.f_globals):
             return None
@@ -64,7 +64,7 @@ class Watch:
             return None
         stops = refused
 
-        def step(frame: types.FrameType, event: str, arg: Any) -> Callable[..., Any]:
+        def step(frame: types.FrameType, event: str, arg: object) -> Callable[..., Any]:
             if event == "opcode":
                 if frame.f_lasti in stops:
                     raise TraceFailure(stops[frame.f_lasti])
@@ -116,7 +116,7 @@ class Watch:
             return f"goes by {load.name}.{inner}" if inner else why_unfit(value, load.name)
         return self._why_unfit_chain(load, table, value)
 
-    def _why_unfit_chain(self, load: Load, table: Any, value: Any) -> str:
+    def _why_unfit_chain(self, load: Load, table: object, value: Any) -> str:
         """Return why what a name and its attributes lead to may not be read; note each step."""
         steps = [(table, key := load.name, value)]
         for name in load.chain:
@@ -140,9 +140,9 @@ class Watch:
         why = why_unfit(value, where, load.use)
         if why:
             return why
-        if needs_guard(value, [holder for holder, _, _ in steps]):
-            for holder, key, value in steps:
-                table = vars(holder) if isinstance(holder, types.ModuleType) else holder
+        if needs_guard(value, [owner for owner, _, _ in steps]):
+            for owner, key, value in steps:
+                table = vars(owner) if isinstance(owner, types.ModuleType) else owner
                 self._reads.name(table, key, value)
         return ""
 
@@ -176,7 +176,7 @@ class Watch:
         return f"reads {load.name}, a variable of a function that made it"
 
 
-def _check_test(test: Test, values: Any) -> None:
+def _check_test(test: Test, values: Mapping[str, object]) -> None:
     """Raise where only a run knows the answer."""
     for name in test.names:
         found = symbolic_parts(values.get(name))
@@ -187,6 +187,6 @@ def _check_test(test: Test, values: Any) -> None:
             raise TraceFailure(f"asks whether {via} {what}, known only when it runs")
 
 
-def _unwrap(value: Any) -> Any:
+def _unwrap(value: object) -> object:
     """Return what a name means to everybody else while a trace runs."""
     return getattr(value, "normswap_original", value)
