@@ -1,6 +1,6 @@
 """Which questions of class get no answer, and what stands in their way: an error, or plain code.
 
-A container whose forward is traced answers what it asks of classes; see `class_questions`.
+A container runs no such question where a graph of calls of its children stands for its forward.
 """
 
 import sys
@@ -16,7 +16,7 @@ from normswap.util.original_class import ORIGINAL, STATE, class_of, switches_of
 
 
 def check_questions(model: nn.Module, release: Callable[[list[nn.Module]], None]) -> None:
-    """Keep with each container what its forward asks and only a trace can answer.
+    """Keep with each container what its forward asks and nothing answers.
 
     A container whose exact class is asked for may do without a class of its own: the norms below
     find the context in the scope of those above.

@@ -2,7 +2,7 @@
 
 ``isinstance(self.norm, nn.BatchNorm2d)`` is answered by the layers as before, in a trace by what
 stands in for `isinstance`. Nothing can answer ``type(child) is Block`` for a child that is of a
-subclass now but a trace. Whether a norm is of several classes layers answer, too, but nothing tells
+subclass now. Whether a norm is of several classes layers answer, too, but nothing tells
 `torch.compile`, which asks no object then, and from torch 2.15 on for one class neither.
 """
 
@@ -48,7 +48,7 @@ class Question(NamedTuple):
 def find_questions(
     module: nn.Module, changed: dict[type, type], method: str = "forward"
 ) -> Iterator[Question]:
-    """Yield what a module's forward asks about the class of modules that only a trace can answer.
+    """Yield what a module's forward asks about the class of modules that nothing answers.
 
     `changed` gives the class now of each class before conversion; `method` is another one to read.
     """
@@ -102,7 +102,7 @@ def _home_of(function: types.FunctionType) -> str:
     return str(function.__globals__.get("__name__"))
 
 
-def _has(values: list[Any], value: Any) -> bool:
+def _has(values: list[object], value: object) -> bool:
     # By identity: arrays and tensors answer == with what has no truth.
     return any(found is value for found in values)
 
@@ -112,7 +112,7 @@ def reachable(cls: type, method: str = "forward") -> Iterator[types.FunctionType
 
     A scripted module's class has no forward.
     """
-    waiting: list[Any] = [getattr(cls, method, None)]
+    waiting: list[object] = [getattr(cls, method, None)]
     met = set[int]()
     while waiting:
         value = waiting.pop()
@@ -132,7 +132,7 @@ def reachable(cls: type, method: str = "forward") -> Iterator[types.FunctionType
                 waiting += [vars(base)[n] for n in statement.attributes & vars(base).keys()]
 
 
-def _statements(function: types.FunctionType) -> Iterator[tuple[list[Any], Statement]]:
+def _statements(function: types.FunctionType) -> Iterator[tuple[list[object], Statement]]:
     """Yield the statements of a function, with what the names that each loads stand for."""
     names = ChainMap(function.__globals__, vars(builtins))
     closure = closure_of(function)
@@ -148,7 +148,7 @@ def _statements(function: types.FunctionType) -> Iterator[tuple[list[Any], State
             yield values, statement
 
 
-def _classes(value: Any) -> list[type]:
+def _classes(value: object) -> list[type]:
     """Return the classes that a value is, or holds."""
     if isinstance(value, type):
         return [value]

@@ -6,34 +6,38 @@ the context in scope.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from normswap.errors import ConversionError, InputError, NormswapError
-from normswap.functional.labels import Context
+from normswap.functional.labels import Context, Labels
 from normswap.graph.bypassed import explain
 from normswap.graph.class_answers import answered
 from normswap.graph.foreign import is_symbolic, run_symbolic
-from normswap.graph.prepare import open_session, prepare
+from normswap.graph.prepare import prepare
 from normswap.graph.scope.incoming import enter_context, resolve
 from normswap.graph.scope.scope import RUNNING, Scope
 from normswap.graph.state import (
     UNTRACED,
     ContainerState,
+    Values,
     Variant,
     context_argument,
     in_scope,
     own_forward,
     run_scoped,
 )
-from normswap.graph.tracing import TraceFailure, describe, tracing
+from normswap.graph.tracing import Kind, TraceFailure, TraceSession, describe, tracing
 from normswap.util.original_class import STATE
 
+# What a container is given: labels, where the model is called; else what these became.
+Given: TypeAlias = Context | Labels | None
 
-def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
+
+def dispatch(module: nn.Module, values: Values, context: Given) -> Any:
     """Run a container: the forward of every converted container ends here."""
     if tracing():
         return own_forward(module, values)
@@ -53,9 +57,7 @@ def dispatch(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
         raise explained from error
 
 
-def _dispatch(
-    module: nn.Module, state: ContainerState, values: tuple[Any, ...], context: Any
-) -> Any:
+def _dispatch(module: nn.Module, state: ContainerState, values: Values, context: Given) -> Any:
     if type(context) is not Context and is_symbolic(values):
         return run_symbolic(module, state, values, context)
     if state.schedule is not None and module.training:
@@ -92,7 +94,7 @@ def calling(call: Callable[..., Any], argument: str | None) -> Callable[..., Any
     return __call__
 
 
-def _run_around(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
+def _run_around(module: nn.Module, state: ContainerState, values: Values, context: Given) -> Any:
     """Run the container between the layers inserted before and after it."""
     if state.before is not None:
         layer = getattr(module, state.before)
@@ -104,7 +106,7 @@ def _run_around(module: nn.Module, state: ContainerState, values: Any, context: 
     return getattr(module, state.after)(_expect_tensor(output, state, "return"))
 
 
-def _expect_tensor(value: Any, state: ContainerState, verb: str) -> torch.Tensor:
+def _expect_tensor(value: object, state: ContainerState, verb: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         where = "before" if verb == "take" else "after"
         raise InputError(
@@ -114,21 +116,22 @@ def _expect_tensor(value: Any, state: ContainerState, verb: str) -> torch.Tensor
     return value
 
 
-def _device_of(values: tuple[Any, ...]) -> torch.device | None:
+def _device_of(values: Values) -> torch.device | None:
     for value in values:
         if isinstance(value, torch.Tensor):
             return value.device
     return None
 
 
-def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) -> Any:
+def _run(module: nn.Module, state: ContainerState, values: Values, context: Given) -> Any:
     """Run the container without the layers around it."""
     if state.runs_own_forward:
         return answered(state.fqn, state.questions, own_forward)(module, values)
-    leaves: list[Any] = []
+    leaves: list[object] = []
     key = tuple([describe(value, leaves) for value in values])
     context, mixed = enter_context(state, values, leaves, context, module.training)
     if mixed:
+        assert context is not None
         rows = state.scope.rows
         return rows.run(module, state, lambda v, c: _run(module, state, v, c), values, context)
     variant = _find_variant(module, state, key, values)
@@ -141,7 +144,9 @@ def _run(module: nn.Module, state: ContainerState, values: Any, context: Any) ->
         RUNNING.reset(token)
 
 
-def _find_variant(module: nn.Module, state: ContainerState, key: Any, values: Any) -> Variant:
+def _find_variant(
+    module: nn.Module, state: ContainerState, key: tuple[Kind, ...], values: Values
+) -> Variant:
     """Return the way to run the container on arguments of these kinds, traced now if need be."""
     if not state.trace:
         return UNTRACED
@@ -149,7 +154,7 @@ def _find_variant(module: nn.Module, state: ContainerState, key: Any, values: An
         return variant
     if torch.compiler.is_dynamo_compiling():
         return Variant(None, "met a new kind of arguments inside torch.compile")
-    with open_session(state.layers) as session:
+    with TraceSession(state.layers) as session:
         return prepare(module, values, session)
 
 
@@ -157,8 +162,8 @@ def _run_variant(
     module: nn.Module,
     state: ContainerState,
     variant: Variant,
-    values: Any,
-    leaves: list[Any],
+    values: Values,
+    leaves: list[object],
     context: Context | None,
 ) -> Any:
     if variant.run is None:

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from normswap.errors import ConversionError, refuse_scripting
 from normswap.graph.class_answers import answered
-from normswap.graph.state import ContainerState, context_argument, own_forward
+from normswap.graph.state import ContainerState, Values, context_argument, own_forward
 from normswap.graph.tracing.value_kinds import any_leaf
 
 # Methods by which models fold their batch norms into convolutions: torchvision's, timm's and
@@ -17,14 +17,12 @@ from normswap.graph.tracing.value_kinds import any_leaf
 _FUSING = ("fuse", "fuse_model", "reparameterize", "switch_to_deploy")
 
 
-def is_symbolic(values: tuple[Any, ...]) -> bool:
+def is_symbolic(values: Values) -> bool:
     """Return whether a call is traced by `torch.fx`, not by this package."""
     return not torch.compiler.is_compiling() and any_leaf(values, (fx.Proxy,))
 
 
-def run_symbolic(
-    module: nn.Module, state: ContainerState, values: tuple[Any, ...], context: Any
-) -> Any:
+def run_symbolic(module: nn.Module, state: ContainerState, values: Values, context: object) -> Any:
     """Run a container's own forward under a tracer of `torch.fx`, to which norms are leaves.
 
     Raises:

@@ -11,9 +11,10 @@ from normswap.graph.blocks.hidden import hiding
 from normswap.graph.dispatch import calling, dispatch
 from normswap.graph.foreign import refusals
 from normswap.graph.freezing import learn_freezing
-from normswap.graph.prepare import open_session, prepare_default
+from normswap.graph.prepare import prepare_default
 from normswap.graph.state import ContainerState, state_of
 from normswap.graph.tracing import (
+    TraceSession,
     any_parameters,
     declared_parameters,
     free_argument,
@@ -149,7 +150,7 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
         base.__setstate__(self, values)
         state: ContainerState = vars(self)[STATE]
         if any(not found for found in state.variants.values()):
-            with open_session(state.layers) as session:
+            with TraceSession(state.layers) as session:
                 prepare_default(self, session)
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:

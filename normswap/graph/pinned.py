@@ -4,7 +4,6 @@ import functools
 import types
 import weakref
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -49,11 +48,11 @@ def check_copyable(model: nn.Module) -> None:
             )
 
 
-def _is_ours(value: Any) -> bool:
+def _is_ours(value: object) -> bool:
     return type(value).__module__.startswith("normswap.")
 
 
-def _listed_by_classes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _listed_by_classes(model: nn.Module) -> Iterator[tuple[str, object]]:
     """Yield what lists, sets and dicts among the attributes of a model's classes hold."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     for cls in classes:
@@ -68,7 +67,7 @@ def _listed_by_classes(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield f"{cls.__name__}.{key}", item() if isinstance(item, weakref.ref) else item
 
 
-def find_pinned(value: Any, met: set[tuple[int, bool]]) -> Iterator[nn.Module | Tensor]:
+def find_pinned(value: object, met: set[tuple[int, bool]]) -> Iterator[nn.Module | Tensor]:
     """Yield the modules and tensors that functions in a value hold.
 
     A function holds what is in its closure and its defaults, and the globals it names; a weak
@@ -83,8 +82,7 @@ def find_pinned(value: Any, met: set[tuple[int, bool]]) -> Iterator[nn.Module | 
     waiting = [(value, False)]
     while waiting:
         item, pinned = waiting.pop()
-        function = isinstance(item, types.FunctionType)
-        pinned |= function
+        pinned |= isinstance(item, types.FunctionType)
         if isinstance(item, nn.Module | Tensor):
             if pinned:
                 yield item
@@ -95,16 +93,17 @@ def find_pinned(value: Any, met: set[tuple[int, bool]]) -> Iterator[nn.Module | 
         if isinstance(item, weakref.ref):
             waiting += [(item(), True)] if isinstance(item(), nn.Module) else []
             continue
-        waiting += [(part, pinned) for part in (_parts_of(item) if function else _items_of(item))]
+        parts = _parts_of(item) if isinstance(item, types.FunctionType) else _items_of(item)
+        waiting += [(part, pinned) for part in parts]
 
 
-def closure_of(function: types.FunctionType) -> dict[str, Any]:
+def closure_of(function: types.FunctionType) -> dict[str, object]:
     """Return what a function's free variables hold, where they hold something."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     return {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
 
 
-def _parts_of(function: types.FunctionType) -> Iterator[Any]:
+def _parts_of(function: types.FunctionType) -> Iterator[object]:
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     yield from vars(function).values()
@@ -115,7 +114,7 @@ def _parts_of(function: types.FunctionType) -> Iterator[Any]:
     yield from (function.__globals__.get(load.name) for load in loads if not load.free)
 
 
-def _items_of(item: Any) -> Iterator[Any]:
+def _items_of(item: object) -> Iterator[object]:
     if isinstance(item, types.MethodType):
         yield from (item.__self__, item.__func__)
     elif isinstance(item, functools.partial):

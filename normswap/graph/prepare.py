@@ -12,22 +12,21 @@ from torch import fx, nn
 from normswap.graph.blocks.insert import insert_layers
 from normswap.graph.state import (
     ContainerState,
+    Values,
     Variant,
+    converted_class_of,
     needs_context,
-    state_of,
     takes_arguments_as_given,
     takes_context,
 )
 from normswap.graph.tracing import (
-    Guards,
+    Kind,
     Traced,
     TraceFailure,
     TraceSession,
     describe,
-    example_of,
     find_other,
     flipped,
-    is_certain,
     is_library,
 )
 from normswap.util.original_class import STATE
@@ -36,12 +35,7 @@ _MOST_VARIANTS = 64
 _COUNT = itertools.count()
 
 
-def open_session(layers: tuple[type, ...] = ()) -> TraceSession:
-    """Return a session whose callees are prepared where it is asked for their graphs."""
-    return TraceSession(layers, _guards_of)
-
-
-def prepare(module: nn.Module, values: tuple[Any, ...], session: TraceSession) -> Variant:
+def prepare(module: nn.Module, values: Values, session: TraceSession) -> Variant:
     """Trace a container for arguments like these and the mode it is in; keep the result."""
     state: ContainerState = vars(module)[STATE]
     key = tuple([describe(value, []) for value in values])
@@ -54,23 +48,18 @@ def prepare(module: nn.Module, values: tuple[Any, ...], session: TraceSession) -
     return variant
 
 
-def _variant(module: nn.Module, state: ContainerState, key: Any, session: TraceSession) -> Variant:
+def _variant(
+    module: nn.Module, state: ContainerState, key: tuple[Kind, ...], session: TraceSession
+) -> Variant:
     if state.override is not None:
         return Variant(None, "had its forward replaced on the instance")
     other = next((o for o in map(find_other, key) if o), None)
     if other is not None:
         return Variant(None, f"takes a {other}, which no graph takes")
-    cls: Any = type(module)
     try:
-        traced = session.trace(module, cls.spread, key)
-        if state.insertions:
-            graph = traced.copy()
-            insert_layers(graph, module, state.insertions, state.blocks)
-            variant = _thread(module, graph, traced)
-        else:
-            if traced.variant is None:
-                traced.variant = _thread(module, traced.graph, traced)
-            variant = traced.variant
+        traced = session.trace(module, converted_class_of(module).spread, key)
+        insert_layers(traced.graph, module, state.insertions, state.blocks)
+        variant = _thread(module, traced)
     except TraceFailure as failure:
         return Variant(None, str(failure))
     if not variant.holds(module):
@@ -78,35 +67,15 @@ def _variant(module: nn.Module, state: ContainerState, key: Any, session: TraceS
     return variant
 
 
-def _guards_of(
-    session: TraceSession, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Guards | None:
-    """Return what a callee's graph for such arguments depends on; None where there is none."""
-    state = state_of(module)
-    if state is None or state.override is not None:
-        return None
-    cls: Any = type(module)
-    values: tuple[Any, ...] = cls.bind(module, *args, **kwargs)
-    variant = state.find(module, tuple(describe(value, []) for value in values))
-    if variant is None:
-        met = set(state.variants)
-        variant = prepare(module, tuple(example_of(value) for value in values), session)
-        for key in state.assumed:  # what was assumed without knowing the call, and failed
-            if all(v.run is None for v in state.variants.get(key, ())):
-                state.variants.pop(key, None)
-        state.assumed |= set(state.variants) - met
-    return None if variant.run is None else variant.guards
-
-
-def _thread(module: nn.Module, graph: fx.Graph, traced: Traced) -> Variant:
+def _thread(module: nn.Module, traced: Traced) -> Variant:
     """Pass the context to the calls that take it, and compile the graph."""
+    graph = traced.graph
     calls = _pass_context(module, graph)
     user_code = _calls_code(graph)
     return Variant(
         run=_compile(graph, f"{type(module).__module__}.{type(module).__qualname__}"),
         guards=traced.guards,
         calls=tuple(_call(module, path) for path in calls),
-        returns_tensor=_returns_tensor(graph),
         calls_user_code=user_code,
         scoped=user_code or _misses_norms(module, calls),
     )
@@ -132,11 +101,6 @@ def _misses_norms(module: nn.Module, calls: set[str]) -> bool:
     covered = {m for c in children if takes_context(c, scope) for m in c.modules()}
     norms = (m for m in module.modules() if STATE not in vars(m) and m not in covered)
     return any(needs_context(norm, scope) for norm in norms)
-
-
-def _returns_tensor(graph: fx.Graph) -> bool:
-    result: Any = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
-    return isinstance(result, fx.Node) and is_certain(result)
 
 
 def _pass_context(module: nn.Module, graph: fx.Graph) -> set[str]:
@@ -171,8 +135,7 @@ def prepare_default(module: nn.Module, session: TraceSession) -> None:
 
     Both modes are traced where the forward depends on the mode.
     """
-    cls: Any = type(module)
-    values = cls.example_values()
+    values = converted_class_of(module).example_values()
     state: ContainerState = vars(module)[STATE]
     state.variants = {key: found for key, found in state.variants.items() if found}
     met = set(state.variants)

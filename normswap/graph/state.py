@@ -3,17 +3,21 @@
 import copy
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import nn
 
 from normswap.errors import ConversionError
+from normswap.functional.labels import Context
 from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.class_answers import answered
 from normswap.graph.scope.scope import Scope, scope_of
 from normswap.graph.tracing import NO_GUARDS, Guards, Kind
 from normswap.util.original_class import STATE
+
+# The arguments of a forward, one for each of its parameters.
+Values: TypeAlias = tuple[object, ...]
 
 
 @dataclass
@@ -25,7 +29,6 @@ class Variant:
         reason: why there is no graph; "" where there is one.
         guards: what of the module, and outside of it, must be as it was.
         calls: (path, class, whether `takes_arguments_as_given`) of the submodules the graph calls.
-        returns_tensor: whether that is certain; it may be None else.
         calls_user_code: whether functions or methods of the user's run in it, which may reach any
             norm.
         scoped: whether it runs with the context in scope, since it may reach norms other than by
@@ -36,7 +39,6 @@ class Variant:
     reason: str = ""
     guards: Guards = NO_GUARDS
     calls: tuple[tuple[tuple[str, ...], type, bool], ...] = ()
-    returns_tensor: bool = False
     calls_user_code: bool = False
     scoped: bool = False
 
@@ -84,8 +86,8 @@ class ContainerState:
         before: name of a layer its first argument passes through first, if any.
         after: name of a layer its output passes through, if any.
         schedule: begun anew by each forward, if any; it tells inserted layers what to do.
-        questions: what its forward asks about classes that only a trace can answer, ever and in
-            compiled code; "" for nothing.
+        questions: what its forward asks about classes that nothing answers, ever and in compiled
+            code; "" for nothing.
     """
 
     def __init__(
@@ -137,7 +139,9 @@ class ContainerState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Functions do not pickle; the kinds do, and each is traced again on loading."""
-        kinds: dict[Any, list[Variant]] = {k: [] for k, found in self.variants.items() if found}
+        kinds: dict[tuple[Kind, ...], list[Variant]] = {
+            k: [] for k, found in self.variants.items() if found
+        }
         return {**self.__dict__, "variants": kinds}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ContainerState":
@@ -151,6 +155,28 @@ class ContainerState:
         state.variants = {key: list(found) for key, found in self.variants.items()}
         state.assumed = set(self.assumed)
         return state
+
+
+class ConvertedClass(Protocol):
+    """What a class that `install` makes tells of the one it was made from."""
+
+    converted_from: type[nn.Module]
+    context_argument: str | None
+    forward_is_bound: bool
+
+    def bind(self, module: nn.Module, *args: object, **kwargs: object) -> Values:
+        """Return the arguments of a call, one for each parameter."""
+
+    def spread(self, function: Callable[..., Any], module: nn.Module, values: Values) -> Any:
+        """Call a function of the original signature."""
+
+    def example_values(self) -> Values:
+        """Return arguments of the kinds expected."""
+
+
+def converted_class_of(module: nn.Module) -> ConvertedClass:
+    """Return the class of a converted container."""
+    return cast(ConvertedClass, type(module))
 
 
 # Where a converted model's root keeps what `convert` did.
@@ -201,20 +227,19 @@ def takes_arguments_as_given(module: nn.Module) -> bool:
     return all([str(getattr(hook, "__module__", "")).startswith("normswap.") for hook in hooks])
 
 
-def own_forward(module: nn.Module, values: tuple[Any, ...]) -> Any:
+def own_forward(module: nn.Module, values: Values) -> Any:
     """Run the forward the module had before conversion."""
-    state = state_of(module)
-    cls: Any = type(module)
+    state, cls = state_of(module), converted_class_of(module)
     override = None if state is None else state.override
     if override is None and cls.forward_is_bound:
-        owner = next(c for c in cls.__mro__ if "converted_from" in vars(c))
+        owner: Any = next(c for c in type(module).__mro__ if "converted_from" in vars(c))
         override = super(owner, module).forward
     if override is not None:
         return cls.spread(lambda _, *args, **kwargs: override(*args, **kwargs), module, values)
     return cls.spread(cls.converted_from.forward, module, values)
 
 
-def run_scoped(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
+def run_scoped(module: nn.Module, values: Values, context: Context | None) -> Any:
     """Run the forward the module had before conversion, with the context in scope.
 
     Raises:
@@ -234,7 +259,7 @@ def run_scoped(module: nn.Module, values: tuple[Any, ...], context: Any) -> Any:
     return output
 
 
-def in_scope(scope: Scope, context: Any, run: Callable[..., Any], *args: Any) -> Any:
+def in_scope(scope: Scope, context: Context | None, run: Callable[..., Any], *args: object) -> Any:
     """Call a function with a context in scope; what it yields is computed in scope, too."""
     left = scope.enter(context)
     try:
@@ -244,7 +269,9 @@ def in_scope(scope: Scope, context: Any, run: Callable[..., Any], *args: Any) ->
     return _each_in_scope(scope, context, output) if isinstance(output, Iterator) else output
 
 
-def _each_in_scope(scope: Scope, context: Any, items: Iterator[Any]) -> Iterator[Any]:
+def _each_in_scope(
+    scope: Scope, context: Context | None, items: Iterator[object]
+) -> Iterator[object]:
     end = object()
     while (item := in_scope(scope, context, next, items, end)) is not end:
         yield item

@@ -14,9 +14,10 @@ from torch.nn.modules.module import _forward_unimplemented
 from normswap.errors import ConversionError
 from normswap.graph.install import install, uninstall
 from normswap.graph.pinned import find_pinned
-from normswap.graph.prepare import open_session, prepare_default
+from normswap.graph.prepare import prepare_default
 from normswap.graph.scope.scope import Scope
 from normswap.graph.state import ContainerState, state_of
+from normswap.graph.tracing import TraceSession
 from normswap.util.elements import elements_of
 from normswap.util.original_class import ORIGINAL, STATE
 
@@ -97,9 +98,8 @@ class Surgery:
             self._installed.append(module)
         if not self.trace:
             return
-        with open_session(layers) as session:
-            # Children first: what a child returns tells what its parent may ask of it.
-            for module, _ in reversed(containers):
+        with TraceSession(layers) as session:
+            for module, _ in containers:
                 prepare_default(module, session)
 
     def release(self, modules: list[nn.Module]) -> None:
@@ -110,7 +110,7 @@ class Surgery:
             uninstall(module)
         states = [(module, vars(module)[STATE]) for module in self._installed]
         layers = next((state.layers for _, state in states if state.layers), ())
-        with open_session(layers) as session:
+        with TraceSession(layers) as session:
             for module, state in reversed(states):
                 if self.trace and not state.runs_own_forward:
                     state.variants.clear()
@@ -143,7 +143,7 @@ class Surgery:
         for module, state in states.items():
             install(module, state, contextual=False)
             self._installed.append(module)
-        with open_session() as session:
+        with TraceSession() as session:
             for module, state in states.items():
                 if not state.insertions:
                     continue

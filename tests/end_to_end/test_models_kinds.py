@@ -189,7 +189,8 @@ class Checkpointed(Holder):
 def test_checkpointing_turned_on_before_and_after_conversion(before):
     model = Checkpointed()
     model.checkpointing = before
-    converted = check(model, opaque="uses checkpoint" if before else None).train()
+    opaque = "calls torch.utils.checkpoint.checkpoint()" if before else None
+    converted = check(model, opaque=opaque).train()
     gradients = []
     for on in (True, False):
         converted.checkpointing = on

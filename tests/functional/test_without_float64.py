@@ -73,7 +73,9 @@ def test_layers_tell_the_plain_norm_they_are_and_the_row_of_one_more_context(
 
 def test_acn_tells_the_plain_norm_it_is(device):
     model = convert("acn", nn.BatchNorm2d)
-    with pytest.raises(RuntimeError, match="with Meta tensors"):  # asks for values, which this device has not
+    with pytest.raises(
+        RuntimeError, match="with Meta tensors"
+    ):  # asks for values, which this device has not
         get_method("acn").plain(model[1], None)
 
 

@@ -71,7 +71,7 @@ def test_dicts_lists_and_tuples():
     batch = {"image": images(), "mask": torch.rand(4, 1, 6, 6)}
     check(Model(), batch)
     check(Model(), {**batch, "extra": images()})
-    check(Model(), OrderedDict(batch))
+    check(Model(), OrderedDict(batch), opaque="takes a OrderedDict")
 
 
 def test_a_dataclass():
@@ -185,9 +185,14 @@ def test_a_forward_may_ask_what_its_argument_is(ask):
             return y * 3
 
     Model.ask = ask
-    why = {"match": "is another object", "type": "is another object", "getattr": "has .logits"}
-    why["callable"] = "calls callable()"
-    check(Model(), opaque=why.get(ask))
+    why = {
+        "match": "is another object",
+        "type": "asks for the type of a value",
+        "getattr": "looks up .logits of",
+        "callable": "calls callable()",
+        "jit": "calls torch.jit",
+    }
+    check(Model(), opaque=why[ask])
 
 
 def test_a_decorator_sees_only_what_was_given():
@@ -292,5 +297,4 @@ def test_a_forward_may_ask_for_the_type_of_a_setting(name):
             return self.b(y) if found else y
 
     Model.name = name
-    report = normswap.summary(check(Model()))
-    assert report.count(delivery="threaded") == len(report.rows) == 2
+    check(Model(), opaque=None if name == "isinstance" else "asks for the type of a value")

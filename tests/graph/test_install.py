@@ -218,29 +218,6 @@ def test_training_gradients_reach_every_context_of_the_batch():
     assert not gradient[3].any()
 
 
-def test_blocks_that_are_alike_share_a_graph_and_others_do_not():
-    class Scaled(Block):
-        def __init__(self, scale, child):
-            super().__init__()
-            self.scale, self.child = scale, child
-
-        def forward(self, x):
-            y = super().forward(x) * self.scale
-            return y if self.child is None else self.child(y)
-
-    blocks = [
-        Scaled(2.0, None),
-        Scaled(2.0, None),
-        Scaled(3.0, None),
-        Scaled(2.0, nn.ReLU()),
-        Scaled(2.0, nn.Tanh()),
-    ]
-    converted = check(nn.Sequential(*blocks))
-    found = [next(iter(b._normswap.variants.values()))[0].run for b in converted]
-    assert found[0] is found[1]
-    assert len(set(found)) == 4
-
-
 def test_a_parent_is_traced_anew_where_an_alike_child_returns_something_else():
     class Maybe(Block):
         def __init__(self, on):

@@ -35,7 +35,6 @@ _MAP_FUNCTIONS = (
 _KEEP_MODULES = ("activation", "dropout", "linear")
 _MAP_MODULES = ("pooling", "upsampling", "padding")
 _NOT_KEPT = (nn.GLU, nn.MultiheadAttention)
-_WEIGHTED = ("conv1d", "conv2d", "conv3d", "linear")
 _BOTH = ("add", "sub", "mul", "div", "truediv", "iadd", "isub", "imul", "itruediv", "maximum")
 _BOTH_METHODS = ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
@@ -106,8 +105,6 @@ class Reader:
             return self._concatenated(node)
         if name == "permute":
             return self._permuted(node)
-        if name in _WEIGHTED and len(node.args) > 1:
-            return self._weighted(node, FIRST if name != "linear" else LAST)
         if node.target is operator.getitem:
             return self._sliced(node)
         if name in ("mean", "sum", "amax") and node.kwargs.get("keepdim") is True:
@@ -177,12 +174,6 @@ class Reader:
             return UNKNOWN
         return first_only(self.read(node.args[0]))
 
-    def _weighted(self, node: fx.Node, dimension: int) -> Features:
-        weight = node.args[1]
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-            return UNKNOWN
-        return Features(operator.attrgetter(str(weight.target))(self.module).shape[0], dimension)
-
     def _concatenated(self, node: fx.Node) -> Features:
         parts: Any = node.args[0]
         dimension = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -194,7 +185,7 @@ class Reader:
         return Features(sum(f.channels or 0 for f in found), found[0].dimension)
 
     def _permuted(self, node: fx.Node) -> Features:
-        """Follow the channels of four-dimensional values between dimension 1 and the last."""
+        """Follow channels of four-dimensional values to the last dimension, as EdgeNeXt in timm."""
         order: Any = node.args[1:] or node.kwargs.get("dims", ())
         order = order[0] if order and isinstance(order[0], (list, tuple)) else order
         value = self.read(node.args[0])
@@ -205,6 +196,7 @@ class Reader:
         return Features(value.channels, places.get(place))
 
     def _sliced(self, node: fx.Node) -> Features:
+        """Count channels that are kept of more, as GhostNet in timm."""
         value, index = self.read(node.args[0]), node.args[1]
         if value.dimension != FIRST or not isinstance(index, tuple) or len(index) < 2:
             return UNKNOWN

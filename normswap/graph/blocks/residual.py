@@ -58,7 +58,7 @@ def find_residuals(
         graph: of a container.
         module: the container.
         joined: whether an argument that is added as it is counts as a skip, too: a caller may hand
-            a block its own skip.
+            a block its own skip, as DLA in timm.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     sizes = _sizes(graph)

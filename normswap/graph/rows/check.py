@@ -15,8 +15,8 @@ here. What a forward changes where `snapshot` does not look, as a file, changes 
 too.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,11 @@ from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import ONE, PERMUTED, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
 from normswap.graph.rows.refusals import not_aligned, refuse_cause, refuse_unknown
-from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, each_in_run
+from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, Values, each_in_run
+
+if TYPE_CHECKING:
+    from normswap.graph.scope.scope import Scope
+    from normswap.graph.state import ContainerState
 
 # Samples of a measurement: fewer leave more orders that look alike.
 _FEW = 5
@@ -35,6 +39,13 @@ _MOST_DETOURS = 3
 _UNREACHED = "runs that measure, in which norms are in eval mode, do not reach it"
 _MIXED = "rows whose order is another in each of several calls"
 _SEVERAL = f"{PERMUTED}, in several orders"
+
+
+class Layer(Protocol):
+    """A norm that takes labels."""
+
+    training: bool
+    scope: "Scope"
 
 
 class Rows:
@@ -53,7 +64,7 @@ class Rows:
     aligned = False
 
     def __init__(self) -> None:
-        self.families: dict[Any, Family] = {}
+        self.families: dict[Hashable, Family] = {}
         self.known: dict[tuple[str, bool, float], Step] = {}
         self.irregular: dict[tuple[str, bool, int, int], Step] = {}
         self.reason = UNMET
@@ -62,9 +73,9 @@ class Rows:
     def run(
         self,
         module: nn.Module,
-        state: Any,
-        call: Callable[[Any, Context], Any],
-        values: Any,
+        state: "ContainerState",
+        call: Callable[[Values, Context], Any],
+        values: Values,
         context: Context,
     ) -> Any:
         """Run a container that labels entered at, its norms' rows measured before if need be."""
@@ -120,7 +131,7 @@ class Rows:
         self._note(beside, other)
         return True
 
-    def find(self, layer: Any, site: str, x: Tensor, context: Context) -> Step | None:
+    def find(self, layer: Layer, site: str, x: Tensor, context: Context) -> Step | None:
         """Return how the rows of x, given to a norm, follow from the samples.
 
         Returns:
@@ -150,7 +161,7 @@ class Rows:
             return None
         return self._recall(layer, site, x.shape[0], context)
 
-    def _follow(self, run: Run, layer: Any, site: str, rows: int) -> Step | None:
+    def _follow(self, run: Run, layer: Layer, site: str, rows: int) -> Step | None:
         """Return what the plan of a run says; measure anew where it takes another path."""
         step = run.plan.step(len(run.path) - 1, site, rows, run.samples)
         if step is None and not run.plan.reason:
@@ -161,7 +172,7 @@ class Rows:
             return refuse_cause(run, site, rows, step.cause)
         return step
 
-    def _detour(self, run: Run, layer: Any, site: str, rows: int) -> Step | None:
+    def _detour(self, run: Run, layer: Layer, site: str, rows: int) -> Step | None:
         """Return what is known of a norm met on another path than planned; measure that path."""
         family = run.family
         for plan in family.find(run.numbers, run.samples):
@@ -204,7 +215,7 @@ class Rows:
                 _learn(self.irregular, (step.site, step.training, step.rows, samples), step)
 
     def _recall(
-        self, layer: Any, site: str, rows: int, context: Context, run: Run | None = None
+        self, layer: Layer, site: str, rows: int, context: Context, run: Run | None = None
     ) -> Step | None:
         """Return what is known of a norm where no plan tells."""
         samples = context.labels.shape[0]
@@ -247,7 +258,7 @@ class Rows:
         return {k: dict(v) if isinstance(v, dict) else v for k, v in self.__dict__.items()}
 
 
-def _learn(known: dict[Any, Step], key: Any, step: Step) -> None:
+def _learn(known: dict[Any, Step], key: Hashable, step: Step) -> None:
     """Keep a finding; two that differ are one that labels cannot follow."""
     before = known.get(key)
     if before is None or (before.cause and before.cause != _MIXED):

@@ -3,36 +3,45 @@
 import functools
 import random
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 
-def global_controls() -> list[tuple[Any, Any, Any]]:
+class Controls(NamedTuple):
+    """What reads, sets and seeds the state of a generator of random numbers."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+    start: Callable[[int], object]
+
+
+def global_controls() -> list[Controls]:
     """Return what reads, sets and seeds the states that all code shares, on the CPU."""
-    found: list[tuple[Any, Any, Any]] = [
-        (random.getstate, random.setstate, random.seed),
-        (torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed),
+    found = [
+        Controls(random.getstate, random.setstate, random.seed),
+        Controls(torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed),
     ]
     # NumPy is no dependency: only where the program has imported it.
     if numpy := sys.modules.get("numpy.random"):
-        found.append((numpy.get_state, numpy.set_state, numpy.seed))
+        found.append(Controls(numpy.get_state, numpy.set_state, numpy.seed))
     return found
 
 
-def controls_of(value: Any) -> tuple[Any, Any, Any] | None:
+def controls_of(value: object) -> Controls | None:
     """Return what reads, sets and seeds the state of a generator of random numbers."""
     if isinstance(value, torch.Generator):
-        return value.get_state, value.set_state, value.manual_seed
+        return Controls(value.get_state, value.set_state, value.manual_seed)
     if isinstance(value, random.Random):
-        return value.getstate, value.setstate, value.seed
+        return Controls(value.getstate, value.setstate, value.seed)
     numpy: Any = sys.modules.get("numpy.random")
     if numpy and isinstance(value, numpy.RandomState):
-        return value.get_state, value.set_state, value.seed
+        return Controls(value.get_state, value.set_state, value.seed)
     if numpy and isinstance(value, numpy.Generator):
-        bits = value.bit_generator
+        bits: Any = value.bit_generator
         write = functools.partial(setattr, bits, "state")
-        return lambda: bits.state, write, lambda seed: write(type(bits)(seed).state)
+        return Controls(lambda: bits.state, write, lambda seed: write(type(bits)(seed).state))
     return None
 
 

@@ -2,7 +2,7 @@
 
 import enum
 import functools
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import is_dataclass
 from itertools import islice
 from types import CodeType, FunctionType, MethodType, SimpleNamespace
@@ -27,10 +27,10 @@ _OWN = frozenset(vars(nn.Module()))
 _MOST_VALUES = 100
 
 
-def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
+def kind_of(module: nn.Module, values: Iterable[object], samples: int) -> tuple[Hashable, Hashable]:
     """Return the kind of a call, its flags and modes included, and its sizes and numbers."""
-    kinds: list[Any] = []
-    numbers: list[Any] = []
+    kinds: list[Hashable] = []
+    numbers: list[Hashable] = []
     for value in values:
         _describe(value, samples, kinds, numbers)
     # Every forward looks at every module: what most of them are asked is to be quick.
@@ -60,7 +60,10 @@ def kind_of(module: nn.Module, values: Any, samples: int) -> tuple[Any, Any]:
 
 
 def _describe_setting(
-    value: Any, kinds: list[Any], numbers: list[Any], attributes: bool = False
+    value: object,
+    kinds: list[Hashable],
+    numbers: list[Hashable],
+    attributes: bool = False,
 ) -> None:
     """Describe what a setting holds: flags to `kinds`, numbers to `numbers`.
 
@@ -82,7 +85,7 @@ def _describe_setting(
             values += islice(_held_by(part, attributes), _MOST_VALUES)
 
 
-def _held_by(value: Any, attributes: bool) -> Iterable[Any]:
+def _held_by(value: Any, attributes: bool) -> Iterable[object]:
     """Return what a setting that is made of others is made of."""
     if isinstance(value, list | tuple | dict):
         return elements_of(value)
@@ -100,7 +103,7 @@ def _held_by(value: Any, attributes: bool) -> Iterable[Any]:
     return ()
 
 
-def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) -> None:
+def _describe(value: Any, samples: int, kinds: list[Hashable], numbers: list[Hashable]) -> None:
     """Describe an argument: what it is to `kinds`, its sizes and numbers to `numbers`."""
     value = as_tensors(value)
     if isinstance(value, Tensor):
@@ -115,7 +118,7 @@ def _describe(value: Any, samples: int, kinds: list[Any], numbers: list[Any]) ->
     elif is_list_of_samples(value, samples) and isinstance(value[0], str):
         kinds.append("strings")
     elif is_list_of_samples(value, samples) and not isinstance(value[0], int):
-        found: list[tuple[list[Any], list[Any]]] = [([], []) for _ in value]
+        found: list[tuple[list[Hashable], list[Hashable]]] = [([], []) for _ in value]
         for part, described in zip(value, found, strict=True):
             _describe(part, samples, *described)
         kinds.append(frozenset(tuple(kind) for kind, _ in found))

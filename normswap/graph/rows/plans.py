@@ -1,8 +1,8 @@
 """What measurements of a model's rows found, and for which calls it holds."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,18 +124,18 @@ class Family:
         detours: how many runs met norms in a sequence that no measurement followed.
     """
 
-    plans: dict[Any, list[Plan]] = field(default_factory=dict)
+    plans: dict[Hashable, list[Plan]] = field(default_factory=dict)
     general: Plan | None = None
     detours: int = 0
 
-    def find(self, numbers: Any, samples: int) -> list[Plan]:
+    def find(self, numbers: Hashable, samples: int) -> list[Plan]:
         """Return the plans that may hold, the likeliest first."""
         kept = [*self.plans.get(numbers, ()), *self.plans.get(None, ())]
         general = [] if self.general is None else [self.general]
         found = [p for p in kept if p.holds(samples)]
         return found or [p for p in general if p.holds(samples)]
 
-    def keep(self, numbers: Any, plan: Plan) -> None:
+    def keep(self, numbers: Hashable, plan: Plan) -> None:
         """Keep a plan; make the general one where enough of them are alike."""
         self.plans.setdefault(numbers, []).insert(0, plan)
         shapes = {

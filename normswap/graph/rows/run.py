@@ -1,11 +1,11 @@
 """One call of a model, from where the labels entered it, and measurements for it."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,12 @@ from normswap.graph.rows.measure import Measurement
 from normswap.graph.rows.plans import Family, Plan
 from normswap.graph.rows.quiet import after_hooks, quiet
 from normswap.graph.rows.samples import batches_in, fresh, vary
+
+if TYPE_CHECKING:
+    from normswap.graph.scope.scope import Scope
+
+# The arguments of a forward, one for each of its parameters.
+Values: TypeAlias = tuple[object, ...]
 
 _LOCK = threading.RLock()
 # Of a call that says nothing of any other.
@@ -35,12 +41,12 @@ class Run:
     """
 
     module: nn.Module
-    scope: Any
-    call: Callable[[Any, Context], Any]
-    values: Any
+    scope: "Scope"
+    call: Callable[[Values, Context], Any]
+    values: Values
     context: Context
     family: Family = field(default_factory=Family)
-    numbers: Any = None
+    numbers: Hashable = None
     plan: Plan = field(default_factory=Plan)
     path: list[tuple[str, int]] = field(default_factory=list)
     measurement: Measurement | None = None
@@ -125,7 +131,7 @@ def is_measuring() -> bool:
     return run is not None and run.measurement is not None
 
 
-def each_in_run(run: Run, items: Iterator[Any]) -> Iterator[Any]:
+def each_in_run(run: Run, items: Iterator[object]) -> Iterator[object]:
     """Yield what a forward yields, its norms' rows told as if it returned them all."""
     end = object()
     while True:

@@ -54,8 +54,7 @@ class Snapshot:
         self._tensors: list[tuple[Tensor, Tensor, Tensor]] = []
         # Arrays, the index of all they hold, and copies.
         self._arrays: list[tuple[Any, Any, Any]] = []
-        # Of each generator: what reads its state, what sets it, what starts it anew.
-        self._dice: list[tuple[Any, Any, Any]] = global_controls()
+        self._dice = global_controls()
         self._met: set[int] = set()
         if any(parameter.is_cuda for parameter in model.parameters()):
             self._keep(torch.cuda.default_generators[torch.cuda.current_device()])
@@ -154,7 +153,7 @@ class Snapshot:
         return moved
 
 
-def function_of(hook: Any) -> types.FunctionType | None:
+def function_of(hook: object) -> types.FunctionType | None:
     """Return the Python function that a callable runs, None for code written in C."""
     while isinstance(hook, functools.partial):
         hook = hook.func
@@ -174,12 +173,12 @@ def _whole_of(value: Any) -> Any:
     return ... if value.flags.writeable and value.nbytes < _MOST_BYTES else None
 
 
-def _slots_of(value: Any) -> list[str]:
+def _slots_of(value: object) -> list[str]:
     names: list[str] = [] if isinstance(value, type) else copyreg._slotnames(type(value))  # type: ignore[attr-defined]
     return names
 
 
-def _is_of_library(value: Any) -> bool:
+def _is_of_library(value: object) -> bool:
     """Return whether a class, function or object is none of the user's, as a logger or queue."""
     module = getattr(value, "__module__", None)
     return is_library(module) and module not in _NAMESPACES

@@ -1,17 +1,19 @@
 """The labels of a call, where they enter a converted model: checked against the batch."""
 
-from typing import Any
-
 import torch
 
 from normswap.functional.backend import is_readable
 from normswap.functional.label_rows import wrong_length
-from normswap.functional.labels import Context
-from normswap.graph.state import ContainerState
+from normswap.functional.labels import Context, Labels
+from normswap.graph.state import ContainerState, Values
 
 
 def enter_context(
-    state: ContainerState, values: Any, leaves: list[Any], context: Any, training: bool
+    state: ContainerState,
+    values: Values,
+    leaves: list[object],
+    context: Context | Labels | None,
+    training: bool,
 ) -> tuple[Context | None, bool]:
     """Return the context of this call, and whether the rows of samples have to be told apart.
 
@@ -30,7 +32,10 @@ def enter_context(
 
 
 def resolve(
-    state: ContainerState, values: tuple[Any, ...], leaves: list[Any], context: Any
+    state: ContainerState,
+    values: Values,
+    leaves: list[object],
+    context: Context | Labels | None,
 ) -> Context | None:
     """Return the context of this call, checked where it enters the model."""
     if type(context) is Context:
@@ -45,7 +50,7 @@ def resolve(
     return resolved
 
 
-def _check_length(state: ContainerState, values: tuple[Any, ...], context: Context) -> None:
+def _check_length(state: ContainerState, values: Values, context: Context) -> None:
     """Compare the number of labels with the batch, while it is not folded into anything yet."""
     given = context.labels.shape[0]
     sizes = [size for value in values for size in _batch_sizes(value)]
@@ -54,7 +59,7 @@ def _check_length(state: ContainerState, values: tuple[Any, ...], context: Conte
         raise wrong_length(expected, given, state.first_norm)
 
 
-def _batch_sizes(value: Any) -> list[int]:
+def _batch_sizes(value: object) -> list[int]:
     """Return what may be the number of samples in an argument."""
     if isinstance(value, torch.Tensor):
         return [value.size(0)] if value.dim() else []  # nested tensors have no shape
@@ -72,7 +77,7 @@ def _batch_sizes(value: Any) -> list[int]:
     return []
 
 
-def _is_single(context: Context, values: tuple[Any, ...]) -> bool:
+def _is_single(context: Context, values: Values) -> bool:
     """Return whether the host can see that all samples have one label."""
     labels = context.labels
     if context.unknown is None or context.whole or labels.device.type != "cpu" or len(labels) < 2:

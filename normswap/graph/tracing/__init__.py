@@ -8,7 +8,7 @@
    may do or find something else in another run ends the trace first (`whitelist`, `failure`).
 4. What the forward read of the module and around it is kept, lists and dicts as copies, and
    compared before each run of the graph (`reads`); where it differs, the forward is traced anew.
-5. It may not change lists that it was given, nor hand its own to those who may (`list_effects`).
+5. It may not change lists that it was given, nor hand its own to others (`list_effects`).
 6. The caller adds the context to calls that take it, compiles the graph and keeps it (`prepare`).
 """
 
@@ -24,12 +24,10 @@ from normswap.graph.tracing.signature import declared_parameters as declared_par
 from normswap.graph.tracing.signature import free_argument as free_argument
 from normswap.graph.tracing.signature import parameters_of as parameters_of
 from normswap.graph.tracing.signature import write_forward as write_forward
-from normswap.graph.tracing.symbol import is_certain as is_certain
+from normswap.graph.tracing.trace import Traced as Traced
 from normswap.graph.tracing.trace import TraceSession as TraceSession
 from normswap.graph.tracing.trace import tracing as tracing
-from normswap.graph.tracing.traced import Traced as Traced
 from normswap.graph.tracing.value_kinds import Kind as Kind
 from normswap.graph.tracing.value_kinds import describe as describe
-from normswap.graph.tracing.value_kinds import example_of as example_of
 from normswap.graph.tracing.value_kinds import find_other as find_other
 from normswap.graph.tracing.value_kinds import rebuild as rebuild

@@ -7,14 +7,7 @@ import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from normswap.graph.tracing.uses import (
-    ASKS,
-    ATTRIBUTE,
-    COMPARES,
-    NAMES,
-    find_uses,
-    instructions_of,
-)
+from normswap.graph.tracing.uses import ATTRIBUTE, find_uses, instructions_of
 
 _SKIPPED = ("PRECALL", "NOP", "NOT_TAKEN", "PUSH_NULL")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
@@ -93,7 +86,7 @@ def read_code(code: types.CodeType) -> Code:
     """Read the instructions of a function."""
     if code not in _KNOWN:
         steps, uses = steps_of(code), find_uses(list(instructions_of(code)))
-        loads, refused = _find_loads(code, steps, uses), _find_refused(code, steps, uses)
+        loads, refused = _find_loads(code, steps, uses), _find_refused(code, steps)
         statements = list(_split(steps, loads))
         _KNOWN[code] = Code(loads, _find_tests(steps), refused, _catches(steps), statements)
     return _KNOWN[code]
@@ -189,17 +182,15 @@ def _find_tests(steps: list[dis.Instruction]) -> dict[int, Test]:
     return tests
 
 
-def _find_refused(
-    code: types.CodeType, steps: list[dis.Instruction], uses: dict[int, str]
-) -> dict[int, str]:
+def _find_refused(code: types.CodeType, steps: list[dis.Instruction]) -> dict[int, str]:
     refused = {}
     for step in steps:
         name, given = step.opname, step.argval
         if name in _STORES_OUTSIDE and given not in code.co_cellvars:
             refused[step.offset] = f"sets {given} outside of it"
-        elif name == "IMPORT_NAME" and given.partition(".")[0] not in ("torch", "math"):
+        elif name == "IMPORT_NAME":
             refused[step.offset] = f"imports {given}"
-        elif name in ATTRIBUTE and given in _INSIDE and uses[step.offset] != ASKS:
+        elif name in ATTRIBUTE and given in _INSIDE:
             refused[step.offset] = f"looks into .{given}"
     return refused
 
@@ -208,19 +199,3 @@ def _catches(steps: list[dis.Instruction]) -> bool:
     pairs = itertools.pairwise(steps)
     bare = any(a.opname == "PUSH_EXC_INFO" and b.opname == "POP_TOP" for a, b in pairs)
     return bare or any(step.opname in _CATCHES for step in steps)
-
-
-def is_compared(frame: types.FrameType) -> bool:
-    """Return whether what the call under way in a frame returns is compared, or asked its name."""
-    after = [step for step in steps_of(frame.f_code) if step.offset > frame.f_lasti][:8]
-    if after[0].opname in ATTRIBUTE and after[0].argval in NAMES:
-        return True
-    for place, step in enumerate(after):
-        name = step.opname
-        if name in COMPARES:
-            return True
-        # Before it may come what it is compared with: a name and its attributes, or a tuple.
-        if not name.startswith(("LOAD_GLOBAL", "LOAD_FAST", "LOAD_DEREF", "LOAD_CONST", "BUILD_")):
-            if name not in ATTRIBUTE or place == 0:
-                return False
-    return False

@@ -1,6 +1,5 @@
 """Why no graph stands for a forward, and whose code is whose."""
 
-import dis
 import linecache
 import re
 import sys
@@ -32,39 +31,22 @@ def is_library(module_name: str | None) -> bool:
 
 def in_words(error: Exception) -> str:
     """Return why a trace ended, as the rest of a sentence that begins with the forward."""
-    text, name = (
-        re.sub(r"Proxy\(\w+\)", "...", " ".join(str(error).split()))[:120],
-        type(error).__name__,
-    )
+    text = " ".join(str(error).split())
     if isinstance(error, TraceFailure):
-        return " ".join(str(error).split())
-    if isinstance(error, TypeError) and "as an integer" in text:
-        return "counts, or picks, by a number that is known only when it runs"
-    if isinstance(error, TypeError) and "'Value'" in text:
-        return "needs, as a plain Python value, one that is known only when it runs"
-    if is_raised(error):
-        return f"raises {name} where its arguments have no values yet: {text}"
-    step = _last_step(error, outside=True)
-    code = (
-        "" if step is None else linecache.getline(step.tb_frame.f_code.co_filename, step.tb_lineno)
-    )
-    where = f" at `{code.strip()[:80]}`" if code.strip() else ""
-    return f"fails{where} on stand-ins for its arguments, which have no values ({name}: {text})"
-
-
-def is_raised(error: BaseException) -> bool:
-    """Return whether a forward raised an error itself, rather than torch or Python for it."""
+        return text
+    text = re.sub(r"Proxy\(\w+\)", "...", text)[:120]
     step = _last_step(error)
-    if step is None or is_library(step.tb_frame.f_globals.get("__name__")):
-        return False
-    return dis.opname[step.tb_frame.f_code.co_code[step.tb_lasti]] == "RAISE_VARARGS"
+    code = linecache.getline(step.tb_frame.f_code.co_filename, step.tb_lineno) if step else ""
+    where = f" at `{code.strip()[:80]}`" if code.strip() else ""
+    kind = type(error).__name__
+    return f"fails{where} on stand-ins for its arguments, which have no values ({kind}: {text})"
 
 
-def _last_step(error: BaseException, outside: bool = False) -> types.TracebackType | None:
-    """Return where an error was raised, or where the code of a user last was on the way there."""
+def _last_step(error: BaseException) -> types.TracebackType | None:
+    """Return where the code of a user last was on the way to an error."""
     step, found = error.__traceback__, None
     while step is not None:
-        if not (outside and is_library(step.tb_frame.f_globals.get("__name__"))):
+        if not is_library(step.tb_frame.f_globals.get("__name__")):
             found = step
         step = step.tb_next
     return found

@@ -1,31 +1,26 @@
 """Lists and dicts that a forward is given, or hands on.
 
 A graph takes such an argument apart and makes it anew for its callees, so that a change of one
-would be lost. A forward that changes or returns one is scoped; so is one that hands its own to a
-module, unless a graph stands for that module on such arguments, which then does neither.
-
-Serves DenseNet and DLA in timm, which hand lists of features to their layers.
+would be lost. A forward that changes or returns one is scoped, as is one that hands its own on.
 """
 
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from torch import fx, nn
-
-from normswap.graph.tracing.failure import TraceFailure, is_torch
-from normswap.graph.tracing.value_kinds import any_leaf, find_lists
+from normswap.graph.tracing.failure import TraceFailure
+from normswap.graph.tracing.value_kinds import find_lists
 from normswap.util.elements import elements_of
-from normswap.util.original_class import container_class
 
-Contents = list[tuple[Any, list[tuple[Any, Any]]]]
+Entries: TypeAlias = list[tuple[object, object]]
+Contents: TypeAlias = list[tuple[Any, Entries]]
 
 
-def snapshot_lists(values: Any) -> Contents:
+def snapshot_lists(values: object) -> Contents:
     """Return every list and dict inside some values, with its contents."""
     return [(holder, _contents(holder)) for holder in find_lists(values)]
 
 
-def check_given(before: Contents, output: Any) -> None:
+def check_given(before: Contents, output: object) -> None:
     """Compare what a forward was given with what it was.
 
     Raises:
@@ -37,18 +32,19 @@ def check_given(before: Contents, output: Any) -> None:
         raise TraceFailure("returns a list or dict it was given")
 
 
-def may_be_changed(value: Any) -> bool:
-    """Return whether a callee could change a list or dict to something a graph would not see.
+def check_handed(values: object, callee: str) -> None:
+    """Look for what a callee could change, and the caller would see.
 
-    Constants in a list are mostly written in the call, for nobody else to see. Objects of data
-    classes, which a graph builds anew, count as lists.
+    Objects of data classes, which a graph builds anew, count as lists.
+
+    Raises:
+        TraceFailure: there is something.
     """
-    return holds_objects(value) or any(
-        not holder or any_leaf(holder, (fx.Proxy,)) for holder in find_lists(value)
-    )
+    if holds_objects(values) or any(True for _ in find_lists(values)):
+        raise TraceFailure(f"hands a list or dict to {callee} that may change it")
 
 
-def holds_objects(value: Any) -> bool:
+def holds_objects(value: object) -> bool:
     """Return whether a value is, or holds, an object whose fields can be set."""
     if isinstance(value, list | tuple | dict) and not is_dataclass(value):
         return any(map(holds_objects, elements_of(value)))
@@ -56,17 +52,10 @@ def holds_objects(value: Any) -> bool:
     return frozen is not None and not frozen.frozen
 
 
-def hands_lists(tracer: Any, module: nn.Module, given: tuple[Any, ...]) -> bool:
-    """Return whether a call of a module hands it lists or dicts that its code could change."""
-    if not any(map(may_be_changed, given)) and not any(map(tracer.reads.holds, find_lists(given))):
-        return False
-    return not all(is_torch(container_class(m).__module__) for m in module.modules())
-
-
-def _contents(value: Any) -> list[tuple[Any, Any]]:
+def _contents(value: dict[object, object] | list[object]) -> Entries:
     return list(value.items()) if isinstance(value, dict) else list(enumerate(value))
 
 
-def _same(now: list[tuple[Any, Any]], old: list[tuple[Any, Any]]) -> bool:
+def _same(now: Entries, old: Entries) -> bool:
     pairs = zip(now, old, strict=False)
     return len(now) == len(old) and all(a == c and b is d for (a, b), (c, d) in pairs)

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.graph.tracing.failure import is_library, is_torch
-from normswap.graph.tracing.list_effects import may_be_changed
+from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
+from normswap.graph.tracing.list_effects import check_handed
 from normswap.graph.tracing.value_kinds import any_leaf
 
 _MISSING = object()
 # Builtins that turn into calls in the graph when given symbolic values.
-_BUILTINS = ("len", "int", "float", "max", "min", "round", "sum", "bool")
+_BUILTINS = ("len", "max", "min", "round", "sum")
 _CALLABLES = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
 MATH = [n for n in vars(math) if not n.startswith("_") and callable(getattr(math, n))]
 
@@ -24,35 +24,32 @@ class Patches:
     """Replaces attributes and globals, and puts every one of them back."""
 
     def __init__(self) -> None:
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._undo: list[tuple[Any, str, object]] = []
 
-    def set(self, owner: Any, name: str, value: Any) -> None:
+    def set(self, owner: Any, name: str, value: object) -> None:
         """Replace ``owner.name``, or ``owner[name]`` in a dict of globals."""
         table = owner if isinstance(owner, dict) else vars(owner)
         self._undo.append((owner, name, table.get(name, _MISSING)))
-        if isinstance(owner, dict):
-            owner[name] = value
-        else:
-            setattr(owner, name, value)
+        _put(owner, name, value)
 
     def undo(self) -> None:
         """Put everything back, last first."""
         while self._undo:
-            owner, name, value = self._undo.pop()
-            if isinstance(owner, dict):
-                if value is _MISSING:
-                    owner.pop(name, None)
-                else:
-                    owner[name] = value
-            elif value is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
+            _put(*self._undo.pop())
 
 
-def leaf_names(table: dict[str, Any]) -> list[tuple[str, Any]]:
+def _put(owner: Any, name: str, value: object) -> None:
+    if value is not _MISSING:
+        owner.update({name: value}) if isinstance(owner, dict) else setattr(owner, name, value)
+    elif isinstance(owner, dict):
+        owner.pop(name, None)
+    else:
+        delattr(owner, name)
+
+
+def leaf_names(table: dict[str, object]) -> list[tuple[str, Callable[..., Any]]]:
     """Return the functions among a module's globals that a graph calls instead of entering."""
-    found: list[tuple[str, Any]] = []
+    found: list[tuple[str, Callable[..., Any]]] = []
     for name, value in list(table.items()):
         if isinstance(value, types.FunctionType) and not is_torch(value.__module__):
             found.append((name, value))
@@ -63,28 +60,26 @@ def wrap_leaf(
     function: Callable[..., Any],
     record: Callable[[Callable[..., Any], Any, Any], Any],
 ) -> Callable[..., Any]:
-    """Return a function that records its call when an argument is symbolic.
-
-    A call that is handed a module or a callable is entered instead, since a norm may be reached
-    from there; so is one that could change a list or dict.
-    """
+    """Return a function that records calls with symbols: `channel_shuffle` of ShuffleNet."""
     own = isinstance(function, types.FunctionType) and not is_library(function.__module__)
 
     @functools.wraps(function, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = (args, kwargs)
-        # The length and the truth of a list are known, whatever is in it.
-        known = function in (len, bool) and not isinstance(args[0], fx.Proxy)
+        given = (args, tuple(kwargs.values()))
+        # The length of a list is known, whatever is in it.
+        known = function is len and not isinstance(args[0], fx.Proxy)
         if not known and any_leaf(given, (fx.Proxy,)):
-            changes = own and any(map(may_be_changed, (*args, *kwargs.values())))
-            if not (changes or any_leaf(given, _CALLABLES)):
-                return record(function, args, kwargs)
+            if any_leaf(given, _CALLABLES):  # a norm may be reached from there
+                raise TraceFailure(f"hands a module or function to {function.__name__}()")
+            if own:
+                check_handed(given, f"{function.__name__}()")
+            return record(function, args, kwargs)
         return function(*args, **kwargs)
 
     return stand_for(call, function)
 
 
-def stand_for(replacement: Callable[..., Any], original: Any) -> Callable[..., Any]:
+def stand_for(replacement: Callable[..., Any], original: object) -> Callable[..., Any]:
     """Mark what stands for another thing while a trace runs; return it."""
     vars(replacement)["normswap_original"] = original
     return replacement

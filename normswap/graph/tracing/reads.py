@@ -5,13 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from normswap.graph.tracing.failure import TraceFailure, is_library
-from normswap.graph.tracing.value_kinds import find_lists
 from normswap.graph.tracing.whitelist import FUNCTIONS, cannot_change, is_apply, is_constant
-from normswap.util.elements import elements_of
 
 _MOST_PARTS = 256
 _OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
@@ -28,14 +25,12 @@ class Guards(NamedTuple):
         children: (path of a module, names of its children).
         methods: (path of a module, name, the function its class has there).
         names: (dict of globals or a class, name, value), of what lies outside of the module.
-        properties: those of classes, likewise; a compiler cannot look at them.
     """
 
-    attributes: tuple[tuple[Path, str, Any], ...] = ()
+    attributes: tuple[tuple[Path, str, object], ...] = ()
     children: tuple[tuple[Path, tuple[str, ...]], ...] = ()
-    methods: tuple[tuple[Path, str, Any], ...] = ()
-    names: tuple[tuple[Any, str, Any], ...] = ()
-    properties: tuple[tuple[Any, str, Any], ...] = ()
+    methods: tuple[tuple[Path, str, object], ...] = ()
+    names: tuple[tuple[object, str, object], ...] = ()
 
     def hold(self, module: nn.Module) -> bool:
         """Return whether everything is as it was."""
@@ -54,9 +49,7 @@ class Guards(NamedTuple):
             # A compiler, once it saw a number change, knows no attributes of it.
             if not alike(now if isinstance(value, (int, float)) else _function(now), value):
                 return False
-        if torch.compiler.is_dynamo_compiling():
-            return True
-        return all([getattr(cls, name, None) is value for cls, name, value in self.properties])
+        return True
 
 
 NO_GUARDS = Guards()
@@ -68,12 +61,10 @@ def alike(now: Any, then: Any) -> bool:
         return True
     if then is ANY_TENSOR:
         return isinstance(now, Tensor)
-    if type(now) is not type(then) or isinstance(then, (Tensor, nn.Module)):
+    if type(now) is not type(then) or isinstance(then, (Tensor, nn.Module, dict)):
         return False
     if isinstance(then, (list, tuple)):
         return len(now) == len(then) and all([alike(a, b) for a, b in zip(now, then)])  # noqa: B905
-    if isinstance(then, dict):
-        return list(now) == list(then) and all([alike(now[key], then[key]) for key in then])
     return bool(now == then)
 
 
@@ -99,7 +90,7 @@ def flipped(module: nn.Module, guards: Guards) -> Iterator[bool]:
             part.__dict__["training"] = not part.training
 
 
-def _function(value: Any) -> Any:
+def _function(value: object) -> object:
     """Return the function of a bound method, and what stands behind a name while tracing."""
     value = getattr(value, "__func__", value)
     return getattr(value, "normswap_original", value)
@@ -117,13 +108,13 @@ class Reads:
     """
 
     def __init__(self) -> None:
-        self.attributes: dict[tuple[str, str], Any] = {}
-        self.given: dict[tuple[str, str], Any] = {}
+        self.attributes: dict[tuple[str, str], object] = {}
+        self.given: dict[tuple[str, str], object] = {}
         self.children: dict[str, tuple[str, ...]] = {}
-        self.methods: dict[tuple[str, str], Any] = {}
-        self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        self.methods: dict[tuple[str, str], object] = {}
+        self.names: dict[tuple[int, str], tuple[object, str, object]] = {}
 
-    def attribute(self, path: str, name: str, value: Any) -> Any:
+    def attribute(self, path: str, name: str, value: object) -> object:
         """Note an attribute; return what the forward is to see of it.
 
         Raises:
@@ -139,21 +130,21 @@ class Reads:
             self.given[path, name] = _copied(value)
         return self.given[path, name]
 
-    def name(self, holder: Any, name: str, value: Any) -> None:
+    def name(self, holder: object, name: str, value: object) -> None:
         """Note what a global, or an attribute of a class, means."""
         if (id(holder), name) not in self.names:
             self.names[id(holder), name] = (holder, name, _function(value))
             self._add_code(_function(value))
 
-    def method(self, path: str, name: str, function: Any) -> None:
+    def method(self, path: str, name: str, function: object) -> None:
         """Note which function the class of a module has."""
         self.methods[path, name] = function
         self._add_code(function)
 
     def _add_code(self, value: Any) -> None:
         """Note what functions run: IPython's autoreload puts new code into those there are."""
-        if isinstance(value, list | tuple | dict):
-            for part in elements_of(value):
+        if type(value) in (list, tuple):
+            for part in value:
                 self._add_code(part)
         known = (id(value), "__code__") in self.names
         if isinstance(value, types.FunctionType) and not (known or is_library(value.__module__)):
@@ -166,22 +157,10 @@ class Reads:
                 )
             for name, part in parts.items():
                 self.names[id(value), name] = (value, name, _copied(part))
+            table = value.__kwdefaults__ or {}
+            for name, part in table.items():
+                self.names[id(table), name] = (table, name, part)
             self._add_code(held)
-
-    def below(self, path: str, guards: Guards) -> None:
-        """Note what a child's graph depends on."""
-        for sub, name, value in guards.attributes:
-            self.attributes.setdefault((".".join((path, *sub)), name), value)
-        for sub, children in guards.children:
-            self.children.setdefault(".".join((path, *sub)), children)
-        for sub, name, function in guards.methods:
-            self.methods.setdefault((".".join((path, *sub)), name), function)
-        for holder, name, value in (*guards.names, *guards.properties):
-            self.names.setdefault((id(holder), name), (holder, name, value))
-
-    def holds(self, value: Any) -> bool:
-        """Return whether a list or dict is, or is in, an attribute that was read."""
-        return any(value is part for given in self.given.values() for part in find_lists(given))
 
     def changed(self) -> str:
         """Return the name of an attribute that the forward changed, "" for none."""
@@ -190,13 +169,11 @@ class Reads:
 
     def guards(self) -> Guards:
         """Return what must hold for everything that was read to be right."""
-        names = self.names.values()
         return Guards(
             tuple((_split(path), name, value) for (path, name), value in self.attributes.items()),
             tuple((_split(path), self.children[path]) for path in sorted(self.children)),
             tuple((_split(path), name, f) for (path, name), f in self.methods.items()),
-            tuple(entry for entry in names if not isinstance(entry[2], property)),
-            tuple(entry for entry in names if isinstance(entry[2], property)),
+            tuple(self.names.values()),
         )
 
 
@@ -205,21 +182,13 @@ def _split(path: str) -> Path:
 
 
 def _copied(value: Any) -> Any:
-    """Copy the lists, dicts and sets of a value."""
-    if type(value) in (list, tuple):
-        return type(value)(_copied(part) for part in value)
-    if isinstance(value, dict):
-        copy = value.copy()
-        copy.update((key, _copied(part)) for key, part in value.items())
-        return copy
-    return value.copy() if isinstance(value, set) else value
+    """Copy the lists of a value."""
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def _is_comparable(value: Any) -> bool:
-    if isinstance(value, list | tuple | set | frozenset | dict):
-        parts = value.values() if isinstance(value, dict) else value
-        fit = cannot_change(type(value)) and len(value) <= _MOST_PARTS
-        return fit and all(map(_is_comparable, parts))
+    if type(value) in (list, tuple):
+        return len(value) <= _MOST_PARTS and all(map(_is_comparable, value))
     if isinstance(value, types.MethodType):
         return isinstance(value.__self__, nn.Module)
     if isinstance(value, type):

@@ -1,14 +1,11 @@
 """The symbolic values that run through a forward while it is traced, and what is asked of them."""
 
 import operator
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, fx
 
-from normswap.graph.tracing.failure import TraceFailure, is_torch
-
-# Attributes and methods of tensors that may be None.
-_OPTIONAL = {"grad", "grad_fn", "get", "pop", "setdefault", "names"}
+from normswap.graph.tracing.failure import TraceFailure
 
 
 class Value(fx.Proxy):
@@ -25,19 +22,8 @@ class Value(fx.Proxy):
     def __hash__(self) -> int:
         raise TraceFailure("looks up a value known only when it runs in a set, dict or cache")
 
-    def __len__(self) -> int:  # list() asks for it, and takes this error for an answer
-        raise TypeError("the length of this value is only known when it runs")
-
     def __str__(self) -> str:
-        # It may be for the message of an error; if the forward goes on, the text is used.
-        cast(Any, self.tracer).texts.append(repr(self))
-        return repr(self)
-
-    def __format__(self, spec: str) -> str:
-        return str(self)
-
-    def __contains__(self, item: Any) -> bool:
-        raise TraceFailure("asks what is in a value known only when it runs")
+        raise TraceFailure("writes, as text, a value known only when it runs")
 
     def __getattr__(self, name: str) -> Any:
         if name != "node" and is_input(self) and not hasattr(Tensor, name):
@@ -52,30 +38,14 @@ def is_input(value: Any) -> bool:
     return value.node.op == "placeholder" and bool(value.node.meta.get("tensor"))
 
 
-def is_certain(node: fx.Node) -> bool:
-    """Return whether a node's value, and all that is taken from it, is certainly not None."""
-    if node.op in ("placeholder", "get_attr"):
-        return True
-    target = node.target
-    base = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-    if node.op == "call_method":
-        return target not in _OPTIONAL and base is not None and is_certain(base)
-    if node.op == "call_module":
-        return bool(node.meta.get("returns_tensor"))
-    name = getattr(target, "__name__", "")
-    if name == "multi_head_attention_forward":  # its second result may be None
-        return False
-    if name in ("getitem", "getattr"):
-        key = node.args[1] if len(node.args) > 1 else None
-        optional = isinstance(key, str) and key in _OPTIONAL  # a slice is no key of a set
-        return not optional and base is not None and is_certain(base)
-    module = getattr(target, "__module__", None) or ""
-    if module.startswith("normswap."):  # a method, a checkpointed part: what they return is theirs
-        return False
-    return is_torch(module) or module in ("_operator", "operator", "math", "builtins", "")
+def is_given(node: fx.Node) -> bool:
+    """Return whether a value is an argument or a parameter, not None: DLA's blocks in timm ask."""
+    return node.op in ("placeholder", "get_attr")
 
 
 def _keep_in_place(name: str) -> None:
+    """Keep ``x += shortcut``, as of ResNets."""
+
     def method(self: Value, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
 

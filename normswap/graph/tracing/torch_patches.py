@@ -2,59 +2,27 @@
 
 import functools
 import sys
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normswap.graph.tracing import stand_ins
-from normswap.graph.tracing.bytecode import is_compared
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
-from normswap.graph.tracing.patches import Patches, stand_for
-from normswap.graph.tracing.stand_ins import symbolic_isinstance
+from normswap.graph.tracing.patches import Patches
 from normswap.util.original_class import class_of
 
 if TYPE_CHECKING:
     from normswap.graph.tracing.trace import TraceSession
 
-_MODES = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
 
-
-def patch_torch(patches: Patches, session: "TraceSession", original: Any) -> Callable[..., Any]:
-    """Replace it; return what stands for `original`, torch's checkpoint."""
-    stand_in = stand_for(_refuse(session, original, lambda *_: "uses checkpoint"), original)
-    patches.set(torch.utils.checkpoint, "checkpoint", stand_in)
-    patches.set(torch.jit, "isinstance", symbolic_isinstance)
-    patches.set(torch, "is_tensor", lambda v: symbolic_isinstance(v, Tensor))
-    for name in _MODES:
-        patches.set(torch, name, _ask_user_only(session, getattr(torch, name), name))
+def patch_torch(patches: Patches, session: "TraceSession") -> None:
+    """Replace how modules are called and read, and how modes are switched."""
     for switch in (torch.autocast, torch.inference_mode):
         for name in ("__init__", "__enter__"):
             patches.set(switch, name, _refuse(session, vars(switch)[name], lambda *_: SWITCHES))
-    _patch_modules(patches, session)
-    return stand_in
-
-
-def _ask_user_only(
-    session: "TraceSession", function: Callable[..., Any], name: str
-) -> Callable[..., Any]:
-    """Return a query of a mode that torch may ask but a traced forward may not branch on."""
-    # A module that is imported while a trace runs may keep the query.
-    asked = weakref.ref(session)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        traces = (session := asked()) is not None and session.tracer is not None
-        if traces and not is_torch(sys._getframe(1).f_globals.get("__name__")):
-            raise TraceFailure(f"asks torch.{name}(), which may change from run to run")
-        return function(*args, **kwargs)
-
-    return stand_for(call, function)
-
-
-def _patch_modules(patches: Patches, session: "TraceSession") -> None:
     original_getattr = nn.Module.__getattr__
 
     def getattribute(module: nn.Module, name: str) -> Any:
@@ -62,11 +30,10 @@ def _patch_modules(patches: Patches, session: "TraceSession") -> None:
         tracer = session.tracer
         if tracer is None:  # most reads: between traces
             return value
-        frame = sys._getframe(1)
-        asker = frame.f_globals.get("__name__")
+        asker = sys._getframe(1).f_globals.get("__name__")
         if is_torch(asker) and asker != stand_ins.__name__:
             return value
-        if name == "__class__" and (asker == stand_ins.__name__ or is_compared(frame)):
+        if name == "__class__" and asker == stand_ins.__name__:
             return class_of(module)
         return tracer.read(module, name, value)
 

@@ -2,9 +2,8 @@
 
 A graph stands for a forward only if all that the forward did while it was traced is known to be
 repeatable: see `whitelist` for what it may read, `reads` for what is compared before each run,
-`watch` for how the rest is kept from running. Tensor functions of constants (``torch.zeros(...)``)
-become calls, so that nothing is computed while tracing. Anything else raises `TraceFailure`, with
-nothing outside of the trace changed.
+`watch` for how the rest is kept from running. Anything else raises `TraceFailure`, with nothing
+outside of the trace changed.
 """
 
 import gc
@@ -13,20 +12,17 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import fx, nn
 
 from normswap.graph.tracing import patches as p
 from normswap.graph.tracing.constant_calls import ConstantCalls
 from normswap.graph.tracing.failure import TraceFailure, in_words, is_library
-from normswap.graph.tracing.graph_cache import GraphCache
 from normswap.graph.tracing.list_effects import check_given, snapshot_lists
 from normswap.graph.tracing.reads import Guards
 from normswap.graph.tracing.stand_ins import stand_ins
 from normswap.graph.tracing.torch_patches import patch_torch
-from normswap.graph.tracing.traced import Traced
 from normswap.graph.tracing.tracer import ContainerTracer
 from normswap.graph.tracing.value_kinds import TENSOR, Kind, leaf_kinds, rebuild
 from normswap.graph.tracing.watch import Watch
@@ -34,7 +30,6 @@ from normswap.util.original_class import container_class
 
 _LOCK = threading.RLock()
 _OPEN: list["TraceSession"] = []
-_CHECKPOINT = torch.utils.checkpoint.checkpoint
 
 
 def tracing() -> bool:
@@ -48,28 +43,33 @@ def tracing() -> bool:
 PYTHONS = ((3, 10), (3, 11), (3, 12), (3, 13), (3, 14))
 
 
+class Traced(NamedTuple):
+    """A forward as a graph.
+
+    Attributes:
+        graph: its placeholders are the symbolic parts of the arguments, in order.
+        guards: what must still hold for it to stand for the forward.
+    """
+
+    graph: fx.Graph
+    guards: Guards
+
+
 class TraceSession:
     """Traces containers; while it is open, module calls and reads go through the tracer.
 
     Args:
         layers: classes of the norm layers, whose forward called by itself counts as a call.
-        guards_of: ``guards_of(session, module, args, kwargs)`` of a call, see `tracer`.
     """
 
-    def __init__(
-        self,
-        layers: tuple[Any, ...] = (),
-        guards_of: Callable[..., Guards | None] = lambda *_: None,
-    ) -> None:
+    def __init__(self, layers: tuple[type[nn.Module], ...] = ()) -> None:
         self.layers = layers
-        self.cache = GraphCache()
-        self._guards_of = guards_of
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
         self._stand_ins = stand_ins(lambda: self.tracer is not None)
         self._patches = p.Patches()
         self._local = p.Patches()
-        self._tables: dict[int, dict[str, Any]] = {}
+        self._tables: dict[int, dict[str, Callable[..., Any]]] = {}
         self._entered: set[int] = set()
         self._library: set[int] = set()
 
@@ -82,7 +82,7 @@ class TraceSession:
     def __enter__(self) -> "TraceSession":
         _LOCK.acquire()
         _OPEN.append(self)
-        self._checkpoint = patch_torch(self._patches, self, _CHECKPOINT)
+        patch_torch(self._patches, self)
         for name in p.MATH:
             wrapped = p.wrap_leaf(getattr(math, name), self._record)
             self._patches.set(math, name, wrapped)
@@ -118,14 +118,13 @@ class TraceSession:
             found = {name: value for name, value in self._stand_ins.items() if name not in table}
             for name, function in p.leaf_names(table):
                 found[name] = p.wrap_leaf(function, self._record)
-            found |= {k: self._checkpoint for k, value in table.items() if value is _CHECKPOINT}
             self._tables[key] = found
         for name, value in self._tables[key].items():
             self._local.set(table, name, value)
         return True
 
     def trace(self, root: nn.Module, call: Callable[..., Any], kinds: tuple[Kind, ...]) -> Traced:
-        """Trace a container's forward, or find the graph of one that is alike.
+        """Trace a container's forward.
 
         Args:
             root: the container.
@@ -141,10 +140,7 @@ class TraceSession:
         cls: Any = container_class(root)
         if inspect.iscoroutinefunction(cls.forward):
             raise TraceFailure("is async")
-        found = self.cache.find((cls, kinds), root)
-        if found is not None:
-            return found
-        return self.cache.keep((cls, kinds), self._trace(root, cls.forward, call, kinds))
+        return self._trace(root, cls.forward, call, kinds)
 
     def _trace(
         self,
@@ -153,8 +149,7 @@ class TraceSession:
         call: Callable[..., Any],
         kinds: tuple[Kind, ...],
     ) -> Traced:
-        names = self.cache.names_of(root)
-        tracer = ContainerTracer(root, names, self._suspended)
+        tracer = ContainerTracer(root)
         leaves: list[Any] = []
         for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
             proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
@@ -163,18 +158,15 @@ class TraceSession:
         supply: Iterator[Any] = iter(leaves)
         values = tuple(rebuild(kind, supply) for kind in kinds)
         lists = snapshot_lists(values)
-        outer = self._tracer, self._local, self._entered
-        self._tracer, self._local, self._entered = tracer, p.Patches(), set()
+        self._tracer = tracer
         failure: Exception | None = None
         # The collector runs code of others in the middle of a forward, which is not judged.
         collecting = gc.isenabled()
         gc.disable()
         try:
             tracer.reads.name(container_class(root), "forward", forward)
-            with ConstantCalls(tracer), Watch(self._enter_globals, tracer.reads):
+            with ConstantCalls(), Watch(self._enter_globals, tracer.reads):
                 output = call(forward, root, values)
-                if tracer.texts:
-                    raise TraceFailure("writes, as text, a value known only when it runs")
                 check_given(lists, output)
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
         except Exception as error:
@@ -183,21 +175,10 @@ class TraceSession:
             if collecting:
                 gc.enable()
             self._local.undo()
-            self._tracer, self._local, self._entered = outer
+            self._entered.clear()
+            self._tracer = None
         if failure is not None:
             raise TraceFailure(in_words(failure)) from failure
         if changed := tracer.reads.changed():
             raise TraceFailure(f"changes .{changed} inside forward")
-        tracer.result.guards = tracer.reads.guards()
-        return tracer.result
-
-    def _suspended(self, *call: Any) -> Guards | None:
-        """Ask for the graph of a callee, which may be a trace of its own."""
-        tracer, self._tracer = self._tracer, None
-        outer = sys.gettrace()
-        sys.settrace(None)
-        try:
-            return self._guards_of(self, *call)
-        finally:
-            sys.settrace(outer)
-            self._tracer = tracer
+        return Traced(tracer.graph, tracer.reads.guards())

@@ -60,7 +60,7 @@ def find_uses(steps: Sequence[dis.Instruction]) -> dict[int, str]:
         after = steps[end].opname if end < len(steps) else ""
         if after in ("STORE_ATTR", "DELETE_ATTR"):
             use = SETS
-        elif step.offset in asked or after.startswith("CHECK_EXC") or _asks_name(step, chain):
+        elif step.offset in asked or after.startswith("CHECK_EXC"):
             use = ASKS
         elif after.startswith(_RENAMED) or (not chain and after.startswith("STORE_")):
             use = RENAMES
@@ -68,10 +68,6 @@ def find_uses(steps: Sequence[dis.Instruction]) -> dict[int, str]:
             use = ""
         uses[step.offset] = use
     return uses
-
-
-def _asks_name(step: dis.Instruction, chain: Sequence[dis.Instruction]) -> bool:
-    return step.argval == "__class__" and bool(chain) and chain[0].argval in NAMES
 
 
 def _find_asked(steps: Sequence[dis.Instruction]) -> Iterator[int]:

@@ -1,19 +1,17 @@
 """The arguments of a forward: which are symbolic in its graph, which are constants of it.
 
 A container is traced once for each *kind* of arguments it meets. Tensors and numbers are symbolic;
-None, bool, str and enums are constants, since Python branches on them; tuples, lists and dicts keep
-their structure.
+None, bool, str and enums are constants, since Python branches on them; tuples, lists (those of
+features that DenseNet's layers take) and dicts keep their structure.
 """
 
 import enum
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.tracing.signature import EXAMPLE
 from normswap.util.elements import elements_of
 
 Kind: TypeAlias = Any  # nested tuples of strings and constants: hashable, compared by value
@@ -28,7 +26,7 @@ _CONSTANTS = (str, enum.Enum)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
-def describe(value: Any, leaves: list[Any]) -> Kind:
+def describe(value: object, leaves: list[object]) -> Kind:
     """Return the kind of an argument and append its symbolic parts to `leaves`.
 
     Args:
@@ -53,9 +51,8 @@ def describe(value: Any, leaves: list[Any]) -> Kind:
         return ("list", tuple([describe(v, leaves) for v in value]))
     if type(value) is torch.Size:
         return ("size", tuple([describe(v, leaves) for v in value]))
-    if type(value) is dict or type(value) is OrderedDict:
-        tag = "dict" if type(value) is dict else "ordered"
-        return (tag, tuple([(k, describe(v, leaves)) for k, v in value.items()]))
+    if type(value) is dict:
+        return ("dict", tuple([(k, describe(v, leaves)) for k, v in value.items()]))
     return (OTHER, type(value).__name__)
 
 
@@ -70,17 +67,9 @@ def rebuild(kind: Kind, leaves: Iterator[Any]) -> Any:
         return tuple(rebuild(k, leaves) for k in content)
     if tag == "list":
         return [rebuild(k, leaves) for k in content]
-    if tag in ("dict", "ordered"):
-        items = [(name, rebuild(k, leaves)) for name, k in content]
-        return dict(items) if tag == "dict" else OrderedDict(items)
+    if tag == "dict":
+        return {name: rebuild(k, leaves) for name, k in content}
     return content
-
-
-def example_of(value: Any) -> Any:
-    """Return an argument of the kind of another, its tensors replaced by an example."""
-    leaves: list[Any] = []
-    kind = describe(value, leaves)
-    return rebuild(kind, (EXAMPLE if isinstance(v, _SYMBOLIC) else v for v in leaves))
 
 
 def _leaves(kind: Kind) -> Iterator[Kind]:
@@ -89,7 +78,7 @@ def _leaves(kind: Kind) -> Iterator[Kind]:
     if tag in ("tuple", "size", "list"):
         for part in content:
             yield from _leaves(part)
-    elif tag in ("dict", "ordered"):
+    elif tag == "dict":
         for _, part in content:
             yield from _leaves(part)
     else:
@@ -107,7 +96,7 @@ def find_other(kind: Kind) -> str | None:
     return next((name for _, name in others), None)
 
 
-def find_lists(value: Any) -> Iterator[Any]:
+def find_lists(value: object) -> Iterator[Any]:
     """Yield every list and dict that a value is or holds, outermost first."""
     if isinstance(value, (list, dict)):
         yield value
@@ -116,7 +105,7 @@ def find_lists(value: Any) -> Iterator[Any]:
             yield from find_lists(part)
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def _parts(value: object) -> Iterator[object]:
     """Yield what a value is, or what its tuples, lists, dicts, sets and slices hold."""
     if isinstance(value, slice):
         value = (value.start, value.stop, value.step)
@@ -129,11 +118,11 @@ def _parts(value: Any) -> Iterator[Any]:
         yield value
 
 
-def symbolic_parts(value: Any) -> list[fx.Proxy]:
+def symbolic_parts(value: object) -> list[fx.Proxy]:
     """Return the symbolic values that a value is or holds."""
     return [part for part in _parts(value) if isinstance(part, fx.Proxy)]
 
 
-def any_leaf(value: Any, kinds: tuple[type, ...]) -> bool:
+def any_leaf(value: object, kinds: tuple[type, ...]) -> bool:
     """Return whether a value is, or holds, one of `kinds`."""
     return any(isinstance(part, kinds) for part in _parts(value))

@@ -2,11 +2,9 @@
 
 import builtins
 import enum
-import importlib
-import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,13 +12,12 @@ from torch import nn
 from normswap.graph.tracing.bytecode import Load, Test, read_code
 from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
 from normswap.graph.tracing.reads import Reads
-from normswap.graph.tracing.symbol import is_certain
+from normswap.graph.tracing.symbol import is_given
 from normswap.graph.tracing.uses import RENAMES, SETS
 from normswap.graph.tracing.value_kinds import symbolic_parts
 from normswap.graph.tracing.whitelist import cannot_change, needs_guard, why_unfit
 
 _MISSING = object()
-_LOADS = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
 
 
 class Watch:
@@ -37,7 +34,6 @@ class Watch:
         self._refused: dict[types.CodeType, dict[int, str]] = {}
         self._outer: Any = None
         self._start: types.FrameType | None = None
-        self._loading = 0
 
     def __enter__(self) -> None:
         self._outer, self._start = sys.gettrace(), sys._getframe(1)
@@ -50,15 +46,13 @@ class Watch:
         self._start = None
 
     def _enter_frame(
-        self, frame: types.FrameType, event: str, arg: Any
+        self, frame: types.FrameType, event: str, arg: object
     ) -> Callable[..., Any] | None:
-        if frame.f_code is _LOADS:
-            return self._let_load(frame)
-        if self._loading or not self._enter(frame.f_globals):
+        if not self._enter(frame.f_globals):
             return None
         self._note_method(frame)
         code = read_code(frame.f_code)
-        if code.catches and not _is_given_nothing(frame.f_code):
+        if code.catches:
             raise TraceFailure("handles exceptions, which only a run raises")
         self._check_arguments(frame)
         refused = self._refused.get(frame.f_code)
@@ -70,7 +64,7 @@ class Watch:
             return None
         stops = refused
 
-        def step(frame: types.FrameType, event: str, arg: Any) -> Callable[..., Any]:
+        def step(frame: types.FrameType, event: str, arg: object) -> Callable[..., Any]:
             if event == "opcode":
                 if frame.f_lasti in stops:
                     raise TraceFailure(stops[frame.f_lasti])
@@ -81,17 +75,6 @@ class Watch:
 
         # Python 3.13 tells of instructions only where a frame is traced when it asks.
         frame.f_trace, frame.f_trace_opcodes, frame.f_trace_lines = step, True, False
-        return step
-
-    def _let_load(self, frame: types.FrameType) -> Callable[..., Any]:
-        """Let a module that torch loads late run, as torch.onnx.is_in_onnx_export does."""
-        self._loading += 1
-        frame.f_trace_lines = False
-
-        def step(frame: types.FrameType, event: str, arg: Any) -> Callable[..., Any]:
-            self._loading -= event == "return"
-            return step
-
         return step
 
     def _note_method(self, frame: types.FrameType) -> None:
@@ -125,13 +108,15 @@ class Watch:
             return ""  # an error of the forward's own
         value = _unwrap(table[load.name])
         if table is frame.f_builtins or value is getattr(builtins, load.name, _MISSING):
+            if value is type:
+                return "asks for the type of a value"
             if value is super:
                 return self._why_unfit_inherited(frame, load)
             inner = next((name for name in load.chain if name.startswith("__")), None)
             return f"goes by {load.name}.{inner}" if inner else why_unfit(value, load.name)
         return self._why_unfit_chain(load, table, value)
 
-    def _why_unfit_chain(self, load: Load, table: Any, value: Any) -> str:
+    def _why_unfit_chain(self, load: Load, table: object, value: Any) -> str:
         """Return why what a name and its attributes lead to may not be read; note each step."""
         steps = [(table, key := load.name, value)]
         for name in load.chain:
@@ -155,9 +140,9 @@ class Watch:
         why = why_unfit(value, where, load.use)
         if why:
             return why
-        if needs_guard(value, [holder for holder, _, _ in steps]):
-            for holder, key, value in steps:
-                table = vars(holder) if isinstance(holder, types.ModuleType) else holder
+        if needs_guard(value, [owner for owner, _, _ in steps]):
+            for owner, key, value in steps:
+                table = vars(owner) if isinstance(owner, types.ModuleType) else owner
                 self._reads.name(table, key, value)
         return ""
 
@@ -173,7 +158,7 @@ class Watch:
         if base is None or is_library(base.__module__):
             return ""
         self._reads.name(base, name, getattr(base, name))
-        kinds = (types.FunctionType, property, classmethod, staticmethod)
+        kinds = (types.FunctionType, classmethod, staticmethod)
         return "" if isinstance(vars(base)[name], kinds) else why_unfit(vars(base)[name], name)
 
     def _why_unfit_cell(self, frame: types.FrameType, load: Load) -> str:
@@ -191,23 +176,17 @@ class Watch:
         return f"reads {load.name}, a variable of a function that made it"
 
 
-def _check_test(test: Test, values: Any) -> None:
+def _check_test(test: Test, values: Mapping[str, object]) -> None:
     """Raise where only a run knows the answer."""
     for name in test.names:
         found = symbolic_parts(values.get(name))
-        certain = test.none and not test.calls and all(is_certain(p.node) for p in found)
+        certain = test.none and not test.calls and all(is_given(p.node) for p in found)
         if found and not certain:
             what = "is None" if test.none else "is another object"
             via = f"what comes of {name}" if test.calls else name
             raise TraceFailure(f"asks whether {via} {what}, known only when it runs")
 
 
-def _unwrap(value: Any) -> Any:
+def _unwrap(value: object) -> object:
     """Return what a name means to everybody else while a trace runs."""
     return getattr(value, "normswap_original", value)
-
-
-def _is_given_nothing(code: types.CodeType) -> bool:
-    """Return whether no symbolic value can be in what a function tries."""
-    given = code.co_argcount + code.co_kwonlyargcount + len(code.co_freevars)
-    return not (given or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS))

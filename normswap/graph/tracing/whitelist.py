@@ -12,7 +12,7 @@ import types
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normswap.graph.tracing.failure import is_library, is_torch
 from normswap.graph.tracing.uses import ASKS
@@ -22,11 +22,12 @@ CONSTANTS = (
     *(torch.dtype, torch.device, torch.memory_format, torch.layout),
 )
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_CALLED = (*FUNCTIONS, types.MethodType, types.MethodDescriptorType)
 
 _BUILTINS = frozenset(
-    "abs all any bool bytes chr complex dict divmod enumerate filter float format "
-    "frozenset getattr hasattr int isinstance issubclass iter len list map max min next object ord "
-    "pow property range repr reversed round set slice sorted staticmethod str sum super tuple type "
+    "abs all any bool bytes chr complex dict divmod enumerate filter float format frozenset "
+    "getattr hasattr int isinstance issubclass iter len list map max min next object ord pow "
+    "property range repr reversed round set slice sorted staticmethod str sum super tuple "
     "zip".split()
 )
 _PURE = frozenset(
@@ -36,13 +37,12 @@ _PURE = frozenset(
 # Functions of torch that look at no tensor and change nothing, and those that make tensors: these
 # are calls in the graph.
 _TORCH = frozenset(
-    "is_scripting is_tracing is_exporting is_compiling is_dynamo_compiling is_in_onnx_export "
-    "is_torchdynamo_compiling is_fx_tracing annotate unused _assert is_tensor checkpoint finfo "
-    "iinfo broadcast_shapes promote_types result_type can_cast isinstance is_floating_point "
-    "is_complex is_grad_enabled is_autocast_enabled is_inference_mode_enabled _single _pair "
-    "_triple zeros ones empty full arange linspace logspace eye tensor as_tensor rand randn "
-    "randint randperm normal meshgrid scalar_tensor from_numpy hann_window hamming_window "
-    "zeros_like ones_like empty_like full_like rand_like randn_like".split()
+    "is_scripting is_tracing is_exporting is_compiling is_dynamo_compiling is_fx_tracing "
+    "is_torchdynamo_compiling annotate unused _assert finfo iinfo broadcast_shapes promote_types "
+    "result_type can_cast is_floating_point is_complex _single _pair _triple zeros ones empty full "
+    "arange linspace logspace eye tensor as_tensor rand randn randint randperm normal meshgrid "
+    "scalar_tensor from_numpy hann_window hamming_window zeros_like ones_like empty_like full_like "
+    "rand_like randn_like".split()
 )
 _TORCH_MODULES = (
     *("torch.nn.functional", "torch._C._nn", "torch.functional", "torch.nn.init", "torch.fft"),
@@ -53,7 +53,7 @@ _EXCEPTIONS = (BaseException,)
 _CHANGEABLE = 1 << 9
 
 
-def cannot_change(cls: Any) -> bool:
+def cannot_change(cls: type) -> bool:
     """Return whether nobody changes a class: it is of a library, or written in C."""
     return is_library(cls.__module__) or not cls.__flags__ & _CHANGEABLE
 
@@ -61,11 +61,6 @@ def cannot_change(cls: Any) -> bool:
 def is_constant(value: Any) -> bool:
     """Return whether a value is immutable and can be compared."""
     kind = type(value)
-    if isinstance(value, tuple | frozenset):
-        fit = (
-            cannot_change(part) if isinstance(part, type) else is_constant(part) for part in value
-        )
-        return cannot_change(kind) and all(fit)
     if isinstance(value, enum.Enum) and not cannot_change(kind):
         # What else the member holds, or its class does, may change.
         names = vars(kind).keys() - kind.__members__.keys() | vars(value).keys()
@@ -73,13 +68,13 @@ def is_constant(value: Any) -> bool:
     return isinstance(value, CONSTANTS) and cannot_change(kind)
 
 
-def is_apply(value: Any) -> bool:
+def is_apply(value: object) -> bool:
     """Return whether a value applies a function of autograd: run on symbols, it has no backward."""
     owner = getattr(value, "__self__", None)
     return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
-def why_unfit(value: Any, name: str, use: str = "") -> str:
+def why_unfit(value: object, name: str, use: str = "") -> str:
     """Return why a forward that reads this may not become a graph; "" where it may.
 
     Args:
@@ -91,31 +86,18 @@ def why_unfit(value: Any, name: str, use: str = "") -> str:
         return ""
     if is_constant(value):
         return ""
-    if isinstance(value, torch.jit.ScriptFunction):  # code of a graph has no name for it
-        return f"calls {name}, which is scripted"
-    if isinstance(value, functools._lru_cache_wrapper):
-        return f"calls {name}, which keeps a cache"
-    if isinstance(value, types.ModuleType):
-        root = value.__name__.partition(".")[0]
-        return "" if root in ("torch", "math") else f"hands on the module {value.__name__}"
     if isinstance(value, type | types.GenericAlias | types.UnionType) or _module(value) == "typing":
         if isinstance(value, type) and use != ASKS and not cannot_change(value):
             made = not issubclass(value, BaseException)
             return f"makes or hands on a {name}, whose attributes may change" if made else ""
         return _unfit_class(value, name)
-    if isinstance(value, Tensor | nn.Module):
-        return f"reads {name}, a {type(value).__name__} that is no attribute of it"
     owner = getattr(value, "__self__", None)
-    if is_apply(value):
-        return f"calls {name}(), of a function of autograd"
-    if not isinstance(owner, type | nn.Module | types.ModuleType | None):
-        return f"calls {name}(), a method of a {type(owner).__name__} outside of it"
-    if callable(value) and not _is_object(value):
+    if isinstance(value, _CALLED) and isinstance(owner, type | nn.Module | types.ModuleType | None):
         return _unfit_function(value, name)
     return f"reads {name}, a {type(value).__name__} outside of it that may change"
 
 
-def needs_guard(value: Any, holders: list[Any]) -> bool:
+def needs_guard(value: object, holders: list[Any]) -> bool:
     """Return whether a name that leads to a value, by way of holders, may mean another later."""
     modules = [h.__name__ for h in holders if isinstance(h, types.ModuleType)]
     if any(is_torch(name) or name == "math" for name in modules):
@@ -125,24 +107,18 @@ def needs_guard(value: Any, holders: list[Any]) -> bool:
     return not (is_torch(_module(value)) or _module(value) == "builtins")
 
 
-def _module(value: Any) -> str:
+def _module(value: object) -> str:
     # Functions made in C by torch have no module.
     found = getattr(value, "__module__", None)
     return found if isinstance(found, str) else "torch" if _of_torch(value) else "builtins"
 
 
-def _of_torch(value: Any) -> bool:
+def _of_torch(value: object) -> bool:
     owner = getattr(value, "__self__", None)
     return isinstance(value, types.BuiltinFunctionType) and "torch" in repr(owner or value)
 
 
-def _is_object(value: Any) -> bool:
-    """Return whether a callable is an object of a user's class rather than a function."""
-    kinds = (*FUNCTIONS, types.MethodType, types.MethodDescriptorType)
-    return not isinstance(value, kinds) and not is_torch(type(value).__module__)
-
-
-def _unfit_class(value: Any, name: str) -> str:
+def _unfit_class(value: object, name: str) -> str:
     root = _module(value).partition(".")[0]
     library = root in sys.stdlib_module_names and root not in (*_PURE, "builtins")
     if not library or (isinstance(value, type) and issubclass(value, _EXCEPTIONS)):
@@ -150,7 +126,9 @@ def _unfit_class(value: Any, name: str) -> str:
     return f"uses the class {_module(value)}.{name}"
 
 
-def _unfit_function(value: Any, name: str) -> str:
+def _unfit_function(value: object, name: str) -> str:
+    if is_apply(value):
+        return f"calls {name}(), of a function of autograd"
     module, name = _module(value), getattr(value, "__name__", name)
     root = module.partition(".")[0]
     if module == "builtins":

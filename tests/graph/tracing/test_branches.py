@@ -218,15 +218,6 @@ def test_no_layer_is_inserted_where_a_forward_branches():
     assert reasons == {"": "it branches on a value that is known only when it runs"}
 
 
-def test_text_for_an_assertion_is_no_result():
-    class Model(Holder):
-        def forward(self, x):
-            torch._assert(x.shape[2] == x.shape[3], f"square images, not {x.shape[2:]}")
-            return self.b(self.a(x))
-
-    check(Model())
-
-
 def test_text_of_a_value_that_is_used():
     class Model(Holder):
         def forward(self, x):

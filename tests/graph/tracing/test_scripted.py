@@ -73,4 +73,4 @@ def test_a_forward_may_call_a_scripted_function(how):
 
 def test_the_summary_names_it():
     report = str(normswap.summary(normswap.convert(Net("global"), "cn", verify=False)))
-    assert "own forward: (root): calls FUNCTION, which is scripted" in report
+    assert "own forward: (root): reads FUNCTION, a ScriptFunction outside of it" in report

@@ -1,11 +1,7 @@
 """Each instruction of a forward is seen before it runs."""
 
-import threading
-
-import pytest
 import torch
 
-from normswap.graph.tracing import TraceFailure, TraceSession
 from tests.support.behave import Block, check
 
 runs = 0
@@ -34,16 +30,3 @@ def test_a_forward_of_so_many_names_that_their_numbers_need_two_bytes():
     exec(f"{code}    return self.norm(self.conv(x))\n", scope)
     check(type("Long", (Block,), dict(scope, __module__=__name__))(), opaque="sets runs outside")
     assert "runs" in scope  # by a run, not by the trace
-
-
-def test_another_thread_may_ask_for_modes_while_one_traces():
-    answers = []
-    with TraceSession() as session:
-        session._tracer = object()  # a trace is under way
-        thread = threading.Thread(target=lambda: answers.append(torch.is_grad_enabled()))
-        thread.start()
-        thread.join()
-        with pytest.raises(TraceFailure, match="is_grad_enabled"):
-            torch.is_grad_enabled()
-        session._tracer = None
-    assert answers == [True]

@@ -235,7 +235,7 @@ class Handing(Base):
 
 REASONS = {
     Counting: "fails at `return super().forward([x][1])` on stand-ins",
-    Raising: "raises ValueError where its arguments have no values yet: give a list",
+    Raising: 'fails at `raise ValueError("give a list")` on stand-ins',
     Handing: "hands on an object of class object",
 }
 
