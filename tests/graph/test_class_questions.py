@@ -12,6 +12,7 @@ import normswap
 from normswap.errors import ConversionError
 from tests.support.behave import Block, Holder, call, check, close, images, randomize
 from tests.support.questions import (
+    TABLES,
     Asking,
     Base,
     Class,
@@ -30,6 +31,7 @@ from tests.support.questions import (
     One,
     OtherTypes,
     OwnName,
+    OwnTuple,
     Several,
     Subclass,
     Table,
@@ -50,8 +52,8 @@ if torch.__version__ >= "2.15.0a0":
     SEVERAL += [One, Base, Matched]
 ANSWERED = [One, Base, *NAMES, OwnName, NamesForPeople, Matched, OtherTypes]
 KEPT = [NameKept, NameInALoop, NameOfOneOfSeveral]
-UNFIT = [Subclass, *KEPT]  # no trace goes through them
-ONLY_TRACED = [Exact, NameOfType, Subclass, *KEPT]
+UNFIT = [Subclass, *KEPT, *TABLES]  # no trace goes through them
+ONLY_TRACED = [Exact, OwnTuple, NameOfType, Subclass, *KEPT, *TABLES]
 OF_CONTAINERS = [ExactChild, Class, Table]  # which keep their class, where no trace answers
 
 
