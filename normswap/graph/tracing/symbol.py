@@ -1,11 +1,14 @@
 """The symbolic values that run through a forward while it is traced, and what is asked of them."""
 
 import operator
+import sys
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import Tensor, fx
 
 from normswap.graph.tracing.failure import TraceFailure, is_torch
+from normswap.graph.tracing.uses import instructions_of
 
 # Attributes and methods of tensors that may be None.
 _OPTIONAL = {"grad", "grad_fn", "get", "pop", "setdefault", "names"}
@@ -36,6 +39,16 @@ class Value(fx.Proxy):
     def __format__(self, spec: str) -> str:
         return str(self)
 
+    def __iter__(self) -> Iterator[Any]:
+        frame = sys._getframe(1)
+        step = next((s for s in instructions_of(frame.f_code) if s.offset == frame.f_lasti), None)
+        if step is None or step.opname != "UNPACK_SEQUENCE":
+            return self.tracer.iter(self)
+        items: Any = self
+        if not is_certain(self.node):
+            items = self.tracer.create_proxy("call_function", sequence_of, (self,), {})
+        return iter([items[i] for i in range(step.argval)])
+
     def __contains__(self, item: Any) -> bool:
         raise TraceFailure("asks what is in a value known only when it runs")
 
@@ -45,6 +58,12 @@ class Value(fx.Proxy):
         if name in ("grad", "grad_fn"):
             raise TraceFailure(f"reads .{name}, which may be None")
         return super().__getattr__(name)
+
+
+def sequence_of(value: Any) -> Any:
+    """Return what unpacking takes, by index; of dicts, iterators and others an index is no item."""
+    known = type(value) is list or type(value) is tuple or isinstance(value, Tensor)
+    return value if known else tuple(value)
 
 
 def is_input(value: Any) -> bool:
