@@ -15,6 +15,7 @@ from normswap.conversion.summary import summarise
 from normswap.conversion.target import Target, carry_out, find_target
 from normswap.conversion.verification import Reference, compare, run_original
 from normswap.errors import AdviceWarning, ConversionError, expect_module, not_converted
+from normswap.graph.bypassed import advise_leaving_out
 from normswap.graph.pinned import check_copyable
 from normswap.graph.scope.use_context import scopes_of
 from normswap.graph.state import RECORD, context_argument
@@ -96,7 +97,8 @@ def convert(
             the function. Whatever is raised, `model` is as it was.
 
     Warns:
-        AdviceWarning: another conversion is known to serve such a model better.
+        AdviceWarning: another conversion is known to serve such a model better, or forwards read
+            tensors of replaced norms.
     """
     asked = read_settings(
         convert, method, contexts, select, exclude, placement, preset, unknown, priors, options
@@ -124,8 +126,8 @@ def convert(
     for scope in scopes_of(converted):
         scope.watch.quiet = unknown is not None
     exempt_norms(converted)
-    if advice:
-        warnings.warn(advice, AdviceWarning, stacklevel=3)
+    for text in filter(None, (advice, advise_leaving_out(converted))):
+        warnings.warn(text, AdviceWarning, stacklevel=3)
     return converted
 
 

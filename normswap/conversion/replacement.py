@@ -18,6 +18,7 @@ from normswap.lifecycle.record import Record
 from normswap.methods.base import BaseMethod, Method
 from normswap.report import Row
 from normswap.sites import Place, Site, find_norms, read_site
+from normswap.util.copies import attribute_tensors
 from normswap.util.select import Selector, closest, why_kept
 
 # Classes of torchvision, detectron2 and mmdetection that cut regions out of feature maps.
@@ -123,7 +124,7 @@ def find_replacement(
     pools = [name for name, m in model.named_modules() if _POOLS.search(type(m).__name__)]
     regions = method.needs_context and select is None
     stages = [name.rpartition(".")[0] for name in pools if regions and "." in name]
-    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    holders = Counter(map(id, attribute_tensors(model)))
     for fqn, module, aliases in find_norms(model):
         size = sum(p.numel() for p in module.parameters())
         row = Row(fqn, type(module).__name__, "refused", aliases, parameters_before=size)
@@ -156,10 +157,10 @@ def _is_frozen(norm: nn.Module, site: Site) -> bool:
 
 
 def _why_tied(norm: nn.Module, holders: Counter[int]) -> str:
-    """Return why a norm has to stay whose parameter another module has, too; "" where none does."""
-    tied = (n for n, p in norm._parameters.items() if p is not None and holders[id(p)] > 1)
-    name = next(tied, "")
-    return f"its {name} is tied to a parameter of another module" if name else ""
+    """Return why a norm has to stay whose tensor is held elsewhere, too; "" where none is."""
+    own = {**norm._parameters, **norm._buffers}
+    name = next((n for n, t in own.items() if t is not None and holders[id(t)] > 1), "")
+    return f"its {name} is tied: another module, or an attribute, holds it, too" if name else ""
 
 
 def _nothing_to_replace(model: nn.Module, rows: list[Row], select: Selector) -> str:

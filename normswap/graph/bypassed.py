@@ -20,6 +20,8 @@ _SAME = {"forward", "_call_impl", *_SETTINGS}
 # Of a tensor that has more rows.
 _KEPT = {"device", "dtype", "is_cuda", "requires_grad", "requires_grad_"}
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
+_ROWS = {*_TENSORS, "num_batches_tracked", "state_dict", "parameters", "named_parameters"}
+_ROWS |= {"buffers", "named_buffers", "_parameters", "_buffers"}
 
 
 def find_bypassed(model: nn.Module) -> list[str]:
@@ -41,6 +43,17 @@ def find_bypassed(model: nn.Module) -> list[str]:
                 kept = (n for n in read if method == "forward" or n.endswith(_TENSORS))
                 found.update(dict.fromkeys(kept))
     return list(found)
+
+
+def advise_leaving_out(model: nn.Module) -> str:
+    """Return what to say of forwards that take tensors of replaced norms; "" where none does."""
+    found = [name for name in find_bypassed(model) if name.rpartition(".")[2] in _ROWS]
+    if not found:
+        return ""
+    return (
+        f"forwards take {', '.join(found[:6])} past the norm, where each context has a row now, "
+        f"and compute something else of it, for all samples; {leave_out(found)}"
+    )
 
 
 def explain(error: BaseException, where: str) -> ConversionError | None:

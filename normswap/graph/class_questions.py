@@ -20,9 +20,13 @@ from normswap.graph.tracing.bytecode import Statement, codes_of, read_code
 from normswap.graph.tracing.class_names import ways_to_names
 from normswap.graph.tracing.failure import is_library
 from normswap.graph.tracing.uses import COMPARES
+from normswap.util.elements import COLLECTIONS
 from normswap.util.original_class import class_of
 
 _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
+# By which a class is put into a table, or looked up in one, to be found there by its type.
+_TABLES = {"BUILD_TUPLE", "BUILD_LIST", "BUILD_SET", "BUILD_MAP", "BINARY_SUBSCR", "[]"}
+_LOOKS_UP = {"get", "setdefault", "pop", "index", "count"}
 # From torch 2.15 on the compiler asks a module's own class, and no longer the module.
 _COMPILER_ASKS = torch.__version__ < "2.15.0a0"
 
@@ -65,11 +69,14 @@ def find_questions(
         parts = list(_statements(function))
         asks_type = any(_has(values, type) or "__class__" in s.attributes for values, s in parts)
         asks_kind = any(_has(values, isinstance) for values, _ in parts)
-        for values, (_, _, operations) in parts:
-            found = [c for value in values for c in _classes(value)]
+        for values, (_, attributes, operations) in parts:
+            tables = [t for name in attributes if (t := _table_of(module, name)) is not None]
+            found = [c for value in (*values, *tables) for c in _classes(value)]
             exact = [c for c in found if c in changed]
             below = [c for c in found if c in kinds]
-            if not (operations & COMPARES or any(isinstance(v, dict) for v in values)):
+            looks_up = attributes & _LOOKS_UP or any(isinstance(v, dict) for v in values)
+            in_table = operations & _TABLES and not _has(values, isinstance)
+            if not (operations & COMPARES or looks_up or in_table):
                 exact = []
             asked = exact or (below if _has(values, issubclass) else [])
             if asks_type and asked:
@@ -85,6 +92,12 @@ def find_questions(
                 )
                 text = f"{function.__qualname__} asks whether something is {what}"
                 yield from (Question(text, c, exact=False, compiled=True) for c in below)
+
+
+def _table_of(module: nn.Module, name: str) -> Any:
+    """Return the collection that a module, or its class, has under a name, or None."""
+    found = vars(module).get(name, getattr(class_of(module), name, None))
+    return found if isinstance(found, COLLECTIONS) else None
 
 
 def _is_of(function: types.FunctionType, cls: type) -> bool:

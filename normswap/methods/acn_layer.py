@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.functional.backend import triton_for
-from normswap.functional.backward import in_backward
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_positions
 from normswap.functional.mixture_fused import norm_elements
 from normswap.functional.mixture_instances import norm_instances
@@ -167,7 +166,7 @@ class AdaptiveContextNorm(NormLayer):
             assignment = self.options.assignment
             mass, moments, values = shared_moments(x, mixture, start, assignment, reduce)
             y: Tensor = self._apply_mixture(x, mixture, moments, eps, False).y
-            if not in_backward():
+            if not self.keeps_stats():
                 result = Normalized(y, mass, moments)
                 self._update(result, values / (values - 1).clamp(min=1), values > 1)
             return y
@@ -178,12 +177,14 @@ class AdaptiveContextNorm(NormLayer):
         assignment = self.options.assignment
         triton = triton_for(x, "mixture_norm", *parameters, *running)
         if triton is not None and triton.serves(x, assignment, len(self.mu)):
-            settings = triton.Settings(self.eps, batch, batch and not in_backward(), self.momentum)
+            settings = triton.Settings(
+                self.eps, batch, batch and not self.keeps_stats(), self.momentum
+            )
             given = None if self.running_mean is None else running
             y = triton.norm_mixture(x, parameters, given, settings, assignment)
             return y
         result = self.compute(x, batch)
-        if batch and not in_backward():
+        if batch and not self.keeps_stats():
             self._update(result, number / (number - 1))
         return result.y
 

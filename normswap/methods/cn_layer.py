@@ -117,7 +117,7 @@ class ContextNorm(ContextTables):
             bias,
             priors,
             running,
-            buffers if batched and not (again or together) else None,
+            buffers if batched and not (self.keeps_stats() or together) else None,
             batches,
             float(self.eps),
             None if self.momentum is None else float(self.momentum),
@@ -180,7 +180,7 @@ class ContextNorm(ContextTables):
     @torch.no_grad()
     def _update(self, used: Moments, counts: Counts) -> None:
         """Move the running statistics; where a context had no moments, `used` holds them."""
-        if in_backward():
+        if self.keeps_stats():
             return
         reduce = None if self.synced else sum_over_ddp()
         if reduce is not None:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from normswap.functional.affine import Affine, Centred
-from normswap.functional.backward import in_backward
 from normswap.functional.fused import stat_affine
 from normswap.functional.moments import (
     Moments,
@@ -132,7 +131,7 @@ class BatchContextNormX(ContextNormX):
     @torch.no_grad()
     def _update(self, used: Moments, values: Tensor) -> None:
         """Move the running statistics as batch norm does."""
-        if in_backward():
+        if self.keeps_stats():
             return
         usable = (values > 1).to(values.dtype)
         self.num_batches_tracked.add_(usable.sum().to(torch.int64))

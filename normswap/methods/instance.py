@@ -103,7 +103,8 @@ class ContextInstanceNorm(ContextLayer):
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
         mean, var = self.running_mean, self.running_var
-        training = self.training and not self.stats_frozen
+        # Where tracking is switched off, torch's norm takes, and moves them by, instances in eval.
+        training = (self.training or not self.track_running_stats) and not self.stats_frozen
         if training or mean is None or var is None:
             # The glue keeps numbers alone: x has to be free while checkpointing does not hold it.
             if (positions := x.shape[2:].numel()) == 1:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.functional.backward import in_backward
+
 RUNNING = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
 
 
@@ -32,6 +34,14 @@ class RunningStats(nn.Module):
         for name, value in RUNNING.items():
             if (buffer := self._buffers.get(name)) is not None:
                 buffer.fill_(value)
+
+    def keeps_stats(self) -> bool:
+        """Return whether this forward leaves the running statistics, whatever the mode.
+
+        Backward runs it again, or tracking was switched off for a while, as code of virtual
+        adversarial training does.
+        """
+        return in_backward() or not self.track_running_stats
 
     @torch.no_grad()
     def take_running(self, norm: nn.Module) -> None:

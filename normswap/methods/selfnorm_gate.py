@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.functional.backend import triton_for
-from normswap.functional.backward import in_backward
 from normswap.functional.fused import HandGlue
 from normswap.functional.glue import GateGlue
 from normswap.functional.moments import Moments, context_moments, wide_dtype
@@ -114,7 +113,9 @@ class Gate(RunningStats, Resettable):
         if triton is None:
             return GateGlue(x.shape[2:].numel(), *self._running(len(x), False), *rest)
         batch = self._uses_batch(len(x))
-        glue: HandGlue = triton.GateGlue(x, tensors[3:], batch, batch and not in_backward(), *rest)
+        glue: HandGlue = triton.GateGlue(
+            x, tensors[3:], batch, batch and not self.keeps_stats(), *rest
+        )
         return glue
 
     def shares(self) -> Callable[[Tensor], Tensor] | None:
@@ -138,7 +139,7 @@ class Gate(RunningStats, Resettable):
         # Copies, too, because backward needs the values of this forward.
         wide = wide_dtype(self.running_mean)
         running = (kept[0].to(wide, copy=True), kept[1].to(wide, copy=True))
-        return running, batch, () if replay or not batch or in_backward() else kept
+        return running, batch, () if replay or not batch or self.keeps_stats() else kept
 
     def _shared(self, z: Tensor, reduce: Callable[[Tensor], Tensor], replay: bool) -> Tensor:
         """Normalise z over the instances of all processes, and update the running statistics."""
@@ -146,7 +147,7 @@ class Gate(RunningStats, Resettable):
         everyone = torch.zeros(len(z), dtype=torch.int64, device=z.device)
         count, batch = context_moments(Moments(z, torch.zeros_like(z)), everyone, 1, reduce=reduce)
         used = batch.where(count > 1, running)
-        if not (replay or in_backward()):
+        if not (replay or self.keeps_stats()):
             with torch.no_grad():
                 unbiased = batch.var[0] * (count / (count - 1).clamp(min=1))
                 self.move_running(batch.mean[0], unbiased, self.momentum * (count > 1).to(z.dtype))

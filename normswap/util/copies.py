@@ -24,7 +24,7 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         ConversionError: an attribute that cannot be copied; the message names it.
     """
     memo = {**shared_groups(model), **(memo or {})}
-    for tensor in _attribute_tensors(model):
+    for tensor in attribute_tensors(model):
         # Cached by a forward (LeViT's biases), or by a hook (pruning): deepcopy refuses them.
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
@@ -50,9 +50,8 @@ def copy_structure(model: nn.Module) -> nn.Module:
     return copy_model(model, memo)
 
 
-def _attribute_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the buffers, and the tensors in attributes and in the lists and dicts there."""
-    yield from model.buffers()
+def attribute_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensor that each parameter, buffer, attribute, and list or dict there holds."""
     seen: set[int] = set()
     found: list[Any] = [v for m in model.modules() for v in vars(m).values()]
     while found:

@@ -238,11 +238,20 @@ def test_the_input_has_the_name_that_torch_gives_it(method):
         torch.testing.assert_close(converted(x), model(x))
 
 
-def test_a_norm_whose_weight_is_tied_stays_and_the_report_says_so():
+def share(model, name):
+    setattr(model[1], name, getattr(model[0], name))
+
+
+def hold(model, name):
+    model.held = {"tensors": [getattr(norm, name) for norm in model[:2]]}
+
+
+@pytest.mark.parametrize("tie", [share, hold])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_a_norm_whose_tensor_is_held_elsewhere_stays_and_the_report_says_so(name, tie):
     model = nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(3)))
-    model[1].weight = model[0].weight
+    tie(model, name)
     converted = normswap.convert(model, "cn", contexts=2, verify=False)
-    assert converted[0].weight is converted[1].weight
     rows = normswap.summary(converted).rows
     assert [row.action for row in rows] == ["refused", "refused", "replaced"]
-    assert rows[0].reason == "its weight is tied to a parameter of another module"
+    assert rows[0].reason == f"its {name} is tied: another module, or an attribute, holds it, too"

@@ -1,6 +1,7 @@
 """Forwards that use a norm other than by calling it: right, or an error that names the norm."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import normswap
-from normswap.errors import ConversionError, VerificationError
+from normswap.errors import AdviceWarning, ConversionError, VerificationError
 
 
 class Tuned(nn.BatchNorm2d):
@@ -50,6 +51,11 @@ OTHER_VALUES = {
     "penalty": lambda m, x: m.norm(x) + m.norm.weight.abs().sum(),
     "parameters": lambda m, x: m.norm(x) + sum(p.sum() for p in m.norm.parameters()),
     "shape": lambda m, x: m.norm(x) * m.norm.weight.shape[0],
+}
+# No comparison right after conversion tells.
+SILENT = {
+    "statistics": lambda m, x: m.norm(x) - m.norm.running_mean.mean(),
+    "written to": lambda m, x: (m.norm.weight.data.clamp_(min=0.1), m.norm(x))[1],
 }
 RIGHT = {
     "bound forward": lambda m, x: m.norm.forward(x),
@@ -111,11 +117,19 @@ def test_the_summary_says_what_is_read(use, trace):
     assert normswap.summary(convert(make(use), trace=trace, verify=False)).norm_reads
 
 
+@pytest.mark.parametrize("use", [*OTHER_VALUES.values(), *SILENT.values()])
+def test_what_forwards_read_is_warned_of(use):
+    with pytest.warns(AdviceWarning, match=r"norm\..*exclude='norm'"):
+        convert(make(use), verify=False)
+
+
 @TRACE
 @pytest.mark.parametrize("use", RIGHT.values(), ids=RIGHT)
 def test_calls_and_settings_are_right(use, trace):
     model = make(use)
-    converted = convert(copy.deepcopy(model), trace=trace, example_inputs=X)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "forwards take")
+        converted = convert(copy.deepcopy(model), trace=trace, example_inputs=X)
     torch.testing.assert_close(converted(X, context=LABELS), model(X))
     assert not normswap.summary(converted).norm_reads
 

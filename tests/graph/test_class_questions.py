@@ -12,6 +12,7 @@ import normswap
 from normswap.errors import ConversionError
 from tests.support.behave import Block, Holder, call, check, close, images, randomize
 from tests.support.questions import (
+    TABLES,
     Asking,
     Base,
     Class,
@@ -30,6 +31,7 @@ from tests.support.questions import (
     One,
     OtherTypes,
     OwnName,
+    OwnTuple,
     Several,
     Subclass,
     Table,
@@ -50,7 +52,7 @@ if torch.__version__ >= "2.15.0a0":
     SEVERAL += [One, Base, Matched]
 ANSWERED = [One, Base, *NAMES, OwnName, NamesForPeople, Matched, OtherTypes]
 KEPT = [NameKept, NameInALoop, NameOfOneOfSeveral]
-UNANSWERED = [Exact, NameOfType, Subclass, *KEPT]
+UNANSWERED = [Exact, OwnTuple, NameOfType, Subclass, *KEPT, *TABLES]
 OF_CONTAINERS = [ExactChild, Class, Table]  # which keep their class
 
 
@@ -117,7 +119,7 @@ def test_a_container_whose_class_is_asked_for_keeps_it(kind):
     torch.testing.assert_close(plain(x), converted(x, context="a"))
 
 
-@pytest.mark.parametrize("kind", [Exact, Subclass])
+@pytest.mark.parametrize("kind", [Exact, OwnTuple, Subclass, *TABLES])
 def test_the_exclude_that_the_error_names_serves(kind):
     model = make(kind, Untraceable).eval()
     model.list[0] = nn.InstanceNorm2d(4)  # one that is left where no batch norm is

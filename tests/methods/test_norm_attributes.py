@@ -62,6 +62,30 @@ def test_resetting_starts_anew(kind, method):
     torch.testing.assert_close(layer(x), norm(x), rtol=max(norm.eps, 1e-5), atol=1e-6)
 
 
+SWITCHED = [(kind, method) for kind, method in PAIRS if kind not in ("synced", "instance")]
+
+
+@pytest.mark.parametrize(("kind", "method"), SWITCHED)
+def test_tracking_that_is_switched_off_for_a_while(kind, method):
+    layer, norm = convert(NORMS[kind], method), copy.deepcopy(NORMS[kind])
+    given = {}
+    if normswap.get_method(method).needs_context:
+        given["context"] = torch.zeros(3, dtype=torch.int64)
+    x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0)) + 2
+    for training, tracks in ((True, False), (False, False), (True, True), (False, True)):
+        outputs, moved = [], []
+        for module, labels in ((norm, {}), (layer, given)):
+            module.train(training).track_running_stats = tracks
+            before = {n: b.clone() for n, b in module.named_buffers()}
+            outputs.append(module(x, **labels))
+            now = dict(module.named_buffers())
+            moved.append({n for n in before if "running" in n and not before[n].equal(now[n])})
+        if "running_mean" in before:
+            assert moved[1] == moved[0]
+        if method == "cn":
+            torch.testing.assert_close(outputs[1], outputs[0])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_going_back_keeps_the_settings(method):
     norm = nn.BatchNorm2d(4, affine=False, momentum=0.3)

@@ -155,6 +155,42 @@ class Table:
         return TABLE[type(self.block)] == 2.0
 
 
+class LocalTable:
+    def ask(self):
+        table = {nn.BatchNorm2d: True}
+        return table.get(type(self.norm))
+
+
+class OwnTable:
+    table = {nn.BatchNorm2d: True}  # noqa: RUF012
+
+    def ask(self):
+        return self.table.get(type(self.norm))
+
+
+class OwnTuple:
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+    def ask(self):
+        return type(self.norm) in self.kinds
+
+
+class Place:
+    def ask(self):
+        return [nn.BatchNorm2d, type(self.block)].index(type(self.norm)) == 0
+
+
+class Grouped:
+    def ask(self):
+        groups = {}
+        for module in (self.norm, self.block):
+            groups.setdefault(type(module), []).append(module)
+        return groups.get(nn.BatchNorm2d)
+
+
+TABLES = [LocalTable, OwnTable, Place, Grouped]
+
+
 class Subclass:
     def ask(self):
         return issubclass(type(self.norm), nn.BatchNorm2d)

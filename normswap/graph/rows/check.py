@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from normswap.errors import ContextError
 from normswap.functional.labels import Context
 from normswap.graph.rows.key import kind_of
-from normswap.graph.rows.plans import ONE, PERMUTED, Family, Plan, Step
+from normswap.graph.rows.plans import DEAD, ONE, PERMUTED, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
 from normswap.graph.rows.refusals import not_aligned, refuse_cause, refuse_unknown
 from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, Values, each_in_run
@@ -202,13 +202,13 @@ class Rows:
         self._note(plan, run.samples)
         if plan.reason or plan.regular:
             run.family.keep(run.numbers, plan)
-        elif self.fixed and not any(step.cause for step in plan.steps):
+        elif self.fixed and not any(step.cause or step.how == DEAD for step in plan.steps):
             plan.samples = run.samples
             run.family.keep(None, plan)
 
     def _note(self, plan: Plan, samples: int) -> None:
         """Note by norm what was found with so many samples."""
-        for step in plan.steps:
+        for step in (step for step in plan.steps if step.how != DEAD):
             times = step.times if step.regular else _ratio(step.rows, samples)
             _learn(self.known, (step.site, step.training, times), step)
             if self.fixed and not step.regular:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from normswap.graph.rows.plans import FOLDED, ONE, PERMUTED, REPEATED, Step
+from normswap.graph.rows.plans import DEAD, FOLDED, ONE, PERMUTED, REPEATED, Step
 
 MADE_OF_SEVERAL = "rows made of several samples"
 _NONE, _SEVERAL, _UNSURE = -1, -2, -3
@@ -122,7 +122,7 @@ def _find_order(rows: list[int], samples: int, x: Tensor) -> str | None:
         ):
             fits.append(how)
     if len(rows) == samples:
-        return ONE if fits else None
+        return None if not fits else DEAD if _NONE in rows else ONE
     return fits[0] if len(fits) == 1 else None
 
 

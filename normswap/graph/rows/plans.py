@@ -10,6 +10,8 @@ from torch import Tensor
 ONE, FOLDED, REPEATED, PERMUTED = "one per sample", "folded", "repeated", "permuted"
 # All labels are the same one: any order will do.
 ANY = "any"
+# Rows that no sample moves (dead activations): in the order of the batch, for this call alone.
+DEAD = "alike in all samples"
 
 # After so many equal findings for other sizes and numbers, these no longer matter.
 _ENOUGH = 3

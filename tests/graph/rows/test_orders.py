@@ -115,6 +115,17 @@ def test_a_norm_that_a_forward_calls_for_each_piece_of_a_batch_is_said_to_have_s
     assert rows_of(model) == {"norm": "permuted, in several orders"}
 
 
+def test_rows_that_no_sample_moves_tell_no_order_of_later_calls():
+    model = ordered(lambda s, x: s.norm(x.flip(0)).flip(0))
+    weight = model.linear.weight.detach().clone()
+    torch.nn.init.zeros_(model.linear.weight)
+    model(torch.randn(4, 6, dtype=torch.float64), context=LABELS)
+    assert rows_of(model)["norm"].startswith("not measured")
+    with torch.no_grad():
+        model.linear.weight.copy_(weight)
+    check(model)
+
+
 def test_dropout_in_a_forward_does_not_hide_the_order():
     model = ordered(lambda s, x: pairs(s, nn.functional.dropout(x, 0.5, s.training))).train()
     model(torch.randn(4, 6, dtype=torch.float64), context=LABELS)

@@ -215,7 +215,7 @@ def test_a_size_made_a_tensor():
             y = self.a(x) / torch.sqrt(torch.tensor(x.shape[1], dtype=x.dtype))
             return self.b(y) + torch.as_tensor([x.shape[2], 1.0]).sum()
 
-    check(Model(), opaque="torch.as_tensor([x.shape[2], 1.0]).sum()`, which no graph can")
+    check(Model(), opaque="torch.as_tensor([x.shape[2], 1.0]).sum()` on stand-ins")
 
 
 def test_a_forward_refused_before_its_trace_begins_leaves_the_others_theirs():
@@ -233,3 +233,44 @@ def test_a_forward_refused_before_its_trace_begins_leaves_the_others_theirs():
 
     converted = check(Model())
     assert set(normswap.summary(converted).opaque) == {"first"}
+
+
+class Pairs(nn.Module):
+    """Returns two values in something, of which an index need not be an item."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.block, self.wrap = Block(), wrap
+
+    def forward(self, x):
+        return self.wrap(self.block(x), 2 * x)
+
+
+class Backwards(list):
+    def __iter__(self):
+        return iter(self[::-1])
+
+
+PAIRS = {
+    "tuple": lambda a, b: (a, b),
+    "keys": lambda a, b: {1: a, 0: b},
+    "values": lambda a, b: {1: a, 0: b}.values(),
+    "iterator": lambda a, b: iter([a, b]),
+    "map": lambda a, b: map(torch.neg, [a, b]),
+    "stacked": lambda a, b: torch.stack([a, b]),
+    "own iteration": lambda a, b: Backwards([a, b]),
+}
+
+
+@pytest.mark.parametrize("wrap", PAIRS.values(), ids=PAIRS)
+def test_unpacking_what_a_child_returns(wrap):
+    class Model(Holder):
+        def __init__(self):
+            super().__init__()
+            self.pairs = Pairs(wrap)
+
+        def forward(self, x):
+            first, second = self.pairs(x)
+            return self.a(x) * first + second
+
+    check(Model())
