@@ -5,11 +5,8 @@ gradient ascent from a random start, on the model in evaluation, told the contex
 few steps along the sign of the gradient, no pixel further than --eps of 255 from what it was. The
 paper gives each kind a BatchNorm of its own, which is `cn`.
 
-    bn          BatchNorm, clean images alone
+    bn          clean images alone
     bn-both     one BatchNorm for both kinds
-    cn          statistics, scale and shift of each kind's own in every norm
-    cn-first    these at the first norm alone (`select="first"`)
-    cn-x-batch  BatchNorm of both, then each kind's learned mean and spread (`statistics="batch"`)
 
 Accuracy is on clean images, told so, and on images attacked in the same way, told so; beside it, on
 images that are attacked through the context `clean` and not known to be. Figures are of the last

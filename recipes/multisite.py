@@ -5,12 +5,7 @@ the images of all sites together; the site is the context. Tested are whole imag
 told the site, or not. A site's Dice is the mean over its images, its AUC is over all their pixels,
 neither with a mask of the field of view.
 
-    bn          the network as it is, with BatchNorm
-    bn-frozen   the backbone's BatchNorm keeps the statistics of the given weights
-    cn          statistics, scale and shift of each site's own in every norm
-    cn-first    these at the first norm alone (`select="first"`)
-    cn-x        a learned mean and spread for each site, no statistics of the batch
-    cn-x-batch  BatchNorm, then each site's learned mean and spread (`statistics="batch"`)
+Of `bn-frozen` the backbone keeps the statistics of the given weights.
 
 With --adapt SITE it trains on that site alone, and is tested on the others as it is, and `adapted`
 to their training images, without masks: BatchNorm by statistics estimated anew (AdaBN), methods

@@ -4,12 +4,6 @@ One norm of a shallow CNN of three convolutions is replaced, and all is trained 
 contexts are the Gaussians of a mixture fitted to the training images, to 16 principal components of
 their pixels. An image is told the one it most probably comes from, in training and in the test.
 
-    bn          the network as it is, with BatchNorm
-    cn          statistics, scale and shift of each context's own
-    cn-x        a learned mean and spread for each context
-    cn-x-batch  BatchNorm, then each context's learned mean and spread (`statistics="batch"`)
-    acn         a mixture of as many Gaussians for each channel, learned; it is told nothing
-
 Figures are of the last epoch. Each method's rate is the best of --rates, with seed 0, on a fifth of
 the training images, which does not train then; what tests is read once, after that.
 

@@ -63,14 +63,20 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+@contextmanager
+def reading(path: Path, way_out: str) -> Iterator[None]:
+    """Say of a file that is damaged which it is and what to do."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"cannot read {path}: {error!r}; {way_out}") from error
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; none where there is no file."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        raise RecipeError(f"cannot read {path}: {error}; delete it to run all again") from error
+    with reading(path, "delete it to run all again"):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
 
 
 def add_options(parser: Parser) -> None:
@@ -158,10 +164,8 @@ def read_config(folder: Path, part: str = "settings") -> dict[str, Any]:
     path = folder / CONFIG
     way_out = f"found no {CONFIG}; leave out --resume to start it"
     check(path.exists(), f"expected a run to resume at {folder}, {way_out}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))[part]
-    except (ValueError, KeyError) as error:
-        raise RecipeError(f"cannot read the settings in {path}: {error!r}") from error
+    with reading(path, "leave out --resume, and start it again under another --name"):
+        return dict(json.loads(path.read_text(encoding="utf-8"))[part])
 
 
 def save_checkpoint(folder: Path, arms: list[Arm], history: list[dict[str, Any]]) -> None:
