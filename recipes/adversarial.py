@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from .common import grid, reports, tiles
 from .common.data import Batch, DomainData, Loader
-from .common.errors import check
-from .common.options import Parser, count, resolve
+from .common.options import Parser, count, rate, resolve
 from .common.tiles import MEAN, STD, start
 from .common.training import Log, fit_epochs, takes_context, told
 
@@ -38,7 +37,6 @@ HEADINGS = {"clean": "clean", "attacked": "attacked"}
 
 def run(options: Namespace) -> None:
     resolve(options, backbone=False, epochs=1, limit=4)
-    check(options.eps > 0, f"expected --eps above 0, of 255, got {options.eps:g}")
     chosen, source = itemgetter("clean"), tiles.source(options)
     folder, records = grid.run(options, "adversarial", source, train_one, chosen)
     more = {"unknown": "attacked, told clean"} | ({"rate": "rate, 1e-3"} if options.tune else {})
@@ -101,5 +99,5 @@ def add_options(parser: Parser) -> None:
     tiles.add_options(parser, METHODS, METHODS)
     parser.share(lr=2e-3, epochs=4)
     add = parser.add_argument
-    add("--eps", type=float, default=4.0, help="most that a pixel is changed by, of 255")
+    add("--eps", type=rate, default=4.0, help="most that a pixel is changed by, of 255")
     add("--attack-steps", type=count, default=2, help="of the attack")

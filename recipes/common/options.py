@@ -19,6 +19,8 @@ DIGITS_MODEL = "resnet10t"
 
 @dataclass(frozen=True)
 class ByData:
+    """A default that depends on the data: the recipe's own, or a folder of --data."""
+
     digits: Any
     folder: Any
 
@@ -58,7 +60,7 @@ def number(
 count = number(int, "1 or more", lambda x: x >= 1)
 rate = number(float, "a number above 0", lambda x: 0 < x < math.inf)
 decay = number(float, "0 or more", lambda x: 0 <= x < math.inf)
-share = number(float, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+fraction = number(float, "a number in [0, 1]", lambda x: 0 <= x <= 1)
 averaging = number(float, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
@@ -72,17 +74,14 @@ def pick_device(name: str) -> torch.device:
     one = f"{expected}, got {name!r}; each takes the GPU of its number"
     check(not (several and ":" in name), one)
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        name = "cpu" if found is None else found.type
+        name = (torch.accelerator.current_accelerator(True) or torch.device("cpu")).type
     if several and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"expected --device to be usable, got {name!r}: {reason}") from error
-    return device
 
 
 # By name: what reads it (None for a switch, bool for --NAME and --no-NAME), and its help.
@@ -108,7 +107,7 @@ SHARED: dict[str, tuple[Any, str]] = {
         "choose each method's rate, of a third of --lr, it, and its threefold, with seed 0 on a "
         "part of the training images that does not train then",
     ),
-    "drop_labels": (share, "hide each context label from a training step with this probability"),
+    "drop_labels": (fraction, "hide each context label from a training step with this probability"),
     "limit": (count, "images of each class that train, and test"),
     "flip": (bool, "mirror training images of --data at random"),
     "workers": (count, "processes that decode images"),
@@ -124,10 +123,6 @@ DEFAULTS = {
     "batch_size": 64, "weight_decay": 0.05, "workers": 2, "flip": True, "drop_labels": 0.0,
     "weights": SCRATCH, "ema": 0.0, "final": True, "device": torch.device("cpu"),
 }  # fmt: skip
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,7 +141,7 @@ class Parser(argparse.ArgumentParser):
             kind, text = SHARED[name]
             how = {"action": actions[kind]} if kind in actions else {"type": kind}
             given = {} if default is None else {"default": default}
-            self.add_argument(flag(name), help=text, **how, **given)
+            self.add_argument(f"--{name.replace('_', '-')}", help=text, **how, **given)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -172,20 +167,17 @@ def resolve(
     if backbone:
         both = pretrained and options.weights not in (None, SCRATCH)
         check(not both, "expected --pretrained or --weights, got both; name one start")
-        if options.model is None:
-            lite = options.weights == EFFICIENTNET_LITE0
-            options.model = EFFICIENTNET_LITE0_TIMM if lite else DIGITS_MODEL
-        if options.weights is None:
-            lite = packaged and options.model == EFFICIENTNET_LITE0_TIMM
-            options.weights = EFFICIENTNET_LITE0 if lite else SCRATCH
+        lite = options.weights == EFFICIENTNET_LITE0
+        options.model = options.model or (EFFICIENTNET_LITE0_TIMM if lite else DIGITS_MODEL)
+        lite = packaged and options.model == EFFICIENTNET_LITE0_TIMM
+        options.weights = options.weights or (EFFICIENTNET_LITE0 if lite else SCRATCH)
+        check_model_name(options.model)
+        made_for = timm.get_pretrained_cfg_value(options.model, "input_size")
+        options.image_size = options.image_size or made_for[-1]
     if isinstance(given.get("lr"), ByStart):
         scratch = options.weights == SCRATCH and not pretrained
         options.lr = options.lr.random if scratch else options.lr.given
     options.device = pick_device(options.device)
-    if backbone:
-        check_model_name(options.model)
-        made_for = timm.get_pretrained_cfg_value(options.model, "input_size")
-        options.image_size = options.image_size or made_for[-1]
 
 
 def of_cell(options: argparse.Namespace, **settings: Any) -> argparse.Namespace:

@@ -32,9 +32,9 @@ def mixed(*given: str):
     [
         (["--epochs", "0"], "--epochs: expected 1 or more, got 0"),
         (["--batch-size", "-1"], "--batch-size: expected 1 or more, got -1"),
-        (["--lr", "0"], "--lr above 0, got 0"),
-        (["--weight-decay", "-0.1"], "--weight-decay of 0 or more, got -0.1"),
-        (["--drop-labels", "1.5"], r"--drop-labels in \[0, 1\], got 1.5"),
+        (["--lr", "0"], "--lr: expected a number above 0, got 0"),
+        (["--weight-decay", "-0.1"], "--weight-decay: expected 0 or more, got -0.1"),
+        (["--drop-labels", "1.5"], r"--drop-labels: expected a number in \[0, 1\], got 1.5"),
         (["--pretrained", "--weights", "x"], "--pretrained or --weights, got both"),
         (["--method", "batchnorm"], "invalid choice: 'batchnorm'"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),

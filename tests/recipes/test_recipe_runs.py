@@ -24,7 +24,7 @@ def trained_arm(steps: int = 3):
     """A small model some steps into training, so that the optimizer has a state."""
     torch.manual_seed(steps)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    arm = make_arm("bn", model, CONFIG, 10)
+    arm = make_arm("bn", model, CONFIG, 20)
     for update in range(steps):
         arm.schedule.step_update(update)
         model(torch.randn(5, 3)).pow(2).sum().backward()
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_carries_code_is_refused_and_the_code_not_run(tmp_path
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     runs.save_checkpoint(tmp_path, [trained_arm()], HISTORY)
-    other = make_arm("bn", nn.Linear(2, 2), CONFIG, 10)
+    other = make_arm("bn", nn.Linear(2, 2), CONFIG, 20)
     with pytest.raises(RecipeError, match="does not fit the model bn"):
         runs.load_checkpoint(tmp_path, [other])
 

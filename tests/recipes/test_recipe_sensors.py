@@ -63,12 +63,6 @@ def test_domains_with_a_split_are_the_contexts(split, tmp_path):
     assert all(set(accuracy) == {"day", "night"} for accuracy in found)
 
 
-def test_a_folder_without_a_split_is_an_error(folder, tmp_path, capsys):
-    assert main(["sensors", "--data", str(folder), "--out", str(tmp_path / "runs")]) == 2
-    assert "to hold the folders train and test, of CLASS/image, got day" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
 def test_no_pixel_of_a_tile_that_tests_is_trained_on():
     data = tiles.tiles(16, seed=0, limit=5)
     assert data.images.shape == (120, 3, 16, 16)

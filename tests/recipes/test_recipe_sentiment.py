@@ -70,9 +70,3 @@ def test_a_line_of_another_form_is_an_error(tmp_path):
     path.write_text("1 good\nbad one\n")
     with pytest.raises(RecipeError, match=r"line 2 of .*got 'bad one'"):
         sentiment.read(path)
-
-
-def test_a_missing_file_is_an_error(tmp_path, capsys):
-    assert main(["sentiment", "--data", str(tmp_path), "--out", str(tmp_path / "runs")]) == 2
-    assert "stsa.binary.train.txt" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
