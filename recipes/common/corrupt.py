@@ -19,6 +19,7 @@ Source: Hendrycks, Dietterich, "Benchmarking Neural Network Robustness to Common
 Perturbations", ICLR 2019, arXiv 1903.12261, and the parameters its authors published with it.
 """
 
+import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +59,7 @@ def corrupt(images: Tensor, family: str, severity: int, seed: int) -> Tensor:
     number = 100 * list(TABLE).index(family) + severity
     generator = torch.Generator().manual_seed(seed * 10_007 + number)
     result = function(images.float() / 255, parameters[severity - 1], generator)
-    return _bytes(result)
+    return (result.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 @family(0.08, 0.12, 0.18, 0.26, 0.38)
@@ -155,13 +156,16 @@ def elastic_transform(
 def pixelate(x: Tensor, factor: float, generator: torch.Generator) -> Tensor:
     size = x.shape[-1]
     few, box = (max(1, int(size * factor)),) * 2, Image.Resampling.BOX
-    small_and_large = each(_bytes(x), lambda i: i.resize(few, box).resize((size,) * 2, box))
-    return small_and_large.float() / 255
+    return _each(x, lambda image: image.resize(few, box).resize((size,) * 2, box))
 
 
 @family(25, 18, 15, 10, 7)
 def jpeg_compression(x: Tensor, quality: int, generator: torch.Generator) -> Tensor:
-    return transforms.jpeg(_bytes(x), quality).float() / 255
+    def change(image: Image.Image) -> Image.Image:
+        image.save(file := io.BytesIO(), "JPEG", quality=quality)
+        return Image.open(file)
+
+    return _each(x, change)
 
 
 @family((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2))
@@ -206,8 +210,8 @@ def snow(x: Tensor, how: tuple[float, ...], generator: torch.Generator) -> Tenso
     return whiter + fallen + fallen.flip(2, 3)
 
 
-def _bytes(x: Tensor) -> Tensor:
-    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
+def _each(x: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
+    return each((x * 255).round().to(torch.uint8), change).float() / 255
 
 
 def _average(x: Tensor, points: Tensor, weights: Tensor) -> Tensor:
