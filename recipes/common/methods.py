@@ -34,8 +34,8 @@ TEXTS = {
     "cn-x": "a learned mean and spread for each context, no statistics of the batch",
     "cn-x-batch": 'BatchNorm, then such a mean and spread (`statistics="batch"`)',
     "acn": "a mixture of Gaussians for each channel, learned; it is told no context",
-    "bn-frozen": "with the statistics that given weights came with, as evaluation has them;",
-    "cn-frozen": "likewise: what it gains on bn-frozen comes of contexts",
+    "bn-frozen": "bn with the statistics that given weights came with, as evaluation has them",
+    "cn-frozen": "cn likewise: what it gains on bn-frozen comes of contexts",
 }
 # Reductions of the stages after which authors have their augmentations; 2 is that of the stem.
 STAGES = {"mixstyle": (4, 8), "efdmix": (4, 8), "dsu": (2, 4, 8, 16, 32)}

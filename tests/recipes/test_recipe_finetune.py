@@ -63,6 +63,8 @@ def without_times(value):
 def test_smoke_run_trains_both_models_and_leaves_every_file(tmp_path, capsys, method):
     assert finetune_quickly(tmp_path, "--name", "run", "--method", method, "--epochs", "1") == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
+    with Image.open(tmp_path / "run" / "curves.png") as image:
+        assert image.format == "PNG"
     printed = capsys.readouterr().out
     replaces = isinstance(normswap.get_method(method), Method)
     labelled = normswap.get_method(method).needs_context
@@ -93,12 +95,6 @@ def finished(tmp_path_factory):
 def copied(finished, tmp_path):
     """A copy of it, to run again."""
     return shutil.copytree(finished, tmp_path / "run")
-
-
-def test_the_picture_is_a_png(finished):
-    with Image.open(finished / "curves.png") as image:
-        assert image.format == "PNG"
-        assert image.width > 600
 
 
 def test_the_saved_model_is_the_trained_converted_one(finished):

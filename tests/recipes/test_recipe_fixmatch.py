@@ -1,9 +1,7 @@
-import pytest
 import torch
 
 from recipes.__main__ import main
 from recipes.common.digits import load_digits
-from recipes.common.errors import RecipeError
 from recipes.common.grid import read_lines
 from recipes.common.images import pick
 from recipes.common.scores import HEADINGS
@@ -57,10 +55,3 @@ def test_as_many_labels_of_each_class_are_picked_from_the_training_images():
     assert len(picked.unique()) == 30
     assert torch.equal(picked, pick(data, 3, 5, "--labels"))
     assert not torch.equal(picked, pick(data, 3, 6, "--labels"))
-
-
-def test_a_domain_that_is_not_there_is_an_error(folder):
-    from recipes.common.folders import load_folder
-
-    with pytest.raises(RecipeError, match=r"are day, night, got 'dusk'"):
-        load_folder(folder, 16, domains=["night", "dusk"])

@@ -46,12 +46,6 @@ def test_folders_named_train_and_test_are_the_official_split(folder):
     assert torch.equal(data.train, ~data.test)
 
 
-def test_the_number_of_threads_does_not_change_the_images(folder):
-    assert torch.equal(
-        load_folder(folder, 16, workers=1).images, load_folder(folder, 16, workers=4).images
-    )
-
-
 def spoil(folder, how):
     """Spoil a folder in this way."""
     dogs = folder / "day" / "dog"

@@ -141,24 +141,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         runs.load_checkpoint(tmp_path, [other])
 
 
-def test_an_existing_run_is_refused_with_both_ways_out(tmp_path):
-    with pytest.raises(RecipeError, match=r"exists; add --resume .* another --name"):
-        runs.folder_of(Namespace(out=tmp_path.parent, name=tmp_path.name, resume=False), "", "")
-
-
-def test_a_default_name_avoids_existing_runs(tmp_path):
-    assert runs.free_name(tmp_path, "run") == "run"
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run-2").mkdir()
-    assert runs.free_name(tmp_path, "run") == "run-3"
-
-
 def test_settings_of_a_run_are_read_back(tmp_path):
     runs.write_config(tmp_path / "run", {"epochs": 3, "held_out": "60"})
     assert runs.read_config(tmp_path / "run") == {"epochs": 3, "held_out": "60"}
     assert "torch" in runs.read_config(tmp_path / "run", "versions")
 
 
-def test_resuming_what_is_not_there_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"found no config\.json; leave out --resume"):
-        runs.read_config(tmp_path / "none")
+def test_a_default_name_avoids_existing_runs(tmp_path):
+    options = Namespace(out=tmp_path, name=None, resume=False)
+    for name in ("run", "run-2", "run-3"):
+        folder = runs.folder_of(options, "toy", "run")
+        assert folder == tmp_path / name
+        folder.mkdir()
