@@ -57,7 +57,7 @@ def test_labels_of_the_target_change_no_training(true, monkeypatch):
 
 
 def test_labels_of_the_target_choose_no_rate(tmp_path, monkeypatch):
-    given = ["adaptation", "--smoke", "--tune", "--amp", "--methods", "cn-x-batch"]
+    given = [*SMALL, "--tune", "--methods", "cn-x-batch"]
     load = images.load
 
     def shuffled(*args, **kwargs):

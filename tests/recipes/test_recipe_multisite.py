@@ -53,6 +53,7 @@ def test_every_method_is_tested_on_each_site_by_what_it_is_told(sites, tmp_path)
 
 def test_rates_are_chosen_without_what_tests(data, config):
     config.method, config.final, config.amp = "cn", False, True
+    config.device = torch.device("cpu")
     spoilt = replace(data, images=data.images.clone())
     spoilt.images[data.parts == TEST] = 0
     one, other = (multisite.train_one(scenes, config, lambda _: None) for scenes in (data, spoilt))

@@ -40,7 +40,7 @@ CASES = [
     ("segment", ["--image-size", "16"], "at least 32"),
     ("segment", ["--model", "resnet10"], "did you mean"),
     ("segment", ["--image-size", "32", "--levels", "1", "9"], "gives no feature maps"),
-    ("segment", ["--image-size", "32", "--model", "test_vit"], "gives no feature maps"),
+    ("segment", ["--image-size", "32", "--model", "vit_tiny_patch16_224"], "gives no feature maps"),
     ("multisite", ["--data", "SITES", "--adapt", "north"], "the sites east, west, got 'north'"),
     ("multisite", ["--data", "SITES", "--levels", "1", "9"], "gives no feature maps"),
 ]

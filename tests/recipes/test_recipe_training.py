@@ -156,7 +156,7 @@ def test_an_arm_trains_the_same_alone_as_beside_another():
     alone, beside, other = Plain(), Plain(), Plain()
     beside.load_state_dict(alone.state_dict())
     train_epoch([make_arm("a", alone, CONFIG, 16)], make_loader(coloured()), CONFIG, 0)
-    arms = [make_arm("o", other, CONFIG, 16), make_arm("a", beside, CONFIG, 8)]
+    arms = [make_arm("o", other, CONFIG, 16), make_arm("a", beside, CONFIG, 16)]
     train_epoch(arms, make_loader(coloured()), CONFIG, 0)
     assert torch.equal(alone.conv.weight, beside.conv.weight)
 
