@@ -46,6 +46,7 @@ WHOLE = 4  # whole images a forward
 
 
 def run(options: Namespace) -> None:
+    check(options.data, "expected --data, a folder or zip SITE/{train,test}/{images,masks}")
     if options.model is None and options.weights != EFFICIENTNET_LITE0:
         options.model = NARROW
     resolve(options, steps=2, batch_size=4, image_size=64, patch=32, limit=5)
@@ -184,7 +185,7 @@ def add_options(parser: Parser) -> None:
     parser.share("model", "pretrained", "tune", "amp", weights=SCRATCH, image_size=320, lr=3e-3)
     parser.share(steps=200, batch_size=8, weight_decay=0.05, ema=0.98)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder or zip SITE/{train,test}/{images,masks}")
+    add("--data", type=Path, help="SITE/{train,test}/{images,masks}; it has no default")
     add("--limit", type=count, metavar="N", help="images of each part of each site")
     add("--adapt", metavar="SITE", help="train on this site alone, and adapt to the others")
     add("--patch", type=count, default=64, help="pixels a side of what trains")

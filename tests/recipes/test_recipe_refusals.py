@@ -56,6 +56,8 @@ BARE = [
     ("sensors", ["--lr", "inf"], "--lr: expected a number above 0, got inf"),
     ("sensors", ["--data", "FOLDER"], "the folders train and test, of CLASS/image, got day"),
     ("sentiment", ["--data", "FOLDER"], "stsa.binary.train.txt"),
+    ("sentiment", [], "expected --data, a folder with stsa.binary.train.txt"),
+    ("multisite", [], "expected --data, a folder or zip SITE"),
     ("segment", ["--smoke", "--model", "vgg11_bn", "--methods", "selfnorm"], "placement='norm'"),
     (
         "multisite",

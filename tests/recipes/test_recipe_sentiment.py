@@ -54,6 +54,10 @@ def test_a_training_is_the_same_again(sentences, tmp_path):
 
     lines = [(tmp_path / name / "epochs.jsonl").read_text() for name in ("one", "two")]
     assert lines[0] == lines[1]
+    # What a run to be resumed was given, it need not be given again.
+    more = ["--methods", "cnsn", "bn", "--out", str(tmp_path), "--name", "one", "--resume"]
+    assert main(["sentiment", *more]) == 0
+    assert len(read_lines(tmp_path / "one" / "results.jsonl")) == 2
 
 
 def test_words_are_numbered_from_two_and_rare_ones_are_unknown():
