@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import normswap
 
 from .common import grid, methods, reports, scores
-from .common.dense import UNet, start
+from .common.dense import UNet, predict, start
 from .common.errors import check, check_names
 from .common.options import Parser, count, of_cell, resolve
 from .common.scenes import IGNORED, TEST, TRAIN, VALID, Scenes
@@ -159,19 +159,13 @@ def adapted(model: nn.Module, data: Scenes, config: Namespace, find: Any) -> dic
     return {"accuracy": {"": before, "adapted": after}, "more": more}
 
 
-@torch.inference_mode()
 def probabilities(
     model: nn.Module, context: str | None, site: str, data: Scenes, part: int
 ) -> tuple[Tensor, Tensor]:
     """Give how likely each pixel is a vessel's, of the images of a part of a site, and masks."""
-    model.eval()
-    device = next(model.parameters()).device
-    given = {} if context is None else {"context": context}
-    chosen, found = data.where(part, data.sources.index(site)), []
-    for rows in chosen.split(WHOLE):
-        likely = model(data.images[rows].to(device).float() / 255, **given).softmax(1)
-        found.append(likely[:, 1].cpu())
-    return torch.cat(found), data.masks[chosen]
+    chosen = data.where(part, data.sources.index(site))
+    likely = predict(model, data.images[chosen], context, lambda s: s.softmax(1)[:, 1], WHOLE)
+    return likely, data.masks[chosen]
 
 
 def dice_of(likely: Tensor, masks: Tensor) -> float:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import normswap
 
 from .common import grid, methods, reports
-from .common.dense import FCN, start
+from .common.dense import FCN, predict, start
 from .common.options import Parser, count, resolve
 from .common.runs import atomic
 from .common.scenes import COUNTS, IGNORED, TEST, TRAIN, VALID, Scenes, make_scenes
@@ -129,7 +129,7 @@ def train_one(data: Scenes, config: Namespace, log: Log) -> dict[str, Any]:
     figures = {"valid": evaluate(model, data, VALID)["source"], **evaluate(model, data, TEST)}
     if seed == 0:
         with atomic(masks_of(config.folder, method)) as temporary, temporary.open("wb") as file:
-            np.save(file, predict(model, data.images[shown(data)]).numpy())
+            np.save(file, classes_of(model, data.images[shown(data)]).numpy())
     if takes_context(model):
         figures["source_known"] = evaluate(model, data, TEST, known=True)["source"]
         normswap.set_unknown(model, "posterior")
@@ -155,17 +155,9 @@ def mean_iou(truth: Tensor, found: Tensor) -> float:
     return 100 * float(jaccard_score(truth[known], found[known], average="macro"))
 
 
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor, context: Tensor | None = None) -> Tensor:
+def classes_of(model: nn.Module, images: Tensor, context: Tensor | None = None) -> Tensor:
     """Give the classes (N, H, W) uint8 of uint8 images, with or without their contexts."""
-    model.eval()
-    device = next(model.parameters()).device
-    found = []
-    for rows in torch.arange(len(images)).split(100):
-        given = {} if context is None else {"context": context[rows].to(device)}
-        scores = model(images[rows].to(device).float() / 255, **given)
-        found.append(scores.argmax(1).to("cpu", torch.uint8))
-    return torch.cat(found)
+    return predict(model, images, context, lambda scores: scores.argmax(1).to(torch.uint8))
 
 
 def evaluate(model: nn.Module, data: Scenes, part: int, known: bool = False) -> dict[str, float]:
@@ -175,7 +167,7 @@ def evaluate(model: nn.Module, data: Scenes, part: int, known: bool = False) -> 
     for domain, name in enumerate(names):
         chosen = data.where(part, domain)
         if len(chosen):
-            found = predict(model, data.images[chosen], data.domains[chosen] if known else None)
+            found = classes_of(model, data.images[chosen], data.domains[chosen] if known else None)
             scores[f"on_{name}"] = mean_iou(data.masks[chosen], found)
     for kind, names in (("source", data.sources), ("target", data.targets)):
         if values := [scores[f"on_{name}"] for name in names if f"on_{name}" in scores]:

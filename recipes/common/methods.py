@@ -34,7 +34,7 @@ TEXTS = {
     "cn-x": "a learned mean and spread for each context, no statistics of the batch",
     "cn-x-batch": 'BatchNorm, then such a mean and spread (`statistics="batch"`)',
     "acn": "a mixture of Gaussians for each channel, learned; it is told no context",
-    "bn-frozen": "bn with the statistics that given weights came with, as evaluation has them",
+    "bn-frozen": "bn with the statistics that it starts with, as evaluation has them",
     "cn-frozen": "cn likewise: what it gains on bn-frozen comes of contexts",
 }
 # Reductions of the stages after which authors have their augmentations; 2 is that of the stem.

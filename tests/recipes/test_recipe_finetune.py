@@ -59,7 +59,14 @@ def without_times(value):
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("method", normswap.methods())
+# One that replaces norms and takes labels, one that takes none, one that is inserted into blocks,
+# and one after stages; then the others.
+KINDS = ["cn", "acn", "cnsn", "dsu"]
+
+
+@pytest.mark.parametrize(
+    "method", sampled(sorted(normswap.methods(), key=lambda m: m not in KINDS), 4)
+)
 def test_smoke_run_trains_both_models_and_leaves_every_file(tmp_path, capsys, method):
     assert finetune_quickly(tmp_path, "--name", "run", "--method", method, "--epochs", "1") == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
@@ -107,11 +114,6 @@ def test_the_saved_model_is_the_trained_converted_one(finished):
     assert all(torch.equal(trained[k], v) for k, v in saved.items())
 
 
-def test_the_same_seed_gives_the_same_run(finished, tmp_path):
-    assert finetune_quickly(tmp_path, "--name", "second") == 0
-    assert_same_checkpoint(finished, tmp_path / "second")
-
-
 def test_both_models_start_from_the_same_function(tmp_path):
     options = options_of()
     (bn, converted), loader = finetune.build(options, images.load(options))
@@ -135,11 +137,6 @@ def test_a_folder_of_images_trains(tmp_path, folder, capsys):
     assert finetune_quickly(tmp_path, "--name", "run", "--data", str(folder)) == 0
     accuracy = metrics(tmp_path / "run")[-1]["arms"]["cn-x"]["accuracy"]
     assert set(accuracy["known"]) == {"day", "night"}
-
-
-def test_without_baseline_only_the_converted_model_trains(tmp_path):
-    assert finetune_quickly(tmp_path, "--name", "run", "--no-baseline") == 0
-    assert set(metrics(tmp_path / "run")[-1]["arms"]) == {"cn-x"}
 
 
 def test_weights_from_a_file_are_the_start_and_a_skipped_head_is_said(tmp_path, capsys):
@@ -182,6 +179,8 @@ def test_resuming_after_an_interrupt_equals_an_uninterrupted_run(
 ):
     assert finetune_quickly(tmp_path, "--name", "whole", *options) == 0
     assert line in (tmp_path / "whole" / "report.txt").read_text(encoding="utf-8")
+    arms = {options[1]} if "--no-baseline" in options else {"bn", options[1]}
+    assert set(metrics(tmp_path / "whole")[-1]["arms"]) == arms
     train_and_test = finetune.train_and_test
 
     def interrupted(arms, loader, config, epoch):
