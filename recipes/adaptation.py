@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .common import images, scores, unlabelled
 from .common.data import DomainData, Loader
 from .common.errors import check
-from .common.options import Parser, count
+from .common.options import Parser, count, decay
 from .common.training import takes_context
 from .common.unlabelled import Alignment, Pseudo, Views, pseudo_loss
 
@@ -104,4 +104,4 @@ def add_options(parser: Parser) -> None:
     add("--source", help="domain with labels; an angle for the digits (0)")
     add("--target", help="domain without; an angle for the digits (45)")
     add("--ratio", type=count, default=1, help="target images a source image")
-    add("--threshold", type=float, default=0.8, help="of the source's confidence")
+    add("--threshold", type=decay, default=0.8, help="of the source's confidence")

@@ -5,11 +5,8 @@ gradient ascent from a random start, on the model in evaluation, told the contex
 few steps along the sign of the gradient, no pixel further than --eps of 255 from what it was. The
 paper gives each kind a BatchNorm of its own, which is `cn`.
 
-    bn          BatchNorm, clean images alone
+    bn          clean images alone
     bn-both     one BatchNorm for both kinds
-    cn          statistics, scale and shift of each kind's own in every norm
-    cn-first    these at the first norm alone (`select="first"`)
-    cn-x-batch  BatchNorm of both, then each kind's learned mean and spread (`statistics="batch"`)
 
 Accuracy is on clean images, told so, and on images attacked in the same way, told so; beside it, on
 images that are attacked through the context `clean` and not known to be. Figures are of the last
@@ -29,8 +26,7 @@ from torch import Tensor, nn
 
 from .common import grid, reports, tiles
 from .common.data import Batch, DomainData, Loader
-from .common.errors import check
-from .common.options import Parser, count, resolve
+from .common.options import Parser, count, rate, resolve
 from .common.tiles import MEAN, STD, start
 from .common.training import Log, fit_epochs, takes_context, told
 
@@ -41,7 +37,6 @@ HEADINGS = {"clean": "clean", "attacked": "attacked"}
 
 def run(options: Namespace) -> None:
     resolve(options, backbone=False, epochs=1, limit=4)
-    check(options.eps > 0, f"expected --eps above 0, of 255, got {options.eps:g}")
     chosen, source = itemgetter("clean"), tiles.source(options)
     folder, records = grid.run(options, "adversarial", source, train_one, chosen)
     more = {"unknown": "attacked, told clean"} | ({"rate": "rate, 1e-3"} if options.tune else {})
@@ -104,5 +99,5 @@ def add_options(parser: Parser) -> None:
     tiles.add_options(parser, METHODS, METHODS)
     parser.share(lr=2e-3, epochs=4)
     add = parser.add_argument
-    add("--eps", type=float, default=4.0, help="most that a pixel is changed by, of 255")
+    add("--eps", type=rate, default=4.0, help="most that a pixel is changed by, of 255")
     add("--attack-steps", type=count, default=2, help="of the attack")

@@ -29,7 +29,7 @@ from .common import grid, images, methods, reports
 from .common.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
 from .common.data import TEST_BATCH, DomainData, Loader
 from .common.options import Parser
-from .common.training import Log
+from .common.training import Log, train
 
 # NORMS, or NORMS+LOSS.
 METHODS = (
@@ -82,7 +82,7 @@ def train_one(given: Data, config: Namespace, log: Log) -> dict[str, Any]:
     config.loss = loss or "ce"
     model, loader, _ = images.build(config, data, config.seed, without=OVERLAP)
     model = methods.convert(model, norms, None, example_inputs=(images.example(loader),))
-    images.train(config.method, model, loader, config, log)
+    train(config.method, model, loader, config, log)
     return errors(model, loader, corrupted)
 
 

@@ -14,26 +14,31 @@ pretrained with, and `cn-frozen` CN that does: CN-X does without batch statistic
 comes of that is not to be put down to contexts.
 """
 
+import copy
 from argparse import Namespace
 from statistics import mean
 from typing import Any
 
 import torch
-from torch import nn
+from sklearn.feature_selection import VarianceThreshold
+from sklearn.neighbors import NearestCentroid
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
 
 import normswap
 
 from .common import grid, images, methods, reports, runs, scores
 from .common.data import DomainData, Loader
 from .common.errors import check
-from .common.nearest import NearestDomain
 from .common.options import ByData, ByStart, Parser, of_cell, resolve
-from .common.training import Log, takes_context
+from .common.training import Log, takes_context, train
 
 METHODS = (
     *("bn", "bn-frozen", "mixstyle", "crossnorm", "selfnorm", "cnsn"),
     *("cn", "cn-frozen", "cn-x", "acn"),
 )
+STYLES = 2048  # training images that tell what domains look like
 JOINT = "none"  # held out of a training of all domains
 Accuracy = dict[str, dict[str, float]]  # by kind of label, by domain, in per cent
 
@@ -75,6 +80,38 @@ def apply_method(method: str, model: nn.Module, contexts: list[str]) -> nn.Modul
     return methods.convert(model, method, contexts, verify=False, **settings)
 
 
+class NearestDomain:
+    """Assigns images to the training domain whose mean style is nearest.
+
+    Style is what early features are like: the mean and the logarithm of the spread of every channel
+    that enters the model's first batch norm, standardised over the training images. It is fitted
+    on training images and sees nothing but the image when it is asked.
+    """
+
+    def __init__(self, model: nn.Module, loader: Loader) -> None:
+        self._model = copy.deepcopy(model).eval()
+        norms = nn.modules.batchnorm._NormBase
+        first = next(m for m in self._model.modules() if isinstance(m, norms))
+        first.register_forward_pre_hook(lambda _, args: setattr(self, "_seen", args[0]))
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(loader.train_indices), generator=generator)[:STYLES]
+        batches = [loader.batch(i) for i in loader.train_indices[order].split(256)]
+        styles = torch.cat([self._style(batch.images) for batch in batches])
+        domains = torch.cat([batch.context for batch in batches]).cpu()
+        self._nearest = make_pipeline(VarianceThreshold(1e-9), StandardScaler(), NearestCentroid())
+        self._nearest.fit(styles.numpy(), domains.numpy())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        found = self._nearest.predict(self._style(images).numpy())
+        return torch.as_tensor(found).to(images.device)
+
+    @torch.no_grad()
+    def _style(self, images: Tensor) -> Tensor:
+        self._model(images)
+        variance, mean = torch.var_mean(self._seen.float(), (2, 3))
+        return torch.cat([mean, (variance + 1e-6).log() / 2], 1).cpu()
+
+
 def start_of(config: Namespace) -> tuple[DomainData, NearestDomain]:
     config.held_out = None if config.held_out == JOINT else config.held_out
     data = images.load(config, config.seed)
@@ -95,7 +132,7 @@ def train_one(
         figures["accuracy"] = measure(model, loader, nearest)
         log({**line, **figures})
 
-    report = images.train(config.method, model, loader, config, tested)
+    report = train(config.method, model, loader, config, tested)
     return {**figures, "step_ms": report["step_ms"]}
 
 

@@ -95,7 +95,7 @@ def build(options: Namespace, data: DomainData) -> tuple[list[Arm], Loader]:
     )
     chosen = {"bn": model} if options.baseline else {}
     chosen[options.method] = converted
-    steps = loader.batches_per_epoch
+    steps = options.epochs * loader.batches_per_epoch
     return [make_arm(name, m, options, steps) for name, m in chosen.items()], loader
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .common import images, scores, unlabelled
 from .common.data import Loader
-from .common.options import Parser, count
+from .common.options import Parser, count, fraction
 from .common.unlabelled import Pseudo, Views, pseudo_loss
 
 UNLABELLED = 1
@@ -62,4 +62,4 @@ def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--labels", type=count, default=4, help="a class")
     add("--ratio", type=count, default=3, help="unlabelled images a labelled one")
-    add("--threshold", type=float, default=0.95, help="of a pseudo-label's confidence")
+    add("--threshold", type=fraction, default=0.95, help="of a pseudo-label's confidence")

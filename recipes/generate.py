@@ -37,7 +37,7 @@ from .common.data import stratified_mask
 from .common.errors import check
 from .common.frechet import Judge, frechet_distance, imagenet_judge, small_judge
 from .common.options import Parser, count, resolve
-from .common.training import LARGE, Log, check_finite
+from .common.training import LARGE, Log, check_finite, takes_context
 
 METHODS = ("bn", gan.ONEHOT, "cn", "cn-x", "acn")
 DISTANCE, ASKED = {"distance": "Frechet distance"}, {"accuracy": "class as asked, %"}
@@ -70,7 +70,11 @@ class Images:
 
 def load(root: Path | None, smoke: bool, device: torch.device) -> Images:
     """Load the images, hold some out and make the judge: the same for every training."""
-    images, labels, classes = load_digits() if root is None else read_folder(root)
+    if root is None:
+        pixels, labels, classes = digits.source()
+        images = digits.draw(pixels, gan.SIZE) * 2 - 1
+    else:
+        images, labels, classes = read_folder(root)
     generator = torch.Generator().manual_seed(0)
     if smoke and len(images) > SMOKE_IMAGES:
         kept = stratified_mask(labels, SMOKE_IMAGES / len(images), generator)
@@ -94,14 +98,8 @@ def load(root: Path | None, smoke: bool, device: torch.device) -> Images:
     return Images(images, labels, classes, judge, held_out, asked, real, note)
 
 
-def load_digits() -> tuple[Tensor, Tensor, list[str]]:
-    """Give scikit-learn's digits at 32 px in [-1, 1], their labels, the names of the classes."""
-    pixels, labels, classes = digits.source()
-    return digits.draw(pixels, gan.SIZE) * 2 - 1, labels, classes
-
-
 def read_folder(root: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Give the images of a folder CLASS/image likewise, cropped to squares."""
+    """Give the images of a folder CLASS/image at 32 px in [-1, 1], labels, names of classes."""
     data = folders.load_folder(root, gan.SIZE, flat=True)
     one = f"give one domain, such as --data {root / data.domain_names[0]}"
     expected = f"expected images as CLASS/image in {root}; of a folder DOMAIN/CLASS/image, {one}"
@@ -143,12 +141,12 @@ def train_one(data: Images, config: Namespace, log: Log) -> dict[str, Any]:
             batch = (t.to(config.device) for t in (data.images[chosen], data.labels[chosen], noise))
             losses.append(gan.train_step(pair, *optimizers, *batch))
         loss = torch.stack(losses).mean(0).tolist()
-        check_finite(sum(loss), f"of {pair.method} in epoch {epoch + 1}", config.lr)
+        check_finite(sum(loss), f"of {config.method} in epoch {epoch + 1}", config.lr)
         line = {"epoch": epoch + 1, "discriminator": loss[0], "generator": loss[1]}
         if (epoch + 1) % config.every == 0 or epoch + 1 == config.epochs:
             features = data.judge.features(generate(pair, data.asked, seed=2))
             figures = {"distance": frechet_distance(data.held_out, features)}
-            if pair.conditional:
+            if takes_context(pair.generator):
                 figures["accuracy"] = data.judge.accuracy(features, data.asked)
             line |= figures
         log(line)

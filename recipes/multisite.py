@@ -5,12 +5,7 @@ the images of all sites together; the site is the context. Tested are whole imag
 told the site, or not. A site's Dice is the mean over its images, its AUC is over all their pixels,
 neither with a mask of the field of view.
 
-    bn          the network as it is, with BatchNorm
-    bn-frozen   the backbone's BatchNorm keeps the statistics of the given weights
-    cn          statistics, scale and shift of each site's own in every norm
-    cn-first    these at the first norm alone (`select="first"`)
-    cn-x        a learned mean and spread for each site, no statistics of the batch
-    cn-x-batch  BatchNorm, then each site's learned mean and spread (`statistics="batch"`)
+Of `bn-frozen` the backbone keeps the statistics of the given weights.
 
 With --adapt SITE it trains on that site alone, and is tested on the others as it is, and `adapted`
 to their training images, without masks: BatchNorm by statistics estimated anew (AdaBN), methods
@@ -36,7 +31,7 @@ from torch import Tensor, nn
 import normswap
 
 from .common import grid, methods, reports, scores
-from .common.dense import UNet, start
+from .common.dense import UNet, predict, start
 from .common.errors import check, check_names
 from .common.options import Parser, count, of_cell, resolve
 from .common.scenes import IGNORED, TEST, TRAIN, VALID, Scenes
@@ -51,6 +46,7 @@ WHOLE = 4  # whole images a forward
 
 
 def run(options: Namespace) -> None:
+    check(options.data, "expected --data, a folder or zip SITE/{train,test}/{images,masks}")
     if options.model is None and options.weights != EFFICIENTNET_LITE0:
         options.model = NARROW
     resolve(options, steps=2, batch_size=4, image_size=64, patch=32, limit=5)
@@ -163,19 +159,13 @@ def adapted(model: nn.Module, data: Scenes, config: Namespace, find: Any) -> dic
     return {"accuracy": {"": before, "adapted": after}, "more": more}
 
 
-@torch.inference_mode()
 def probabilities(
     model: nn.Module, context: str | None, site: str, data: Scenes, part: int
 ) -> tuple[Tensor, Tensor]:
     """Give how likely each pixel is a vessel's, of the images of a part of a site, and masks."""
-    model.eval()
-    device = next(model.parameters()).device
-    given = {} if context is None else {"context": context}
-    chosen, found = data.where(part, data.sources.index(site)), []
-    for rows in chosen.split(WHOLE):
-        likely = model(data.images[rows].to(device).float() / 255, **given).softmax(1)
-        found.append(likely[:, 1].cpu())
-    return torch.cat(found), data.masks[chosen]
+    chosen = data.where(part, data.sources.index(site))
+    likely = predict(model, data.images[chosen], context, lambda s: s.softmax(1)[:, 1], WHOLE)
+    return likely, data.masks[chosen]
 
 
 def dice_of(likely: Tensor, masks: Tensor) -> float:
@@ -189,7 +179,7 @@ def add_options(parser: Parser) -> None:
     parser.share("model", "pretrained", "tune", "amp", weights=SCRATCH, image_size=320, lr=3e-3)
     parser.share(steps=200, batch_size=8, weight_decay=0.05, ema=0.98)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder or zip SITE/{train,test}/{images,masks}")
+    add("--data", type=Path, help="SITE/{train,test}/{images,masks}; it has no default")
     add("--limit", type=count, metavar="N", help="images of each part of each site")
     add("--adapt", metavar="SITE", help="train on this site alone, and adapt to the others")
     add("--patch", type=count, default=64, help="pixels a side of what trains")

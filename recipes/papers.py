@@ -4,12 +4,6 @@ One norm of a shallow CNN of three convolutions is replaced, and all is trained 
 contexts are the Gaussians of a mixture fitted to the training images, to 16 principal components of
 their pixels. An image is told the one it most probably comes from, in training and in the test.
 
-    bn          the network as it is, with BatchNorm
-    cn          statistics, scale and shift of each context's own
-    cn-x        a learned mean and spread for each context
-    cn-x-batch  BatchNorm, then each context's learned mean and spread (`statistics="batch"`)
-    acn         a mixture of as many Gaussians for each channel, learned; it is told nothing
-
 Figures are of the last epoch. Each method's rate is the best of --rates, with seed 0, on a fifth of
 the training images, which does not train then; what tests is read once, after that.
 
@@ -42,7 +36,7 @@ import normswap
 from .common import grid, methods, reports, runs, tiles
 from .common.augment import Augmentation
 from .common.data import DomainData, validation
-from .common.options import ByData, Parser, count, resolve
+from .common.options import ByData, Parser, count, rate, resolve
 from .common.training import LARGE, Log, check_finite, descend, make_optimizer, told
 
 METHODS = "cn", "cn-x", "cn-x-batch", "acn"
@@ -179,7 +173,7 @@ def add_options(parser: Parser) -> None:
     parser.share(image_size=ByData(16, 32), epochs=20, batch_size=256, weight_decay=1e-4)
     parser.share("data", "limit", "amp", workers=2)
     add = parser.add_argument
-    add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of AdamW, to choose of")
+    add("--rates", type=rate, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of AdamW, to choose of")
     add("--rate-epochs", type=count, default=5, help="epochs of each choice of a rate")
     add("--contexts", type=count, default=3, help="Gaussians of the mixture")
     add("--norm", type=int, choices=(1, 2, 3), default=1, help="which of the three is replaced")

@@ -4,12 +4,7 @@ Each step trains on the same batch at every size of --sizes, and takes the mean 
 network meets objects of another size, and statistics that are others, where its input is smaller;
 the paper gives each size a BatchNorm of its own, which is `cn`.
 
-    bn          one BatchNorm for all sizes
     bn-alone    as many networks as there are sizes, each trained and tested at one
-    cn          statistics, scale and shift of each size's own in every norm
-    cn-first    these at the first norm alone (`select="first"`)
-    cn-shared   statistics of each size's own, one scale and shift (`affine="shared"`)
-    cn-x-batch  BatchNorm, then each size's learned mean and spread (`statistics="batch"`)
 
 Accuracy is on the test images at each size, after the last step. Data and --limit are as of
 `sensors`, without its cameras.

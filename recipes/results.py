@@ -13,7 +13,6 @@ import re
 import shlex
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from .common import runs
 from .common.errors import check
@@ -42,15 +41,16 @@ def keep(folder: Path, kept: Path, name: str) -> None:
     """Copy what the table of a finished run is made of; paths become their last part."""
     path = folder / TABLE
     check(path.exists(), f"expected a finished run with {TABLE} in it, got {folder}")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    found["versions"]["command"] = without_places(found["versions"]["command"])
-    kept.mkdir(parents=True, exist_ok=True)
-    rounded = [
-        {key: round(value, 4) if isinstance(value, float) else value for key, value in r.items()}
-        for r in found.pop("records")
-    ]
+    with runs.reading(path, "run the same again with --resume, which writes it anew"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found["versions"]["command"] = without_places(found["versions"]["command"])
+        rounded = [
+            {k: round(value, 4) if isinstance(value, float) else value for k, value in r.items()}
+            for r in found.pop("records")
+        ]
     records = ",\n".join(map(json.dumps, rounded))
     text = json.dumps(found, indent=1)[:-2] + f',\n "records": [\n{records}\n]\n}}\n'
+    kept.mkdir(parents=True, exist_ok=True)
     runs.write_text(kept / f"{name}.json", text)
 
 
@@ -66,23 +66,22 @@ def without_places(command: str) -> str:
     return shlex.join(kept)
 
 
-def read(path: Path) -> tuple[Report, dict[str, str]]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    versions = found.pop("versions")
-    return Report(**found), versions
+def read(path: Path) -> tuple[Report, str]:
+    """Read a kept run; give its report, and the text of its place on the page."""
+    way_out = "keep its run again with --keep, or delete it and its place on the page"
+    with runs.reading(path, way_out):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        versions = found.pop("versions")
+        report = Report(**found)
+        made = ", ".join(f"{k} {v}" for k, v in versions.items() if k not in ("command", "threads"))
+        return report, f"`{versions['command']}` ({made})\n\n{report.table()}\n"
 
 
-def filled(page: str, reports: dict[str, tuple[Report, dict[str, str]]]) -> str:
+def filled(page: str, reports: dict[str, tuple[Report, str]]) -> str:
     missing = ", ".join(name for _, name, _ in PLACE.findall(page) if name not in reports)
     way_out = "keep one with python -m recipes results --keep RUN --name NAME"
     check(not missing, f"expected a kept run for each table, got none for {missing}; {way_out}")
-
-    def table(found: re.Match[str]) -> str:
-        report, versions = reports[found[2]]
-        made = ", ".join(f"{k} {v}" for k, v in versions.items() if k not in ("command", "threads"))
-        return f"{found[1]}`{versions['command']}` ({made})\n\n{report.table()}\n{found[3]}"
-
-    return PLACE.sub(table, page)
+    return PLACE.sub(lambda found: found[1] + reports[found[2]][1] + found[3], page)
 
 
 def add_options(parser: Parser) -> None:

@@ -5,15 +5,6 @@ Each image is seen by one of four sensors, which seed and index decide: `colour`
 The sensor is the context. Accuracy is on other images, told the sensor, or not: then `pooled` and
 `posterior` take one forward, `most confident` takes the surest of one for each sensor.
 
-    bn          the network as it is, with BatchNorm
-    cn          statistics, scale and shift of each sensor's own in every norm
-    cn-first    these at the first norm alone (`select="first"`)
-    cn-shared   statistics of each sensor's own, one scale and shift (`affine="shared"`)
-    cn-x-batch  BatchNorm, then each sensor's learned mean and spread (`statistics="batch"`)
-    cn-x        such a mean and spread alone
-
-    NAME-frozen with the statistics that given weights came with, as evaluation has them
-
 A ResNet of 8 layers is trained from scratch, or with --weights the timm model that these are of is
 trained on, with a new head. Figures are of the last epoch. By default it tells which of twelve
 photographs a tile is cut from; half of the tiles test. --data takes images
@@ -30,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import grid, images, reports, scores, tiles
+from .common import grid, reports, scores, tiles
 from .common.data import DomainData
 from .common.options import ByData, ByStart, Parser, resolve
-from .common.training import Log
+from .common.training import Log, train
 from .common.weights import SCRATCH
 
 SENSORS = ["colour", "infrared", "edges", "night"]
@@ -84,7 +75,7 @@ def sense(pictures: Tensor, sensor: str, generator: torch.Generator) -> Tensor:
 def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent, by what it is told, by context."""
     model, loader = tiles.start(data, config, data.domain_names)
-    images.train(config.method, model, loader, config, log)
+    train(config.method, model, loader, config, log)
 
     def measure(model: nn.Module, label: scores.Label | None) -> dict[str, float]:
         return scores.by_domain(model, loader, data.domain_names, label, config.amp)

@@ -72,6 +72,7 @@ class SentenceCNN(nn.Module):
 
 
 def run(options: Namespace) -> None:
+    check(options.data, f"expected --data, a folder with {', '.join(FILES.values())}")
     resolve(options, backbone=False, epochs=1)
     files = {part: read(options.data / name) for part, name in FILES.items()}
     if options.smoke:
@@ -173,6 +174,6 @@ def batches(
 
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, METHODS, ("bn", *normswap.methods()), seeds=5)
-    files = f"folder with {', '.join(FILES.values())}"
-    parser.add_argument("--data", type=Path, required=True, help=files)
+    files = f"folder with {', '.join(FILES.values())}; it has no default"
+    parser.add_argument("--data", type=Path, help=files)
     parser.share(epochs=8, lr=1e-3, weight_decay=0.01)

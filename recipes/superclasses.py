@@ -39,7 +39,7 @@ from .common import grid, images, methods, reports, scores
 from .common.data import TEST_BATCH, DomainData, Loader
 from .common.errors import check
 from .common.options import Parser
-from .common.training import Log
+from .common.training import Log, train
 from .common.weights import SCRATCH
 
 # Few enough that BatchNorm leaves errors, which a leak can mend: with 126 a class it makes few.
@@ -91,7 +91,7 @@ def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
         loader.data, figures["clusters"] = with_clusters(loader, seen, clusters, config.seed)
     names, inputs = loader.data.domain_names, (images.example(loader),)
     model = methods.convert(model, norms, names, example_inputs=inputs)
-    images.train(config.method, model, loader, config, log)
+    train(config.method, model, loader, config, log)
     found = scores.by_label(model, loader, test)
     if clustered:
         found["assigned"] = found.pop("known")

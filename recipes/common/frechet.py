@@ -26,16 +26,8 @@ BATCH, EPOCHS = 128, 12
 IMAGENET_SIZE = 96
 
 
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Give mean (D,) and unbiased covariance (D, D) of features (N, D), N > 1, in float64."""
-    finite = bool(features.isfinite().all())
-    check(finite, "expected finite features; the images may hold NaN or infinity")
-    features = features.double().cpu()
-    return features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1)
-
-
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Give the squared Frechet distance between Gaussians fitted to two sets of features.
+    """Give the squared Frechet distance between Gaussians fitted to sets of features (N, D), N > 1.
 
     ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``. The trace of the root is the sum of the
     roots of the eigenvalues of ``C_a^(1/2) C_b C_a^(1/2)``, which is symmetric.
@@ -43,11 +35,15 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
     Equilibrium", NeurIPS 2017.
     """
-    (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
+    finite = bool(a.isfinite().all() and b.isfinite().all())
+    check(finite, "expected finite features; the images may hold NaN or infinity")
+    a, b = a.double().cpu(), b.double().cpu()
+    size = a.shape[1], -1  # of one feature torch gives the covariance as a number
+    cov_a, cov_b = torch.cov(a.T).reshape(size), torch.cov(b.T).reshape(size)
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return max(float(distance), 0.0)
 
 

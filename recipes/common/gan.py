@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import normswap
 
 from . import methods
-from .training import descend, takes_context, told
+from .training import descend, told
 
 NOISE, SIZE, BATCH = 64, 32, 64
 # BatchNorm that is given the class beside its input: the usual way to make a DCGAN conditional.
@@ -36,34 +36,33 @@ def discriminator_of(channels: int, width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(4 * width, 1, 4), nn.Flatten(0))
 
 
-class Pair(nn.Module):
-    """The two networks of a GAN and what they are told of the classes."""
+class OneHot(nn.Module):
+    """A network that is given the class beside its input, as marks or as planes of an image."""
 
-    def __init__(
-        self, method: str, classes: int, generator: nn.Module, discriminator: nn.Module
-    ) -> None:
+    def __init__(self, net: nn.Module, classes: int) -> None:
         super().__init__()
-        self.method, self.classes = method, classes
-        self.generator, self.discriminator = generator, discriminator
+        self.net, self.classes = net, classes
 
-    @property
-    def conditional(self) -> bool:
-        return self.method == ONEHOT or takes_context(self.generator)
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        marks = F.one_hot(context, self.classes).to(x.dtype)
+        marks = marks.reshape(*marks.shape, *(1 for _ in x.shape[2:]))
+        return self.net(torch.cat((x, marks.expand(-1, -1, *x.shape[2:])), 1))
+
+
+class Pair(nn.Module):
+    """The two networks of a GAN, which are told the classes if they take them."""
+
+    def __init__(self, generator: nn.Module, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.generator, self.discriminator = generator, discriminator
 
     def make(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Make images (N, C, 32, 32); the labels (N,) count only if the method knows of them."""
-        return self._call(self.generator, noise, labels)
+        return told(self.generator, noise, labels)
 
     def score(self, images: Tensor, labels: Tensor) -> Tensor:
         """Score images, given the classes they have or were asked for."""
-        return self._call(self.discriminator, images, labels)
-
-    def _call(self, net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-        if self.method == ONEHOT:
-            marks = F.one_hot(labels, self.classes).to(x.dtype)
-            marks = marks.reshape(*marks.shape, *(1 for _ in x.shape[2:]))
-            return net(torch.cat((x, marks.expand(-1, -1, *x.shape[2:])), 1))
-        return told(net, x, labels)
+        return told(self.discriminator, images, labels)
 
 
 def build(
@@ -78,19 +77,19 @@ def build(
     torch.manual_seed(seed)
     extra = len(classes) if method == ONEHOT else 0
     channels = images.shape[1]
-    generator = generator_of(NOISE + extra, channels, width)
-    discriminator = discriminator_of(channels + extra, width)
-    plain = Pair(method if extra else "bn", len(classes), generator, discriminator)
-    for module in plain.modules():
+    nets: list[nn.Module] = [
+        generator_of(NOISE + extra, channels, width), discriminator_of(channels + extra, width)
+    ]  # fmt: skip
+    for module in (module for net in nets for module in net.modules()):
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
             nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
+    nets = [OneHot(net, extra) for net in nets] if extra else nets
     chosen = torch.randperm(len(images))[: 4 * BATCH]
     noise, images, labels = torch.randn(len(chosen), NOISE), images[chosen], labels[chosen]
-    measure = partial(normswap.update_stats, progress=False)
-    measure(generator, [noise], forward=lambda _, z: plain.make(z, labels))
-    measure(discriminator, [images], forward=lambda _, x: plain.score(x, labels))
-    convert = partial(methods.convert, method=method, contexts=classes, verify=False)
-    return Pair(method, len(classes), convert(generator), convert(discriminator))
+    for net, seen in zip(nets, (noise, images), strict=True):
+        forward = partial(told, context=labels)
+        normswap.update_stats(net, [seen], forward=forward, progress=False)
+    return Pair(*(methods.convert(net, method, classes, verify=False) for net in nets))
 
 
 def train_step(

@@ -3,18 +3,18 @@
 A training's line in results.jsonl is written whole: a kill loses only what it interrupts.
 """
 
-import argparse
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from . import runs
+from . import methods, runs
 from .options import Parser, count, of_cell
 from .runs import read_lines
 from .training import Log
@@ -23,41 +23,40 @@ RESULTS, EPOCHS = "results.jsonl", "epochs.jsonl"
 Record = dict[str, Any]
 Cell = dict[str, Any]
 Train = Callable[[Cell, Log], Record]
-Outcome = tuple[Record, list[dict[str, Any]], Exception | None]
 MOST_JOBS = 8  # each holds the images and a model
-T = TypeVar("T")
 
 
 def add_methods(
-    parser: Parser, methods: Sequence[str], known: Sequence[str] = (), seeds: int = 3
+    parser: Parser, compared: Sequence[str], known: Sequence[str] = (), seeds: int = 3
 ) -> None:
-    """Add the options that make a grid."""
-    known = known or methods
-    parser.epilog = "By seed all methods have the same start, images, order and number of steps."
-    add = parser.add_argument
+    """Add the options that make a grid, and say what its methods are."""
+    known = known or compared
+    told = [f"    {name:<10}  {text}" for name, text in methods.TEXTS.items() if name in known]
+    same = "By seed all methods have the same start, images, order and number of steps."
+    parser.epilog = "\n".join(["methods:", *told, "", same])
     shown = f"of {', '.join(known)}; bn is the model as it is"
-    kept = {"default": list(methods), "choices": known, "metavar": "METHOD", "help": shown}
-    add("--methods", nargs="+", **kept)
-    add("--seeds", type=count, default=seeds, help="how many, from 0 on")
+    kept = {"default": list(compared), "choices": known, "metavar": "METHOD", "help": shown}
+    parser.add_argument("--methods", nargs="+", **kept)
+    parser.add_argument("--seeds", type=count, default=seeds, help="how many, from 0 on")
     jobs = f"trainings at once (default: on a CPU one a core, {MOST_JOBS} at most; else one)"
-    add("--jobs", type=count, metavar="N", help=jobs)
+    parser.add_argument("--jobs", type=count, metavar="N", help=jobs)
     runs.add_options(parser)
 
 
-def open_run(options: argparse.Namespace, recipe: str, free: tuple[str, ...] = runs.FREE) -> Path:
+def open_run(options: Namespace, recipe: str, free: Sequence[str] = runs.FREE) -> Path:
     """Make the folder of a new run, or check that of one to be resumed; give it."""
     folder = runs.folder_of(options, recipe, recipe + ("-smoke" if options.smoke else ""), free)
     runs.write_config(folder, runs.settings_of(options, recipe))
     return folder
 
 
-def cells(options: argparse.Namespace) -> list[Cell]:
+def cells(options: Namespace) -> list[Cell]:
     """Give a cell a method and seed, all methods of a seed together; a smoke test has one seed."""
     seeds = range(1 if options.smoke else options.seeds)
     return [{"method": method, "seed": seed} for seed in seeds for method in options.methods]
 
 
-def jobs_of(options: argparse.Namespace) -> int:
+def jobs_of(options: Namespace) -> int:
     """Give how many trainings run at once: what was asked for, or a core's worth each on a CPU."""
     if options.jobs is not None:
         return int(options.jobs)
@@ -66,11 +65,11 @@ def jobs_of(options: argparse.Namespace) -> int:
 
 
 def run(
-    options: argparse.Namespace, recipe: str, data_of: Callable[[argparse.Namespace], T],
-    train: Callable[[T, argparse.Namespace, Log], Record],
+    options: Namespace, recipe: str, data_of: Callable[[Namespace], Any],
+    train: Callable[[Any, Namespace, Log], Record],
     score: Callable[[Record], float] | None = None, *, rates: Sequence[float] = (),
-    wanted: Sequence[Cell] | None = None, free: tuple[str, ...] = runs.FREE,
-    before: Callable[[T], object] | None = None,
+    wanted: Sequence[Cell] | None = None, free: Sequence[str] = runs.FREE,
+    before: Callable[[Any], object] | None = None,
 ) -> tuple[Path, list[Record]]:  # fmt: skip
     """Train each method with each seed, or each of the wanted cells; give folder and records.
 
@@ -84,7 +83,7 @@ def run(
     wanted = cells(options) if wanted is None else wanted
     latest = Latest(lambda *cell: data_of(of_cell(options, **dict(cell))))
 
-    def shared(cell: Cell) -> T:
+    def shared(cell: Cell) -> Any:
         return latest(*(item for item in cell.items() if item[0] not in ("method", "lr")))
 
     def configured(rates: dict[str, float], cell: Cell, log: Log) -> Record:
@@ -101,8 +100,7 @@ def run(
     chosen = dict.fromkeys(options.methods, rates[0])
     if len(rates) > 1:
         tried = [{"method": m, "seed": 0, "lr": lr} for m in options.methods for lr in rates]
-        records = run_cells(folder, tried, partial(configured, {}), jobs)
-        for record in sorted(records, key=score):
+        for record in sorted(run_cells(folder, tried, partial(configured, {}), jobs), key=score):
             chosen[record["cell"]["method"]] = record["cell"]["lr"]
     return folder, run_cells(folder, wanted, partial(configured, chosen), jobs)
 
@@ -116,9 +114,8 @@ def run_cells(folder: Path, wanted: Sequence[Cell], train: Train, jobs: int = 1)
     done = read_lines(folder / RESULTS)
     finished = [record["cell"] for record in done]
     epochs = [e for e in read_lines(folder / EPOCHS) if e["cell"] in finished]
-    print(
-        f"writing {folder}; to continue after a stop, the same with --name {folder.name} --resume"
-    )
+    again = f"the same with --name {folder.name} --resume"
+    print(f"writing {folder}; to continue after a stop, {again}")
     missing = [c for i, c in enumerate(wanted) if c not in [*finished, *wanted[:i]]]
     bar = tqdm(initial=len(wanted) - len(missing), total=len(wanted), unit="training", disable=None)
 
@@ -149,7 +146,7 @@ def run_cells(folder: Path, wanted: Sequence[Cell], train: Train, jobs: int = 1)
 
 def outcome(
     train: Train, cell: Cell, threads: int, log: Callable[[Cell, dict[str, Any]], None] | None
-) -> Outcome:
+) -> tuple[Record, list[dict[str, Any]], Exception | None]:
     """Train a cell; give its record, with its seconds, and the epochs that are not logged yet.
 
     In a process of its own it has no `log`, and an error is given to who collects, who raises it
@@ -168,17 +165,16 @@ def outcome(
     return record, epochs, None
 
 
-class Latest(Generic[T]):
+class Latest:
     """Keeps what `make` gave for the latest arguments; in another process it is made there."""
 
-    def __init__(self, make: Callable[..., T]) -> None:
-        self._make = make
-        self._found: tuple[tuple[Any, ...], T] | None = None
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make, self._found = make, None
 
-    def __call__(self, *args: Any) -> T:
+    def __call__(self, *args: Any) -> Any:
         if self._found is None or self._found[0] != args:
             self._found = args, self._make(*args)
         return self._found[1]
 
-    def __reduce__(self) -> tuple[type["Latest[T]"], tuple[Callable[..., T]]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._make,)

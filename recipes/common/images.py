@@ -7,7 +7,6 @@ the figures are those of the last epoch, so nothing is chosen on test images.
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import timm.data
 import torch
@@ -19,7 +18,7 @@ from .digits import ANGLES, load_digits
 from .errors import RecipeError, check
 from .folders import load_folder
 from .options import DIGITS_MODEL, TUNED, ByData, Parser, count, of_cell, resolve
-from .training import Log, fill_statistics, make_arm, train_epoch
+from .training import fill_statistics
 from .weights import EFFICIENTNET_LITE0_TIMM, SCRATCH, make_backbone
 
 
@@ -47,20 +46,6 @@ def load_mixed(options: Namespace, seed: int) -> DomainData:
     chosen = torch.zeros_like(data.train)
     chosen[pick(data, options.train_per_class, seed, "--train-per-class")] = True
     return replace(data, train=chosen)
-
-
-def train(
-    name: str, model: nn.Module, loader: Loader, config: Namespace, log: Log
-) -> dict[str, Any]:
-    """Train a model, with the loss that the settings name as far as its layers allow.
-
-    Gives what `train_epoch` reports of the last epoch.
-    """
-    arm = make_arm(name, model, config, loader.batches_per_epoch)
-    for epoch in range(config.epochs):
-        report = train_epoch([arm], loader, config, epoch)[name]
-        log({"epoch": epoch + 1, "loss": report["loss"]})
-    return report
 
 
 def load(

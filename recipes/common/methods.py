@@ -25,6 +25,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cn-shared": ("cn", {"affine": "shared"}),
     "cn-x-batch": ("cn-x", {"statistics": "batch"}),
 }
+# What `python -m recipes NAME --help` says of those that a recipe compares.
+TEXTS = {
+    "bn": "the network as it is, with BatchNorm",
+    "cn": "statistics, scale and shift of each context's own in every norm",
+    "cn-first": 'these at the first norm alone (`select="first"`)',
+    "cn-shared": 'statistics of each context\'s own, one scale and shift (`affine="shared"`)',
+    "cn-x": "a learned mean and spread for each context, no statistics of the batch",
+    "cn-x-batch": 'BatchNorm, then such a mean and spread (`statistics="batch"`)',
+    "acn": "a mixture of Gaussians for each channel, learned; it is told no context",
+    "bn-frozen": "bn with the statistics that it starts with, as evaluation has them",
+    "cn-frozen": "cn likewise: what it gains on bn-frozen comes of contexts",
+}
 # Reductions of the stages after which authors have their augmentations; 2 is that of the stem.
 STAGES = {"mixstyle": (4, 8), "efdmix": (4, 8), "dsu": (2, 4, 8, 16, 32)}
 

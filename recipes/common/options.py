@@ -1,7 +1,9 @@
 """The options that recipes share: one table of them, defaults that the data decide, and checks."""
 
 import argparse
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +19,8 @@ DIGITS_MODEL = "resnet10t"
 
 @dataclass(frozen=True)
 class ByData:
+    """A default that depends on the data: the recipe's own, or a folder of --data."""
+
     digits: Any
     folder: Any
 
@@ -38,12 +42,26 @@ class ByStart:
 TUNED = ByStart(2e-3, 3e-4)
 
 
-def count(text: str) -> int:
-    """Read a number of things of which there must be one or more."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
-    return number
+def number(
+    kind: Callable[[str], float], where: str, fine: Callable[[float], bool]
+) -> Callable[[str], float]:
+    """Give a reader of numbers of a kind that says where they may lie."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not fine(value):
+            raise argparse.ArgumentTypeError(f"expected {where}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # by which argparse tells what is no number at all
+    return read
+
+
+count = number(int, "1 or more", lambda x: x >= 1)
+rate = number(float, "a number above 0", lambda x: 0 < x < math.inf)
+decay = number(float, "0 or more", lambda x: 0 <= x < math.inf)
+fraction = number(float, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+averaging = number(float, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,17 +74,14 @@ def pick_device(name: str) -> torch.device:
     one = f"{expected}, got {name!r}; each takes the GPU of its number"
     check(not (several and ":" in name), one)
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        name = "cpu" if found is None else found.type
+        name = (torch.accelerator.current_accelerator(True) or torch.device("cpu")).type
     if several and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"expected --device to be usable, got {name!r}: {reason}") from error
-    return device
 
 
 # By name: what reads it (None for a switch, bool for --NAME and --no-NAME), and its help.
@@ -83,16 +98,16 @@ SHARED: dict[str, tuple[Any, str]] = {
     "epochs": (count, "passes over the training images"),
     "steps": (count, "of training"),
     "batch_size": (count, "images a step"),
-    "lr": (float, "peak of AdamW's rate"),
-    "weight_decay": (float, "of all but norms and biases"),
-    "ema": (float, "decay of the averaged weights"),
+    "lr": (rate, "peak of AdamW's rate"),
+    "weight_decay": (decay, "of all but norms and biases"),
+    "ema": (averaging, "decay of the averaged weights"),
     "amp": (None, "bfloat16 by autocast"),
     "tune": (
         None,
         "choose each method's rate, of a third of --lr, it, and its threefold, with seed 0 on a "
         "part of the training images that does not train then",
     ),
-    "drop_labels": (float, "hide each context label from a training step with this probability"),
+    "drop_labels": (fraction, "hide each context label from a training step with this probability"),
     "limit": (count, "images of each class that train, and test"),
     "flip": (bool, "mirror training images of --data at random"),
     "workers": (count, "processes that decode images"),
@@ -108,10 +123,6 @@ DEFAULTS = {
     "batch_size": 64, "weight_decay": 0.05, "workers": 2, "flip": True, "drop_labels": 0.0,
     "weights": SCRATCH, "ema": 0.0, "final": True, "device": torch.device("cpu"),
 }  # fmt: skip
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,7 +141,7 @@ class Parser(argparse.ArgumentParser):
             kind, text = SHARED[name]
             how = {"action": actions[kind]} if kind in actions else {"type": kind}
             given = {} if default is None else {"default": default}
-            self.add_argument(flag(name), help=text, **how, **given)
+            self.add_argument(f"--{name.replace('_', '-')}", help=text, **how, **given)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -156,34 +167,17 @@ def resolve(
     if backbone:
         both = pretrained and options.weights not in (None, SCRATCH)
         check(not both, "expected --pretrained or --weights, got both; name one start")
-        if options.model is None:
-            lite = options.weights == EFFICIENTNET_LITE0
-            options.model = EFFICIENTNET_LITE0_TIMM if lite else DIGITS_MODEL
-        if options.weights is None:
-            lite = packaged and options.model == EFFICIENTNET_LITE0_TIMM
-            options.weights = EFFICIENTNET_LITE0 if lite else SCRATCH
-    if isinstance(given.get("lr"), ByStart):
-        scratch = options.weights == SCRATCH and not pretrained
-        options.lr = options.lr.random if scratch else options.lr.given
-    check_rates(options)
-    options.device = pick_device(options.device)
-    if backbone:
+        lite = options.weights == EFFICIENTNET_LITE0
+        options.model = options.model or (EFFICIENTNET_LITE0_TIMM if lite else DIGITS_MODEL)
+        lite = packaged and options.model == EFFICIENTNET_LITE0_TIMM
+        options.weights = options.weights or (EFFICIENTNET_LITE0 if lite else SCRATCH)
         check_model_name(options.model)
         made_for = timm.get_pretrained_cfg_value(options.model, "input_size")
         options.image_size = options.image_size or made_for[-1]
-
-
-def check_rates(options: argparse.Namespace) -> None:
-    """Refuse a rate, a weight decay or a share that nothing can be trained with."""
-    for name, value in vars(options).items():
-        for rate in value if name == "rates" else [value] if name.startswith("lr") else []:
-            check(rate is None or rate > 0, f"expected {flag(name)} above 0, got {rate}")
-        if name == "weight_decay":
-            check(value >= 0, f"expected {flag(name)} of 0 or more, got {value}")
-        if name == "drop_labels":
-            check(0 <= value <= 1, f"expected {flag(name)} in [0, 1], got {value}")
-        if name == "ema":
-            check(0 <= value < 1, f"expected {flag(name)} in [0, 1), got {value}")
+    if isinstance(given.get("lr"), ByStart):
+        scratch = options.weights == SCRATCH and not pretrained
+        options.lr = options.lr.random if scratch else options.lr.given
+    options.device = pick_device(options.device)
 
 
 def of_cell(options: argparse.Namespace, **settings: Any) -> argparse.Namespace:

@@ -29,19 +29,19 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 def above(gains: Sequence[float], digits: int) -> str:
     """Give a mean difference and its standard error as text."""
-    error = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
-    shown = "" if error is None else f" +- {error:.{digits}f}"
-    return f"{mean(gains):+.{digits}f}{shown}" if gains else ""
+    error = f" +- {stdev(gains) / len(gains) ** 0.5:.{digits}f}" if len(gains) > 1 else ""
+    return f"{mean(gains):+.{digits}f}{error}" if gains else ""
 
 
 def differences(records: Sequence[Record], figure: str) -> dict[str, list[float]]:
     """Give by method how much its figure is above BatchNorm's, in the trainings they share."""
-    methods = by_method(records)
-    plain = {rest_of(r): r[figure] for r in methods.pop(BASELINE, ())}
-    shared = {m: [r for r in group if rest_of(r) in plain] for m, group in methods.items()}
-    return {
-        m: [r[figure] - plain[rest_of(r)] for r in group] for m, group in shared.items() if group
-    }
+    found: dict[str, list[float]] = {}
+    plain = {rest_of(r): r[figure] for r in records if r["cell"]["method"] == BASELINE}
+    for r in records:
+        if rest_of(r) in plain and r["cell"]["method"] != BASELINE:
+            gain = r[figure] - plain[rest_of(r)]
+            found.setdefault(r["cell"]["method"], []).append(gain)
+    return found
 
 
 def rest_of(record: Record) -> str:

@@ -20,8 +20,9 @@ import pickle
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,20 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+@contextmanager
+def reading(path: Path, way_out: str) -> Iterator[None]:
+    """Say of a file that is damaged which it is and what to do."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"cannot read {path}: {error!r}; {way_out}") from error
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; none where there is no file."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        raise RecipeError(f"cannot read {path}: {error}; delete it to run all again") from error
+    with reading(path, "delete it to run all again"):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
 
 
 def add_options(parser: Parser) -> None:
@@ -111,10 +118,12 @@ def settings_of(options: argparse.Namespace, recipe: str) -> dict[str, Any]:
 
 
 def folder_of(
-    options: argparse.Namespace, recipe: str, stem: str, free: tuple[str, ...] = FREE
+    options: argparse.Namespace, recipe: str, stem: str, free: Sequence[str] = FREE
 ) -> Path:
     """Give the folder of a new run, or of one to be resumed; nothing is written yet."""
-    folder: Path = options.out / (options.name or free_name(options.out, stem))
+    numbered = (stem if n == 1 else f"{stem}-{n}" for n in count(1))
+    name = options.name or next(name for name in numbered if not (options.out / name).exists())
+    folder: Path = options.out / name
     if not options.resume:
         way_out = "add --resume to continue it, or choose another --name"
         check(not folder.exists(), f"expected a new run, but {folder} exists; {way_out}")
@@ -122,21 +131,10 @@ def folder_of(
     before, now = read_config(folder), settings_of(options, recipe)
     for key in sorted((before.keys() | now) - set(free)):
         was, wanted = before.get(key), now.get(key)
-        check(
-            was == wanted,
-            f"expected --{key.replace('_', '-')} to be {was!r}, as in the run to resume, got "
-            f"{wanted!r}; leave it out, or start a new run with another --name",
-        )
+        expected = f"expected --{key.replace('_', '-')} to be {was!r}, as in the run to resume"
+        way_out = "leave it out, or start a new run with another --name"
+        check(was == wanted, f"{expected}, got {wanted!r}; {way_out}")
     return folder
-
-
-def free_name(out: Path, stem: str) -> str:
-    """Give `stem`, or `stem-2`, `stem-3`, ..., the first that is no run in `out` yet."""
-    name, number = stem, 1
-    while (out / name).exists():
-        number += 1
-        name = f"{stem}-{number}"
-    return name
 
 
 def write_config(folder: Path, settings: dict[str, Any]) -> None:
@@ -158,10 +156,8 @@ def read_config(folder: Path, part: str = "settings") -> dict[str, Any]:
     path = folder / CONFIG
     way_out = f"found no {CONFIG}; leave out --resume to start it"
     check(path.exists(), f"expected a run to resume at {folder}, {way_out}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))[part]
-    except (ValueError, KeyError) as error:
-        raise RecipeError(f"cannot read the settings in {path}: {error!r}") from error
+    with reading(path, "leave out --resume, and start it again under another --name"):
+        return dict(json.loads(path.read_text(encoding="utf-8"))[part])
 
 
 def save_checkpoint(folder: Path, arms: list[Arm], history: list[dict[str, Any]]) -> None:

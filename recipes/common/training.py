@@ -12,6 +12,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -51,8 +52,33 @@ class Arm:
     runner: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: timm.scheduler.scheduler.Scheduler
-    takes_context: bool
     loss: str
+
+    @property
+    def takes_context(self) -> bool:
+        return takes_context(self.model)
+
+    def step(
+        self, loss: Callable[[], Loss], config: Namespace, update: int, share: float = 1.0
+    ) -> Loss:
+        """Step down a loss; `share` is that of this process in the whole batch."""
+        torch.manual_seed(config.seed * LARGE + update)
+        self.schedule.step_update(update)
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=config.amp):
+            value, figures = loss()
+        # Gradients are averaged over processes, whose parts of the batch may differ in size.
+        value = value * (share * parallel.size())
+        self.optimizer.zero_grad()
+        value.backward()
+        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        if not torch.nn.utils.get_total_norm(gradients.values(), torch.inf).isfinite():
+            spoilt = next(name for name, grad in gradients.items() if not grad.isfinite().all())
+            where = f"after step {update + 1}, where the gradient of {spoilt} was not finite"
+            hint = f"try a smaller --lr than {config.lr:g}" + (", or leave out --amp" * config.amp)
+            raise RecipeError(f"the loss of {self.name} is {value.item()} {where}; {hint}")
+        self.optimizer.step()
+        return value.detach() / parallel.size(), figures
 
 
 def make_optimizer(
@@ -67,12 +93,10 @@ def make_optimizer(
     )
 
 
-def make_arm(name: str, model: nn.Module, config: Namespace, steps_per_epoch: int) -> Arm:
+def make_arm(name: str, model: nn.Module, config: Namespace, steps: int) -> Arm:
     parallel.share_statistics(model, converted=name != "bn")
-    steps = config.epochs * steps_per_epoch
     tools = make_optimizer(model, config.lr, config.weight_decay, steps)
-    loss = loss_of(model, config.loss)
-    return Arm(name, model, parallel.wrapped(model), *tools, takes_context(model), loss)
+    return Arm(name, model, parallel.wrapped(model), *tools, loss_of(model, config.loss))
 
 
 def takes_context(model: nn.Module) -> bool:
@@ -96,21 +120,15 @@ def fit(
     model: nn.Module, step: Step, config: Namespace, log: Log
 ) -> tuple[nn.Module, dict[str, float]]:
     """Take the steps; give the moving average of the model, and the figures of the last tenth."""
-    optimizer, schedule = make_optimizer(model, config.lr, config.weight_decay, config.steps)
+    arm = make_arm(config.method, model, config, config.steps)
     ema = ModelEmaV3(model, decay=config.ema, use_warmup=True)
     every = max(1, config.steps // NOTES)
-    device = next(model.parameters()).device.type
     noted: list[dict[str, float]] = []
     model.train()
     for index in range(config.steps):
-        torch.manual_seed(config.seed * LARGE + index)
-        schedule.step_update(index)
-        with torch.autocast(device, torch.bfloat16, enabled=config.amp):
-            loss, figures = step(model, index)
-        descend(loss, optimizer)
+        loss, figures = arm.step(partial(step, model, index), config, index)
         ema.update(model, step=index)
         noted.append({"loss": loss.item(), **{k: v.item() for k, v in figures.items()}})
-        check_finite(noted[-1]["loss"], f"in step {index + 1}", config.lr)
         if (index + 1) % every == 0:
             log({"step": index + 1, **mean_of(noted[-every:])})
     return ema.module, mean_of(noted[-every:])
@@ -136,33 +154,21 @@ def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
 def train_step(
     arm: Arm, batch: Batch, config: Namespace, update: int, share: float
 ) -> tuple[Tensor, float]:
-    """Take one step; give loss and seconds. `share` is that of this process in the whole batch."""
-    device = batch.images.device
-    torch.manual_seed(config.seed * LARGE + update)
-    wait_for(device)
-    start = time.perf_counter()
-    arm.schedule.step_update(update)
-    if config.drop_labels > 0:
-        batch = replace(batch, context=drop_labels(batch.context, config.drop_labels))
+    """Take one step; give loss and seconds."""
 
     def forward(images: Tensor, context: Tensor | None) -> Tensor:
         return arm.runner(images, context=context) if arm.takes_context else arm.runner(images)
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-        loss = training_loss(arm.loss, arm.model, forward, batch)
-    arm.optimizer.zero_grad()
-    # Gradients are averaged over processes, whose parts of the batch may differ in size.
-    loss = loss * (share * parallel.size())
-    loss.backward()
-    gradients = {n: p.grad for n, p in arm.model.named_parameters() if p.grad is not None}
-    if not torch.nn.utils.get_total_norm(gradients.values(), torch.inf).isfinite():
-        spoilt = next(name for name, grad in gradients.items() if not grad.isfinite().all())
-        where = f"after step {update + 1}, where the gradient of {spoilt} was not finite"
-        hint = f"try a smaller --lr than {config.lr:g}" + (", or leave out --amp" * config.amp)
-        raise RecipeError(f"the loss of {arm.name} is {loss.item()} {where}; {hint}")
-    arm.optimizer.step()
-    wait_for(device)
-    return loss.detach() / parallel.size(), time.perf_counter() - start
+    def loss() -> Loss:
+        hidden = config.drop_labels > 0
+        context = drop_labels(batch.context, config.drop_labels) if hidden else batch.context
+        return training_loss(arm.loss, arm.model, forward, replace(batch, context=context)), {}
+
+    wait_for(batch.images.device)
+    start = time.perf_counter()
+    value, _ = arm.step(loss, config, update, share)
+    wait_for(batch.images.device)
+    return value, time.perf_counter() - start
 
 
 def train_epoch(
@@ -201,6 +207,20 @@ def train_epoch(
             .quantile(torch.tensor([0.5, 0.1, 0.9]))
             .tolist(),
         }
+    return report
+
+
+def train(
+    name: str, model: nn.Module, loader: Loader, config: Namespace, log: Log
+) -> dict[str, Any]:
+    """Train a model for the epochs, with the loss that the settings name as far as it allows.
+
+    Gives what `train_epoch` reports of the last epoch.
+    """
+    arm = make_arm(name, model, config, config.epochs * loader.batches_per_epoch)
+    for epoch in range(config.epochs):
+        report = train_epoch([arm], loader, config, epoch)[name]
+        log({"epoch": epoch + 1, "loss": report["loss"]})
     return report
 
 

@@ -45,10 +45,9 @@ class PreActResNet(ResNetV2):  # type: ignore[misc]
     """Three blocks of two convolutions, of 16, 32 and 64 channels."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(
-            layers=[1, 1, 1], channels=(16, 32, 64), stem_chs=16, basic=True,
-            conv_layer=create_conv2d, norm_layer=BatchNormAct2d, **settings,
-        )  # fmt: skip
+        small = {"layers": [1, 1, 1], "channels": (16, 32, 64), "stem_chs": 16, "basic": True}
+        kinds = {"conv_layer": create_conv2d, "norm_layer": BatchNormAct2d}
+        super().__init__(**small, **kinds, **settings)
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False))
 
 

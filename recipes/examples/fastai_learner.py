@@ -8,18 +8,7 @@ from pathlib import Path
 
 import timm
 from fastai import torch_core
-from fastai.vision.all import (
-    CategoryBlock,
-    CrossEntropyLossFlat,
-    DataBlock,
-    IndexSplitter,
-    ItemGetter,
-    Learner,
-    TransformBlock,
-    accuracy,
-    load_learner,
-    set_seed,
-)
+from fastai.vision import all as fastai
 
 import normswap
 from normswap.methods.layer import ContextLayer
@@ -31,21 +20,22 @@ torch_core.norm_types += (ContextLayer,)
 
 def main(folder="runs/examples/fastai"):
     """Train, save and load; return the loaded model and its accuracy."""
-    set_seed(0)
+    fastai.set_seed(0)
     train, valid = Digits(train=True, size=16), Digits(train=False, size=16)
     items = [(image, int(digit), scanner) for image, digit, scanner in (*train, *valid)]
-    block = DataBlock(
-        # Two inputs: an image (ImageBlock for files), its context in the order of SCANNERS.
-        blocks=(TransformBlock, CategoryBlock(SCANNERS, sort=False), CategoryBlock(range(10))),
-        n_inp=2,
-        getters=[ItemGetter(0), ItemGetter(2), ItemGetter(1)],
-        splitter=IndexSplitter(range(len(train), len(items))),
-    )
+    # Two inputs: an image (ImageBlock for files), its context in the order of SCANNERS.
+    scanner, digit = fastai.CategoryBlock(SCANNERS, sort=False), fastai.CategoryBlock(range(10))
+    block = fastai.DataBlock(
+        blocks=(fastai.TransformBlock, scanner, digit), n_inp=2,
+        getters=[fastai.ItemGetter(0), fastai.ItemGetter(2), fastai.ItemGetter(1)],
+        splitter=fastai.IndexSplitter(range(len(train), len(items))),
+    )  # fmt: skip
     data = block.dataloaders(items, bs=60, device="cpu", num_workers=0)
 
     original = timm.create_model("test_resnet", in_chans=1, num_classes=10)
     model = normswap.convert(original, "cn", contexts=SCANNERS)  # of a vision_learner: its .model
-    learner = Learner(data, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    loss = fastai.CrossEntropyLossFlat()
+    learner = fastai.Learner(data, model, loss_func=loss, metrics=fastai.accuracy)
     with learner.no_bar():
         learner.fit_one_cycle(6, 0.01)
 
@@ -53,7 +43,7 @@ def main(folder="runs/examples/fastai"):
     normswap.save(model, Path(folder) / "norms")
     learner.path = Path(folder)
     learner.export()
-    learner = load_learner(Path(folder) / "export.pkl")
+    learner = fastai.load_learner(Path(folder) / "export.pkl")
     learner.model = normswap.load(original, Path(folder) / "norms")
     with learner.no_bar():
         _, score = learner.validate(dl=learner.dls.test_dl(items[len(train) :], with_labels=True))

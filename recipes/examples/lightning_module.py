@@ -41,13 +41,8 @@ class Task(lightning.LightningModule):
 def main(folder="runs/examples/lightning"):
     """Train, and load the checkpoint; return the loaded model and its accuracy."""
     lightning.seed_everything(0)
-    trainer = lightning.Trainer(
-        max_epochs=5,
-        accelerator="cpu",
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-    )
+    quiet = {"logger": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer("cpu", max_epochs=5, default_root_dir=folder, **quiet)
     # Of several processes (strategy="ddp") each has its samples: batch statistics of all need
     # normswap.convert_sync_batchnorm(self.model) in __init__.
     train = DataLoader(Digits(train=True), batch_size=60, shuffle=True, drop_last=True)

@@ -113,13 +113,3 @@ def test_the_smoke_setting_compares_clean_and_attacked_images(tmp_path):
     report = (tmp_path / "run" / "report.txt").read_text()
     assert "clean, above bn" in report
     assert "attacked, above bn" in report
-
-
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [(["--eps", "0"], "expected --eps above 0"), (["--lr", "-1"], "expected --lr above 0")],
-)
-def test_what_cannot_be_done_is_said_before_a_run_is_made(tmp_path, capsys, given, text):
-    assert main(["adversarial", *given, "--out", str(tmp_path / "runs")]) == 2
-    assert text in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()

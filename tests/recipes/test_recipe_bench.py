@@ -47,16 +47,3 @@ def test_the_command_prints_the_table(capsys):
     printed = capsys.readouterr().out
     assert "cn-x" in printed
     assert "medians" in printed
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--method nothing", "invalid choice: 'nothing' (choose from"),
-        ("--batch 0", "--batch: expected 1 or more, got 0"),
-        ("--model no_such_model", "got 'no_such_model'"),
-    ],
-)
-def test_wrong_arguments_are_refused(arguments, message, capsys):
-    assert main(["bench", *arguments.split()]) == 2
-    assert message in capsys.readouterr().err

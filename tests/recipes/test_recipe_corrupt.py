@@ -94,7 +94,7 @@ def test_defocus_averages_a_disk(photographs):
 
 def test_glass_blur_exchanges_neighbours_in_turn_between_two_blurs(photographs):
     sigma, reach, rounds = 0.4 * SIZE / 32, 2, 2
-    found = corrupt._glass_blur(
+    found = corrupt.glass_blur(
         photographs[:2].float() / 255, (0.4, 1, rounds), torch.Generator().manual_seed(3)
     )
     drawn, side = torch.Generator().manual_seed(3), SIZE - 2 * reach
@@ -119,7 +119,7 @@ def test_glass_blur_exchanges_neighbours_in_turn_between_two_blurs(photographs):
 def test_motion_blur_is_a_fading_trail(photographs):
     x = photographs[:1].float() / 255
     radius, sigma = 15 * SIZE / 224, 8 * SIZE / 224
-    found = corrupt._motion_blur(x, (15, 8), torch.Generator().manual_seed(3))
+    found = corrupt.motion_blur(x, (15, 8), torch.Generator().manual_seed(3))
     drawn = torch.rand(1, generator=torch.Generator().manual_seed(3)).item()
     angle = (2 * drawn - 1) * np.pi / 4
     along = np.linspace(0, 2 * radius, 33)
@@ -146,7 +146,7 @@ def test_zoom_blur_averages_the_image_and_its_enlargements(photographs):
 def test_snow_falls_in_streaks_on_a_whiter_image_both_ways_round(photographs):
     size, (mean, deviation, zoom, least, radius, sigma, kept) = 56, corrupt.TABLE["snow"][1][2]
     picture = photographs[:1, :, :size, :size].float() / 255
-    found = corrupt._snow(picture, corrupt.TABLE["snow"][1][2], torch.Generator().manual_seed(3))
+    found = corrupt.snow(picture, corrupt.TABLE["snow"][1][2], torch.Generator().manual_seed(3))
 
     drawn, cells = torch.Generator().manual_seed(3), 224 // zoom
     noise = torch.randn(1, 1, cells, cells, generator=drawn)[0, 0].double().numpy()
@@ -168,7 +168,7 @@ def test_snow_falls_in_streaks_on_a_whiter_image_both_ways_round(photographs):
 def test_fog_is_light_added_and_keeps_the_brightest_value():
     x = torch.zeros(4, 3, SIZE, SIZE)
     x[:, :, :, SIZE // 2 :] = 0.8
-    found = corrupt._fog(x, (1.5, 2), torch.Generator().manual_seed(0))
+    found = corrupt.fog(x, (1.5, 2), torch.Generator().manual_seed(0))
     clouds = found * (0.8 + 1.5) / 0.8 - x
     assert clouds.min() > -1e-5
     assert clouds.amax((1, 2, 3)).tolist() == pytest.approx([1.5] * 4, rel=1e-4)
@@ -195,7 +195,7 @@ def test_elastic_moves_pixels_as_far_as_cifar_c_does():
     """On a ramp the value says where a pixel came from."""
     size = 32
     ramp = (torch.arange(size) / size).expand(200, 3, size, size)
-    found = corrupt._elastic(ramp, (0.1, 0.03, 0.0), torch.Generator().manual_seed(0))
+    found = corrupt.elastic_transform(ramp, (0.1, 0.03, 0.0), torch.Generator().manual_seed(0))
     moved = ((found - ramp) * size)[:, 0, :, 4:-4].double().numpy()
 
     draw = np.random.default_rng(0)
@@ -209,7 +209,7 @@ def test_elastic_moves_pixels_as_far_as_cifar_c_does():
 def test_elastic_moves_the_three_points_it_draws():
     size = 33  # so that the points are at pixels: 5, 16 and 27 are -2/3, 0 and 2/3 of the half side
     columns = ((torch.arange(size) + 0.5) / size * 2 - 1).expand(50, 3, size, size)
-    found = corrupt._elastic(columns, (0, 0, 0.02), torch.Generator().manual_seed(0))
+    found = corrupt.elastic_transform(columns, (0, 0, 0.02), torch.Generator().manual_seed(0))
     moved = (found - columns)[:, 0, [27, 5, 5], [27, 27, 5]]
     assert moved.abs().max() <= 0.04 + 1e-5
     assert moved.std().item() == pytest.approx(0.04 / 3**0.5, rel=0.1)

@@ -20,7 +20,8 @@ def results(tmp_path, name="run"):
     return read_lines(tmp_path / name / "results.jsonl")
 
 
-def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys):
+def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(corruptions, "SEVERITIES", (1, 5))
     assert run(tmp_path, "--smoke", "--image-size", "16") == 0
 
     found = results(tmp_path)
@@ -30,11 +31,12 @@ def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys):
     }  # fmt: skip
     for r in found:
         each = r["by_severity"]
-        assert r["corrupted"] == pytest.approx(sum(sum(v) / 5 for v in each.values()) / len(each))
+        assert r["corrupted"] == pytest.approx(sum(sum(v) / 2 for v in each.values()) / len(each))
     assert "mCE, bn = 100" in capsys.readouterr().out
 
 
-def test_a_training_is_the_same_again_and_more_methods_may_join_it(tmp_path):
+def test_a_training_is_the_same_again_and_more_methods_may_join_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(corruptions, "SEVERITIES", (2,))
     smoke = ("--smoke", "--image-size", "16", "--methods")
     assert run(tmp_path, *smoke, "cnsn+augmix+jsd", name="one") == 0
     assert run(tmp_path, *smoke, "bn", name="two") == 0
@@ -94,23 +96,6 @@ def test_augmix_leaves_out_operations_that_the_test_is_made_of():
 def test_an_unknown_operation_of_augmix_is_an_error():
     with pytest.raises(ValueError, match="expected operations of AutoContrast"):
         AugMix((0.5,) * 3, ("Fog",))
-
-
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        (["--data", "/nowhere"], "expected --data to be a folder"),
-        (["--model", "resnet10"], "did you mean"),
-        (["--smoke", "--weights", "/nowhere.pt"], "found no file"),
-        (["--smoke", "--weights", "efficientnet-lite0"], "expected the weights of this model"),
-        (["--lr", "-1"], "expected --lr above 0"),
-        (["--train-per-class", "500"], "expected --train-per-class of at most"),
-    ],
-)
-def test_what_cannot_be_done_is_said_before_a_run_is_made(tmp_path, capsys, given, text):
-    assert run(tmp_path, *given) == 2
-    assert text in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 def test_few_training_images_leave_the_test_as_it_was():

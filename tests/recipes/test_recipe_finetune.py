@@ -24,8 +24,7 @@ from tests.support.sampling import sampled
 QUICK = ["finetune", "--smoke", "--model", "test_resnet", "--image-size", "16"]
 FILES = ["checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"]
 FILES += ["model.safetensors", "report.txt"]
-# One of each kind of state: of contexts, of components, of a schedule beside statistics.
-METHODS = sorted(normswap.methods(), key=lambda name: name not in ("cn", "acn", "cnsn"))
+METHODS = [name for name in normswap.methods() if name not in ("cn", "acn")]
 
 
 def finetune_quickly(out: Path, *options: str) -> int:
@@ -60,10 +59,19 @@ def without_times(value):
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("method", normswap.methods())
+# One that replaces norms and takes labels, one that takes none, one that is inserted into blocks,
+# and one after stages; then the others.
+KINDS = ["cn", "acn", "cnsn", "dsu"]
+
+
+@pytest.mark.parametrize(
+    "method", sampled(sorted(normswap.methods(), key=lambda m: m not in KINDS), 4)
+)
 def test_smoke_run_trains_both_models_and_leaves_every_file(tmp_path, capsys, method):
-    assert finetune_quickly(tmp_path, "--name", "run", "--method", method) == 0
+    assert finetune_quickly(tmp_path, "--name", "run", "--method", method, "--epochs", "1") == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
+    with Image.open(tmp_path / "run" / "curves.png") as image:
+        assert image.format == "PNG"
     printed = capsys.readouterr().out
     replaces = isinstance(normswap.get_method(method), Method)
     labelled = normswap.get_method(method).needs_context
@@ -96,12 +104,6 @@ def copied(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
 
 
-def test_the_picture_is_a_png(finished):
-    with Image.open(finished / "curves.png") as image:
-        assert image.format == "PNG"
-        assert image.width > 600
-
-
 def test_the_saved_model_is_the_trained_converted_one(finished):
     model = timm.create_model("test_resnet", num_classes=10)
     model = normswap.convert(model, method="cn-x", contexts=["0", "30", "60", "90"])
@@ -110,11 +112,6 @@ def test_the_saved_model_is_the_trained_converted_one(finished):
     trained, _ = torch.load(finished / "checkpoint.pt")["states"]["cn-x"]
     assert trained.keys() == saved.keys()
     assert all(torch.equal(trained[k], v) for k, v in saved.items())
-
-
-def test_the_same_seed_gives_the_same_run(finished, tmp_path):
-    assert finetune_quickly(tmp_path, "--name", "second") == 0
-    assert_same_checkpoint(finished, tmp_path / "second")
 
 
 def test_both_models_start_from_the_same_function(tmp_path):
@@ -129,7 +126,7 @@ def test_both_models_start_from_the_same_function(tmp_path):
 
 
 def test_a_held_out_domain_is_no_context_and_tested_unknown(tmp_path, capsys):
-    assert finetune_quickly(tmp_path, "--name", "run", "--held-out", "60") == 0
+    assert finetune_quickly(tmp_path, "--name", "run", "--held-out", "60", "--epochs", "1") == 0
     accuracy = metrics(tmp_path / "run")[-1]["arms"]["cn-x"]["accuracy"]
     assert set(accuracy["known"]) == {"0", "30", "90"}
     assert set(accuracy["unknown"]) == {"0", "30", "60", "90"}
@@ -140,11 +137,6 @@ def test_a_folder_of_images_trains(tmp_path, folder, capsys):
     assert finetune_quickly(tmp_path, "--name", "run", "--data", str(folder)) == 0
     accuracy = metrics(tmp_path / "run")[-1]["arms"]["cn-x"]["accuracy"]
     assert set(accuracy["known"]) == {"day", "night"}
-
-
-def test_without_baseline_only_the_converted_model_trains(tmp_path):
-    assert finetune_quickly(tmp_path, "--name", "run", "--no-baseline") == 0
-    assert set(metrics(tmp_path / "run")[-1]["arms"]) == {"cn-x"}
 
 
 def test_weights_from_a_file_are_the_start_and_a_skipped_head_is_said(tmp_path, capsys):
@@ -164,28 +156,59 @@ def test_autocast_trains(tmp_path):
     assert finetune_quickly(tmp_path, "--name", "run", "--amp", "--image-size", "48") == 0
 
 
-@pytest.mark.parametrize("method", sampled(METHODS, 3))
+# One of each kind of state (of contexts beside the plain model's, of components, of a schedule
+# beside statistics), and of each kind of loss.
+RESUMED = [
+    (["--method", "cn"], "Training loss: bn ce, cn ce."),
+    (["--method", "acn", "--no-baseline"], "Training loss: acn ce."),
+    (
+        ["--method", "cnsn", "--loss", "jsd"],
+        "Training loss: bn ce, cnsn jsd (the rest needs CrossNorm).",
+    ),
+    (
+        ["--method", "crossnorm", "--loss", "augmix+jsd", "--image-size", "16"],
+        "Training loss: bn augmix, crossnorm augmix+jsd (the rest needs CrossNorm).",
+    ),
+]
+OTHERS = [(["--method", m, "--no-baseline"], f"Training loss: {m} ce.") for m in METHODS]
+
+
+@pytest.mark.parametrize(("options", "line"), sampled([*RESUMED, *OTHERS], len(RESUMED)))
 def test_resuming_after_an_interrupt_equals_an_uninterrupted_run(
-    tmp_path, monkeypatch, method, capsys
+    tmp_path, monkeypatch, options, line
 ):
-    # The arms' states are apart: one run has the plain model's beside its own.
-    options = ("--epochs", "3", "--method", method, *([] if method == "cn" else ["--no-baseline"]))
     assert finetune_quickly(tmp_path, "--name", "whole", *options) == 0
+    assert line in (tmp_path / "whole" / "report.txt").read_text(encoding="utf-8")
+    arms = {options[1]} if "--no-baseline" in options else {"bn", options[1]}
+    assert set(metrics(tmp_path / "whole")[-1]["arms"]) == arms
     train_and_test = finetune.train_and_test
 
     def interrupted(arms, loader, config, epoch):
-        if epoch == 2:
+        if epoch == 1:
             raise KeyboardInterrupt
         return train_and_test(arms, loader, config, epoch)
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "train_and_test", interrupted)
         assert finetune_quickly(tmp_path, "--name", "parts", *options) == 130
-    assert [record["epoch"] for record in metrics(tmp_path / "parts")] == [1, 2]
+    assert [record["epoch"] for record in metrics(tmp_path / "parts")] == [1]
     assert main(["finetune", "--out", str(tmp_path), "--name", "parts", "--resume"]) == 0
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
     whole, parts = (without_times(metrics(tmp_path / name)) for name in ("whole", "parts"))
     assert whole == parts
+
+
+def test_the_baseline_beside_jsd_is_that_of_cross_entropy(tmp_path, capsys):
+    given = ["--epochs", "1", "--method", "crossnorm"]
+    for loss in ("ce", "jsd"):
+        assert finetune_quickly(tmp_path, "--name", loss, "--loss", loss, *given) == 0
+    states = [torch.load(tmp_path / loss / "checkpoint.pt")["states"] for loss in ("ce", "jsd")]
+    for arm, expected in (("bn", True), ("crossnorm", False)):
+        ce, jsd = (found[arm][0] for found in states)
+        assert all(torch.equal(value, jsd[name]) for name, value in ce.items()) == expected
+    # Another loss does not go on with it.
+    assert finetune_quickly(tmp_path, "--name", "jsd", "--resume", "--loss", "ce") == 2
+    assert "expected --loss to be 'jsd', as in the run" in capsys.readouterr().err
 
 
 def run_on_one_thread(options):
@@ -195,17 +218,17 @@ def run_on_one_thread(options):
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_resuming_after_kill_9_equals_an_uninterrupted_run(tmp_path):
-    options = [*QUICK, "--out", str(tmp_path), "--epochs", "6"]
+    options = [*QUICK, "--out", str(tmp_path), "--epochs", "4", "--no-baseline"]
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=run_on_one_thread, args=([*options, "--name", "killed"],))
     process.start()
     written = tmp_path / "killed" / "metrics.jsonl"
-    while not (written.exists() and written.read_text().count("\n") >= 2):
+    while not (written.exists() and written.read_text()):
         assert process.is_alive()
         time.sleep(0.01)
     process.kill()
     process.join()
-    assert 2 <= len(metrics(tmp_path / "killed")) < 6
+    assert 1 <= len(metrics(tmp_path / "killed")) < 4
     assert main(["finetune", "--out", str(tmp_path), "--name", "killed", "--resume"]) == 0
     assert main([*options, "--name", "whole"]) == 0
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed")
@@ -217,31 +240,6 @@ def test_a_finished_run_resumes_to_its_report(copied):
     assert main(["finetune", "--out", str(copied.parent), "--name", "run", "--resume"]) == 0
     assert metrics(copied) == before
     assert (copied / "report.txt").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--data", "nowhere"], "expected --data to be a folder"),
-        (["--held-out", "45"], "one of the domains 0, 30, 60, 90, got '45'"),
-        (["--model", "resnet51"], "a name timm knows, got 'resnet51'; did you mean"),
-        (["--weights", "none.pth"], "found no file at none.pth"),
-        (["--device", "abacus"], "expected --device to be usable, got 'abacus'"),
-        (["--epochs", "0"], "--epochs: expected 1 or more"),
-        (["--resume"], "expected --name with --resume"),
-        (["--resume", "--name", "none"], "expected a run to resume"),
-        (["--weights", "efficientnet-lite0"], "expected the weights of this model"),
-        (["--model", "test_vit"], "found no norm to replace"),
-        (["--model", "edgenext_xx_small"], "cannot take images of 16 px"),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, options, message):
-    assert finetune_quickly(tmp_path / "out", *options) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ")
-    assert message in error
-    assert "\n" not in error
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_run_is_left_as_it_is(tmp_path, capsys):

@@ -1,9 +1,12 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from recipes.common import decoding
 from recipes.common.errors import RecipeError
 from recipes.common.folders import load_folder
 
@@ -43,63 +46,50 @@ def test_folders_named_train_and_test_are_the_official_split(folder):
     assert torch.equal(data.train, ~data.test)
 
 
-def test_the_number_of_threads_does_not_change_the_images(folder):
-    assert torch.equal(
-        load_folder(folder, 16, workers=1).images, load_folder(folder, 16, workers=4).images
-    )
+def spoil(folder, how):
+    """Spoil a folder in this way."""
+    dogs = folder / "day" / "dog"
+    if how == "stray image":
+        shutil.copy(dogs / "0.png", folder / "day" / "stray.png")
+    elif how == "no class":
+        shutil.rmtree(dogs)
+    elif how == "one image":
+        for i in range(4):
+            (dogs / f"{i}.png").unlink()
+    elif how == "no image":
+        (folder / "night" / "cat" / "3.png").write_bytes(b"not an image")
+    elif how == "one domain":
+        shutil.rmtree(folder / "day")
+    elif how == "nothing":
+        shutil.rmtree(folder)
+    elif how == "empty":
+        shutil.rmtree(folder)
+        (folder / "a" / "b").mkdir(parents=True)
 
 
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(RecipeError, match=r"none at .*nowhere"):
-        load_folder(tmp_path / "nowhere", 16)
-
-
-def test_a_folder_without_images_is_refused(tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    with pytest.raises(RecipeError, match="expected images as DOMAIN/CLASS/image"):
-        load_folder(tmp_path, 16)
-
-
-def test_an_image_outside_any_class_is_refused(folder):
-    shutil.copy(folder / "day" / "dog" / "0.png", folder / "day" / "stray.png")
-    with pytest.raises(RecipeError, match=r"stray\.png in no class"):
-        load_folder(folder, 16)
+@pytest.mark.parametrize(
+    ("how", "held_out", "message"),
+    [
+        ("stray image", None, r"stray\.png in no class"),
+        ("no class", None, "'day' has no images of dog"),
+        ("one image", None, r"two images or more a class.*got one in .*dog"),
+        ("no image", None, r"cannot read the image .*night.cat.3\.png"),
+        ("one domain", "night", "expected a second domain"),
+        ("nothing", None, r"none at .*pictures"),
+        ("empty", None, "expected images as DOMAIN/CLASS/image"),
+        ("", "dusk", r"one of the domains day, night, got 'dusk'"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_named(folder, how, held_out, message):
+    spoil(folder, how)
+    with pytest.raises(RecipeError, match=message):
+        load_folder(folder, 16, held_out=held_out)
 
 
 def test_images_in_folders_below_a_class_belong_to_it(folder):
     (folder / "day" / "dog" / "more").mkdir()
     shutil.move(folder / "day" / "dog" / "0.png", folder / "day" / "dog" / "more" / "0.png")
     assert len(load_folder(folder, 16).images) == 20
-
-
-def test_a_domain_lacking_a_class_is_named_with_the_class(folder):
-    shutil.rmtree(folder / "day" / "dog")
-    with pytest.raises(RecipeError, match="'day' has no images of dog"):
-        load_folder(folder, 16)
-
-
-def test_a_class_of_one_image_is_refused(folder):
-    for i in range(4):
-        (folder / "day" / "dog" / f"{i}.png").unlink()
-    with pytest.raises(RecipeError, match=r"two images or more a class.*got one in .*dog"):
-        load_folder(folder, 16)
-
-
-def test_an_unknown_held_out_domain_is_refused_with_the_choices(folder):
-    with pytest.raises(RecipeError, match=r"one of the domains day, night, got 'dusk'"):
-        load_folder(folder, 16, held_out="dusk")
-
-
-def test_holding_out_the_only_domain_is_refused(folder):
-    shutil.rmtree(folder / "day")
-    with pytest.raises(RecipeError, match="expected a second domain"):
-        load_folder(folder, 16, held_out="night")
-
-
-def test_an_unreadable_image_is_named(folder):
-    (folder / "night" / "cat" / "3.png").write_bytes(b"not an image")
-    with pytest.raises(RecipeError, match=r"cannot read the image .*night.cat.3\.png"):
-        load_folder(folder, 16)
 
 
 def test_a_zip_is_loaded_as_its_folder_is(folder, tmp_path):
@@ -169,3 +159,24 @@ def test_a_class_without_images_that_test_is_named(folder):
     shutil.rmtree(given_split(folder) / "day" / "test" / "dog")
     with pytest.raises(RecipeError, match="images of 'dog' of 'day' in train and in test"):
         load_folder(folder, 16)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Let a few files be enough for two processes."""
+    monkeypatch.setattr(decoding, "LEAST", 5)
+
+
+def test_processes_decode_in_order(few, folder):
+    paths = sorted(folder.rglob("*.png"))
+    images = decoding.decode(paths, 16, workers=2)
+    assert images.shape == (20, 16, 16, 3)
+    wanted = np.array([Image.open(path).getpixel((0, 0)) for path in paths])
+    assert np.array_equal(images[:, 0, 0], wanted)
+
+
+def test_an_image_that_cannot_be_read_is_told_by_its_process(few, folder):
+    paths = sorted(folder.rglob("*.png"))
+    paths[7].write_bytes(b"no image")
+    with pytest.raises(RecipeError, match=r"cannot read the image .*\.png"):
+        decoding.decode(paths, 16, workers=2)

@@ -64,8 +64,7 @@ def test_a_judge_counts_what_it_gets_right():
     assert judge.accuracy(features, torch.tensor([0, 1, 1])) == pytest.approx(200 / 3, rel=1e-6)
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("make", [small_judge, imagenet_judge])
+@pytest.mark.parametrize(("make", "classes"), [(small_judge, 2), (imagenet_judge, 3)])
 def test_judges_learn_classes(make, classes):
     labels = torch.arange((40 if make is small_judge else 12) * classes) % classes
     shades = torch.linspace(-0.9, 0.9, classes)[labels]

@@ -75,13 +75,6 @@ def test_a_grid_of_other_settings_is_not_resumed(tmp_path):
         grid.open_run(other, "toy")
 
 
-def test_resuming_needs_a_name_and_a_run(tmp_path):
-    with pytest.raises(RecipeError, match="--name with --resume"):
-        options(tmp_path, "--resume")
-    with pytest.raises(RecipeError, match="expected a run to resume"):
-        options(tmp_path, "--resume", "--name", "none")
-
-
 def test_a_damaged_file_of_results_is_an_error(tmp_path):
     folder = grid.open_run(options(tmp_path), "toy")
     (folder / grid.RESULTS).write_text("{")
@@ -96,11 +89,6 @@ def test_cells_are_all_methods_of_a_seed_together_and_of_one_seed_in_a_smoke_tes
         ("bn", 0), ("cn", 0), ("bn", 1), ("cn", 1),
     ]  # fmt: skip
     assert grid.cells(options(tmp_path, *given, "--smoke")) == [CELLS[0], CELLS[2]]
-
-
-def test_no_seeds_are_an_error(tmp_path):
-    with pytest.raises(RecipeError, match="expected 1 or more, got 0"):
-        options(tmp_path, "--seeds", "0")
 
 
 def fails_once(cell, log):

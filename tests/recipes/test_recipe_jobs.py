@@ -10,11 +10,14 @@ from recipes.common import grid
 
 GIVEN = {
     "adaptation": [],
+    "adversarial": [],
     "corruptions": ["--image-size", "16"],
     "domains": ["--held-out", "0"],
     "fixmatch": [],
     "generate": [],
+    "multisite": ["--data", "SITES"],
     "papers": ["--image-size", "16", "--rates", "1e-3"],
+    "resolutions": [],
     "segment": [],
     "sensors": [],
     "superclasses": [],
@@ -26,7 +29,7 @@ class HandedOn(Exception):
 
 
 @pytest.mark.parametrize("recipe", GIVEN)
-def test_a_training_is_pickled_with_its_data(recipe, tmp_path, monkeypatch):
+def test_a_training_is_pickled_with_its_data(recipe, sites, tmp_path, monkeypatch):
     def handed_on(folder, wanted, train, jobs):
         assert jobs == 2
         assert callable(pickle.loads(pickle.dumps(wrap_non_picklable_objects(train))))
@@ -35,4 +38,4 @@ def test_a_training_is_pickled_with_its_data(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "run_cells", handed_on)
     given = ["--smoke", "--jobs", "2", "--methods", "bn", "--out", str(tmp_path)]
     with pytest.raises(HandedOn):
-        main([recipe, *given, *GIVEN[recipe]])
+        main([recipe, *given, *(str(sites) if w == "SITES" else w for w in GIVEN[recipe])])

@@ -9,6 +9,7 @@ import normswap
 from recipes.common import images, methods, training, unlabelled
 from recipes.common.data import Loader
 from recipes.common.digits import load_digits
+from recipes.common.options import of_cell
 from recipes.common.unlabelled import Alignment, Views, draw, pseudo_loss
 from recipes.common.weights import NARROW, make_backbone
 
@@ -127,7 +128,9 @@ def test_each_part_of_a_batch_gets_its_own_context():
 
 def test_the_average_of_the_weights_is_what_is_given_back():
     model = torch.nn.Linear(2, 1)
-    options = argparse.Namespace(lr=0.1, weight_decay=0.0, steps=6, ema=0.5, amp=False, seed=0)
+    options = of_cell(
+        argparse.Namespace(lr=0.1, steps=6), weight_decay=0, ema=0.5, seed=0, method="bn"
+    )
     seen, notes = [], []
 
     def step(model, index):

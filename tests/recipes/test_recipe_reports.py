@@ -116,6 +116,25 @@ def test_a_table_without_its_run_and_a_run_without_a_table_are_errors(folder, tm
     assert "expected a page with tables" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["{", "3", '{"records": []}', '{"versions": {}}'])
+def test_a_damaged_file_is_named_with_the_way_out(damage, folder, tmp_path, capsys):
+    reports.show(folder, RECORDS, {"accuracy": "right, %"}, "toy", None, "accuracy")
+    page, kept = tmp_path / "page.md", tmp_path / "kept"
+    page.write_text("<!-- table toy -->\n<!-- end -->\n")
+    given = ["results", "--page", str(page), "--kept", str(kept)]
+    assert main([*given, "--keep", str(folder)]) == 0
+    before = page.read_text()
+    for path, text in ((kept / "toy.json", "keep its run again"), (folder / "table.json", "again")):
+        whole = path.read_text()
+        path.write_text(damage)
+        assert main([*given, *(["--keep", str(folder)] if path.parent == folder else [])]) == 2
+        error = capsys.readouterr().err
+        assert f"cannot read {path}" in error
+        assert text in error
+        assert page.read_text() == before
+        path.write_text(whole)
+
+
 @pytest.mark.parametrize(
     "given",
     [

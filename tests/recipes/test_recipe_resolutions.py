@@ -83,11 +83,3 @@ def test_the_smoke_setting_chooses_rates_and_reports_each_size(folder, tmp_path)
     kept = json.loads((tmp_path / "runs" / "run" / "table.json").read_text())
     assert kept["figures"] == {"at_24": "24 px", "at_16": "16 px", "mean": "mean"}
     assert kept["compared"] == "mean"
-
-
-@pytest.mark.parametrize("sizes", [["16"], ["16", "16"], ["32", "16"]])
-def test_sizes_that_are_no_choice_are_an_error(sizes, tmp_path, capsys):
-    given = ["resolutions", "--sizes", *sizes, "--out", str(tmp_path / "runs")]
-    assert main(given) == 2
-    assert "expected --sizes to be two or more, each another" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()

@@ -24,7 +24,7 @@ def trained_arm(steps: int = 3):
     """A small model some steps into training, so that the optimizer has a state."""
     torch.manual_seed(steps)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    arm = make_arm("bn", model, CONFIG, 10)
+    arm = make_arm("bn", model, CONFIG, 20)
     for update in range(steps):
         arm.schedule.step_update(update)
         model(torch.randn(5, 3)).pow(2).sum().backward()
@@ -136,21 +136,9 @@ def test_a_checkpoint_that_carries_code_is_refused_and_the_code_not_run(tmp_path
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     runs.save_checkpoint(tmp_path, [trained_arm()], HISTORY)
-    other = make_arm("bn", nn.Linear(2, 2), CONFIG, 10)
+    other = make_arm("bn", nn.Linear(2, 2), CONFIG, 20)
     with pytest.raises(RecipeError, match="does not fit the model bn"):
         runs.load_checkpoint(tmp_path, [other])
-
-
-def test_an_existing_run_is_refused_with_both_ways_out(tmp_path):
-    with pytest.raises(RecipeError, match=r"exists; add --resume .* another --name"):
-        runs.folder_of(Namespace(out=tmp_path.parent, name=tmp_path.name, resume=False), "", "")
-
-
-def test_a_default_name_avoids_existing_runs(tmp_path):
-    assert runs.free_name(tmp_path, "run") == "run"
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run-2").mkdir()
-    assert runs.free_name(tmp_path, "run") == "run-3"
 
 
 def test_settings_of_a_run_are_read_back(tmp_path):
@@ -159,6 +147,9 @@ def test_settings_of_a_run_are_read_back(tmp_path):
     assert "torch" in runs.read_config(tmp_path / "run", "versions")
 
 
-def test_resuming_what_is_not_there_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"found no config\.json; leave out --resume"):
-        runs.read_config(tmp_path / "none")
+def test_a_default_name_avoids_existing_runs(tmp_path):
+    options = Namespace(out=tmp_path, name=None, resume=False)
+    for name in ("run", "run-2", "run-3"):
+        folder = runs.folder_of(options, "toy", "run")
+        assert folder == tmp_path / name
+        folder.mkdir()

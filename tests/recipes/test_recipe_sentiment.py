@@ -54,6 +54,10 @@ def test_a_training_is_the_same_again(sentences, tmp_path):
 
     lines = [(tmp_path / name / "epochs.jsonl").read_text() for name in ("one", "two")]
     assert lines[0] == lines[1]
+    # What a run to be resumed was given, it need not be given again.
+    more = ["--methods", "cnsn", "bn", "--out", str(tmp_path), "--name", "one", "--resume"]
+    assert main(["sentiment", *more]) == 0
+    assert len(read_lines(tmp_path / "one" / "results.jsonl")) == 2
 
 
 def test_words_are_numbered_from_two_and_rare_ones_are_unknown():
@@ -70,9 +74,3 @@ def test_a_line_of_another_form_is_an_error(tmp_path):
     path.write_text("1 good\nbad one\n")
     with pytest.raises(RecipeError, match=r"line 2 of .*got 'bad one'"):
         sentiment.read(path)
-
-
-def test_a_missing_file_is_an_error(tmp_path, capsys):
-    assert main(["sentiment", "--data", str(tmp_path), "--out", str(tmp_path / "runs")]) == 2
-    assert "stsa.binary.train.txt" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()

@@ -72,13 +72,6 @@ def test_superclasses_of_another_form_are_an_error(digits, given):
         with_superclasses(digits, given)
 
 
-def test_a_class_without_a_superclass_is_an_error(tmp_path, capsys):
-    given = ["superclasses", "--superclasses", "round=0,6,8,9", "--out", str(tmp_path)]
-    assert main(given) == 2
-    assert "found none for 1, 2, 3, 4, 5, 7" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_clusters_are_found_on_training_images_and_assigned_by_nearness(digits):
     data, text = with_clusters(loader_of(with_superclasses(digits, DIGITS)), "pixels", 4, seed=0)
 

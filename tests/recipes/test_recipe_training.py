@@ -75,7 +75,7 @@ class Plain(nn.Module):
 
 def test_training_gives_each_image_the_label_of_its_domain():
     spy = Spy()
-    train_epoch([make_arm("spy", spy, CONFIG, 8)], make_loader(coloured()), CONFIG, 0)
+    train_epoch([make_arm("spy", spy, CONFIG, 16)], make_loader(coloured()), CONFIG, 0)
     assert len(spy.seen) == 8
     for training, domains, context in spy.seen:
         assert training
@@ -98,7 +98,7 @@ def test_labels_are_hidden_from_training_steps_by_the_seed():
 
 def test_evaluation_gives_the_label_of_the_domain_or_none():
     spy = Spy()
-    arm = make_arm("spy", spy, CONFIG, 8)
+    arm = make_arm("spy", spy, CONFIG, 16)
     evaluate(arm, make_loader(coloured()), CONFIG)
     contexts = [context for _, _, context in spy.seen]
     assert sum(context is None for context in contexts) == 4
@@ -109,7 +109,7 @@ def test_evaluation_gives_the_label_of_the_domain_or_none():
 
 def test_the_held_out_domain_is_tested_with_its_label_unknown_only():
     spy = Spy()
-    accuracy = evaluate(make_arm("spy", spy, CONFIG, 8), make_loader(coloured("b")), CONFIG)
+    accuracy = evaluate(make_arm("spy", spy, CONFIG, 16), make_loader(coloured("b")), CONFIG)
     assert set(accuracy["unknown"]) == set("abcd")
     assert set(accuracy["known"]) == set("acd")
     for _, domains, context in spy.seen:
@@ -118,18 +118,18 @@ def test_the_held_out_domain_is_tested_with_its_label_unknown_only():
 
 
 def test_accuracy_is_the_share_of_right_answers_by_domain():
-    accuracy = evaluate(make_arm("spy", Spy(), CONFIG, 8), make_loader(coloured()), CONFIG)
+    accuracy = evaluate(make_arm("spy", Spy(), CONFIG, 16), make_loader(coloured()), CONFIG)
     assert accuracy["known"] == {"a": 100.0, "b": 100.0, "c": 0.0, "d": 100.0}
 
 
 def test_a_model_without_context_has_no_accuracy_for_known_labels():
-    accuracy = evaluate(make_arm("bn", Plain(), CONFIG, 8), make_loader(coloured()), CONFIG)
+    accuracy = evaluate(make_arm("bn", Plain(), CONFIG, 16), make_loader(coloured()), CONFIG)
     assert set(accuracy) == {"unknown"}
 
 
 def test_norm_parameters_are_spared_weight_decay_and_convolutions_are_not():
     model = normswap.convert(timm.create_model("test_resnet"), method="cn-x", contexts=3)
-    groups = make_arm("cn-x", model, CONFIG, 8).optimizer.param_groups
+    groups = make_arm("cn-x", model, CONFIG, 16).optimizer.param_groups
     decayed = {id(p) for g in groups if g["weight_decay"] > 0 for p in g["params"]}
     spared = {id(p) for g in groups if g["weight_decay"] == 0 for p in g["params"]}
     norms = [m for m in model.modules() if isinstance(m, normswap.ContextNormX)]
@@ -143,7 +143,7 @@ def test_norm_parameters_are_spared_weight_decay_and_convolutions_are_not():
 def test_equal_models_trained_side_by_side_stay_equal():
     first, second = Plain(), Plain()
     second.load_state_dict(first.state_dict())
-    arms = [make_arm(name, m, CONFIG, 8) for name, m in (("a", first), ("b", second))]
+    arms = [make_arm(name, m, CONFIG, 16) for name, m in (("a", first), ("b", second))]
     start = first.conv.weight.clone()
     train_epoch(arms, make_loader(coloured()), CONFIG, 0)
     assert not torch.equal(first.conv.weight, start)
@@ -155,14 +155,14 @@ def test_an_arm_trains_the_same_alone_as_beside_another():
     torch.manual_seed(0)
     alone, beside, other = Plain(), Plain(), Plain()
     beside.load_state_dict(alone.state_dict())
-    train_epoch([make_arm("a", alone, CONFIG, 8)], make_loader(coloured()), CONFIG, 0)
-    arms = [make_arm("o", other, CONFIG, 8), make_arm("a", beside, CONFIG, 8)]
+    train_epoch([make_arm("a", alone, CONFIG, 16)], make_loader(coloured()), CONFIG, 0)
+    arms = [make_arm("o", other, CONFIG, 16), make_arm("a", beside, CONFIG, 16)]
     train_epoch(arms, make_loader(coloured()), CONFIG, 0)
     assert torch.equal(alone.conv.weight, beside.conv.weight)
 
 
 def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_nothing():
-    arm = make_arm("bn", Plain(), of_cell(CONFIG, epochs=10), 10)
+    arm = make_arm("bn", Plain(), of_cell(CONFIG), 100)
     rates = []
     for update in range(100):
         arm.schedule.step_update(update)
@@ -173,7 +173,7 @@ def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_nothing():
 
 
 def test_the_loss_falls_on_a_learnable_task():
-    arm = make_arm("bn", Plain(), of_cell(CONFIG, epochs=8, lr=1e-2), 8)
+    arm = make_arm("bn", Plain(), of_cell(CONFIG, epochs=8, lr=1e-2), 64)
     losses = [
         train_epoch([arm], make_loader(coloured()), CONFIG, epoch)["bn"]["loss"]
         for epoch in range(8)
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
     with pytest.raises(
         RecipeError, match=r"the loss of spy is nan after step 1, .*; try a smaller"
     ):
-        train_epoch([make_arm("spy", spy, CONFIG, 8)], make_loader(coloured()), CONFIG, 0)
+        train_epoch([make_arm("spy", spy, CONFIG, 16)], make_loader(coloured()), CONFIG, 0)
 
 
 def test_the_error_names_the_first_gradient_that_was_not_finite():
@@ -202,7 +202,7 @@ def test_the_error_names_the_first_gradient_that_was_not_finite():
     with pytest.raises(
         RecipeError, match=r"after step 3, where the gradient of conv\.weight was not"
     ):
-        train_epoch([make_arm("bn", model, CONFIG, 8)], make_loader(coloured()), CONFIG, 0)
+        train_epoch([make_arm("bn", model, CONFIG, 16)], make_loader(coloured()), CONFIG, 0)
 
 
 def test_statistics_are_filled_with_the_average_of_the_first_batches():
