@@ -57,7 +57,7 @@ KINDS = {
     "lraspp": (
         lambda: models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None),
         IMAGE,
-        ("", "backbone"),
+        ("", "backbone", "classifier"),
     ),
 }
 
