@@ -120,7 +120,7 @@ class PointNet(nn.Module):
 
 
 def test_points():
-    threaded(check(PointNet(), torch.randn(4, 3, 20)))
+    check(PointNet(), torch.randn(4, 3, 20), opaque="calls eye() of nothing that it is given")
 
 
 class Waves(nn.Module):

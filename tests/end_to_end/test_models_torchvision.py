@@ -30,7 +30,11 @@ KINDS = {
     "mobilenet_v3_small": (lambda: models.mobilenet_v3_small(), IMAGE, ()),
     "shufflenet_v2_x0_5": (lambda: models.shufflenet_v2_x0_5(), IMAGE, ()),
     "regnet_y_400mf": (lambda: models.regnet_y_400mf(), IMAGE, ()),
-    "densenet": (lambda: models.DenseNet(8, (3, 2), 16), IMAGE, ()),
+    "densenet": (
+        lambda: models.DenseNet(8, (3, 2), 16),
+        IMAGE,
+        ("features.denseblock1", "features.denseblock2"),
+    ),
     "float of a quantisable one": (
         lambda: models.quantization.mobilenet_v2(weights=None, quantize=False),
         IMAGE,
@@ -41,19 +45,19 @@ KINDS = {
             weights=None, weights_backbone=None, aux_loss=True
         ),
         IMAGE,
-        (),
+        ("", "backbone"),
     ),
     "r3d_18": (lambda: models.video.r3d_18(), VIDEO, ()),
     "fasterrcnn": (
         lambda: _detect("fasterrcnn_mobilenet_v3_large_320_fpn", **SMALL_BOXES),
         IMAGE,
-        ("",),
+        ("", "backbone.body"),
     ),
     # The sweep's tests check it too, and "deeplabv3" is on the same backbone.
     "lraspp": (
         lambda: models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None),
         IMAGE,
-        (),
+        ("", "backbone", "classifier"),
     ),
 }
 

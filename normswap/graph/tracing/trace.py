@@ -11,7 +11,7 @@ import inspect
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -140,23 +140,8 @@ class TraceSession:
         cls: Any = container_class(root)
         if inspect.iscoroutinefunction(cls.forward):
             raise TraceFailure("is async")
-        return self._trace(root, cls.forward, call, kinds)
-
-    def _trace(
-        self,
-        root: nn.Module,
-        forward: Callable[..., Any],
-        call: Callable[..., Any],
-        kinds: tuple[Kind, ...],
-    ) -> Traced:
         tracer = ContainerTracer(root)
-        leaves: list[Any] = []
-        for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
-            proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
-            proxy.node.meta["tensor"] = leaf == TENSOR
-            leaves.append(proxy)
-        supply: Iterator[Any] = iter(leaves)
-        values = tuple(rebuild(kind, supply) for kind in kinds)
+        values = _place(kinds, tracer)
         lists = snapshot_lists(values)
         self._tracer = tracer
         failure: Exception | None = None
@@ -164,9 +149,9 @@ class TraceSession:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            tracer.reads.name(container_class(root), "forward", forward)
+            tracer.reads.name(cls, "forward", cls.forward)
             with ConstantCalls(), Watch(self._enter_globals, tracer.reads):
-                output = call(forward, root, values)
+                output = call(cls.forward, root, values)
                 check_given(lists, output)
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
         except Exception as error:
@@ -182,3 +167,14 @@ class TraceSession:
         if changed := tracer.reads.changed():
             raise TraceFailure(f"changes .{changed} inside forward")
         return Traced(tracer.graph, tracer.reads.guards())
+
+
+def _place(kinds: tuple[Kind, ...], tracer: ContainerTracer) -> tuple[Any, ...]:
+    """Put a placeholder for each symbolic part of arguments; return the arguments."""
+    leaves: list[fx.Proxy] = []
+    for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
+        proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
+        proxy.node.meta["tensor"] = leaf == TENSOR
+        leaves.append(proxy)
+    supply = iter(leaves)
+    return tuple(rebuild(kind, supply) for kind in kinds)

@@ -4,11 +4,9 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
-from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.graph.tracing.list_effects import check_handed
 from normswap.graph.tracing.reads import ANY_TENSOR, Reads
@@ -39,7 +37,6 @@ class ContainerTracer(fx.Tracer):
         self.reads = Reads()
         self._paths = {id(module): name for name, module in root.named_modules()}
         self._tensors = _names_of_tensors(root)
-        self._modes = _modes()
 
     def proxy(self, node: fx.Node) -> Value:
         """Wrap a node."""
@@ -56,12 +53,6 @@ class ContainerTracer(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Refuse to branch on a symbolic value."""
         raise TraceFailure("branches on a value that is known only when it runs")
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Add a node, unless the forward changed a mode that a graph does not carry."""
-        if _modes() != self._modes:
-            raise TraceFailure(SWITCHES)
-        return self.graph.create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         """Turn an argument of a call into one of a node."""
@@ -156,12 +147,3 @@ def _names_of_tensors(root: nn.Module) -> dict[int, str]:
 def _overrides_call(cls: type) -> bool:
     owner = next(base for base in cls.__mro__ if "__call__" in vars(base))
     return not is_torch(owner.__module__)
-
-
-def _modes() -> tuple[bool, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-    )
