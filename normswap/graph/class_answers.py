@@ -129,16 +129,15 @@ def _above(name: str) -> Iterator[str]:
 
 
 def check_question(name: str, question: str) -> None:
-    """Raise where a forward that is not traced asks for classes.
+    """Raise where a forward asks for classes in a way that nothing answers.
 
     Raises:
         ConversionError: it does.
     """
     if question:
         raise ConversionError(
-            "expected a forward that asks for classes by isinstance(value, one_class) only, or, "
-            f"without trace=False, one that can be traced, at {name or 'the model'}, got one where "
-            f"{question}"
+            "expected a forward that asks for classes by isinstance(value, one_class) only, at "
+            f"{name or 'the model'}, got one where {question}"
         )
 
 
