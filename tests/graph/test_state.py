@@ -18,17 +18,25 @@ class Scaled(Holder):
         super().__init__()
         self.scale = 1
         self.act = F.relu
-        self.table = {"gain": 1.0}
         self.extra = None
         self.blocks = nn.ModuleList([nn.ModuleDict({"block": Block()})])
 
     def forward(self, x):
-        y = self.act(self.b(self.a(x)) * self.scale * self.table["gain"])
+        y = self.act(self.b(self.a(x)) * self.scale)
         for block in self.blocks:
             y = block["block"](y)
         if self.extra is not None:
             y = self.extra(y)
         return y
+
+
+class Tabled(Holder):
+    def __init__(self):
+        super().__init__()
+        self.table = {"gain": 1.0}
+
+    def forward(self, x):
+        return self.b(self.a(x)) * self.table["gain"]
 
 
 class Optioned(Holder):
@@ -61,14 +69,19 @@ def _change(model, name):
         model.b = nn.Softplus()
 
 
-CHANGES = ["scale", "function", "setting", "nested setting", "dict", "new module"]
-CHANGES += ["more children", "replaced child"]
+CHANGES = ["scale", "function", "new module", "more children", "replaced child"]
+OPAQUE = {
+    "setting": (Optioned, "reads .options, a SimpleNamespace"),
+    "nested setting": (Optioned, "reads .options, a SimpleNamespace"),
+    "dict": (Tabled, "reads .table, a dict"),
+}
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [*CHANGES, *OPAQUE])
 def test_a_change_after_conversion_takes_effect(name):
-    model = Optioned() if "setting" in name else Scaled()
-    check(model, opaque="reads .options, a SimpleNamespace" if "setting" in name else None)
+    kind, opaque = OPAQUE.get(name, (Scaled, None))
+    model = kind()
+    check(model, opaque=opaque)
     converted = normswap.convert(model, "cn", contexts=3, verify=False)
     call(converted, (images(),))
     for changed in (model, converted):
