@@ -20,7 +20,7 @@ from normswap.graph.tracing.bytecode import Statement, codes_of, read_code
 from normswap.graph.tracing.class_names import ways_to_names
 from normswap.graph.tracing.failure import is_library
 from normswap.graph.tracing.uses import COMPARES
-from normswap.util.elements import COLLECTIONS
+from normswap.util.elements import COLLECTIONS, elements_of
 from normswap.util.original_class import class_of
 
 _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
@@ -161,11 +161,12 @@ def _statements(function: types.FunctionType) -> Iterator[tuple[list[object], St
             yield values, statement
 
 
-def _classes(value: object) -> list[type]:
-    """Return the classes that a value is, or holds."""
+def _classes(value: object, depth: int = 4) -> Iterator[type]:
+    """Yield the classes that a value is, or holds, not too deep: a list may hold itself."""
     if isinstance(value, type):
-        return [value]
-    if isinstance(value, tuple | list | set | frozenset | dict | types.UnionType):
-        parts = value.__args__ if isinstance(value, types.UnionType) else value
-        return [c for part in parts for c in _classes(part)]
-    return []
+        yield value
+    elif isinstance(value, (*COLLECTIONS, types.UnionType)) and depth:
+        whole = value.__args__ if isinstance(value, types.UnionType) else value
+        parts = dict.keys(whole) if isinstance(whole, dict) else elements_of(whole)
+        for part in parts:
+            yield from _classes(part, depth - 1)

@@ -58,3 +58,11 @@ def test_a_model_that_holds_one_converts_runs_and_goes_back(base, method):
     converted.train()(x, **labels)
     back = normswap.revert(converted, discard=True)[0]
     assert [*elements_of(back.held)] == [*elements_of(model.held)]
+
+
+def test_a_model_with_a_list_that_holds_itself_converts():
+    held = [1]
+    held.append(held)
+    converted = normswap.convert(Holding(held).eval(), "cn", contexts=2)
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(converted(x, context=[0, 1]), Holding(held).eval()(x))
