@@ -194,6 +194,21 @@ def test_a_function_of_nothing_that_handles_exceptions():
     check(Model(), opaque="handles exceptions")
 
 
+def _is_installed():
+    try:
+        return bool(int("no number"))
+    except ValueError:
+        return False
+
+
+def test_a_function_of_nothing_may_handle_exceptions():
+    class Model(Holder):
+        def forward(self, x):
+            return self.a(x) if _is_installed() else self.b(self.a(x))
+
+    check(Model())
+
+
 def test_all_any_and_tuple_of_a_generator():
     # Python 3.14 first asks whether these are its own functions: no question of the forward's.
     class Model(Holder):
