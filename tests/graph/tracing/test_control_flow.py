@@ -186,21 +186,6 @@ def _is_installed():
         return False
 
 
-def test_a_function_of_nothing_that_handles_exceptions():
-    class Model(Holder):
-        def forward(self, x):
-            return self.a(x) if _is_installed() else self.b(self.a(x))
-
-    check(Model(), opaque="handles exceptions")
-
-
-def _is_installed():
-    try:
-        return bool(int("no number"))
-    except ValueError:
-        return False
-
-
 def test_a_function_of_nothing_may_handle_exceptions():
     class Model(Holder):
         def forward(self, x):
