@@ -28,8 +28,9 @@ from normswap.graph.tracing import (
     find_other,
     flipped,
     is_library,
+    structure_of,
 )
-from normswap.util.original_class import STATE
+from normswap.util.original_class import STATE, container_class
 
 _MOST_VARIANTS = 64
 _COUNT = itertools.count()
@@ -56,6 +57,12 @@ def _variant(
     other = next((o for o in map(find_other, key) if o), None)
     if other is not None:
         return Variant(None, f"takes a {other}, which no graph takes")
+    # Blocks of a stage are alike; what holds inserted layers is made for itself.
+    alike = (container_class(module), key, structure_of(module))
+    made: list[Variant] = [] if state.insertions else session.made.setdefault(alike, [])
+    found = next((variant for variant in made if variant.holds(module)), None)
+    if found is not None:
+        return found
     try:
         traced = session.trace(module, converted_class_of(module).spread, key)
         insert_layers(traced.graph, module, state.insertions, state.blocks)
@@ -64,6 +71,7 @@ def _variant(
         return Variant(None, str(failure))
     if not variant.holds(module):
         return Variant(None, "reads an attribute that is another value each time")
+    made.append(variant)
     return variant
 
 

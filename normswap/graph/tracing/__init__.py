@@ -27,6 +27,7 @@ from normswap.graph.tracing.signature import write_forward as write_forward
 from normswap.graph.tracing.trace import Traced as Traced
 from normswap.graph.tracing.trace import TraceSession as TraceSession
 from normswap.graph.tracing.trace import tracing as tracing
+from normswap.graph.tracing.tracer import structure_of as structure_of
 from normswap.graph.tracing.value_kinds import Kind as Kind
 from normswap.graph.tracing.value_kinds import describe as describe
 from normswap.graph.tracing.value_kinds import find_other as find_other

@@ -11,7 +11,7 @@ import inspect
 import math
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -60,10 +60,14 @@ class TraceSession:
 
     Args:
         layers: classes of the norm layers, whose forward called by itself counts as a call.
+
+    Attributes:
+        made: what was made of containers, by class, arguments and structure: blocks are alike.
     """
 
     def __init__(self, layers: tuple[type[nn.Module], ...] = ()) -> None:
         self.layers = layers
+        self.made: dict[Hashable, list[Any]] = {}
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
         self._stand_ins = stand_ins(lambda: self.tracer is not None)

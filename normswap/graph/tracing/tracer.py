@@ -1,7 +1,7 @@
 """Build the graph of one container: its nodes, its symbolic values, and what it read."""
 
 import types
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -36,7 +36,7 @@ class ContainerTracer(fx.Tracer):
         self.graph = fx.Graph(tracer_cls=type(self))
         self.reads = Reads()
         self._paths = {id(module): name for name, module in root.named_modules()}
-        self._tensors = _names_of_tensors(root)
+        self._tensors = names_of_tensors(root)
 
     def proxy(self, node: fx.Node) -> Value:
         """Wrap a node."""
@@ -131,7 +131,13 @@ class ContainerTracer(fx.Tracer):
         return value
 
 
-def _names_of_tensors(root: nn.Module) -> dict[int, str]:
+def structure_of(root: nn.Module) -> Hashable:
+    """Return what containers share whose graphs are the same, where guards hold, too."""
+    modules = tuple((name, type(module)) for name, module in root.named_modules())
+    return modules, tuple(names_of_tensors(root).values())
+
+
+def names_of_tensors(root: nn.Module) -> dict[int, str]:
     """Return the name of each parameter, buffer and other tensor attribute, by id."""
     found: dict[int, str] = {}
     for name, module in root.named_modules():
