@@ -23,7 +23,8 @@ class Row:
         channels: C.
         contexts: K; 0 where it was left alone, and for a method without contexts.
         components: how many its layer has, where that is no number of contexts.
-        delivery: "threaded", "scoped" or "unreached"; how the context gets there.
+        delivery: how the context gets there: "threaded", as an argument in the graph of the module
+            that calls it; "scoped"; or "unreached".
         rows: how the rows it is given follow from the samples, as was measured: "one per sample",
             "folded x49" (each sample's rows together), "repeated x2" (all samples, then again),
             "permuted", or why labels cannot follow; "not measured" and why.

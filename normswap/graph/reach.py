@@ -13,7 +13,8 @@ class Reach:
     """How the containers of a converted model hand on the context.
 
     Attributes:
-        delivery: id of a norm layer -> "threaded" or "scoped"; absent where no forward reaches it.
+        delivery: id of a norm layer -> "threaded", where the graph of the container that calls it
+            passes the context, or "scoped"; absent where no forward reaches it.
         opaque: name of a container that keeps its own forward -> why.
         traced: how many containers run a graph.
     """
@@ -24,7 +25,7 @@ class Reach:
 
 
 def find_reach(model: nn.Module) -> Reach:
-    """Follow the calls of the graphs from the root."""
+    """Follow the calls of containers from the root; one with its own forward may call any below."""
     reach = Reach()
     for module in model.modules():
         state = state_of(module)
@@ -35,40 +36,31 @@ def find_reach(model: nn.Module) -> Reach:
             reach.opaque[state.fqn] = reasons[0]
         else:
             reach.traced += 1
-    seen: set[tuple[int, bool]] = set()
-    queue: list[tuple[nn.Module, bool]] = [(model, True)]
-    perhaps: list[nn.Module] = []
-    while queue:
-        module, threaded = queue.pop()
-        if (id(module), threaded) in seen:
+    seen: set[nn.Module] = set()
+    waiting, loose = [model], list[nn.Module]()
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
             continue
-        seen.add((id(module), threaded))
+        seen.add(module)
         state = state_of(module)
-        if state is None:
-            if context_argument(module) is not None:
-                _deliver(reach, module, threaded)
-            else:
-                queue += [(child, False) for child in module.children()]
+        if state is None or state.fqn in reach.opaque:
+            waiting += [m for m in module.modules() if state_of(m) is not None]
+            loose += module.modules()
             continue
         for variant in state.seen():
-            if variant.run is None:
-                queue += [(m, False) for m in module.modules() if m is not module]
-            else:
-                called: set[nn.Module] = {module}
-                for path, *_ in variant.calls:
-                    child = walk(module, path)
-                    called.update(child.modules())
-                    queue.append((child, threaded))
-                if variant.calls_user_code:
-                    perhaps += [m for m in module.modules() if m not in called]
-    for module in perhaps:  # code of the user's may reach these; where a graph does, that counts
-        if state_of(module) is None and context_argument(module) is not None:
-            reach.delivery.setdefault(id(module), "scoped")
+            for path, *_ in variant.calls:
+                child = walk(module, path)
+                if _is_norm(child):
+                    reach.delivery[id(child)] = "threaded"
+                else:
+                    waiting.append(child)
+            if variant.calls_user_code:
+                loose += module.modules()
+    for module in filter(_is_norm, loose):  # where a graph calls one, that counts
+        reach.delivery.setdefault(id(module), "scoped")
     return reach
 
 
-def _deliver(reach: Reach, module: nn.Module, threaded: bool) -> None:
-    if threaded:
-        reach.delivery.setdefault(id(module), "threaded")
-    else:
-        reach.delivery[id(module)] = "scoped"
+def _is_norm(module: nn.Module) -> bool:
+    return state_of(module) is None and context_argument(module) is not None

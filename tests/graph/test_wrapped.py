@@ -190,7 +190,7 @@ def test_the_summary_tells_what_is_below_a_wrapper(wrap):
     wrapped = make(Both())
     wrapped.a = WRAPPERS[wrap](wrapped.a)
     run(wrapped, context=LABELS)
-    assert [row.delivery for row in normswap.summary(wrapped).rows] == ["scoped", "threaded"]
+    assert [row.delivery for row in normswap.summary(wrapped).rows] == ["threaded", "threaded"]
 
 
 COMPILED = [w for w in WRAPPERS if w not in ("parallel", "reentrant")]
