@@ -3,7 +3,7 @@
 import functools
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from normswap.util.elements import elements_of
 from normswap.util.original_class import ORIGINAL, STATE
 
 _PLAIN = (bool, int, float, str, type(None), torch.Size, Tensor)
+_TABLES = (dict, OrderedDict, list, set, tuple)
 _OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "scope"}
 
 
@@ -70,8 +71,8 @@ class Surgery:
         met, pinned = set[int](), set[tuple[int, bool]]()
         for name, module in self.model.named_modules():
             met.add(id(module))
-            for key, value in list(vars(module).items()):
-                if not _is_own(key):
+            for key, value in vars(module).items():
+                if not (_holds_nothing(value) or _is_own(key)):
                     waiting.append((f"{name}.{key}".lstrip("."), "", vars(module), key, value))
         while waiting:
             where, kind, table, key, value = waiting.pop()
@@ -80,7 +81,7 @@ class Surgery:
                     _refuse_holder(where, kind, layers[id(value)])
                 self._references.append((table, key, value))
                 table[key] = layers[id(value)]
-            elif not isinstance(value, _PLAIN) and id(value) not in met:
+            elif not _holds_nothing(value) and id(value) not in met:
                 met.add(id(value))
                 waiting += [(where, *part) for part in _parts_of(value, pinned)]
 
@@ -174,6 +175,11 @@ class Surgery:
         while self._swapped:
             parent, leaf, module = self._swapped.pop()
             parent._modules[leaf] = module
+
+
+def _holds_nothing(value: Any) -> bool:
+    """Return whether a value can hold no norm: most attributes are plain, or empty tables."""
+    return isinstance(value, _PLAIN) or (type(value) in _TABLES and not value)
 
 
 def _is_own(key: str) -> bool:

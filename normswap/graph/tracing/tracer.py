@@ -35,8 +35,9 @@ class ContainerTracer(fx.Tracer):
         self.root = root
         self.graph = fx.Graph(tracer_cls=type(self))
         self.reads = Reads()
-        self._paths = {id(module): name for name, module in root.named_modules()}
-        self._tensors = names_of_tensors(root)
+        named = dict(root.named_modules())
+        self._paths = {id(module): name for name, module in named.items()}
+        self._tensors = _names_of_tensors(named)
 
     def proxy(self, node: fx.Node) -> Value:
         """Wrap a node."""
@@ -133,14 +134,15 @@ class ContainerTracer(fx.Tracer):
 
 def structure_of(root: nn.Module) -> Hashable:
     """Return what containers share whose graphs are the same, where guards hold, too."""
-    modules = tuple((name, type(module)) for name, module in root.named_modules())
-    return modules, tuple(names_of_tensors(root).values())
+    named = dict(root.named_modules())
+    modules = tuple((name, type(module)) for name, module in named.items())
+    return modules, tuple(_names_of_tensors(named).values())
 
 
-def names_of_tensors(root: nn.Module) -> dict[int, str]:
+def _names_of_tensors(named: dict[str, nn.Module]) -> dict[int, str]:
     """Return the name of each parameter, buffer and other tensor attribute, by id."""
     found: dict[int, str] = {}
-    for name, module in root.named_modules():
+    for name, module in named.items():
         prefix = f"{name}." if name else ""
         # Scripted modules keep theirs elsewhere.
         for table in (module._parameters, module._buffers, vars(module)):
