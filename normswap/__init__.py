@@ -3,6 +3,7 @@
 from normswap import contexts as contexts
 from normswap import functional as functional
 from normswap import plot as plot
+from normswap import testing as testing
 from normswap._version import __version__ as __version__
 from normswap.api import convert as convert
 from normswap.api import plan as plan

@@ -80,8 +80,9 @@ def adapt(
     layers = {name: layer for name, layer in found if method.statistics(layer) is not None}
     if not layers:
         raise ConversionError(
-            f"method {record.method!r} keeps no statistics of contexts in {record.model}: a layer "
-            "on an instance norm takes those of each instance"
+            f"method {record.method!r} names no statistics of contexts in {record.model}: a layer "
+            "on an instance norm takes those of each instance, and a method of another package "
+            "returns them from its statistics(layer)"
         )
     own = [t for m in layers.values() for t in (*m.parameters(False), *m.buffers(False))]
     averages = [Average(name, layer, method, index) for name, layer in layers.items()]

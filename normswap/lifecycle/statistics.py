@@ -84,7 +84,8 @@ def update_stats(
     if not layers:
         raise ConversionError(
             f"found no layer in {type(model).__name__} whose running statistics may move; "
-            "normswap.freeze(stats='update') lets frozen ones move again"
+            "normswap.freeze(stats='update') lets frozen ones move again; those of layers of other "
+            "packages are not measured"
         )
     buffers = [b for layer in layers for b in _buffers(layer)]
     run = forward or forward_batch

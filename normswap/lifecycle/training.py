@@ -144,6 +144,7 @@ def freeze(
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(id(parameter) in chosen)
     for module in model.modules():
+        # Layers of other packages need not know the setting; they are held in eval mode.
         if hasattr(type(module), "stats_frozen"):
             module.stats_frozen = stats == "frozen"  # type: ignore[assignment]
         elif _has_statistics(module):
@@ -208,7 +209,8 @@ def is_ours(module: nn.Module) -> bool:
 
 def _has_statistics(module: nn.Module) -> bool:
     names = (name for name, _ in module.named_buffers(recurse=False))
-    return looks_like_norm(module) and any(name.startswith("running_") for name in names)
+    keeps = any(name.startswith("running_") for name in names)
+    return keeps and (looks_like_norm(module) or is_ours(module))
 
 
 def _hold(module: nn.Module, frozen: bool) -> None:

@@ -67,6 +67,7 @@ class AdaptiveContextNorm(NormLayer):
     """
 
     context_parameters = ("prior_logits", "mu", "log_sigma")
+    stats_frozen = False  # `normswap.freeze` sets it: use the running statistics, leave them
     weight: nn.Parameter
     bias: nn.Parameter
     prior_logits: nn.Parameter

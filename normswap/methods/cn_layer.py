@@ -70,6 +70,7 @@ class ContextNorm(ContextTables):
     """
 
     kernels = "context_norm"
+    stats_frozen = False  # `normswap.freeze` sets it: use the running statistics, leave them
     read = ("weight", "bias", "priors", *RUNNING)
     most_weighed = 64
     _first_run: Moments | None = None

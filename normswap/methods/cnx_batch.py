@@ -56,6 +56,7 @@ class BatchContextNormX(ContextNormX):
     """
 
     track_running_stats = True
+    stats_frozen = False  # `normswap.freeze` sets it: use the running statistics, leave them
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor

@@ -51,6 +51,7 @@ class ContextInstanceNorm(ContextLayer):
     """
 
     context_parameters = ("weight", "bias")
+    stats_frozen = False  # `normswap.freeze` sets it: use the running statistics, leave them
     weight: nn.Parameter
     bias: nn.Parameter
 

@@ -26,12 +26,9 @@ class NormLayer(AsBefore, RunningStats, Resettable):
 
     Attributes:
         context_parameters: names of the parameters that have a row for each context or component.
-        stats_frozen: whether training mode, too, uses the running statistics and leaves them;
-            `normswap.freeze` sets it.
     """
 
     context_parameters: tuple[str, ...] = ()
-    stats_frozen = False
     affine = True
     __prepare_scriptable__ = refuse_scripting
 

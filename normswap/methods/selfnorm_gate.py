@@ -42,7 +42,7 @@ class Gate(RunningStats, Resettable):
         (C,). Result: (N, C).
     """
 
-    stats_frozen = False  # as for the layers that replace norms, see `normswap.freeze`
+    stats_frozen = False  # `normswap.freeze` sets it: use the running statistics, leave them
     running_mean: Tensor
     running_var: Tensor
 

@@ -7,7 +7,9 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from normswap.errors import ContractError
 from normswap.lifecycle.record import method_layers
+from normswap.lifecycle.training import freeze
 from normswap.methods.layer import ContextLayer
 from normswap.testing.case import (
     LABELS,
@@ -49,7 +51,8 @@ def check_absent_contexts_and_single_samples(case: Case) -> None:
             for key in layer.context_parameters if isinstance(layer, ContextLayer) else ():
                 grad = layer.get_parameter(key).grad
                 where = f"{place}: {name}.{key}"
-                assert grad is not None
+                if grad is None:
+                    raise ContractError(f"{where}: no gradient in a training step")
                 absent, present = float(grad[1].abs().max()), float(grad[0].abs().max())
                 require(absent == 0, f"{where}: the absent context has a gradient of {absent:.3g}")
                 require(present > 0, f"{where}: a context in the batch has no gradient")
@@ -66,6 +69,23 @@ def check_every_parameter_trains(case: Case) -> None:
     for name, parameter in model.named_parameters():
         grad = parameter.grad
         require(grad is not None and bool(grad.isfinite().all()), f"{name}: gradient {grad}")
+
+
+@check()
+def check_frozen_statistics(case: Case) -> None:
+    """``freeze(stats="frozen")``: training leaves running statistics, and computes what eval does.
+
+    A layer that names no ``stats_frozen`` is held in eval mode for it.
+    """
+    for place, model, x in case.each_trained(["ConvNet"]):
+        freeze(model, "all", stats="frozen")
+        expected = case.in_eval(model, x, LABELS if case.labelled else None)
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        y = case.run(model.train(), x, LABELS if case.labelled else None)
+        moved = [n for n, buffer in model.named_buffers() if not torch.equal(buffer, before[n])]
+        require(not moved, f"{place}: frozen, but moved: {', '.join(moved[:6])}")
+        if not case.method.stochastic:
+            require_close(y, expected, f"{place}: a frozen model in training", 1e-10)
 
 
 @check()
@@ -103,12 +123,13 @@ def check_checkpointing(case: Case) -> None:
                 backward(torch.stack(outputs))
             pairs = zip(model.named_parameters(), twin.parameters(), strict=True)
             for (name, one), other in pairs:
-                assert one.grad is not None
-                assert other.grad is not None
+                if one.grad is None or other.grad is None:
+                    raise ContractError(f"{where}: {name} has no gradient in a training step")
                 require_close(other.grad, one.grad, f"{where}: gradient of {name}", 1e-10)
             # Batch norms of torch, beside inserted layers, move their statistics twice.
             layers = zip(method_layers(model).items(), method_layers(twin).values(), strict=True)
             for (name, layer), copied in layers:
                 buffers = zip(layer.named_buffers(), copied.buffers(), strict=True)
                 for (key, buffer), found in buffers:
-                    require_close(found, buffer, f"{where}: {name}.{key}", 1e-10)
+                    moved = f"{where}: {name}.{key}, which a layer moves unless keeps_stats()"
+                    require_close(found, buffer, moved, 1e-10)
