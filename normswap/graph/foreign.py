@@ -9,7 +9,8 @@ from torch import fx, nn
 
 from normswap.errors import ConversionError, refuse_scripting
 from normswap.graph.class_answers import answered
-from normswap.graph.state import ContainerState, Values, context_argument, own_forward
+from normswap.graph.own_forward import own_forward
+from normswap.graph.state import ContainerState, Values, context_argument
 from normswap.graph.tracing.value_kinds import any_leaf
 
 # Methods by which models fold their batch norms into convolutions: torchvision's, timm's and
