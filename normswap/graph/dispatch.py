@@ -168,13 +168,10 @@ def _run_variant(
         if state.insertions:
             raise _untraced(state, variant.reason)
         return run_scoped(module, values, context)
-    run = variant.run
-    if variant.calls_user_code:
-        run = answered(state.fqn, state.questions, run)
     given = (module, *leaves, context)
     if variant.scoped or (context is None and state.layers and not state.scope.entered):
-        return in_scope(state.scope, context, run, *given)
-    return run(*given)
+        return in_scope(state.scope, context, variant.run, *given)
+    return variant.run(*given)
 
 
 def _untraced(state: ContainerState, reason: str) -> ConversionError:

@@ -37,7 +37,6 @@ def find_reach(model: nn.Module) -> Reach:
             reach.traced += 1
     seen: set[tuple[int, bool]] = set()
     queue: list[tuple[nn.Module, bool]] = [(model, True)]
-    perhaps: list[nn.Module] = []
     while queue:
         module, threaded = queue.pop()
         if (id(module), threaded) in seen:
@@ -54,16 +53,7 @@ def find_reach(model: nn.Module) -> Reach:
             if variant.run is None:
                 queue += [(m, False) for m in module.modules() if m is not module]
             else:
-                called: set[nn.Module] = {module}
-                for path, *_ in variant.calls:
-                    child = walk(module, path)
-                    called.update(child.modules())
-                    queue.append((child, threaded))
-                if variant.calls_user_code:
-                    perhaps += [m for m in module.modules() if m not in called]
-    for module in perhaps:  # code of the user's may reach these; where a graph does, that counts
-        if state_of(module) is None and context_argument(module) is not None:
-            reach.delivery.setdefault(id(module), "scoped")
+                queue += [(walk(module, path), threaded) for path, *_ in variant.calls]
     return reach
 
 

@@ -26,17 +26,14 @@ class Variant:
         reason: why there is no graph; "" where there is one.
         guards: what of the module, and outside of it, must be as it was.
         calls: (path, class, whether `takes_arguments_as_given`) of the submodules the graph calls.
-        calls_user_code: whether functions or methods of the user's run in it, which may reach any
-            norm.
-        scoped: whether it runs with the context in scope, since it may reach norms other than by
-            passing the context on.
+        scoped: whether it runs with the context in scope, since norms are below the module that it
+            does not pass the context on to.
     """
 
     run: Callable[..., Any] | None
     reason: str = ""
     guards: Guards = NO_GUARDS
     calls: tuple[tuple[tuple[str, ...], type, bool], ...] = ()
-    calls_user_code: bool = False
     scoped: bool = False
 
     def holds(self, module: nn.Module) -> bool:

@@ -24,7 +24,7 @@ _KEEP_FUNCTIONS = (
     *("hardsigmoid", "hardtanh", "hardtanh_", "sigmoid", "tanh", "softplus", "selu", "dropout"),
     *("dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "clamp", "neg", "softmax"),
     *("batch_norm", "instance_norm", "group_norm", "layer_norm", "normalize", "exp", "square"),
-    *("sqrt", "abs", "pow", "drop_path", "checkpoint", "clone"),
+    *("sqrt", "abs", "pow", "clone"),
 )
 # These work on the dimensions of a map, after the channels.
 _MAP_FUNCTIONS = (

@@ -3,20 +3,16 @@
 import builtins
 import functools
 import math
-import types
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
-from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
-from normswap.graph.tracing.list_effects import check_handed
 from normswap.graph.tracing.value_kinds import any_leaf
 
 _MISSING = object()
 # Builtins that turn into calls in the graph when given symbolic values.
 _BUILTINS = ("len", "max", "min", "round", "sum")
-_CALLABLES = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
 MATH = [n for n in vars(math) if not n.startswith("_") and callable(getattr(math, n))]
 
 
@@ -48,20 +44,15 @@ def _put(owner: Any, name: str, value: object) -> None:
 
 
 def leaf_names(table: dict[str, object]) -> list[tuple[str, Callable[..., Any]]]:
-    """Return the functions among a module's globals that a graph calls instead of entering."""
-    found: list[tuple[str, Callable[..., Any]]] = []
-    for name, value in list(table.items()):
-        if isinstance(value, types.FunctionType) and not is_torch(value.__module__):
-            found.append((name, value))
-    return found + [(name, getattr(builtins, name)) for name in _BUILTINS if name not in table]
+    """Return the builtins that a module calls, and a graph when given symbolic values."""
+    return [(name, getattr(builtins, name)) for name in _BUILTINS if name not in table]
 
 
 def wrap_leaf(
     function: Callable[..., Any],
     record: Callable[[Callable[..., Any], Any, Any], Any],
 ) -> Callable[..., Any]:
-    """Return a function that records calls with symbols: `channel_shuffle` of ShuffleNet."""
-    own = isinstance(function, types.FunctionType) and not is_library(function.__module__)
+    """Return a function that records calls with symbols."""
 
     @functools.wraps(function, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -69,10 +60,6 @@ def wrap_leaf(
         # The length of a list is known, whatever is in it.
         known = function is len and not isinstance(args[0], fx.Proxy)
         if not known and any_leaf(given, (fx.Proxy,)):
-            if any_leaf(given, _CALLABLES):  # a norm may be reached from there
-                raise TraceFailure(f"hands a module or function to {function.__name__}()")
-            if own:
-                check_handed(given, f"{function.__name__}()")
             return record(function, args, kwargs)
         return function(*args, **kwargs)
 

@@ -148,6 +148,8 @@ class Reads:
                 self._add_code(part)
         known = (id(value), "__code__") in self.names
         if isinstance(value, types.FunctionType) and not (known or is_library(value.__module__)):
+            if hasattr(value, "_torchdynamo_disable"):  # a graph would hold what it does
+                raise TraceFailure(f"calls {value.__name__}(), which stays out of compiled code")
             parts = {name: getattr(value, name) for name in _OF_FUNCTIONS} | vars(value)
             held = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
             held += tuple(vars(value).values())

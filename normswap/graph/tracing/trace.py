@@ -1,4 +1,4 @@
-"""Trace one container's forward, one level deep: every submodule and free function is a call.
+"""Trace one container's forward, one level deep: every submodule is a call.
 
 A graph stands for a forward only if all that the forward did while it was traced is known to be
 repeatable: see `whitelist` for what it may read, `reads` for what is compared before each run,
@@ -102,7 +102,7 @@ class TraceSession:
         return self.tracer.create_proxy("call_function", function, args, kwargs)
 
     def _enter_globals(self, table: dict[str, Any]) -> bool:
-        """Replace the free functions a function in these globals may call.
+        """Replace the builtins a function in these globals may call.
 
         Returns:
             Whether they may be those of a forward: not torch's or the standard library's.

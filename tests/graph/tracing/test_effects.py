@@ -199,7 +199,7 @@ def test_functions_that_change_or_give_back_their_lists():
             same.append(self.b(batch["x"]))
             return sum(found) * len(found) + other["x"]
 
-    check(Model(), opaque="hands a list or dict to _collect() that may change it")
+    check(Model())
 
 
 def test_a_method_that_changes_an_attribute_and_its_list():

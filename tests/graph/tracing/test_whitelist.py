@@ -233,10 +233,31 @@ class Handing(Base):
         return self.b(self.a(x), object())
 
 
+@torch.compiler.disable
+def double(x):
+    return x * 2
+
+
+class ByAFunction(Base):
+    def forward(self, x):
+        return double(super().forward(x))
+
+
+class ByAMethod(Base):
+    @torch.compiler.disable
+    def double(self, x):
+        return x * 2
+
+    def forward(self, x):
+        return self.double(super().forward(x))
+
+
 REASONS = {
     Counting: "fails at `return super().forward([x][1])` on stand-ins",
     Raising: 'fails at `raise ValueError("give a list")` on stand-ins',
     Handing: "hands on an object of class object",
+    ByAFunction: "calls double(), which stays out of compiled code",
+    ByAMethod: "calls double(), which stays out of compiled code",
 }
 
 
