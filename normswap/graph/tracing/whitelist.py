@@ -100,7 +100,7 @@ def why_unfit(value: object, name: str, use: str = "") -> str:
 def needs_guard(value: object, holders: list[Any]) -> bool:
     """Return whether a name that leads to a value, by way of holders, may mean another later."""
     modules = [h.__name__ for h in holders if isinstance(h, types.ModuleType)]
-    if any(is_torch(name) or name == "math" for name in modules):
+    if any(is_torch(name) for name in modules):
         return False
     if isinstance(value, tuple) or is_constant(value):
         return True
