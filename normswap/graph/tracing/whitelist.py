@@ -60,12 +60,7 @@ def cannot_change(cls: type) -> bool:
 
 def is_constant(value: Any) -> bool:
     """Return whether a value is immutable and can be compared."""
-    kind = type(value)
-    if isinstance(value, enum.Enum) and not cannot_change(kind):
-        # What else the member holds, or its class does, may change.
-        names = vars(kind).keys() - kind.__members__.keys() | vars(value).keys()
-        return all(name.startswith("_") for name in names)
-    return isinstance(value, CONSTANTS) and cannot_change(kind)
+    return isinstance(value, CONSTANTS) and cannot_change(type(value))
 
 
 def is_apply(value: object) -> bool:

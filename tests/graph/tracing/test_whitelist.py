@@ -206,7 +206,7 @@ def test_what_can_be_compared_as_a_whole_has_a_graph(cls):
 
 OBJECTS = {
     Made: "makes or hands on a Gain",
-    OfMember: "reads LOUD.gain, an attribute of an enumeration",
+    OfMember: "reads Mode.LOUD, a Mode outside of it that may change",
     OfSettings: "reads .settings, a Renaming",
 }
 
