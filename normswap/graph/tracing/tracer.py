@@ -123,7 +123,8 @@ class ContainerTracer(fx.Tracer):
             return value
         function = getattr(value, "__func__", value)
         if name in vars(module) or not isinstance(function, types.FunctionType):
-            return self.reads.attribute(path, name, value)
+            self.reads.attribute(path, name, value)
+            return value
         if vars(nn.Module).get(name) is function and name not in _READERS:
             raise TraceFailure(f"calls .{name}() inside forward")
         if not is_torch(function.__module__):
