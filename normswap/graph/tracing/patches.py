@@ -1,7 +1,20 @@
-"""What tracing replaces while it runs: names of a forward's own module, and some of torch's."""
+"""What tracing replaces: calls of modules and reads of their attributes go to a tracer."""
 
+import functools
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from normswap.graph.tracing import stand_ins
+from normswap.graph.tracing.constant_calls import SWITCHES
+from normswap.graph.tracing.failure import TraceFailure, is_torch
+from normswap.util.original_class import class_of
+
+if TYPE_CHECKING:
+    from normswap.graph.tracing.trace import TraceSession
 
 _MISSING = object()
 
@@ -33,7 +46,62 @@ def _put(owner: Any, name: str, value: object) -> None:
         delattr(owner, name)
 
 
-def stand_for(replacement: Callable[..., Any], original: object) -> Callable[..., Any]:
-    """Mark what stands for another thing while a trace runs; return it."""
-    vars(replacement)["normswap_original"] = original
-    return replacement
+def patch_torch(patches: Patches, session: "TraceSession") -> None:
+    """Replace how modules are called and read, and how modes are switched."""
+    for switch in (torch.autocast, torch.inference_mode):
+        for name in ("__init__", "__enter__"):
+            patches.set(switch, name, _refuse(session, vars(switch)[name], lambda *_: SWITCHES))
+    original_getattr = nn.Module.__getattr__
+
+    def getattribute(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        tracer = session.tracer
+        if tracer is None:  # most reads: between traces
+            return value
+        asker = sys._getframe(1).f_globals.get("__name__")
+        if is_torch(asker) and asker != stand_ins.__name__:
+            return value
+        if name == "__class__" and asker == stand_ins.__name__:
+            return class_of(module)
+        return tracer.read(module, name, value)
+
+    def fallback(module: nn.Module, name: str) -> Any:
+        try:
+            value = original_getattr(module, name)
+        except AttributeError:
+            if session.tracer is not None:
+                session.tracer.miss(module, name)
+            raise
+        return value if session.tracer is None else session.tracer.read(module, name, value)
+
+    def what(verb: str) -> Callable[..., str]:
+        return lambda module, name, *_: f"{verb} .{name} of {type(module).__name__} inside forward"
+
+    patches.set(nn.Module, "__getattribute__", getattribute)
+    patches.set(nn.Module, "__getattr__", fallback)
+    for name, verb in (("__setattr__", "sets"), ("__delattr__", "deletes")):
+        patches.set(nn.Module, name, _refuse(session, getattr(nn.Module, name), what(verb)))
+    patches.set(nn.Module, "__call__", _call(session, nn.Module.__call__))
+    for layer in session.layers:
+        patches.set(layer, "forward", _call(session, layer.forward))
+
+
+def _call(session: "TraceSession", original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if session.tracer is None:
+            return original(module, *args, **kwargs)
+        return session.tracer.call(module, args, kwargs)
+
+    return call
+
+
+def _refuse(
+    session: "TraceSession", original: Callable[..., Any], why: Callable[..., str]
+) -> Callable[..., Any]:
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        if session.tracer is not None:
+            raise TraceFailure(why(*args))
+        return original(*args, **kwargs)
+
+    return refused

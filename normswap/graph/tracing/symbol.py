@@ -33,7 +33,7 @@ class Value(fx.Proxy):
         step = next((s for s in instructions_of(frame.f_code) if s.offset == frame.f_lasti), None)
         if step is None or step.opname != "UNPACK_SEQUENCE":
             return self.tracer.iter(self)
-        items = self.tracer.create_proxy("call_function", sequence_of, (self,), {})
+        items: Any = self.tracer.create_proxy("call_function", sequence_of, (self,), {})
         return iter([items[i] for i in range(step.argval)])
 
     def __getattr__(self, name: str) -> Any:

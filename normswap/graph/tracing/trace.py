@@ -18,10 +18,9 @@ from torch import fx, nn
 from normswap.graph.tracing.constant_calls import ConstantCalls
 from normswap.graph.tracing.failure import TraceFailure, in_words, is_library
 from normswap.graph.tracing.list_effects import check_given, snapshot_lists
-from normswap.graph.tracing.patches import Patches
+from normswap.graph.tracing.patches import Patches, patch_torch
 from normswap.graph.tracing.reads import Guards
 from normswap.graph.tracing.stand_ins import stand_ins
-from normswap.graph.tracing.torch_patches import patch_torch
 from normswap.graph.tracing.tracer import ContainerTracer
 from normswap.graph.tracing.value_kinds import TENSOR, Kind, leaf_kinds, rebuild
 from normswap.graph.tracing.watch import Watch
