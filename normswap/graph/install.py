@@ -16,7 +16,6 @@ from normswap.graph.state import ContainerState, state_of
 from normswap.graph.tracing import (
     TraceSession,
     any_parameters,
-    declared_parameters,
     free_argument,
     parameters_of,
     write_forward,
@@ -134,7 +133,7 @@ def _takes(function: Any, argument: str) -> bool:
 
 
 def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) -> Any:
-    declared = [] if generic else declared_parameters(base.forward)
+    declared = [] if generic else parameters_of(base.forward, follow_wrapped=True)
     parameters = any_parameters() if generic else parameters_of(base.forward)
     written = write_forward(parameters, dispatch, argument, declared)
     for name in ("__doc__", "__annotations__"):

@@ -45,7 +45,8 @@ def find_reach(model: nn.Module) -> Reach:
         state = state_of(module)
         if state is None:
             if context_argument(module) is not None:
-                _deliver(reach, module, threaded)
+                if not threaded or id(module) not in reach.delivery:
+                    reach.delivery[id(module)] = "threaded" if threaded else "scoped"
             else:
                 queue += [(child, False) for child in module.children()]
             continue
@@ -55,10 +56,3 @@ def find_reach(model: nn.Module) -> Reach:
             else:
                 queue += [(walk(module, path), threaded) for path, *_ in variant.calls]
     return reach
-
-
-def _deliver(reach: Reach, module: nn.Module, threaded: bool) -> None:
-    if threaded:
-        reach.delivery.setdefault(id(module), "threaded")
-    else:
-        reach.delivery[id(module)] = "scoped"

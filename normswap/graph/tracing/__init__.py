@@ -19,7 +19,6 @@ from normswap.graph.tracing.reads import flipped as flipped
 from normswap.graph.tracing.reads import walk as walk
 from normswap.graph.tracing.signature import Forward as Forward
 from normswap.graph.tracing.signature import any_parameters as any_parameters
-from normswap.graph.tracing.signature import declared_parameters as declared_parameters
 from normswap.graph.tracing.signature import free_argument as free_argument
 from normswap.graph.tracing.signature import parameters_of as parameters_of
 from normswap.graph.tracing.signature import write_forward as write_forward

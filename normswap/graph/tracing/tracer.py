@@ -87,13 +87,6 @@ class ContainerTracer(fx.Tracer):
         check_handed((args, tuple(kwargs.values())), f"a {container_class(module).__name__}")
         return self.create_proxy("call_module", path, args, kwargs)
 
-    def _note_children(self, *modules: nn.Module) -> None:
-        """Note which children modules have: a forward may count them, or go through them."""
-        for module in modules:
-            path = self._paths.get(id(module))
-            if path is not None:
-                self.reads.children[path] = tuple(module._modules)
-
     def miss(self, module: nn.Module, name: str) -> None:
         """Refuse what a module does not have, and may be given later."""
         if id(module) in self._paths:
@@ -119,7 +112,9 @@ class ContainerTracer(fx.Tracer):
         if isinstance(value, nn.Module):
             if isinstance(value, nn.ParameterList | nn.ParameterDict):
                 raise TraceFailure(f"reads .{name}, whose parameters may be others")
-            self._note_children(module, value)
+            for part in (module, value):  # a forward may count their children, or go through them
+                if id(part) in self._paths:
+                    self.reads.children[self._paths[id(part)]] = tuple(part._modules)
             return value
         function = getattr(value, "__func__", value)
         if name in vars(module) or not isinstance(function, types.FunctionType):

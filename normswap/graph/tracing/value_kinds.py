@@ -119,8 +119,3 @@ def _parts(value: object) -> Iterator[object]:
 def symbolic_parts(value: object) -> list[fx.Proxy]:
     """Return the symbolic values that a value is or holds."""
     return [part for part in _parts(value) if isinstance(part, fx.Proxy)]
-
-
-def any_leaf(value: object, kinds: tuple[type, ...]) -> bool:
-    """Return whether a value is, or holds, one of `kinds`."""
-    return any(isinstance(part, kinds) for part in _parts(value))

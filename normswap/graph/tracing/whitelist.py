@@ -48,7 +48,6 @@ _TORCH_MODULES = (
     *("torch.nn.functional", "torch._C._nn", "torch.functional", "torch.nn.init", "torch.fft"),
     *("torch.linalg", "torch.special", "torch._ops", "torch.ops"),
 )
-_EXCEPTIONS = (BaseException,)
 # Of a class: whether its attributes can be set (Py_TPFLAGS_HEAPTYPE).
 _CHANGEABLE = 1 << 9
 
@@ -116,7 +115,7 @@ def _of_torch(value: object) -> bool:
 def _unfit_class(value: object, name: str) -> str:
     root = _module(value).partition(".")[0]
     library = root in sys.stdlib_module_names and root not in (*_PURE, "builtins")
-    if not library or (isinstance(value, type) and issubclass(value, _EXCEPTIONS)):
+    if not library or (isinstance(value, type) and issubclass(value, BaseException)):
         return ""
     return f"uses the class {_module(value)}.{name}"
 
