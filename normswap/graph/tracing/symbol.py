@@ -25,6 +25,9 @@ class Value(fx.Proxy):
     def __hash__(self) -> int:
         raise TraceFailure("looks up a value known only when it runs in a set, dict or cache")
 
+    def __len__(self) -> int:
+        raise TraceFailure("asks for the length of a value known only when it runs")
+
     def __str__(self) -> str:
         raise TraceFailure("writes, as text, a value known only when it runs")
 
