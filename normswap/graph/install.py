@@ -39,7 +39,7 @@ def install(module: nn.Module, state: ContainerState, contextual: bool = True) -
     _set_class(module, converted_class(base, state.override is not None, argument))
 
 
-def _set_class(module: nn.Module, cls: Any) -> None:
+def _set_class(module: nn.Module, cls: type) -> None:
     # Past the module's own `__setattr__`, which may refuse.
     object.__setattr__(module, "__class__", cls)
 
@@ -95,7 +95,7 @@ class _Forwarding(type):
     What is set on a subclass that someone makes of a converted class stays there.
     """
 
-    def __setattr__(cls, name: str, value: Any) -> None:
+    def __setattr__(cls, name: str, value: object) -> None:
         original = vars(cls).get("converted_from")
         super().__setattr__(name, value) if original is None else setattr(original, name, value)
 

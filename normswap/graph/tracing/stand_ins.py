@@ -23,7 +23,7 @@ def symbolic_isinstance(value: object, kinds: Any) -> bool:
 def _look_up(by: Callable[..., Any]) -> Callable[..., Any]:
     """Return `hasattr` or `getattr` for modules alone: the code names nothing that is compared."""
 
-    def look_up(value: object, name: str, *default: object) -> Any:
+    def look_up(value: object, name: str, *default: object) -> object:
         if not isinstance(value, nn.Module):
             kind = getattr(value, "__name__", f"a {type(value).__name__}")
             raise TraceFailure(f"looks up .{name} of {kind} by {by.__name__}")

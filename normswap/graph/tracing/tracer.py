@@ -42,11 +42,11 @@ class ContainerTracer(fx.Tracer):
         """Wrap a node."""
         return Value(node, self)
 
-    def iter(self, obj: Any) -> Iterator[Any]:
+    def iter(self, obj: object) -> Iterator[Any]:
         """Refuse to take a symbolic value apart, but for what torch.fx knows."""
         raise TraceFailure(_LOOPS)
 
-    def keys(self, obj: Any) -> Any:
+    def keys(self, obj: object) -> Any:
         """Refuse to unpack a symbolic value as a mapping."""
         raise TraceFailure(_LOOPS)
 
