@@ -1,7 +1,7 @@
 """What a value in a graph is: how many channels it has, and in which dimension they lie.
 
 Followed back to the layers that tell, through what keeps channels as they are; what may move or
-count them otherwise (reshape, pooling, matmul, code nobody can read) makes them unknown.
+count them otherwise (reshape, matmul, code nobody can read) makes them unknown.
 """
 
 import operator
@@ -26,6 +26,12 @@ _KEEP = (
 _BOTH = (
     *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "truediv", "maximum"),
     *("iadd", "isub", "imul", "itruediv"),
+)
+# These work on the dimensions of a map, after the channels.
+_MAP_FUNCTIONS = (
+    *("interpolate", "upsample", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d"),
+    *("max_pool2d", "max_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+    *("adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
 )
 _KEEP_MODULES = ("activation", "dropout", "linear")
 _NOT_KEPT = (nn.GLU, nn.MultiheadAttention)
@@ -90,6 +96,9 @@ class Reader:
             return self._combined([v for v in node.args[:2] if isinstance(v, fx.Node)])
         if name in _KEEP:
             return self.read(node.args[0])
+        if name in _MAP_FUNCTIONS:
+            found = self.read(node.args[0])
+            return found if found.dimension == FIRST else UNKNOWN
         if name in ("cat", "concat"):
             return self._concatenated(node)
         if name == "permute":
