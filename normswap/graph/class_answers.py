@@ -53,7 +53,7 @@ def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
         if state is not None:
             state.questions = tuple(_message(questions, model) for questions in asked[old])
         ways = [] if state is None else state.seen()
-        if not ways or any(way.run is None or way.calls_user_code for way in ways):
+        if not ways or any(way.run is None for way in ways):
             # Without a state nothing stands between compiled code and the forward.
             if questions := asked[old][state is None]:
                 yield name, questions

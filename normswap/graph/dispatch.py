@@ -17,6 +17,7 @@ from normswap.functional.labels import Context, Labels
 from normswap.graph.bypassed import explain
 from normswap.graph.class_answers import answered
 from normswap.graph.foreign import is_symbolic, run_symbolic
+from normswap.graph.own_forward import in_scope, own_forward, run_scoped
 from normswap.graph.prepare import prepare
 from normswap.graph.scope.incoming import enter_context, resolve
 from normswap.graph.scope.scope import RUNNING, Scope
@@ -26,9 +27,6 @@ from normswap.graph.state import (
     Values,
     Variant,
     context_argument,
-    in_scope,
-    own_forward,
-    run_scoped,
 )
 from normswap.graph.tracing import Kind, TraceFailure, TraceSession, describe, tracing
 from normswap.util.original_class import STATE
@@ -170,13 +168,10 @@ def _run_variant(
         if state.insertions:
             raise _untraced(state, variant.reason)
         return run_scoped(module, values, context)
-    run = variant.run
-    if variant.calls_user_code:
-        run = answered(state.fqn, state.questions, run)
     given = (module, *leaves, context)
     if variant.scoped or (context is None and state.layers and not state.scope.entered):
-        return in_scope(state.scope, context, run, *given)
-    return run(*given)
+        return in_scope(state.scope, context, variant.run, *given)
+    return variant.run(*given)
 
 
 def _untraced(state: ContainerState, reason: str) -> ConversionError:

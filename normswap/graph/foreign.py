@@ -2,15 +2,16 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 
 from normswap.errors import ConversionError, refuse_scripting
 from normswap.graph.class_answers import answered
-from normswap.graph.state import ContainerState, Values, context_argument, own_forward
-from normswap.graph.tracing.value_kinds import any_leaf
+from normswap.graph.own_forward import own_forward
+from normswap.graph.state import ContainerState, Values, context_argument
+from normswap.graph.tracing.value_kinds import symbolic_parts
 
 # Methods by which models fold their batch norms into convolutions: torchvision's, timm's and
 # ultralytics' names, where they need no argument.
@@ -19,7 +20,7 @@ _FUSING = ("fuse", "fuse_model", "reparameterize", "switch_to_deploy")
 
 def is_symbolic(values: Values) -> bool:
     """Return whether a call is traced by `torch.fx`, not by this package."""
-    return not torch.compiler.is_compiling() and any_leaf(values, (fx.Proxy,))
+    return not torch.compiler.is_compiling() and bool(symbolic_parts(values))
 
 
 def run_symbolic(module: nn.Module, state: ContainerState, values: Values, context: object) -> Any:
@@ -63,8 +64,8 @@ def refusals(base: Any) -> dict[str, Any]:
     return found
 
 
-def _refusing(message: str) -> Callable[..., Any]:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
+def _refusing(message: str) -> Callable[..., NoReturn]:
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
         raise ConversionError(message)
 
     return refuse

@@ -16,7 +16,6 @@ from normswap.graph.state import ContainerState, state_of
 from normswap.graph.tracing import (
     TraceSession,
     any_parameters,
-    declared_parameters,
     free_argument,
     parameters_of,
     write_forward,
@@ -40,7 +39,7 @@ def install(module: nn.Module, state: ContainerState, contextual: bool = True) -
     _set_class(module, converted_class(base, state.override is not None, argument))
 
 
-def _set_class(module: nn.Module, cls: Any) -> None:
+def _set_class(module: nn.Module, cls: type) -> None:
     # Past the module's own `__setattr__`, which may refuse.
     object.__setattr__(module, "__class__", cls)
 
@@ -96,7 +95,7 @@ class _Forwarding(type):
     What is set on a subclass that someone makes of a converted class stays there.
     """
 
-    def __setattr__(cls, name: str, value: Any) -> None:
+    def __setattr__(cls, name: str, value: object) -> None:
         original = vars(cls).get("converted_from")
         super().__setattr__(name, value) if original is None else setattr(original, name, value)
 
@@ -134,7 +133,7 @@ def _takes(function: Any, argument: str) -> bool:
 
 
 def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) -> Any:
-    declared = [] if generic else declared_parameters(base.forward)
+    declared = [] if generic else parameters_of(base.forward, follow_wrapped=True)
     parameters = any_parameters() if generic else parameters_of(base.forward)
     written = write_forward(parameters, dispatch, argument, declared)
     for name in ("__doc__", "__annotations__"):

@@ -2,7 +2,6 @@
 
 import itertools
 import linecache
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +26,6 @@ from normswap.graph.tracing import (
     describe,
     find_other,
     flipped,
-    is_library,
     structure_of,
 )
 from normswap.util.original_class import STATE, container_class
@@ -79,27 +77,17 @@ def _thread(module: nn.Module, traced: Traced) -> Variant:
     """Pass the context to the calls that take it, and compile the graph."""
     graph = traced.graph
     calls = _pass_context(module, graph)
-    user_code = _calls_code(graph)
     return Variant(
         run=_compile(graph, f"{type(module).__module__}.{type(module).__qualname__}"),
         guards=traced.guards,
         calls=tuple(_call(module, path) for path in calls),
-        calls_user_code=user_code,
-        scoped=user_code or _misses_norms(module, calls),
+        scoped=_misses_norms(module, calls),
     )
 
 
 def _call(module: nn.Module, path: str) -> tuple[tuple[str, ...], type, bool]:
     child = module.get_submodule(path)
     return tuple(path.split(".")), type(child), takes_arguments_as_given(child)
-
-
-def _calls_code(graph: fx.Graph) -> bool:
-    """Return whether a graph calls code of the user's, which may reach any norm."""
-    functions = {node.target for node in graph.nodes if node.op == "call_function"}
-    return any(
-        isinstance(f, types.FunctionType) and not is_library(f.__module__) for f in functions
-    )
 
 
 def _misses_norms(module: nn.Module, calls: set[str]) -> bool:

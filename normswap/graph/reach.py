@@ -55,8 +55,6 @@ def find_reach(model: nn.Module) -> Reach:
                     reach.delivery[id(child)] = "threaded"
                 else:
                     waiting.append(child)
-            if variant.calls_user_code:
-                loose += module.modules()
     for module in filter(_is_norm, loose):  # where a graph calls one, that counts
         reach.delivery.setdefault(id(module), "scoped")
     return reach

@@ -1,17 +1,14 @@
 """What a converted container carries: the ways to run it, and when each applies."""
 
 import copy
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import nn
 
-from normswap.errors import ConversionError
-from normswap.functional.labels import Context
 from normswap.graph.blocks.insert import InsertedLayer
-from normswap.graph.class_answers import answered
 from normswap.graph.scope.scope import Scope, scope_of
 from normswap.graph.tracing import NO_GUARDS, Guards, Kind
 from normswap.util.original_class import STATE
@@ -29,17 +26,14 @@ class Variant:
         reason: why there is no graph; "" where there is one.
         guards: what of the module, and outside of it, must be as it was.
         calls: (path, class, whether `takes_arguments_as_given`) of the submodules the graph calls.
-        calls_user_code: whether functions or methods of the user's run in it, which may reach any
-            norm.
-        scoped: whether it runs with the context in scope, since it may reach norms other than by
-            passing the context on.
+        scoped: whether it runs with the context in scope, since norms are below the module that it
+            does not pass the context on to.
     """
 
     run: Callable[..., Any] | None
     reason: str = ""
     guards: Guards = NO_GUARDS
     calls: tuple[tuple[tuple[str, ...], type, bool], ...] = ()
-    calls_user_code: bool = False
     scoped: bool = False
 
     def holds(self, module: nn.Module) -> bool:
@@ -225,53 +219,3 @@ def takes_arguments_as_given(module: nn.Module) -> bool:
     hooks = [before[key] for key in first if key in before]
     hooks += [after[key] for key in last if key in after]
     return all([str(getattr(hook, "__module__", "")).startswith("normswap.") for hook in hooks])
-
-
-def own_forward(module: nn.Module, values: Values) -> Any:
-    """Run the forward the module had before conversion."""
-    state, cls = state_of(module), converted_class_of(module)
-    override = None if state is None else state.override
-    if override is None and cls.forward_is_bound:
-        owner: Any = next(c for c in type(module).__mro__ if "converted_from" in vars(c))
-        override = super(owner, module).forward
-    if override is not None:
-        return cls.spread(lambda _, *args, **kwargs: override(*args, **kwargs), module, values)
-    return cls.spread(cls.converted_from.forward, module, values)
-
-
-def run_scoped(module: nn.Module, values: Values, context: Context | None) -> Any:
-    """Run the forward the module had before conversion, with the context in scope.
-
-    Raises:
-        ConversionError: there are labels, and it returns what is awaited.
-    """
-    state: ContainerState = vars(module)[STATE]
-    run = answered(state.fqn, state.questions, own_forward)
-    output = in_scope(state.scope, context, run, module, values)
-    # A tuple, not a union: torch 2.9's compiler does not take isinstance of a union.
-    if context is not None and isinstance(output, (Awaitable, AsyncIterator)):
-        if isinstance(output, Coroutine):
-            output.close()
-        raise ConversionError(
-            f"expected the forward of {state.fqn or 'the model'} to return what it computed, got a "
-            f"{type(output).__name__}, which runs when the labels are gone; write it without async"
-        )
-    return output
-
-
-def in_scope(scope: Scope, context: Context | None, run: Callable[..., Any], *args: object) -> Any:
-    """Call a function with a context in scope; what it yields is computed in scope, too."""
-    left = scope.enter(context)
-    try:
-        output = run(*args)
-    finally:
-        scope.leave(left)
-    return _each_in_scope(scope, context, output) if isinstance(output, Iterator) else output
-
-
-def _each_in_scope(
-    scope: Scope, context: Context | None, items: Iterator[object]
-) -> Iterator[object]:
-    end = object()
-    while (item := in_scope(scope, context, next, items, end)) is not end:
-        yield item

@@ -17,7 +17,7 @@ CALL = nn.Module._call_impl.__code__
 # Code of methods that find norms by class to switch their mode, see `graph.freezing`.
 FREEZING: "weakref.WeakSet[types.CodeType]" = weakref.WeakSet()
 # What asks in the place of a forward's code, which while a trace runs other threads do, too.
-_BETWEEN = ("normswap.graph.tracing.torch_patches", "normswap.graph.tracing.stand_ins")
+_BETWEEN = ("normswap.graph.tracing.patches", "normswap.graph.tracing.stand_ins")
 
 
 def container_class(module: Any) -> type:

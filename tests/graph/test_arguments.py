@@ -154,7 +154,7 @@ def test_an_enum_is_itself_in_the_forward(mode):
             y = self.b(self.a(x))
             return y * 2 if mode is Mode.TWICE else y
 
-    check(Model(), images(), mode)
+    check(Model(), images(), mode, opaque="goes by forward, whose defaults")
 
 
 def test_an_argument_that_is_called_context_stays():

@@ -14,17 +14,18 @@ from torch.nn.modules.conv import _ConvNd
 from normswap.util.arguments import as_count
 
 FIRST, LAST = 1, -1
-_KEEP_METHODS = (
-    *("contiguous", "clone", "detach", "to", "type", "type_as", "float", "half", "double"),
-    *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "softmax", "clamp", "clamp_", "abs"),
-    *("exp", "square", "sqrt", "neg", "pow", "requires_grad_", "bfloat16", "hardtanh_"),
-)
-_KEEP_FUNCTIONS = (
+# Functions and methods by name: those that keep channels, and those of two values.
+_KEEP = (
     *("relu", "relu_", "relu6", "silu", "gelu", "elu", "leaky_relu", "mish", "hardswish", "celu"),
-    *("hardsigmoid", "hardtanh", "hardtanh_", "sigmoid", "tanh", "softplus", "selu", "dropout"),
-    *("dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "clamp", "neg", "softmax"),
-    *("batch_norm", "instance_norm", "group_norm", "layer_norm", "normalize", "exp", "square"),
-    *("sqrt", "abs", "pow", "drop_path", "checkpoint", "clone"),
+    *("hardsigmoid", "hardtanh", "hardtanh_", "sigmoid", "sigmoid_", "tanh", "softplus", "selu"),
+    *("dropout", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "clamp", "clamp_"),
+    *("neg", "softmax", "batch_norm", "instance_norm", "group_norm", "layer_norm", "normalize"),
+    *("exp", "square", "sqrt", "abs", "pow", "clone", "contiguous", "detach", "to", "type"),
+    *("type_as", "float", "half", "double", "bfloat16", "requires_grad_"),
+)
+_BOTH = (
+    *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "truediv", "maximum"),
+    *("iadd", "isub", "imul", "itruediv"),
 )
 # These work on the dimensions of a map, after the channels.
 _MAP_FUNCTIONS = (
@@ -33,10 +34,7 @@ _MAP_FUNCTIONS = (
     *("adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
 )
 _KEEP_MODULES = ("activation", "dropout", "linear")
-_MAP_MODULES = ("pooling", "upsampling", "padding")
 _NOT_KEPT = (nn.GLU, nn.MultiheadAttention)
-_BOTH = ("add", "sub", "mul", "div", "truediv", "iadd", "isub", "imul", "itruediv", "maximum")
-_BOTH_METHODS = ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
@@ -93,22 +91,20 @@ class Reader:
             return self.of_module(self.module.get_submodule(str(node.target)), arguments)
         if node.op not in ("call_function", "call_method") or not node.args:
             return UNKNOWN
-        method = node.op == "call_method"
-        name = str(node.target) if method else getattr(node.target, "__name__", "")
-        if name in (_BOTH_METHODS if method else _BOTH):
+        name = str(getattr(node.target, "__name__", node.target))
+        if name in _BOTH:
             return self._combined([v for v in node.args[:2] if isinstance(v, fx.Node)])
-        if name in (_KEEP_METHODS if method else _KEEP_FUNCTIONS):
+        if name in _KEEP:
             return self.read(node.args[0])
-        if not method and name in _MAP_FUNCTIONS:
-            return first_only(self.read(node.args[0]))
+        if name in _MAP_FUNCTIONS:
+            found = self.read(node.args[0])
+            return found if found.dimension == FIRST else UNKNOWN
         if name in ("cat", "concat"):
             return self._concatenated(node)
         if name == "permute":
             return self._permuted(node)
         if node.target is operator.getitem:
             return self._sliced(node)
-        if name in ("mean", "sum", "amax") and node.kwargs.get("keepdim") is True:
-            return self._averaged(node)
         return UNKNOWN
 
     def of_module(self, module: nn.Module, arguments: Sequence[Features]) -> Features:
@@ -128,8 +124,6 @@ class Reader:
             return first
         if type(module).__module__.startswith("torch.nn."):
             kind = type(module).__module__.rpartition(".")[2]
-            if kind in _MAP_MODULES:
-                return first_only(first)
             kept = kind in _KEEP_MODULES and not isinstance(module, _NOT_KEPT)
             return first if kept else UNKNOWN
         graph = self.graph_of(module)
@@ -167,13 +161,6 @@ class Reader:
         # A parameter may have more channels than the one it meets.
         return UNKNOWN if given and found.channels == 1 else found
 
-    def _averaged(self, node: fx.Node) -> Features:
-        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        dims = dims if isinstance(dims, (list, tuple)) else (dims,)
-        if not all(isinstance(d, int) and d > 1 for d in dims):
-            return UNKNOWN
-        return first_only(self.read(node.args[0]))
-
     def _concatenated(self, node: fx.Node) -> Features:
         parts: Any = node.args[0]
         dimension = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -207,11 +194,6 @@ class Reader:
         if any(not isinstance(end, int | None) for end in ends) or value.channels is None:
             return UNKNOWN
         return Features(len(range(*part.indices(value.channels))), FIRST)
-
-
-def first_only(found: Features) -> Features:
-    """Return features whose channels are dimension 1; others are unknown."""
-    return found if found.dimension == FIRST else UNKNOWN
 
 
 def agree(found: Sequence[Features]) -> Features:

@@ -47,56 +47,24 @@ def insert_layers(
         found, _ = find_residuals(graph, module, joined=True)
     if len(found) != blocks:
         raise TraceFailure(f"has {len(found)} residual adds here, had {blocks} when planned")
-    order = {node: index for index, node in enumerate(graph.nodes)}
     for insertion in insertions:
-        _INSERT[insertion.placement](graph, module, found[insertion.block], insertion.child, order)
+        order = {node: index for index, node in enumerate(graph.nodes)}
+        value, users = _place(found[insertion.block], insertion.placement, module)
+        if not users:
+            raise TraceFailure(f"its branch at {value.name} does not start from the shared input")
+        with graph.inserting_before(min(users, key=order.__getitem__)):
+            call = graph.call_module(insertion.child, (value,))
+        for user in users:
+            user.replace_input_with(value, call)
 
 
-def _call(graph: fx.Graph, before: fx.Node, child: str, value: fx.Node) -> fx.Node:
-    with graph.inserting_before(before):
-        return graph.call_module(child, (value,))
-
-
-def _insert_pre(
-    graph: fx.Graph, module: nn.Module, block: Residual, child: str, order: dict[fx.Node, int]
-) -> None:
-    users = [n for n in block.path if block.start in n.all_input_nodes and n in order]
-    if not users:
-        raise TraceFailure(f"its branch at {block.add.name} does not start from the shared input")
-    call = _call(graph, min(users, key=order.__getitem__), child, block.start)
-    for user in users:
-        user.replace_input_with(block.start, call)
-
-
-def _insert_residual(
-    graph: fx.Graph, module: nn.Module, block: Residual, child: str, order: dict[fx.Node, int]
-) -> None:
-    end = before_stochastic(block.branch_end, module)
-    users = [n for n in (*block.path, block.add) if end in n.all_input_nodes]
-    call = _call(graph, min(users, key=order.__getitem__), child, end)
-    for user in users:
-        user.replace_input_with(end, call)
-
-
-def _insert_identity(
-    graph: fx.Graph, module: nn.Module, block: Residual, child: str, order: dict[fx.Node, int]
-) -> None:
-    skip = block.skip_end
-    block.add.replace_input_with(skip, _call(graph, block.add, child, skip))
-
-
-def _insert_post(
-    graph: fx.Graph, module: nn.Module, block: Residual, child: str, order: dict[fx.Node, int]
-) -> None:
-    call = _call(graph, block.add.next, child, block.add)
-    for user in list(block.add.users):
-        if user is not call:
-            user.replace_input_with(block.add, call)
-
-
-_INSERT = {
-    "pre": _insert_pre,
-    "residual": _insert_residual,
-    "identity": _insert_identity,
-    "post": _insert_post,
-}
+def _place(block: Residual, placement: str, module: nn.Module) -> tuple[fx.Node, list[fx.Node]]:
+    """Return the value that an inserted layer takes, and who takes the layer's instead."""
+    if placement == "pre":
+        return block.start, [n for n in block.path if block.start in n.all_input_nodes]
+    if placement == "residual":
+        end = before_stochastic(block.branch_end, module)
+        return end, [n for n in (*block.path, block.add) if end in n.all_input_nodes]
+    if placement == "identity":
+        return block.skip_end, [block.add]
+    return block.add, list(block.add.users)

@@ -1,9 +1,9 @@
 """Tracing one container: a graph that stands for its forward, or why none does.
 
 1. The forward runs once, on symbols in place of tensors (`symbol`). What it asks of a symbol, and
-   each call of a submodule or a free function, is written down as a node, not done (`tracer`).
-2. Meanwhile names that the forward would find are replaced by ones that know symbols: builtins,
-   functions of its modules, a few of torch's (`patches`, `stand_ins`, `torch_patches`).
+   each call of a submodule or of torch, is written down as a node, not done (`tracer`).
+2. Meanwhile names that the forward would find are replaced by ones that know symbols: builtins and
+   a few of torch's (`patches`, `stand_ins`). Other functions run, as methods do.
 3. The bytecode of each function is read before it runs (`watch`, `bytecode`). An instruction that
    may do or find something else in another run ends the trace first (`whitelist`, `failure`).
 4. What the forward read of the module and around it is kept, lists and dicts as copies, and
@@ -13,14 +13,12 @@
 """
 
 from normswap.graph.tracing.failure import TraceFailure as TraceFailure
-from normswap.graph.tracing.failure import is_library as is_library
 from normswap.graph.tracing.reads import NO_GUARDS as NO_GUARDS
 from normswap.graph.tracing.reads import Guards as Guards
 from normswap.graph.tracing.reads import flipped as flipped
 from normswap.graph.tracing.reads import walk as walk
 from normswap.graph.tracing.signature import Forward as Forward
 from normswap.graph.tracing.signature import any_parameters as any_parameters
-from normswap.graph.tracing.signature import declared_parameters as declared_parameters
 from normswap.graph.tracing.signature import free_argument as free_argument
 from normswap.graph.tracing.signature import parameters_of as parameters_of
 from normswap.graph.tracing.signature import write_forward as write_forward

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from normswap.graph.tracing.failure import TraceFailure
-from normswap.graph.tracing.value_kinds import any_leaf
+from normswap.graph.tracing.value_kinds import symbolic_parts
 
 SWITCHES = "switches gradients or autocast on or off inside forward"
 
@@ -19,7 +18,7 @@ class ConstantCalls(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if any_leaf((args, kwargs), (fx.Proxy,)) or name == "__get__":
+        if symbolic_parts((args, kwargs)) or name == "__get__":
             return func(*args, **kwargs)
         switches = "grad_enabled" in name or "autocast" in name
         if switches and "set" not in name:

@@ -1,23 +1,22 @@
-"""What tracing replaces while it runs: names of the forward's own module, and a few of torch's."""
+"""What tracing replaces: calls of modules and reads of their attributes go to a tracer."""
 
-import builtins
 import functools
-import math
-import types
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+import torch
+from torch import nn
 
-from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
-from normswap.graph.tracing.list_effects import check_handed
-from normswap.graph.tracing.value_kinds import any_leaf
+from normswap.graph.tracing import stand_ins
+from normswap.graph.tracing.constant_calls import SWITCHES
+from normswap.graph.tracing.failure import TraceFailure, is_torch
+from normswap.util.original_class import class_of
+
+if TYPE_CHECKING:
+    from normswap.graph.tracing.trace import TraceSession
 
 _MISSING = object()
-# Builtins that turn into calls in the graph when given symbolic values.
-_BUILTINS = ("len", "max", "min", "round", "sum")
-_CALLABLES = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
-MATH = [n for n in vars(math) if not n.startswith("_") and callable(getattr(math, n))]
 
 
 class Patches:
@@ -47,39 +46,62 @@ def _put(owner: Any, name: str, value: object) -> None:
         delattr(owner, name)
 
 
-def leaf_names(table: dict[str, object]) -> list[tuple[str, Callable[..., Any]]]:
-    """Return the functions among a module's globals that a graph calls instead of entering."""
-    found: list[tuple[str, Callable[..., Any]]] = []
-    for name, value in list(table.items()):
-        if isinstance(value, types.FunctionType) and not is_torch(value.__module__):
-            found.append((name, value))
-    return found + [(name, getattr(builtins, name)) for name in _BUILTINS if name not in table]
+def patch_torch(patches: Patches, session: "TraceSession") -> None:
+    """Replace how modules are called and read, and how modes are switched."""
+    for switch in (torch.autocast, torch.inference_mode):
+        for name in ("__init__", "__enter__"):
+            patches.set(switch, name, _refuse(session, vars(switch)[name], lambda *_: SWITCHES))
+    original_getattr = nn.Module.__getattr__
+
+    def getattribute(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        tracer = session.tracer
+        if tracer is None:  # most reads: between traces
+            return value
+        asker = sys._getframe(1).f_globals.get("__name__")
+        if is_torch(asker) and asker != stand_ins.__name__:
+            return value
+        if name == "__class__" and asker == stand_ins.__name__:
+            return class_of(module)
+        return tracer.read(module, name, value)
+
+    def fallback(module: nn.Module, name: str) -> Any:
+        try:
+            value = original_getattr(module, name)
+        except AttributeError:
+            if session.tracer is not None:
+                session.tracer.miss(module, name)
+            raise
+        return value if session.tracer is None else session.tracer.read(module, name, value)
+
+    def what(verb: str) -> Callable[..., str]:
+        return lambda module, name, *_: f"{verb} .{name} of {type(module).__name__} inside forward"
+
+    patches.set(nn.Module, "__getattribute__", getattribute)
+    patches.set(nn.Module, "__getattr__", fallback)
+    for name, verb in (("__setattr__", "sets"), ("__delattr__", "deletes")):
+        patches.set(nn.Module, name, _refuse(session, getattr(nn.Module, name), what(verb)))
+    patches.set(nn.Module, "__call__", _call(session, nn.Module.__call__))
+    for layer in session.layers:
+        patches.set(layer, "forward", _call(session, layer.forward))
 
 
-def wrap_leaf(
-    function: Callable[..., Any],
-    record: Callable[[Callable[..., Any], Any, Any], Any],
+def _call(session: "TraceSession", original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if session.tracer is None:
+            return original(module, *args, **kwargs)
+        return session.tracer.call(module, args, kwargs)
+
+    return call
+
+
+def _refuse(
+    session: "TraceSession", original: Callable[..., Any], why: Callable[..., str]
 ) -> Callable[..., Any]:
-    """Return a function that records calls with symbols: `channel_shuffle` of ShuffleNet."""
-    own = isinstance(function, types.FunctionType) and not is_library(function.__module__)
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        if session.tracer is not None:
+            raise TraceFailure(why(*args))
+        return original(*args, **kwargs)
 
-    @functools.wraps(function, updated=())
-    def call(*args: Any, **kwargs: Any) -> Any:
-        given = (args, tuple(kwargs.values()))
-        # The length of a list is known, whatever is in it.
-        known = function is len and not isinstance(args[0], fx.Proxy)
-        if not known and any_leaf(given, (fx.Proxy,)):
-            if any_leaf(given, _CALLABLES):  # a norm may be reached from there
-                raise TraceFailure(f"hands a module or function to {function.__name__}()")
-            if own:
-                check_handed(given, f"{function.__name__}()")
-            return record(function, args, kwargs)
-        return function(*args, **kwargs)
-
-    return stand_for(call, function)
-
-
-def stand_for(replacement: Callable[..., Any], original: object) -> Callable[..., Any]:
-    """Mark what stands for another thing while a trace runs; return it."""
-    vars(replacement)["normswap_original"] = original
-    return replacement
+    return refused

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from normswap.graph.tracing.failure import TraceFailure, is_library
-from normswap.graph.tracing.whitelist import FUNCTIONS, cannot_change, is_apply, is_constant
+from normswap.graph.tracing.whitelist import FUNCTIONS, is_apply, is_constant
 
 _MOST_PARTS = 256
 _OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
@@ -63,7 +63,7 @@ def alike(now: Any, then: Any) -> bool:
         return isinstance(now, Tensor)
     if type(now) is not type(then) or isinstance(then, (Tensor, nn.Module, dict)):
         return False
-    if isinstance(then, (list, tuple)):
+    if isinstance(then, tuple):
         return len(now) == len(then) and all([alike(a, b) for a, b in zip(now, then)])  # noqa: B905
     return bool(now == then)
 
@@ -100,8 +100,7 @@ class Reads:
     """Collects what a forward reads.
 
     Attributes:
-        attributes: (path, name) -> a copy of the value.
-        given: (path, name) -> what the forward was given of it, another copy.
+        attributes: (path, name) -> the value.
         children: path of a module -> names of its children.
         methods: (path, name) -> function.
         names: (id of its holder, name) -> (holder, name, value).
@@ -109,13 +108,12 @@ class Reads:
 
     def __init__(self) -> None:
         self.attributes: dict[tuple[str, str], object] = {}
-        self.given: dict[tuple[str, str], object] = {}
         self.children: dict[str, tuple[str, ...]] = {}
         self.methods: dict[tuple[str, str], object] = {}
         self.names: dict[tuple[int, str], tuple[object, str, object]] = {}
 
-    def attribute(self, path: str, name: str, value: object) -> object:
-        """Note an attribute; return what the forward is to see of it.
+    def attribute(self, path: str, name: str, value: object) -> None:
+        """Note an attribute.
 
         Raises:
             TraceFailure: an object that cannot be compared with what it was.
@@ -124,11 +122,9 @@ class Reads:
             raise TraceFailure(
                 f"reads .{name}, a {type(value).__name__}, which may have changed unnoticed"
             )
-        if (path, name) not in self.given:
+        if (path, name) not in self.attributes:
             self._add_code(value)
-            self.attributes[path, name] = _copied(value)
-            self.given[path, name] = _copied(value)
-        return self.given[path, name]
+            self.attributes[path, name] = value
 
     def name(self, holder: object, name: str, value: object) -> None:
         """Note what a global, or an attribute of a class, means."""
@@ -143,11 +139,12 @@ class Reads:
 
     def _add_code(self, value: Any) -> None:
         """Note what functions run: IPython's autoreload puts new code into those there are."""
-        if type(value) in (list, tuple):
-            for part in value:
-                self._add_code(part)
+        for part in value if type(value) is tuple else ():
+            self._add_code(part)
         known = (id(value), "__code__") in self.names
         if isinstance(value, types.FunctionType) and not (known or is_library(value.__module__)):
+            if hasattr(value, "_torchdynamo_disable"):  # a graph would hold what it does
+                raise TraceFailure(f"calls {value.__name__}(), which stays out of compiled code")
             parts = {name: getattr(value, name) for name in _OF_FUNCTIONS} | vars(value)
             held = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
             held += tuple(vars(value).values())
@@ -156,16 +153,11 @@ class Reads:
                     f"goes by {value.__name__}, whose defaults or attributes may change"
                 )
             for name, part in parts.items():
-                self.names[id(value), name] = (value, name, _copied(part))
+                self.names[id(value), name] = (value, name, part)
             table = value.__kwdefaults__ or {}
             for name, part in table.items():
                 self.names[id(table), name] = (table, name, part)
             self._add_code(held)
-
-    def changed(self) -> str:
-        """Return the name of an attribute that the forward changed, "" for none."""
-        changed = (k for k, given in self.given.items() if not alike(given, self.attributes[k]))
-        return next((name for _, name in changed), "")
 
     def guards(self) -> Guards:
         """Return what must hold for everything that was read to be right."""
@@ -181,17 +173,8 @@ def _split(path: str) -> Path:
     return tuple(path.split(".")) if path else ()
 
 
-def _copied(value: Any) -> Any:
-    """Copy the lists of a value."""
-    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
-
-
 def _is_comparable(value: Any) -> bool:
-    if type(value) in (list, tuple):
-        return len(value) <= _MOST_PARTS and all(map(_is_comparable, value))
-    if isinstance(value, types.MethodType):
-        return isinstance(value.__self__, nn.Module)
-    if isinstance(value, type):
-        return cannot_change(value)
+    if type(value) is tuple:
+        return len(value) <= _MOST_PARTS and all(map(is_constant, value))
     known = isinstance(value, (*FUNCTIONS, Tensor, nn.Module)) and not is_apply(value)
     return known or is_constant(value)

@@ -41,8 +41,9 @@ class Forward(NamedTuple):
 def parameters_of(function: Callable[..., Any], follow_wrapped: bool = False) -> list[Parameter]:
     """Return the parameters of an unbound method after self; ``*args, **kwargs`` if unknown.
 
-    Of a decorated one they are the decorator's, which may tell what was given from what was not;
-    a ``__signature__`` is what it shows, whatever it takes.
+    Of a decorated one they are the decorator's, which may tell what was given from what was not,
+    or with `follow_wrapped` those that it shows to `inspect`: a ``__signature__``, whatever it
+    takes.
     """
     if not follow_wrapped and isinstance(function, types.FunctionType):
         own = function
@@ -56,11 +57,6 @@ def parameters_of(function: Callable[..., Any], follow_wrapped: bool = False) ->
     parameters = list(signature.parameters.values())
     known = parameters and parameters[0].kind in _POSITIONAL
     return parameters[1:] if known else any_parameters()
-
-
-def declared_parameters(function: Callable[..., Any]) -> list[Parameter]:
-    """Return the parameters that a decorated method shows to `inspect`, after self."""
-    return parameters_of(function, True)
 
 
 def any_parameters() -> list[Parameter]:
@@ -82,7 +78,7 @@ def free_argument(module: nn.Module, override: Callable[..., Any] | None = None)
     cls = type(module)
     called = [] if cls.__call__ is nn.Module.__call__ else [cls.__call__]
     own = [getattr(f, "__func__", f) for f in (override or cls.forward, *called)]
-    parameters = [p for f in own for p in (*parameters_of(f), *declared_parameters(f))]
+    parameters = [p for f in own for p in (*parameters_of(f), *parameters_of(f, True))]
     taken = {p.name for p in parameters}
     if any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
         classes = {container_class(m) for m in module.modules()}

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from normswap.graph.tracing.failure import TraceFailure
-from normswap.graph.tracing.patches import stand_for
 from normswap.graph.tracing.symbol import is_input
 from normswap.util.original_class import class_of
 
@@ -24,7 +23,7 @@ def symbolic_isinstance(value: object, kinds: Any) -> bool:
 def _look_up(by: Callable[..., Any]) -> Callable[..., Any]:
     """Return `hasattr` or `getattr` for modules alone: the code names nothing that is compared."""
 
-    def look_up(value: object, name: str, *default: object) -> Any:
+    def look_up(value: object, name: str, *default: object) -> object:
         if not isinstance(value, nn.Module):
             kind = getattr(value, "__name__", f"a {type(value).__name__}")
             raise TraceFailure(f"looks up .{name} of {kind} by {by.__name__}")
@@ -46,9 +45,11 @@ def stand_ins(traces: Callable[[], bool]) -> dict[str, Callable[..., Any]]:
         stand_in = _look_up(by)
         return lambda *args: (stand_in if traces() else by)(*args)
 
-    found = {
+    found: dict[str, Callable[..., Any]] = {
         "isinstance": symbolic_isinstance,
         "hasattr": of_thread(hasattr),
         "getattr": of_thread(getattr),
     }
-    return {name: stand_for(call, getattr(builtins, name)) for name, call in found.items()}
+    for name, call in found.items():
+        vars(call)["normswap_original"] = getattr(builtins, name)
+    return found

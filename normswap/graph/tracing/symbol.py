@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from normswap.graph.tracing.failure import TraceFailure, is_torch
+from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.uses import instructions_of
 
 
 class Value(fx.Proxy):
-    """A symbolic value that keeps in-place arithmetic and item assignment in place."""
+    """A symbolic value that keeps in-place arithmetic and item assignment, HRNet's, in place."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -25,6 +25,9 @@ class Value(fx.Proxy):
     def __hash__(self) -> int:
         raise TraceFailure("looks up a value known only when it runs in a set, dict or cache")
 
+    def __len__(self) -> int:
+        raise TraceFailure("asks for the length of a value known only when it runs")
+
     def __str__(self) -> str:
         raise TraceFailure("writes, as text, a value known only when it runs")
 
@@ -33,9 +36,7 @@ class Value(fx.Proxy):
         step = next((s for s in instructions_of(frame.f_code) if s.offset == frame.f_lasti), None)
         if step is None or step.opname != "UNPACK_SEQUENCE":
             return self.tracer.iter(self)
-        items: Any = self
-        if not _is_of_torch(self.node):
-            items = self.tracer.create_proxy("call_function", sequence_of, (self,), {})
+        items: Any = self.tracer.create_proxy("call_function", sequence_of, (self,), {})
         return iter([items[i] for i in range(step.argval)])
 
     def __getattr__(self, name: str) -> Any:
@@ -50,16 +51,6 @@ def sequence_of(value: Any) -> Any:
     """Return what unpacking takes, by index; of dicts, iterators and others an index is no item."""
     known = type(value) is list or type(value) is tuple or isinstance(value, Tensor)
     return value if known else tuple(value)
-
-
-def _is_of_torch(node: fx.Node) -> bool:
-    """Return whether a value is an argument, or torch makes it of such: its items have indices."""
-    base = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-    module = getattr(node.target, "__module__", None) or ""
-    if node.op == "call_method" or module in ("_operator", "builtins"):
-        return base is not None and _is_of_torch(base)
-    made = node.op == "call_function" and is_torch(module) and not module.startswith("normswap.")
-    return made or is_given(node)
 
 
 def is_input(value: Any) -> bool:

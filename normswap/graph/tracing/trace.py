@@ -1,4 +1,4 @@
-"""Trace one container's forward, one level deep: every submodule and free function is a call.
+"""Trace one container's forward, one level deep: every submodule is a call.
 
 A graph stands for a forward only if all that the forward did while it was traced is known to be
 repeatable: see `whitelist` for what it may read, `reads` for what is compared before each run,
@@ -8,7 +8,6 @@ outside of the trace changed.
 
 import gc
 import inspect
-import math
 import sys
 import threading
 from collections.abc import Callable, Hashable
@@ -16,13 +15,12 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from normswap.graph.tracing import patches as p
 from normswap.graph.tracing.constant_calls import ConstantCalls
 from normswap.graph.tracing.failure import TraceFailure, in_words, is_library
 from normswap.graph.tracing.list_effects import check_given, snapshot_lists
+from normswap.graph.tracing.patches import Patches, patch_torch
 from normswap.graph.tracing.reads import Guards
 from normswap.graph.tracing.stand_ins import stand_ins
-from normswap.graph.tracing.torch_patches import patch_torch
 from normswap.graph.tracing.tracer import ContainerTracer
 from normswap.graph.tracing.value_kinds import TENSOR, Kind, leaf_kinds, rebuild
 from normswap.graph.tracing.watch import Watch
@@ -71,9 +69,8 @@ class TraceSession:
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
         self._stand_ins = stand_ins(lambda: self.tracer is not None)
-        self._patches = p.Patches()
-        self._local = p.Patches()
-        self._tables: dict[int, dict[str, Callable[..., Any]]] = {}
+        self._patches = Patches()
+        self._local = Patches()
         self._entered: set[int] = set()
         self._library: set[int] = set()
 
@@ -87,9 +84,6 @@ class TraceSession:
         _LOCK.acquire()
         _OPEN.append(self)
         patch_torch(self._patches, self)
-        for name in p.MATH:
-            wrapped = p.wrap_leaf(getattr(math, name), self._record)
-            self._patches.set(math, name, wrapped)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -97,12 +91,8 @@ class TraceSession:
         _OPEN.pop()
         _LOCK.release()
 
-    def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        assert self.tracer is not None
-        return self.tracer.create_proxy("call_function", function, args, kwargs)
-
     def _enter_globals(self, table: dict[str, Any]) -> bool:
-        """Replace the free functions a function in these globals may call.
+        """Replace the builtins a function in these globals may call.
 
         Returns:
             Whether they may be those of a forward: not torch's or the standard library's.
@@ -118,13 +108,9 @@ class TraceSession:
             self._library.add(key)
             return False
         self._entered.add(key)
-        if key not in self._tables:
-            found = {name: value for name, value in self._stand_ins.items() if name not in table}
-            for name, function in p.leaf_names(table):
-                found[name] = p.wrap_leaf(function, self._record)
-            self._tables[key] = found
-        for name, value in self._tables[key].items():
-            self._local.set(table, name, value)
+        for name, value in self._stand_ins.items():
+            if name not in table:
+                self._local.set(table, name, value)
         return True
 
     def trace(self, root: nn.Module, call: Callable[..., Any], kinds: tuple[Kind, ...]) -> Traced:
@@ -168,8 +154,6 @@ class TraceSession:
             self._tracer = None
         if failure is not None:
             raise TraceFailure(in_words(failure)) from failure
-        if changed := tracer.reads.changed():
-            raise TraceFailure(f"changes .{changed} inside forward")
         return Traced(tracer.graph, tracer.reads.guards())
 
 

@@ -43,11 +43,11 @@ class ContainerTracer(fx.Tracer):
         """Wrap a node."""
         return Value(node, self)
 
-    def iter(self, obj: Any) -> Iterator[Any]:
+    def iter(self, obj: object) -> Iterator[Any]:
         """Refuse to take a symbolic value apart, but for what torch.fx knows."""
         raise TraceFailure(_LOOPS)
 
-    def keys(self, obj: Any) -> Any:
+    def keys(self, obj: object) -> Any:
         """Refuse to unpack a symbolic value as a mapping."""
         raise TraceFailure(_LOOPS)
 
@@ -88,13 +88,6 @@ class ContainerTracer(fx.Tracer):
         check_handed((args, tuple(kwargs.values())), f"a {container_class(module).__name__}")
         return self.create_proxy("call_module", path, args, kwargs)
 
-    def _note_children(self, *modules: nn.Module) -> None:
-        """Note which children modules have: a forward may count them, or go through them."""
-        for module in modules:
-            path = self._paths.get(id(module))
-            if path is not None:
-                self.reads.children[path] = tuple(module._modules)
-
     def miss(self, module: nn.Module, name: str) -> None:
         """Refuse what a module does not have, and may be given later."""
         if id(module) in self._paths:
@@ -120,11 +113,14 @@ class ContainerTracer(fx.Tracer):
         if isinstance(value, nn.Module):
             if isinstance(value, nn.ParameterList | nn.ParameterDict):
                 raise TraceFailure(f"reads .{name}, whose parameters may be others")
-            self._note_children(module, value)
+            for part in (module, value):  # a forward may count their children, or go through them
+                if id(part) in self._paths:
+                    self.reads.children[self._paths[id(part)]] = tuple(part._modules)
             return value
         function = getattr(value, "__func__", value)
         if name in vars(module) or not isinstance(function, types.FunctionType):
-            return self.reads.attribute(path, name, value)
+            self.reads.attribute(path, name, value)
+            return value
         if vars(nn.Module).get(name) is function and name not in _READERS:
             raise TraceFailure(f"calls .{name}() inside forward")
         if not is_torch(function.__module__):

@@ -49,8 +49,6 @@ def describe(value: object, leaves: list[object]) -> Kind:
         return ("tuple", tuple([describe(v, leaves) for v in value]))
     if type(value) is list:
         return ("list", tuple([describe(v, leaves) for v in value]))
-    if type(value) is torch.Size:
-        return ("size", tuple([describe(v, leaves) for v in value]))
     if type(value) is dict:
         return ("dict", tuple([(k, describe(v, leaves)) for k, v in value.items()]))
     return (OTHER, type(value).__name__)
@@ -63,7 +61,7 @@ def rebuild(kind: Kind, leaves: Iterator[Any]) -> Any:
     if kind in (TENSOR, NUMBER):
         return next(leaves)
     tag, content = kind
-    if tag in ("tuple", "size"):
+    if tag == "tuple":
         return tuple(rebuild(k, leaves) for k in content)
     if tag == "list":
         return [rebuild(k, leaves) for k in content]
@@ -75,7 +73,7 @@ def rebuild(kind: Kind, leaves: Iterator[Any]) -> Any:
 def _leaves(kind: Kind) -> Iterator[Kind]:
     """Yield the parts of a kind that have no parts, in the order `describe` meets them."""
     tag, content = kind if isinstance(kind, tuple) else (None, None)
-    if tag in ("tuple", "size", "list"):
+    if tag in ("tuple", "list"):
         for part in content:
             yield from _leaves(part)
     elif tag == "dict":
@@ -121,8 +119,3 @@ def _parts(value: object) -> Iterator[object]:
 def symbolic_parts(value: object) -> list[fx.Proxy]:
     """Return the symbolic values that a value is or holds."""
     return [part for part in _parts(value) if isinstance(part, fx.Proxy)]
-
-
-def any_leaf(value: object, kinds: tuple[type, ...]) -> bool:
-    """Return whether a value is, or holds, one of `kinds`."""
-    return any(isinstance(part, kinds) for part in _parts(value))

@@ -1,7 +1,6 @@
 """Watch the functions that run while a forward is traced: refuse before what may not run does."""
 
 import builtins
-import enum
 import inspect
 import sys
 import types
@@ -121,8 +120,6 @@ class Watch:
         """Return why what a name and its attributes lead to may not be read; note each step."""
         steps = [(table, key := load.name, value)]
         for name in load.chain:
-            if isinstance(value, enum.Enum) and not cannot_change(type(value)):
-                return f"reads {key}.{name}, an attribute of an enumeration"
             if not isinstance(value, types.ModuleType | type):
                 if isinstance(value, types.FunctionType) and not name.startswith("__"):
                     return f"reads {key}.{name}, an attribute of a function"

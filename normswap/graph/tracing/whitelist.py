@@ -48,7 +48,6 @@ _TORCH_MODULES = (
     *("torch.nn.functional", "torch._C._nn", "torch.functional", "torch.nn.init", "torch.fft"),
     *("torch.linalg", "torch.special", "torch._ops", "torch.ops"),
 )
-_EXCEPTIONS = (BaseException,)
 # Of a class: whether its attributes can be set (Py_TPFLAGS_HEAPTYPE).
 _CHANGEABLE = 1 << 9
 
@@ -60,12 +59,7 @@ def cannot_change(cls: type) -> bool:
 
 def is_constant(value: Any) -> bool:
     """Return whether a value is immutable and can be compared."""
-    kind = type(value)
-    if isinstance(value, enum.Enum) and not cannot_change(kind):
-        # What else the member holds, or its class does, may change.
-        names = vars(kind).keys() - kind.__members__.keys() | vars(value).keys()
-        return all(name.startswith("_") for name in names)
-    return isinstance(value, CONSTANTS) and cannot_change(kind)
+    return isinstance(value, CONSTANTS) and cannot_change(type(value))
 
 
 def is_apply(value: object) -> bool:
@@ -100,7 +94,7 @@ def why_unfit(value: object, name: str, use: str = "") -> str:
 def needs_guard(value: object, holders: list[Any]) -> bool:
     """Return whether a name that leads to a value, by way of holders, may mean another later."""
     modules = [h.__name__ for h in holders if isinstance(h, types.ModuleType)]
-    if any(is_torch(name) or name == "math" for name in modules):
+    if any(is_torch(name) for name in modules):
         return False
     if isinstance(value, tuple) or is_constant(value):
         return True
@@ -121,7 +115,7 @@ def _of_torch(value: object) -> bool:
 def _unfit_class(value: object, name: str) -> str:
     root = _module(value).partition(".")[0]
     library = root in sys.stdlib_module_names and root not in (*_PURE, "builtins")
-    if not library or (isinstance(value, type) and issubclass(value, _EXCEPTIONS)):
+    if not library or (isinstance(value, type) and issubclass(value, BaseException)):
         return ""
     return f"uses the class {_module(value)}.{name}"
 

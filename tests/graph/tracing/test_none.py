@@ -82,7 +82,7 @@ def test_none_from_a_function():
             mask = mean_or_none(x, False)
             return self.a(x) if mask is None else self.a(x) * 3
 
-    check(Model(), opaque="asks whether mask is None, known only when it runs")
+    check(Model())
 
 
 def test_none_from_a_dict():

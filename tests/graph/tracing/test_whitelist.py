@@ -206,7 +206,7 @@ def test_what_can_be_compared_as_a_whole_has_a_graph(cls):
 
 OBJECTS = {
     Made: "makes or hands on a Gain",
-    OfMember: "reads LOUD.gain, an attribute of an enumeration",
+    OfMember: "reads Mode.LOUD, a Mode outside of it that may change",
     OfSettings: "reads .settings, a Renaming",
 }
 
@@ -233,10 +233,31 @@ class Handing(Base):
         return self.b(self.a(x), object())
 
 
+@torch.compiler.disable
+def double(x):
+    return x * 2
+
+
+class ByAFunction(Base):
+    def forward(self, x):
+        return double(super().forward(x))
+
+
+class ByAMethod(Base):
+    @torch.compiler.disable
+    def double(self, x):
+        return x * 2
+
+    def forward(self, x):
+        return self.double(super().forward(x))
+
+
 REASONS = {
     Counting: "fails at `return super().forward([x][1])` on stand-ins",
     Raising: 'fails at `raise ValueError("give a list")` on stand-ins',
     Handing: "hands on an object of class object",
+    ByAFunction: "calls double(), which stays out of compiled code",
+    ByAMethod: "calls double(), which stays out of compiled code",
 }
 
 
