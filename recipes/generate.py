@@ -187,7 +187,7 @@ def draw_epochs(folder: Path, records: list[dict[str, Any]], real: dict[str, flo
 
 
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, METHODS, (*METHODS, "bn-frozen"))
+    grid.add_methods(parser, METHODS, (*METHODS, "cn-x-batch", "bn-frozen"))
     parser.share("data", epochs=100, lr=2e-4)
     add = parser.add_argument
     add("--every", type=count, default=10, help="epochs a judgement")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import ConversionError
+from normswap.errors import ConversionError, NormswapError
 from normswap.methods.base import Contexts, Method
 from normswap.methods.layer import ContextLayer, NormLayer
 from normswap.methods.norm_values import PlainNorm
@@ -52,11 +52,21 @@ def make_layer(
     """Return what a method builds for a norm, checked, before it takes over anything else.
 
     Raises:
-        ConversionError: it is no new layer, or none that takes the context its method needs.
+        ConversionError: it is no new layer, or none that takes the context its method needs; or
+            `build` raised an error, of which this tells the norm.
     """
-    # A norm without values has none to copy into a layer on another device.
-    with torch.device("meta") if site.device.type == "meta" else nullcontext():
-        layer = method.build(site, source, contexts, options)
+    try:
+        # A norm without values has none to copy into a layer on another device.
+        with torch.device("meta") if site.device.type == "meta" else nullcontext():
+            layer = method.build(site, source, contexts, options)
+    except NormswapError:
+        raise
+    except Exception as error:
+        raise ConversionError(
+            f"method {method.name!r} cannot build a layer for {site.fqn!r}, a "
+            f"{type(source).__name__}: {type(error).__name__}: {error}; where it is not meant for "
+            "such norms, its refuse(site) says so"
+        ) from error
     if not isinstance(layer, nn.Module) or layer is source:
         raise ConversionError(
             f"method {method.name!r}: expected build() to return a new module for {site.fqn!r}, "

@@ -12,9 +12,8 @@ from normswap.functional.moments import Moments, compute_dtype, wide_dtype
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
 from normswap.methods.layer import ContextLayer
-from normswap.methods.layer_tensors import check_settings, load_shared
+from normswap.methods.layer_tensors import check_settings
 from normswap.methods.norm_values import PlainNorm, added_prior, pick
-from normswap.methods.running import RUNNING
 from normswap.sites import Site
 
 
@@ -155,15 +154,9 @@ class ContextInstanceNorm(ContextLayer):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Accept an InstanceNorm's entries too: each context starts from its affine."""
-        targets: dict[str, Tensor] = {"weight": self.weight, "bias": self.bias}
-        load_shared(state_dict, prefix, targets, {})
-        for name in () if self.track_running_stats else RUNNING:
-            state_dict.pop(prefix + name, None)
-        self.load_priors(state_dict, prefix, state_dict.get(prefix + "weight"))
-        # An instance norm without an affine has no entry.
+        """Accept an InstanceNorm's entries too; one without an affine has none."""
         for name, fresh in (("weight", 1.0), ("bias", 0.0)):
-            own = targets[name].detach()
+            own = self.get_parameter(name).detach()
             own = torch.full_like(own, fresh, device="cpu") if own.is_meta else own
             state_dict.setdefault(prefix + name, own)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -12,7 +12,7 @@ from normswap.functional.label_rows import labels_per_row, wrong_length
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.methods.layer_tensors import Resettable, WithPriors, lay_out
 from normswap.methods.layer_tensors import load_shared as load_shared
-from normswap.methods.running import RunningStats
+from normswap.methods.running import RUNNING, RunningStats
 from normswap.methods.unknown_labels import UnknownLabels, check_unknown
 from normswap.util.arguments import MOST_CONTEXTS, MOST_FEATURES, check_count
 from normswap.util.original_class import AsBefore
@@ -177,8 +177,8 @@ class ContextLayer(UnknownLabels, WithPriors, NormLayer):
             destination._metadata[prefix[:-1]]["contexts"] = self.names
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse rows of the same names in another order; say what to do about other sizes."""
-        metadata, errors = args[2], args[-1]
+        """Take a base's entries for every context; refuse rows in another order or number."""
+        state_dict, prefix, metadata, errors = *args[:3], args[-1]
         saved = (metadata or {}).get("contexts", ())
         if any(n in self.names and self.names.index(n) != k for k, n in enumerate(saved)):
             errors.append(
@@ -186,6 +186,13 @@ class ContextLayer(UnknownLabels, WithPriors, NormLayer):
                 f"got {', '.join(saved)}; convert with contexts={list(saved)!r}"
             )
             return
+        targets = {name: getattr(self, name) for name in self.context_parameters}
+        load_shared(state_dict, prefix, targets, {})
+        like = next((t for n in targets if (t := state_dict.get(prefix + n)) is not None), None)
+        self.load_priors(state_dict, prefix, like)
+        for name in RUNNING:
+            if self._buffers.get(name) is None:
+                state_dict.pop(prefix + name, None)
         before = list(errors)
         super()._load_from_state_dict(*args, **kwargs)
         if errors != before:
