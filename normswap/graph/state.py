@@ -160,17 +160,19 @@ class ContainerState:
 class ConvertedClass(Protocol):
     """What a class that `install` makes tells of the one it was made from."""
 
-    converted_from: type[nn.Module]
-    context_argument: str | None
-    forward_is_bound: bool
+    _normswap_from: type[nn.Module]
+    _normswap_argument: str | None
+    _normswap_bound: bool
 
-    def bind(self, module: nn.Module, *args: object, **kwargs: object) -> Values:
+    def _normswap_bind(self, module: nn.Module, *args: object, **kwargs: object) -> Values:
         """Return the arguments of a call, one for each parameter."""
 
-    def spread(self, function: Callable[..., Any], module: nn.Module, values: Values) -> Any:
+    def _normswap_spread(
+        self, function: Callable[..., Any], module: nn.Module, values: Values
+    ) -> Any:
         """Call a function of the original signature."""
 
-    def example_values(self) -> Values:
+    def _normswap_examples(self) -> Values:
         """Return arguments of the kinds expected."""
 
 
@@ -190,7 +192,7 @@ def state_of(module: nn.Module) -> ContainerState | None:
 
 def context_argument(module: nn.Module) -> str | None:
     """Return the name of a module's context argument, None where it takes none."""
-    return getattr(type(module), "context_argument", None)
+    return getattr(type(module), "_normswap_argument", None)
 
 
 def takes_context(module: nn.Module, scope: Scope) -> str | None:
@@ -231,12 +233,14 @@ def own_forward(module: nn.Module, values: Values) -> Any:
     """Run the forward the module had before conversion."""
     state, cls = state_of(module), converted_class_of(module)
     override = None if state is None else state.override
-    if override is None and cls.forward_is_bound:
-        owner: Any = next(c for c in type(module).__mro__ if "converted_from" in vars(c))
+    if override is None and cls._normswap_bound:
+        owner: Any = next(c for c in type(module).__mro__ if "_normswap_from" in vars(c))
         override = super(owner, module).forward
     if override is not None:
-        return cls.spread(lambda _, *args, **kwargs: override(*args, **kwargs), module, values)
-    return cls.spread(cls.converted_from.forward, module, values)
+        return cls._normswap_spread(
+            lambda _, *args, **kwargs: override(*args, **kwargs), module, values
+        )
+    return cls._normswap_spread(cls._normswap_from.forward, module, values)
 
 
 def run_scoped(module: nn.Module, values: Values, context: Context | None) -> Any:

@@ -86,7 +86,7 @@ def free_argument(module: nn.Module, override: Callable[..., Any] | None = None)
     taken = {p.name for p in parameters}
     if any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
         classes = {container_class(m) for m in module.modules()}
-        outside = [cls for cls in classes if not hasattr(cls, "context_argument")]
+        outside = [cls for cls in classes if not hasattr(cls, "_normswap_argument")]
         bases = {base for cls in outside for base in cls.__mro__ if not is_torch(base.__module__)}
         functions = [f for base in bases for f in vars(base).values()]
         taken = taken.union(*map(_names, (*own, *functions)))
