@@ -143,3 +143,11 @@ def test_an_input_that_may_be_left_out_is_taken_to_be_given():
     report = normswap.summary(normswap.convert(Model(), "cn", contexts=3))
     assert not report.opaque
     check(Model())
+
+
+def test_parameters_may_have_the_names_that_written_code_takes():
+    class Model(Holder):
+        def forward(self, function, values, dispatch=2.0, _dispatch=3.0, _function=5.0):
+            return self.b(self.a(function)) * values * dispatch * _dispatch * _function
+
+    check(Model(), images(), GIVEN)
