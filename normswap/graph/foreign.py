@@ -72,9 +72,9 @@ def _refusing(message: str) -> Callable[..., NoReturn]:
 
 
 def _needs_nothing(base: Any, verb: str) -> bool:
-    """Return whether a class has a method of a name that can be called without arguments."""
+    """Return whether a class has a method of a name that nothing need be given, nor any number."""
     method = getattr(base, verb, None)
     if not callable(method):
         return False
     given = list(inspect.signature(method).parameters.values())[1:]
-    return all(p.default is not p.empty or p.kind in (2, 4) for p in given)
+    return all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in given)

@@ -50,7 +50,7 @@ def uninstall(module: nn.Module) -> None:
     state: ContainerState = module.__dict__.pop(STATE)
     if state.override is not None:
         module.__dict__["forward"] = state.override
-    _set_class(module, cls.converted_from)
+    _set_class(module, cls._normswap_from)
 
 
 def _restore(make: Callable[..., Any], args: tuple[Any, ...], *kind: Any) -> nn.Module:
@@ -73,7 +73,7 @@ def converted_class(
         replaced: whether a forward that takes no context was set on the instance since.
     """
     kind = (generic, argument, replaced)
-    alive = (cls for cls in type.__subclasses__(base) if vars(cls).get("conversion") == kind)
+    alive = (cls for cls in type.__subclasses__(base) if vars(cls).get("_normswap_kind") == kind)
     return next(alive, None) or _make_class(base, *kind)
 
 
@@ -96,11 +96,11 @@ class _Forwarding(type):
     """
 
     def __setattr__(cls, name: str, value: object) -> None:
-        original = vars(cls).get("converted_from")
+        original = vars(cls).get("_normswap_from")
         super().__setattr__(name, value) if original is None else setattr(original, name, value)
 
     def __delattr__(cls, name: str) -> None:
-        original = vars(cls).get("converted_from")
+        original = vars(cls).get("_normswap_from")
         super().__delattr__(name) if original is None else delattr(original, name)
 
 
@@ -121,7 +121,7 @@ def _subclass(base: Any, body: dict[str, Any]) -> Any:
     if isinstance(cls, abc.ABCMeta):
         abc._abc_init(cls)  # type: ignore[attr-defined]  # else it shares the caches of its base
     type.__setattr__(cls, "__bases__", (base,))
-    type.__setattr__(cls, "converted_from", base)
+    type.__setattr__(cls, "_normswap_from", base)
     return cls
 
 
@@ -174,13 +174,13 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
         "__setstate__": set_state,
         "__setattr__": set_attribute,
         "forward": written.forward,
-        "bind": staticmethod(written.bind),
-        "spread": staticmethod(written.spread),
-        "example_values": staticmethod(written.examples),
-        "conversion": (generic, argument, replaced),
-        "context_argument": argument,
+        "_normswap_bind": staticmethod(written.bind),
+        "_normswap_spread": staticmethod(written.spread),
+        "_normswap_examples": staticmethod(written.examples),
+        "_normswap_kind": (generic, argument, replaced),
+        "_normswap_argument": argument,
         # As a property, which is another function on a module than on its class.
-        "forward_is_bound": not inspect.isfunction(inspect.getattr_static(base, "forward")),
+        "_normswap_bound": not inspect.isfunction(inspect.getattr_static(base, "forward")),
     }
     if replaced or base.__call__ is not nn.Module.__call__:
         body["__call__"] = calling(base.__call__, argument)

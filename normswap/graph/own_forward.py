@@ -17,12 +17,14 @@ def own_forward(module: nn.Module, values: Values) -> Any:
     """Run the forward the module had before conversion."""
     state, cls = state_of(module), converted_class_of(module)
     override = None if state is None else state.override
-    if override is None and cls.forward_is_bound:
-        owner: Any = next(c for c in type(module).__mro__ if "converted_from" in vars(c))
+    if override is None and cls._normswap_bound:
+        owner: Any = next(c for c in type(module).__mro__ if "_normswap_from" in vars(c))
         override = super(owner, module).forward
     if override is not None:
-        return cls.spread(lambda _, *args, **kwargs: override(*args, **kwargs), module, values)
-    return cls.spread(cls.converted_from.forward, module, values)
+        return cls._normswap_spread(
+            lambda _, *args, **kwargs: override(*args, **kwargs), module, values
+        )
+    return cls._normswap_spread(cls._normswap_from.forward, module, values)
 
 
 def run_scoped(module: nn.Module, values: Values, context: Context | None) -> Any:

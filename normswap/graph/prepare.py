@@ -62,7 +62,7 @@ def _variant(
     if found is not None:
         return found
     try:
-        traced = session.trace(module, converted_class_of(module).spread, key)
+        traced = session.trace(module, converted_class_of(module)._normswap_spread, key)
         insert_layers(traced.graph, module, state.insertions, state.blocks)
         variant = _thread(module, traced)
     except TraceFailure as failure:
@@ -131,7 +131,7 @@ def prepare_default(module: nn.Module, session: TraceSession) -> None:
 
     Both modes are traced where the forward depends on the mode.
     """
-    values = converted_class_of(module).example_values()
+    values = converted_class_of(module)._normswap_examples()
     state: ContainerState = vars(module)[STATE]
     state.variants = {key: found for key, found in state.variants.items() if found}
     met = set(state.variants)

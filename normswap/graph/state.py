@@ -154,17 +154,19 @@ class ContainerState:
 class ConvertedClass(Protocol):
     """What a class that `install` makes tells of the one it was made from."""
 
-    converted_from: type[nn.Module]
-    context_argument: str | None
-    forward_is_bound: bool
+    _normswap_from: type[nn.Module]
+    _normswap_argument: str | None
+    _normswap_bound: bool
 
-    def bind(self, module: nn.Module, *args: object, **kwargs: object) -> Values:
+    def _normswap_bind(self, module: nn.Module, *args: object, **kwargs: object) -> Values:
         """Return the arguments of a call, one for each parameter."""
 
-    def spread(self, function: Callable[..., Any], module: nn.Module, values: Values) -> Any:
+    def _normswap_spread(
+        self, function: Callable[..., Any], module: nn.Module, values: Values
+    ) -> Any:
         """Call a function of the original signature."""
 
-    def example_values(self) -> Values:
+    def _normswap_examples(self) -> Values:
         """Return arguments of the kinds expected."""
 
 
@@ -184,7 +186,7 @@ def state_of(module: nn.Module) -> ContainerState | None:
 
 def context_argument(module: nn.Module) -> str | None:
     """Return the name of a module's context argument, None where it takes none."""
-    return getattr(type(module), "context_argument", None)
+    return getattr(type(module), "_normswap_argument", None)
 
 
 def takes_context(module: nn.Module, scope: Scope) -> str | None:

@@ -237,7 +237,7 @@ def restore_forwards(model: nn.Module) -> None:
     """Give every converted container its own class and forward again; drop inserted layers."""
     for module in list(model.modules()):
         state = state_of(module)
-        base = getattr(type(module), "converted_from", None)
+        base = getattr(type(module), "_normswap_from", None)
         if state is not None:
             for child in state.children():
                 module._modules.pop(child, None)

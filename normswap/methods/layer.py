@@ -87,7 +87,7 @@ class ContextLayer(UnknownLabels, WithPriors, NormLayer):
         dtype: of the layer's tensors.
     """
 
-    context_argument = "context"
+    _normswap_argument = "context"
     kernels = ""  # the module of `normswap.functional.triton`, and what its kernels read:
     read: tuple[str, ...] = ()
     most_weighed = 0

@@ -23,7 +23,7 @@ _BETWEEN = ("normswap.graph.tracing.patches", "normswap.graph.tracing.stand_ins"
 def container_class(module: Any) -> type:
     """Return the class that a container had before conversion; of a norm's layer, its own."""
     cls = type(module)
-    return getattr(cls, "converted_from", cls)
+    return getattr(cls, "_normswap_from", cls)
 
 
 def class_of(value: Any) -> type:

@@ -163,7 +163,7 @@ def test_an_argument_that_is_called_context_stays():
             return self.b(self.a(x)) * context
 
     converted = check(Model(), images(), torch.rand(4, 1, 1, 1))
-    assert type(converted).context_argument == "norm_context"
+    assert type(converted)._normswap_argument == "norm_context"
 
 
 @pytest.mark.parametrize("ask", ["type", "callable", "getattr", "match", "jit"])

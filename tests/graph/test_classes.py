@@ -233,3 +233,24 @@ def test_wrong_labels_are_refused_before_an_own_call_runs():
         converted(images(), context=torch.tensor([0, 1, 2, 3]))
     with pytest.raises(normswap.ContextError, match="expected `context` with 4 labels"):
         converted(images(), context=torch.tensor([0, 1]))
+
+
+class Binding(Holder):
+    """Has names of its own for what a converted class has, too."""
+
+    conversion, context_argument, forward_is_bound, converted_from = 2.0, 3.0, 5.0, 7.0
+
+    def bind(self, x):
+        return x * self.conversion * self.context_argument
+
+    def spread(self, x):
+        return x + self.forward_is_bound * self.converted_from
+
+    def forward(self, x):
+        return self.spread(self.bind(self.b(self.a(x))))
+
+
+def test_a_converted_class_takes_no_name_from_its_base():
+    converted = check(Binding(), x=images())
+    added = {name for name in vars(type(converted)) if not name.startswith("_")}
+    assert added == {"forward"}

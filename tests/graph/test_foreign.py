@@ -155,13 +155,13 @@ def test_reparameterizing_a_timm_model(name):
         torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)
 
 
-def test_a_method_that_fuses_what_it_is_given_is_none_that_fuses_norms():
+@pytest.mark.parametrize("fuse", [lambda self, one, other: one + other, lambda self, *x: sum(x)])
+def test_a_method_that_fuses_what_it_is_given_is_none_that_fuses_norms(fuse):
     class Fusing(Net):
-        def fuse(self, one, other):
-            return one + other
-
         def forward(self, x):
             return self.fuse(self.a(x), self.b(x))
+
+    Fusing.fuse = fuse
 
     converted, given = make("cn", Fusing)
     assert converted.fuse(1, 2) == 3

@@ -113,7 +113,7 @@ def check(model: nn.Module, *inputs: Any, opaque: str | None = None, **named: An
     randomize(model.eval())
     expected = call(model, given)
     converted = normswap.convert(model, "cn", contexts=3, verify=False)
-    argument = type(converted).context_argument
+    argument = type(converted)._normswap_argument
     close(call(converted, given, **{argument: LABELS}), expected)
     close(call(converted, given), expected)
     separate(converted)

@@ -20,7 +20,7 @@ def structure(report: normswap.Report, model: nn.Module) -> dict[str, Any]:
     opaque = []
     for name, reason in report.opaque.items():
         cls = type(model.get_submodule(name))
-        cls = getattr(cls, "converted_from", cls)
+        cls = getattr(cls, "_normswap_from", cls)
         below = [
             r for r in report.rows if r.target and r.fqn.startswith(f"{name}." if name else "")
         ]

@@ -68,7 +68,7 @@ class Subject:
         inputs = self.make(rows, self.dtype)
         extra: dict[str, Any] = {}
         if context is not None:
-            name = getattr(type(model), "context_argument", None) or "context"
+            name = getattr(type(model), "_normswap_argument", None) or "context"
             extra[name] = context if isinstance(context, str) else torch.tensor(list(context))
         if isinstance(inputs, dict):
             return leaves(model(**inputs, **extra))

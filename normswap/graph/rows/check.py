@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from normswap.errors import ContextError
 from normswap.functional.labels import Context
+from normswap.graph.rows.generators import started_from
 from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import DEAD, ONE, PERMUTED, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 # Samples of a measurement: fewer leave more orders that look alike.
 _FEW = 5
 _MOST_DETOURS = 3
+# Where random numbers choose the path: as they are, then others, until a run meets the norm.
+_SEEDS = (None, *range(0x5EED1000, 0x5EED1010))
 _UNREACHED = "runs that measure, in which norms are in eval mode, do not reach it"
 _MIXED = "rows whose order is another in each of several calls"
 _SEVERAL = f"{PERMUTED}, in several orders"
@@ -181,12 +184,16 @@ class Rows:
                 return step
         key = (site, layer.training, _ratio(rows, run.samples))
         if key not in self.known or family.detours < _MOST_DETOURS:
-            plan = run.measure(run.samples, hooks=True)
-            self._keep(run, plan)
-            step = plan.follow(run.path, run.samples)
-            if step is not None or plan.reason:
-                run.plan = plan
-                return step
+            for seed in _SEEDS:
+                with started_from(seed):
+                    plan = run.measure(run.samples, hooks=True)
+                self._keep(run, plan)
+                step = plan.follow(run.path, run.samples)
+                if step is not None or plan.reason:
+                    run.plan = plan
+                    return step
+                if key in self.known:
+                    break
             # Layers skipped at random: what each was given so far tells.
             family.detours += 1
         step = self.known.get(key)

@@ -3,7 +3,8 @@
 import functools
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,20 @@ def global_controls() -> list[Controls]:
     if numpy := sys.modules.get("numpy.random"):
         found.append(Controls(numpy.get_state, numpy.set_state, numpy.seed))
     return found
+
+
+@contextmanager
+def started_from(seed: int | None) -> Iterator[None]:
+    """Have what all code shares start from a seed, None from where it is, and put it back."""
+    states = [(controls, controls.read()) for controls in global_controls()]
+    try:
+        if seed is not None:
+            for controls, _ in states:
+                controls.start(seed)
+        yield
+    finally:
+        for controls, state in states:
+            controls.write(state)
 
 
 def controls_of(value: object) -> Controls | None:

@@ -40,12 +40,14 @@ def resolve(
     """Return the context of this call, checked where it enters the model."""
     if type(context) is Context:
         return context
+    # A forward may call the whole model on other rows, which are told apart as those of a part.
+    inside = context is None and state.scope.entered
     if context is None:
         resolved = state.scope.lookup(whole=state.fqn == "")
     else:
         device = next((leaf.device for leaf in leaves if hasattr(leaf, "device")), None)
         resolved = state.scope.resolve(context, device)
-    if resolved is not None and state.fqn == "":
+    if resolved is not None and state.fqn == "" and not inside:
         _check_length(state, values, resolved)
     return resolved
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from normswap.graph.tracing.failure import TraceFailure, is_library
@@ -25,12 +26,15 @@ class Guards(NamedTuple):
         children: (path of a module, names of its children).
         methods: (path of a module, name, the function its class has there).
         names: (dict of globals or a class, name, value), of what lies outside of the module.
+        of_library: the same, of what leads to torch's own, as tools exchange attention; compiled
+            code takes that as it is.
     """
 
     attributes: tuple[tuple[Path, str, object], ...] = ()
     children: tuple[tuple[Path, tuple[str, ...]], ...] = ()
     methods: tuple[tuple[Path, str, object], ...] = ()
     names: tuple[tuple[object, str, object], ...] = ()
+    of_library: tuple[tuple[object, str, object], ...] = ()
 
     def hold(self, module: nn.Module) -> bool:
         """Return whether everything is as it was."""
@@ -44,7 +48,10 @@ class Guards(NamedTuple):
             owner = walk(module, path)
             if name in owner.__dict__ or _function(getattr(type(owner), name, None)) is not value:
                 return False
-        for holder, name, value in self.names:
+        names = self.names
+        if not torch.compiler.is_compiling():
+            names += self.of_library
+        for holder, name, value in names:
             now = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
             # A compiler, once it saw a number change, knows no attributes of it.
             if not alike(now if isinstance(value, (int, float)) else _function(now), value):
@@ -104,6 +111,7 @@ class Reads:
         children: path of a module -> names of its children.
         methods: (path, name) -> function.
         names: (id of its holder, name) -> (holder, name, value).
+        of_library: the same, of what leads to torch's own.
     """
 
     def __init__(self) -> None:
@@ -111,6 +119,7 @@ class Reads:
         self.children: dict[str, tuple[str, ...]] = {}
         self.methods: dict[tuple[str, str], object] = {}
         self.names: dict[tuple[int, str], tuple[object, str, object]] = {}
+        self.of_library: dict[tuple[int, str], tuple[object, str, object]] = {}
 
     def attribute(self, path: str, name: str, value: object) -> None:
         """Note an attribute.
@@ -131,6 +140,10 @@ class Reads:
         if (id(holder), name) not in self.names:
             self.names[id(holder), name] = (holder, name, _function(value))
             self._add_code(_function(value))
+
+    def library_name(self, holder: object, name: str, value: object) -> None:
+        """Note what a name means that leads to torch's own."""
+        self.of_library[id(holder), name] = (holder, name, _function(value))
 
     def method(self, path: str, name: str, function: object) -> None:
         """Note which function the class of a module has."""
@@ -166,6 +179,7 @@ class Reads:
             tuple((_split(path), self.children[path]) for path in sorted(self.children)),
             tuple((_split(path), name, f) for (path, name), f in self.methods.items()),
             tuple(self.names.values()),
+            tuple(self.of_library.values()),
         )
 
 

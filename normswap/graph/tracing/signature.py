@@ -82,7 +82,7 @@ def free_argument(module: nn.Module, override: Callable[..., Any] | None = None)
     taken = {p.name for p in parameters}
     if any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
         classes = {container_class(m) for m in module.modules()}
-        outside = [cls for cls in classes if not hasattr(cls, "context_argument")]
+        outside = [cls for cls in classes if not hasattr(cls, "_normswap_argument")]
         bases = {base for cls in outside for base in cls.__mro__ if not is_torch(base.__module__)}
         functions = [f for base in bases for f in vars(base).values()]
         taken = taken.union(*map(_names, (*own, *functions)))
@@ -125,7 +125,7 @@ def write_forward(
     given by position, or by keyword only after ``*args``. `declared` are the parameters a
     decorated forward shows.
     """
-    scope: dict[str, Any] = {"_dispatch": dispatch}
+    scope: dict[str, Any] = {"_normswap_dispatch": dispatch}
     head = [Parameter("self", min([_POSITIONAL[1], *(p.kind for p in parameters)]))]
     for p in parameters:
         head.append(p.replace(annotation=p.empty))
@@ -141,12 +141,12 @@ def write_forward(
     passed = ", ".join(["self", *(_PASSED[p.kind].format(p.name) for p in parameters)])
     source = (
         f"def forward{inspect.Signature(head)}:\n"
-        f"    return _dispatch(self, ({names}), {argument})\n"
+        f"    return _normswap_dispatch(self, ({names}), {argument})\n"
         f"def bind{inspect.Signature(head)}:\n"
         f"    return ({names})\n"
-        "def spread(function, self, values):\n"
-        f"    {names or '()'} = values\n"
-        f"    return function({passed})\n"
+        "def spread(_normswap_function, self, _normswap_values):\n"
+        f"    {names or '()'} = _normswap_values\n"
+        f"    return _normswap_function({passed})\n"
     )
     exec(compile(source, "<normswap forward>", "exec"), scope)
 

@@ -138,10 +138,11 @@ class Watch:
         why = why_unfit(value, where, load.use)
         if why:
             return why
-        if needs_guard(value, [owner for owner, _, _ in steps]):
-            for owner, key, value in steps:
-                table = vars(owner) if isinstance(owner, types.ModuleType) else owner
-                self._reads.name(table, key, value)
+        note = self._reads.name
+        if not needs_guard(value, [owner for owner, _, _ in steps]):
+            note = self._reads.library_name
+        for owner, key, value in steps:
+            note(vars(owner) if isinstance(owner, types.ModuleType) else owner, key, value)
         return ""
 
     def _why_unfit_inherited(self, frame: types.FrameType, load: Load) -> str:

@@ -115,5 +115,5 @@ class Converted(World):
             labels = [NAMES[k] for k in call.labels]
         if call.through == "scope":
             return {}, normswap.use_context(self.model, labels)
-        name = type(self.model).context_argument
+        name = type(self.model)._normswap_argument
         return {name: labels}, contextlib.nullcontext()

@@ -98,6 +98,22 @@ def test_a_submodule_called_by_itself_learns_the_layout():
         assert torch.allclose(model.body(x), torch.cat(singly), rtol=1e-12)
 
 
+@pytest.mark.parametrize("trace", [True, False])
+def test_a_model_that_calls_itself_on_views_of_its_samples(trace):
+    class Augmenting(TwoViews):
+        def forward(self, x, views=False):
+            if views:
+                return sum(self(torch.cat([x, 2 * x])).chunk(2))
+            return self.norm(x)
+
+    converted = normswap.convert(Augmenting().double().eval(), "cn", contexts=K, trace=trace)
+    model, x = apart(converted), torch.randn(N, 6, dtype=torch.float64)
+    singly = [model(x[i : i + 1], True, context=LABELS[i : i + 1]) for i in range(N)]
+    assert torch.allclose(model(x, views=True, context=LABELS), torch.cat(singly), rtol=1e-12)
+    with pytest.raises(normswap.ContextError, match=f"with {N + 1} labels"):
+        model(torch.cat([x, x[:1]]), True, context=LABELS)
+
+
 def test_a_fold_met_in_training_only_equals_a_loop_over_contexts():
     model = normswap.convert(TwoViews().double(), "cn", contexts=K).train()
     x = torch.randn(N, 6, dtype=torch.float64)

@@ -168,6 +168,31 @@ def test_layers_skipped_at_random_are_one_per_sample():
         assert torch.allclose(y, torch.cat(parts))
 
 
+def test_layers_that_a_call_meets_first_at_random_are_one_per_sample():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.BatchNorm1d(6) for _ in range(6))
+
+        def forward(self, x):
+            for layer in self.layers:
+                if torch.rand(()) < 0.3:
+                    x = x + layer(x)
+            return x
+
+    x = torch.randn(N, 6)
+    for seed in range(6):
+        model = apart(normswap.convert(Skipping().eval(), "cn", contexts=K))
+        for call in range(6):
+            drawn = []
+            for context in (LABELS, *range(K)):
+                torch.manual_seed(31 * seed + call)
+                drawn.append((model(x, context=context), torch.rand(())))
+            (y, number), *singles = drawn
+            assert y.equal(torch.stack([singles[k][0][i] for i, k in enumerate(LABELS)]))
+            assert all(number == other for _, other in singles)
+
+
 def test_an_order_that_is_the_same_in_a_square_of_rows_is_told():
     def transposed(s, x):
         index = torch.arange(3 * len(x))

@@ -1,10 +1,14 @@
 """What a forward reads at the time of a run, by whatever way; and that tracing changes nothing."""
 
+import math
+import sys
 import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import gelu
 
 import normswap
 from tests.support.behave import CHANNELS, LABELS, Block, call, close, images
@@ -161,6 +165,33 @@ def test_what_is_read_has_its_value_at_the_time_of_the_run(kind, monkeypatch):
     for changed in (model, converted):
         changed.change()
     close(call(converted, (images(),), context=LABELS), call(model, (images(),)))
+
+
+class Functional(Block):
+    def forward(self, x):
+        y = torch.tanh(gelu(super().forward(x)))
+        return F.scaled_dot_product_attention(y, y, y) + math.sqrt(2.0)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (F, "scaled_dot_product_attention"),  # as packages of faster attention do
+        (torch, "tanh"),
+        (math, "sqrt"),
+        (sys.modules[__name__], "gelu"),
+    ],
+)
+def test_a_function_of_torch_that_is_exchanged_later_is_called(owner, name, monkeypatch):
+    model = Functional().eval()
+    converted = normswap.convert(model, "cn", contexts=3, verify=False)
+    assert not normswap.summary(converted).opaque
+    before = call(model, (images(),))
+    close(call(converted, (images(),), context=LABELS), before)
+    with monkeypatch.context() as patches:
+        patches.setattr(owner, name, lambda x, *others: 3 * x + 1)
+        close(call(converted, (images(),), context=LABELS), call(model, (images(),)))
+    close(call(converted, (images(),), context=LABELS), before)
 
 
 class Writer(Block):

@@ -84,7 +84,7 @@ MODELS = [
 @pytest.mark.parametrize("make", MODELS)
 def test_the_models_own_context_stays_its_own(make):
     converted = check(make(), x=images(), context=GIVEN)
-    assert type(converted).context_argument == "norm_context"
+    assert type(converted)._normswap_argument == "norm_context"
     assert "norm_context" in inspect.signature(converted.forward).parameters
     assert "labels: norm_context=, since" in str(normswap.summary(converted))
 
@@ -96,7 +96,7 @@ def test_a_forward_set_on_the_instance_may_take_a_context():
     model = Handing(Conditioned())
     model.forward = types.MethodType(forward, model)
     converted = check(model, x=images(), context=GIVEN, opaque="replaced on the instance")
-    assert type(converted).context_argument == "norm_context"
+    assert type(converted)._normswap_argument == "norm_context"
 
 
 def test_a_model_that_takes_both_names_keeps_both():
@@ -105,15 +105,15 @@ def test_a_model_that_takes_both_names_keeps_both():
             return super().forward(x, context) * norm_context
 
     converted = check(Both(), x=images(), context=GIVEN, norm_context=2.0)
-    assert type(converted).context_argument == "norm_norm_context"
+    assert type(converted)._normswap_argument == "norm_norm_context"
 
 
 def test_keywords_that_no_module_takes_leave_the_name_alone():
     converted = check(Handing(Handing(Block())))
-    assert type(converted).context_argument == "context"
+    assert type(converted)._normswap_argument == "context"
     assert "a context= of its own" not in str(normswap.summary(converted))
     model = normswap.convert(Handing(nn.Sequential(Conditioned())), "cn", contexts=2, verify=False)
-    assert type(model.inner).context_argument == "context"
+    assert type(model.inner)._normswap_argument == "context"
 
 
 def test_the_converted_root_of_an_outer_model_is_named_before_its_children_change():
@@ -128,7 +128,7 @@ def test_the_converted_root_of_an_outer_model_is_named_before_its_children_chang
             return self.second(self.first(x, **given), **given)
 
     converted = check(Twice(), x=images(), context=GIVEN)
-    names = {type(m).context_argument for m in (converted, converted.first, converted.second)}
+    names = {type(m)._normswap_argument for m in (converted, converted.first, converted.second)}
     assert names == {"norm_context"}
 
 
@@ -143,3 +143,11 @@ def test_an_input_that_may_be_left_out_is_taken_to_be_given():
     report = normswap.summary(normswap.convert(Model(), "cn", contexts=3))
     assert not report.opaque
     check(Model())
+
+
+def test_parameters_may_have_the_names_that_written_code_takes():
+    class Model(Holder):
+        def forward(self, function, values, dispatch=2.0, _dispatch=3.0, _function=5.0):
+            return self.b(self.a(function)) * values * dispatch * _dispatch * _function
+
+    check(Model(), images(), GIVEN)
