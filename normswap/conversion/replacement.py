@@ -13,8 +13,8 @@ from normswap.conversion.adopt import adopt
 from normswap.errors import ConversionError
 from normswap.graph.scope.scope import Scope
 from normswap.graph.surgery import Surgery
-from normswap.lifecycle.original import make_layer, remember_original
 from normswap.lifecycle.record import Record
+from normswap.lifecycle.replaced_norm import make_layer, remember_original
 from normswap.methods.base import BaseMethod, Method
 from normswap.report import Row
 from normswap.sites import Place, Site, find_norms, read_site

@@ -11,8 +11,8 @@ from normswap.functional.moments import gaussian_divergence
 from normswap.graph.bypassed import find_bypassed
 from normswap.graph.reach import find_reach
 from normswap.graph.state import context_argument
-from normswap.lifecycle.original import original_of
 from normswap.lifecycle.record import Record, weights_of
+from normswap.lifecycle.replaced_norm import original_of
 from normswap.methods.base import Contexts, Method, get_method
 from normswap.report import Report
 from normswap.util.arguments import listed

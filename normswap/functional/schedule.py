@@ -9,8 +9,8 @@ from torch import Tensor
 
 from normswap.errors import ConversionError, InputError, NormswapError
 from normswap.functional.backend import is_traced
-from normswap.functional.backward import in_backward
 from normswap.functional.draws import is_captured
+from normswap.functional.recomputation import in_backward
 from normswap.util.arguments import check_count, check_number
 
 REMEMBERED = 4096

@@ -16,7 +16,7 @@ from normswap.errors import ConversionError, InputError, NormswapError
 from normswap.functional.labels import Context, Labels
 from normswap.graph.bypassed import explain
 from normswap.graph.class_answers import answered
-from normswap.graph.foreign import is_symbolic, run_symbolic
+from normswap.graph.other_tools import is_symbolic, run_symbolic
 from normswap.graph.own_forward import in_scope, own_forward, run_scoped
 from normswap.graph.prepare import prepare
 from normswap.graph.scope.incoming import enter_context, resolve

@@ -9,8 +9,8 @@ from torch import nn
 
 from normswap.graph.blocks.hidden import hiding
 from normswap.graph.dispatch import calling, dispatch
-from normswap.graph.foreign import refusals
 from normswap.graph.freezing import learn_freezing
+from normswap.graph.other_tools import refusals
 from normswap.graph.prepare import prepare_default
 from normswap.graph.state import ContainerState, state_of
 from normswap.graph.tracing import (

@@ -13,7 +13,7 @@ from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.errors import ConversionError
 from normswap.graph.install import install, uninstall
-from normswap.graph.pinned import find_pinned
+from normswap.graph.not_copied import find_pinned
 from normswap.graph.prepare import prepare_default
 from normswap.graph.scope.scope import Scope
 from normswap.graph.state import ContainerState, state_of

@@ -9,7 +9,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normswap.errors import ContextError, ConversionError, not_converted
 from normswap.graph.state import RECORD, state_of
-from normswap.lifecycle.original import original_of
+from normswap.lifecycle.replaced_norm import original_of
 from normswap.methods.base import Contexts, Method, get_method
 from normswap.methods.unknown_labels import POLICIES
 from normswap.report import Row, Verification

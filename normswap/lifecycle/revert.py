@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError
-from normswap.graph.pinned import check_copyable
+from normswap.graph.not_copied import check_copyable
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery, restore_forwards
-from normswap.lifecycle.original import is_untouched, lacks_values, original_of, rebuild, write
 from normswap.lifecycle.record import (
     Record,
     check_parameters,
@@ -18,6 +17,7 @@ from normswap.lifecycle.record import (
     inserted_layers,
     replaced_layers,
 )
+from normswap.lifecycle.replaced_norm import is_untouched, lacks_values, original_of, rebuild, write
 from normswap.lifecycle.training import release
 from normswap.methods.base import InsertedMethod, Method, get_method
 from normswap.methods.layer_tensors import has_no_values

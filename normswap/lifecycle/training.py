@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from normswap.errors import ConversionError, expect_module, not_converted
-from normswap.lifecycle.original import original_of
 from normswap.lifecycle.record import find_inside
+from normswap.lifecycle.replaced_norm import original_of
 from normswap.methods.layer import NormLayer
 from normswap.sites import looks_like_norm
 from normswap.util.arguments import check_choice, check_number, describe

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from normswap.functional.affine import Centred, centre_norm, pool_norm
 from normswap.functional.backend import is_eager
-from normswap.functional.backward import in_backward, may_run_again
-from normswap.functional.context import norm_contexts
 from normswap.functional.label_rows import one_label
 from normswap.functional.moments import (
     Moments,
@@ -19,6 +17,8 @@ from normswap.functional.moments import (
     context_posterior,
     instance_moments,
 )
+from normswap.functional.norm_contexts import norm_contexts
+from normswap.functional.recomputation import in_backward, may_run_again
 from normswap.functional.segments import Counts, count, segments
 from normswap.functional.tables import apply_by_label
 from normswap.methods.cn_tables import ContextTables

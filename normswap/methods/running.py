@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.functional.backward import in_backward
+from normswap.functional.recomputation import in_backward
 
 RUNNING = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
 

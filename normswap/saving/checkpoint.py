@@ -12,7 +12,7 @@ from normswap.conversion.checks import check_model
 from normswap.conversion.settings import Settings, make_contexts
 from normswap.conversion.target import Target, carry_out, find_target
 from normswap.errors import CheckpointError, UnknownNameError, expect_module
-from normswap.graph.pinned import check_copyable
+from normswap.graph.not_copied import check_copyable
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record, check_parameters, find_root

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normswap.lifecycle.original import rebuild
 from normswap.lifecycle.record import method_layers, replaced_layers
+from normswap.lifecycle.replaced_norm import rebuild
 from normswap.util.original_class import container_class
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

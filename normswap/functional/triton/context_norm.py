@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.functional import context, kernels
+from normswap.functional import kernels
 from normswap.functional.affine import Centred, centre_norm
 from normswap.functional.moments import Moments, context_posterior, instance_moments
+from normswap.functional.norm_contexts import norm_contexts
 from normswap.functional.segments import Counts, count
 from normswap.functional.tables import apply_centred, records
 from normswap.functional.triton.cn_launches import (
@@ -108,7 +109,7 @@ def _make_tables(
 
 
 def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
-    """See `normswap.functional.context.ContextGlue` for the formulas."""
+    """See `normswap.functional.norm_contexts.ContextGlue` for the formulas."""
     x, (norm, index, batched, note) = inputs[0], given
     found, tables = _make_tables(x, norm, index, True, batched, index)
     if note is not None:
@@ -168,7 +169,7 @@ def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
         mix = partial(_mix, labels, known, priors.squeeze(1), norm.eps)
     if batched:
         rest = (torch.ones_like(gain[:, :1]), used, contexts, norm.eps, _ignore)
-        return context.norm_contexts(x, labels, gain, shift, *rest, override=mix)
+        return norm_contexts(x, labels, gain, shift, *rest, override=mix)
     table = centre_norm(used, gain, shift, norm.eps)
     if mix is None:
         return apply_centred(x, table, labels)

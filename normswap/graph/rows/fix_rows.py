@@ -3,7 +3,7 @@
 from torch import nn
 
 from normswap.errors import expect_module, not_converted
-from normswap.graph.rows.check import Rows
+from normswap.graph.rows.rows import Rows
 
 
 def fix_rows(model: nn.Module, fixed: bool = True, aligned: bool = False) -> None:

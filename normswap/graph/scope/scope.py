@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from normswap.errors import ContextError
-from normswap.functional.backward import UNKNOWN, Remembered, may_run_again
 from normswap.functional.labels import Context, Labels, is_stale, resolve_labels
-from normswap.graph.rows.check import Rows
+from normswap.functional.recomputation import UNKNOWN, Remembered, may_run_again
+from normswap.graph.rows.rows import Rows
 from normswap.graph.rows.run import is_measuring
-from normswap.graph.scope import lost
+from normswap.graph.scope import messages
 from normswap.graph.scope.entries import SEVERAL, Entry, Local
 from normswap.graph.scope.label_watch import LabelWatch
 from normswap.util.original_class import STATE
@@ -99,7 +99,7 @@ class Scope:
             if compiling and not whole and torch.is_grad_enabled() and self.model._labelled:
                 # Where this is a recomputation, which compiled code cannot tell, labels would get
                 # lost; the same code uncompiled can.
-                raise ContextError(lost.ALONE)
+                raise ContextError(messages.ALONE)
         return None if entry is None else entry.context
 
     def _find(self, compiling: bool) -> Entry | None:
@@ -112,7 +112,7 @@ class Scope:
         elif _COMPILES_CONTEXTVARS:
             found = self._block
         elif here.mirror is not None and here.mirror.task == SEVERAL.task:
-            raise ContextError(lost.SEVERAL_TASKS)
+            raise ContextError(messages.SEVERAL_TASKS)
         else:
             found = here.mirror
         origin = self.origin
@@ -125,22 +125,22 @@ class Scope:
         model = self.model
         running = None if whole or torch.compiler.is_compiling() else RUNNING.get()
         if running is not None and running.model is not model:
-            raise ContextError(lost.OTHER_MODEL)
+            raise ContextError(messages.OTHER_MODEL)
         if not whole and len(model._forwards) > model._local.here.forwards:
-            raise ContextError(lost.OTHER_THREAD)
+            raise ContextError(messages.OTHER_THREAD)
         if len(self._blocks) > self._local.here.labelled:
-            raise ContextError(lost.OTHER_BLOCK)
+            raise ContextError(messages.OTHER_BLOCK)
 
     def _recall(self, entry: Entry | None, task: int) -> Entry | None:
         """Return the context of the forward that backward computes again here."""
         found = self._checkpoints.recall(UNKNOWN if entry is None else entry.context)
         if found is not UNKNOWN:
             if found is not None and is_stale(found.labels):
-                raise ContextError(lost.STALE)
+                raise ContextError(messages.STALE)
             return Entry(found, task)
         if not (self._labelled or self.model._labelled):
             return entry
-        raise ContextError(lost.SEVERAL_FORWARDS)
+        raise ContextError(messages.SEVERAL_FORWARDS)
 
     def enter(self, context: Context | None) -> Left:
         """Put a context in scope for a forward; return what `leave` needs."""
@@ -199,7 +199,7 @@ class Scope:
             return True
         blocks = self._open.get()
         if not any(block is entry for block in blocks):
-            raise ContextError(lost.NOT_CLOSED)
+            raise ContextError(messages.NOT_CLOSED)
         here.entry, here.compiled = hidden
         if entry.context is not None:
             here.labelled -= 1

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.graph import pinned
+from normswap.graph import not_copied
 
 NORM = nn.BatchNorm1d(2)
 
@@ -19,11 +19,11 @@ def second():
 
 
 def test_a_function_that_two_lead_to_is_looked_at_once(monkeypatch):
-    looked, parts_of = [], pinned._parts_of
-    monkeypatch.setattr(pinned, "_parts_of", lambda f: looked.append(f) or parts_of(f))
+    looked, parts_of = [], not_copied._parts_of
+    monkeypatch.setattr(not_copied, "_parts_of", lambda f: looked.append(f) or parts_of(f))
     met = set()
-    assert list(pinned.find_pinned(first, met)) == [NORM]
-    assert list(pinned.find_pinned([second, first], met)) == []
+    assert list(not_copied.find_pinned(first, met)) == [NORM]
+    assert list(not_copied.find_pinned([second, first], met)) == []
     assert looked == [first, second]
 
 
@@ -32,6 +32,6 @@ def test_reverting_looks_into_none_of_the_functions_that_forwards_run(monkeypatc
     model = normswap.convert(timm.create_model("resnet10t"), "cn", contexts=2, verify=False)
     model.eval()(torch.ones(2, 3, 32, 32), context=torch.tensor([0, 1]))
     looked = []
-    monkeypatch.setattr(pinned, "_parts_of", lambda f: looked.append(f) or ())
+    monkeypatch.setattr(not_copied, "_parts_of", lambda f: looked.append(f) or ())
     normswap.revert(model)
     assert {f.__module__.partition(".")[0] for f in looked} <= {"normswap"}
