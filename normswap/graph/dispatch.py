@@ -3,6 +3,10 @@
 Looks for a graph that was traced for the kinds of the arguments and for the attributes the module
 has now, and runs it; where no graph stands for the module's own forward, that forward runs, with
 the context in scope.
+
+In order: `dispatch` explains errors; `_with_schedule` draws for the layers of a scheduled method;
+`_with_layers` runs those inserted before and after the model; `_run` checks the labels, measures
+rows and finds the graph; `_run_variant` runs it, or the forward.
 """
 
 from collections.abc import Callable
@@ -43,9 +47,9 @@ def dispatch(module: nn.Module, values: Values, context: Given) -> Any:
     if state is None:
         return own_forward(module, values)
     if torch.compiler.is_compiling():
-        return _dispatch(module, state, values, context)
+        return _with_schedule(module, state, values, context)
     try:
-        return _dispatch(module, state, values, context)
+        return _with_schedule(module, state, values, context)
     except NormswapError:
         raise
     except Exception as error:
@@ -55,18 +59,18 @@ def dispatch(module: nn.Module, values: Values, context: Given) -> Any:
         raise explained from error
 
 
-def _dispatch(module: nn.Module, state: ContainerState, values: Values, context: Given) -> Any:
+def _with_schedule(module: nn.Module, state: ContainerState, values: Values, context: Given) -> Any:
     if type(context) is not Context and is_symbolic(values):
         return run_symbolic(module, state, values, context)
     if state.schedule is not None and module.training:
         state.schedule.begin(_device_of(values))
         try:
-            return _run_around(module, state, values, context)
+            return _with_layers(module, state, values, context)
         finally:
             state.schedule.end()
     if state.before is None and state.after is None:
         return _run(module, state, values, context)
-    return _run_around(module, state, values, context)
+    return _with_layers(module, state, values, context)
 
 
 def calling(call: Callable[..., Any], argument: str | None) -> Callable[..., Any]:
@@ -92,7 +96,7 @@ def calling(call: Callable[..., Any], argument: str | None) -> Callable[..., Any
     return __call__
 
 
-def _run_around(module: nn.Module, state: ContainerState, values: Values, context: Given) -> Any:
+def _with_layers(module: nn.Module, state: ContainerState, values: Values, context: Given) -> Any:
     """Run the container between the layers inserted before and after it."""
     if state.before is not None:
         layer = getattr(module, state.before)

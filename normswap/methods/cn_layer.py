@@ -76,7 +76,11 @@ class ContextNorm(ContextTables):
     _first_run: Moments | None = None
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
-        """Compute the layer; see the class."""
+        """Compute the layer; see the class.
+
+        Labels in training, unless frozen, take the moments of the batch (`_train_step`); all else
+        takes the running statistics: the map of each label, the policy's where there is none.
+        """
         if not (self.training and (self.synced or self.shrink)):
             if (found := self.find_triton(x, unlabelled)) is not None:
                 triton, tensors = found
