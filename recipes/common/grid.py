@@ -139,6 +139,9 @@ def run_cells(folder: Path, wanted: Sequence[Cell], train: Train, jobs: int = 1)
             done.append(record)
             runs.write_lines(folder / RESULTS, done)
             bar.update()
+            if bar.disable:  # no terminal
+                what = " ".join(map(str, record["cell"].values()))
+                print(f"trained {what} in {record['seconds']:g} s", flush=True)
     if failed:
         raise failed[0]
     return [next(record for record in done if record["cell"] == cell) for cell in wanted]
