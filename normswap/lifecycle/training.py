@@ -105,7 +105,7 @@ def freeze(
             types and so on, as `select` of `convert` takes them, on the names in `model`.
 
     ``freeze(model, train="all", stats="update")`` takes it all back. The setting is part of the
-    model: copies and pickles keep it, a state dict does not. `revert` and `specialize` end
+    model: copies and pickles keep it, a state dict and `save` do not. `revert` and `specialize` end
     ``stats="frozen"``: in the plain model every norm follows ``train()`` and ``eval()``.
 
     Raises:
