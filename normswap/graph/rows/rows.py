@@ -8,6 +8,10 @@ then on for any number of samples that those of the measurement do not divide, a
 are met in the same sequence with as many rows a sample; any other holds for the one call it was
 measured for, and so does one that other lengths, masks or kinds of the samples would change.
 
+For instance, five images of 49 windows each: a norm meets 245 rows, and the measurement finds rows
+0 to 48 to be of image 0, and so on. That is a `Step`, "folded x49"; the steps of all norms in their
+order are a `Plan`, those for calls of one kind a `Family`, and a `Run` is one call that follows one.
+
 What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
 order that leaves five and six samples in place and moves those of a larger batch; an order that a
 later call of the same kind changes, by a counter or by a hook of the user's, which does not run
