@@ -10,7 +10,7 @@ measured for, and so does one that other lengths, masks or kinds of the samples 
 
 For instance, five images of 49 windows each: a norm meets 245 rows, and the measurement finds rows
 0 to 48 to be of image 0, and so on. That is a `Step`, "folded x49"; the steps of all norms in their
-order are a `Plan`, those for calls of one kind a `Family`, and a `Run` is one call that follows one.
+order are a `Plan`, plans for calls of one kind a `Family`; a `Run` is one call that follows a plan.
 
 What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
 order that leaves five and six samples in place and moves those of a larger batch; an order that a
@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from normswap.errors import ContextError
 from normswap.functional.labels import Context
+from normswap.graph.rows.findings import Findings
 from normswap.graph.rows.generators import started_from
 from normswap.graph.rows.key import kind_of
-from normswap.graph.rows.plans import DEAD, ONE, PERMUTED, Family, Plan, Step
+from normswap.graph.rows.plans import DEAD, ONE, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
 from normswap.graph.rows.refusals import not_aligned, refuse_cause, refuse_unknown
 from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, Values, each_in_run
@@ -44,8 +45,6 @@ _MOST_DETOURS = 3
 # Where random numbers choose the path: as they are, then others, until a run meets the norm.
 _SEEDS = (None, *range(0x5EED1000, 0x5EED1010))
 _UNREACHED = "runs that measure, in which norms are in eval mode, do not reach it"
-_MIXED = "rows whose order is another in each of several calls"
-_SEVERAL = f"{PERMUTED}, in several orders"
 
 
 class Layer(Protocol):
@@ -60,9 +59,7 @@ class Rows:
 
     Attributes:
         families: by what runs, the kinds of its arguments and the modes and flags of its modules.
-        known: by norm, mode and rows a sample: the one finding; for calls that no plan tells of,
-            as compiled programs, which cannot tell how they got to a norm, and for summaries.
-        irregular: by norm, mode, rows and samples: the one finding where no ratio tells, if fixed.
+        findings: by norm, for calls that no plan tells of, and for summaries.
         reason: why the last measurement that failed did.
         fixed: whether an irregular order is taken to be the same in every call of a kind.
         aligned: whether row i of every norm is declared to be of sample i, so nothing is measured.
@@ -72,8 +69,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.families: dict[Hashable, Family] = {}
-        self.known: dict[tuple[str, bool, float], Step] = {}
-        self.irregular: dict[tuple[str, bool, int, int], Step] = {}
+        self.findings = Findings()
         self.reason = UNMET
         self.fixed = False
 
@@ -134,8 +130,8 @@ class Rows:
         other = count + 1 if count < run.samples else count - 1
         if other < 2 or plan.agrees(beside := run.measure(other, brief=True)):
             return False
-        self._note(plan, count)
-        self._note(beside, other)
+        self.findings.note(plan, count, self.fixed)
+        self.findings.note(beside, other, self.fixed)
         return True
 
     def find(self, layer: Layer, site: str, x: Tensor, context: Context) -> Step | None:
@@ -186,8 +182,8 @@ class Rows:
             if (step := plan.follow(run.path, run.samples)) is not None:
                 run.plan = plan
                 return step
-        key = (site, layer.training, _ratio(rows, run.samples))
-        if key not in self.known or family.detours < _MOST_DETOURS:
+        met = (site, layer.training, rows, run.samples)
+        if self.findings.of(*met) is None or family.detours < _MOST_DETOURS:
             for seed in _SEEDS:
                 with started_from(seed):
                     plan = run.measure(run.samples, hooks=True)
@@ -196,11 +192,11 @@ class Rows:
                 if step is not None or plan.reason:
                     run.plan = plan
                     return step
-                if key in self.known:
+                if self.findings.of(*met) is not None:
                     break
             # Layers skipped at random: what each was given so far tells.
             family.detours += 1
-        step = self.known.get(key)
+        step = self.findings.of(*met)
         if step is not None and (step.regular or step.cause):
             return step
         return Step(site, False, rows, cause="rows that the same call has at some times only")
@@ -210,35 +206,18 @@ class Rows:
         self.reason = plan.reason or self.reason
         if plan.reason in (ALIKE, UNMET):
             return
-        self._note(plan, run.samples)
+        self.findings.note(plan, run.samples, self.fixed)
         if plan.reason or plan.regular:
             run.family.keep(run.numbers, plan)
         elif self.fixed and not any(step.cause or step.how == DEAD for step in plan.steps):
             plan.samples = run.samples
             run.family.keep(None, plan)
 
-    def _note(self, plan: Plan, samples: int) -> None:
-        """Note by norm what was found with so many samples."""
-        for step in (step for step in plan.steps if step.how != DEAD):
-            times = step.times if step.regular else _ratio(step.rows, samples)
-            _learn(self.known, (step.site, step.training, times), step)
-            if self.fixed and not step.regular:
-                _learn(self.irregular, (step.site, step.training, step.rows, samples), step)
-
     def _recall(
         self, layer: Layer, site: str, rows: int, context: Context, run: Run | None = None
     ) -> Step | None:
         """Return what is known of a norm where no plan tells."""
-        samples = context.labels.shape[0]
-        # In a program for any batch the sizes are symbols; their ratio is a number all the same.
-        times = 0 if rows % samples else int(rows // samples)
-        step = self.known.get((site, layer.training, times))
-        # An order that the other mode has is likely this one's, too.
-        other = self.known.get((site, not layer.training, times))
-        if step is None and times == 1 and (other is None or other.regular):
-            return Step(site, layer.training, 0, ONE, 1)
-        if (step is None or not step.regular) and not isinstance(rows, torch.SymInt):
-            step = self.irregular.get((site, layer.training, rows, samples))
+        step = self.findings.recall(site, layer.training, rows, context.labels.shape[0])
         if step is not None and not step.cause:
             return step
         why = self.reason if step is None else step.cause
@@ -251,33 +230,14 @@ class Rows:
     def forget(self) -> None:
         """Measure anew: another forward may have another order."""
         self.families.clear()
-        self.known.clear()
-        self.irregular.clear()
+        self.findings = Findings()
 
     def describe(self, site: str) -> str:
         """Say for a summary where the rows of a norm come from."""
         if self.aligned:
             return f"{ONE} (declared)"
-        steps = (*self.known.values(), *self.irregular.values())
-        # What several orders keep compiled code from is no fault of a run, which measures each.
-        words = (_SEVERAL if s.cause == _MIXED else str(s) for s in steps if s.site == site)
-        found = dict.fromkeys(words)
-        return ", ".join(found) or f"not measured: {self.reason}"
+        return self.findings.describe(site) or f"not measured: {self.reason}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies keep: all, in dicts of their own."""
         return {k: dict(v) if isinstance(v, dict) else v for k, v in self.__dict__.items()}
-
-
-def _learn(known: dict[Any, Step], key: Hashable, step: Step) -> None:
-    """Keep a finding; two that differ are one that labels cannot follow."""
-    before = known.get(key)
-    if before is None or (before.cause and before.cause != _MIXED):
-        known[key] = step
-    elif not step.cause and not before.agrees(step):
-        known[key] = Step(step.site, step.training, step.rows, cause=_MIXED)
-
-
-def _ratio(rows: int, samples: int) -> float:
-    """Return rows a sample; a whole number as an int, since compiled code tells 1 from 1.0."""
-    return rows / samples if rows % samples else rows // samples
