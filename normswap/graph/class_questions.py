@@ -95,7 +95,9 @@ def find_questions(
 
 
 def _table_of(module: nn.Module, name: str) -> Any:
-    """Return the collection that a module, or its class, has under a name, or None."""
+    """Return the collection that a module, or its class, has under a name of its own, or None."""
+    if name[:2] == "__":  # what every class has, as its __mro__
+        return None
     found = vars(module).get(name, getattr(class_of(module), name, None))
     return found if isinstance(found, COLLECTIONS) else None
 

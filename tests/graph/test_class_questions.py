@@ -17,6 +17,7 @@ from tests.support.questions import (
     Base,
     Class,
     Exact,
+    ExactBesideBases,
     ExactChild,
     Matched,
     Name,
@@ -119,7 +120,7 @@ def test_a_container_whose_class_is_asked_for_keeps_it(kind):
     torch.testing.assert_close(plain(x), converted(x, context="a"))
 
 
-@pytest.mark.parametrize("kind", [Exact, OwnTuple, Subclass, *TABLES])
+@pytest.mark.parametrize("kind", [Exact, ExactBesideBases, OwnTuple, Subclass, *TABLES])
 def test_the_exclude_that_the_error_names_serves(kind):
     model = make(kind, Untraceable).eval()
     model.list[0] = nn.InstanceNorm2d(4)  # one that is left where no batch norm is

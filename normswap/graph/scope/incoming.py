@@ -5,6 +5,7 @@ import torch
 from normswap.functional.backend import is_readable
 from normswap.functional.label_rows import wrong_length
 from normswap.functional.labels import Context, Labels
+from normswap.graph.scope.scope import RUNNING
 from normswap.graph.state import ContainerState, Values
 
 
@@ -41,7 +42,8 @@ def resolve(
     if type(context) is Context:
         return context
     # A forward may call the whole model on other rows, which are told apart as those of a part.
-    inside = context is None and state.scope.entered
+    compiling = torch.compiler.is_compiling()  # which cannot ask
+    inside = context is None and not compiling and RUNNING.get() is state.scope
     if context is None:
         resolved = state.scope.lookup(whole=state.fqn == "")
     else:
