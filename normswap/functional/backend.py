@@ -56,6 +56,11 @@ def no_autocast(t: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def may_serve(x: Tensor) -> bool:
+    """Return whether Triton's kernels run on the device of a tensor at all."""
+    return x.device.type in DEVICES
+
+
 def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
     """Return a module of `normswap.functional.triton` if it serves x here and now, else None.
 

@@ -94,7 +94,8 @@ def _view(x: Tensor) -> Tensor:
 def _spread(table: Tensor, x: Tensor) -> Tensor:
     """Return a table (N, C) or (1, C) shaped to meet `_view(x)`."""
     if x.is_contiguous():
-        return table.expand(x.shape[:2]).reshape(-1, 1)
+        whole = table if table.shape[0] == x.shape[0] else table.expand(x.shape[:2])
+        return whole.reshape(-1, 1)
     return table.unsqueeze(1)
 
 
@@ -142,11 +143,10 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """
     whole = scale.shape[0] == 1
     if offset is not None and not whole and _is_narrow(x):
-        view = _view(x)
+        y = torch.empty_like(x)
         # Not a product and a sum: addcmul rounds once, as far from zero as the offset may be.
-        total = torch.empty_like(view).copy_(_spread(offset, x))
-        narrow: Tensor = _reshape(total.addcmul_(view, _spread(scale, x)), x.shape)
-        return narrow
+        _view(y).copy_(_spread(offset, x)).addcmul_(_view(x), _spread(scale, x))
+        return y
     if offset is not None and (whole or x.is_contiguous()):
         weight, bias = (t[0] if whole else t.reshape(-1) for t in (scale, offset))
         given = (x if whole else _view(x).unsqueeze(0), weight, bias)

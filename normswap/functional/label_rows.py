@@ -64,7 +64,7 @@ def one_label(labels: Tensor) -> Tensor:
     """
     if is_traced():
         return labels
-    return labels[:1] if labels.stride(0) == 0 and len(labels) > 0 else labels
+    return labels[:1] if labels.stride(0) == 0 and labels.shape[0] > 0 else labels
 
 
 def wrong_length(samples: int | str, given: int, site: str) -> ContextError:

@@ -26,6 +26,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a dtype: most are, and asking torch to convert those takes its time."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def wide_dtype(t: Tensor) -> torch.dtype:
     """Return float64, or float32 on devices without it.
 

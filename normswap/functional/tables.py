@@ -12,7 +12,7 @@ from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
 from normswap.functional.backend import is_eager, is_plain, no_autocast, triton_for
 from normswap.functional.label_rows import one_label
-from normswap.functional.moments import compute_dtype, pick_rows, segment_sum
+from normswap.functional.moments import as_dtype, compute_dtype, pick_rows, segment_sum
 
 
 def uses_kernels(x: Tensor) -> bool:
@@ -63,7 +63,7 @@ def apply_centred(x: Tensor, table: Centred, index: Tensor | None = None) -> Ten
     if not uses_kernels(x):
         return _by_formula(index, x, *table)
     dtype = compute_dtype(x)
-    tables = tuple(t.to(dtype) for t in table)
+    tables = tuple([as_dtype(t, dtype) for t in table])
     if not records((x, *tables)):
         return _apply(x, index, *tables)
     y: Tensor = _TableAffine.apply(x, index, *tables)
@@ -82,7 +82,7 @@ def apply_by_label(
         return apply_centred(x, unknown())
     known = table()
     if not unlabelled:
-        return apply_centred(x, known, one_label(labels) if len(known.scale) > 1 else None)
+        return apply_centred(x, known, one_label(labels) if known.scale.shape[0] > 1 else None)
     return apply_centred(x, known.rows(labels.clamp(min=0)).where(labels >= 0, unknown()))
 
 

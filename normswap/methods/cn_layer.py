@@ -12,6 +12,7 @@ from normswap.functional.backend import is_eager
 from normswap.functional.label_rows import one_label
 from normswap.functional.moments import (
     Moments,
+    as_dtype,
     combine_moments,
     compute_dtype,
     context_posterior,
@@ -86,7 +87,7 @@ class ContextNorm(ContextTables):
                 triton, tensors = found
                 return self._normalize_by_triton(triton, x, labels, unlabelled, *tensors)
         dtype = compute_dtype(x)
-        running = Moments(self.running_mean.to(dtype), self.running_var.to(dtype))
+        running = Moments(as_dtype(self.running_mean, dtype), as_dtype(self.running_var, dtype))
         scripted = not torch.compiler.is_compiling() and torch._C._is_tracing()
         batch = None if self.frozen or self.stats_frozen or not self.training else labels
         if batch is not None and not unlabelled and self._has_every_context(x, batch):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.functional.moments import Moments, wide_dtype
+from normswap.functional.moments import Moments, as_dtype, wide_dtype
 from normswap.methods.layer import ContextLayer
 from normswap.methods.layer_tensors import check_settings, counted_nothing, fill_affine, load_shared
 from normswap.methods.norm_values import PlainNorm, added_prior, pick, pick_moments
@@ -86,13 +86,13 @@ class ContextTables(ContextLayer):
 
     def affine_factor(self, dtype: torch.dtype) -> Tensor:
         """Return the factor of gamma and beta, (K, 1): 1 / sqrt(lambda), 1 if they are shared."""
-        priors = self.priors.to(dtype).unsqueeze(1)
+        priors = as_dtype(self.priors, dtype).unsqueeze(1)
         return torch.ones_like(priors) if self.shared_affine else priors.rsqrt()
 
     def effective_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return gamma and beta over sqrt(lambda), or those that all share, (K, C)."""
         factor = self.affine_factor(dtype)
-        return self.weight.to(dtype) * factor, self.bias.to(dtype) * factor
+        return as_dtype(self.weight, dtype) * factor, as_dtype(self.bias, dtype) * factor
 
     def extra_repr(self) -> str:
         """List the settings, non-default ones last."""

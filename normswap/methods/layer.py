@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from normswap.errors import ContextError, refuse_scripting
-from normswap.functional.backend import is_eager, triton_for
+from normswap.functional.backend import is_eager, may_serve, triton_for
 from normswap.functional.label_rows import labels_per_row, wrong_length
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.methods.layer_tensors import Resettable, WithPriors, lay_out
@@ -140,6 +140,8 @@ class ContextLayer(UnknownLabels, WithPriors, NormLayer):
         None where they don't serve: samples without a label weigh more contexts than kernels do,
         or not all, or `triton_for` says so.
         """
+        if not may_serve(x):
+            return None
         few = self.num_contexts <= self.most_weighed and self.answering is None
         if not is_eager() or (self.weighs(unlabelled) and not few):
             return None
