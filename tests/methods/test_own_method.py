@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import normswap
 from normswap.methods.base import Method
+from normswap.methods.layer import ContextLayer
 from normswap.methods.registry import _REGISTRY
 
 
@@ -30,11 +31,53 @@ class Groups(Method):
         return nn.GroupNorm(options.groups, site.num_features, site.eps)
 
 
+class Centre(nn.Module):
+    """Has statistics that move in training, and knows no setting that stops them."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+
+    def forward(self, x):
+        if self.training:
+            self.running_mean.lerp_(x.detach().mean((0, 2, 3)), 0.5)
+        return x - self.running_mean[:, None, None]
+
+
+class Centres(Groups):
+    name = "test-centres"
+
+    def build(self, site, source, contexts, options):
+        return Centre(site.num_features)
+
+
+class Scale(ContextLayer):
+    context_parameters = ("weight", "bias")
+
+    def __init__(self, channels, contexts):
+        super().__init__(channels, contexts.count, contexts.unknown)
+        self.weight = nn.Parameter(torch.ones(contexts.count, channels))
+        self.bias = nn.Parameter(torch.zeros(contexts.count, channels))
+
+    def normalize(self, x, labels, unlabelled):
+        return x
+
+
+class Scales(Groups):
+    name = "test-scales"
+    needs_context = True
+
+    def build(self, site, source, contexts, options):
+        return Scale(site.num_features, contexts)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _registered():
-    normswap.register_method(Groups)
+    for method in (Groups, Centres, Scales):
+        normswap.register_method(method)
     yield
-    del _REGISTRY["test-groups"]
+    for method in (Groups, Centres, Scales):
+        del _REGISTRY[method.name]
 
 
 class Net(nn.Module):
@@ -88,6 +131,31 @@ def test_mode_hooks_freezing_and_attributes_are_carried_over():
     handle.remove()
     model(images())
     assert len(seen) == 1
+
+
+def test_an_error_of_build_names_the_norm():
+    base = Net()
+    with pytest.raises(normswap.ConversionError, match="'norm', a BatchNormAct2d: ValueError") as e:
+        convert(base, groups=3, inplace=True)
+    assert isinstance(e.value.__cause__, ValueError)
+    assert isinstance(base.norm, BatchNormAct2d)
+
+
+def test_frozen_statistics_stay_in_a_layer_that_does_not_know_of_it():
+    base = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model = normswap.convert(base, "test-centres").train()
+    normswap.freeze(model, "all", stats="frozen")
+    assert torch.equal(model.train()(images()), base[0](images()))
+    normswap.freeze(model, "all")
+    assert not torch.equal(model(images()), base[0](images()))
+
+
+def test_entries_of_a_base_go_to_every_context():
+    base = nn.Sequential(nn.BatchNorm2d(3))
+    model = normswap.convert(base, "test-scales", contexts=2)
+    nn.init.normal_(base[0].weight)
+    model.load_state_dict(base.state_dict())
+    assert torch.equal(model[0].weight, base[0].weight.expand(2, 3))
 
 
 def test_state_dict_keys_are_those_of_the_layer():
