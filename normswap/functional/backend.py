@@ -2,8 +2,9 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from typing import Any
 
@@ -36,6 +37,22 @@ def is_eager() -> bool:
         return False
     transformed: bool = torch._C._are_functorch_transforms_active()
     return not transformed and forward_ad._current_level < 0
+
+
+def untraced(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the backward of a Function, which no compiler of autograd is to look into.
+
+    It would trace what is done by hand, and kernels that it cannot call.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        if torch.compiler.is_compiling():
+            disabled = torch._dynamo.disable(backward)  # type: ignore[no-untyped-call]
+            return disabled(ctx, *grads)
+        return backward(ctx, *grads)
+
+    return run
 
 
 def is_readable(t: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
+from normswap.functional.backend import untraced
 from normswap.functional.glue import Map, Pull
 from normswap.functional.moments import Moments, instance_moments
 from normswap.functional.tables import (
@@ -138,6 +139,7 @@ class _StatAffine(Function):
         return y
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from normswap.functional.backend import is_eager, is_plain, no_autocast
+from normswap.functional.backend import is_eager, is_plain, no_autocast, untraced
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_by_formula
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import differentiate_again, needs_formula
@@ -128,6 +128,7 @@ class _ElementNorm(Function):
         ctx.save_for_backward(*tensors, *statistics)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         dy, count = grads[0], 8
         if dy is None:

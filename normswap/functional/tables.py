@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
-from normswap.functional.backend import is_eager, is_plain, no_autocast, triton_for
+from normswap.functional.backend import is_eager, is_plain, no_autocast, triton_for, untraced
 from normswap.functional.label_rows import one_label
 from normswap.functional.moments import as_dtype, compute_dtype, pick_rows, segment_sum
 
@@ -120,6 +120,7 @@ class _TableAffine(Function):
         return _apply(x, index, *tables)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, index, *tables = ctx.saved_tensors
         needed, (dy,) = ctx.needs_input_grad, grads

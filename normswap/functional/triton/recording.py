@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd import Function
 
+from normswap.functional.backend import untraced
 from normswap.functional.tables import differentiate_again, needs_formula, records
 
 # Tensors, some of which may be None.
@@ -51,6 +52,7 @@ class _Recorded(Function):
         return found
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         inputs, kept = saved[: ctx.count], saved[ctx.count :]
