@@ -2,10 +2,10 @@
 
 from normswap.contexts.assigner import Assigner as Assigner
 from normswap.contexts.assigner import load as load
-from normswap.contexts.clustering import gaussian_mixture as gaussian_mixture
-from normswap.contexts.clustering import kmeans as kmeans
 from normswap.contexts.columns import from_columns as from_columns
 from normswap.contexts.drop import drop_labels as drop_labels
+from normswap.contexts.fit_clusters import gaussian_mixture as gaussian_mixture
+from normswap.contexts.fit_clusters import kmeans as kmeans
 from normswap.contexts.folders import from_folders as from_folders
 from normswap.contexts.folders import list_images as list_images
 from normswap.contexts.priors import check_priors as check_priors

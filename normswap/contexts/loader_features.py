@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from normswap.contexts.clusters import ClusterAssigner
+from normswap.contexts.cluster_assigners import ClusterAssigner
 from normswap.contexts.features import Extractor, Features, targets_of
 from normswap.contexts.tally import Tally
 from normswap.errors import ContextError

@@ -56,7 +56,7 @@ def _apply_fused(layer: nn.Module, source: nn.Module, site: Site) -> None:
     for name in site.fused:
         layer.add_module(name, getattr(source, name))
     if isinstance(layer, NormLayer):
-        layer.tail = site.fused
+        layer.fused = site.fused
     elif site.fused:
         # A partial is copied and pickled with the layer it refers to; a closure would not be.
         layer.__dict__["forward"] = partial(_forward_fused, layer, site.fused)

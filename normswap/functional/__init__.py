@@ -4,7 +4,6 @@ from normswap.functional.affine import Affine as Affine
 from normswap.functional.affine import Centred as Centred
 from normswap.functional.affine import centre_norm as centre_norm
 from normswap.functional.affine import fold_norm as fold_norm
-from normswap.functional.fused import stat_affine as stat_affine
 from normswap.functional.labels import Context as Context
 from normswap.functional.labels import resolve_labels as resolve_labels
 from normswap.functional.mixture import Mixture as Mixture
@@ -18,5 +17,6 @@ from normswap.functional.moments import context_posterior as context_posterior
 from normswap.functional.moments import gaussian_divergence as gaussian_divergence
 from normswap.functional.moments import instance_moments as instance_moments
 from normswap.functional.moments import pool_moments as pool_moments
+from normswap.functional.stat_maps import stat_affine as stat_affine
 from normswap.functional.tables import apply_affine as apply_affine
 from normswap.functional.tables import apply_centred as apply_centred

@@ -1,8 +1,8 @@
 """Glue whose derivative is written out: CrossNorm's exchange of styles, SelfNorm's gate.
 
 Glue makes a map of each instance from the instances' statistics; all its tensors are small. Any
-differentiable function will do (see `normswap.functional.fused`), but autograd takes as long for
-some thirty small operators as batch norm does for a late layer of a model.
+differentiable function will do (see `normswap.functional.stat_maps`), but autograd takes as long
+for some thirty small operators as batch norm does for a late layer of a model.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Map(NamedTuple):
     centre: Tensor
 
 
-class Pull(NamedTuple):
+class GlueGradient(NamedTuple):
     """A loss's gradient by x, besides ``dy * scale``: ``(x - centre) * spread + constant``.
 
     Attributes:
@@ -67,7 +67,7 @@ class ExchangeGlue:
         shift = mean.index_select(self.axis, self.permutation)
         return Map(scale, shift.addcmul_(mean, scale, value=-1), mean), (std, scale)
 
-    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
+    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> GlueGradient:
         """Return the gradients, given ``sum dy * (x - centre)`` and ``sum dy``."""
         std, scale = saved
         by_std = dscale / std
@@ -75,7 +75,7 @@ class ExchangeGlue:
         spread.addcmul_(by_std, scale, value=-1).div_(std).div_(self.positions - 1)
         dmean = torch.empty_like(std).index_copy_(self.axis, self.permutation, dshift)
         constant = dmean.addcmul_(scale, dshift, value=-1).div_(self.positions)
-        return Pull(spread, constant, ())
+        return GlueGradient(spread, constant, ())
 
 
 _batch_norm: Any = torch.ops.aten.native_batch_norm
@@ -129,7 +129,7 @@ class GateGlue:
         g = sigmoid * self.scale
         return Map(g, None, mean), (mean, std, styles, weight, gain, z, sigmoid, saved, tensors)
 
-    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
+    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> GlueGradient:
         """Return the gradients, given ``sum dy * (x - mean)`` and ``sum dy``."""
         mean, std, styles, weight, gain, z, sigmoid, statistics, tensors = saved
         dg = torch.addcmul(dscale, dshift, mean).mul_(self.scale)
@@ -147,4 +147,4 @@ class GateGlue:
             spread = dz.mul_(by_std / (self.positions - 1)).div_(std)
         else:
             spread = torch.zeros_like(dz)
-        return Pull(spread, constant, tuple(found))
+        return GlueGradient(spread, constant, tuple(found))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from normswap.functional.affine import Affine
-from normswap.functional.fused import stat_affine
-from normswap.functional.glue import Map, Pull
+from normswap.functional.glue import GlueGradient, Map
 from normswap.functional.mixture import MASS, Mixture, Normalized, from_first, responsibilities
 from normswap.functional.moments import Moments
+from normswap.functional.stat_maps import stat_affine
 
 
 def norm_instances(
@@ -40,8 +40,8 @@ def norm_instances(
         shift = (weight * (instances.mean - used.mean.unsqueeze(1))).sum(0) + bias
         return Affine(weight.sum(0), shift)
 
-    hand = partial(InstanceMixtureGlue, x.shape[2:].numel(), eps, batch, found)
-    y = stat_affine(x, glue, *mixture, gain, bias, *given, hand=hand)
+    explicit = partial(InstanceMixtureGlue, x.shape[2:].numel(), eps, batch, found)
+    y = stat_affine(x, glue, *mixture, gain, bias, *given, explicit=explicit)
     return Normalized(y, *found[0])
 
 
@@ -112,15 +112,15 @@ class InstanceMixtureGlue:
         found = Map(total, offset.addcmul_(origin, total, value=-1), centre)
         return found, (instances, z, inverse, tau, share, usable, used, root, scale)
 
-    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
+    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> GlueGradient:
         """Return the gradients, given ``sum dy * (x - centre)`` and ``sum dy``."""
         instances, z, inverse, tau, share, usable, used, root, scale = saved
         off = instances.mean - used.mean.unsqueeze(1)
-        pull = torch.addcmul(dscale, off, dshift)
-        droot = (tau * pull).sum(1)
+        by_map = torch.addcmul(dscale, off, dshift)
+        droot = (tau * by_map).sum(1)
         dmean = (tau * dshift).sum(1).mul_(scale).neg_()
         dvar = (scale * root.square()).mul_(droot).mul_(-0.5)
-        dtau = pull.mul_(scale.unsqueeze(1))
+        dtau = by_map.mul_(scale.unsqueeze(1))
         spread = constant = torch.zeros_like(dscale)
         if self.batch:
             by_mean, by_var = (
@@ -142,4 +142,6 @@ class InstanceMixtureGlue:
         spread = spread * (2 / self.positions)
         constant = (constant - dz.sum(0)).div_(self.positions)
         dbias = dshift.sum(0)
-        return Pull(spread, constant, (dprior, dmu, dsigma, droot.mul_(root), dbias, dmean, dvar))
+        return GlueGradient(
+            spread, constant, (dprior, dmu, dsigma, droot.mul_(root), dbias, dmean, dvar)
+        )

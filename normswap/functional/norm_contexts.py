@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from normswap.functional.affine import Affine, Centred, centre_norm
-from normswap.functional.fused import stat_affine
-from normswap.functional.glue import Map, Pull
+from normswap.functional.glue import GlueGradient, Map
 from normswap.functional.moments import (
     Moments,
     context_moments,
@@ -19,6 +18,7 @@ from normswap.functional.moments import (
     wide_dtype,
 )
 from normswap.functional.segments import Counts, Segments, count, segments
+from normswap.functional.stat_maps import stat_affine
 
 Note = Callable[[Moments, Counts], None]
 
@@ -78,14 +78,14 @@ def norm_contexts(
             table = override(table, instances, gain, bias)
         return table.at(instances.mean)
 
-    hand: Callable[[], ContextGlue] | None = None
+    explicit: Callable[[], ContextGlue] | None = None
     if reduce is None and override is None and not shrink:
 
-        def hand() -> ContextGlue:
+        def explicit() -> ContextGlue:
             found = segments(labels, batched, total, size, gain.dtype)
             return ContextGlue(found, factor, given, batched, eps, note)
 
-    return stat_affine(x, glue, gain, bias, hand=hand)
+    return stat_affine(x, glue, gain, bias, explicit=explicit)
 
 
 @dataclass(eq=False)
@@ -140,7 +140,7 @@ class ContextGlue:
         counts = self.segments.counts
         return found if counts.every else torch.where(counts.usable, found, given)
 
-    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
+    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> GlueGradient:
         """Return the gradients, given ``sum dy * (x - mu_k)`` and ``sum dy``."""
         scale, inverse = saved
         index, contexts = self.segments.rows, len(scale)
@@ -150,4 +150,4 @@ class ContextGlue:
         spread = (minus * inverse).mul_(dgain)
         constant = minus.mul_(dbias)
         tensors = (dgain.mul_(self.factor), dbias.mul_(self.factor))
-        return Pull(pick_rows(spread, index), pick_rows(constant, index), tensors)
+        return GlueGradient(pick_rows(spread, index), pick_rows(constant, index), tensors)

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from normswap.functional.affine import Affine, Centred
 from normswap.functional.backend import triton_for
 from normswap.functional.draws import draw_beta
-from normswap.functional.fused import stat_affine
 from normswap.functional.glue import ExchangeGlue
 from normswap.functional.moments import Moments, compute_dtype, instance_moments
+from normswap.functional.stat_maps import stat_affine
 from normswap.functional.tables import apply_centred
 
 # Draws of a box: with beta 1 all fail together once in 1e7 times or less often on maps of 4 x 4 and
@@ -173,14 +173,14 @@ def cross_norm(
                 return Affine(scale, mean)
             return Affine(torch.where(fire, scale, 1), torch.where(fire, mean, own.mean))
 
-        hand = None
+        explicit = None
         if fire is None and style_box is None:
             triton = triton_for(x, "exchange", permutation)
             if triton is not None:
                 rewritten: Tensor = triton.exchange_styles(x, permutation, axis, eps, glue)
                 return rewritten
-            hand = partial(ExchangeGlue, permutation, axis, positions, eps)
-        y = stat_affine(x, glue, *given, hand=hand)
+            explicit = partial(ExchangeGlue, permutation, axis, positions, eps)
+        y = stat_affine(x, glue, *given, explicit=explicit)
         # The map of what does not fire is the identity but for rounding about its centre.
         return y if fire is None else torch.where(fire, y, x)
     content = instance_style(x, content_box, eps)

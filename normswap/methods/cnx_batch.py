@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from normswap.functional.affine import Affine, Centred
-from normswap.functional.fused import stat_affine
 from normswap.functional.moments import (
     Moments,
     compute_dtype,
@@ -17,6 +16,7 @@ from normswap.functional.moments import (
     wide_dtype,
     widen,
 )
+from normswap.functional.stat_maps import stat_affine
 from normswap.functional.tables import apply_centred
 from normswap.methods.cnx_layer import ContextNormX, Learned
 from normswap.methods.layer_tensors import check_settings, counted_nothing

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from normswap.functional.affine import Affine
-from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype
+from normswap.functional.stat_maps import stat_affine
 from normswap.functional.style import style_of
 from normswap.methods.augmentation import Augmentation, AugmentationMethod, AugmentationOptions
 from normswap.methods.registry import register_method

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.functional.affine import Affine, centre_norm
-from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments, compute_dtype, wide_dtype
 from normswap.functional.recomputation import in_backward
+from normswap.functional.stat_maps import stat_affine
 from normswap.functional.tables import apply_centred
 from normswap.methods.base import Contexts, affine_tensors
 from normswap.methods.layer import ContextLayer

@@ -1,4 +1,4 @@
-"""What every context-aware layer shares: its labels, its policy for unknown ones, its tail."""
+"""What every context-aware layer shares: its labels, its policy for unknown ones, what follows."""
 
 from abc import abstractmethod
 from typing import Any
@@ -38,7 +38,7 @@ class NormLayer(AsBefore, RunningStats, Resettable):
         self.num_features = num_features
         self.site = ""
         self.dims: tuple[int, ...] = ()
-        self.tail: tuple[str, ...] = ()
+        self.fused: tuple[str, ...] = ()
 
     def _record(self, x: fx.Proxy, **given: Any) -> Any:
         """Become one call in a graph of `torch.fx`: no trace goes through the layer."""
@@ -65,7 +65,7 @@ class NormLayer(AsBefore, RunningStats, Resettable):
 
     def _finish(self, y: Tensor) -> Tensor:
         """Apply the children the replaced layer applied: drop, act."""
-        for name in self.tail:
+        for name in self.fused:
             y = getattr(self, name)(y)
         return y
 

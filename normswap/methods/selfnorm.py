@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from normswap.errors import ConversionError, InputError
 from normswap.functional.affine import Affine
-from normswap.functional.fused import stat_affine
 from normswap.functional.moments import Moments
+from normswap.functional.stat_maps import stat_affine
 from normswap.functional.style import style_of
 from normswap.methods.base import InsertedMethod, register_method
 from normswap.methods.selfnorm_gate import STD_EPS, Gate
@@ -85,8 +85,8 @@ class SelfNorm(nn.Module):
         gates = (self.g,) if self.f is None else (self.g, self.f)
         tensors = [t for gate in gates for t in gate.parameters_in_order()]
         positions = x.shape[2:].numel()
-        by_hand = self.f is None and self.g.shares() is None
-        hand = partial(self.g.by_hand, x) if by_hand else None
+        written_out = self.f is None and self.g.shares() is None
+        explicit = partial(self.g.explicit_glue, x) if written_out else None
 
         def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
             style = style_of(instances, positions, STD_EPS)
@@ -94,7 +94,7 @@ class SelfNorm(nn.Module):
             f = g if self.f is None else self.f(style, tensors[3:], replay)
             return Affine(g, style.mean * f)
 
-        return stat_affine(x, glue, *tensors, hand=hand)
+        return stat_affine(x, glue, *tensors, explicit=explicit)
 
     def effect(self) -> str | None:
         """Return what the layer does in eval, None while every gate is exactly 1."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.functional.backend import triton_for
-from normswap.functional.fused import HandGlue
 from normswap.functional.glue import GateGlue
 from normswap.functional.moments import Moments, context_moments, wide_dtype
+from normswap.functional.stat_maps import ExplicitGlue
 from normswap.functional.style import Style
 from normswap.methods.layer_tensors import Resettable
 from normswap.methods.running import RunningStats
@@ -105,7 +105,7 @@ class Gate(RunningStats, Resettable):
         gate = torch.sigmoid(z.to(dtype))
         return gate if self.scale == 1 else self.scale * gate
 
-    def by_hand(self, x: Tensor) -> HandGlue:
+    def explicit_glue(self, x: Tensor) -> ExplicitGlue:
         """Return what `forward` computes, of x, as glue with its derivative written out."""
         rest = (self.scale, STD_EPS, self.momentum)
         tensors = (*self.parameters_in_order(), self.running_mean, self.running_var)
@@ -113,7 +113,7 @@ class Gate(RunningStats, Resettable):
         if triton is None:
             return GateGlue(x.shape[2:].numel(), *self._running(len(x), False), *rest)
         batch = self._uses_batch(len(x))
-        glue: HandGlue = triton.GateGlue(
+        glue: ExplicitGlue = triton.GateGlue(
             x, tensors[3:], batch, batch and not self.keeps_stats(), *rest
         )
         return glue

@@ -5,7 +5,7 @@ import torch
 
 from normswap.functional import device_kernels
 from tests.support.builders import assert_close, make_batch
-from tests.support.fused import laid_out
+from tests.support.stat_maps import laid_out
 
 DTYPES = pytest.mark.parametrize(
     ("dtype", "roundoff"),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.functional import fused, tables
+from normswap.functional import stat_maps, tables
 from normswap.functional.style import cross_norm
 from normswap.methods import acn_layer, cn_layer, selfnorm_gate
 from normswap.methods.selfnorm_gate import Gate
@@ -186,7 +186,7 @@ def test_gradients_of_batches_without_a_label(name, mean, layout):
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_of_the_plain_formulas(name, mean, training, monkeypatch):
     """As a compiler reads them."""
-    for module in (tables, fused):
+    for module in (tables, stat_maps):
         monkeypatch.setattr(module, "uses_kernels", lambda x: False)
     check(LAYERS[name], mean, training, "contiguous")
 

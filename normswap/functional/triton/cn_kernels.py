@@ -13,7 +13,11 @@ import triton
 import triton.language as tl
 
 from normswap.functional.triton import parts
-from normswap.functional.triton.posterior_kernels import add_weighted_dots, pull_weights, weigh
+from normswap.functional.triton.posterior_kernels import (
+    add_weighted_dots,
+    posterior_gradients,
+    weigh,
+)
 from normswap.functional.triton.tile import apply
 
 
@@ -146,7 +150,7 @@ def move(running, new, rate, at, ok):
 
 
 @triton.jit(do_not_specialize=["low", "high", "N", "R", "K", "S"])
-def pull(
+def gradients(
     dots, rows, tables, weight, bias, priors, dweight, dbias, low, high, eps,
     N, R, K, C, M, S, MOVES: tl.constexpr, WEIGHED: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, WN: tl.constexpr, WC: tl.constexpr,
@@ -171,7 +175,7 @@ def pull(
             if MOVES:
                 n = (program - own).to(tl.int64)
                 if tl.load(rows + n) >= K:
-                    pull_weights(
+                    posterior_gradients(
                         n, dots, second, known_mean, known_var, weight, bias, priors,
                         centre, weights, spread, constant, eps, K, C, M, S, KP, WN, WC,
                     )  # fmt: skip

@@ -45,7 +45,7 @@ class Backward(NamedTuple):
 
     values: int
     dots: Start
-    pull: Start
+    gradients: Start
     combine: Start
 
 
@@ -116,6 +116,8 @@ def backward_of(
     return Backward(
         2 * channels * (instances * splits + (rows if moves else 0)),
         Start(tile.dots, p.programs, cut.rows, **p.blocks),
-        Start(cn_kernels.pull, cut.programs, numbers, MOVES=moves, WEIGHED=weighs, **cut.blocks),
+        Start(
+            cn_kernels.gradients, cut.programs, numbers, MOVES=moves, WEIGHED=weighs, **cut.blocks
+        ),
         Start(tile.combine, p.programs, cut.rows, **p.blocks),
     )

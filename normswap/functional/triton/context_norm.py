@@ -131,7 +131,7 @@ def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: An
     found = x.new_empty(start.values, dtype=torch.float32)
     start.dots(dy, x, None if moves else dx, found, tables, index)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    start.pull(found, index, tables, weight, bias, priors, dweight, dbias)
+    start.gradients(found, index, tables, weight, bias, priors, dweight, dbias)
     if moves:
         start.combine(dy, x, dx, found, None, tables, index)
     return dx, dweight, dbias

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from normswap.functional import kernels
 from normswap.functional.affine import Centred
-from normswap.functional.fused import Glue
 from normswap.functional.moments import instance_moments
+from normswap.functional.stat_maps import Glue
 from normswap.functional.tables import apply_centred_by_formula
 from normswap.functional.triton import sweeps
 from normswap.functional.triton.launching import launch

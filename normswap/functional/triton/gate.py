@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from normswap.functional.glue import Map, Pull
+from normswap.functional.glue import GlueGradient, Map
 from normswap.functional.moments import Moments
 from normswap.functional.triton import sweeps
 from normswap.functional.triton.launching import launch
@@ -134,7 +134,7 @@ def differentiate(
     height, N, C, M, S, BATCH: tl.constexpr,
     BN: tl.constexpr, SB: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write the parameters' gradients, and the spread and constant of a `glue.Pull`."""
+    """Write the parameters' gradients, and the spread and constant of a `GlueGradient`."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     there = c < C
     sums, tables = (first, second), (mean, std, found, moments, weight)
@@ -204,7 +204,7 @@ class GateGlue:
             self.running = (used[0], used[1])
         return Map(kept[2], None, kept[0]), (kept, used, tensors)
 
-    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
+    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> GlueGradient:
         """Return the gradients, given ``sum dy * (x - mean)`` and ``sum dy`` of the parts."""
         kept, used, tensors = saved
         found = tuple(torch.empty_like(t) for t in tensors)
@@ -213,4 +213,4 @@ class GateGlue:
             differentiate, self.programs, dshift, dscale, *kept, used, *tensors[:2], *found,
             spread, constant, self.scale, *self.sizes[:-1], BATCH=self.batch, **self.blocks,
         )  # fmt: skip
-        return Pull(spread, constant, found)
+        return GlueGradient(spread, constant, found)

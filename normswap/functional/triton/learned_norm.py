@@ -57,7 +57,7 @@ def tables(
 
 
 @triton.jit(do_not_specialize=["low", "high", "N", "K", "S"])
-def pull(
+def gradients(
     dots, rows, tables, mu, log_sigma, priors, dmu, dlog_sigma, dweight, dbias, low, high,
     N, K, C, S, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +154,7 @@ def _backward_of(
     numbers = (*(pooled or (0, 0)), instances, contexts, channels, p.splits)
     dots = Start(tile.dots, p.programs, over_x, **p.blocks)
     size = 2 * instances * p.splits * channels
-    return size, dots, Start(pull, programs, numbers, **blocks)
+    return size, dots, Start(gradients, programs, numbers, **blocks)
 
 
 def _make_tables(

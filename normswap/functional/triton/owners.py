@@ -83,7 +83,7 @@ def differentiate(
     FLOOR: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     BN: tl.constexpr, SB: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write the spread and constant of a `glue.Pull`, and the gradients of the parameters."""
+    """Write spread and constant of a `GlueGradient`, and the gradients of the parameters."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     tables = mt.densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
     _m, gain, root = mt.gains(used, weight, tables[7], eps, c, C, K, KP)

@@ -75,7 +75,7 @@ def weigh(
 
 
 @triton.jit
-def pull_weights(
+def posterior_gradients(
     n, first, second, mean, var, weight, bias, priors, centre, weights, spread, constant, eps, K,
     C, M, S, KP, BN, BC,
 ):  # fmt: skip

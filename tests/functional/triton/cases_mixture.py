@@ -11,9 +11,9 @@ import normswap
 from normswap.functional.triton import mixture_norm
 from tests.functional.triton.values import CASES, DEVICE, SHARE
 from tests.support.builders import assert_close, make_batch, random_
-from tests.support.fused import laid_out
 from tests.support.mixture_oracle import acn
 from tests.support.sampling import sampled
+from tests.support.stat_maps import laid_out
 
 ASSIGNMENTS = ("channel", "instance")
 NAMES = ("weight", "bias", "prior_logits", "mu", "log_sigma")

@@ -11,8 +11,8 @@ from tests.functional.test_style import oracle_cross_norm
 from tests.functional.triton.values import CASES, DEVICE, EVERY_CASE, SHARE
 from tests.methods.test_selfnorm import oracle_selfnorm
 from tests.support.builders import assert_close, make_batch, random_
-from tests.support.fused import laid_out
 from tests.support.sampling import sampled
+from tests.support.stat_maps import laid_out
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
 

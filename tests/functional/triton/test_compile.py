@@ -32,17 +32,17 @@ OVER_TABLES = [
     (cn_kernels.tables, NONE_WEIGH | TRAINING),
     (cn_kernels.tables, NONE_WEIGH | TRAINING | {"momentum": None}),
     (cn_kernels.tables, NONE_WEIGH | RUNNING),
-    (cn_kernels.pull, NONE_WEIGH | {"MOVES": True, "WEIGHED": False}),
-    (cn_kernels.pull, NONE_WEIGH | {"MOVES": False, "WEIGHED": False}),
+    (cn_kernels.gradients, NONE_WEIGH | {"MOVES": True, "WEIGHED": False}),
+    (cn_kernels.gradients, NONE_WEIGH | {"MOVES": False, "WEIGHED": False}),
     (learned_norm.tables, {}),
     (learned_norm.tables, {"rows": None, "weight": None, "bias": None}),
-    (learned_norm.pull, {}),
-    (learned_norm.pull, {"dweight": None, "dbias": None}),
+    (learned_norm.gradients, {}),
+    (learned_norm.gradients, {"dweight": None, "dbias": None}),
 ]
 OVER_CONTEXTS = [
     (cn_kernels.tables, TRAINING),
     (cn_kernels.tables, {"rows": None, "BATCH": False, "SORTED": False}),
-    (cn_kernels.pull, {"MOVES": True, "WEIGHED": True}),
+    (cn_kernels.gradients, {"MOVES": True, "WEIGHED": True}),
 ]
 # Layout and tile as `plan` has them: channels last, large and small maps, and one position.
 CUTS = [("bf16", True, 32, 64), ("fp32", False, 1024, 2), ("fp16", False, 64, 32)]

@@ -81,11 +81,11 @@ def test_cn(counter):
     layer, (x, labels) = normswap.ContextNorm(16, 4, unknown="pooled"), batch()
     forward, backward = count(counter, layer.train(), x, labels)
     assert forward == ["stats", "tables", "apply_and_move"]
-    assert backward == ["dots", "pull", "combine"]
+    assert backward == ["dots", "gradients", "combine"]
     layer.stats_frozen = True
     forward, backward = count(counter, layer, x, labels)
     assert forward == ["tables", "apply"]
-    assert backward == ["dots", "pull"]
+    assert backward == ["dots", "gradients"]
     with torch.no_grad():
         for given in (labels, None):
             assert count(counter, layer.eval(), x, given)[0] == ["tables", "apply"]
@@ -97,7 +97,7 @@ def test_cnx(counter):
     for training in (True, False):
         forward, backward = count(counter, layer.train(training), x, labels)
         assert forward == ["tables", "apply"]
-        assert backward == ["dots", "pull"]
+        assert backward == ["dots", "gradients"]
     with torch.no_grad():
         for given in (labels, None):
             assert count(counter, layer, x, given)[0] == ["tables", "apply"]
@@ -119,10 +119,10 @@ def test_cn_whose_unlabelled_samples_weigh_the_contexts(counter):
     layer, (x, labels) = normswap.ContextNorm(16, 4, unknown="posterior"), batch()
     forward, backward = count(counter, layer.train(), x, labels)
     assert forward == ["stats", "tables", "apply_and_move"]
-    assert backward == ["dots", "pull", "combine"]
+    assert backward == ["dots", "gradients", "combine"]
     forward, backward = count(counter, layer.eval(), x, labels)
     assert forward == ["stats", "tables", "apply"]
-    assert backward == ["dots", "pull", "combine"]
+    assert backward == ["dots", "gradients", "combine"]
     with torch.no_grad():
         for given in (labels, None):
             assert count(counter, layer, x, given)[0] == ["stats", "tables", "apply"]

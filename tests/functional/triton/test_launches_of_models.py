@@ -17,10 +17,10 @@ counter = test_launches.counter
 LAYERS = {
     "cn": (
         ("stats", "tables", "apply_and_move"),
-        ("dots", "pull", "combine"),
+        ("dots", "gradients", "combine"),
         ("stats", "tables", "apply"),
     ),
-    "cn-x": (("tables", "apply"), ("dots", "pull"), ("tables", "apply")),
+    "cn-x": (("tables", "apply"), ("dots", "gradients"), ("tables", "apply")),
 }
 # Once a forward: labels are sorted in training, and samples that weigh the contexts have rows.
 SORTED = Counter(("remainder", "sort", "arange", "searchsorted"))

@@ -8,7 +8,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from tests.support import builders, oracles
 from tests.support.builders import assert_close, make_batch, running_of
-from tests.support.fused import laid_out
+from tests.support.stat_maps import laid_out
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # Shares of the largest value; the interpreter cuts off what bfloat16 doesn't hold.

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.contexts.clusters import ClusterAssigner, GaussianMixtureAssigner, KMeansAssigner
+from normswap.contexts.cluster_assigners import (
+    ClusterAssigner,
+    GaussianMixtureAssigner,
+    KMeansAssigner,
+)
 from normswap.contexts.features import PIXELS, Features
 from normswap.contexts.loader_features import LoaderFeatures
 from normswap.errors import ContextError, ContextWarning

@@ -15,7 +15,7 @@ from tests.support.builders import (
     make_cn,
     running_of,
 )
-from tests.support.fused import LABELS, laid_out
+from tests.support.stat_maps import LABELS, laid_out
 
 FEW = 4
 ROUNDOFF = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8}

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
 from normswap.functional.backend import untraced
-from normswap.functional.glue import Map, Pull
+from normswap.functional.glue import GlueGradient, Map
 from normswap.functional.moments import Moments, instance_moments
 from normswap.functional.tables import (
     apply_centred_by_formula,
@@ -38,7 +38,7 @@ class Glue(Protocol):
         """
 
 
-class HandGlue(Protocol):
+class ExplicitGlue(Protocol):
     """The same function with its derivative written out; see `normswap.functional.glue`.
 
     An attribute `passes` names others over x than `normswap.functional.kernels`.
@@ -47,12 +47,12 @@ class HandGlue(Protocol):
     def forward(self, instances: Moments, *tensors: Tensor) -> tuple[Map, Any]:
         """Return the map and what `backward` needs."""
 
-    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
+    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> GlueGradient:
         """Return the gradients, given ``sum dy * (x - centre)`` and ``sum dy``."""
 
 
 def stat_affine(
-    x: Tensor, glue: Glue, *tensors: Tensor, hand: Callable[[], HandGlue] | None = None
+    x: Tensor, glue: Glue, *tensors: Tensor, explicit: Callable[[], ExplicitGlue] | None = None
 ) -> Tensor:
     """Return ``(x - mean) * s + t`` with s and t a function of x's own statistics.
 
@@ -62,14 +62,14 @@ def stat_affine(
             `tensors` to s and t. Anything differentiable; what costs, is of the size of x, is not
             its business.
         tensors: what the glue differentiates besides the statistics: parameters.
-        hand: makes the same glue with a derivative of its own, where the kernels are used.
+        explicit: makes the same glue with a derivative of its own, where the kernels are used.
 
     Returns:
         A tensor of the shape, dtype and memory format of x.
     """
     if not uses_kernels(x):
         return _compute_by_formula(glue, False, x, *tensors)
-    chosen = _AutogradGlue(glue, x.shape[2:].numel()) if hand is None else hand()
+    chosen = _AutogradGlue(glue, x.shape[2:].numel()) if explicit is None else explicit()
     if not records((x, *tensors)):
         passes = _passes(chosen)
         found, _ = chosen.forward(passes.stats(x), *(t.detach() for t in tensors))
@@ -79,8 +79,8 @@ def stat_affine(
     return y
 
 
-def _passes(hand: HandGlue) -> Any:
-    return getattr(hand, "passes", kernels)
+def _passes(explicit: ExplicitGlue) -> Any:
+    return getattr(explicit, "passes", kernels)
 
 
 @dataclass(eq=False)
@@ -99,7 +99,7 @@ class _AutogradGlue:
         offset = torch.addcmul(shift, mean, scale, value=-1)
         return Map(scale, offset, mean), (affine, leaves)
 
-    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> Pull:
+    def backward(self, saved: Any, dscale: Tensor, dshift: Tensor) -> GlueGradient:
         """Go back through the graph; it is kept, as others' graphs are where torch is told to."""
         (scale, shift), leaves = saved
         pairs = ((scale, dscale), (shift, dshift))
@@ -115,7 +115,7 @@ class _AutogradGlue:
         # Differences first: a map that does not depend on the mean has a constant of exactly zero.
         constant = torch.addcmul(zero if dmean is None else dmean, scale.detach(), dshift, value=-1)
         spread = zero if dvar is None else dvar * (2 * share)
-        return Pull(spread, constant.mul_(share), tuple(dtensors))
+        return GlueGradient(spread, constant.mul_(share), tuple(dtensors))
 
 
 def _compute_by_formula(glue: Glue, replay: bool, x: Tensor, *tensors: Tensor) -> Tensor:
@@ -129,13 +129,13 @@ class _StatAffine(Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, glue, hand, *tensors = inputs
-        found, ctx.kept = _run_glue(hand, x, tensors, ctx.needs_input_grad[0])
-        ctx.glue, ctx.hand, ctx.scale, ctx.centre = glue, hand, found.scale, found.centre
+        x, glue, explicit, *tensors = inputs
+        found, ctx.kept = _run_glue(explicit, x, tensors, ctx.needs_input_grad[0])
+        ctx.glue, ctx.explicit, ctx.scale, ctx.centre = glue, explicit, found.scale, found.centre
         # Under such hooks backward may be given another x: checkpointing computes it anew.
         ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         ctx.save_for_backward(x, *tensors)
-        y: Tensor = _passes(hand).affine(x, found.scale, found.offset)
+        y: Tensor = _passes(explicit).affine(x, found.scale, found.offset)
         return y
 
     @staticmethod
@@ -150,24 +150,24 @@ class _StatAffine(Function):
         if ctx.hooked:
             pairs = zip(tensors, needed[1:], strict=True)
             tensors = [t.detach().requires_grad_(need) for t, need in pairs]
-            (scale, _, centre), kept = _run_glue(ctx.hand, x, tensors, needed[0])
+            (scale, _, centre), kept = _run_glue(ctx.explicit, x, tensors, needed[0])
         dy, dx = kernels.match(grads[0], x), None
-        passes = _passes(ctx.hand)
+        passes = _passes(ctx.explicit)
         dshift, dscale = passes.dot(dy, x, centre)
-        pull = ctx.hand.backward(kept, dscale, dshift)
+        found = ctx.explicit.backward(kept, dscale, dshift)
         if needed[0]:
-            dx = passes.combine(dy, x, scale, pull.spread, pull.constant, centre)
-        return dx, None, None, *pull.tensors
+            dx = passes.combine(dy, x, scale, found.spread, found.constant, centre)
+        return dx, None, None, *found.tensors
 
 
 def _run_glue(
-    hand: HandGlue, x: Tensor, tensors: Sequence[Tensor], differentiable: bool
+    explicit: ExplicitGlue, x: Tensor, tensors: Sequence[Tensor], differentiable: bool
 ) -> tuple[Map, Any]:
-    instances: Moments = _passes(hand).stats(x)
+    instances: Moments = _passes(explicit).stats(x)
     if differentiable:
         for t in instances:
             t.requires_grad_()
-    return hand.forward(instances, *tensors)
+    return explicit.forward(instances, *tensors)
 
 
 def differentiate(

@@ -15,8 +15,8 @@ from tests.support.builders import (
     make_cnx,
     make_instance,
 )
-from tests.support.fused import LABELS, laid_out
 from tests.support.sampling import sampled
+from tests.support.stat_maps import LABELS, laid_out
 
 
 def make_layers(channels=4):
