@@ -211,7 +211,7 @@ def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> tup
         return None
     if labels.numel() == 0:
         return 0, 0
-    if _is_under_vmap(labels):
+    if is_under_vmap(labels):
         return None
     if labels.device.type != "cpu" and _asserts(labels.device.type):
         in_range = ((labels >= -1) & (labels < num_contexts)).all()
@@ -230,7 +230,7 @@ def _asserts(device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", key)
 
 
-def _is_under_vmap(t: Tensor) -> bool:
+def is_under_vmap(t: Tensor) -> bool:
     """Return whether a tensor stands for those of a batch, whose values cannot be read."""
     functorch: Any = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(t):

@@ -159,6 +159,8 @@ class ContextNormX(ContextLayer):
         mu, log_sigma, weight, bias = learned
         row = self.row_unlabelled(mu, log_sigma)
         if row is not None:
+            if self.unknown == "error":  # or its NaN, even unused, becomes the gradient of gamma
+                weight, bias = weight.detach(), bias.detach()
             return Learned(row[0], row[1], weight, bias).table()
         priors = self.mixing(mu.dtype)
         moments = Moments(mu, torch.exp(2 * log_sigma))
