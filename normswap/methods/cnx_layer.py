@@ -175,7 +175,7 @@ class ContextNormX(ContextLayer):
     ) -> None:
         """Accept a BatchNorm's entries too: each context starts as the batch norm."""
         if self.weight is not None:
-            fill_affine(state_dict, prefix, self.num_features)
+            fill_affine(self, state_dict, prefix)
         self._read_base(state_dict, prefix, *args)
         self.load_priors(state_dict, prefix, state_dict.get(prefix + "mu"))
         # Statistics other than those of a layer that met no batch have started.
