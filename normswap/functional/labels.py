@@ -54,6 +54,11 @@ def resolve_labels(
     if isinstance(labels, Context):
         return labels
     if hasattr(labels, "__array__") and not isinstance(labels, Tensor):
+        if torch.compiler.is_compiling():  # which sees no mask; without fullgraph it gives up here
+            raise ContextError(
+                "expected `context` as a tensor or names in compiled code, got an array of NumPy; "
+                "pass torch.as_tensor(labels), -1 where they are unknown"
+            )
         # A masked array of NumPy says which are unknown, as a list alone.
         array: Any = labels if hasattr(labels, "filled") else labels.__array__()
         numbers = array.dtype.kind in "biufc" and array.dtype.isnative

@@ -25,6 +25,7 @@ from normswap.methods.layer_tensors import check_settings, fill_affine, fitting
 from normswap.methods.norm_values import PlainNorm, added_prior, pick_moments
 from normswap.methods.running import RUNNING
 from normswap.util.distributed import sum_over, sum_over_ddp
+from normswap.util.original_class import ORIGINAL
 
 
 class Learned(NamedTuple):
@@ -178,10 +179,12 @@ class ContextNormX(ContextLayer):
             fill_affine(self, state_dict, prefix)
         self._read_base(state_dict, prefix, *args)
         self.load_priors(state_dict, prefix, state_dict.get(prefix + "mu"))
-        # Statistics other than those of a layer that met no batch have started.
+        # Statistics other than those of a layer that met no batch have started, and any of a layer
+        # that replaced a norm.
         saved = [state_dict.get(prefix + name) for name in ("mu", "log_sigma")]
-        started = (isinstance(v, Tensor) and (v.is_meta or bool(v.any())) for v in saved)
-        self.fresh = self.fresh and not any(started)
+        given = [v for v in saved if isinstance(v, Tensor)]
+        started = ORIGINAL in vars(self) or any(v.is_meta or bool(v.any()) for v in given)
+        self.fresh = self.fresh and not (given and started)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _read_base(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
