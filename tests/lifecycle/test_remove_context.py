@@ -241,3 +241,11 @@ def test_names_and_numbers_follow_where_a_copy_took_the_place_of_the_part_with_a
     with normswap.use_context(model, "b"):
         assert torch.equal(model(x), expected)
     assert_close(model(x, context=normswap.add_context(model, "d", like="b")), expected)
+
+
+@quiet
+def test_a_context_that_is_named_by_nobody_gets_a_name_that_is_free():
+    model = make(contexts=3, priors=None)
+    normswap.remove_context(model, "0")
+    assert normswap.add_context(model) == 2
+    assert normswap.summary(model).contexts == ("1", "2", "3")
