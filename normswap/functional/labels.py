@@ -54,6 +54,11 @@ def resolve_labels(
     if isinstance(labels, Context):
         return labels
     if hasattr(labels, "__array__") and not isinstance(labels, Tensor):
+        if torch.compiler.is_compiling():  # which sees no mask; without fullgraph it gives up here
+            raise ContextError(
+                "expected `context` as a tensor or names in compiled code, got an array of NumPy; "
+                "pass torch.as_tensor(labels), -1 where they are unknown"
+            )
         # A masked array of NumPy says which are unknown, as a list alone.
         array: Any = labels if hasattr(labels, "filled") else labels.__array__()
         numbers = array.dtype.kind in "biufc" and array.dtype.isnative
@@ -211,7 +216,7 @@ def _check_range(labels: Tensor, num_contexts: int, names: Sequence[str]) -> tup
         return None
     if labels.numel() == 0:
         return 0, 0
-    if _is_under_vmap(labels):
+    if is_under_vmap(labels):
         return None
     if labels.device.type != "cpu" and _asserts(labels.device.type):
         in_range = ((labels >= -1) & (labels < num_contexts)).all()
@@ -230,7 +235,7 @@ def _asserts(device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", key)
 
 
-def _is_under_vmap(t: Tensor) -> bool:
+def is_under_vmap(t: Tensor) -> bool:
     """Return whether a tensor stands for those of a batch, whose values cannot be read."""
     functorch: Any = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(t):

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from itertools import count as count_from
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def add_context(
 
     Args:
         model: a converted model whose method takes contexts; not wrapped in DDP.
-        name: of the new context; its number by default.
+        name: of the new context; by default its number, or the next that is not taken.
         like: the context to start from, by name or index, or "pooled".
         share: prior probability of the new context, 1 / (K + 1) by default, at least 1e-6 away from
             0 and 1; the others keep their ratios. The layers' buffers `priors` are appended to and
@@ -72,7 +73,8 @@ def add_context(
     root, record = find_root(model)
     method, contexts = check_changeable(model, root, record, "add to"), record.contexts
     check_flag("keep_unknown", keep_unknown)
-    name = str(contexts.count) if name is None else name
+    if name is None:  # the number may be the name of one that was added before another was removed
+        name = next(n for n in map(str, count_from(contexts.count)) if n not in contexts.names)
     _check_name(name, contexts)
     index = context_or_pooled(record, like)
     count = contexts.count

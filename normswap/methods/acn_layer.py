@@ -222,13 +222,11 @@ class AdaptiveContextNorm(NormLayer):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accept a BatchNorm's entries too: the layer then computes its function."""
-        mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
-        shape = (self.num_features,)
-        if isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.shape == shape:
-            fill_affine(state_dict, prefix, self.num_features)
-            affine = (state_dict[prefix + name] for name in ("weight", "bias"))
+        if fill_affine(self, state_dict, prefix):
+            names = ("running_mean", "running_var", "weight", "bias")
+            mean, *_ = base = [state_dict[prefix + name] for name in names]
             place = mean.device if self.mu.is_meta else self.mu.device
-            values = self.start_from(*(t.to(place) for t in (mean, var, *affine)))
+            values = self.start_from(*(t.to(place) for t in base))
             if self.num_batches_tracked is not None:
                 count = counted_nothing(self.num_batches_tracked)
                 state_dict.setdefault(prefix + "num_batches_tracked", count)

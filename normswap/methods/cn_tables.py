@@ -105,12 +105,12 @@ class ContextTables(ContextLayer):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accept a BatchNorm's entries too: each context starts from them."""
+        fill_affine(self, state_dict, prefix)
         self.load_priors(state_dict, prefix, state_dict.get(prefix + "running_mean"))
         count = counted_nothing(self.num_batches_tracked)
         state_dict.setdefault(prefix + "num_batches_tracked", count)
         root = state_dict[prefix + "priors"].sqrt().unsqueeze(1)
         targets = {name: getattr(self, name) for name in (*self.context_parameters, *RUNNING)}
-        fill_affine(state_dict, prefix, self.num_features)
         load_shared(state_dict, prefix, targets, {"weight": root, "bias": root})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -19,7 +19,7 @@ from normswap.functional.moments import (
 from normswap.functional.stat_maps import stat_affine
 from normswap.functional.tables import apply_centred
 from normswap.methods.cnx_layer import ContextNormX, Learned
-from normswap.methods.layer_tensors import check_settings, counted_nothing
+from normswap.methods.layer_tensors import check_settings, counted_nothing, holds_base
 from normswap.methods.norm_values import PlainNorm
 from normswap.util.distributed import sum_over
 
@@ -142,10 +142,9 @@ class BatchContextNormX(ContextNormX):
 
     def _read_base(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Add mu and log sigma of 0 to the entries of a BatchNorm."""
-        mean = state_dict.get(prefix + "running_mean")
-        if prefix + "mu" in state_dict or not isinstance(mean, Tensor):
+        if prefix + "mu" in state_dict or not holds_base(self, state_dict, prefix):
             return
-        count = counted_nothing(self.num_batches_tracked)
+        mean, count = state_dict[prefix + "running_mean"], counted_nothing(self.num_batches_tracked)
         state_dict.setdefault(prefix + "num_batches_tracked", count)
         fresh = {prefix + name: mean.new_zeros(self.mu.shape) for name in ("mu", "log_sigma")}
         state_dict.update(fresh)

@@ -25,6 +25,7 @@ from normswap.methods.layer_tensors import check_settings, fill_affine, fitting
 from normswap.methods.norm_values import PlainNorm, added_prior, pick_moments
 from normswap.methods.running import RUNNING
 from normswap.util.distributed import sum_over, sum_over_ddp
+from normswap.util.original_class import ORIGINAL
 
 
 class Learned(NamedTuple):
@@ -159,6 +160,8 @@ class ContextNormX(ContextLayer):
         mu, log_sigma, weight, bias = learned
         row = self.row_unlabelled(mu, log_sigma)
         if row is not None:
+            if self.unknown == "error":  # or its NaN, even unused, becomes the gradient of gamma
+                weight, bias = weight.detach(), bias.detach()
             return Learned(row[0], row[1], weight, bias).table()
         priors = self.mixing(mu.dtype)
         moments = Moments(mu, torch.exp(2 * log_sigma))
@@ -173,13 +176,15 @@ class ContextNormX(ContextLayer):
     ) -> None:
         """Accept a BatchNorm's entries too: each context starts as the batch norm."""
         if self.weight is not None:
-            fill_affine(state_dict, prefix, self.num_features)
+            fill_affine(self, state_dict, prefix)
         self._read_base(state_dict, prefix, *args)
         self.load_priors(state_dict, prefix, state_dict.get(prefix + "mu"))
-        # Statistics other than those of a layer that met no batch have started.
+        # Statistics other than those of a layer that met no batch have started, and any of a layer
+        # that replaced a norm.
         saved = [state_dict.get(prefix + name) for name in ("mu", "log_sigma")]
-        started = (isinstance(v, Tensor) and (v.is_meta or bool(v.any())) for v in saved)
-        self.fresh = self.fresh and not any(started)
+        given = [v for v in saved if isinstance(v, Tensor)]
+        started = ORIGINAL in vars(self) or any(v.is_meta or bool(v.any()) for v in given)
+        self.fresh = self.fresh and not (given and started)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _read_base(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

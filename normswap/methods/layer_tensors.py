@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from normswap.errors import ContextError
 from normswap.util.arguments import check_flag, check_number, describe
+from normswap.util.original_class import ORIGINAL
 
 
 def has_no_values(module: nn.Module) -> bool:
@@ -156,12 +157,28 @@ def load_shared(
             state[prefix + name] = value * scales[name].to(value) if name in scales else value
 
 
-def fill_affine(state: dict[str, Any], prefix: str, num_features: int) -> None:
-    """Complete the state dict of a base norm that has no weight or no bias, in place."""
-    mean = state.get(prefix + "running_mean")
-    if isinstance(mean, Tensor) and mean.shape == (num_features,):
+def holds_base(layer: Any, state: dict[str, Any], prefix: str) -> bool:
+    """Return whether a state dict has all entries of a base norm, as that which a layer replaced.
+
+    A part of the layer's own entries, such as its buffers alone, is no base's.
+    """
+    mean, var = (state.get(f"{prefix}running_{name}") for name in ("mean", "var"))
+    if prefix + "priors" in state or not (isinstance(mean, Tensor) and isinstance(var, Tensor)):
+        return False
+    original = vars(layer).get(ORIGINAL)
+    known = {} if original is None else original.parameters | original.buffers
+    had = [name for name in ("weight", "bias") if known.get(name) is not None]
+    return mean.shape == (layer.num_features,) and all(prefix + name in state for name in had)
+
+
+def fill_affine(layer: Any, state: dict[str, Any], prefix: str) -> bool:
+    """Complete the entries of a base norm without weight or bias; return whether there are any."""
+    found = holds_base(layer, state, prefix)
+    if found:
+        mean = state[prefix + "running_mean"]
         state.setdefault(prefix + "weight", torch.ones_like(mean))
         state.setdefault(prefix + "bias", torch.zeros_like(mean))
+    return found
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -120,6 +120,16 @@ def test_a_layer_that_gets_memory_alone_is_a_fresh_one(method, norm):
         torch.testing.assert_close(layer.priors, torch.tensor(PRIORS) / 8)
 
 
+def test_a_norm_at_the_input_that_is_loaded_as_the_identity_does_not_start_from_data():
+    base = make_base("batch").double()  # in which the root of a variance of one is exact
+    model = normswap.convert(base, "cn-x", contexts=2, placement="input")
+    loaded = copy.deepcopy(model).to("meta").to_empty(device="cpu")
+    loaded.load_state_dict(model.state_dict())
+    labels, x = [0, 1, 0, 1, 0, 1], IMAGES.double()
+    assert torch.equal(loaded.train()(x, context=labels), model.train()(x, context=labels))
+    assert torch.equal(loaded.input_norm.mu, model.input_norm.mu)
+
+
 def test_gates_of_selfnorm_that_get_memory_are_the_identity():
     with torch.device("meta"):
         model = normswap.convert(Net(), "selfnorm", placement="norm").eval()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.func import functional_call, grad, jvp, linearize
+from torch.func import functional_call, grad, jvp, linearize, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import normswap
@@ -57,6 +57,25 @@ def test_a_label_out_of_range_is_an_error_where_it_can_be_read():
 
     with pytest.raises(normswap.ContextError, match="from 0 to 3"):
         grad(loss)(parameters)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("cn", {}), ("cn-x", {}), ("cn-x", {"statistics": "batch"})]
+)
+def test_gradients_of_each_sample_where_no_label_may_be_unknown(method, options):
+    model, _ = make(method, unknown="error", **options)
+    model.eval()
+    parameters, buffers = parts(model)
+    labels = LABELS.clamp(min=0)
+
+    def loss(parameters, x, label):
+        given = {"context": label[None]}
+        return functional_call(model, (parameters, buffers), (x[None],), given).square().sum()
+
+    each = vmap(grad(loss), (None, 0, 0))(parameters, images(), labels)
+    model(images(), context=labels).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(each[name].sum(0), parameter.grad)
 
 
 # Statistics that are mixed have no gradient, and the style of a partner is drawn anew.

@@ -40,3 +40,20 @@ def test_labels_made_in_inference_mode_serve_outside_of_it(training):
         model(images(), context=labels).sum().backward()
         gradients.append(model.bn.weight.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_arrays_are_labels_of_compiled_models_too_which_then_run_as_they_are(masked):
+    torch._dynamo.reset()
+    model, x, labels = make_model(), images(), EXPECTED.numpy()
+    if masked:
+        labels = numpy.ma.array(EXPECTED.clamp(min=0), mask=labels < 0)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(x, context=labels), model(x, context=EXPECTED))
+
+
+def test_arrays_that_code_compiled_whole_cannot_read_are_refused_with_a_way_out():
+    torch._dynamo.reset()
+    compiled = torch.compile(make_model(), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"pass torch\.as_tensor\(labels\)"):
+        compiled(images(), context=EXPECTED.numpy())

@@ -55,3 +55,17 @@ def test_the_number_of_contexts_does_not_compile_a_model_again(method):
     for present in (1, 2, 3, 4, 5, 6):
         compiled(x, context=torch.arange(6) % present * 7)
     assert counter.graphs == 1
+
+
+@pytest.mark.parametrize("method", ["cn", "cn-x"])
+def test_compiled_gradients_where_no_label_may_be_unknown(method):
+    model = make_model("ConvNet")
+    x, labels = make_inputs(model, 6), torch.arange(6) % 3
+    model = normswap.convert(model, method, contexts=3, unknown="error").eval()
+    found = []
+    for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        model.zero_grad()
+        run(x, context=labels).sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad)

@@ -163,3 +163,34 @@ def test_functional_call_with_other_parameters():
     called = torch.func.functional_call(converted, doubled, (images(),), {"context": LABELS})
     converted.load_state_dict(doubled, strict=False)
     close([called.detach()], call(converted, (images(),), context=LABELS))
+
+
+KINDS = [("cn", {}), ("cn", {"affine": "shared"}), ("cn-x", {}), ("cn-x", {"statistics": "batch"})]
+
+
+@pytest.mark.parametrize("part", ["buffers", "parameters", "running"])
+@pytest.mark.parametrize(("method", "options"), KINDS)
+def test_a_part_of_a_state_dict_changes_that_part_alone(method, options, part):
+    one, other = (normswap.convert(Scaled(), method, contexts=3, **options) for _ in range(2))
+    with torch.no_grad():
+        for model in (one, other):
+            for parameter in model.parameters():
+                parameter.add_(torch.rand_like(parameter))
+    wanted = {
+        "buffers": dict(one.named_buffers()),
+        "parameters": dict(one.named_parameters()),
+        "running": {n: b + 1 for n, b in one.named_buffers() if "running" in n},
+    }[part]
+    expected = {**copy.deepcopy(other.state_dict()), **copy.deepcopy(wanted)}
+    other.load_state_dict(wanted, strict=False)
+    assert all(torch.equal(t, expected[name]) for name, t in other.state_dict().items())
+
+
+@pytest.mark.parametrize(("method", "options"), KINDS)
+def test_a_base_without_its_affine_is_not_taken_for_one_that_has_none(method, options):
+    model = Scaled()
+    state = {n: t for n, t in model.state_dict().items() if not n.endswith("norm.weight")}
+    assert len(state) < len(model.state_dict())
+    converted = normswap.convert(model, method, contexts=3, **options)
+    with pytest.raises(RuntimeError, match=r"Missing key.*norm\.weight"):
+        converted.load_state_dict(state)

@@ -226,3 +226,26 @@ def test_the_only_context_that_answers_stays():
     normswap.set_unknown(model, "pooled")
     normswap.remove_context(model, "a")
     assert normswap.summary(model).contexts == ("b",)
+
+
+@quiet
+def test_names_and_numbers_follow_where_a_copy_took_the_place_of_the_part_with_all_norms():
+    base = nn.Sequential(make_model("ConvNet", torch.float64))
+    model = separate(normswap.convert(base, "cn", contexts=NAMES)).eval()
+    model[0] = copy.deepcopy(model[0])
+    x = make_inputs(model[0])
+    expected = model(x, context="b")
+    normswap.remove_context(model, "a")
+    for label in ("b", 0, ["b"] * len(x)):
+        assert torch.equal(model(x, context=label), expected)
+    with normswap.use_context(model, "b"):
+        assert torch.equal(model(x), expected)
+    assert_close(model(x, context=normswap.add_context(model, "d", like="b")), expected)
+
+
+@quiet
+def test_a_context_that_is_named_by_nobody_gets_a_name_that_is_free():
+    model = make(contexts=3, priors=None)
+    normswap.remove_context(model, "0")
+    assert normswap.add_context(model) == 2
+    assert normswap.summary(model).contexts == ("1", "2", "3")

@@ -12,11 +12,14 @@ from normswap.util.original_class import STATE
 
 
 def scopes_of(model: nn.Module) -> list[Scope]:
-    """Return the scopes of the norms in the converted models that are, or are inside, a module.
+    """Return the scopes in the converted models that are, or are inside, a module.
 
-    A model that was converted by itself before it became part of another has labels of its own.
+    None where no norm takes labels. A container has another than its norms where a copy of the part
+    that holds these took its place. A model that was converted by itself before it became part of
+    another has labels of its own.
     """
     found: dict[int, Scope] = {}
+    labelled = False
     queue: list[tuple[nn.Module, Scope | None]] = [(model, None)]
     while queue:
         module, within = queue.pop()
@@ -25,10 +28,10 @@ def scopes_of(model: nn.Module) -> list[Scope]:
             if within is not None and within is not scope.model:
                 continue
             within = scope.model
-            if STATE not in vars(module):
-                found[id(scope)] = scope
+            labelled |= STATE not in vars(module)
+            found[id(scope)] = scope
         queue += [(child, within) for child in module.children()]
-    return list(found.values())
+    return list(found.values()) if labelled else []
 
 
 @contextmanager
