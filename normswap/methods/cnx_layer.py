@@ -21,7 +21,7 @@ from normswap.functional.moments import (
 )
 from normswap.functional.tables import apply_by_label
 from normswap.methods.layer import ContextLayer
-from normswap.methods.layer_tensors import check_settings, fill_affine, fitting
+from normswap.methods.layer_tensors import check_own, check_settings, fill_affine, fitting
 from normswap.methods.norm_values import PlainNorm, added_prior, pick_moments
 from normswap.methods.running import RUNNING
 from normswap.util.distributed import sum_over, sum_over_ddp
@@ -224,5 +224,6 @@ class ContextNormX(ContextLayer):
     @torch.no_grad()
     def set_moments(self, context: int, moments: Moments) -> None:
         """Set mu and ``log sigma = log(var + eps) / 2`` of a context from statistics, (C,) each."""
+        check_own(self, "mu", "log_sigma")
         self.mu[context] = moments.mean
         self.log_sigma[context] = log_spread(moments.var, self.eps)

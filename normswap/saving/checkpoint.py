@@ -15,7 +15,7 @@ from normswap.errors import CheckpointError, UnknownNameError, expect_module
 from normswap.graph.not_copied import check_copyable
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
-from normswap.lifecycle.record import Record, check_parameters, find_root
+from normswap.lifecycle.record import Record, check_parameters, find_root, method_layers
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import Contexts, get_method, methods
 from normswap.methods.registry import parse_options
@@ -54,7 +54,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
             WEIGHTS ARE NOT SAVED; or "all", every tensor.
 
     Raises:
-        ConversionError: not a converted model; a parameter of a layer that is pruned.
+        ConversionError: not a converted model; a layer of which a parameter is pruned or computed.
         NormswapError: safetensors is missing.
         CheckpointError: sharded or quantised parameters, or none with values; an option of the
             method that JSON cannot hold; a folder that cannot be written to.
@@ -63,7 +63,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
     check_choice("state", state, _STATES)
     root, record = find_root(model)
     path = as_path(folder, CheckpointError)
-    check_parameters(root)
+    check_parameters(method_layers(root), written=True)
     layers, others = fingerprint.layer_tensors(root), fingerprint.other_tensors(root)
     for name, tensor in (layers | others).items():
         what = "without values" if tensor.is_meta else ""
