@@ -176,6 +176,8 @@ def is_untouched(layer: nn.Module, method: Method, contexts: Contexts, options: 
     if lacks_values(layer):
         return False
     original = _original(layer)
+    if getattr(layer, "eps", original.site.eps) != original.site.eps:
+        return False  # set since, and by some layers not used
     dtype = next((t.dtype for t in own.values() if t.is_floating_point()), original.site.dtype)
     # Where conversion computed: logarithms of another device may differ in the last bit.
     there = original.site.device

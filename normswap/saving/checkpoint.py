@@ -95,6 +95,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
         "values": checksums({n: others[n] for n in others if n not in stored and n not in marked}),
         "samples": {n: record.marks[n].sample for n in marked},
         "layers": fingerprint.describe(layers),
+        "eps": {n: float(m.eps) for n, m in _layers_with_eps(root).items()},
         "others": sorted(stored),
     }
     write_folder(path, content, layers | stored)
@@ -173,6 +174,7 @@ def load(
                 f"normswap {content['normswap']}, this is {__version__}"
             )
         _copy(tensors, wanted | {name: others[name] for name in content["others"]})
+        _set_eps(model, content, folder)
     vars(model)[RECORD] = record
     exempt_norms(model)
     return model
@@ -219,6 +221,19 @@ def _check_values(
             "same pretrained weights or seed, save with state='all', or pass check_values=False to "
             "take them as they are"
         )
+
+
+def _layers_with_eps(root: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in method_layers(root).items() if hasattr(layer, "eps")}
+
+
+def _set_eps(model: nn.Module, content: dict[str, Any], folder: Any) -> None:
+    """Give layers the eps they had, which no tensor tells: the base's may differ."""
+    layers, given = _layers_with_eps(model), content.get("eps", {})
+    if strange := [name for name in given if name not in layers]:
+        raise CheckpointError(f"{folder} names layers that its base has not: {shorten(strange)}")
+    for name, eps in given.items():
+        layers[name].eps = eps
 
 
 @torch.no_grad()
