@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError, expect_module
+from normswap.lifecycle.record import check_parameters
 from normswap.methods.layer import ContextLayer
 
 
@@ -76,8 +77,9 @@ def keep_absent_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> Kept
         nor a pickle has the setting.
 
     Raises:
-        ConversionError: no such optimizer; one that keeps no state for each row (LBFGS); or one
-            that holds no parameter of a context. In a step: a state that is no plain tensor.
+        ConversionError: no such optimizer; one that keeps no state for each row (LBFGS), or holds
+            no parameter of a context; or a parameter that is pruned or parametrized. In a step: a
+            state that is no plain tensor.
     """
     expect_module(model)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -89,7 +91,9 @@ def keep_absent_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> Kept
             "LBFGS keeps one flat history of all parameters, in which no row can be kept; "
             "use an optimizer that keeps its state by parameter"
         )
-    layers = [m for m in model.modules() if isinstance(m, ContextLayer)]
+    named = {name: m for name, m in model.named_modules() if isinstance(m, ContextLayer)}
+    check_parameters(dict(named), written=True)
+    layers = list(named.values())
     optimized = {p for group in optimizer.param_groups for p in group["params"]}
     if not any(p in optimized for layer in layers for p in _tables(layer)):
         raise ConversionError(

@@ -14,7 +14,7 @@ from normswap.methods.base import Contexts, Method, get_method
 from normswap.methods.unknown_labels import POLICIES
 from normswap.report import Row, Verification
 from normswap.util.arguments import check_choice, describe, listed, unknown_name
-from normswap.util.changed_norms import computed_tensor
+from normswap.util.changed_norms import computed_tensor, parametrized
 
 
 @dataclass
@@ -109,14 +109,19 @@ def weights_of(record: Record, method: Method, layer: nn.Module) -> Tensor:
     return record.contexts.priors if weights is None else weights
 
 
-def check_parameters(root: nn.Module) -> None:
-    """Raise where a layer's parameter is computed before each forward, which reads another one."""
-    for name, layer in method_layers(root).items():
+def check_parameters(layers: dict[str, nn.Module], written: bool = False) -> None:
+    """Raise where a layer's parameter is computed before each forward, which reads another one.
+
+    Where it is to be written, or kept by its name, also if it is computed whenever it is read.
+    """
+    for name, layer in layers.items():
         names = (*getattr(layer, "context_parameters", ()), "weight", "bias")
-        if computed := computed_tensor(layer, names):
+        held = parametrized(layer) if written else {}
+        if computed := computed_tensor(layer, names) or next((n for n in names if n in held), ""):
             raise ConversionError(
                 f"expected {name or 'the layer'}.{computed} as a parameter, got one that is "
-                "computed from others; if pruned, call torch.nn.utils.prune.remove on it first"
+                "computed from others; if pruned, call torch.nn.utils.prune.remove on it first, if "
+                "parametrized, torch.nn.utils.parametrize.remove_parametrizations"
             )
 
 

@@ -183,7 +183,10 @@ def is_untouched(layer: nn.Module, method: Method, contexts: Contexts, options: 
     device = torch.device("cpu") if gone else there
     site = replace(original.site, device=device, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
-        fresh = _tensors(make_layer(method, site, rebuild(layer, device), contexts, options))
+        made = make_layer(method, site, rebuild(layer, device), contexts, options)
+    if getattr(layer, "eps", None) != getattr(made, "eps", None):
+        return False  # set since, and the norm takes it, while not every layer uses its own
+    fresh = _tensors(made)
     return fresh.keys() == own.keys() and all(
         t.shape == own[name].shape and torch.equal(t, own[name].to(device))
         for name, t in fresh.items()

@@ -15,6 +15,7 @@ from normswap.lifecycle.record import (
     context_or_pooled,
     find_root,
     inserted_layers,
+    method_layers,
     replaced_layers,
 )
 from normswap.lifecycle.replaced_norm import is_untouched, lacks_values, original_of, rebuild, write
@@ -123,7 +124,7 @@ def _restore(
     root: nn.Module, record: Record, index: int | None, alike: bool, discard: bool, inplace: bool
 ) -> nn.Module:
     """Put norms in place of the layers; the contexts have to agree if `alike`. See `revert`."""
-    check_parameters(root)
+    check_parameters(method_layers(root))
     if not inplace:
         check_copyable(root)
     target = root if inplace else copy_model(root)

@@ -15,6 +15,7 @@ from normswap.methods.layer import NormLayer
 from normswap.sites import looks_like_norm
 from normswap.util.arguments import check_choice, check_number, describe
 from normswap.util.batches import FROZEN_MODE
+from normswap.util.changed_norms import parametrized, sources_of
 from normswap.util.extras import need
 from normswap.util.select import Selector, find_modules
 
@@ -125,7 +126,7 @@ def freeze(
     if train == "norms":
         chosen = {id(p) for p in norm_parameters(model).values()}
     elif train == "contexts":
-        chosen = {id(getattr(m, name)) for m in layers for name in m.context_parameters}
+        chosen = {id(p) for m in layers for n in m.context_parameters for p in sources_of(m, n)}
     else:
         chosen = {id(p) for p in model.parameters()}
     if not chosen:
@@ -158,13 +159,20 @@ def release(model: nn.Module) -> None:
 
 
 def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of every norm layer of a model by name, inserted layers included."""
-    return {
-        f"{prefix}.{name}" if prefix else name: parameter
-        for prefix, module in model.named_modules()
-        if is_ours(module) or looks_like_norm(module)
-        for name, parameter in module.named_parameters(recurse=False)
-    }
+    """Return the parameters of every norm layer of a model by name, inserted layers included.
+
+    In place of one that is parametrized, those that it is computed from.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        if is_ours(module) or looks_like_norm(module):
+            found |= {
+                f"{prefix}.{n}".lstrip("."): p for n, p in module.named_parameters(recurse=False)
+            }
+            for name, part in parametrized(module).items():
+                inside = f"{prefix}.parametrizations.{name}".lstrip(".")
+                found |= dict(part.named_parameters(inside))
+    return found
 
 
 def exempt_norms(model: nn.Module) -> None:

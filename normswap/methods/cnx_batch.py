@@ -19,7 +19,7 @@ from normswap.functional.moments import (
 from normswap.functional.stat_maps import stat_affine
 from normswap.functional.tables import apply_centred
 from normswap.methods.cnx_layer import ContextNormX, Learned
-from normswap.methods.layer_tensors import check_settings, counted_nothing, holds_base
+from normswap.methods.layer_tensors import check_own, check_settings, counted_nothing, holds_base
 from normswap.methods.norm_values import PlainNorm
 from normswap.util.distributed import sum_over
 
@@ -169,6 +169,7 @@ class BatchContextNormX(ContextNormX):
     @torch.no_grad()
     def set_moments(self, context: int, moments: Moments) -> None:
         """Set mu and log sigma of a context from statistics of x, (C,) each."""
+        check_own(self, "mu", "log_sigma")
         whole = widen(self.running_var) + self.eps
         mean = widen(moments.mean) - widen(self.running_mean)
         self.mu[context] = mean / whole.sqrt()

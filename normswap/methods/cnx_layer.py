@@ -21,7 +21,13 @@ from normswap.functional.moments import (
 )
 from normswap.functional.tables import apply_by_label
 from normswap.methods.layer import ContextLayer
-from normswap.methods.layer_tensors import check_settings, fill_affine, fitting
+from normswap.methods.layer_tensors import (
+    check_own,
+    check_settings,
+    fill_affine,
+    fitting,
+    holds_base,
+)
 from normswap.methods.norm_values import PlainNorm, added_prior, pick_moments
 from normswap.methods.running import RUNNING
 from normswap.util.distributed import sum_over, sum_over_ddp
@@ -189,8 +195,8 @@ class ContextNormX(ContextLayer):
 
     def _read_base(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Put mu and log sigma in the place of a BatchNorm's running statistics."""
-        mean, var, _ = (state_dict.pop(prefix + name, None) for name in RUNNING)
-        if isinstance(mean, Tensor) and isinstance(var, Tensor):
+        if holds_base(self, state_dict, prefix):
+            mean, var, _ = (state_dict.pop(prefix + name, None) for name in RUNNING)
             log_sigma = fitting(log_spread(var, self.eps), var, *args[:1])
             state_dict[prefix + "mu"] = mean.expand(self.mu.shape).clone()
             state_dict[prefix + "log_sigma"] = log_sigma.expand(self.mu.shape).clone()
@@ -224,5 +230,6 @@ class ContextNormX(ContextLayer):
     @torch.no_grad()
     def set_moments(self, context: int, moments: Moments) -> None:
         """Set mu and ``log sigma = log(var + eps) / 2`` of a context from statistics, (C,) each."""
+        check_own(self, "mu", "log_sigma")
         self.mu[context] = moments.mean
         self.log_sigma[context] = log_spread(moments.var, self.eps)

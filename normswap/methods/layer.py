@@ -191,10 +191,11 @@ class ContextLayer(UnknownLabels, WithPriors, NormLayer):
         targets = {name: getattr(self, name) for name in self.context_parameters}
         load_shared(state_dict, prefix, targets, {})
         like = next((t for n in targets if (t := state_dict.get(prefix + n)) is not None), None)
+        if prefix + "priors" not in state_dict:  # a base's
+            for name in RUNNING:
+                if self._buffers.get(name) is None:
+                    state_dict.pop(prefix + name, None)
         self.load_priors(state_dict, prefix, like)
-        for name in RUNNING:
-            if self._buffers.get(name) is None:
-                state_dict.pop(prefix + name, None)
         before = list(errors)
         super()._load_from_state_dict(*args, **kwargs)
         if errors != before:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn.functional import pad
 
-from normswap.errors import ContextError
+from normswap.errors import ContextError, ConversionError
 from normswap.util.arguments import check_flag, check_number, describe
 from normswap.util.original_class import ORIGINAL
 
@@ -179,6 +179,17 @@ def fill_affine(layer: Any, state: dict[str, Any], prefix: str) -> bool:
         state.setdefault(prefix + "weight", torch.ones_like(mean))
         state.setdefault(prefix + "bias", torch.zeros_like(mean))
     return found
+
+
+def check_own(layer: nn.Module, *names: str) -> None:
+    """Raise where a parameter is computed from others, so that what is written to it is lost."""
+    for name in names:
+        if name not in layer._parameters:
+            raise ConversionError(
+                f"expected {getattr(layer, 'site', '') or type(layer).__name__}.{name} as a "
+                "parameter, got one that is computed from others, which cannot be set; remove its "
+                "pruning or parametrization first"
+            )
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

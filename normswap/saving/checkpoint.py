@@ -15,7 +15,7 @@ from normswap.errors import CheckpointError, UnknownNameError, expect_module
 from normswap.graph.not_copied import check_copyable
 from normswap.graph.state import RECORD
 from normswap.graph.surgery import Surgery
-from normswap.lifecycle.record import Record, check_parameters, find_root
+from normswap.lifecycle.record import Record, check_parameters, find_root, method_layers
 from normswap.lifecycle.training import exempt_norms
 from normswap.methods.base import Contexts, get_method, methods
 from normswap.methods.registry import parse_options
@@ -54,7 +54,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
             WEIGHTS ARE NOT SAVED; or "all", every tensor.
 
     Raises:
-        ConversionError: not a converted model; a parameter of a layer that is pruned.
+        ConversionError: not a converted model; a layer of which a parameter is pruned or computed.
         NormswapError: safetensors is missing.
         CheckpointError: sharded or quantised parameters, or none with values; an option of the
             method that JSON cannot hold; a folder that cannot be written to.
@@ -63,7 +63,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
     check_choice("state", state, _STATES)
     root, record = find_root(model)
     path = as_path(folder, CheckpointError)
-    check_parameters(root)
+    check_parameters(method_layers(root), written=True)
     layers, others = fingerprint.layer_tensors(root), fingerprint.other_tensors(root)
     for name, tensor in (layers | others).items():
         what = "without values" if tensor.is_meta else ""
@@ -95,6 +95,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
         "values": checksums({n: others[n] for n in others if n not in stored and n not in marked}),
         "samples": {n: record.marks[n].sample for n in marked},
         "layers": fingerprint.describe(layers),
+        "eps": {n: float(m.eps) for n, m in _layers_with_eps(root).items()},
         "others": sorted(stored),
     }
     write_folder(path, content, layers | stored)
@@ -173,6 +174,7 @@ def load(
                 f"normswap {content['normswap']}, this is {__version__}"
             )
         _copy(tensors, wanted | {name: others[name] for name in content["others"]})
+        _set_eps(model, content, folder)
     vars(model)[RECORD] = record
     exempt_norms(model)
     return model
@@ -219,6 +221,19 @@ def _check_values(
             "same pretrained weights or seed, save with state='all', or pass check_values=False to "
             "take them as they are"
         )
+
+
+def _layers_with_eps(root: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in method_layers(root).items() if hasattr(layer, "eps")}
+
+
+def _set_eps(model: nn.Module, content: dict[str, Any], folder: Any) -> None:
+    """Give layers the eps they had, which no tensor tells: the base's may differ."""
+    layers, given = _layers_with_eps(model), content.get("eps", {})
+    if strange := [name for name in given if name not in layers]:
+        raise CheckpointError(f"{folder} names layers that its base has not: {shorten(strange)}")
+    for name, eps in given.items():
+        layers[name].eps = eps
 
 
 @torch.no_grad()

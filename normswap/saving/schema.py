@@ -7,6 +7,8 @@ from typing import Any
 def find_wrong(content: dict[str, Any]) -> str | None:
     """Return the first entry of a description that is missing or of another form, None if none."""
     for key, (expected, form) in _ENTRIES.items():
+        if key not in content and key in _ADDED:
+            continue
         if key not in content:
             return f"it has no {key!r}"
         if not _fits(content[key], form):
@@ -37,6 +39,10 @@ def _is_prior(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value) and value > 0
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
 def _are_names(value: Any) -> bool:
     return _fits(value, [_is_text]) and len(set(value)) == len(value)
 
@@ -57,6 +63,7 @@ def _fits(value: Any, form: Any) -> bool:
     return isinstance(value, dict) and all(_fits(value.get(k), f) for k, f in forms.items())
 
 
+_ADDED = {"eps"}  # folders of an earlier state have none
 _TENSORS = {...: (_is_text, [_is_count])}
 _NORMS = {...: {"class": _is_text, "tensors": _TENSORS}}
 _BASE = {"class": _is_text, "tensors": _TENSORS, "norms": _NORMS}
@@ -75,6 +82,7 @@ _ENTRIES: dict[str, tuple[str, Any]] = {
     "values": ("checksums by name", {...: _is_whole}),
     "samples": ("checksums by name", {...: _is_whole}),
     "layers": ("dtypes and shapes by name", _TENSORS),
+    "eps": ("numbers by name", {...: _is_number}),
     "others": ("distinct names", _are_names),
     "file": ("a name, bytes and sha256", _FILE),
 }

@@ -47,6 +47,22 @@ def computed_tensor(module: nn.Module, names: Iterable[str]) -> str:
     return next((name for name in names if isinstance(vars(module).get(name), Tensor)), "")
 
 
+def parametrized(module: nn.Module) -> dict[str, nn.Module]:
+    """Return what computes tensors of a module whenever they are read, by their names."""
+    held = module._modules.get("parametrizations")
+    return {} if held is None else dict(held.named_children())
+
+
+def sources_of(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """Return the parameter of a name, or those that it is computed from."""
+    own = module._parameters.get(name)
+    own = module._parameters.get(f"{name}_orig") if own is None else own  # pruned
+    if own is not None:
+        return [own]
+    part = parametrized(module).get(name)
+    return [] if part is None else list(part.parameters())
+
+
 def norm_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors by which torch's norms compute, those that there are."""
     found = ((name, getattr(module, name, None)) for name in TENSORS)

@@ -194,3 +194,10 @@ def test_a_base_without_its_affine_is_not_taken_for_one_that_has_none(method, op
     converted = normswap.convert(model, method, contexts=3, **options)
     with pytest.raises(RuntimeError, match=r"Missing key.*norm\.weight"):
         converted.load_state_dict(state)
+
+
+def test_a_state_of_cn_x_with_batch_statistics_is_not_taken_for_a_base():
+    batch = normswap.convert(Scaled(), "cn-x", contexts=3, statistics="batch")
+    learned = normswap.convert(Scaled(), "cn-x", contexts=3)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*running_mean"):
+        learned.load_state_dict(batch.state_dict())

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 import normswap
 from normswap import CheckpointError
-from normswap.saving.folder import FORMAT
-from tests.support.models import make_model
+from normswap.saving.folder import DESCRIPTION, FORMAT
+from tests.support.models import make_inputs, make_model
 from tests.support.saved import describe, make, rewrite, tensors_in
 
 READ = 1021
@@ -203,3 +203,33 @@ def test_a_folder_of_the_format_before_which_has_no_samples_is_loaded(tmp_path):
     rewrite(tmp_path, format=FORMAT)
     with pytest.raises(CheckpointError, match="expected 'samples' as checksums by name"):
         normswap.load(make_model(), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["cn", "cn-x"])
+@pytest.mark.parametrize("where", ["layers", "base"])
+def test_the_eps_of_layers_is_saved_with_them(tmp_path, method, where):
+    base = make_model("ConvNet", torch.float64)
+    model = normswap.convert(base, method, contexts=2).eval()
+    x, labels = make_inputs(base), [0, 1, 0, 1, 0, 1]
+    norms = [m for m in (model if where == "layers" else base).modules() if hasattr(m, "eps")]
+    if where == "layers":
+        for norm in norms:
+            norm.eps = 0.5
+    normswap.save(model, tmp_path)
+    if where == "base":
+        for norm in norms:
+            norm.eps = 0.5
+    loaded = normswap.load(base, tmp_path).eval()
+    assert torch.equal(loaded(x, context=labels), model(x, context=labels))
+    for back in (normswap.revert(model), normswap.specialize(model, 1)):
+        torch.testing.assert_close(back(x), model(x, context=1))
+
+
+def test_a_folder_that_tells_no_eps_is_read(tmp_path):
+    base, model = make()
+    normswap.save(model, tmp_path)
+    content = describe(tmp_path)
+    del content["eps"]
+    (tmp_path / DESCRIPTION).write_text("{}")
+    rewrite(tmp_path, **content)
+    assert normswap.load(base, tmp_path).state_dict().keys() == model.state_dict().keys()

@@ -145,6 +145,8 @@ def test_changed_at_any_byte_nothing_is_loaded(tmp_path):
         (lambda d: rewrite(d, contexts=["a", "a", "b"]), "expected 'contexts' as distinct names"),
         (lambda d: rewrite(d, contexts=["a"]), "expected 1 priors, one a context, got 3"),
         (lambda d: rewrite(d, priors=[0.5, -1.0, 1.5]), "expected 'priors' as positive numbers"),
+        (lambda d: rewrite(d, eps={"stem.1": -1.0}), "expected 'eps' as numbers by name"),
+        (lambda d: rewrite(d, eps={"head": 1.0}), "names layers that its base has not: head"),
         (lambda d: rewrite(d, unknown=3), "expected 'unknown' as one of 3 contexts, got 3"),
         (lambda d: rewrite(d, answering=4), "expected 'answering' as up to 3 contexts, got 4"),
         (lambda d: rewrite(d, others=["nowhere"]), "names tensors that its base has not: nowhere"),
