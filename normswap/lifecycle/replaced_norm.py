@@ -184,7 +184,8 @@ def is_untouched(layer: nn.Module, method: Method, contexts: Contexts, options: 
     site = replace(original.site, device=device, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
         made = make_layer(method, site, rebuild(layer, device), contexts, options)
-    if getattr(layer, "eps", None) != getattr(made, "eps", None):
+    eps = vars(made).get("eps", original.site.eps)
+    if vars(layer).get("eps", eps) != eps:
         return False  # set since, and the norm takes it, while not every layer uses its own
     fresh = _tensors(made)
     return fresh.keys() == own.keys() and all(

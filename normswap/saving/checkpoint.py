@@ -224,7 +224,7 @@ def _check_values(
 
 
 def _layers_with_eps(root: nn.Module) -> dict[str, Any]:
-    return {name: layer for name, layer in method_layers(root).items() if hasattr(layer, "eps")}
+    return {name: layer for name, layer in method_layers(root).items() if "eps" in vars(layer)}
 
 
 def _set_eps(model: nn.Module, content: dict[str, Any], folder: Any) -> None:
