@@ -68,13 +68,22 @@ class Run:
             return Plan(reason=_because("an argument cannot be copied", error))
         counts = set(map(len, found))
         how = (count, hooks, brief)
-        plan = self._measure(*how, len(counts) > 1)
-        if len(counts) > 1 and (plan.reason or any(step.cause for step in plan.steps)):
-            plan = self._measure(*how, False)
+        plan = self._measure(*how, several := len(counts) > 1)
+        if several and (plan.reason or any(step.cause for step in plan.steps)):
+            plan = self._measure(*how, several := False)
+        if any(step.blind for step in plan.steps):
+            rescaled = self._measure(*how, several, rescale=True)
+            plan = rescaled if rescaled.explains(plan) else plan
         return plan
 
     def _measure(
-        self, count: int, hooks: bool, brief: bool, batches: bool, around: bool = True
+        self,
+        count: int,
+        hooks: bool,
+        brief: bool,
+        batches: bool,
+        rescale: bool = False,
+        around: bool = True,
     ) -> Plan:
         """Measure once, through the container's own pre-hooks; they ran before labels entered.
 
@@ -87,7 +96,7 @@ class Run:
             values = vary(self.values, self.samples, lambda batch: fresh(batch[:count]), batches)
             # Checkpointing around this call would count what is saved for backward.
             unhooked = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
-            with _LOCK, unhooked, quiet(self.module, hooks) as (before, modes):
+            with _LOCK, unhooked, quiet(self.module, hooks, rescale) as (before, modes):
                 enter = partial(after_hooks, self.module) if around else tuple
                 found = Measurement(
                     lambda v: self.call(enter(v), whole),
@@ -110,7 +119,7 @@ class Run:
                 return Plan(steps, measured=count)
         except Exception as error:
             if around:
-                return self._measure(count, hooks, brief, batches, around=False)
+                return self._measure(count, hooks, brief, batches, rescale, around=False)
             # The model's own code, given samples that it may not be made for.
             return Plan(reason=_because("the model raises on other samples", error))
         finally:
