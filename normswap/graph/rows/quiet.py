@@ -124,6 +124,12 @@ def after_hooks(module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
     return made
 
 
+def has_onlookers(module: nn.Module) -> bool:
+    """Return whether hooks of the user's return nothing, and are left out."""
+    hooks = (h for part in module.modules() for name in _HOOKS for h in vars(part)[name].values())
+    return not all(map(_takes_part, hooks))
+
+
 def _takes_part(hook: Any) -> bool:
     if str(getattr(hook, "__module__", "")).startswith("torch."):
         return True

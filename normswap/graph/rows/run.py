@@ -14,8 +14,8 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from normswap.errors import ContextError
 from normswap.functional.labels import Context
 from normswap.graph.rows.measure import Measurement
-from normswap.graph.rows.plans import Family, Plan
-from normswap.graph.rows.quiet import after_hooks, quiet
+from normswap.graph.rows.plans import RAISES, Family, Plan
+from normswap.graph.rows.quiet import after_hooks, has_onlookers, quiet
 from normswap.graph.rows.samples import batches_in, fresh, vary
 
 if TYPE_CHECKING:
@@ -67,12 +67,16 @@ class Run:
         except Exception as error:
             return Plan(reason=_because("an argument cannot be copied", error))
         counts = set(map(len, found))
-        how = (count, hooks, brief)
-        plan = self._measure(*how, several := len(counts) > 1)
+        several = len(counts) > 1
+        plan = self._measure(count, hooks, brief, several)
         if several and (plan.reason or any(step.cause for step in plan.steps)):
-            plan = self._measure(*how, several := False)
-        if any(step.blind for step in plan.steps):
-            rescaled = self._measure(*how, several, rescale=True)
+            plan = self._measure(count, hooks, brief, several := False)
+        # A forward may go on with what a hook keeps, as a U-Net of fastai does.
+        if plan.fails and not hooks and has_onlookers(self.module):
+            hooked = self._measure(count, True, brief, several)
+            plan = hooked if hooked.told else plan
+        if plan.steps and plan.fails:
+            rescaled = self._measure(count, hooks, brief, several, rescale=True)
             plan = rescaled if rescaled.explains(plan) else plan
         return plan
 
@@ -121,7 +125,7 @@ class Run:
             if around:
                 return self._measure(count, hooks, brief, batches, rescale, around=False)
             # The model's own code, given samples that it may not be made for.
-            return Plan(reason=_because("the model raises on other samples", error))
+            return Plan(reason=_because(RAISES, error))
         finally:
             self.measurement = None
 
