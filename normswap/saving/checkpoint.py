@@ -28,6 +28,10 @@ from normswap.util.changed_norms import is_quantised
 from normswap.util.copies import copy_model
 from normswap.util.whole_file import as_path
 
+_SHARDED = (
+    "sharded; load the full state dict (torch.distributed.checkpoint.state_dict."
+    "get_model_state_dict with full_state_dict=True) into the same conversion, and save that"
+)
 _STATES = ("changed", "norms", "all")
 
 
@@ -67,7 +71,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, state: str = "changed
     layers, others = fingerprint.layer_tensors(root), fingerprint.other_tensors(root)
     for name, tensor in (layers | others).items():
         what = "without values" if tensor.is_meta else ""
-        what = "sharded; gather the model first" if hasattr(tensor, "full_tensor") else what
+        what = _SHARDED if hasattr(tensor, "full_tensor") else what
         what = "quantised; save the model before that" if is_quantised(tensor) else what
         if what:
             raise CheckpointError(f"cannot save {name}: it is {what}")

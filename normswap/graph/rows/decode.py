@@ -11,15 +11,20 @@ import math
 import torch
 from torch import Tensor
 
-from normswap.graph.rows.plans import DEAD, FOLDED, ONE, PERMUTED, REPEATED, Step
+from normswap.graph.rows.plans import (
+    DEAD,
+    FOLDED,
+    NO_SAMPLE,
+    ONE,
+    PERMUTED,
+    REPEATED,
+    UNSURE,
+    Step,
+)
 
 MADE_OF_SEVERAL = "rows made of several samples"
 _NONE, _SEVERAL, _UNSURE = -1, -2, -3
-_KINDS = {
-    _NONE: "rows from no sample",
-    _SEVERAL: MADE_OF_SEVERAL,
-    _UNSURE: "rows that do not tell their sample",
-}
+_KINDS = {_NONE: NO_SAMPLE, _SEVERAL: MADE_OF_SEVERAL, _UNSURE: UNSURE}
 # A row is taken for one sample's, though others move it too, where its own moves it this much more.
 _DOMINANT = 10.0
 

@@ -10,6 +10,8 @@ from torch import Tensor
 ONE, FOLDED, REPEATED, PERMUTED = "one per sample", "folded", "repeated", "permuted"
 # All labels are the same one: any order will do.
 ANY = "any"
+RAISES = "the model raises on other samples"
+NO_SAMPLE, UNSURE = "rows from no sample", "rows that do not tell their sample"
 # Rows that no sample moves (dead activations): in the order of the batch, for this call alone.
 DEAD = "alike in all samples"
 
@@ -43,6 +45,11 @@ class Step:
     def regular(self) -> bool:
         """Whether it holds for any number of samples."""
         return not self.cause and self.how in (ONE, FOLDED, REPEATED)
+
+    @property
+    def blind(self) -> bool:
+        """Whether samples moved some rows too little to tell whose they are."""
+        return self.how == DEAD or NO_SAMPLE in self.cause or UNSURE in self.cause
 
     def fits(self, site: str, rows: int, samples: int) -> bool:
         """Return whether it stands for a norm that is given so many rows."""
@@ -104,6 +111,22 @@ class Plan:
         pairs = zip(self.steps, () if other.reason else other.steps, strict=False)
         same = takewhile(lambda pair: pair[0].site == pair[1].site, pairs)
         return all((a.how, a.times, a.cause) == (b.how, b.times, b.cause) for a, b in same)
+
+    @property
+    def fails(self) -> bool:
+        """Whether another way to run the model may tell more."""
+        return RAISES in self.reason or any(step.blind for step in self.steps)
+
+    @property
+    def told(self) -> bool:
+        """Whether it tells of every row whose it is."""
+        return bool(self.steps) and not any(step.cause or step.blind for step in self.steps)
+
+    def explains(self, other: "Plan") -> bool:
+        """Return whether it tells of all rows, and as another does of those that it could tell."""
+        here, there = ([(s.site, s.rows) for s in plan.steps] for plan in (self, other))
+        pairs = zip(self.steps, other.steps, strict=False)
+        return self.told and here == there and all(b.blind or a.agrees(b) for a, b in pairs)
 
     def step(self, at: int, site: str, rows: int, samples: int) -> Step | None:
         """Return what it says of the norm met at a place of the sequence; None if another."""

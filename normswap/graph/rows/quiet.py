@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -23,6 +23,8 @@ from normswap.sites import looks_like_norm
 from normswap.util.distributed import is_sharded
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# The key of a hook beside the user's.
+_RESCALING = -1
 _PARALLEL = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -41,13 +43,19 @@ def find_obstacle(module: nn.Module) -> str:
 
 
 @contextmanager
-def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Snapshot, dict[int, bool]]]:
+def quiet(
+    module: nn.Module, hooks: bool, rescale: bool = False
+) -> Iterator[tuple[Snapshot, dict[int, bool]]]:
     """Have norms and other leaves in eval mode, where they treat samples apart, and leave no trace.
 
     Containers keep their mode, on which what they fold may depend. Hooks run that may return
     something, which is then what the model goes on with, and those of torch itself, which compute
     weights; others, which only look, are left out, as are modes that see each tensor operation
     (counts of FLOPs, selective checkpointing).
+
+    Running statistics that do not fit a network yet, as those of one that starts to train, may
+    leave nothing of the samples after some norms; `rescale` has norms return each row at a scale
+    of its own.
 
     Yields:
         What puts the state back, and the modes by id.
@@ -65,11 +73,20 @@ def quiet(module: nn.Module, hooks: bool) -> Iterator[tuple[Snapshot, dict[int, 
         for everywhere, key, hook in of_all:
             everywhere[key] = _elsewhere(hook)
         for part in parts:
-            if not part._modules or looks_like_norm(part) or "running_mean" in part._buffers:
+            norm = looks_like_norm(part) or "running_mean" in part._buffers
+            if not part._modules or norm:
                 part.__dict__["training"] = False
             for name in () if hooks else _HOOKS:
                 kept = [(k, hook) for k, hook in vars(part)[name].items() if _takes_part(hook)]
                 part.__dict__[name] = OrderedDict(kept)
+            if (
+                rescale
+                and norm
+                and ("running_mean" in part._buffers or hasattr(part, "num_features"))
+            ):
+                part.__dict__["_forward_hooks"] = OrderedDict(
+                    {**part._forward_hooks, _RESCALING: _rescale_rows}
+                )
         with _silence(), _disable_current_modes():
             snapshot = Snapshot(module)
             try:
@@ -107,11 +124,32 @@ def after_hooks(module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
     return made
 
 
+def has_onlookers(module: nn.Module) -> bool:
+    """Return whether hooks of the user's return nothing, and are left out."""
+    hooks = (h for part in module.modules() for name in _HOOKS for h in vars(part)[name].values())
+    return not all(map(_takes_part, hooks))
+
+
 def _takes_part(hook: Any) -> bool:
     if str(getattr(hook, "__module__", "")).startswith("torch."):
         return True
     function = function_of(hook)
     return function is not None and not returns_nothing(function.__code__)
+
+
+def _rescale_rows(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Return what a norm was given, each row with a mean of zero and values of up to one.
+
+    As in training, about half of them are above zero, so that activations let some through.
+    """
+    x = args[0] if args else None
+    if not (isinstance(x, Tensor) and isinstance(output, Tensor) and x.shape == output.shape):
+        return None
+    if not x.numel() or x.is_complex() or x.shape[1:].numel() < 2:
+        return None
+    rows = x.flatten(1).float()
+    rows = rows - rows.mean(1, keepdim=True)
+    return (rows / rows.abs().amax(1, keepdim=True).clamp_min(1e-37)).view_as(x).to(output)
 
 
 def _elsewhere(hook: Any) -> Callable[..., Any]:

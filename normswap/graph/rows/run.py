@@ -14,8 +14,8 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from normswap.errors import ContextError
 from normswap.functional.labels import Context
 from normswap.graph.rows.measure import Measurement
-from normswap.graph.rows.plans import Family, Plan
-from normswap.graph.rows.quiet import after_hooks, quiet
+from normswap.graph.rows.plans import RAISES, Family, Plan
+from normswap.graph.rows.quiet import after_hooks, has_onlookers, quiet
 from normswap.graph.rows.samples import batches_in, fresh, vary
 
 if TYPE_CHECKING:
@@ -67,14 +67,27 @@ class Run:
         except Exception as error:
             return Plan(reason=_because("an argument cannot be copied", error))
         counts = set(map(len, found))
-        how = (count, hooks, brief)
-        plan = self._measure(*how, len(counts) > 1)
-        if len(counts) > 1 and (plan.reason or any(step.cause for step in plan.steps)):
-            plan = self._measure(*how, False)
+        several = len(counts) > 1
+        plan = self._measure(count, hooks, brief, several)
+        if several and (plan.reason or any(step.cause for step in plan.steps)):
+            plan = self._measure(count, hooks, brief, several := False)
+        # A forward may go on with what a hook keeps, as a U-Net of fastai does.
+        if plan.fails and not hooks and has_onlookers(self.module):
+            hooked = self._measure(count, True, brief, several)
+            plan = hooked if hooked.told else plan
+        if plan.steps and plan.fails:
+            rescaled = self._measure(count, hooks, brief, several, rescale=True)
+            plan = rescaled if rescaled.explains(plan) else plan
         return plan
 
     def _measure(
-        self, count: int, hooks: bool, brief: bool, batches: bool, around: bool = True
+        self,
+        count: int,
+        hooks: bool,
+        brief: bool,
+        batches: bool,
+        rescale: bool = False,
+        around: bool = True,
     ) -> Plan:
         """Measure once, through the container's own pre-hooks; they ran before labels entered.
 
@@ -87,7 +100,7 @@ class Run:
             values = vary(self.values, self.samples, lambda batch: fresh(batch[:count]), batches)
             # Checkpointing around this call would count what is saved for backward.
             unhooked = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
-            with _LOCK, unhooked, quiet(self.module, hooks) as (before, modes):
+            with _LOCK, unhooked, quiet(self.module, hooks, rescale) as (before, modes):
                 enter = partial(after_hooks, self.module) if around else tuple
                 found = Measurement(
                     lambda v: self.call(enter(v), whole),
@@ -110,9 +123,9 @@ class Run:
                 return Plan(steps, measured=count)
         except Exception as error:
             if around:
-                return self._measure(count, hooks, brief, batches, around=False)
+                return self._measure(count, hooks, brief, batches, rescale, around=False)
             # The model's own code, given samples that it may not be made for.
-            return Plan(reason=_because("the model raises on other samples", error))
+            return Plan(reason=_because(RAISES, error))
         finally:
             self.measurement = None
 

@@ -1,4 +1,4 @@
-"""Hooks that run before a model's own forward may put its samples in another order, too."""
+"""Hooks may put samples in another order, or keep what the model goes on with."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import normswap
 from normswap.errors import ContextError
-from tests.support.rows import LABELS, K, N, apart, rows_of, singly
+from tests.support.rows import LABELS, K, N, apart, check, rows_of, singly
 
 
 def make(trace=True):
@@ -78,3 +78,24 @@ def test_a_hook_that_sees_the_labels_may_move_them_with_the_samples():
 
     model.register_forward_pre_hook(both, with_kwargs=True)
     assert torch.allclose(model(x, context=LABELS), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("taken", [lambda kept: kept[-1], list.pop], ids=["looked at", "taken"])
+def test_a_forward_may_go_on_with_what_a_hook_keeps(taken):
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm, self.kept = nn.Linear(6, 6), nn.BatchNorm1d(6), []
+            self.linear.register_forward_hook(self.keep)
+
+        def keep(self, module, args, output):
+            self.kept.append(output.flip(0))
+
+        def forward(self, x):
+            self.linear(x)
+            return self.norm(taken(self.kept)).flip(0)
+
+    model = Skipping().double().eval()
+    normswap.convert(model, "cn", contexts=K, verify=False, inplace=True)
+    check(apart(model))
+    assert rows_of(model) == {"norm": "permuted"}

@@ -233,3 +233,26 @@ def test_orders_are_measured_after_a_transform_of_torch_func_could_not():
     model(x, context=LABELS)
     found = vmap(lambda x: model(x, context=LABELS))(x[None])
     assert torch.allclose(found[0], singly(model, x))
+
+
+@pytest.mark.parametrize("offset", [4e7, 1e12])
+@pytest.mark.parametrize("order", [lambda x: x, lambda x: x.flip(0)], ids=["kept", "turned"])
+def test_statistics_that_do_not_fit_yet_hide_no_samples(order, offset):
+    """As those after a step of training from scratch: little or nothing is left of a sample."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            return order(self.second(order(self.first(x))))
+
+    model = Model().eval()
+    model.first.running_mean.fill_(offset)
+    model = normswap.convert(model, "cn", contexts=K, verify=False)
+    with torch.no_grad():
+        model.second.bias.copy_(torch.arange(K).unsqueeze(1) * offset)
+    torch.manual_seed(1)
+    x = torch.randn(N, 6)
+    torch.testing.assert_close(model(x, context=LABELS), singly(model, x))
