@@ -25,7 +25,7 @@ from torch.autograd import Function
 from normswap.functional.backend import is_eager, is_plain, no_autocast, untraced
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_by_formula
 from normswap.functional.moments import Moments, compute_dtype
-from normswap.functional.tables import differentiate_again, needs_formula
+from normswap.functional.tables import differentiate_again, needs_formula, records
 
 # Values of all components in hand at once: what stays in a CPU's cache, what fills a GPU.
 _BLOCK = {"cpu": 2**18}
@@ -42,7 +42,9 @@ def norm_elements(
     """
     if not (is_eager() and is_plain(x)):
         return norm_elements_by_formula(x, mixture, gain, bias, given, eps, batch)
-    y, mass, mean, var = _ElementNorm.apply(x, *mixture, gain, bias, *given, eps, batch)
+    tensors = (x, *mixture, gain, bias, *given)
+    with torch.set_grad_enabled(records(tensors)):
+        y, mass, mean, var = _ElementNorm.apply(*tensors, eps, batch)
     return Normalized(y, mass, Moments(mean, var))
 
 

@@ -21,8 +21,12 @@ def uses_kernels(x: Tensor) -> bool:
 
 
 def records(tensors: Sequence[Tensor]) -> bool:
-    """Return whether autograd records what is done with these tensors."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    """Return whether autograd records what is done with these tensors.
+
+    In inference mode it does not, even where gradients are switched on inside.
+    """
+    recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    return recorded and any(t.requires_grad for t in tensors)
 
 
 def needs_formula(dy: Tensor) -> bool:

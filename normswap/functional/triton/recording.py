@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -35,7 +36,9 @@ def run(way: Way, given: Any, *inputs: Tensor | None) -> Tensor:
 
 
 def record(way: Way, given: Any, *inputs: Tensor | None) -> Tensor:
-    """Return y."""
+    """Return y, as a Function that autograd may record; in inference mode there are none."""
+    if torch.is_inference_mode_enabled():
+        return way.forward(inputs, given)[0]
     y: Tensor = _Recorded.apply(way, given, *inputs)
     return y
 
