@@ -124,7 +124,8 @@ class Measurement:
             return []
         drawn = self.restore()
         again = self._run(fresh, met)
-        steady = not drawn and len(again) == len(met) and not any(m.any() for m in again)
+        # From one state of the random generators.
+        steady = len(again) == len(met) and not any(m.any() for m in again)
         noise = [8 * float(m.max()) if m.numel() else 0.0 for m in again]
         noise += [math.inf] * (len(met) - len(noise))
         for (step, x), moves, least in zip(met, self._moves(met, noise), noise, strict=True):
@@ -134,7 +135,7 @@ class Measurement:
         if steady:
             cause = "rows whose order depends on their values"
             self._check(met, noise, 0, partial(self._vary, content=rolled, others=fresh), cause)
-        for sample, self.seed in enumerate(() if steady else _OTHER_SEEDS):
+        for sample, self.seed in enumerate(_OTHER_SEEDS if drawn or not steady else ()):
             cause = "rows in an order that changes from call to call"
             self._check(met, noise, sample % self.samples, fresh, cause)
         self.seed = None

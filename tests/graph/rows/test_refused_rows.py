@@ -100,8 +100,10 @@ def test_experts_that_values_choose_are_right_or_an_error(seed):
         assert y is None or torch.allclose(y, singly(model, x, labels))
 
 
-def test_two_samples_sorted_by_value_are_refused_in_every_call():
-    model = ordered(by_value)
+@pytest.mark.parametrize("draws", [False, True])
+def test_two_samples_sorted_by_value_are_refused_in_every_call(draws):
+    """Also where the forward draws random numbers, which have no say in the order."""
+    model = ordered(lambda m, x: by_value(m, x) * torch.rand(()) if draws else by_value(m, x))
     x = torch.randn(2, 6, dtype=torch.float64)
     for batch in (x, x.flip(0), x, -x):
         with pytest.raises(ContextError, match=r"order depends on their values.*exclude='norm'"):
