@@ -115,7 +115,7 @@ def gate(
 
 
 @triton.jit
-def pulls(sums, tables, height, i, c, N, C, S, BN, SB):
+def gate_gradients(sums, tables, height, i, c, N, C, S, BN, SB):
     """Return the gradient by what the sigmoid is of, the normalised input, mean and std."""
     one, two = add(sums[0], sums[1], i, c, N, C, S, BN, SB)
     mean, std, found, moments, weight = tables
@@ -140,7 +140,7 @@ def differentiate(
     sums, tables = (first, second), (mean, std, found, moments, weight)
     total, along = tl.zeros([BC], tl.float64), tl.zeros([BC], tl.float64)
     for i in range(0, N, BN):
-        dout, normal, _, _ = pulls(sums, tables, height, i, c, N, C, S, BN, SB)
+        dout, normal, _, _ = gate_gradients(sums, tables, height, i, c, N, C, S, BN, SB)
         total += tl.sum(dout, 0)
         along += tl.sum(dout * normal, 0)
     tl.store(dbias + c, total.to(tl.float32), there)
@@ -150,7 +150,7 @@ def differentiate(
     by_std = tl.where(M > 1, wide(weight, 2 * c + 1, there) / tl.maximum(M - 1, 1), 0.0)
     one, two = tl.zeros([BC], tl.float64), tl.zeros([BC], tl.float64)
     for i in range(0, N, BN):
-        dz, normal, m, deviation = pulls(sums, tables, height, i, c, N, C, S, BN, SB)
+        dz, normal, m, deviation = gate_gradients(sums, tables, height, i, c, N, C, S, BN, SB)
         at, ok = rows(i, c, N, C, BN)
         if BATCH:
             dz = tl.where(ok, dz - (total[None] + normal * along[None]) / N, 0.0)

@@ -191,9 +191,9 @@ def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: An
     size, dots, start = kept_for(kinds, _backward_of, *what)
     found = x.new_empty(size, dtype=torch.float32)
     dots(dy, x, dx, found, lying, index)
-    pulled = [None if t is None else torch.empty_like(t) for t in learned]
-    start(found, index, lying, mu, log_sigma, priors, *pulled)
-    return dx, *pulled
+    grads = [None if t is None else torch.empty_like(t) for t in learned]
+    start(found, index, lying, mu, log_sigma, priors, *grads)
+    return dx, *grads
 
 
 def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:

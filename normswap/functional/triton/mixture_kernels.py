@@ -92,7 +92,7 @@ def mix(
 
 
 @triton.jit(do_not_specialize=["T", "TILES", "P"])
-def pulls(
+def gradient_sums(
     x, dy, part, used, logits, mu, log_sigma, least, most,
     C, M, sn, sm, sc, T, TILES, P,
     FLOOR: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -116,13 +116,13 @@ def pulls(
 
 @triton.jit(do_not_specialize=["T", "TILES", "P"])
 def differentiate(
-    x, dy, dx, pulled, part, used, weight, logits, mu, log_sigma, least, most, eps,
+    x, dy, dx, sums, part, used, weight, logits, mu, log_sigma, least, most, eps,
     C, M, sn, sm, sc, T, TILES, P,
     FLOOR: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write dx, and the sums of dl_k, dl_k z_k and dl_k z_k^2, (P, 3, K, C).
 
-    Each program adds up what all left of `pulls`: P is small, and a launch would cost more.
+    Each program adds up what all left of `gradient_sums`: P is small, and a launch would cost more.
     """
     p, c, within = mt.place(C, sm, sc, BM, BC)
     tables = mt.densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
@@ -133,8 +133,8 @@ def differentiate(
     mass = tl.load(used + cell, there, 0.0)
     # Through the batch's moments; the running ones have no gradient, and no part in that of x.
     share = tl.where(mass >= mt.MASS, -a / tl.maximum(mass, mt.MASS), 0.0)
-    by_mean = share * mt.total(pulled, 0, 2, P, c, C, BM, K, KP)
-    by_var = 0.5 * share * root * root * mt.total(pulled, 1, 2, P, c, C, BM, K, KP)
+    by_mean = share * mt.total(sums, 0, 2, P, c, C, BM, K, KP)
+    by_var = 0.5 * share * root * root * mt.total(sums, 1, 2, P, c, C, BM, K, KP)
     constant = by_var * tl.load(used + 2 * K * C + cell, there, 0.0)
     zeroth = tl.zeros([KP, BM, BC], tl.float32)
     first, second = tl.zeros_like(zeroth), tl.zeros_like(zeroth)
@@ -147,30 +147,30 @@ def differentiate(
         slope = g * a + by_mean + by_var * d
         dtau = slope * d - constant
         dlogit = tau * (dtau - tl.sum(tau * dtau, 0, keep_dims=True))
-        pulled_z = dlogit * z
-        found = tl.sum(tau * (slope + by_var * d) - pulled_z * inverse, 0)
+        dlogit_z = dlogit * z
+        found = tl.sum(tau * (slope + by_var * d) - dlogit_z * inverse, 0)
         tl.store(dx + at + within, found, ok)
         zeroth += dlogit
-        first += pulled_z
-        second += pulled_z * z
+        first += dlogit_z
+        second += dlogit_z * z
     mt.keep(part, p, 3, (zeroth, first, second), c, C, K, KP)
 
 
 @triton.jit(do_not_specialize=["P"])
 def finish(
-    pulled, part, used, weight, logits, log_sigma, least, most, eps,
+    sums, part, used, weight, logits, log_sigma, least, most, eps,
     dweight, dbias, dlogits, dmu, dlog_sigma, C, P, LEARNED: tl.constexpr,
     FLOOR: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of the parameters. LEARNED: m and v are mu and sigma^2."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    sums = (
-        mt.total(pulled, 0, 2, P, c, C, BM, K, KP),
-        mt.total(pulled, 1, 2, P, c, C, BM, K, KP),
+    total = (
+        mt.total(sums, 0, 2, P, c, C, BM, K, KP),
+        mt.total(sums, 1, 2, P, c, C, BM, K, KP),
         mt.total(part, 0, 3, P, c, C, BM, K, KP),
         mt.total(part, 1, 3, P, c, C, BM, K, KP),
         mt.total(part, 2, 3, P, c, C, BM, K, KP),
     )
     tables = (used, weight, logits, log_sigma)
     targets = (dweight, dbias, dlogits, dmu, dlog_sigma)
-    mt.write_gradients(sums, tables, targets, least, most, eps, c, C, LEARNED, FLOOR, K, KP)
+    mt.write_gradients(total, tables, targets, least, most, eps, c, C, LEARNED, FLOOR, K, KP)

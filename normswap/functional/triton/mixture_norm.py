@@ -149,17 +149,17 @@ def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: An
     cut, dy = _cut(x.shape, x.is_contiguous(), used.shape[1]), match(dy, x)
     bounds, eps = log_sigma_bounds(settings.eps), settings.eps if running else 0.0
     programs, dx = cut.geometry[-1], torch.empty_like(x)
-    pulled = used.new_empty(programs, 2, *used.shape[1:])
+    sums = used.new_empty(programs, 2, *used.shape[1:])
     part = used.new_empty(programs, *used.shape)
     found = [torch.empty_like(t) for t in inputs[1:]]
     over_x = (used, *assigned, *bounds, cut.geometry)
-    launch(mk.pulls, cut.programs[0], x, dy, pulled, *over_x, **cut.blocks)
+    launch(mk.gradient_sums, cut.programs[0], x, dy, sums, *over_x, **cut.blocks)
     launch(
-        mk.differentiate, cut.programs[0], x, dy, dx, pulled, part, used, weight, *assigned,
+        mk.differentiate, cut.programs[0], x, dy, dx, sums, part, used, weight, *assigned,
         *bounds, eps, cut.geometry, **cut.blocks,
     )  # fmt: skip
     launch(
-        mk.finish, cut.programs[1], pulled, part, used, weight, assigned[0], assigned[2],
+        mk.finish, cut.programs[1], sums, part, used, weight, assigned[0], assigned[2],
         *bounds, eps, *found, x.shape[1], programs,
         LEARNED=running is None, FLOOR=PRIOR_FLOOR, **cut.glue,
     )  # fmt: skip

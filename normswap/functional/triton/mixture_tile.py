@@ -166,7 +166,7 @@ def write_gradients(sums, tables, targets, least, most, eps, c, C, LEARNED, FLOO
     From ``sum dy tau, sum dy tau (x - m), sum dl, sum dl z, sum dl z^2``; see `mixture_fused`.
     LEARNED: m and v are mu and sigma^2.
     """
-    pulled, along, zeroth, first, second = sums
+    sum_dy, along, zeroth, first, second = sums
     used, weight, logits, log_sigma = tables
     dweight, dbias, dlogits, dmu, dlog_sigma = targets
     at, ok = cells(c, C, K, KP)
@@ -176,7 +176,7 @@ def write_gradients(sums, tables, targets, least, most, eps, c, C, LEARNED, FLOO
     by_mu = first * tl.exp(-tl.minimum(tl.maximum(raw, least), most))
     by_sigma = second - zeroth
     if LEARNED:
-        by_mu -= gain * root * pulled
+        by_mu -= gain * root * sum_dy
         by_sigma -= gain * dgain
     by_sigma = tl.where((raw >= least) & (raw <= most), by_sigma, 0.0)
     inner = tl.where(ok, (zeroth - 0.5 * gain * dgain) * tl.exp(-log_prior), 0.0)
@@ -184,7 +184,7 @@ def write_gradients(sums, tables, targets, least, most, eps, c, C, LEARNED, FLOO
     dgain = tl.sum(tl.where(ok, dgain * tl.exp(-0.5 * log_prior), 0.0), 0)
     here = (c < C)[None]
     tl.store(dweight + c[None], dgain, here)
-    tl.store(dbias + c[None], tl.sum(pulled, 0), here)
+    tl.store(dbias + c[None], tl.sum(sum_dy, 0), here)
     tl.store(dlogits + at, dlogit, ok)
     tl.store(dmu + at, by_mu, ok)
     tl.store(dlog_sigma + at, by_sigma, ok)

@@ -65,7 +65,7 @@ def assign(
 
 
 @triton.jit
-def pulls(first, second, centre, used, i, c, N, C, S, K, KP, BN, SB):
+def gradient_sums(first, second, centre, used, i, c, N, C, S, K, KP, BN, SB):
     """Return sum dy, m - M_k and sum dy (x - M_k) of BN instances."""
     one, two = add(first, second, i, c, N, C, S, BN, SB)
     at, ok = rows(i, c, N, C, BN)
@@ -92,7 +92,7 @@ def differentiate(
     for i in range(0, N, BN):
         at, ok = rows(i, c, N, C, BN)
         tau, _ = mt.shares(mt.table(centre, at, ok, 0.0)[None], ok, tables)
-        one, _, q = pulls(first, second, centre, used, i, c, N, C, S, K, KP, BN, SB)
+        one, _, q = gradient_sums(first, second, centre, used, i, c, N, C, S, K, KP, BN, SB)
         total += tl.sum(tau * one, 1, keep_dims=True)
         along += tl.sum(tau * q, 1, keep_dims=True)
     cell, there = mt.cells(c, C, K, KP)
@@ -104,17 +104,17 @@ def differentiate(
     for i in range(0, N, BN):
         at, ok = rows(i, c, N, C, BN)
         tau, z = mt.shares(mt.table(centre, at, ok, 0.0)[None], ok, tables)
-        one, off, q = pulls(first, second, centre, used, i, c, N, C, S, K, KP, BN, SB)
+        one, off, q = gradient_sums(first, second, centre, used, i, c, N, C, S, K, KP, BN, SB)
         slope = by_mean + by_var * off
         dtau = a * q + slope * off + by_var * (mt.table(squares, at, ok, 0.0)[None] - v)
         dlogit = tau * (dtau - tl.sum(tau * dtau, 0, keep_dims=True))
-        pulled = dlogit * z
-        found = tl.sum(tau * (slope + by_var * off) - pulled * tables[2], 0)
+        dlogit_z = dlogit * z
+        found = tl.sum(tau * (slope + by_var * off) - dlogit_z * tables[2], 0)
         tl.store(spread + at, tl.sum(tau * by_var, 0) * 2 / M, ok)
         tl.store(constant + at, found / M, ok)
         zeroth += tl.sum(dlogit, 1, keep_dims=True)
-        once += tl.sum(pulled, 1, keep_dims=True)
-        twice += tl.sum(pulled * z, 1, keep_dims=True)
+        once += tl.sum(dlogit_z, 1, keep_dims=True)
+        twice += tl.sum(dlogit_z * z, 1, keep_dims=True)
     sums, given = (total, along, zeroth, once, twice), (used, weight, logits, log_sigma)
     targets = (dweight, dbias, dlogits, dmu, dlog_sigma)
     mt.write_gradients(sums, given, targets, least, most, eps, c, C, LEARNED, FLOOR, K, KP)

@@ -9,7 +9,7 @@ from tests.functional.triton import test_launches
 from tests.functional.triton.test_launches import batch, count
 
 counter = test_launches.counter
-PASSES = ["pulls", "differentiate", "finish"]
+PASSES = ["gradient_sums", "differentiate", "finish"]
 
 
 class Unlabelled(nn.Module):

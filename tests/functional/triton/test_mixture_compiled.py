@@ -10,7 +10,7 @@ from tests.functional.triton.compiling import compile_kernel
 
 SHAPE = torch.Size((32, 64, 56, 56))
 GLUE = {"settle": {"UPDATE": True}, "finish": {"FLOOR": 0.01, "LEARNED": False}}
-PASSES = {"masses": {}, "mix": {"UPDATE": True}, "pulls": {}, "differentiate": {}}
+PASSES = {"masses": {}, "mix": {"UPDATE": True}, "gradient_sums": {}, "differentiate": {}}
 
 
 @pytest.mark.parametrize(
