@@ -74,7 +74,7 @@ def tables(
         root = tl.rsqrt(tl.load(priors + k).to(tl.float32))
         gain = tl.load(weight + at, ok, 0.0).to(tl.float32) * root
         bias_k = tl.load(bias + at, ok, 0.0).to(tl.float32) * root
-        mu, v = parts.wide(running_mean, at, ok), parts.wide(running_var, at, ok)
+        mu, v = parts.load_f64(running_mean, at, ok), parts.load_f64(running_var, at, ok)
         if KP > 0:
             tl.store(known_mean + at, mu, ok)
             tl.store(known_var + at, v, ok)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from normswap.functional.triton import cn_kernels, tile
-from normswap.functional.triton.launching import Start
+from normswap.functional.triton.launching import BoundLaunch
 from normswap.functional.triton.plan import Plan, cut_contexts, cut_rows, plan_of
 from normswap.functional.triton.sweeps import apply_rows
 
@@ -35,18 +35,18 @@ class Forward(NamedTuple):
 
     cut: Cut
     parts: tuple[int, ...]
-    stats: Start
-    tables: Start
-    apply: Start
+    stats: BoundLaunch
+    tables: BoundLaunch
+    apply: BoundLaunch
 
 
 class Backward(NamedTuple):
     """The launches of a backward, likewise."""
 
     values: int
-    dots: Start
-    gradients: Start
-    combine: Start
+    dots: BoundLaunch
+    gradients: BoundLaunch
+    combine: BoundLaunch
 
 
 def cut_of(p: Plan, contexts: int, pools: bool, weighs: bool) -> Cut:
@@ -85,10 +85,10 @@ def forward_of(
     some = (0, 0) if batched else (1, contexts)
     numbers = (*(pooled or (0, 0)), *rates, *cut.numbers)
     if moves:
-        apply = Start(cn_kernels.apply_and_move, p.programs, cut.rows[2:], **p.blocks)
+        apply = BoundLaunch(cn_kernels.apply_and_move, p.programs, cut.rows[2:], **p.blocks)
     else:
         apply = apply_rows(p, rows, contexts, step)
-    tables = Start(
+    tables = BoundLaunch(
         cn_kernels.tables,
         cut.programs,
         numbers,
@@ -96,7 +96,7 @@ def forward_of(
         SORTED=ordered is True,
         **cut.blocks,
     )
-    stats = Start(tile.stats, p.programs, (*some, *p.geometry), **p.blocks)
+    stats = BoundLaunch(tile.stats, p.programs, (*some, *p.geometry), **p.blocks)
     return Forward(cut, (2, instances, splits, channels), stats, tables, apply)
 
 
@@ -115,9 +115,9 @@ def backward_of(
     numbers = (*(pooled or (0, 0)), eps, *cut.numbers[:-1])
     return Backward(
         2 * channels * (instances * splits + (rows if moves else 0)),
-        Start(tile.dots, p.programs, cut.rows, **p.blocks),
-        Start(
+        BoundLaunch(tile.dots, p.programs, cut.rows, **p.blocks),
+        BoundLaunch(
             cn_kernels.gradients, cut.programs, numbers, MOVES=moves, WEIGHED=weighs, **cut.blocks
         ),
-        Start(tile.combine, p.programs, cut.rows, **p.blocks),
+        BoundLaunch(tile.combine, p.programs, cut.rows, **p.blocks),
     )

@@ -24,9 +24,9 @@ from normswap.functional.triton.cn_launches import (
     forward_of,
     line,
 )
-from normswap.functional.triton.launching import kept_for
+from normswap.functional.triton.launching import launches_for
 from normswap.functional.triton.plan import plan
-from normswap.functional.triton.recording import Tensors, Way, record
+from normswap.functional.triton.recording import Operator, Tensors, record
 from normswap.functional.triton.sorting import find_rows, sort_labels
 from normswap.functional.triton.sweeps import step_of
 
@@ -84,7 +84,7 @@ def context_norm(
     if labels.shape[0] != instances:
         labels = labels.expand(instances)
     index = sort_labels(labels, contexts, norm.weighs)
-    return record(_WAY, (norm, index, batched, note), x, norm.weight, norm.bias)
+    return record(_OPERATOR, (norm, index, batched, note), x, norm.weight, norm.bias)
 
 
 def _make_tables(
@@ -98,7 +98,7 @@ def _make_tables(
     what = (x.shape, x.is_contiguous(), norm.weight.shape[0], norm.pooled, norm.weighs)
     how = (batched, None if index is None else ordered, norm.moved is not None, step_of(rows))
     kinds = (x, *given, *(norm.moved or ()), *(() if rows is None else (rows,)))
-    found = kept_for(kinds, forward_of, *what, (norm.eps, norm.momentum), *how)
+    found = launches_for(kinds, forward_of, *what, (norm.eps, norm.momentum), *how)
     parts = None
     if batched or norm.weighs:
         parts = x.new_empty(found.parts, dtype=torch.float32)
@@ -126,7 +126,7 @@ def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: An
     dy, moves = kernels.match(dy, x), needed[0] and (batched or norm.weighs)
     what = (x.shape, x.is_contiguous(), weight.shape[0], norm.pooled, norm.weighs, norm.eps)
     kinds = (x, dy, weight, bias, priors, index, tables)
-    start = kept_for(kinds, backward_of, *what, needed[0], moves)
+    start = launches_for(kinds, backward_of, *what, needed[0], moves)
     dx = torch.empty_like(x) if needed[0] else None
     found = x.new_empty(start.values, dtype=torch.float32)
     start.dots(dy, x, None if moves else dx, found, tables, index)
@@ -191,4 +191,4 @@ def _ignore(used: Moments, counts: Counts) -> None:
     """Note nothing: a derivative moves no statistics."""
 
 
-_WAY = Way(_forward, _backward, _formula)
+_OPERATOR = Operator(_forward, _backward, _formula)

@@ -19,9 +19,9 @@ from normswap.functional.tables import apply_centred_by_formula
 from normswap.functional.triton import sweeps
 from normswap.functional.triton.launching import launch
 from normswap.functional.triton.parts import add_dots, add_moments
-from normswap.functional.triton.plan import Plan, plan, power
-from normswap.functional.triton.recording import Tensors, Way, run
-from normswap.functional.triton.tile import place, write_map, write_sum
+from normswap.functional.triton.plan import Plan, plan, pow2
+from normswap.functional.triton.recording import Operator, Tensors, run
+from normswap.functional.triton.tile import locate, write_map, write_sum
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def exchange(
     CHANNELS: tl.constexpr, SB: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write ``y = (x - m) sd_o / sd + m_o``; for backward m, sd, sd_o / sd, the inverted order."""
-    tiles = place(C, M, sn, sm, sc, S, PART, BM, BC)
+    tiles = locate(C, M, sn, sm, sc, S, PART, BM, BC)
     n, part, c = tiles[0].to(tl.int64), tiles[1], tiles[2]
     m, sd = style(mean, var, n, c, C, M, S, PART, eps, SB)
     n_o, c_o = other(permutation, n, c, C, CHANNELS)
@@ -75,7 +75,7 @@ def differentiate(
     CHANNELS: tl.constexpr, SB: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write dx: through the map, the own statistics, and those of the channel it gave its style."""
-    tiles = place(C, M, sn, sm, sc, S, PART, BM, BC)
+    tiles = locate(C, M, sn, sm, sc, S, PART, BM, BC)
     n, c, there = tiles[0].to(tl.int64), tiles[2], tiles[2] < C
     row = n * C + c
     m, sd = tl.load(centre + row, there, 0.0), tl.load(deviation + row, there, 1.0)
@@ -95,11 +95,11 @@ def exchange_styles(x: Tensor, permutation: Tensor, axis: int, eps: float, glue:
     The permutation is of instances (axis 0) or channels (axis 1); the glue is the same in torch's
     operators, for derivatives of the derivative.
     """
-    return run(_WAY, (permutation, axis, eps, glue), x)
+    return run(_OPERATOR, (permutation, axis, eps, glue), x)
 
 
 def _blocks(cut: Plan, axis: int) -> dict[str, int]:
-    return {"CHANNELS": axis, "SB": min(power(cut.splits), 32), **cut.blocks}
+    return {"CHANNELS": axis, "SB": min(pow2(cut.splits), 32), **cut.blocks}
 
 
 def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
@@ -135,4 +135,4 @@ def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
     return apply_centred_by_formula(x, Centred(instances.mean, *given[3](instances, replay=True)))
 
 
-_WAY = Way(_forward, _backward, _formula)
+_OPERATOR = Operator(_forward, _backward, _formula)

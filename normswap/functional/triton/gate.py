@@ -17,7 +17,7 @@ from normswap.functional.glue import GlueGradient, Map
 from normswap.functional.moments import Moments
 from normswap.functional.triton import sweeps
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.parts import wide
+from normswap.functional.triton.parts import load_f64
 from normswap.functional.triton.plan import cut_instances
 
 # Under the root in the gate's batch norm.
@@ -47,9 +47,9 @@ def merge(mean, var, i, c, N, C, M, S, PART, BN, SB):
     for s in range(0, S, SB):
         at, part, ok = parts(i, s, c, N, C, S, BN, SB)
         size = tl.where(ok, tl.minimum(PART, M - part * PART), 0).to(tl.float64)
-        m = wide(mean, at, ok)
+        m = load_f64(mean, at, ok)
         one += tl.sum(size * m, 1)
-        two += tl.sum(size * (wide(var, at, ok) + m * m), 1)
+        two += tl.sum(size * (load_f64(var, at, ok) + m * m), 1)
     m = one / M
     return m, tl.maximum(two - one * m, 0.0)
 
@@ -61,8 +61,8 @@ def add(first, second, i, c, N, C, S, BN, SB):
     two = tl.zeros([BN, c.shape[0]], tl.float64)
     for s in range(0, S, SB):
         at, _, ok = parts(i, s, c, N, C, S, BN, SB)
-        one += tl.sum(wide(first, at, ok), 1)
-        two += tl.sum(wide(second, at, ok), 1)
+        one += tl.sum(load_f64(first, at, ok), 1)
+        two += tl.sum(load_f64(second, at, ok), 1)
     return one, two
 
 
@@ -83,8 +83,8 @@ def gate(
     """Write mean, std and gate (N, C), and the mean and variance the batch norm used, (2, C)."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     there = c < C
-    by_mean, by_std = wide(weight, 2 * c, there), wide(weight, 2 * c + 1, there)
-    mu, v = wide(running_mean, c, there), wide(running_var, c, there)
+    by_mean, by_std = load_f64(weight, 2 * c, there), load_f64(weight, 2 * c + 1, there)
+    mu, v = load_f64(running_mean, c, there), load_f64(running_var, c, there)
     if BATCH:
         one, two = tl.zeros([BC], tl.float64), tl.zeros([BC], tl.float64)
         for i in range(0, N, BN):
@@ -102,8 +102,8 @@ def gate(
             tl.store(running_var + c, new.to(tl.float32), there)
     tl.store(moments + c, mu, there)
     tl.store(moments + C + c, v, there)
-    slope = wide(gain, c, there) / tl.sqrt(v + _EPS)
-    shift = wide(bias, c, there)
+    slope = load_f64(gain, c, there) / tl.sqrt(v + _EPS)
+    shift = load_f64(bias, c, there)
     for i in range(0, N, BN):
         m, std = styles(mean, var, i, c, N, C, M, S, PART, eps, BN, SB)
         z = by_mean[None] * m + by_std[None] * std
@@ -120,11 +120,12 @@ def gate_gradients(sums, tables, height, i, c, N, C, S, BN, SB):
     one, two = add(sums[0], sums[1], i, c, N, C, S, BN, SB)
     mean, std, found, moments, weight = tables
     at, ok = rows(i, c, N, C, BN)
-    there, m, g = c < C, wide(mean, at, ok), wide(found, at, ok)
-    deviation = wide(std, at, ok)
-    z = wide(weight, 2 * c, there)[None] * m + wide(weight, 2 * c + 1, there)[None] * deviation
-    root = 1.0 / tl.sqrt(wide(moments + C, c, there) + _EPS)
-    normal = tl.where(ok, (z - wide(moments, c, there)[None]) * root[None], 0.0)
+    there, m, g = c < C, load_f64(mean, at, ok), load_f64(found, at, ok)
+    deviation = load_f64(std, at, ok)
+    by_mean, by_std = load_f64(weight, 2 * c, there), load_f64(weight, 2 * c + 1, there)
+    z = by_mean[None] * m + by_std[None] * deviation
+    root = 1.0 / tl.sqrt(load_f64(moments + C, c, there) + _EPS)
+    normal = tl.where(ok, (z - load_f64(moments, c, there)[None]) * root[None], 0.0)
     return (two + one * m) * g * (1.0 - g / height), normal, m, deviation
 
 
@@ -145,9 +146,9 @@ def differentiate(
         along += tl.sum(dout * normal, 0)
     tl.store(dbias + c, total.to(tl.float32), there)
     tl.store(dgain + c, along.to(tl.float32), there)
-    slope = wide(gain, c, there) / tl.sqrt(wide(moments + C, c, there) + _EPS)
-    by_mean = wide(weight, 2 * c, there) / M
-    by_std = tl.where(M > 1, wide(weight, 2 * c + 1, there) / tl.maximum(M - 1, 1), 0.0)
+    slope = load_f64(gain, c, there) / tl.sqrt(load_f64(moments + C, c, there) + _EPS)
+    by_mean = load_f64(weight, 2 * c, there) / M
+    by_std = tl.where(M > 1, load_f64(weight, 2 * c + 1, there) / tl.maximum(M - 1, 1), 0.0)
     one, two = tl.zeros([BC], tl.float64), tl.zeros([BC], tl.float64)
     for i in range(0, N, BN):
         dz, normal, m, deviation = gate_gradients(sums, tables, height, i, c, N, C, S, BN, SB)

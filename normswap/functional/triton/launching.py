@@ -23,11 +23,11 @@ _OLDEST, _NEWEST = (3, 5), (3, 9)
 OPTIONS = {"enable_fp_fusion": True}
 
 
-class Start:
+class BoundLaunch:
     """A launch of which all is given but the tensors, and those are of one kind each time.
 
     So Triton, and `launch`, look at the first alone; then addresses are handed on. The caller
-    answers for the kinds, by `kept_for`, and for which are None.
+    answers for the kinds, by `launches_for`, and for which are None.
 
     Args:
         kernel, programs, meta: as for `launch`.
@@ -53,15 +53,13 @@ class Start:
             return
         index, run, function, metadata, *_ = found
         stream = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
-        places = [None if t is None else t.data_ptr() for t in tensors]
+        ptrs = [None if t is None else t.data_ptr() for t in tensors]
         # As in `launch`.
-        run(
-            self._programs, 1, 1, stream, function, metadata, None, None, None, *places, *self._rest
-        )
+        run(self._programs, 1, 1, stream, function, metadata, None, None, None, *ptrs, *self._rest)
 
 
-def kept_for(tensors: Sequence[Tensor], find: Callable[..., T], *what: Any) -> T:
-    """Return ``find(kinds, *what)``, which keeps what it found: instances of `Start`.
+def launches_for(tensors: Sequence[Tensor], find: Callable[..., T], *what: Any) -> T:
+    """Return ``find(kinds, *what)``, which keeps what it found: instances of `BoundLaunch`.
 
     Kinds are what a compiled program depends on of tensors, on one device: their dtypes, and which
     do not begin at a multiple of 16 bytes, as slices may.
@@ -103,12 +101,12 @@ def launch(kernel: Any, programs: int, x: Any, /, *args: Any, **meta: Any) -> An
     for value in (x, *args):
         kind = type(value)
         if kind in _TENSORS or isinstance(value, Tensor):
-            place = value.data_ptr()
-            values.append(place)
+            address = value.data_ptr()
+            values.append(address)
             # What a compiled program depends on: it reads aligned vectors, and takes 1 as constant.
             # A tensor elsewhere is of no kind that was compiled: Triton refuses it.
-            usual = place & 15 == 0 and value.device == device
-            kinds.append(value.dtype if usual else (value.dtype, value.device, place & 15 == 0))
+            usual = address & 15 == 0 and value.device == device
+            kinds.append(value.dtype if usual else (value.dtype, value.device, address & 15 == 0))
         elif kind is tuple:
             values += value
             kinds.append(value)

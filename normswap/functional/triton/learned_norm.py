@@ -16,9 +16,9 @@ from normswap.functional.affine import Centred
 from normswap.functional.moments import Moments, pool_moments
 from normswap.functional.tables import apply_centred, records
 from normswap.functional.triton import parts, sweeps, tile
-from normswap.functional.triton.launching import Start, kept_for
+from normswap.functional.triton.launching import BoundLaunch, launches_for
 from normswap.functional.triton.plan import cut_rows, plan_of
-from normswap.functional.triton.recording import Tensors, Way, record
+from normswap.functional.triton.recording import Operator, Tensors, record
 from normswap.functional.triton.sorting import sort_labels
 
 
@@ -123,14 +123,14 @@ def norm_learned(
     if labels.shape[0] != x.shape[0]:
         labels = labels.expand(x.shape[0])
     index = sort_labels(labels, contexts)
-    return record(_WAY, (priors, pooled, index), x, *learned)
+    return record(_OPERATOR, (priors, pooled, index), x, *learned)
 
 
 @lru_cache(maxsize=4096)
 def _forward_of(
     kinds: Any, shape: torch.Size, contiguous: bool, contexts: int, pooled: Any, ordered: bool,
     step: int | None,
-) -> tuple[int, Start, Start]:  # fmt: skip
+) -> tuple[int, BoundLaunch, BoundLaunch]:  # fmt: skip
     """Return the size of all tables, and the launches for tensors of these kinds."""
     p = plan_of(shape, contiguous)
     instances, channels, _ = p.shape
@@ -138,29 +138,29 @@ def _forward_of(
     numbers = (*(pooled or (0, 0)), instances, contexts, channels)
     apply = sweeps.apply_rows(p, contexts + 1, contexts, step)
     size = 4 * (contexts + 1) * channels
-    return size, Start(tables, programs, numbers, **blocks), apply
+    return size, BoundLaunch(tables, programs, numbers, **blocks), apply
 
 
 @lru_cache(maxsize=4096)
 def _backward_of(
     kinds: Any, shape: torch.Size, contiguous: bool, contexts: int, pooled: Any, affine: bool,
     needed: bool,
-) -> tuple[int, Start, Start]:  # fmt: skip
+) -> tuple[int, BoundLaunch, BoundLaunch]:  # fmt: skip
     """Return the size of what is added up, and the launches for tensors of these kinds."""
     p = plan_of(shape, contiguous)
     instances, channels, _ = p.shape
     over_x = (None, None, contexts + 1, contexts, *p.geometry)
     programs, blocks = cut_rows(contexts + affine, channels)
     numbers = (*(pooled or (0, 0)), instances, contexts, channels, p.splits)
-    dots = Start(tile.dots, p.programs, over_x, **p.blocks)
+    dots = BoundLaunch(tile.dots, p.programs, over_x, **p.blocks)
     size = 2 * instances * p.splits * channels
-    return size, dots, Start(gradients, programs, numbers, **blocks)
+    return size, dots, BoundLaunch(gradients, programs, numbers, **blocks)
 
 
 def _make_tables(
     x: Tensor, learned: Tensors, priors: Tensor, pooled: Any, index: Tensor | None,
     rows: Tensor | None,
-) -> tuple[Tensor, Start]:  # fmt: skip
+) -> tuple[Tensor, BoundLaunch]:  # fmt: skip
     """Return centre, scale, shift and 1 / sigma of contexts and the pool, (4, K + 1, C).
 
     The index is of sorted labels. The rest is the launch that applies the tables by rows.
@@ -168,7 +168,7 @@ def _make_tables(
     kinds = [t for t in (x, *learned, priors, rows) if t is not None]
     what = (x.shape, x.is_contiguous(), len(learned[0]), pooled)
     how = (index is not None, sweeps.step_of(rows))
-    size, start, apply = kept_for(kinds, _forward_of, *what, *how)
+    size, start, apply = launches_for(kinds, _forward_of, *what, *how)
     found = x.new_empty(size, dtype=torch.float32)
     start(*learned, priors, index, found)
     return found, apply
@@ -188,7 +188,7 @@ def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: An
     dy, dx = kernels.match(dy, x), torch.empty_like(x) if needed[0] else None
     kinds = [t for t in (x, dy, *learned, priors, index, lying) if t is not None]
     what = (x.shape, x.is_contiguous(), len(mu), pooled, weight is not None, needed[0])
-    size, dots, start = kept_for(kinds, _backward_of, *what)
+    size, dots, start = launches_for(kinds, _backward_of, *what)
     found = x.new_empty(size, dtype=torch.float32)
     dots(dy, x, dx, found, lying, index)
     grads = [None if t is None else torch.empty_like(t) for t in learned]
@@ -208,4 +208,4 @@ def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
     return apply_centred(x, Centred(torch.cat((mean, pooled.mean)), scale, shift), index[: len(x)])
 
 
-_WAY = Way(_forward, _backward, _formula)
+_OPERATOR = Operator(_forward, _backward, _formula)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from normswap.functional.triton import mixture_tile as mt
-from normswap.functional.triton.parts import wide
+from normswap.functional.triton.parts import load_f64
 
 _TINY = tl.constexpr(1e-30)
 
@@ -23,7 +23,7 @@ def masses(
 
     The origin o is the mean of what it owns of the program's first tile, so that nothing cancels.
     """
-    p, c, within = mt.place(C, sm, sc, BM, BC)
+    p, c, within = mt.locate(C, sm, sc, BM, BC)
     tables = mt.densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
     at, ok = mt.find(p, c, C, M, T, sn, sm, BM)
     v = tl.load(x + at + within, ok, 0.0).to(tl.float32)[None]
@@ -60,8 +60,8 @@ def settle(
         p = (i + tl.arange(0, BM))[None, :, None]
         row, there = part + p * 4 * K * C + at, ok & (p < P)
         # In float64 no digits that float32 has are lost to a mean that is large against the spread.
-        o, w = wide(row, 0, there), wide(row, K * C, there)
-        one, two = wide(row, 2 * K * C, there), wide(row, 3 * K * C, there)
+        o, w = load_f64(row, 0, there), load_f64(row, K * C, there)
+        one, two = load_f64(row, 2 * K * C, there), load_f64(row, 3 * K * C, there)
         mass += w
         first += w * o + one
         second += (w * o + 2 * one) * o + two
@@ -76,7 +76,7 @@ def mix(
     FLOOR: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write y; with UPDATE count the batch, which `settle` read a launch before."""
-    p, c, within = mt.place(C, sm, sc, BM, BC)
+    p, c, within = mt.locate(C, sm, sc, BM, BC)
     tables = mt.densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
     m, gain, root = mt.gains(used, weight, tables[7], eps, c, C, K, KP)
     a, b = gain * root, mt.table(bias, c, c < C, 0.0)[None]
@@ -98,7 +98,7 @@ def gradient_sums(
     FLOOR: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write ``sum dy tau_k`` and ``sum dy tau_k (x - m_k)``, (P, 2, K, C)."""
-    p, c, within = mt.place(C, sm, sc, BM, BC)
+    p, c, within = mt.locate(C, sm, sc, BM, BC)
     tables = mt.densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
     cell, there = mt.cells(c, C, K, KP)
     m = tl.load(used + K * C + cell, there, 0.0)
@@ -124,7 +124,7 @@ def differentiate(
 
     Each program adds up what all left of `gradient_sums`: P is small, and a launch would cost more.
     """
-    p, c, within = mt.place(C, sm, sc, BM, BC)
+    p, c, within = mt.locate(C, sm, sc, BM, BC)
     tables = mt.densities(logits, mu, log_sigma, least, most, c, C, FLOOR, K, KP)
     inverse = tables[2]
     m, gain, root = mt.gains(used, weight, tables[7], eps, c, C, K, KP)

@@ -25,8 +25,8 @@ from normswap.functional.moments import Moments
 from normswap.functional.triton import mixture_kernels as mk
 from normswap.functional.triton import owners
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import power
-from normswap.functional.triton.recording import Tensors, Way, run
+from normswap.functional.triton.plan import pow2
+from normswap.functional.triton.recording import Operator, Tensors, run
 
 # Components beyond them are torch's: tiles would be narrower than a warp.
 _MOST_COMPONENTS = 64
@@ -57,7 +57,7 @@ class Settings(NamedTuple):
 def serves(x: Tensor, assignment: str, components: int) -> bool:
     """Return whether the kernels know such a layer of x; see `AdaptiveOptions`."""
     fits = components <= _MOST_COMPONENTS and x.numel() // x.shape[1] < _MOST_POSITIONS
-    return assignment in _WAYS and fits
+    return assignment in _OPERATORS and fits
 
 
 def norm_mixture(
@@ -72,7 +72,7 @@ def norm_mixture(
     Parameters are weight and bias (C,), logits of lambda, mu and log sigma (K, C); running are
     mean, variance (K, C) and number of batches, changed in place, or None where mu and sigma serve.
     """
-    return run(_WAYS[assignment], (running, settings), x, *parameters)
+    return run(_OPERATORS[assignment], (running, settings), x, *parameters)
 
 
 class Cut(NamedTuple):
@@ -93,22 +93,22 @@ class Cut(NamedTuple):
 @lru_cache(maxsize=4096)
 def _cut(shape: torch.Size, contiguous: bool, count: int) -> Cut:
     instances, channels, positions = shape[0], shape[1], shape[2:].numel()
-    components = power(count)
+    components = pow2(count)
     values = max(_VALUES // components, 1)
     if contiguous:
-        rows = min(values, power(positions))
-        columns = min(values // rows, power(channels))
+        rows = min(values, pow2(positions))
+        columns = min(values // rows, pow2(channels))
         strides = (channels * positions, 1, positions)
     else:
         # One instance of all positions: the tables are the same for all.
         instances, positions = 1, instances * positions
-        columns = min(16, values, power(channels))
-        rows = min(values // columns, power(positions))
+        columns = min(16, values, pow2(channels))
+        rows = min(values // columns, pow2(positions))
         strides = (0, channels, 1)
     width, tiles = -(-channels // columns), -(-positions // rows)
     programs = max(1, min(instances * tiles, _PROGRAMS // width))
     same = {"K": count, "KP": components}
-    narrow = min(8, power(channels))
+    narrow = min(8, pow2(channels))
     glue = {**same, "BM": max(1024 // components // narrow, 1), "BC": narrow}
     return Cut(
         (channels, positions, *strides, tiles, instances * tiles, programs),
@@ -179,7 +179,7 @@ def _formula(
     return formula(x, mixture, gain, bias, moments, settings.eps, settings.batch).y
 
 
-_WAYS = {
-    "channel": Way(_forward, _backward, partial(_formula, norm_elements_by_formula)),
-    "instance": Way(owners.forward, owners.backward, partial(_formula, norm_instances)),
+_OPERATORS = {
+    "channel": Operator(_forward, _backward, partial(_formula, norm_elements_by_formula)),
+    "instance": Operator(owners.forward, owners.backward, partial(_formula, norm_instances)),
 }

@@ -19,7 +19,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def place(C, sm, sc, BM, BC):
+def locate(C, sm, sc, BM, BC):
     """Return this program's number of the P of its channels, these, and offsets in a tile."""
     width = tl.cdiv(C, BC)
     first = tl.program_id(0) % width * BC
@@ -99,7 +99,7 @@ def total(part, row, rows, P, c, C, BM, K, KP):
     found = tl.zeros([KP, BM, c.shape[0]], tl.float32)
     for i in range(0, P, BM):
         p = (i + tl.arange(0, BM))[None, :, None]
-        # Not as wide reads: these would spread the components of a tile over threads.
+        # Not as `load_f64` reads: these would spread the components of a tile over threads.
         cell = tl.max_contiguous((p * rows + row) * K * C + at, [1, 1, 1])
         found += tl.load(part + cell, ok & (p < P), 0.0)
     return tl.sum(found, 1, keep_dims=True)

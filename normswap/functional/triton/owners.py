@@ -17,7 +17,7 @@ from normswap.functional.triton import mixture_tile as mt
 from normswap.functional.triton import sweeps
 from normswap.functional.triton.gate import add, merge, rows
 from normswap.functional.triton.launching import launch
-from normswap.functional.triton.plan import cut_instances, power
+from normswap.functional.triton.plan import cut_instances, pow2
 from normswap.functional.triton.recording import Tensors
 
 
@@ -134,7 +134,7 @@ def forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
         mean, var, batches, *log_sigma_bounds(settings.eps), settings.momentum,
         number / max(number - 1, 1), settings.eps if running else 0.0, *sizes,
         BATCH=settings.batch, UPDATE=settings.update,
-        FLOOR=PRIOR_FLOOR, K=count, KP=power(count), **blocks,
+        FLOOR=PRIOR_FLOOR, K=count, KP=pow2(count), **blocks,
     )  # fmt: skip
     if batches is not None and settings.update and settings.momentum is None:
         batches.add_(1)
@@ -153,6 +153,6 @@ def backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any
         differentiate, programs, *sweeps.part_dots(dy, x, centre)[1].unbind(), centre, squares,
         used, weight, *assigned, *log_sigma_bounds(settings.eps),
         settings.eps if running else 0.0, spread, constant, *found, *sizes[:-1],
-        LEARNED=running is None, FLOOR=PRIOR_FLOOR, K=count, KP=power(count), **blocks,
+        LEARNED=running is None, FLOOR=PRIOR_FLOOR, K=count, KP=pow2(count), **blocks,
     )  # fmt: skip
     return [sweeps.combine(dy, x, scale, spread, constant, centre), *found]

@@ -27,7 +27,7 @@ def size_of_parts(C, BC):
 
 
 @triton.jit
-def wide(table, at, ok):
+def load_f64(table, at, ok):
     """Return what a table holds in float64."""
     return tl.load(table + at, ok, 0.0).to(tl.float64)
 
@@ -63,9 +63,9 @@ def add_moments(mean, var, order, lo, hi, c, C, M, S, PART, BN):
     for i in range(lo, hi, BN):
         at, part, ok = find_parts(order, i, hi, c, C, S, BN)
         size = tl.where(ok, tl.minimum(PART, M - part * PART)[:, None], 0).to(tl.float64)
-        m = wide(mean, at, ok)
+        m = load_f64(mean, at, ok)
         one += tl.sum(size * m, 0)
-        two += tl.sum(size * (wide(var, at, ok) + m * m), 0)
+        two += tl.sum(size * (load_f64(var, at, ok) + m * m), 0)
     return one, two
 
 
@@ -106,8 +106,8 @@ def pool(mean, var, weight, bias, priors, low, high, c, C, LOG, BN):
         k = i + tl.arange(0, BN)
         ok = (k < high)[:, None] & (c < C)[None, :]
         at = k.to(tl.int64)[:, None] * C + c[None, :]
-        p = wide(priors, k, k < high)[:, None]
-        m, v = wide(mean, at, ok), wide(var, at, ok)
+        p = load_f64(priors, k, k < high)[:, None]
+        m, v = load_f64(mean, at, ok), load_f64(var, at, ok)
         if LOG:
             v = tl.exp(2 * v)
         total += tl.sum(p, 0)

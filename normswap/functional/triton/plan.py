@@ -60,12 +60,12 @@ def plan_of(shape: torch.Size, contiguous: bool) -> Plan:
     """Return the cut of x of a shape, contiguous or else with its channels last."""
     instances, channels, positions = shape[0], shape[1], shape[2:].numel()
     if contiguous:
-        rows = min(_TILE // 2, power(positions))
-        columns = min(_TILE // rows, power(channels))
+        rows = min(_TILE // 2, pow2(positions))
+        columns = min(_TILE // rows, pow2(channels))
         strides = (channels * positions, 1, positions)
     else:
-        columns = min(_WIDTH, power(channels))
-        rows = min(_TILE // columns, power(positions))
+        columns = min(_WIDTH, pow2(channels))
+        rows = min(_TILE // columns, pow2(positions))
         strides = (channels * positions, channels, 1)
     wanted = _PROGRAMS // (instances * -(-channels // columns))
     splits = max(1, min(-(-positions // rows), wanted))
@@ -81,7 +81,7 @@ def plan_of(shape: torch.Size, contiguous: bool) -> Plan:
     )
 
 
-def power(count: int) -> int:
+def pow2(count: int) -> int:
     """Return the least power of two that is no less."""
     return 1 << (count - 1).bit_length()
 
@@ -91,7 +91,7 @@ def cut_rows(rows: int, channels: int) -> tuple[int, dict[str, int]]:
 
     One has a row and BC channels, and walks others, BN at a time.
     """
-    columns = min(_COLUMNS, power(channels))
+    columns = min(_COLUMNS, pow2(channels))
     return rows * -(-channels // columns), {"BN": _STEP, "BC": columns}
 
 
@@ -100,8 +100,8 @@ def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
 
     There are as few programs as instances: eight warps each, where others have four.
     """
-    rows = power(contexts)
-    columns = min(_TILE // 2 // rows, 256, power(channels))
+    rows = pow2(contexts)
+    columns = min(_TILE // 2 // rows, 256, pow2(channels))
     return {"KP": rows, "WN": max(1, min(16, _TILE // 2 // columns)), "WC": columns, "num_warps": 8}
 
 
@@ -115,7 +115,7 @@ def cut_instances(
     """
     p = plan(x)
     instances, channels, _ = p.shape
-    some, narrow = min(power(p.splits), 32), min(columns, power(channels))
-    rows = min(64 // some, 1024 // (power(components) * narrow), power(instances))
+    some, narrow = min(pow2(p.splits), 32), min(columns, pow2(channels))
+    rows = min(64 // some, 1024 // (pow2(components) * narrow), pow2(instances))
     blocks = {"SB": some, "BN": rows, "BC": narrow}
     return -(-channels // narrow), (*p.shape, p.splits, p.part), blocks

@@ -14,7 +14,7 @@ from normswap.functional.tables import differentiate_again, needs_formula, recor
 Tensors = Sequence[Any]
 
 
-class Way(NamedTuple):
+class Operator(NamedTuple):
     """What computes a method, from inputs, x (N, C, *) first, and what else is given.
 
     Attributes:
@@ -28,26 +28,26 @@ class Way(NamedTuple):
     formula: Callable[..., Tensor]
 
 
-def run(way: Way, given: Any, *inputs: Tensor | None) -> Tensor:
+def run(operator: Operator, given: Any, *inputs: Tensor | None) -> Tensor:
     """Return y, recorded only where autograd asks for that."""
     if records([t for t in inputs if t is not None]):
-        return record(way, given, *inputs)
-    return way.forward(inputs, given)[0]
+        return record(operator, given, *inputs)
+    return operator.forward(inputs, given)[0]
 
 
-def record(way: Way, given: Any, *inputs: Tensor | None) -> Tensor:
+def record(operator: Operator, given: Any, *inputs: Tensor | None) -> Tensor:
     """Return y, as a Function that autograd may record; in inference mode there are none."""
     if torch.is_inference_mode_enabled():
-        return way.forward(inputs, given)[0]
-    y: Tensor = _Recorded.apply(way, given, *inputs)
+        return operator.forward(inputs, given)[0]
+    y: Tensor = _Recorded.apply(operator, given, *inputs)
     return y
 
 
 class _Recorded(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        ctx.way, ctx.given, *inputs = args
-        y, *kept = ctx.way.forward(inputs, ctx.given)
+        ctx.operator, ctx.given, *inputs = args
+        y, *kept = ctx.operator.forward(inputs, ctx.given)
         # All that depends on x is saved as tensors are: checkpointing computes all of it anew.
         ctx.save_for_backward(*inputs, *kept)
         ctx.count = len(inputs)
@@ -60,9 +60,9 @@ class _Recorded(Function):
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         inputs, kept = saved[: ctx.count], saved[ctx.count :]
         if not needs_formula(grads[0]):
-            return None, None, *ctx.way.backward(grads[0], inputs, kept, ctx.given, needed)
+            return None, None, *ctx.operator.backward(grads[0], inputs, kept, ctx.given, needed)
 
         def formula(*inputs: Tensor | None) -> Any:
-            return ctx.way.formula(inputs, kept, ctx.given)
+            return ctx.operator.formula(inputs, kept, ctx.given)
 
         return None, None, *differentiate_again(formula, inputs, grads[0], needed)

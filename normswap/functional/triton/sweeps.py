@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normswap.functional.moments import Moments
 from normswap.functional.triton import parts, tile
-from normswap.functional.triton.launching import Start, launch
+from normswap.functional.triton.launching import BoundLaunch, launch
 from normswap.functional.triton.plan import Plan, cut_rows, plan
 
 
@@ -55,7 +55,7 @@ def affine(
     return y
 
 
-def apply_rows(p: Plan, size: int, contexts: int, step: int | None) -> Start:
+def apply_rows(p: Plan, size: int, contexts: int, step: int | None) -> BoundLaunch:
     """Return the launch that does what `affine` does, by tables (size, C) that lie in one tensor.
 
     It takes x, y, the tables, and the row of each instance, (N,), or of all, (1,), -1 row K: see
@@ -64,7 +64,7 @@ def apply_rows(p: Plan, size: int, contexts: int, step: int | None) -> Start:
     channels = p.shape[1]
     stride = 0 if step is None and size == contexts + 1 else channels
     numbers = (None, None, step or 0, size, contexts, stride, *p.geometry)
-    return Start(tile.apply, p.programs, numbers, **p.blocks)
+    return BoundLaunch(tile.apply, p.programs, numbers, **p.blocks)
 
 
 def step_of(rows: Tensor | None) -> int | None:

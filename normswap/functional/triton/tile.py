@@ -18,7 +18,7 @@ from normswap.functional.triton.parts import size_of_parts, split
 
 
 @triton.jit
-def place(C, M, sn, sm, sc, S, PART, BM, BC):
+def locate(C, M, sn, sm, sc, S, PART, BM, BC):
     """Return this program's instance, part, channels and positions, and how its tile is addressed.
 
     The offset of the first tile is int64; those within a tile fit into int32.
@@ -32,13 +32,13 @@ def place(C, M, sn, sm, sc, S, PART, BM, BC):
 
 
 @triton.jit
-def inside(i, hi, c, C, BM):
+def mask_of(i, hi, c, C, BM):
     """Return where the tile at position i holds values."""
     return (i + tl.arange(0, BM) < hi)[:, None] & (c < C)[None, :]
 
 
 @triton.jit
-def find_row(index, si, n, K, stride):
+def row_offset(index, si, n, K, stride):
     """Return the offset of the row of tables of an instance."""
     row = n.to(tl.int64)
     if index is not None:
@@ -48,7 +48,7 @@ def find_row(index, si, n, K, stride):
 
 
 @triton.jit
-def load(table, at, ok):
+def load_row(table, at, ok):
     """Return a row of a table, to meet a tile."""
     if table is None:
         row = 0.0
@@ -66,14 +66,14 @@ def stats(
     Tiles have moments about their own mean, which merge without loss of digits (Chan et al.).
     With an index, only of instances whose index is K or more.
     """
-    n, part, c, lo, hi, at, within = place(C, M, sn, sm, sc, S, PART, BM, BC)
+    n, part, c, lo, hi, at, within = locate(C, M, sn, sm, sc, S, PART, BM, BC)
     if index is not None:
         if tl.load(index + n * si) < K:
             return
     x += at
     count, mu, squares = 0.0, tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
     for i in range(lo, hi, BM):
-        ok = inside(i, hi, c, C, BM)
+        ok = mask_of(i, hi, c, C, BM)
         v = tl.load(x + within, ok, 0.0).to(tl.float32)
         size = tl.minimum(hi - i, BM).to(tl.float32)
         m = tl.sum(v, 0) / size
@@ -102,20 +102,20 @@ def apply(
         if index is None:
             centre += K.to(tl.int64) * C
         centre, scale, shift, _ = split(centre, R, C)
-    tiles = place(C, M, sn, sm, sc, S, PART, BM, BC)
+    tiles = locate(C, M, sn, sm, sc, S, PART, BM, BC)
     n, c = tiles[0], tiles[2]
-    row, there = find_row(index, si, n, K, stride) + c, c < C
-    m, s, t = load(centre, row, there), load(scale, row, there), load(shift, row, there)
+    row, there = row_offset(index, si, n, K, stride) + c, c < C
+    m, s, t = load_row(centre, row, there), load_row(scale, row, there), load_row(shift, row, there)
     write_map(x, y, m, s, t, tiles, C, sm, BM)
 
 
 @triton.jit
 def write_map(x, y, m, s, t, tiles, C, sm, BM):
-    """Write ``y = (x - m) * s + t`` in the tiles of a program, that `place` returned."""
+    """Write ``y = (x - m) * s + t`` in the tiles of a program, that `locate` returned."""
     _, _, c, lo, hi, at, within = tiles
     x, y = x + at, y + at
     for i in range(lo, hi, BM):
-        ok = inside(i, hi, c, C, BM)
+        ok = mask_of(i, hi, c, C, BM)
         v = tl.load(x + within, ok, 0.0).to(tl.float32)
         tl.store(y + within, (v - m) * s + t, ok)
         x, y = x + BM * sm, y + BM * sm
@@ -133,16 +133,16 @@ def dots(
     if R is not None:
         centre, scale, _, _ = split(centre, R, C)
         stride = C
-    n, part, c, lo, hi, at, within = place(C, M, sn, sm, sc, S, PART, BM, BC)
-    row, there = find_row(index, 1, n, K, stride) + c, c < C
-    m = load(centre, row, there)
+    n, part, c, lo, hi, at, within = locate(C, M, sn, sm, sc, S, PART, BM, BC)
+    row, there = row_offset(index, 1, n, K, stride) + c, c < C
+    m = load_row(centre, row, there)
     dy, x = dy + at, x + at
     if dx is not None:
-        s = load(scale, row, there)
+        s = load_row(scale, row, there)
         dx += at
     one, two = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
     for i in range(lo, hi, BM):
-        ok = inside(i, hi, c, C, BM)
+        ok = mask_of(i, hi, c, C, BM)
         g = tl.load(dy + within, ok, 0.0).to(tl.float32)
         v = tl.load(x + within, ok, 0.0).to(tl.float32)
         one += tl.sum(g, 0)
@@ -170,11 +170,15 @@ def combine(
         spread += 2 * size_of_parts(C, BC)
         constant = spread + R.to(tl.int64) * C
         stride = C
-    tiles = place(C, M, sn, sm, sc, S, PART, BM, BC)
+    tiles = locate(C, M, sn, sm, sc, S, PART, BM, BC)
     n, c = tiles[0], tiles[2]
-    row, there = find_row(index, 1, n, K, stride) + c, c < C
-    m, s, t = load(centre, row, there), load(scale, row, there), load(spread, row, there)
-    write_sum(dy, x, dx, m, s, t, load(constant, row, there), tiles, C, sm, BM)
+    row, there = row_offset(index, 1, n, K, stride) + c, c < C
+    m, s, t = (
+        load_row(centre, row, there),
+        load_row(scale, row, there),
+        load_row(spread, row, there),
+    )
+    write_sum(dy, x, dx, m, s, t, load_row(constant, row, there), tiles, C, sm, BM)
 
 
 @triton.jit
@@ -183,7 +187,7 @@ def write_sum(dy, x, dx, m, s, t, u, tiles, C, sm, BM):
     _, _, c, lo, hi, at, within = tiles
     dy, x, dx = dy + at, x + at, dx + at
     for i in range(lo, hi, BM):
-        ok = inside(i, hi, c, C, BM)
+        ok = mask_of(i, hi, c, C, BM)
         g = tl.load(dy + within, ok, 0.0).to(tl.float32)
         v = tl.load(x + within, ok, 0.0).to(tl.float32)
         # x first: what is left once the large numbers have cancelled is small, and rounds as such.

@@ -69,7 +69,7 @@ def test_other_methods_use_the_passes(kind, layout, monkeypatch):
 @triton.jit
 def _ends(out, C, M, sn, sm, sc, S, PART, BM: tl.constexpr, BC: tl.constexpr):
     """Write where a program starts to read, and how far its tile reaches."""
-    _, _, _, _, _, first, within = tile.place(C, M, sn, sm, sc, S, PART, BM, BC)
+    _, _, _, _, _, first, within = tile.locate(C, M, sn, sm, sc, S, PART, BM, BC)
     tl.store(out + 2 * tl.program_id(0), first)
     tl.store(out + 2 * tl.program_id(0) + 1, tl.max(within))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from normswap.functional.triton import launching
+from normswap.functional.triton.launching import BoundLaunch, launches_for
 
 
 class Kernel:
@@ -109,7 +110,7 @@ def test_old_programs_make_room(monkeypatch):
 
 
 def starts_of(kernel, count=3):
-    return launching.Start(kernel, 7, (count, 1e-5), BC=16, K=4, num_warps=8)
+    return BoundLaunch(kernel, 7, (count, 1e-5), BC=16, K=4, num_warps=8)
 
 
 def test_a_start_looks_at_its_first_tensors_alone():
@@ -147,17 +148,17 @@ def test_what_is_kept_for_tensors_is_told_apart_by_their_kinds():
     made = []
     find = functools.lru_cache(lambda kinds, number: made.append(kinds) or len(made))
     x, half = torch.ones(8), torch.ones(8, dtype=torch.float16)
-    assert launching.kept_for((x, half), find, 1) == launching.kept_for((x + 1, half), find, 1) == 1
-    assert launching.kept_for((x, half), find, 2) == 2
-    assert launching.kept_for((half, x), find, 1) == 3
-    assert launching.kept_for((x, half.to("meta")), find, 1) == 1  # the caller answers for devices
-    assert launching.kept_for((torch.empty(8, device="meta"), half), find, 1) == 4
+    assert launches_for((x, half), find, 1) == launches_for((x + 1, half), find, 1) == 1
+    assert launches_for((x, half), find, 2) == 2
+    assert launches_for((half, x), find, 1) == 3
+    assert launches_for((x, half.to("meta")), find, 1) == 1  # the caller answers for devices
+    assert launches_for((torch.empty(8, device="meta"), half), find, 1) == 4
 
 
 def test_what_is_kept_is_told_apart_by_which_tensors_are_aligned():
     find = functools.lru_cache(lambda kinds: object())
     x, part = torch.ones(8), torch.ones(9)[1:]
     kinds = [(x, x), (x, part), (part, x), (part, part)]
-    found = [launching.kept_for(tensors, find) for tensors in kinds]
+    found = [launches_for(tensors, find) for tensors in kinds]
     assert len({*found}) == 4
-    assert [launching.kept_for(tensors, find) for tensors in kinds] == found
+    assert [launches_for(tensors, find) for tensors in kinds] == found
