@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from normswap.graph.tracing import stand_ins
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.util.original_class import class_of
@@ -59,9 +58,9 @@ def patch_torch(patches: Patches, session: "TraceSession") -> None:
         if tracer is None:  # most reads: between traces
             return value
         asker = sys._getframe(1).f_globals.get("__name__")
-        if is_torch(asker) and asker != stand_ins.__name__:
+        if is_torch(asker):
             return value
-        if name == "__class__" and asker == stand_ins.__name__:
+        if name == "__class__":  # `isinstance` asks; code that names it is refused
             return class_of(module)
         return tracer.read(module, name, value)
 
