@@ -106,22 +106,14 @@ def _function(value: object) -> object:
 
 
 class Reads:
-    """Collects what a forward reads.
-
-    Attributes:
-        attributes: (path, name) -> the value.
-        children: path of a module -> names of its children.
-        methods: (path, name) -> function.
-        names: (id of its holder, name) -> (holder, name, value).
-        of_library: the same, of what leads to torch's own.
-    """
+    """Collects what a forward reads: the values of `Guards`, by path, and name or id and name."""
 
     def __init__(self) -> None:
         self.attributes: dict[tuple[str, str], object] = {}
         self.children: dict[str, tuple[str, ...]] = {}
         self.methods: dict[tuple[str, str], object] = {}
         self.names: dict[tuple[int, str], tuple[object, str, object]] = {}
-        self.of_library: dict[tuple[int, str], tuple[object, str, object]] = {}
+        self.of_library = dict(self.names)
 
     def attribute(self, path: str, name: str, value: object) -> None:
         """Note an attribute.
@@ -137,15 +129,12 @@ class Reads:
             self._add_code(value)
             self.attributes[path, name] = value
 
-    def name(self, holder: object, name: str, value: object) -> None:
-        """Note what a global, or an attribute of a class, means."""
-        if (id(holder), name) not in self.names:
-            self.names[id(holder), name] = (holder, name, _function(value))
+    def name(self, holder: object, name: str, value: object, of_library: bool = False) -> None:
+        """Note what a global, or an attribute of a class, means, or leads to of torch's own."""
+        table = self.of_library if of_library else self.names
+        if (id(holder), name) not in table:
+            table[id(holder), name] = (holder, name, _function(value))
             self._add_code(_function(value))
-
-    def library_name(self, holder: object, name: str, value: object) -> None:
-        """Note what a name means that leads to torch's own."""
-        self.of_library[id(holder), name] = (holder, name, _function(value))
 
     def method(self, path: str, name: str, function: object) -> None:
         """Note which function the class of a module has."""

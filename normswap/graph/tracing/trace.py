@@ -11,6 +11,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Hashable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -18,7 +19,7 @@ from torch import fx, nn
 from normswap.graph.tracing.constant_calls import ConstantCalls
 from normswap.graph.tracing.failure import TraceFailure, in_words
 from normswap.graph.tracing.list_effects import check_given, snapshot_lists
-from normswap.graph.tracing.patches import Patches, patch_torch
+from normswap.graph.tracing.patches import patch_torch
 from normswap.graph.tracing.reads import Guards
 from normswap.graph.tracing.tracer import ContainerTracer
 from normswap.graph.tracing.value_kinds import TENSOR, Kind, leaf_kinds, rebuild
@@ -67,7 +68,7 @@ class TraceSession:
         self.made: dict[Hashable, list[Any]] = {}
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
-        self._patches = Patches()
+        self._patches = ExitStack()
 
     @property
     def tracer(self) -> ContainerTracer | None:
@@ -82,7 +83,7 @@ class TraceSession:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._patches.undo()
+        self._patches.close()
         _OPEN.pop()
         _LOCK.release()
 

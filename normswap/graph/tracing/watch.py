@@ -129,11 +129,10 @@ class Watch:
         why = why_unfit(value, where, load.asks)
         if why:
             return why
-        note = self._reads.name
-        if not needs_guard(value, [owner for owner, _, _ in steps]):
-            note = self._reads.library_name
+        of_library = not needs_guard(value, [owner for owner, _, _ in steps])
         for owner, key, value in steps:
-            note(vars(owner) if isinstance(owner, types.ModuleType) else owner, key, value)
+            table = vars(owner) if isinstance(owner, types.ModuleType) else owner
+            self._reads.name(table, key, value, of_library)
         return ""
 
     def _why_unfit_inherited(self, frame: types.FrameType, load: Load) -> str:
