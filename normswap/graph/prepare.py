@@ -24,7 +24,6 @@ from normswap.graph.tracing import (
     TraceFailure,
     TraceSession,
     describe,
-    find_other,
     flipped,
     structure_of,
 )
@@ -52,9 +51,6 @@ def _variant(
 ) -> Variant:
     if state.override is not None:
         return Variant(None, "had its forward replaced on the instance")
-    other = next((o for o in map(find_other, key) if o), None)
-    if other is not None:
-        return Variant(None, f"takes a {other}, which no graph takes")
     # Blocks of a stage are alike; what holds inserted layers is made for itself.
     alike = (container_class(module), key, structure_of(module))
     made: list[Variant] = [] if state.insertions else session.made.setdefault(alike, [])

@@ -28,5 +28,3 @@ from normswap.graph.tracing.trace import tracing as tracing
 from normswap.graph.tracing.tracer import structure_of as structure_of
 from normswap.graph.tracing.value_kinds import Kind as Kind
 from normswap.graph.tracing.value_kinds import describe as describe
-from normswap.graph.tracing.value_kinds import find_other as find_other
-from normswap.graph.tracing.value_kinds import rebuild as rebuild

@@ -8,6 +8,7 @@ outside of the trace changed.
 
 import gc
 import inspect
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Hashable
@@ -22,7 +23,7 @@ from normswap.graph.tracing.list_effects import check_given, snapshot_lists
 from normswap.graph.tracing.patches import patch_torch
 from normswap.graph.tracing.reads import Guards
 from normswap.graph.tracing.tracer import ContainerTracer
-from normswap.graph.tracing.value_kinds import TENSOR, Kind, leaf_kinds, rebuild
+from normswap.graph.tracing.value_kinds import TENSOR, Kind, rebuild
 from normswap.graph.tracing.watch import Watch
 from normswap.util.original_class import container_class
 
@@ -131,10 +132,11 @@ class TraceSession:
 
 def _place(kinds: tuple[Kind, ...], tracer: ContainerTracer) -> tuple[Any, ...]:
     """Put a placeholder for each symbolic part of arguments; return the arguments."""
-    leaves: list[fx.Proxy] = []
-    for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
-        proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
-        proxy.node.meta["tensor"] = leaf == TENSOR
-        leaves.append(proxy)
-    supply = iter(leaves)
-    return tuple(rebuild(kind, supply) for kind in kinds)
+    count = itertools.count()
+
+    def make(kind: Kind) -> fx.Proxy:
+        proxy = tracer.create_proxy("placeholder", f"input_{next(count)}", (), {})
+        proxy.node.meta["tensor"] = kind == TENSOR
+        return proxy
+
+    return tuple([rebuild(kind, make) for kind in kinds])
