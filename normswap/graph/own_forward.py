@@ -31,35 +31,27 @@ def run_scoped(module: nn.Module, values: Values, context: Context | None) -> An
     """Run the forward the module had before conversion, with the context in scope.
 
     Raises:
-        ConversionError: there are labels, and it returns what is awaited.
+        ConversionError: there are labels, and it returns what is awaited, or goes on later.
     """
     state: ContainerState = vars(module)[STATE]
     run = answered(state.fqn, state.questions, own_forward)
     output = in_scope(state.scope, context, run, module, values)
     # A tuple, not a union: torch 2.9's compiler does not take isinstance of a union.
-    if context is not None and isinstance(output, (Awaitable, AsyncIterator)):
+    if context is not None and isinstance(output, (Awaitable, AsyncIterator, Iterator)):
         if isinstance(output, Coroutine):
             output.close()
         raise ConversionError(
             f"expected the forward of {state.fqn or 'the model'} to return what it computed, got a "
-            f"{type(output).__name__}, which runs when the labels are gone; write it without async"
+            f"{type(output).__name__}, which runs when the labels are gone; write it without async, "
+            "and return a list in place of a generator or map"
         )
     return output
 
 
 def in_scope(scope: Scope, context: Context | None, run: Callable[..., Any], *args: object) -> Any:
-    """Call a function with a context in scope; what it yields is computed in scope, too."""
+    """Call a function with a context in scope."""
     left = scope.enter(context)
     try:
-        output = run(*args)
+        return run(*args)
     finally:
         scope.leave(left)
-    return _each_in_scope(scope, context, output) if isinstance(output, Iterator) else output
-
-
-def _each_in_scope(
-    scope: Scope, context: Context | None, items: Iterator[object]
-) -> Iterator[object]:
-    end = object()
-    while (item := in_scope(scope, context, next, items, end)) is not end:
-        yield item
