@@ -9,22 +9,21 @@ from normswap.errors import ConversionError
 from normswap.functional.labels import Context
 from normswap.graph.class_answers import answered
 from normswap.graph.scope.scope import Scope
-from normswap.graph.state import ContainerState, Values, converted_class_of, state_of
+from normswap.graph.state import ContainerState, Values, forward_of, state_of
 from normswap.util.original_class import STATE
 
 
 def own_forward(module: nn.Module, values: Values) -> Any:
     """Run the forward the module had before conversion."""
-    state, cls = state_of(module), converted_class_of(module)
+    cls: Any = type(module)
+    state, spread = state_of(module), forward_of(module).spread
     override = None if state is None else state.override
     if override is None and cls._normswap_bound:
-        owner: Any = next(c for c in type(module).__mro__ if "_normswap_from" in vars(c))
+        owner: Any = next(c for c in cls.__mro__ if "_normswap_from" in vars(c))
         override = super(owner, module).forward
     if override is not None:
-        return cls._normswap_spread(
-            lambda _, *args, **kwargs: override(*args, **kwargs), module, values
-        )
-    return cls._normswap_spread(cls._normswap_from.forward, module, values)
+        return spread(lambda _, *args, **kwargs: override(*args, **kwargs), module, values)
+    return spread(cls._normswap_from.forward, module, values)
 
 
 def run_scoped(module: nn.Module, values: Values, context: Context | None) -> Any:
@@ -42,8 +41,8 @@ def run_scoped(module: nn.Module, values: Values, context: Context | None) -> An
             output.close()
         raise ConversionError(
             f"expected the forward of {state.fqn or 'the model'} to return what it computed, got a "
-            f"{type(output).__name__}, which runs when the labels are gone; write it without async, "
-            "and return a list in place of a generator or map"
+            f"{type(output).__name__}, which runs when the labels are gone; write it without async,"
+            " and return a list in place of a generator or map"
         )
     return output
 

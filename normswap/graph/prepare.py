@@ -13,7 +13,7 @@ from normswap.graph.state import (
     ContainerState,
     Values,
     Variant,
-    converted_class_of,
+    forward_of,
     needs_context,
     takes_arguments_as_given,
     takes_context,
@@ -58,7 +58,7 @@ def _variant(
     if found is not None:
         return found
     try:
-        traced = session.trace(module, converted_class_of(module)._normswap_spread, key)
+        traced = session.trace(module, forward_of(module).spread, key)
         insert_layers(traced.graph, module, state.insertions, state.blocks)
         variant = _thread(module, traced)
     except TraceFailure as failure:
@@ -127,7 +127,7 @@ def prepare_default(module: nn.Module, session: TraceSession) -> None:
 
     Both modes are traced where the forward depends on the mode.
     """
-    values = converted_class_of(module)._normswap_examples()
+    values = forward_of(module).examples()
     state: ContainerState = vars(module)[STATE]
     state.variants = {key: found for key, found in state.variants.items() if found}
     met = set(state.variants)

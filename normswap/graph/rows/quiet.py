@@ -105,8 +105,8 @@ def after_hooks(module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
 
     Those that see keyword arguments are left out: they see the labels, and may move them, too.
     """
-    cls: Any = type(module)
-    known = list(inspect.signature(cls._normswap_bind).parameters.values())[1:]
+    written: Any = type(module)._normswap_forward  # type: ignore[attr-defined]
+    known = list(inspect.signature(written.bind).parameters.values())[1:]
     seen, own = module._forward_pre_hooks_with_kwargs, module._forward_pre_hooks
     hooks = [hook for key, hook in own.items() if key not in seen]
 
@@ -118,9 +118,9 @@ def after_hooks(module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
             made = hook(module, args)
             if made is not None:
                 args = made if isinstance(made, tuple) else (made,)
-        return cls._normswap_bind(module, *args, **kwargs)
+        return written.bind(module, *args, **kwargs)
 
-    made: tuple[Any, ...] = cls._normswap_spread(run, module, values)
+    made: tuple[Any, ...] = written.spread(run, module, values)
     return made
 
 
