@@ -21,11 +21,6 @@ class Value(fx.Proxy):
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("node", "tracer"):
-            raise TraceFailure(f"sets .{name} of a tensor inside forward")
-        super().__setattr__(name, value)
-
     def __hash__(self) -> int:
         raise TraceFailure("looks up a value known only when it runs in a set, dict or cache")
 
