@@ -108,6 +108,8 @@ class Snapshot:
             return [*kept.values()] if isinstance(kept, dict) else kept
         elif isinstance(value, tuple):
             return [*elements_of(value)]
+        elif isinstance(value, types.MethodType):
+            return [value.__self__]
         elif (whole := _whole_of(value)) is not None:
             self._arrays.append((value, whole, copy.copy(value)))
         elif isinstance(value, types.CellType):
