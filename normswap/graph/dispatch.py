@@ -119,10 +119,7 @@ def _expect_tensor(value: object, state: ContainerState, verb: str) -> torch.Ten
 
 
 def _device_of(values: Values) -> torch.device | None:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            return value.device
-    return None
+    return next((v.device for v in values if isinstance(v, torch.Tensor)), None)
 
 
 def _run(module: nn.Module, state: ContainerState, values: Values, context: Given) -> Any:

@@ -174,9 +174,7 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
         "__setstate__": set_state,
         "__setattr__": set_attribute,
         "forward": written.forward,
-        "_normswap_bind": staticmethod(written.bind),
-        "_normswap_spread": staticmethod(written.spread),
-        "_normswap_examples": staticmethod(written.examples),
+        "_normswap_forward": written,
         "_normswap_kind": (generic, argument, replaced),
         "_normswap_argument": argument,
         # As a property, which is another function on a module than on its class.

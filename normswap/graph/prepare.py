@@ -13,7 +13,7 @@ from normswap.graph.state import (
     ContainerState,
     Values,
     Variant,
-    converted_class_of,
+    forward_of,
     needs_context,
     takes_arguments_as_given,
     takes_context,
@@ -24,7 +24,6 @@ from normswap.graph.tracing import (
     TraceFailure,
     TraceSession,
     describe,
-    find_other,
     flipped,
     structure_of,
 )
@@ -52,9 +51,6 @@ def _variant(
 ) -> Variant:
     if state.override is not None:
         return Variant(None, "had its forward replaced on the instance")
-    other = next((o for o in map(find_other, key) if o), None)
-    if other is not None:
-        return Variant(None, f"takes a {other}, which no graph takes")
     # Blocks of a stage are alike; what holds inserted layers is made for itself.
     alike = (container_class(module), key, structure_of(module))
     made: list[Variant] = [] if state.insertions else session.made.setdefault(alike, [])
@@ -62,7 +58,7 @@ def _variant(
     if found is not None:
         return found
     try:
-        traced = session.trace(module, converted_class_of(module)._normswap_spread, key)
+        traced = session.trace(module, forward_of(module).spread, key)
         insert_layers(traced.graph, module, state.insertions, state.blocks)
         variant = _thread(module, traced)
     except TraceFailure as failure:
@@ -131,7 +127,7 @@ def prepare_default(module: nn.Module, session: TraceSession) -> None:
 
     Both modes are traced where the forward depends on the mode.
     """
-    values = converted_class_of(module)._normswap_examples()
+    values = forward_of(module).examples()
     state: ContainerState = vars(module)[STATE]
     state.variants = {key: found for key, found in state.variants.items() if found}
     met = set(state.variants)

@@ -3,14 +3,14 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
 from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.scope.scope import Scope, scope_of
-from normswap.graph.tracing import NO_GUARDS, Guards, Kind
+from normswap.graph.tracing import NO_GUARDS, Forward, Guards, Kind
 from normswap.util.original_class import STATE
 
 # The arguments of a forward, one for each of its parameters.
@@ -151,28 +151,11 @@ class ContainerState:
         return state
 
 
-class ConvertedClass(Protocol):
-    """What a class that `install` makes tells of the one it was made from."""
-
-    _normswap_from: type[nn.Module]
-    _normswap_argument: str | None
-    _normswap_bound: bool
-
-    def _normswap_bind(self, module: nn.Module, *args: object, **kwargs: object) -> Values:
-        """Return the arguments of a call, one for each parameter."""
-
-    def _normswap_spread(
-        self, function: Callable[..., Any], module: nn.Module, values: Values
-    ) -> Any:
-        """Call a function of the original signature."""
-
-    def _normswap_examples(self) -> Values:
-        """Return arguments of the kinds expected."""
-
-
-def converted_class_of(module: nn.Module) -> ConvertedClass:
-    """Return the class of a converted container."""
-    return cast(ConvertedClass, type(module))
+def forward_of(module: nn.Module) -> Forward:
+    """Return the functions that were written for the forward of a converted container."""
+    cls: Any = type(module)
+    written: Forward = cls._normswap_forward
+    return written
 
 
 # Where a converted model's root keeps what `convert` did.

@@ -5,6 +5,8 @@ import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from operator import setitem
 from typing import Any, NoReturn
 
 import torch
@@ -37,24 +39,24 @@ class Surgery:
     def __init__(self, model: nn.Module, trace: bool = True) -> None:
         self.model = model
         self.trace = trace
-        self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
         self._installed: list[nn.Module] = []
-        self._added: list[tuple[nn.Module, str]] = []
-        self._references: list[tuple[Any, Any, nn.Module]] = []
+        self._undo = ExitStack()
 
     def __enter__(self) -> "Surgery":
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
         if kind is not None:
-            self._undo()
+            while self._installed:
+                uninstall(self._installed.pop())
+            self._undo.close()
 
     def swap(self, names: Iterable[str], layer: nn.Module) -> None:
         """Put one layer at every name of a module."""
         for name in names:
             parent_name, _, leaf = name.rpartition(".")
             parent = self.model.get_submodule(parent_name)
-            self._swapped.append((parent, leaf, parent._modules[leaf]))  # type: ignore[arg-type]
+            self._undo.callback(setitem, parent._modules, leaf, parent._modules[leaf])
             parent._modules[leaf] = layer
 
     def replace_references(self, layers: dict[int, nn.Module]) -> None:
@@ -79,7 +81,7 @@ class Surgery:
             if id(value) in layers:
                 if table is None:
                     _refuse_holder(where, kind, layers[id(value)])
-                self._references.append((table, key, value))
+                self._undo.callback(setitem, table, key, value)
                 table[key] = layers[id(value)]
             elif not _holds_nothing(value) and id(value) not in met:
                 met.add(id(value))
@@ -125,7 +127,7 @@ class Surgery:
             count += 1
             free = f"{name}_{count}"
         module.add_module(free, layer)
-        self._added.append((module, free))
+        self._undo.callback(module._modules.pop, free)
         return free
 
     def install_inserted(self, states: dict[nn.Module, ContainerState]) -> None:
@@ -161,20 +163,6 @@ class Surgery:
         """Install a forward that runs added children before and after the module's own."""
         install(module, state, contextual)
         self._installed.append(module)
-
-    def _undo(self) -> None:
-        """Take everything back."""
-        while self._installed:
-            uninstall(self._installed.pop())
-        while self._added:
-            module, name = self._added.pop()
-            del module._modules[name]
-        while self._references:
-            holder, index, module = self._references.pop()
-            holder[index] = module
-        while self._swapped:
-            parent, leaf, module = self._swapped.pop()
-            parent._modules[leaf] = module
 
 
 def _holds_nothing(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """What collections hold, whatever a class of a user's makes of its own methods."""
 
+import operator
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -18,3 +19,10 @@ def elements_of(value: Any) -> Iterator[Any]:
     base: Any = next((cls for cls in COLLECTIONS if isinstance(value, cls)), None)
     elements: Iterator[Any] = iter(()) if base is None else base.__iter__(value)
     return elements
+
+
+def holds(collection: Any, kept: Any) -> bool:
+    """Return whether a collection holds the same objects in the same order as another."""
+    if len(collection) != len(kept) or not all(map(operator.is_, collection, kept)):
+        return False
+    return not isinstance(kept, dict) or all(map(operator.is_, collection.values(), kept.values()))

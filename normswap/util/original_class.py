@@ -17,7 +17,7 @@ CALL = nn.Module._call_impl.__code__
 # Code of methods that find norms by class to switch their mode, see `graph.freezing`.
 FREEZING: "weakref.WeakSet[types.CodeType]" = weakref.WeakSet()
 # What asks in the place of a forward's code, which while a trace runs other threads do, too.
-_BETWEEN = ("normswap.graph.tracing.patches", "normswap.graph.tracing.stand_ins")
+_BETWEEN = "normswap.graph.tracing.patches"
 
 
 def container_class(module: Any) -> type:
@@ -34,7 +34,7 @@ def class_of(value: Any) -> type:
 
 def asking(frame: types.FrameType | None) -> types.FrameType | None:
     """Return the frame of the code that asks, left out what a trace in any thread puts between."""
-    while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
+    while frame is not None and frame.f_globals.get("__name__") == _BETWEEN:
         frame = frame.f_back
     return frame
 

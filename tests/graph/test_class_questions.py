@@ -62,7 +62,7 @@ OF_CONTAINERS = [ExactChild, Class, Table]  # which keep their class
     [*ANSWERED, Several, Union, ExactChild, Class],
 )
 def test_a_trace_gives_the_answer_of_the_original_or_ends(kind):
-    asks_kind = kind in (One, Base, OwnName, Several, Union)
+    asks_kind = kind in (One, Base, OwnName, Several, Union, Matched)
     check(make(kind, Asking), opaque=None if asks_kind else "")
 
 

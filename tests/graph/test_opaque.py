@@ -145,7 +145,18 @@ class Streamed(Holder):
         yield self.b(self.a(x))
 
 
-@pytest.mark.parametrize("kind", [Awaited, Streamed])
+class Lazy(Holder):
+    def forward(self, x):
+        yield self.a(x)
+        yield self.b(x)
+
+
+class Mapped(Holder):
+    def forward(self, x):
+        return map(lambda block: block(x), [self.a, self.b])
+
+
+@pytest.mark.parametrize("kind", [Awaited, Streamed, Lazy, Mapped])
 def test_a_forward_that_runs_when_the_labels_are_gone_is_refused(kind):
     model = normswap.convert(kind().eval(), "cn", contexts=3, verify=False)
     with pytest.raises(ConversionError, match=r"the forward of the model .* without async"):

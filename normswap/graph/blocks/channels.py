@@ -27,12 +27,6 @@ _BOTH = (
     *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "truediv", "maximum"),
     *("iadd", "isub", "imul", "itruediv"),
 )
-# These work on the dimensions of a map, after the channels.
-_MAP_FUNCTIONS = (
-    *("interpolate", "upsample", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d"),
-    *("max_pool2d", "max_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
-    *("adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
-)
 _KEEP_MODULES = ("activation", "dropout", "linear")
 _NOT_KEPT = (nn.GLU, nn.MultiheadAttention)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
@@ -96,9 +90,6 @@ class Reader:
             return self._combined([v for v in node.args[:2] if isinstance(v, fx.Node)])
         if name in _KEEP:
             return self.read(node.args[0])
-        if name in _MAP_FUNCTIONS:
-            found = self.read(node.args[0])
-            return found if found.dimension == FIRST else UNKNOWN
         if name in ("cat", "concat"):
             return self._concatenated(node)
         if name == "permute":

@@ -1,11 +1,9 @@
 """Measure which sample each row at each norm is from, by exchanging samples; see `decode`."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,9 +16,6 @@ from normswap.graph.rows.variations import HOWS, ended, exchange, rank_of, rolle
 
 # None that a program is likely to have started from.
 _OTHER_SEEDS = range(0x5EED0000, 0x5EED0008)
-
-# What a forward yields may have no end.
-_MOST_ITEMS = 1000
 
 # What the norms met in a run, and what each was given.
 _Met = list[tuple[Step, Tensor]]
@@ -91,9 +86,7 @@ class Measurement:
         self.restore(self.seed)
         self._before, self._found = None if before is None else iter(before), []
         values = vary(self.values, self.samples, change, self.batches, beside)
-        output = copy_context().run(self.call, values)
-        if isinstance(output, Iterator):
-            deque(islice(output, _MOST_ITEMS), maxlen=0)
+        copy_context().run(self.call, values)
         return self._found
 
     def _exchange(

@@ -7,13 +7,13 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from normswap.functional.recomputation import in_backward
@@ -49,9 +49,9 @@ def quiet(
     """Have norms and other leaves in eval mode, where they treat samples apart, and leave no trace.
 
     Containers keep their mode, on which what they fold may depend. Hooks run that may return
-    something, which is then what the model goes on with, and those of torch itself, which compute
-    weights; others, which only look, are left out, as are modes that see each tensor operation
-    (counts of FLOPs, selective checkpointing).
+    something, which is then what the model goes on with, those of torch itself, which compute
+    weights, and those of all modules; others, which only look, are left out, as are modes that see
+    each tensor operation (counts of FLOPs, selective checkpointing).
 
     Running statistics that do not fit a network yet, as those of one that starts to train, may
     leave nothing of the samples after some norms; `rescale` has norms return each row at a scale
@@ -63,15 +63,7 @@ def quiet(
     parts = list(module.modules())
     modes = {id(part): part.training for part in parts}
     tables = [(vars(p), {name: vars(p)[name] for name in ("training", *_HOOKS)}) for p in parts]
-    of_all = [
-        (table, key, hook)
-        for table in (_global_forward_hooks, _global_forward_pre_hooks)
-        for key, hook in table.items()
-        if not (hooks or _takes_part(hook))
-    ]
     try:
-        for everywhere, key, hook in of_all:
-            everywhere[key] = _elsewhere(hook)
         for part in parts:
             norm = looks_like_norm(part) or "running_mean" in part._buffers
             if not part._modules or norm:
@@ -94,8 +86,6 @@ def quiet(
             finally:
                 snapshot.restore()
     finally:
-        for everywhere, key, hook in of_all:
-            everywhere[key] = hook
         for table, own in tables:
             table.update(own)
 
@@ -105,8 +95,8 @@ def after_hooks(module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
 
     Those that see keyword arguments are left out: they see the labels, and may move them, too.
     """
-    cls: Any = type(module)
-    known = list(inspect.signature(cls._normswap_bind).parameters.values())[1:]
+    written: Any = type(module)._normswap_forward  # type: ignore[attr-defined]
+    known = list(inspect.signature(written.bind).parameters.values())[1:]
     seen, own = module._forward_pre_hooks_with_kwargs, module._forward_pre_hooks
     hooks = [hook for key, hook in own.items() if key not in seen]
 
@@ -118,9 +108,9 @@ def after_hooks(module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
             made = hook(module, args)
             if made is not None:
                 args = made if isinstance(made, tuple) else (made,)
-        return cls._normswap_bind(module, *args, **kwargs)
+        return written.bind(module, *args, **kwargs)
 
-    made: tuple[Any, ...] = cls._normswap_spread(run, module, values)
+    made: tuple[Any, ...] = written.spread(run, module, values)
     return made
 
 
@@ -150,12 +140,6 @@ def _rescale_rows(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     rows = x.flatten(1).float()
     rows = rows - rows.mean(1, keepdim=True)
     return (rows / rows.abs().amax(1, keepdim=True).clamp_min(1e-37)).view_as(x).to(output)
-
-
-def _elsewhere(hook: Any) -> Callable[..., Any]:
-    """Return a hook of all modules that runs in other threads alone."""
-    here = threading.get_ident()
-    return lambda *given: None if threading.get_ident() == here else hook(*given)
 
 
 class _Silent(io.TextIOBase):

@@ -19,7 +19,7 @@ here. What a forward changes where `snapshot` does not look, as a file, changes 
 too.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -33,7 +33,7 @@ from normswap.graph.rows.key import kind_of
 from normswap.graph.rows.plans import DEAD, ONE, Family, Plan, Step
 from normswap.graph.rows.quiet import find_obstacle
 from normswap.graph.rows.refusals import not_aligned, refuse_cause, refuse_unknown
-from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, Values, each_in_run
+from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, Values
 
 if TYPE_CHECKING:
     from normswap.graph.scope.scope import Scope
@@ -97,7 +97,7 @@ class Rows:
             output = call(values, context)
             if run.refused is not None:
                 raise run.refused
-            return each_in_run(run, output) if isinstance(output, Iterator) else output
+            return output
         finally:
             RUN.reset(token)
 

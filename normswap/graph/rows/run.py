@@ -1,7 +1,7 @@
 """One call of a model, from where the labels entered it, and measurements for it."""
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -142,19 +142,3 @@ def is_measuring() -> bool:
     """Return whether this code runs on the side, to be forgotten."""
     run = RUN.get()
     return run is not None and run.measurement is not None
-
-
-def each_in_run(run: Run, items: Iterator[object]) -> Iterator[object]:
-    """Yield what a forward yields, its norms' rows told as if it returned them all."""
-    end = object()
-    while True:
-        token = RUN.set(run)
-        try:
-            item = next(items, end)
-        finally:
-            RUN.reset(token)
-        if run.refused is not None:
-            raise run.refused
-        if item is end:
-            return
-        yield item

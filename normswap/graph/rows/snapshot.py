@@ -6,7 +6,6 @@ import copy
 import copyreg
 import functools
 import itertools
-import operator
 import os
 import sys
 import types
@@ -23,7 +22,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from normswap.graph.class_questions import reachable
 from normswap.graph.rows.generators import controls_of, global_controls, is_equal
 from normswap.graph.tracing.failure import is_library
-from normswap.util.elements import elements_of
+from normswap.util.elements import elements_of, holds
 from normswap.util.original_class import class_of
 
 # Values that are looked into, the nearest first: what holds more is data, not state.
@@ -109,6 +108,8 @@ class Snapshot:
             return [*kept.values()] if isinstance(kept, dict) else kept
         elif isinstance(value, tuple):
             return [*elements_of(value)]
+        elif isinstance(value, types.MethodType):
+            return [value.__self__]
         elif (whole := _whole_of(value)) is not None:
             self._arrays.append((value, whole, copy.copy(value)))
         elif isinstance(value, types.CellType):
@@ -131,7 +132,7 @@ class Snapshot:
         for holder, names, kept in self._tables:
             _restore_table(holder, names, kept)
         for collection, kept in self._collections:
-            if not _holds(collection, kept):
+            if not holds(collection, kept):
                 collection.clear()
                 (collection.update if hasattr(collection, "update") else collection.extend)(kept)
         for value, whole, kept in self._arrays:
@@ -202,7 +203,7 @@ def _table(holder: Any) -> Any:
 
 def _restore_table(holder: Any, names: Collection[str] | None, kept: dict[Any, Any]) -> None:
     now = _table(holder)
-    if names is None and _holds(now, kept):
+    if names is None and holds(now, kept):
         return
     for name in kept.keys() | (now.keys() if names is None else now.keys() & names):
         value, other = _copied(kept.get(name, _MISSING)), now.get(name, _MISSING)
@@ -227,10 +228,3 @@ def _copied(value: Any) -> Any:
     with warnings.catch_warnings():  # from Python 3.12 on, that a later one has no such copies
         warnings.simplefilter("ignore", DeprecationWarning)
         return copy.copy(value)
-
-
-def _holds(collection: Any, kept: Any) -> bool:
-    """Return whether a collection holds the same objects in the same order as another."""
-    if len(collection) != len(kept) or not all(map(operator.is_, collection, kept)):
-        return False
-    return not isinstance(kept, dict) or all(map(operator.is_, collection.values(), kept.values()))

@@ -36,11 +36,9 @@ def resolve(
     state: ContainerState,
     values: Values,
     leaves: list[object],
-    context: Context | Labels | None,
+    context: Labels | None,
 ) -> Context | None:
     """Return the context of this call, checked where it enters the model."""
-    if type(context) is Context:
-        return context
     # A forward may call the whole model on other rows, which are told apart as those of a part.
     compiling = torch.compiler.is_compiling()  # which cannot ask
     inside = context is None and not compiling and RUNNING.get() is state.scope

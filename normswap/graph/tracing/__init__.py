@@ -2,8 +2,8 @@
 
 1. The forward runs once, on symbols in place of tensors (`symbol`). What it asks of a symbol, and
    each call of a submodule or of torch, is written down as a node, not done (`tracer`).
-2. Meanwhile names that the forward would find are replaced by ones that know symbols: builtins and
-   a few of torch's (`patches`, `stand_ins`). Other functions run, as methods do.
+2. Meanwhile calls of modules, and reads of their attributes, go to the tracer (`patches`). Other
+   functions run, as methods do.
 3. The bytecode of each function is read before it runs (`watch`, `bytecode`). An instruction that
    may do or find something else in another run ends the trace first (`whitelist`, `failure`).
 4. What the forward read of the module and around it is kept, lists and dicts as copies, and
@@ -28,5 +28,3 @@ from normswap.graph.tracing.trace import tracing as tracing
 from normswap.graph.tracing.tracer import structure_of as structure_of
 from normswap.graph.tracing.value_kinds import Kind as Kind
 from normswap.graph.tracing.value_kinds import describe as describe
-from normswap.graph.tracing.value_kinds import find_other as find_other
-from normswap.graph.tracing.value_kinds import rebuild as rebuild

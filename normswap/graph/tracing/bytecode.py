@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from normswap.graph.tracing.uses import ATTRIBUTE, find_uses, instructions_of
+from normswap.graph.tracing.uses import ATTRIBUTE, find_asked, instructions_of
 
 _SKIPPED = ("PRECALL", "NOP", "NOT_TAKEN", "PUSH_NULL")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
@@ -30,13 +30,13 @@ class Load(NamedTuple):
         free: whether it is a free variable.
         chain: attributes looked up on it at once, as in ``settings.model.width``; for ``super``,
             what is looked up on what it returns.
-        use: what is done with what that leads to, see `uses`.
+        asks: whether something is only compared with the class that it leads to.
     """
 
     name: str
     free: bool
     chain: tuple[str, ...]
-    use: str
+    asks: bool
 
 
 class Test(NamedTuple):
@@ -85,8 +85,8 @@ _KNOWN: "weakref.WeakKeyDictionary[types.CodeType, Code]" = weakref.WeakKeyDicti
 def read_code(code: types.CodeType) -> Code:
     """Read the instructions of a function."""
     if code not in _KNOWN:
-        steps, uses = steps_of(code), find_uses(list(instructions_of(code)))
-        loads, refused = _find_loads(code, steps, uses), _find_refused(code, steps)
+        steps, asked = steps_of(code), {*find_asked(list(instructions_of(code)))}
+        loads, refused = _find_loads(code, steps, asked), _find_refused(code, steps)
         statements = list(_split(steps, loads))
         _KNOWN[code] = Code(loads, _find_tests(steps), refused, _catches(steps), statements)
     return _KNOWN[code]
@@ -133,7 +133,7 @@ def parts_of(steps: list[dis.Instruction]) -> Iterator[list[dis.Instruction]]:
 
 
 def _find_loads(
-    code: types.CodeType, steps: list[dis.Instruction], uses: dict[int, str]
+    code: types.CodeType, steps: list[dis.Instruction], asked: set[int]
 ) -> dict[int, Load]:
     loads = {}
     for place, step in enumerate(steps):
@@ -141,13 +141,13 @@ def _find_loads(
         if not free and step.opname not in _GLOBAL:
             continue
         if step.argval == "super":
-            loads[step.offset] = Load("super", free, _find_inherited(steps[place:]), "")
+            loads[step.offset] = Load("super", free, _find_inherited(steps[place:]), False)
             continue
         end = place + 1
         while end < len(steps) and steps[end].opname in ATTRIBUTE:
             end += 1
         chain = tuple(str(s.argval) for s in steps[place + 1 : end])
-        loads[step.offset] = Load(str(step.argval), free, chain, uses[step.offset])
+        loads[step.offset] = Load(str(step.argval), free, chain, step.offset in asked)
     return loads
 
 
@@ -188,6 +188,8 @@ def _find_refused(code: types.CodeType, steps: list[dis.Instruction]) -> dict[in
         name, given = step.opname, step.argval
         if name in _STORES_OUTSIDE and given not in code.co_cellvars:
             refused[step.offset] = f"sets {given} outside of it"
+        elif name in ("STORE_ATTR", "DELETE_ATTR"):
+            refused[step.offset] = f"sets .{given} inside forward"
         elif name == "IMPORT_NAME":
             refused[step.offset] = f"imports {given}"
         elif name in ATTRIBUTE and given in _INSIDE:

@@ -9,7 +9,7 @@ import types
 import weakref
 
 from normswap.graph.tracing.bytecode import parts_of, steps_of
-from normswap.graph.tracing.uses import ASKS, ATTRIBUTE, COMPARES, NAMES, find_uses, instructions_of
+from normswap.graph.tracing.uses import ATTRIBUTE, COMPARES, NAMES, find_asked, instructions_of
 
 _SEARCHES = {"startswith", "endswith", "find", "lower", "count", "split"}
 
@@ -33,9 +33,9 @@ def ways_to_names(code: types.CodeType) -> set[str]:
 def _find_ways(code: types.CodeType) -> set[str]:
     own = code.co_varnames[:1] if code.co_argcount else ()
     found, holders, goes_on = set[str](), set[str](), False
-    loops, uses = False, find_uses(list(instructions_of(code)))
+    loops = False
     # A class that others are compared with makes no text of them: ``type(key) is str``.
-    compared = {offset for offset, use in uses.items() if use == ASKS}
+    compared = {*find_asked(list(instructions_of(code)))}
     for part in parts_of(steps_of(code)):
         taken = {way for place in range(len(part)) if (way := _takes(part, place, own))}
         others = taken - {"own"}

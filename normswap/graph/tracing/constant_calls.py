@@ -20,7 +20,5 @@ class ConstantCalls(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if symbolic_parts((args, kwargs)) or name == "__get__":
             return func(*args, **kwargs)
-        switches = "grad_enabled" in name or "autocast" in name
-        if switches and "set" not in name:
-            return func(*args, **kwargs)
+        switches = "grad_enabled" in name
         raise TraceFailure(SWITCHES if switches else f"calls {name}() of nothing that it is given")

@@ -1,5 +1,6 @@
 """Why no graph stands for a forward, and whose code is whose."""
 
+import functools
 import linecache
 import re
 import sys
@@ -20,6 +21,7 @@ def is_torch(module_name: str | None) -> bool:
     )
 
 
+@functools.cache  # every function that runs while a trace does is asked
 def is_library(module_name: str | None) -> bool:
     """Return whether a module is part of torch, of Python or of this package."""
     if module_name is None:

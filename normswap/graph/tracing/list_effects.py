@@ -4,20 +4,20 @@ A graph takes such an argument apart and makes it anew for its callees, so that 
 would be lost. A forward that changes or returns one is scoped, as is one that hands its own on.
 """
 
+import copy
 from dataclasses import is_dataclass
 from typing import Any, TypeAlias
 
 from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.value_kinds import find_lists
-from normswap.util.elements import elements_of
+from normswap.util.elements import elements_of, holds
 
-Entries: TypeAlias = list[tuple[object, object]]
-Contents: TypeAlias = list[tuple[Any, Entries]]
+Contents: TypeAlias = list[tuple[Any, Any]]
 
 
 def snapshot_lists(values: object) -> Contents:
     """Return every list and dict inside some values, with its contents."""
-    return [(holder, _contents(holder)) for holder in find_lists(values)]
+    return [(holder, copy.copy(holder)) for holder in find_lists(values)]
 
 
 def check_given(before: Contents, output: object) -> None:
@@ -26,7 +26,7 @@ def check_given(before: Contents, output: object) -> None:
     Raises:
         TraceFailure: it changed a list or dict, or returns one.
     """
-    if not all(_same(_contents(holder), old) for holder, old in before):
+    if not all(holds(holder, old) for holder, old in before):
         raise TraceFailure("changes a list or dict it is given")
     if any(holder is given for holder in find_lists(output) for given, _ in before):
         raise TraceFailure("returns a list or dict it was given")
@@ -50,12 +50,3 @@ def holds_objects(value: object) -> bool:
         return any(map(holds_objects, elements_of(value)))
     frozen = getattr(type(value), "__dataclass_params__", None)
     return frozen is not None and not frozen.frozen
-
-
-def _contents(value: dict[object, object] | list[object]) -> Entries:
-    return list(value.items()) if isinstance(value, dict) else list(enumerate(value))
-
-
-def _same(now: Entries, old: Entries) -> bool:
-    pairs = zip(now, old, strict=False)
-    return len(now) == len(old) and all(a == c and b is d for (a, b), (c, d) in pairs)

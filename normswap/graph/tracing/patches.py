@@ -3,12 +3,12 @@
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from normswap.graph.tracing import stand_ins
 from normswap.graph.tracing.constant_calls import SWITCHES
 from normswap.graph.tracing.failure import TraceFailure, is_torch
 from normswap.util.original_class import class_of
@@ -16,41 +16,22 @@ from normswap.util.original_class import class_of
 if TYPE_CHECKING:
     from normswap.graph.tracing.trace import TraceSession
 
-_MISSING = object()
 
-
-class Patches:
-    """Replaces attributes and globals, and puts every one of them back."""
-
-    def __init__(self) -> None:
-        self._undo: list[tuple[Any, str, object]] = []
-
-    def set(self, owner: Any, name: str, value: object) -> None:
-        """Replace ``owner.name``, or ``owner[name]`` in a dict of globals."""
-        table = owner if isinstance(owner, dict) else vars(owner)
-        self._undo.append((owner, name, table.get(name, _MISSING)))
-        _put(owner, name, value)
-
-    def undo(self) -> None:
-        """Put everything back, last first."""
-        while self._undo:
-            _put(*self._undo.pop())
-
-
-def _put(owner: Any, name: str, value: object) -> None:
-    if value is not _MISSING:
-        owner.update({name: value}) if isinstance(owner, dict) else setattr(owner, name, value)
-    elif isinstance(owner, dict):
-        owner.pop(name, None)
+def _replace(undo: ExitStack, owner: Any, name: str, value: object) -> None:
+    """Set an attribute of a class until `undo` is closed."""
+    if name in vars(owner):
+        undo.callback(setattr, owner, name, vars(owner)[name])
     else:
-        delattr(owner, name)
+        undo.callback(delattr, owner, name)
+    setattr(owner, name, value)
 
 
-def patch_torch(patches: Patches, session: "TraceSession") -> None:
-    """Replace how modules are called and read, and how modes are switched."""
+def patch_torch(undo: ExitStack, session: "TraceSession") -> None:
+    """Replace how modules are called and read, and how modes are switched, until it is undone."""
+    replace = functools.partial(_replace, undo)
     for switch in (torch.autocast, torch.inference_mode):
         for name in ("__init__", "__enter__"):
-            patches.set(switch, name, _refuse(session, vars(switch)[name], lambda *_: SWITCHES))
+            replace(switch, name, _refuse(session, vars(switch)[name], lambda *_: SWITCHES))
     original_getattr = nn.Module.__getattr__
 
     def getattribute(module: nn.Module, name: str) -> Any:
@@ -59,9 +40,9 @@ def patch_torch(patches: Patches, session: "TraceSession") -> None:
         if tracer is None:  # most reads: between traces
             return value
         asker = sys._getframe(1).f_globals.get("__name__")
-        if is_torch(asker) and asker != stand_ins.__name__:
+        if is_torch(asker):
             return value
-        if name == "__class__" and asker == stand_ins.__name__:
+        if name == "__class__":  # `isinstance` asks; code that names it is refused
             return class_of(module)
         return tracer.read(module, name, value)
 
@@ -77,13 +58,13 @@ def patch_torch(patches: Patches, session: "TraceSession") -> None:
     def what(verb: str) -> Callable[..., str]:
         return lambda module, name, *_: f"{verb} .{name} of {type(module).__name__} inside forward"
 
-    patches.set(nn.Module, "__getattribute__", getattribute)
-    patches.set(nn.Module, "__getattr__", fallback)
+    replace(nn.Module, "__getattribute__", getattribute)
+    replace(nn.Module, "__getattr__", fallback)
     for name, verb in (("__setattr__", "sets"), ("__delattr__", "deletes")):
-        patches.set(nn.Module, name, _refuse(session, getattr(nn.Module, name), what(verb)))
-    patches.set(nn.Module, "__call__", _call(session, nn.Module.__call__))
+        replace(nn.Module, name, _refuse(session, getattr(nn.Module, name), what(verb)))
+    replace(nn.Module, "__call__", _call(session, nn.Module.__call__))
     for layer in session.layers:
-        patches.set(layer, "forward", _call(session, layer.forward))
+        replace(layer, "forward", _call(session, layer.forward))
 
 
 def _call(session: "TraceSession", original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """What a forward read while it was traced: compared before each run of its graph."""
 
+import copy
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from normswap.graph.tracing.failure import TraceFailure, is_library
 from normswap.graph.tracing.whitelist import FUNCTIONS, is_apply, is_constant
 
 _MOST_PARTS = 256
-_OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
+_OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__", "__dict__")
 # Stand for an attribute that is not there, and for any tensor: a graph reads that anew.
 MISSING, ANY_TENSOR = object(), object()
 Path = tuple[str, ...]
@@ -53,8 +54,8 @@ class Guards(NamedTuple):
             names += self.of_library
         for holder, name, value in names:
             now = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
-            # A compiler, once it saw a number change, knows no attributes of it.
-            if not alike(now if isinstance(value, (int, float)) else _function(now), value):
+            # A compiler knows no attributes of dicts, nor of numbers once it saw one change.
+            if not alike(now if isinstance(value, (int, float, dict)) else _function(now), value):
                 return False
         return True
 
@@ -68,8 +69,10 @@ def alike(now: Any, then: Any) -> bool:
         return True
     if then is ANY_TENSOR:
         return isinstance(now, Tensor)
-    if type(now) is not type(then) or isinstance(then, (Tensor, nn.Module, dict)):
+    if type(now) is not type(then) or isinstance(then, (Tensor, nn.Module)):
         return False
+    if isinstance(then, dict):
+        return now.keys() == then.keys() and all([alike(now[key], then[key]) for key in then])
     if isinstance(then, tuple):
         return len(now) == len(then) and all([alike(a, b) for a, b in zip(now, then)])  # noqa: B905
     return bool(now == then)
@@ -98,28 +101,19 @@ def flipped(module: nn.Module, guards: Guards) -> Iterator[bool]:
 
 
 def _function(value: object) -> object:
-    """Return the function of a bound method, and what stands behind a name while tracing."""
-    value = getattr(value, "__func__", value)
-    return getattr(value, "normswap_original", value)
+    """Return the function of a bound method; other values as they are."""
+    return getattr(value, "__func__", value)
 
 
 class Reads:
-    """Collects what a forward reads.
-
-    Attributes:
-        attributes: (path, name) -> the value.
-        children: path of a module -> names of its children.
-        methods: (path, name) -> function.
-        names: (id of its holder, name) -> (holder, name, value).
-        of_library: the same, of what leads to torch's own.
-    """
+    """Collects what a forward reads: the values of `Guards`, by path, and name or id and name."""
 
     def __init__(self) -> None:
         self.attributes: dict[tuple[str, str], object] = {}
         self.children: dict[str, tuple[str, ...]] = {}
         self.methods: dict[tuple[str, str], object] = {}
         self.names: dict[tuple[int, str], tuple[object, str, object]] = {}
-        self.of_library: dict[tuple[int, str], tuple[object, str, object]] = {}
+        self.of_library = dict(self.names)
 
     def attribute(self, path: str, name: str, value: object) -> None:
         """Note an attribute.
@@ -135,15 +129,12 @@ class Reads:
             self._add_code(value)
             self.attributes[path, name] = value
 
-    def name(self, holder: object, name: str, value: object) -> None:
-        """Note what a global, or an attribute of a class, means."""
-        if (id(holder), name) not in self.names:
-            self.names[id(holder), name] = (holder, name, _function(value))
+    def name(self, holder: object, name: str, value: object, of_library: bool = False) -> None:
+        """Note what a global, or an attribute of a class, means, or leads to of torch's own."""
+        table = self.of_library if of_library else self.names
+        if (id(holder), name) not in table:
+            table[id(holder), name] = (holder, name, _function(value))
             self._add_code(_function(value))
-
-    def library_name(self, holder: object, name: str, value: object) -> None:
-        """Note what a name means that leads to torch's own."""
-        self.of_library[id(holder), name] = (holder, name, _function(value))
 
     def method(self, path: str, name: str, function: object) -> None:
         """Note which function the class of a module has."""
@@ -158,18 +149,15 @@ class Reads:
         if isinstance(value, types.FunctionType) and not (known or is_library(value.__module__)):
             if hasattr(value, "_torchdynamo_disable"):  # a graph would hold what it does
                 raise TraceFailure(f"calls {value.__name__}(), which stays out of compiled code")
-            parts = {name: getattr(value, name) for name in _OF_FUNCTIONS} | vars(value)
             held = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
             held += tuple(vars(value).values())
             if not all(is_constant(part) or isinstance(part, (*FUNCTIONS, type)) for part in held):
                 raise TraceFailure(
                     f"goes by {value.__name__}, whose defaults or attributes may change"
                 )
-            for name, part in parts.items():
-                self.names[id(value), name] = (value, name, part)
-            table = value.__kwdefaults__ or {}
-            for name, part in table.items():
-                self.names[id(table), name] = (table, name, part)
+            for name in _OF_FUNCTIONS:
+                part = getattr(value, name)
+                self.names[id(value), name] = (value, name, copy.copy(part))
             self._add_code(held)
 
     def guards(self) -> Guards:

@@ -1,5 +1,6 @@
 """The symbolic values that run through a forward while it is traced, and what is asked of them."""
 
+import dis
 import operator
 import sys
 from collections.abc import Iterator
@@ -7,8 +8,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from normswap.graph.tracing.failure import TraceFailure
-from normswap.graph.tracing.uses import instructions_of
+from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
+from normswap.graph.tracing.uses import ATTRIBUTE, instructions_of
+
+# Code that a question of class goes through, which is the question of its caller.
+_HANDS_ON = ("abc", "typing", "torch.nn.parameter")
 
 
 class Value(fx.Proxy):
@@ -16,11 +20,6 @@ class Value(fx.Proxy):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("node", "tracer"):
-            raise TraceFailure(f"sets .{name} of a tensor inside forward")
-        super().__setattr__(name, value)
 
     def __hash__(self) -> int:
         raise TraceFailure("looks up a value known only when it runs in a set, dict or cache")
@@ -39,12 +38,32 @@ class Value(fx.Proxy):
         items: Any = self.tracer.create_proxy("call_function", sequence_of, (self,), {})
         return iter([items[i] for i in range(step.argval)])
 
+    def __getattribute__(self, name: str) -> Any:
+        frame: Any = sys._getframe(1)
+        if name == "__class__":
+            return _class_of(self, frame)
+        by_name = not is_library(frame.f_globals.get("__name__")) and name != "__torch_function__"
+        if by_name and dis.opname[frame.f_code.co_code[frame.f_lasti]] not in ATTRIBUTE:
+            raise TraceFailure(f"looks up .{name} of a value, known only when it runs, by its name")
+        return super().__getattribute__(name)
+
     def __getattr__(self, name: str) -> Any:
         if name != "node" and is_input(self) and not hasattr(Tensor, name):
             raise TraceFailure(f"reads .{name} of its input, which no tensor has by itself")
         if name in ("grad", "grad_fn"):
             raise TraceFailure(f"reads .{name}, which may be None")
         return super().__getattr__(name)
+
+
+def _class_of(value: Value, frame: Any) -> type:
+    """Answer `isinstance`: DenseNet's layers ask whether a tensor that they are given is a list."""
+    while (name := frame.f_globals.get("__name__")) in _HANDS_ON:
+        frame = frame.f_back
+    if is_torch(name):
+        return type(value)
+    if is_input(value):
+        return Tensor
+    raise TraceFailure("asks for the type of a value that is only known when it runs")
 
 
 def sequence_of(value: Any) -> Any:

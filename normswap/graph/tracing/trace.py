@@ -8,21 +8,22 @@ outside of the trace changed.
 
 import gc
 import inspect
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Hashable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from torch import fx, nn
 
 from normswap.graph.tracing.constant_calls import ConstantCalls
-from normswap.graph.tracing.failure import TraceFailure, in_words, is_library
+from normswap.graph.tracing.failure import TraceFailure, in_words
 from normswap.graph.tracing.list_effects import check_given, snapshot_lists
-from normswap.graph.tracing.patches import Patches, patch_torch
+from normswap.graph.tracing.patches import patch_torch
 from normswap.graph.tracing.reads import Guards
-from normswap.graph.tracing.stand_ins import stand_ins
 from normswap.graph.tracing.tracer import ContainerTracer
-from normswap.graph.tracing.value_kinds import TENSOR, Kind, leaf_kinds, rebuild
+from normswap.graph.tracing.value_kinds import TENSOR, Kind, rebuild
 from normswap.graph.tracing.watch import Watch
 from normswap.util.original_class import container_class
 
@@ -68,11 +69,7 @@ class TraceSession:
         self.made: dict[Hashable, list[Any]] = {}
         self._tracer: ContainerTracer | None = None
         self._thread = threading.get_ident()
-        self._stand_ins = stand_ins(lambda: self.tracer is not None)
-        self._patches = Patches()
-        self._local = Patches()
-        self._entered: set[int] = set()
-        self._library: set[int] = set()
+        self._patches = ExitStack()
 
     @property
     def tracer(self) -> ContainerTracer | None:
@@ -87,31 +84,9 @@ class TraceSession:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._patches.undo()
+        self._patches.close()
         _OPEN.pop()
         _LOCK.release()
-
-    def _enter_globals(self, table: dict[str, Any]) -> bool:
-        """Replace the builtins a function in these globals may call.
-
-        Returns:
-            Whether they may be those of a forward: not torch's or the standard library's.
-        """
-        key = id(table)
-        if key in self._library:
-            return False
-        if key in self._entered:
-            return True
-        if self.tracer is None:
-            return False
-        if is_library(table.get("__name__")):
-            self._library.add(key)
-            return False
-        self._entered.add(key)
-        for name, value in self._stand_ins.items():
-            if name not in table:
-                self._local.set(table, name, value)
-        return True
 
     def trace(self, root: nn.Module, call: Callable[..., Any], kinds: tuple[Kind, ...]) -> Traced:
         """Trace a container's forward.
@@ -140,7 +115,7 @@ class TraceSession:
         gc.disable()
         try:
             tracer.reads.name(cls, "forward", cls.forward)
-            with ConstantCalls(), Watch(self._enter_globals, tracer.reads):
+            with ConstantCalls(), Watch(tracer.reads):
                 output = call(cls.forward, root, values)
                 check_given(lists, output)
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
@@ -149,8 +124,6 @@ class TraceSession:
         finally:
             if collecting:
                 gc.enable()
-            self._local.undo()
-            self._entered.clear()
             self._tracer = None
         if failure is not None:
             raise TraceFailure(in_words(failure)) from failure
@@ -159,10 +132,11 @@ class TraceSession:
 
 def _place(kinds: tuple[Kind, ...], tracer: ContainerTracer) -> tuple[Any, ...]:
     """Put a placeholder for each symbolic part of arguments; return the arguments."""
-    leaves: list[fx.Proxy] = []
-    for number, leaf in enumerate(k for kind in kinds for k in leaf_kinds(kind)):
-        proxy = tracer.create_proxy("placeholder", f"input_{number}", (), {})
-        proxy.node.meta["tensor"] = leaf == TENSOR
-        leaves.append(proxy)
-    supply = iter(leaves)
-    return tuple(rebuild(kind, supply) for kind in kinds)
+    count = itertools.count()
+
+    def make(kind: Kind) -> fx.Proxy:
+        proxy = tracer.create_proxy("placeholder", f"input_{next(count)}", (), {})
+        proxy.node.meta["tensor"] = kind == TENSOR
+        return proxy
+
+    return tuple([rebuild(kind, make) for kind in kinds])

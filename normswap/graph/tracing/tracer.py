@@ -108,7 +108,7 @@ class ContainerTracer(fx.Tracer):
             raise TraceFailure(f"reads .{name} of a {type(module).__name__} outside of it")
         if isinstance(value, Tensor):
             return self._get(value) if id(value) in self._tensors else value
-        if name in _BASE or name == "__class__":
+        if name in _BASE:
             raise TraceFailure(f"looks into its own {name}")
         if isinstance(value, nn.Module):
             if isinstance(value, nn.ParameterList | nn.ParameterDict):

@@ -1,4 +1,4 @@
-"""Read from the code of a function what it does with a name that it loads."""
+"""Read from the code of a function what it only asks classes for."""
 
 import dis
 import re
@@ -9,11 +9,8 @@ COMPARES = {"IS_OP", "COMPARE_OP", "CONTAINS_OP"}
 ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 # Attributes that tell a class by name.
 NAMES = ("__name__", "__qualname__", "__module__")
-# What is done with a name, as far as it matters.
-ASKS, SETS, RENAMES = "asks", "sets", "renames"
 _ASKING = ("isinstance", "issubclass", "super")
 _KINDS = ("LOAD_", "BUILD_TUPLE", "BUILD_SET", "BINARY_OP", "BINARY_OR", "PUSH_NULL")
-_RENAMED = ("COPY", "DUP_TOP", "JUMP", "RETURN", "YIELD", "LIST_")
 _MOVES = re.compile("LOAD_FAST|STORE_FAST")
 _SAME = {"LOAD_SMALL_INT": "LOAD_CONST"}
 
@@ -43,34 +40,7 @@ def instructions_of(code: types.CodeType) -> Iterator[dis.Instruction]:
         start = None
 
 
-def find_uses(steps: Sequence[dis.Instruction]) -> dict[int, str]:
-    """Return what is done with the value of each load, by the offset of the load.
-
-    Attributes that are looked up on it at once belong to the load.
-    """
-    uses = {}
-    asked = set(_find_asked(steps))
-    for place, step in enumerate(steps):
-        if not step.opname.startswith("LOAD_"):
-            continue
-        end = place + 1
-        while end < len(steps) and steps[end].opname in ATTRIBUTE:
-            end += 1
-        chain = steps[place + 1 : end]
-        after = steps[end].opname if end < len(steps) else ""
-        if after in ("STORE_ATTR", "DELETE_ATTR"):
-            use = SETS
-        elif step.offset in asked or after.startswith("CHECK_EXC"):
-            use = ASKS
-        elif after.startswith(_RENAMED) or (not chain and after.startswith("STORE_")):
-            use = RENAMES
-        else:
-            use = ""
-        uses[step.offset] = use
-    return uses
-
-
-def _find_asked(steps: Sequence[dis.Instruction]) -> Iterator[int]:
+def find_asked(steps: Sequence[dis.Instruction]) -> Iterator[int]:
     """Yield the offsets of loads that only say with what class something is compared."""
     for place, step in enumerate(steps):
         if step.opname in COMPARES:
@@ -83,6 +53,8 @@ def _find_asked(steps: Sequence[dis.Instruction]) -> Iterator[int]:
             asks = first > 0 and steps[first - 1].argval in _ASKING
             of = steps[first - 1].argval if asks else ""
             parts = [(first, second) if of == "super" else (second, end)] if asks else []
+        elif step.opname.startswith("CHECK_EXC"):
+            parts = [(_start(steps, place), place)]
         elif step.opname == "LOAD_SUPER_ATTR":
             end = _start(steps, place)
             parts = [(_start(steps, end), end)]

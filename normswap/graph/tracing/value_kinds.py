@@ -6,12 +6,13 @@ features that DenseNet's layers take) and dicts keep their structure.
 """
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
+from normswap.graph.tracing.failure import TraceFailure
 from normswap.util.elements import elements_of
 
 Kind: TypeAlias = Any  # nested tuples of strings and constants: hashable, compared by value
@@ -54,44 +55,26 @@ def describe(value: object, leaves: list[object]) -> Kind:
     return (OTHER, type(value).__name__)
 
 
-def rebuild(kind: Kind, leaves: Iterator[Any]) -> Any:
-    """Return an argument of a kind, its symbolic parts taken from `leaves`."""
+def rebuild(kind: Kind, make: Callable[[Kind], Any]) -> Any:
+    """Return an argument of a kind, with ``make(kind)`` for each part that `describe` appended.
+
+    Raises:
+        TraceFailure: a part that no graph can take.
+    """
     if kind is None:
         return None
     if kind in (TENSOR, NUMBER):
-        return next(leaves)
+        return make(kind)
     tag, content = kind
+    if tag == OTHER:
+        raise TraceFailure(f"takes a {content}, which no graph takes")
     if tag == "tuple":
-        return tuple(rebuild(k, leaves) for k in content)
+        return tuple([rebuild(k, make) for k in content])
     if tag == "list":
-        return [rebuild(k, leaves) for k in content]
+        return [rebuild(k, make) for k in content]
     if tag == "dict":
-        return {name: rebuild(k, leaves) for name, k in content}
+        return {name: rebuild(k, make) for name, k in content}
     return content
-
-
-def _leaves(kind: Kind) -> Iterator[Kind]:
-    """Yield the parts of a kind that have no parts, in the order `describe` meets them."""
-    tag, content = kind if isinstance(kind, tuple) else (None, None)
-    if tag in ("tuple", "list"):
-        for part in content:
-            yield from _leaves(part)
-    elif tag == "dict":
-        for _, part in content:
-            yield from _leaves(part)
-    else:
-        yield kind
-
-
-def leaf_kinds(kind: Kind) -> list[str]:
-    """Return TENSOR or NUMBER for each symbolic part, in the order `describe` collects them."""
-    return [leaf for leaf in _leaves(kind) if leaf in (TENSOR, NUMBER)]
-
-
-def find_other(kind: Kind) -> str | None:
-    """Return the type name of a part that no graph can take, None where there is none."""
-    others = (leaf for leaf in _leaves(kind) if isinstance(leaf, tuple) and leaf[0] == OTHER)
-    return next((name for _, name in others), None)
 
 
 def find_lists(value: object) -> Iterator[Any]:

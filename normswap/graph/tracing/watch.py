@@ -13,7 +13,6 @@ from normswap.graph.tracing.bytecode import Load, Test, read_code
 from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
 from normswap.graph.tracing.reads import Reads
 from normswap.graph.tracing.symbol import is_given
-from normswap.graph.tracing.uses import RENAMES, SETS
 from normswap.graph.tracing.value_kinds import symbolic_parts
 from normswap.graph.tracing.whitelist import cannot_change, needs_guard, why_unfit
 
@@ -24,12 +23,10 @@ class Watch:
     """Watches the functions that run in this thread while a trace does.
 
     Args:
-        enter: told the globals of each; returns whether they are a forward's own, not a library's.
         reads: collects what they read.
     """
 
-    def __init__(self, enter: Callable[[dict[str, Any]], bool], reads: Reads) -> None:
-        self._enter = enter
+    def __init__(self, reads: Reads) -> None:
         self._reads = reads
         self._refused: dict[types.CodeType, dict[int, str]] = {}
         self._outer: Any = None
@@ -48,7 +45,7 @@ class Watch:
     def _enter_frame(
         self, frame: types.FrameType, event: str, arg: object
     ) -> Callable[..., Any] | None:
-        if not self._enter(frame.f_globals):
+        if is_library(frame.f_globals.get("__name__")):
             return None
         self._note_method(frame)
         code = read_code(frame.f_code)
@@ -106,7 +103,7 @@ class Watch:
         table = frame.f_globals if load.name in frame.f_globals else frame.f_builtins
         if load.name not in table:
             return ""  # an error of the forward's own
-        value = _unwrap(table[load.name])
+        value = table[load.name]
         if table is frame.f_builtins or value is getattr(builtins, load.name, _MISSING):
             if value is type:
                 return "asks for the type of a value"
@@ -121,28 +118,21 @@ class Watch:
         steps = [(table, key := load.name, value)]
         for name in load.chain:
             if not isinstance(value, types.ModuleType | type):
-                if isinstance(value, types.FunctionType) and not name.startswith("__"):
-                    return f"reads {key}.{name}, an attribute of a function"
                 break
             if isinstance(value, type) and is_torch(value.__module__):
                 break
-            holder, key, value = value, name, _unwrap(getattr(value, name, _MISSING))
+            holder, key, value = value, name, getattr(value, name, _MISSING)
             if value is _MISSING or isinstance(value, property):
                 return ""
             steps.append((holder, key, value))
         where = ".".join((load.name, *load.chain)[: len(steps)])
-        if load.use == SETS:
-            return f"sets an attribute of {where}"
-        if load.use == RENAMES and isinstance(value, types.ModuleType | types.FunctionType):
-            return f"gives {where} another name"
-        why = why_unfit(value, where, load.use)
+        why = why_unfit(value, where, load.asks)
         if why:
             return why
-        note = self._reads.name
-        if not needs_guard(value, [owner for owner, _, _ in steps]):
-            note = self._reads.library_name
+        of_library = not needs_guard(value, [owner for owner, _, _ in steps])
         for owner, key, value in steps:
-            note(vars(owner) if isinstance(owner, types.ModuleType) else owner, key, value)
+            table = vars(owner) if isinstance(owner, types.ModuleType) else owner
+            self._reads.name(table, key, value, of_library)
         return ""
 
     def _why_unfit_inherited(self, frame: types.FrameType, load: Load) -> str:
@@ -184,11 +174,6 @@ def _check_test(test: Test, values: Mapping[str, object]) -> None:
             what = "is None" if test.none else "is another object"
             via = f"what comes of {name}" if test.calls else name
             raise TraceFailure(f"asks whether {via} {what}, known only when it runs")
-
-
-def _unwrap(value: object) -> object:
-    """Return what a name means to everybody else while a trace runs."""
-    return getattr(value, "normswap_original", value)
 
 
 def _is_given_nothing(code: types.CodeType) -> bool:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from normswap.graph.tracing.failure import is_library, is_torch
-from normswap.graph.tracing.uses import ASKS
 
 CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), enum.Enum),
@@ -68,20 +67,20 @@ def is_apply(value: object) -> bool:
     return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
-def why_unfit(value: object, name: str, use: str = "") -> str:
+def why_unfit(value: object, name: str, asks: bool = False) -> str:
     """Return why a forward that reads this may not become a graph; "" where it may.
 
     Args:
         value: what a name, or an attribute of what it means, leads to.
         name: that name.
-        use: what is done with it, see `uses`.
+        asks: whether something is only compared with it.
     """
-    if use == ASKS and isinstance(value, tuple) and all(isinstance(part, type) for part in value):
+    if asks and isinstance(value, tuple) and all(isinstance(part, type) for part in value):
         return ""
     if is_constant(value):
         return ""
     if isinstance(value, type | types.GenericAlias | types.UnionType) or _module(value) == "typing":
-        if isinstance(value, type) and use != ASKS and not cannot_change(value):
+        if isinstance(value, type) and not asks and not cannot_change(value):
             made = not issubclass(value, BaseException)
             return f"makes or hands on a {name}, whose attributes may change" if made else ""
         return _unfit_class(value, name)
@@ -115,6 +114,7 @@ def _of_torch(value: object) -> bool:
 def _unfit_class(value: object, name: str) -> str:
     root = _module(value).partition(".")[0]
     library = root in sys.stdlib_module_names and root not in (*_PURE, "builtins")
+    library |= type(value).__name__ == "tensortype"  # torch.FloatTensor asks no value for its class
     if not library or (isinstance(value, type) and issubclass(value, BaseException)):
         return ""
     return f"uses the class {_module(value)}.{name}"

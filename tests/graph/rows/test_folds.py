@@ -174,25 +174,3 @@ def test_a_hook_that_adds_views_is_seen():
     hook = model.linear.register_forward_pre_hook(lambda m, args: (torch.cat([args[0], -args[0]]),))
     check(model, (4, 3))
     hook.remove()
-
-
-class Yielding(Folding):
-    """Computes its exits one after the other, as they are asked for."""
-
-    def forward(self, x):
-        y = self.first(x.transpose(1, 2)).transpose(1, 2)
-        yield y
-        yield self.unfold(self.norm(self.fold(y)), x.shape[0])
-
-
-def test_what_a_forward_yields_is_measured_too():
-    model = apart(normswap.convert(Yielding(innermost, from_innermost).eval(), "cn", contexts=K))
-    x = torch.randn(N, 5, 6)
-    single = [
-        torch.cat(parts)
-        for parts in zip(
-            *(model(x[i : i + 1], context=LABELS[i : i + 1]) for i in range(N)), strict=True
-        )
-    ]
-    for one, expected in zip(model(x, context=LABELS), single, strict=True):
-        assert torch.allclose(one, expected, atol=1e-6)

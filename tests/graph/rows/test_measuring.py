@@ -75,7 +75,16 @@ def test_hooks_of_the_user_run_once_a_call_and_modes_and_flags_stay():
     def note(m, args, y):
         of_all.append(y)
 
-    hooks = [register_module_forward_hook(f) for f in (note, lambda m, args, y: of_all.append(y))]
+    class Tool:
+        def __init__(self):
+            self.seen = []
+
+        def note(self, m, args, y):
+            self.seen.append(y)
+
+    tool = Tool()
+    on_all = (note, lambda m, args, y: of_all.append(y), tool.note)
+    hooks = [register_module_forward_hook(f) for f in on_all]
     for module in (model, model.linear, model.norm):
         module.register_forward_pre_hook(lambda m, args: calls.append("before"))
         module.register_forward_hook(lambda m, args, y: calls.append("after"))
@@ -83,6 +92,7 @@ def test_hooks_of_the_user_run_once_a_call_and_modes_and_flags_stay():
     for hook in hooks:
         hook.remove()
     assert len(of_all) == 2 * 3
+    assert len(tool.seen) == 3
     assert calls.count("before") == calls.count("after") == 3
     assert len(model.linear._forward_hooks) == len(model.linear._forward_pre_hooks) == 1
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import ContextError, MissingContextError
-from tests.support.behave import LABELS, Block, Both, Holder, Own, images
+from tests.support.behave import LABELS, Block, Both, Own, images
 from tests.support.scoped import Paused, in_thread, make, run
 
 
@@ -114,26 +114,6 @@ def test_models_beside_each_other_in_a_module_keep_their_labels_apart():
         one, two = run(pair)
     assert torch.equal(one, run(pair.one, context=1))
     assert torch.equal(two, run(pair.two, context=2))
-
-
-def test_what_a_forward_yields_is_computed_in_scope():
-    class Lazy(Holder):
-        def forward(self, x):
-            yield self.a(x)
-            yield self.b(x)
-
-    class Mapped(Holder):
-        def forward(self, x):
-            return map(lambda block: block(x), [self.a, self.b])
-
-    for kind in (Lazy, Mapped):
-        model = make(kind())
-        expected = [block(images(), context=LABELS) for block in (model.a, model.b)]
-        lazy = model(images(), context=LABELS)
-        unlabelled = list(model(images()))
-        for one, other, none in zip(lazy, expected, unlabelled, strict=True):
-            torch.testing.assert_close(one, other)
-            assert not torch.equal(one, none)
 
 
 def test_a_model_that_was_used_is_freed():
