@@ -45,7 +45,9 @@ class ColumnAssigner(Assigner):
     def label(self, keys: Iterable[tuple[str, ...] | None]) -> Tensor:
         """Return the context of each combination of values, None where one is missing."""
         index: dict[Any, int] = {key: k for k, key in enumerate(self.keys)}
-        return torch.tensor([index.get(key, UNKNOWN) for key in keys], dtype=torch.int64)
+        return torch.tensor(
+            [index.get(key, UNKNOWN) for key in keys], dtype=torch.int64, device="cpu"
+        )
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return columns, edges and combinations of values."""
