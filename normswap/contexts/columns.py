@@ -74,8 +74,8 @@ def from_columns(
 ) -> ColumnAssigner:
     """Make a context of each combination of values that occurs in some columns.
 
-    Values are compared as text; 3, 3.0, "3" and "3.0" are one. Empty text, None and NaN are
-    missing.
+    Values are compared as text; 3, 3.0, "3" and "3.0" are one. Empty text, None, NaN and
+    pandas' NA and NaT are missing.
 
     Args:
         rows: a CSV file with a heading, dicts one a row, or a dict of columns.
