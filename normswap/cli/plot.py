@@ -8,7 +8,7 @@ from typing import Any
 
 from normswap import api, plot
 from normswap.cli.sources import add_model, build_model, chosen_model
-from normswap.errors import NormswapError, UnknownNameError
+from normswap.errors import NormswapError
 from normswap.plot import run_files
 
 
@@ -71,7 +71,7 @@ def _order(name: str) -> list[str] | None:
     """Return the names of a timm model's modules; None where timm or the model is missing."""
     try:
         model = build_model(f"timm:{name}", "meta")
-    except UnknownNameError:
+    except NormswapError:
         return None
     return [module for module, _ in model.named_modules()]
 

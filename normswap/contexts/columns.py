@@ -45,7 +45,9 @@ class ColumnAssigner(Assigner):
     def label(self, keys: Iterable[tuple[str, ...] | None]) -> Tensor:
         """Return the context of each combination of values, None where one is missing."""
         index: dict[Any, int] = {key: k for k, key in enumerate(self.keys)}
-        return torch.tensor([index.get(key, UNKNOWN) for key in keys], dtype=torch.int64)
+        return torch.tensor(
+            [index.get(key, UNKNOWN) for key in keys], dtype=torch.int64, device="cpu"
+        )
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return columns, edges and combinations of values."""
@@ -72,8 +74,8 @@ def from_columns(
 ) -> ColumnAssigner:
     """Make a context of each combination of values that occurs in some columns.
 
-    Values are compared as text; 3, 3.0, "3" and "3.0" are one. Empty text, None and NaN are
-    missing.
+    Values are compared as text; 3, 3.0, "3" and "3.0" are one. Empty text, None, NaN and
+    pandas' NA and NaT are missing.
 
     Args:
         rows: a CSV file with a heading, dicts one a row, or a dict of columns.

@@ -71,7 +71,7 @@ def kmeans(
     if not source.kept.complete:
         start = {"init": fitted.cluster_centers_, "n_init": 1, "reassignment_ratio": 0}
         fitted = cluster.MiniBatchKMeans(num_contexts, random_state=seed, **start)
-        waiting = torch.empty(0, kept.shape[1])
+        waiting = torch.empty(0, kept.shape[1], device="cpu")
 
         def learn(x: Tensor, _: Any) -> None:
             nonlocal waiting

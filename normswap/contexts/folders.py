@@ -48,7 +48,9 @@ class FolderAssigner(Assigner):
             if not isinstance(path, str | os.PathLike):
                 kind = describe(path)
                 raise ContextError(f"expected paths, got {kind}; folders tell the context of files")
-        return torch.tensor([self._label(os.fspath(path)) for path in paths], dtype=torch.int64)
+        return torch.tensor(
+            [self._label(os.fspath(path)) for path in paths], dtype=torch.int64, device="cpu"
+        )
 
     def _label(self, path: str) -> int:
         inside = os.path.relpath(os.path.abspath(path), self.root)
@@ -99,7 +101,7 @@ def from_folders(root: PathLike) -> FolderAssigner:
         )
     paths = [path for images in found.values() for path in images]
     counts = [len(images) for images in found.values()]
-    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    labels = torch.tensor([k for k, count in enumerate(counts) for _ in range(count)], device="cpu")
     inside = [path.relative_to(root).parts for path in paths]
     assigner.paths = tuple(paths)
     assigner.count(labels, [parts[1] if len(parts) > 2 else None for parts in inside])

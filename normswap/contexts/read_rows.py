@@ -11,6 +11,8 @@ from torch import Tensor
 
 from normswap.errors import ContextError
 
+_MISSING = ("NAType", "NaTType")  # what pandas has in place of missing values
+
 Row = Mapping[str, Any]
 Rows = str | os.PathLike[str] | Mapping[str, Sequence[Any] | Tensor] | Iterable[Row]
 
@@ -65,7 +67,7 @@ def as_text(value: Any) -> str | None:
         if math.isnan(value):
             return None
         return str(int(value)) if value.is_integer() else str(value)
-    text = "" if value is None else str(value).strip()
+    text = "" if value is None or type(value).__name__ in _MISSING else str(value).strip()
     # As a table with gaps writes whole numbers.
     whole = re.fullmatch(r"(-?\d+)\.0+", text)
     return (whole[1] if whole else text) or None

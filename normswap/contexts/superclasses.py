@@ -49,7 +49,7 @@ class SuperclassAssigner(Assigner):
             given = [given]
         if not isinstance(given, Iterable):
             raise ContextError(f"expected classes, names or indices, got {given!r}")
-        return torch.tensor([self._label(item) for item in given], dtype=torch.int64)
+        return torch.tensor([self._label(item) for item in given], dtype=torch.int64, device="cpu")
 
     def _label(self, item: Any) -> int:
         if item is None:

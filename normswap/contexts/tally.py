@@ -53,7 +53,7 @@ class Tally:
         Raises:
             ContextError: labels out of range, or another number of targets.
         """
-        values = torch.as_tensor(labels).tolist()
+        values = torch.as_tensor(labels, device="cpu").tolist()
         if any(not -1 <= value < self.num_contexts for value in values):
             raise ContextError(f"expected labels in [-1, {self.num_contexts}), got {labels}")
         counts = Counter(values)

@@ -96,5 +96,5 @@ def guess_inputs(model: nn.Module) -> Iterator[Inputs]:
     sides = ((built, built) if isinstance(built, int) else tuple(built), tuple(stated[1:]))
     for shape in dict.fromkeys(product(channels, sides)):  # each once, in order
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(2, shape[0], *shape[1], generator=generator)
+        images = torch.randn(2, shape[0], *shape[1], generator=generator, device="cpu")
         yield Inputs((images.to(device=parameter.device, dtype=parameter.dtype),))

@@ -14,8 +14,8 @@ def draw_beta(
 ) -> Tensor:
     """Draw from Beta(beta, beta), (count,) float32."""
     if beta == 1:
-        return torch.rand(count, device=device, generator=generator)
-    shape = torch.full((2, count), float(beta), device=device)
+        return torch.rand(count, device=device, dtype=torch.float32, generator=generator)
+    shape = torch.full((2, count), float(beta), device=device, dtype=torch.float32)
     # The meta device of torch 2.9 has no such operator.
     gamma = shape if shape.is_meta else torch._standard_gamma(shape, generator=generator)
     # Both draws of a small beta can underflow.

@@ -63,9 +63,9 @@ def resolve_labels(
         array: Any = labels if hasattr(labels, "filled") else labels.__array__()
         numbers = array.dtype.kind in "biufc" and array.dtype.isnative
         as_list = hasattr(labels, "filled") or not numbers
-        labels = array.tolist() if as_list else torch.as_tensor(array)
+        labels = array.tolist() if as_list else torch.as_tensor(array, device="cpu")
     elif isinstance(labels, bool):
-        labels = torch.tensor(labels)
+        labels = torch.tensor(labels, device="cpu")
     if not isinstance(labels, Tensor):
         indices = _to_indices(labels, names)
         limits = (min(indices), max(indices)) if indices else None

@@ -67,7 +67,7 @@ def _centres(
     """Draw the first means, (K, C)."""
     rows, channels = sample.shape
     draws = 1 if joint else channels
-    pick = torch.randint(rows, (draws,), generator=generator).to(sample.device)
+    pick = torch.randint(rows, (draws,), generator=generator, device="cpu").to(sample.device)
     nearest = torch.full((rows, draws), torch.inf, device=sample.device, dtype=sample.dtype)
     centres = []
     for _ in range(count):

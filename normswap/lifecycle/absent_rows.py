@@ -46,7 +46,8 @@ class KeptRows:
             for p, before in saved.items():
                 for key, now in _rows(optimizer, p).items():
                     # Rows of what this step made would, but for the decay, still be as made.
-                    old = before.get(key, torch.zeros_like(now) if decays[p] else now)
+                    made = _as_made(now, before[""]) if decays[p] else now
+                    old = before.get(key, made)
                     mask = absent.to(now.device).reshape(-1, *[1] * (now.dim() - 1))
                     now.copy_(torch.where(mask, old, now))
         self._saved = []
@@ -70,6 +71,8 @@ def keep_absent_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> Kept
 
     Args:
         optimizer: of torch, or derived from its class; it holds parameters of the model's contexts.
+            Of one that wraps another, as accelerate's and timm's Lookahead do, the steps of the
+            wrapped one count; what Lookahead averages between them, it averages in all rows.
         model: a converted model, or a module that holds one.
 
     Returns:
@@ -86,6 +89,7 @@ def keep_absent_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> Kept
         raise ConversionError(
             f"expected optimizer= as a torch optimizer, got {type(optimizer).__name__}"
         )
+    optimizer = _stepping(optimizer)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConversionError(
             "LBFGS keeps one flat history of all parameters, in which no row can be kept; "
@@ -101,6 +105,30 @@ def keep_absent_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> Kept
             "one that trains it, made after normswap.convert"
         )
     return KeptRows(optimizer, layers)
+
+
+def _as_made(state: Tensor, before: Tensor) -> Tensor:
+    """Return what a step made of a state, had decay not moved it.
+
+    That is zeros, or where the optimizer keeps a copy of the parameter, as MADGRAD, the copy.
+    """
+    if state.shape != before.shape:
+        return torch.zeros_like(state)
+    before = before.to(state)
+    return torch.where(state == before, before, 0)
+
+
+def _stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that keeps the state, and whose steps run hooks: the one wrapped."""
+    inner = [v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)]
+    if len(inner) == 1:
+        return _stepping(inner[0])
+    if not getattr(type(optimizer).step, "hooked", False):  # by torch.optim.Optimizer.__init__
+        raise ConversionError(
+            f"expected optimizer= whose steps run torch's hooks, got {type(optimizer).__name__}, "
+            "whose do not, and which wraps no other one; call super().__init__() in its class"
+        )
+    return optimizer
 
 
 def _tables(layer: ContextLayer) -> list[nn.Parameter]:

@@ -67,23 +67,27 @@ def param_groups(
         optim = need("timm.optim", "recipes", "layer_decay=, whose layers are timm's,")
         layered = optim.param_groups_layer_decay(model, layer_decay=layer_decay)
         scales = {id(p): group["lr_scale"] for group in layered for p in group["params"]}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         flat = parameter.ndim <= 1 or name.endswith(".bias")
         exempt = flat or id(parameter) in norms or any(fnmatch(name, s) for s in spared)
-        rate = norm_lr if norm_lr is not None and id(parameter) in norms else lr
-        rate *= scales.get(id(parameter), 1.0)
-        groups.setdefault((rate, 0.0 if exempt else weight_decay), []).append(parameter)
+        own_rate = norm_lr is not None and id(parameter) in norms
+        kind = (own_rate, scales.get(id(parameter), 1.0), exempt)
+        groups.setdefault(kind, []).append(parameter)
     if not groups:
         raise ConversionError(
             f"no parameter of {type(model).__name__} requires a gradient; see normswap.freeze"
         )
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
+    found = []
+    for (own_rate, scale, exempt), parameters in groups.items():
+        rate = norm_lr if own_rate and norm_lr is not None else lr
+        # A rate that is a tensor stays the caller's, which may be changed between steps.
+        rate = rate if scale == 1 else rate * scale
+        decay = 0.0 if exempt else weight_decay
+        found.append({"params": parameters, "lr": rate, "weight_decay": decay})
+    return found
 
 
 def freeze(

@@ -100,7 +100,9 @@ def densities(
         )
     weight, mean, sigma = (t.detach().double().cpu() for t in parts[:3])
     parts = Components(weight, mean, sigma, parts.names)
-    values = None if data is None else torch.as_tensor(data).detach().double().cpu()
+    values = (
+        None if data is None else torch.as_tensor(data, dtype=torch.float64, device="cpu").detach()
+    )
     chosen = _choose(parts, values, channels)
     columns = min(len(chosen), 3)
     rows = -(-len(chosen) // columns)
@@ -181,7 +183,7 @@ def _draw(panel: Axes, parts: Components, values: Tensor | None, channel: int) -
         shares = torch.histc(values, BINS, low, high) / (len(values) * width)
         edges = [low + k * width for k in range(BINS)]
         panel.bar(edges, shares.tolist(), width, align="edge", color="#d0d0d0")
-    grid = torch.linspace(low, high, 400).double()
+    grid = torch.linspace(low, high, 400, dtype=torch.float64, device="cpu")
     gaussians: Any = Normal(mean[:, None], sigma[:, None])
     each = weight[:, None] * gaussians.log_prob(grid).exp()
     panel.plot(grid.tolist(), each.sum(0).tolist(), color="black", linewidth=1.6, label="sum")

@@ -122,7 +122,10 @@ def model_divergences(model: nn.Module) -> tuple[dict[str, Tensor], list[str], s
 
 
 def _table(rows: Mapping[str, Tensor]) -> Tensor:
-    values = [torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in rows.values()]
+    values = [
+        torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+        for value in rows.values()
+    ]
     if not values or any(v.dim() != 1 or v.shape != values[0].shape for v in values):
         shapes = sorted({tuple(v.shape) for v in values})
         raise ConversionError(f"expected layers with one value a context each, got {shapes}")

@@ -36,7 +36,7 @@ class Firings:
 
     def table(self) -> Tensor:
         """Return (places, forwards) bool."""
-        table = torch.zeros(len(self.names), len(self.rows), dtype=torch.bool)
+        table = torch.zeros(len(self.names), len(self.rows), dtype=torch.bool, device="cpu")
         for forward, fired in enumerate(self.rows):
             table[list(fired), forward] = True
         return table

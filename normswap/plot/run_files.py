@@ -20,7 +20,7 @@ from normswap.util.extras import need
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
-TENSORS = ("model.safetensors", "checkpoint.safetensors")
+TENSORS = "model.safetensors"
 STEPS = ("epoch", "step", "iteration")
 
 
@@ -92,21 +92,20 @@ def read_tensors(source: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(source)
     if path.is_dir():
-        named = [path / name for name in TENSORS if (path / name).exists()]
-        others = sorted(path.glob("*.safetensors"))
-        if not named and len(others) != 1:
+        found = sorted(path.glob("*.safetensors"))
+        named = [file for file in found if file.name == TENSORS] or found
+        if len(named) != 1:
             raise NormswapError(
-                f"expected {' or '.join(TENSORS)}, or one safetensors file, in {path}, found "
-                f"{', '.join(p.name for p in others) or 'none'}"
+                f"expected {TENSORS}, or one safetensors file, in {path}, found "
+                f"{', '.join(file.name for file in found) or 'none'}"
             )
-        path = (named or others)[0]
-    safe = need("safetensors", "plot", "reading tensors")
+        (path,) = named
+    error_of_library = need("safetensors", "plot", "reading tensors").SafetensorError
     try:
-        with safe.safe_open(path, framework="pt") as file:
-            # The recipe's checkpoint holds its models as ARM/model/NAME.
-            return {name.rpartition("/model/")[2]: file.get_tensor(name) for name in file.keys()}
-    except (OSError, safe.SafetensorError) as error:
+        tensors: dict[str, Tensor] = need("safetensors.torch", "plot", "reading").load_file(path)
+    except (OSError, error_of_library) as error:
         raise NormswapError(f"cannot read tensors from {path}: {error}") from error
+    return tensors
 
 
 def components_in(tensors: Mapping[str, Tensor]) -> dict[str, Components]:

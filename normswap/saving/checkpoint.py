@@ -192,7 +192,7 @@ def _decide(base: nn.Module, content: dict[str, Any], sites: set[str]) -> tuple[
     if method.needs_context:
         contexts = Contexts(
             tuple(content["contexts"]),
-            torch.tensor(content["priors"], dtype=torch.float64),
+            torch.tensor(content["priors"], dtype=torch.float64, device="cpu"),
             content["unknown"],
             content["answering"],
         )

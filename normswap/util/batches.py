@@ -29,8 +29,8 @@ class Reservoir:
     def __init__(self, size: int, generator: torch.Generator) -> None:
         self.size = size
         self.generator = generator
-        self.keys = torch.empty(0)
-        self.index = torch.empty(0, dtype=torch.int64)
+        self.keys = torch.empty(0, device="cpu")
+        self.index = torch.empty(0, dtype=torch.int64, device="cpu")
         self.rows: Tensor | None = None
         self.seen = 0
 
@@ -43,8 +43,9 @@ class Reservoir:
         """Offer `count` rows; `take` returns those of the indices it is given."""
         # Each row draws a key; those with the largest keys so far are a uniform sample.
         before = len(self.keys)
-        keys = torch.cat([self.keys, torch.rand(count, generator=self.generator)])
-        stays = torch.zeros(len(keys), dtype=torch.bool)
+        drawn = torch.rand(count, generator=self.generator, device="cpu")
+        keys = torch.cat([self.keys, drawn])
+        stays = torch.zeros_like(keys, dtype=torch.bool)
         stays[keys.topk(min(self.size, len(keys))).indices] = True
         new = stays[before:].nonzero().flatten()
         left = (~stays[:before]).nonzero().flatten()

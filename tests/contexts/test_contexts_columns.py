@@ -25,6 +25,16 @@ class TestColumns:
         assert assigner.labels.tolist() == [1, 0, 0, -1]
         assert assigner.report().unknown == 1
 
+    def test_what_pandas_has_for_missing_values_is_missing(self):
+        class NAType:
+            def __str__(self):
+                return "<NA>"
+
+        rows = [{"camera": "A"}, {"camera": NAType()}]
+        assigner = contexts.from_columns(rows, "camera")
+        assert assigner.names == ("A",)
+        assert assigner.labels.tolist() == [0, -1]
+
     def test_several_columns_decide_together_numbers_in_order(self):
         assigner = contexts.from_columns(ROWS, ["site", "camera"])
         assert assigner.names == ("9 / A", "10 / B")

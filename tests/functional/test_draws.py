@@ -6,6 +6,7 @@ import torch
 import normswap
 from normswap.errors import InputError
 from normswap.functional import schedule
+from normswap.functional.draws import draw_beta
 
 
 @pytest.fixture
@@ -66,3 +67,16 @@ def test_compiled_code_does_not_ask_for_the_stream(monkeypatch):
 
     run = torch.compile(forward, backend="eager", fullgraph=True)
     assert run(x).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+def test_a_draw_is_the_same_whatever_the_default_dtype(beta, dtype):
+    expected = draw_beta(beta, 9, generator=torch.Generator().manual_seed(0))
+    torch.set_default_dtype(dtype)
+    try:
+        found = draw_beta(beta, 9, generator=torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

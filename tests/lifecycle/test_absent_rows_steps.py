@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm.optim
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -85,6 +86,62 @@ def test_a_context_of_any_process_is_present_on_all(tmp_path):
     assert first[0] == second[0] == [True, True, False]
     assert first[1] == second[1] == [False, True, False]
     assert torch.equal(first[2], second[2])
+
+
+def test_a_copy_that_an_optimizer_keeps_of_a_row_stays_one():
+    model = converted()
+    optimizer = timm.optim.MADGRAD(model.parameters(), 0.1, weight_decay=0.1)
+    normswap.keep_absent_rows(optimizer, model)
+    before = tables(model)["weight"]
+    ((x, target, labels),) = batches([[0, 1, 1, 0]])
+    loss_of(model(x, context=labels), target).backward()
+    optimizer.step()
+    for rows in (optimizer.state[model[0].weight]["x0"], model[0].weight):
+        assert torch.equal(rows[2], before[2])
+
+
+def prepare(optimizer):
+    return pytest.importorskip("accelerate").Accelerator(cpu=True).prepare(optimizer)
+
+
+def trained(wrap):
+    """Return model and optimizer after steps of which the last ends `keep_absent_rows`."""
+    model = converted()
+    optimizer = torch.optim.AdamW(list(model.parameters()), 0.1, weight_decay=0.1)
+    wrapper = wrap(optimizer)
+    kept = normswap.keep_absent_rows(wrapper, model)
+    for count, (x, target, labels) in enumerate(batches([[0, 1, 1, 0], [1, 1, 2, 2], [0] * 4])):
+        if count == 2:
+            kept.remove()
+        wrapper.zero_grad()
+        loss_of(model(x, context=labels), target).backward()
+        wrapper.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("wrap", [timm.optim.Lookahead, prepare])
+def test_an_optimizer_may_be_wrapped(wrap):
+    (model, optimizer), (alone, expected) = trained(wrap), trained(lambda optimizer: optimizer)
+    for name, p in model.named_parameters():
+        other = alone.get_parameter(name)
+        assert torch.equal(p, other)
+        assert torch.equal(optimizer.state[p]["exp_avg"], expected.state[other]["exp_avg"])
+
+
+class Bare(torch.optim.Optimizer):
+    """Does without what `Optimizer.__init__` does, and wraps no other."""
+
+    def __init__(self, params):
+        self.param_groups, self.state = [{"params": list(params)}], {}
+
+    def step(self, closure=None):
+        """Do nothing."""
+
+
+def test_one_that_runs_no_hooks_is_refused():
+    model = converted()
+    with pytest.raises(normswap.ConversionError, match="run torch's hooks, got Bare"):
+        normswap.keep_absent_rows(Bare(model.parameters()), model)
 
 
 def test_state_dict_stays_standard_and_resumes():

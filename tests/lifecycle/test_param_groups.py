@@ -90,6 +90,15 @@ def test_layer_decay_gives_a_norm_the_rate_of_its_layer():
     assert len(set(actual.values())) > 3
 
 
+@pytest.mark.parametrize("settings", [{}, {"norm_lr": 0.02}, {"layer_decay": 0.5}])
+def test_a_rate_that_is_a_tensor_gives_the_rates_of_a_number(settings):
+    model, rate = convert(timm.create_model("resnet10t"), "cn"), torch.tensor(0.1)
+    groups = [normswap.param_groups(model, lr, 0.05, **settings) for lr in (0.1, rate)]
+    rates = [[float(g["lr"]) for g in found] for found in groups]
+    assert rates[1] == pytest.approx(rates[0])
+    assert rate == torch.tensor(0.1)
+
+
 def test_frozen_parameters_are_in_no_group():
     model = convert(ConvNet(), "cn")
     model.head.requires_grad_(False)

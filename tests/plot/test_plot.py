@@ -109,12 +109,14 @@ def test_methods_without_statistics_are_refused():
         plot.divergence(converted("crossnorm"))
 
 
-def test_densities_are_weighted_gaussians_and_their_sum():
-    weight = torch.tensor([[0.3], [0.7]])
-    mean, sigma = torch.tensor([[-1.0], [2.0]]), torch.tensor([[0.5], [1.5]])
+@pytest.mark.parametrize("offset", [0, 1e9])
+def test_densities_are_weighted_gaussians_and_their_sum(offset):
+    weight, sigma = torch.tensor([[0.3], [0.7]]), torch.tensor([[0.5], [1.5]])
+    mean = torch.tensor([[-1.0], [2.0]], dtype=torch.float64) + offset
     figure = plot.densities(Components(weight, mean, sigma, ("left", "right")), None)
     total, *each = figure.axes[0].get_lines()
     x = torch.tensor(total.get_xdata())
+    assert len(x.unique()) == len(x)
     expected = [
         w * Normal(m, s).log_prob(x).exp() for w, m, s in zip(weight, mean, sigma, strict=True)
     ]

@@ -83,7 +83,7 @@ def settle(step: Step, x: Tensor, moves: Tensor | None, samples: int, noise: flo
 
 def _slots(how: str, rows: int, samples: int) -> Tensor:
     """Return where the rows of each sample are, (N, rows a sample)."""
-    order = torch.arange(rows)
+    order = torch.arange(rows, device="cpu")
     return order.view(-1, samples).T if how == REPEATED else order.view(samples, -1)
 
 
@@ -91,8 +91,8 @@ def _owners(step: Step, samples: int) -> Tensor:
     """Return the sample of each row, (rows,)."""
     if step.index is not None:
         return step.index
-    owners = torch.empty(step.rows, dtype=torch.int64)
-    owners[_slots(step.how, step.rows, samples)] = torch.arange(samples).unsqueeze(1)
+    owners = torch.empty(step.rows, dtype=torch.int64, device="cpu")
+    owners[_slots(step.how, step.rows, samples)] = torch.arange(samples, device="cpu").unsqueeze(1)
     return owners
 
 

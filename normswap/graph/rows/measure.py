@@ -147,7 +147,7 @@ class Measurement:
     def _moves(self, met: _Met, noise: list[float]) -> list[Tensor | None]:
         """Return how much each word's runs move each row; None where the path depends on values."""
         length, words = code(self.samples)
-        moves = [torch.zeros(length, step.rows) for step, _ in met]
+        moves = [torch.zeros(length, step.rows, device="cpu") for step, _ in met]
         reach, failure = len(met), None
         for how in HOWS:
             for bit in range(length):

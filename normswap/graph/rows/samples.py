@@ -78,12 +78,14 @@ def as_tensors(value: Any) -> Any:
     """
     if isinstance(value, list | tuple) and value:
         if all(map(_is_array, value)):
-            return [torch.tensor(part) for part in value]
+            return [torch.tensor(part, device="cpu") for part in value]
         if all(map(_is_sequence, value)):
-            return [torch.tensor(part, dtype=_NUMBERS[type(part[0])]) for part in value]
+            return [
+                torch.tensor(part, dtype=_NUMBERS[type(part[0])], device="cpu") for part in value
+            ]
     if isinstance(value, Tensor) and value.is_nested:
         return list(value.unbind())
-    return torch.tensor(value) if _is_array(value) else value
+    return torch.tensor(value, device="cpu") if _is_array(value) else value
 
 
 def _is_sequence(value: Any) -> bool:

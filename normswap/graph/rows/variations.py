@@ -48,7 +48,7 @@ def ended(batch: Any, at: int) -> Any:
     if not isinstance(batch, Tensor):
         new = fresh([*batch])
         if isinstance(new[0], int):
-            return ended(torch.tensor(new), at).tolist()
+            return ended(torch.tensor(new, device="cpu"), at).tolist()
         whole = isinstance(new[at], Tensor) and not new[at].dim()
         if isinstance(new[at], Tensor | str) and not whole and len(new[at]) > 1:
             new[at] = new[at][:-1]
@@ -108,7 +108,8 @@ def exchange(batch: Any, picked: list[int], how: str, generator: torch.Generator
                 if other.shape == new[i].shape:
                     new[i] = torch.where(new[i] == values[i], other, new[i])
         elif how == "shuffle":
-            order = torch.randperm(new[i].numel(), generator=generator).to(new[i].device)
+            order = torch.randperm(new[i].numel(), generator=generator, device="cpu")
+            order = order.to(new[i].device)
             new[i] = values[i].flatten()[order].view(values[i].shape)
         elif new[i].numel():
             new[i] = _noise(values, values[i], generator)
@@ -122,7 +123,7 @@ def _exchange_texts(
     batch: list[str], picked: list[int], how: str, generator: torch.Generator
 ) -> list[str]:
     """Exchange texts for others of their own lengths, by which forwards may sort or pad them."""
-    letters = [torch.tensor([*map(ord, text)], dtype=torch.int64) for text in batch]
+    letters = [torch.tensor([*map(ord, text)], dtype=torch.int64, device="cpu") for text in batch]
     if how != "others":
         changed = exchange(letters, picked, how, generator)
         return ["".join(map(chr, text.tolist())) for text in changed]
@@ -161,7 +162,7 @@ def _noise(batch: list[Tensor], like: Tensor, generator: torch.Generator) -> Ten
     if low == high and like.dtype in (torch.bool, torch.uint8):
         # A mask or an image; other integers may be of a table that holds no others.
         return like.logical_not().to(like.dtype)
-    draw = torch.rand(like.shape, generator=generator, dtype=torch.float64)
+    draw = torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu")
     if like.is_floating_point():
         return (low + (high - low or 1.0) * draw).to(like)
     return (low + (high - low + 1) * draw).floor().clamp(max=high).to(like)
