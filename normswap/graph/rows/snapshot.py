@@ -3,14 +3,11 @@
 import ast
 import contextlib
 import copy
-import copyreg
-import functools
 import itertools
 import os
 import sys
 import types
 import warnings
-from array import array
 from collections import deque
 from collections.abc import Collection, Iterator, MutableMapping
 from typing import Any
@@ -19,18 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from normswap.graph.class_questions import reachable
 from normswap.graph.rows.generators import controls_of, global_controls, is_equal
+from normswap.graph.rows.reached import behind, is_of_library, names_in, slots_of, whole_of
 from normswap.graph.tracing.failure import is_library
 from normswap.util.elements import elements_of, holds
 from normswap.util.original_class import class_of
 
 # Values that are looked into, the nearest first: what holds more is data, not state.
 _MOST = 20_000
-_MOST_BYTES = 1 << 24
 _MISSING = object()
-# Modules of Python with classes of plain objects.
-_NAMESPACES = ("types", "argparse", "collections", "queue", "_thread")
+_METHODS = (types.FunctionType, classmethod, staticmethod, property)
 # Iterators whose state a copy keeps; from Python 3.14 on those of itertools have none.
 _COPYABLE = ("builtins",) if sys.version_info >= (3, 14) else ("builtins", "itertools")
 
@@ -40,7 +35,8 @@ class Snapshot:
 
     Tables, which have names, are put back with what they held: attributes of modules, classes,
     functions and plain objects, slots included, dicts, the environment, variables of functions
-    around others, and the globals that forwards and the functions they call name. So are
+    around others, and the globals that code names: of forwards, and of the functions and methods
+    that these lead to by name, attribute or collection, in files of the user's, too. So are
     collections with their entries, defaults of arguments among them, tensors with their values,
     parameters included, arrays with theirs, and with their states iterators and generators of
     random numbers, those of Python, NumPy and torch included.
@@ -55,33 +51,52 @@ class Snapshot:
         self._arrays: list[tuple[Any, Any, Any]] = []
         self._dice = global_controls()
         self._met: set[int] = set()
+        # What code that was seen calls things, and classes with methods of such names.
+        self._named = {"forward"}
+        self._classes: list[type] = []
         if any(parameter.is_cuda for parameter in model.parameters()):
             self._keep(torch.cuda.default_generators[torch.cuda.current_device()])
         self._keep_table(os.environ)
         level: list[Any] = [*model.parameters(), *model.buffers()]
-        level += [part for module in model.modules() for part in self._keep_table(vars(module))]
-        classes: set[Any] = {class_of(module) for module in model.modules()}
-        for cls in classes:
-            if not is_library(cls.__module__):
-                level += [part for base in cls.__mro__ for part in self._keep(base)]
-                level += [part for f in reachable(cls) for part in self._see(f)]
         hooks = [_global_forward_hooks, _global_forward_pre_hooks]
         for module in model.modules():
+            level += [class_of(module), *self._keep_table(vars(module))]
             hooks += [module._forward_hooks, module._forward_pre_hooks]
-        for hook in itertools.chain.from_iterable(table.values() for table in hooks):
-            if (function := function_of(hook)) is not None:
-                level += [hook, *self._see(function)]
-        while level:
+        level += itertools.chain.from_iterable(table.values() for table in hooks)
+        while level := [*self._methods(), *level]:
             level = [part for value in level for part in self._keep(value)]
         self._states = [read() for read, _, _ in self._dice]
 
+    def _methods(self) -> list[Any]:
+        """Return what classes have under names in code that was seen, and what operators call."""
+        if len(self._met) >= _MOST:
+            return []
+        tables = [vars(cls) for cls in self._classes]
+        found = [v for t in tables for name, v in t.items() if self._is_called(name)]
+        return [value for value in found if id(value) not in self._met]
+
+    def _is_called(self, name: str) -> bool:
+        return name in self._named or (name[:2] == "__" and name != "__init__")
+
     def _see(self, function: types.FunctionType) -> list[Any]:
         """Keep what a function names: globals, and variables of functions around it."""
-        parts = self._keep(function)
-        for cell in function.__closure__ or ():
-            parts += self._keep(cell)
-        parts += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        return parts + self._keep_table(function.__globals__, _names(function.__code__))
+        parts: list[Any] = [function.__dict__, function.__defaults__, function.__kwdefaults__]
+        parts += function.__closure__ or ()
+        if not is_library(function.__globals__.get("__name__")):
+            names = names_in(function.__code__)
+            self._named |= names
+            parts += self._keep_named(function.__globals__, names)
+        return parts
+
+    def _keep_named(self, table: dict[str, Any], names: set[str]) -> list[Any]:
+        """Keep what names mean in a module, and in modules that they lead to."""
+        parts, tables = list[Any](), [table]
+        for each in tables:
+            parts += (found := self._keep_table(each, names))
+            files = [vars(p) for p in found if isinstance(p, types.ModuleType)]
+            met = set(map(id, tables))
+            tables += [f for f in files if id(f) not in met and not is_library(f["__name__"])]
+        return parts
 
     def _keep_table(self, holder: Any, names: Collection[str] | None = None) -> list[Any]:
         kept = {k: _copied(v) for k, v in _table(holder).items() if names is None or k in names}
@@ -106,19 +121,29 @@ class Snapshot:
             kept = dict(value) if isinstance(value, dict) else [*elements_of(value)]
             self._collections.append((value, kept))
             return [*kept.values()] if isinstance(kept, dict) else kept
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple | frozenset):
             return [*elements_of(value)]
-        elif isinstance(value, types.MethodType):
-            return [value.__self__]
-        elif (whole := _whole_of(value)) is not None:
+        elif (whole := whole_of(value)) is not None:
             self._arrays.append((value, whole, copy.copy(value)))
         elif isinstance(value, types.CellType):
             return self._keep_table(value)
-        elif not _is_of_library(value):
-            table = value if isinstance(value, type) else getattr(value, "__dict__", None)
-            parts = self._keep_table(table) if isinstance(table, dict | type) else []
-            return parts + (self._keep_table(value) if _slots_of(value) else [])
+        elif isinstance(value, types.FunctionType):
+            return self._see(value)
+        elif (led := behind(value)) is not None:
+            return led
+        elif not is_of_library(value):
+            return self._keep_object(value)
         return []
+
+    def _keep_object(self, value: Any) -> list[Any]:
+        """Keep the attributes of an object, or of a class."""
+        if isinstance(value, type):
+            self._classes.append(value)
+            parts = self._keep_table(value)
+            return [*value.__bases__, *(p for p in parts if not isinstance(p, _METHODS))]
+        table = getattr(value, "__dict__", None)
+        parts = self._keep_table(table) if isinstance(table, dict) else []
+        return [type(value), *parts, *(self._keep_table(value) if slots_of(value) else [])]
 
     def restore(self, seed: int | None = None) -> bool:
         """Put everything back.
@@ -154,42 +179,6 @@ class Snapshot:
         return moved
 
 
-def function_of(hook: object) -> types.FunctionType | None:
-    """Return the Python function that a callable runs, None for code written in C."""
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    if not isinstance(hook, types.FunctionType | types.MethodType):
-        hook = type(hook).__call__
-    function = getattr(hook, "__func__", hook)
-    return function if isinstance(function, types.FunctionType) else None
-
-
-def _whole_of(value: Any) -> Any:
-    """Return the index of all of an array that can change, of NumPy or of bytes; None of others."""
-    if isinstance(value, bytearray | array):
-        return slice(None) if len(value) < _MOST_BYTES else None
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is None or not isinstance(value, numpy.ndarray):
-        return None
-    return ... if value.flags.writeable and value.nbytes < _MOST_BYTES else None
-
-
-def _slots_of(value: object) -> list[str]:
-    names: list[str] = [] if isinstance(value, type) else copyreg._slotnames(type(value))  # type: ignore[attr-defined]
-    return names
-
-
-def _is_of_library(value: object) -> bool:
-    """Return whether a class, function or object is none of the user's, as a logger or queue."""
-    module = getattr(value, "__module__", None)
-    return is_library(module) and module not in _NAMESPACES
-
-
-def _names(code: types.CodeType) -> set[str]:
-    inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
-
-
 def _table(holder: Any) -> Any:
     """Return what the names of a dict, class, cell or object with slots mean now."""
     if isinstance(holder, types.CellType):
@@ -198,7 +187,7 @@ def _table(holder: Any) -> Any:
         return {name: value for name, value in vars(holder).items() if name[:2] != "__"}
     if isinstance(holder, MutableMapping):
         return holder
-    return {name: getattr(holder, name) for name in _slots_of(holder) if hasattr(holder, name)}
+    return {name: getattr(holder, name) for name in slots_of(holder) if hasattr(holder, name)}
 
 
 def _restore_table(holder: Any, names: Collection[str] | None, kept: dict[Any, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.graph.tracing.failure import TraceFailure, is_library
-from normswap.graph.tracing.whitelist import FUNCTIONS, is_apply, is_constant
+from normswap.graph.tracing.whitelist import FUNCTIONS, is_constant, why_unfit
 
 _MOST_PARTS = 256
 _OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__", "__dict__")
@@ -119,8 +119,11 @@ class Reads:
         """Note an attribute.
 
         Raises:
-            TraceFailure: an object that cannot be compared with what it was.
+            TraceFailure: an object that cannot be compared with what it was, or a function that a
+                graph may not call.
         """
+        if isinstance(value, FUNCTIONS) and (why := why_unfit(value, f".{name}")):
+            raise TraceFailure(why)
         if not _is_comparable(value):
             raise TraceFailure(
                 f"reads .{name}, a {type(value).__name__}, which may have changed unnoticed"
@@ -151,7 +154,7 @@ class Reads:
                 raise TraceFailure(f"calls {value.__name__}(), which stays out of compiled code")
             held = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
             held += tuple(vars(value).values())
-            if not all(is_constant(part) or isinstance(part, (*FUNCTIONS, type)) for part in held):
+            if not all(map(_may_be_held, held)):
                 raise TraceFailure(
                     f"goes by {value.__name__}, whose defaults or attributes may change"
                 )
@@ -178,5 +181,11 @@ def _split(path: str) -> Path:
 def _is_comparable(value: Any) -> bool:
     if type(value) is tuple:
         return len(value) <= _MOST_PARTS and all(map(is_constant, value))
-    known = isinstance(value, (*FUNCTIONS, Tensor, nn.Module)) and not is_apply(value)
-    return known or is_constant(value)
+    return isinstance(value, (*FUNCTIONS, Tensor, nn.Module)) or is_constant(value)
+
+
+def _may_be_held(value: Any) -> bool:
+    """Return whether a function may have a value for a default, or an attribute."""
+    if isinstance(value, FUNCTIONS):
+        return not why_unfit(value, "")
+    return is_constant(value) or isinstance(value, type)

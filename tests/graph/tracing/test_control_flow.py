@@ -140,7 +140,7 @@ def test_a_custom_function_keeps_its_gradient(held):
             y = self.b(self.a(x))
             return self.square(y) if self.held else Square.apply(y)
 
-    reason = "reads .square" if held else "calls Square.apply(), of a function of autograd"
+    reason = f"calls {'.square' if held else 'Square.apply'}(), of a function of autograd"
     converted = check(Model(), opaque=reason)
     gradients = []
     for last in (Square.apply, lambda y: 7 * y):
