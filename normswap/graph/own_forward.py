@@ -12,6 +12,9 @@ from normswap.graph.scope.scope import Scope
 from normswap.graph.state import ContainerState, Values, forward_of, state_of
 from normswap.util.original_class import STATE
 
+# Iterators over what is there already.
+_COMPUTED = tuple(type(iter(c)) for c in ([], (), {}, {}.values(), {}.items()))
+
 
 def own_forward(module: nn.Module, values: Values) -> Any:
     """Run the forward the module had before conversion."""
@@ -36,7 +39,8 @@ def run_scoped(module: nn.Module, values: Values, context: Context | None) -> An
     run = answered(state.fqn, state.questions, own_forward)
     output = in_scope(state.scope, context, run, module, values)
     # A tuple, not a union: torch 2.9's compiler does not take isinstance of a union.
-    if context is not None and isinstance(output, (Awaitable, AsyncIterator, Iterator)):
+    later = isinstance(output, (Awaitable, AsyncIterator, Iterator))
+    if context is not None and later and not isinstance(output, _COMPUTED):
         if isinstance(output, Coroutine):
             output.close()
         raise ConversionError(

@@ -256,7 +256,6 @@ PAIRS = {
     "keys": lambda a, b: {1: a, 0: b},
     "values": lambda a, b: {1: a, 0: b}.values(),
     "iterator": lambda a, b: iter([a, b]),
-    "map": lambda a, b: map(torch.neg, [a, b]),
     "stacked": lambda a, b: torch.stack([a, b]),
     "own iteration": lambda a, b: Backwards([a, b]),
 }
