@@ -13,7 +13,8 @@ from normswap.graph.state import ContainerState, Values, forward_of, state_of
 from normswap.util.original_class import STATE
 
 # Iterators over what is there already.
-_COMPUTED = tuple(type(iter(c)) for c in ([], (), {}, {}.values(), {}.items()))
+_MADE: tuple[Any, ...] = ([], (), {}.keys(), {}.values(), {}.items())
+_COMPUTED = tuple(type(iter(made)) for made in _MADE)
 
 
 def own_forward(module: nn.Module, values: Values) -> Any:
