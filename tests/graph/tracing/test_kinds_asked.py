@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import normswap
 from tests.support.behave import Holder, check, images
 
 
@@ -39,7 +40,18 @@ def keys_of(model, y):
     return getattr(y, "keys", 1)
 
 
+def is_of_another_name(model, y):
+    is_a = isinstance
+    return is_a(y, torch.Tensor)
+
+
+def has_by_a_function(model, y):
+    return all(map(hasattr, [y], ["dim"]))
+
+
 ASKS = {
+    is_of_another_name: "hands on isinstance",
+    has_by_a_function: "hands on hasattr",
     is_float: "FloatTensor",
     is_parameter: "asks for the type",
     is_sized: "asks for the type",
@@ -73,6 +85,30 @@ class AskingInput(Holder):
 
 def test_an_input_is_a_tensor():
     check(AskingInput())
+
+
+class Joining(Holder):
+    """Functions in C ask what they are given, too."""
+
+    def forward(self, x):
+        y = self.a(x)
+        parts = torch.stack((y, y * 2))
+        return self.b(torch.cat(parts.unbind(), 1)[:, ::2])
+
+
+class JoinsParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, parts):
+        return self.norm(torch.cat(parts, 1))
+
+
+def test_functions_of_torch_take_values_in_place_of_lists():
+    check(Joining())
+    converted = normswap.convert(JoinsParts(), "cn", contexts=3, verify=False)
+    assert not normswap.summary(converted).opaque
 
 
 def scaled(x):
