@@ -129,3 +129,24 @@ def test_attributes_of_functions_take_effect(monkeypatch):
     for name, factor in (("gain", 1.5), ("late", 4.5)):
         monkeypatch.setattr(scaled, name, 3.0, raising=False)
         torch.testing.assert_close(converted(x, context="0"), before * factor)
+
+
+class Gains(Holder):
+    def __init__(self):
+        super().__init__()
+        self.gains = nn.Linear(1, 1)
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        for gain in self.gains.parameters():
+            y = y * gain
+        return y
+
+
+def test_parameters_from_a_loop_are_read_anew():
+    converted = check(Gains())
+    x = images()
+    before = converted(x, context="0")
+    with torch.no_grad():
+        converted.gains.weight.mul_(2)
+    torch.testing.assert_close(converted(x, context="0"), before * 2)
