@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -63,6 +63,7 @@ class Schedule(Protocol):
         """Forget the draw: the forward is over."""
 
 
+@dataclass(eq=False)
 class ContainerState:
     """What a converted container carries.
 
@@ -84,28 +85,20 @@ class ContainerState:
             code; "" for nothing.
     """
 
-    def __init__(
-        self,
-        fqn: str,
-        scope: Scope,
-        layers: tuple[type, ...],
-        first_norm: str,
-        trace: bool = True,
-    ) -> None:
-        self.fqn = fqn
-        self.scope = scope
-        self.layers = layers
-        self.first_norm = first_norm
-        self.trace = trace
-        self.override: Callable[..., Any] | None = None
-        self.variants: dict[tuple[Kind, ...], list[Variant]] = {}
-        self.assumed: set[tuple[Kind, ...]] = set()
-        self.insertions: tuple[InsertedLayer, ...] = ()
-        self.blocks = 0
-        self.before: str | None = None
-        self.after: str | None = None
-        self.schedule: Schedule | None = None
-        self.questions = "", ""
+    fqn: str
+    scope: Scope
+    layers: tuple[type, ...]
+    first_norm: str
+    trace: bool = True
+    override: Callable[..., Any] | None = None
+    variants: dict[tuple[Kind, ...], list[Variant]] = field(default_factory=dict)
+    assumed: set[tuple[Kind, ...]] = field(default_factory=set)
+    insertions: tuple[InsertedLayer, ...] = ()
+    blocks: int = 0
+    before: str | None = None
+    after: str | None = None
+    schedule: Schedule | None = None
+    questions: tuple[str, str] = ("", "")
 
     @property
     def runs_own_forward(self) -> bool:

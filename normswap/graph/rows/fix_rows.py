@@ -3,7 +3,7 @@
 from torch import nn
 
 from normswap.errors import expect_module, not_converted
-from normswap.graph.rows.rows import Rows
+from normswap.graph.scope.scope import scope_of
 
 
 def fix_rows(model: nn.Module, fixed: bool = True, aligned: bool = False) -> None:
@@ -31,14 +31,9 @@ def fix_rows(model: nn.Module, fixed: bool = True, aligned: bool = False) -> Non
         ConversionError: no converted model in `model`.
     """
     expect_module(model)
-    found = {id(rows): rows for m in model.modules() if (rows := _rows_of(m)) is not None}
+    found = {id(s): s.rows for m in model.modules() if (s := scope_of(m)) is not None}
     if not found:
         raise not_converted(model, " with a method that takes labels")
     for rows in found.values():
         rows.fixed, rows.aligned = fixed, aligned
         rows.families.clear()
-
-
-def _rows_of(module: nn.Module) -> Rows | None:
-    rows = getattr(getattr(module, "scope", None), "rows", None)
-    return rows if isinstance(rows, Rows) else None

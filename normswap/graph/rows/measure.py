@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,10 +22,11 @@ _OTHER_SEEDS = range(0x5EED0000, 0x5EED0008)
 _Met = list[tuple[Step, Tensor]]
 
 
+@dataclass(eq=False)
 class Measurement:
     """Runs of a model on variations of one batch, and what its norms were given in them.
 
-    Args:
+    Attributes:
         call: runs the model on arguments; its norms call `listen`.
         restore: puts the model's state and the random generators back, or seeds those; returns
             whether they had moved.
@@ -33,31 +35,27 @@ class Measurement:
         modes: id of a norm -> its mode outside of the measurement.
         batches: what a list of as many tensors as each has rows is taken for: one sample each, or
             batches.
+        seed: of the random generators in each run; by default they start as they are.
+        varied: whether samples could be changed at all.
     """
 
-    def __init__(
-        self,
-        call: Callable[[Any], Any],
-        restore: Callable[..., bool],
-        values: Any,
-        samples: int,
-        modes: dict[int, bool],
-        batches: bool,
-    ) -> None:
-        self.call, self.restore, self.values, self.samples = call, restore, values, samples
-        self.modes = modes
-        self.batches = batches
-        # Of the random generators in each run; by default they start as they are.
-        self.seed: int | None = None
-        self._before: Iterator[tuple[Step, Tensor]] | None = None
-        self._found: list[Any] = []
-        found, self.beside = batches_in(values, samples, batches)
+    call: Callable[[Any], Any]
+    restore: Callable[..., bool]
+    values: Any
+    samples: int
+    modes: dict[int, bool]
+    batches: bool
+    seed: int | None = None
+    varied: bool = False
+    _before: Iterator[tuple[Step, Tensor]] | None = None
+    _found: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        found, self.beside = batches_in(self.values, self.samples, self.batches)
         ranks = [rank_of(batch) for batch in found]
         self.rank = max([0, *ranks])
         self.possible = self.rank in ranks
         self.others = any(rank < self.rank for rank in ranks)
-        # Whether samples could be changed at all.
-        self.varied = False
 
     def listen(self, layer: Any, site: str, x: Tensor) -> None:
         """Keep what a norm is given, or compare it with what it was given before."""

@@ -1,6 +1,7 @@
 """What of a scope belongs to a thread, in a form that compiled code reads and writes."""
 
 import threading
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from normswap.functional.labels import Context
@@ -21,6 +22,7 @@ class Entry(NamedTuple):
 SEVERAL = Entry(None, -2)
 
 
+@dataclass(eq=False)
 class Here:
     """What compiled code can read and write of a thread.
 
@@ -34,11 +36,12 @@ class Here:
         forwards: how many entries have labels.
     """
 
-    def __init__(self) -> None:
-        self.entry: Entry | None = None
-        self.compiled: Entry | None = None
-        self.mirror: Entry | None = None
-        self.blocks = self.labelled = self.forwards = 0
+    entry: Entry | None = None
+    compiled: Entry | None = None
+    mirror: Entry | None = None
+    blocks: int = 0
+    labelled: int = 0
+    forwards: int = 0
 
 
 class Local(threading.local):

@@ -7,7 +7,13 @@ import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from normswap.graph.tracing.uses import ATTRIBUTE, find_asked, instructions_of
+from normswap.graph.tracing.uses import (
+    ANSWERED,
+    ATTRIBUTE,
+    find_answered,
+    find_asked,
+    instructions_of,
+)
 
 _SKIPPED = ("PRECALL", "NOP", "NOT_TAKEN", "PUSH_NULL")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
@@ -67,6 +73,7 @@ class Code(NamedTuple):
     Attributes:
         loads: of names from outside.
         tests: of identity.
+        answered: calls by which symbolic values are asked, with the loads of what they call.
         refused: what may not run, and what it would do.
         catches: whether it handles exceptions.
         statements: in order.
@@ -74,6 +81,7 @@ class Code(NamedTuple):
 
     loads: dict[int, Load]
     tests: dict[int, Test]
+    answered: dict[int, int]
     refused: dict[int, str]
     catches: bool
     statements: list[Statement]
@@ -85,10 +93,13 @@ _KNOWN: "weakref.WeakKeyDictionary[types.CodeType, Code]" = weakref.WeakKeyDicti
 def read_code(code: types.CodeType) -> Code:
     """Read the instructions of a function."""
     if code not in _KNOWN:
-        steps, asked = steps_of(code), {*find_asked(list(instructions_of(code)))}
-        loads, refused = _find_loads(code, steps, asked), _find_refused(code, steps)
+        every, steps = list(instructions_of(code)), steps_of(code)
+        answered = find_answered(every)
+        loads = _find_loads(code, steps, {*find_asked(every)})
+        refused = _find_refused(code, steps, {*answered.values()})
         statements = list(_split(steps, loads))
-        _KNOWN[code] = Code(loads, _find_tests(steps), refused, _catches(steps), statements)
+        tests = _find_tests(steps)
+        _KNOWN[code] = Code(loads, tests, answered, refused, _catches(steps), statements)
     return _KNOWN[code]
 
 
@@ -182,7 +193,9 @@ def _find_tests(steps: list[dis.Instruction]) -> dict[int, Test]:
     return tests
 
 
-def _find_refused(code: types.CodeType, steps: list[dis.Instruction]) -> dict[int, str]:
+def _find_refused(
+    code: types.CodeType, steps: list[dis.Instruction], called: set[int]
+) -> dict[int, str]:
     refused = {}
     for step in steps:
         name, given = step.opname, step.argval
@@ -190,6 +203,8 @@ def _find_refused(code: types.CodeType, steps: list[dis.Instruction]) -> dict[in
             refused[step.offset] = f"sets {given} outside of it"
         elif name in ("STORE_ATTR", "DELETE_ATTR"):
             refused[step.offset] = f"sets .{given} inside forward"
+        elif name in _GLOBAL and given in ANSWERED and step.offset not in called:
+            refused[step.offset] = f"hands on {given}"
         elif name == "IMPORT_NAME":
             refused[step.offset] = f"imports {given}"
         elif name in ATTRIBUTE and given in _INSIDE:

@@ -1,15 +1,16 @@
 """The symbolic values that run through a forward while it is traced, and what is asked of them."""
 
-import dis
 import operator
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
 
+from normswap.graph.tracing.bytecode import read_code
 from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
-from normswap.graph.tracing.uses import ATTRIBUTE, instructions_of
+from normswap.graph.tracing.uses import instructions_of
 
 # Code that a question of class goes through, which is the question of its caller.
 _HANDS_ON = ("abc", "typing", "torch.nn.parameter")
@@ -42,8 +43,7 @@ class Value(fx.Proxy):
         frame: Any = sys._getframe(1)
         if name == "__class__":
             return _class_of(self, frame)
-        by_name = not is_library(frame.f_globals.get("__name__")) and name != "__torch_function__"
-        if by_name and dis.opname[frame.f_code.co_code[frame.f_lasti]] not in ATTRIBUTE:
+        if not is_library(frame.f_globals.get("__name__")) and _asks(frame):
             raise TraceFailure(f"looks up .{name} of a value, known only when it runs, by its name")
         return super().__getattribute__(name)
 
@@ -55,11 +55,16 @@ class Value(fx.Proxy):
         return super().__getattr__(name)
 
 
+def _asks(frame: types.FrameType) -> bool:
+    """Return whether code calls a builtin that symbolic values answer."""
+    return frame.f_lasti in read_code(frame.f_code).answered
+
+
 def _class_of(value: Value, frame: Any) -> type:
     """Answer `isinstance`: DenseNet's layers ask whether a tensor that they are given is a list."""
     while (name := frame.f_globals.get("__name__")) in _HANDS_ON:
         frame = frame.f_back
-    if is_torch(name):
+    if is_torch(name) or not (is_library(name) or _asks(frame)):
         return type(value)
     if is_input(value):
         return Tensor

@@ -109,7 +109,6 @@ class TraceSession:
         values = _place(kinds, tracer)
         lists = snapshot_lists(values)
         self._tracer = tracer
-        failure: Exception | None = None
         # The collector runs code of others in the middle of a forward, which is not judged.
         collecting = gc.isenabled()
         gc.disable()
@@ -120,13 +119,12 @@ class TraceSession:
                 check_given(lists, output)
                 tracer.create_node("output", "output", (tracer.create_arg(output),), {})
         except Exception as error:
-            failure = error
+            self._tracer = None  # before what a user's error says of itself
+            raise TraceFailure(in_words(error)) from error
         finally:
             if collecting:
                 gc.enable()
             self._tracer = None
-        if failure is not None:
-            raise TraceFailure(in_words(failure)) from failure
         return Traced(tracer.graph, tracer.reads.guards())
 
 

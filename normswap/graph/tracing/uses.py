@@ -1,4 +1,4 @@
-"""Read from the code of a function what it only asks classes for."""
+"""Read from the code of a function what it asks, and of what."""
 
 import dis
 import re
@@ -9,6 +9,8 @@ COMPARES = {"IS_OP", "COMPARE_OP", "CONTAINS_OP"}
 ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 # Attributes that tell a class by name.
 NAMES = ("__name__", "__qualname__", "__module__")
+# Builtins that symbolic values answer themselves; others ask these the same, as functions in C.
+ANSWERED = ("isinstance", "hasattr", "getattr")
 _ASKING = ("isinstance", "issubclass", "super")
 _KINDS = ("LOAD_", "BUILD_TUPLE", "BUILD_SET", "BINARY_OP", "BINARY_OR", "PUSH_NULL")
 _MOVES = re.compile("LOAD_FAST|STORE_FAST")
@@ -64,6 +66,20 @@ def find_asked(steps: Sequence[dis.Instruction]) -> Iterator[int]:
             found = steps[first:last]
             if all(s.opname.startswith(_KINDS) for s in found):
                 yield from (s.offset for s in found)
+
+
+def find_answered(steps: Sequence[dis.Instruction]) -> dict[int, int]:
+    """Return the offset of each call of a builtin in `ANSWERED`, and of the load of its name."""
+    found = {}
+    for place, step in enumerate(steps):
+        if step.opname.startswith("CALL") and step.arg is not None:
+            first = end = place - (steps[place - 1].opname == "PRECALL")
+            for _ in range(step.arg):
+                first = _start(steps, first)
+            if first > 0 and steps[first - 1].argval in ANSWERED:
+                # Python 3.11 may call from either.
+                found[step.offset] = found[steps[end].offset] = steps[first - 1].offset
+    return found
 
 
 def _start(steps: Sequence[dis.Instruction], end: int) -> int:

@@ -240,10 +240,10 @@ class Pairs(nn.Module):
 
     def __init__(self, wrap):
         super().__init__()
-        self.block, self.wrap = Block(), wrap
+        self.wrap = wrap
 
     def forward(self, x):
-        return self.wrap(self.block(x), 2 * x)
+        return self.wrap(x, 2 * x)
 
 
 class Backwards(list):
@@ -269,7 +269,8 @@ def test_unpacking_what_a_child_returns(wrap):
             self.pairs = Pairs(wrap)
 
         def forward(self, x):
-            first, second = self.pairs(x)
-            return self.a(x) * first + second
+            y = self.a(x)
+            first, second = self.pairs(y)
+            return self.b(y * first + second)
 
     check(Model())

@@ -175,3 +175,14 @@ def test_a_recomputation_that_stops_early_changes_what_the_original_changes():
         seen.clear()
         run(images().requires_grad_()).sum().backward()
         assert len(seen) == 2
+
+
+def test_a_list_that_is_handed_back():
+    class Back(Holder):
+        def forward(self, x, found):
+            return self.b(self.a(x)), found
+
+    converted = normswap.convert(Back().eval(), "cn", contexts=3, verify=False)
+    mine = [images()]
+    assert converted(images(), mine, context=LABELS)[1] is mine
+    assert "returns a list or dict it was given" in normswap.summary(converted).opaque[""]
