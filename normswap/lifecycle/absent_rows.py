@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError, expect_module
+from normswap.lifecycle.context_rows import with_wrapped
 from normswap.lifecycle.record import check_parameters
 from normswap.methods.layer import ContextLayer
 
@@ -13,13 +14,11 @@ from normswap.methods.layer import ContextLayer
 class KeptRows:
     """What `keep_absent_rows` put on an optimizer; `remove` takes it off again."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, layers: list[ContextLayer]) -> None:
+    def __init__(self, optimizers: list[torch.optim.Optimizer], layers: list[ContextLayer]) -> None:
         self._layers = layers
         self._saved: list[tuple[ContextLayer, dict[nn.Parameter, dict[str, Tensor]]]] = []
-        self._handles = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        )
+        self._handles = [o.register_step_pre_hook(self._before) for o in optimizers]
+        self._handles += [o.register_step_post_hook(self._after) for o in optimizers]
 
     def remove(self) -> None:
         """Let all rows move again in every step."""
@@ -89,12 +88,19 @@ def keep_absent_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> Kept
         raise ConversionError(
             f"expected optimizer= as a torch optimizer, got {type(optimizer).__name__}"
         )
-    optimizer = _stepping(optimizer)
-    if isinstance(optimizer, torch.optim.LBFGS):
+    # A wrapper has no state of its own, and its steps may run no hooks.
+    wrapped = [each for each in with_wrapped(optimizer) if len(with_wrapped(each)) == 1]
+    if any(isinstance(each, torch.optim.LBFGS) for each in wrapped):
         raise ConversionError(
             "LBFGS keeps one flat history of all parameters, in which no row can be kept; "
             "use an optimizer that keeps its state by parameter"
         )
+    for each in wrapped:
+        if not getattr(type(each).step, "hooked", False):  # by torch.optim.Optimizer.__init__
+            raise ConversionError(
+                f"expected optimizer= whose steps run torch's hooks, got {type(each).__name__}, "
+                "whose do not; call super().__init__() in its class"
+            )
     named = {name: m for name, m in model.named_modules() if isinstance(m, ContextLayer)}
     check_parameters(dict(named), written=True)
     layers = list(named.values())
@@ -104,7 +110,7 @@ def keep_absent_rows(optimizer: torch.optim.Optimizer, model: nn.Module) -> Kept
             "expected optimizer= to hold parameters of this model's contexts, found none; pass the "
             "one that trains it, made after normswap.convert"
         )
-    return KeptRows(optimizer, layers)
+    return KeptRows(wrapped, layers)
 
 
 def _as_made(state: Tensor, before: Tensor) -> Tensor:
@@ -116,19 +122,6 @@ def _as_made(state: Tensor, before: Tensor) -> Tensor:
         return torch.zeros_like(state)
     before = before.to(state)
     return torch.where(state == before, before, 0)
-
-
-def _stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that keeps the state, and whose steps run hooks: the one wrapped."""
-    inner = [v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)]
-    if len(inner) == 1:
-        return _stepping(inner[0])
-    if not getattr(type(optimizer).step, "hooked", False):  # by torch.optim.Optimizer.__init__
-        raise ConversionError(
-            f"expected optimizer= whose steps run torch's hooks, got {type(optimizer).__name__}, "
-            "whose do not, and which wraps no other one; call super().__init__() in its class"
-        )
-    return optimizer
 
 
 def _tables(layer: ContextLayer) -> list[nn.Parameter]:

@@ -43,7 +43,7 @@ def plan_states(
         raise ConversionError(
             f"expected optimizer= as a torch optimizer, got {type(optimizer).__name__}"
         )
-    inner = [value for value in vars(optimizer).values() if isinstance(value, _Optimizer)]
+    every = with_wrapped(optimizer)
     optimized = {p for group in optimizer.param_groups for p in group["params"]}
     # Contexts may have buffers alone.
     if not optimized & (parameters.keys() or set(model.parameters())):
@@ -51,7 +51,7 @@ def plan_states(
             "expected optimizer= to hold parameters of this model's contexts, found none; pass the "
             "one that trains it, or leave it out and make a new one"
         )
-    if any(isinstance(each, torch.optim.LBFGS) for each in (optimizer, *inner)):
+    if any(isinstance(each, torch.optim.LBFGS) for each in every):
         raise ConversionError(
             "LBFGS keeps one flat history of all parameters, in which no row can change; make it "
             "anew afterwards"
@@ -62,10 +62,13 @@ def plan_states(
         state = each.state[p].items()
         return {k: _changed(value, p, f"{k!r} of {held[p]}", change) for k, value in state}
 
-    return [
-        (each, {p: state_of(each, p) for p in held if p in each.state})
-        for each in (optimizer, *inner)
-    ]
+    return [(each, {p: state_of(each, p) for p in held if p in each.state}) for each in every]
+
+
+def with_wrapped(optimizer: Any) -> list[Any]:
+    """Return an optimizer and those it wraps, as accelerate's and timm's Lookahead do."""
+    inner = [value for value in vars(optimizer).values() if isinstance(value, _Optimizer)]
+    return [optimizer, *(each for value in inner for each in with_wrapped(value))]
 
 
 def _changed(value: Any, parameter: nn.Parameter, where: str, change: Change) -> Any:

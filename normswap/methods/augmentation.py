@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import InputError
 from normswap.methods.base import InsertedMethod
+from normswap.methods.layer_tensors import check_input
 from normswap.sites import Place
 from normswap.util.arguments import check_choice, check_number
 
@@ -63,12 +63,9 @@ class Augmentation(nn.Module):
             two samples, and with a single position.
 
         Raises:
-            InputError: fewer than two dimensions.
+            InputError: fewer than two dimensions, or integers.
         """
-        if x.dim() < 2:
-            raise InputError(
-                f"expected input (N, C, *) at {type(self).__name__}, got {tuple(x.shape)}"
-            )
+        check_input(x, type(self).__name__)
         if not self.training or x.shape[0] < 2 or x.shape[2:].numel() < 2:
             return x
         fires = torch.rand((), device=x.device) < self.p

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import InputError
 from normswap.functional.backend import is_traced
 from normswap.functional.draws import draw_permutation, is_captured
 from normswap.functional.schedule import Schedule
 from normswap.functional.style import cross_norm, draw_box
 from normswap.methods.base import InsertedMethod, register_method
+from normswap.methods.layer_tensors import check_input
 from normswap.sites import Place
 from normswap.util.arguments import check_choice, check_count, check_number
 
@@ -70,10 +70,9 @@ class CrossNorm(nn.Module):
             not fire, and where there is no other instance (or channel) or a single position.
 
         Raises:
-            InputError: fewer than two dimensions.
+            InputError: fewer than two dimensions, or integers.
         """
-        if x.dim() < 2:
-            raise InputError(f"expected input (N, C, *) at CrossNorm, got {tuple(x.shape)}")
+        check_input(x, "CrossNorm")
         if not self.training:
             return x
         if fire is None:

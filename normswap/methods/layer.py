@@ -10,7 +10,7 @@ from normswap.errors import ContextError, refuse_scripting
 from normswap.functional.backend import is_eager, may_serve, triton_for
 from normswap.functional.label_rows import labels_per_row, wrong_length
 from normswap.functional.labels import Context, Labels, resolve_labels
-from normswap.methods.layer_tensors import Resettable, WithPriors, lay_out
+from normswap.methods.layer_tensors import Resettable, WithPriors, check_input, lay_out
 from normswap.methods.layer_tensors import load_shared as load_shared
 from normswap.methods.running import RUNNING, RunningStats
 from normswap.methods.unknown_labels import UnknownLabels, check_unknown
@@ -48,11 +48,7 @@ class NormLayer(AsBefore, RunningStats, Resettable):
 
     def _accept(self, x: Tensor) -> Tensor:
         """Check the input; return it laid out in memory as batch norm would return it."""
-        if x.dim() < 2 or x.shape[1] != self.num_features:
-            raise ContextError(
-                f"expected input (N, {self.num_features}, *) at {self._where()}, "
-                f"got {tuple(x.shape)}; channels are dimension 1"
-            )
+        check_input(x, self._where(), self.num_features, ContextError)
         if self.dims and x.dim() not in self.dims:
             raise ContextError(
                 f"expected input of {' or '.join(map(str, self.dims))} dimensions at "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn.functional import pad
 
-from normswap.errors import ContextError, ConversionError
+from normswap.errors import ContextError, ConversionError, InputError, NormswapError
 from normswap.util.arguments import check_flag, check_number, describe
 from normswap.util.original_class import ORIGINAL
 
@@ -190,6 +190,22 @@ def check_own(layer: nn.Module, *names: str) -> None:
                 "parameter, got one that is computed from others, which cannot be set; remove its "
                 "pruning or parametrization first"
             )
+
+
+def check_input(
+    x: Tensor, where: str, channels: int | None = None, error: type[NormswapError] = InputError
+) -> None:
+    """Raise unless an input is (N, C, *), of so many channels if that is known, and of floats.
+
+    Results have its dtype, and integers would be cut off.
+    """
+    fits = x.dim() > 1 and (channels is None or x.shape[1] == channels)
+    if not fits or not x.is_floating_point():
+        size = "C" if channels is None else channels
+        raise error(
+            f"expected input (N, {size}, *) at {where}, got {tuple(x.shape)} of {x.dtype}; "
+            "values are floating-point, channels are dimension 1"
+        )
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -6,12 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import ConversionError, InputError
+from normswap.errors import ConversionError
 from normswap.functional.affine import Affine
 from normswap.functional.moments import Moments
 from normswap.functional.stat_maps import stat_affine
 from normswap.functional.style import style_of
 from normswap.methods.base import InsertedMethod, register_method
+from normswap.methods.layer_tensors import check_input
 from normswap.methods.selfnorm_gate import STD_EPS, Gate
 from normswap.sites import Place
 from normswap.util.arguments import MOST_FEATURES, check_choice, check_count
@@ -73,13 +74,9 @@ class SelfNorm(nn.Module):
             A tensor of the shape, dtype and memory format of x; x itself where it is empty.
 
         Raises:
-            InputError: dimension 1 is not num_features.
+            InputError: dimension 1 is not num_features, or integers.
         """
-        if x.dim() < 2 or x.shape[1] != self.num_features:
-            raise InputError(
-                f"expected input (N, {self.num_features}, *) at SelfNorm, got {tuple(x.shape)}; "
-                "channels are dimension 1"
-            )
+        check_input(x, "SelfNorm", self.num_features)
         if x.numel() == 0 and not self.g.synced:
             return x
         gates = (self.g,) if self.f is None else (self.g, self.f)

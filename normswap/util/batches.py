@@ -1,10 +1,11 @@
 """Batches that stream through a model: eval mode meanwhile, a progress bar, a uniform sample."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import islice
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -133,9 +134,8 @@ def show_progress(
         tqdm = import_module("tqdm").tqdm
     except ImportError:
         return stream
-    total = len(loader) if isinstance(loader, Sized) else batches
-    if total is not None and batches is not None:
-        total = min(total, batches)
+    # No length is known of a loader over an iterable data set, which has a `__len__` that raises.
+    total = min(filter(None, (length_hint(loader), batches)), default=None)
     # disable=None: on a terminal only.
     bar: Iterable[Any] = tqdm(
         stream, title, total, unit="batch", disable=None if progress else True

@@ -119,7 +119,9 @@ def trained(wrap):
     return model, optimizer
 
 
-@pytest.mark.parametrize("wrap", [timm.optim.Lookahead, prepare])
+@pytest.mark.parametrize(
+    "wrap", [timm.optim.Lookahead, prepare, lambda o: prepare(timm.optim.Lookahead(o))]
+)
 def test_an_optimizer_may_be_wrapped(wrap):
     (model, optimizer), (alone, expected) = trained(wrap), trained(lambda optimizer: optimizer)
     for name, p in model.named_parameters():

@@ -44,7 +44,12 @@ OPTIMIZERS = {
     "timm lion": lambda p: timm.optim.Lion(p, 0.001),
     "timm madgrad": lambda p: timm.optim.MADGRAD(p, 0.01),
     "timm lookahead": lambda p: timm.optim.Lookahead(torch.optim.SGD(p, 1e-4, momentum=0.9)),
+    "accelerate around it": lambda p: prepare(OPTIMIZERS["timm lookahead"](p)),
 }
+
+
+def prepare(optimizer):
+    return pytest.importorskip("accelerate").Accelerator(cpu=True).prepare(optimizer)
 
 
 @EACH

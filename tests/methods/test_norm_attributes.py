@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import normswap
+from normswap.lifecycle.record import method_layers
 from normswap.sites import read_site
 
 METHODS = [name for name in normswap.methods() if hasattr(normswap.get_method(name), "build")]
@@ -121,3 +122,13 @@ def test_a_norm_with_a_check_of_its_own_takes_what_it_took(method):
     for shape in ((3, 4, 5), (3, 4, 5, 5)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(converted(x), model(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", normswap.methods())
+def test_integers_are_refused_for_results_would_be_cut_off(method, training):
+    model = normswap.convert(nn.Sequential(nn.BatchNorm1d(3)), method).train(training)
+    images = torch.randint(256, (4, 3, 5), dtype=torch.uint8)
+    (layer,) = method_layers(model).values()
+    with pytest.raises(normswap.NormswapError, match=r"\*\) at .* of torch.uint8; values are"):
+        layer(images)
