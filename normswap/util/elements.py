@@ -1,5 +1,6 @@
-"""What collections hold, whatever a class of a user's makes of its own methods."""
+"""What collections and objects hold, whatever a class of a user's makes of its own methods."""
 
+import copyreg
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -18,3 +19,9 @@ def elements_of(value: Any) -> Iterator[Any]:
     base: Any = next((cls for cls in COLLECTIONS if isinstance(value, cls)), None)
     elements: Iterator[Any] = iter(()) if base is None else base.__iter__(value)
     return elements
+
+
+def slots_of(value: object) -> list[str]:
+    """Return the names of the slots of an object, which may hold nothing; none of a class."""
+    names: list[str] = [] if isinstance(value, type) else copyreg._slotnames(type(value))  # type: ignore[attr-defined]
+    return names
