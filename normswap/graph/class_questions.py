@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from normswap.graph.not_copied import closure_of
-from normswap.graph.tracing.bytecode import Statement, codes_of, read_code
+from normswap.graph.tracing.bytecode import Statement, closure_of, codes_of, read_code
 from normswap.graph.tracing.class_names import ways_to_names
 from normswap.graph.tracing.failure import is_library
 from normswap.graph.tracing.uses import COMPARES

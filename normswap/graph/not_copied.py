@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError
-from normswap.graph.tracing.bytecode import codes_of, read_code
+from normswap.graph.class_questions import reachable
+from normswap.graph.tracing.bytecode import closure_of, codes_of, read_code
+from normswap.graph.tracing.failure import is_library
 from normswap.util.copies import attributes_of
-from normswap.util.elements import elements_of
-from normswap.util.original_class import STATE
+from normswap.util.elements import COLLECTIONS, elements_of, slots_of
+from normswap.util.original_class import STATE, class_of
 
 
 def check_copyable(model: nn.Module) -> None:
@@ -36,8 +38,9 @@ def check_copyable(model: nn.Module) -> None:
         id(t): f"the tensor {name}"
         for name, t in (*model.named_parameters(), *model.named_buffers())
     }
+    names |= {id(p): names[id(m)] for m in model.modules() for p in proxies_of(m)}
     met = set[tuple[int, bool]]()
-    for where, value in attributes_of(model):
+    for where, value in (*attributes_of(model), *functions_of(model)):
         if where.rpartition(".")[2].startswith(STATE) or _is_ours(value):
             continue  # what a conversion put there takes care of copies itself
         held = next((names[id(h)] for h in find_pinned(value, met) if id(h) in names), None)
@@ -67,12 +70,24 @@ def _listed_by_classes(model: nn.Module) -> Iterator[tuple[str, object]]:
                 yield f"{cls.__name__}.{key}", item() if isinstance(item, weakref.ref) else item
 
 
+def proxies_of(module: nn.Module) -> list[object]:
+    """Return the weak proxies of a module, which stand for it."""
+    return [ref for ref in weakref.getweakrefs(module) if type(ref) in weakref.ProxyTypes]
+
+
+def functions_of(model: nn.Module) -> Iterator[tuple[str, types.FunctionType]]:
+    """Yield the functions of the user's that forwards of a model may call, by name."""
+    for cls in {class_of(module) for module in model.modules()}:
+        if not is_library(cls.__module__):
+            yield from ((f"what {f.__module__}.{f.__qualname__} names", f) for f in reachable(cls))
+
+
 def find_pinned(value: object, met: set[tuple[int, bool]]) -> Iterator[nn.Module | Tensor]:
     """Yield the modules and tensors that functions in a value hold.
 
     A function holds what is in its closure and its defaults, and the globals it names; a weak
-    reference goes on meaning its module, too. Whatever else there is, partials, bound methods and
-    objects, is copied with a model.
+    reference or proxy goes on meaning its module, too. Whatever else there is, partials, bound
+    methods and objects, is copied with a model.
 
     Args:
         value: any.
@@ -82,7 +97,7 @@ def find_pinned(value: object, met: set[tuple[int, bool]]) -> Iterator[nn.Module
     waiting = [(value, False)]
     while waiting:
         item, pinned = waiting.pop()
-        pinned |= isinstance(item, types.FunctionType)
+        pinned |= isinstance(item, types.FunctionType) or type(item) in weakref.ProxyTypes
         if isinstance(item, nn.Module | Tensor):
             if pinned:
                 yield item
@@ -97,17 +112,13 @@ def find_pinned(value: object, met: set[tuple[int, bool]]) -> Iterator[nn.Module
         waiting += [(part, pinned) for part in parts]
 
 
-def closure_of(function: types.FunctionType) -> dict[str, object]:
-    """Return what a function's free variables hold, where they hold something."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    return {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
-
-
 def _parts_of(function: types.FunctionType) -> Iterator[object]:
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     yield from vars(function).values()
     yield from closure_of(function).values()
+    if is_library(function.__globals__.get("__name__")):
+        return  # whose globals are none of a user's
     loads = [
         load for code in codes_of(function.__code__) for load in read_code(code).loads.values()
     ]
@@ -119,8 +130,9 @@ def _items_of(item: object) -> Iterator[object]:
         yield from (item.__self__, item.__func__)
     elif isinstance(item, functools.partial):
         yield from (item.func, item.args, item.keywords)
-    elif isinstance(item, list | tuple | set | frozenset | dict):
+    elif isinstance(item, COLLECTIONS):
         yield from elements_of(item)
     elif not isinstance(item, type | types.ModuleType | weakref.ProxyType):
         attributes = getattr(item, "__dict__", None)
         yield from attributes.values() if isinstance(attributes, dict) else ()
+        yield from (getattr(item, name) for name in slots_of(item) if hasattr(item, name))

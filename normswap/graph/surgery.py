@@ -15,12 +15,12 @@ from torch.nn.modules.module import _forward_unimplemented
 
 from normswap.errors import ConversionError
 from normswap.graph.install import install, uninstall
-from normswap.graph.not_copied import find_pinned
+from normswap.graph.not_copied import find_pinned, functions_of
 from normswap.graph.prepare import prepare_default
 from normswap.graph.scope.scope import Scope
 from normswap.graph.state import ContainerState, state_of
 from normswap.graph.tracing import TraceSession
-from normswap.util.elements import elements_of
+from normswap.util.elements import elements_of, slots_of
 from normswap.util.original_class import ORIGINAL, STATE
 
 _PLAIN = (bool, int, float, str, type(None), torch.Size, Tensor)
@@ -71,6 +71,7 @@ class Surgery:
         """
         waiting: list[tuple[str, str, Any, Any, Any]] = []
         met, pinned = set[int](), set[tuple[int, bool]]()
+        waiting += [(where, "", None, None, f) for where, f in functions_of(self.model)]
         for name, module in self.model.named_modules():
             met.add(id(module))
             for key, value in vars(module).items():
@@ -189,13 +190,18 @@ def _parts_of(value: Any, pinned: set[tuple[int, bool]]) -> Iterator[tuple[str, 
         fixed, kind = [value.__self__, getattr(value, "__func__", None)], "a function of the norm"
     elif isinstance(value, weakref.ref):
         fixed, kind = [value()], "a weak reference"
+    elif type(value) in weakref.ProxyTypes:
+        fixed, kind = [value.__init__.__self__], "a weak proxy"
     elif isinstance(value, tuple | set | frozenset):
         fixed, kind = [*elements_of(value)], f"a {type(value).__name__}"
     elif isinstance(value, nn.Module):
         fixed = [*value.children(), *(v for k, v in vars(value).items() if not _is_own(k))]
         kind = f"a {type(value).__name__} that is none of the model's modules"
     else:
-        fixed, kind = [*dict.keys(value)] if isinstance(value, dict) else [], "the keys of a dict"
+        slots = [getattr(value, name) for name in slots_of(value) if hasattr(value, name)]
+        fixed, kind = slots, "the slots of an object"
+        if isinstance(value, dict):
+            fixed, kind = [*dict.keys(value)], "the keys of a dict"
         yield from (("", value, *entry) for entry in _entries(value))
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict) and not isinstance(value, type | types.ModuleType):

@@ -1,5 +1,6 @@
-"""What collections hold, whatever a class of a user's makes of its own methods."""
+"""What collections and objects hold, whatever a class of a user's makes of its own methods."""
 
+import copyreg
 import operator
 from collections import deque
 from collections.abc import Iterator
@@ -26,3 +27,9 @@ def holds(collection: Any, kept: Any) -> bool:
     if len(collection) != len(kept) or not all(map(operator.is_, collection, kept)):
         return False
     return not isinstance(kept, dict) or all(map(operator.is_, collection.values(), kept.values()))
+
+
+def slots_of(value: object) -> list[str]:
+    """Return the names of the slots of an object, which may hold nothing; none of a class."""
+    names: list[str] = [] if isinstance(value, type) else copyreg._slotnames(type(value))  # type: ignore[attr-defined]
+    return names

@@ -1,6 +1,5 @@
 """What a value leads to that a forward may change by way of it."""
 
-import copyreg
 import functools
 import sys
 import types
@@ -50,12 +49,6 @@ def whole_of(value: Any) -> Any:
     if numpy is None or not isinstance(value, numpy.ndarray):
         return None
     return ... if value.flags.writeable and value.nbytes < _MOST_BYTES else None
-
-
-def slots_of(value: object) -> list[str]:
-    """Return the names of the slots of an object; none of a class."""
-    names: list[str] = [] if isinstance(value, type) else copyreg._slotnames(type(value))  # type: ignore[attr-defined]
-    return names
 
 
 def is_of_library(value: object) -> bool:

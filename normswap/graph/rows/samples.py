@@ -1,7 +1,6 @@
 """The samples in the arguments of a forward: find them, copy what holds them."""
 
 import copy
-import copyreg
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from normswap.util.elements import slots_of
 
 # What lists of numbers are as tensors.
 _NUMBERS: dict[Any, torch.dtype] = {int: torch.int64, float: torch.float64}
@@ -65,8 +66,7 @@ def tensors_of(value: Any) -> list[Any]:
         elif isinstance(part, list | tuple | set):
             queue += part
         else:
-            slots = copyreg._slotnames(type(part))  # type: ignore[attr-defined]
-            queue += [getattr(part, name) for name in slots if hasattr(part, name)]
+            queue += [getattr(part, name) for name in slots_of(part) if hasattr(part, name)]
             queue += getattr(part, "__dict__", {}).values()
     return found
 

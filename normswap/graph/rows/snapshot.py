@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from normswap.graph.rows.generators import controls_of, global_controls, is_equal
-from normswap.graph.rows.reached import behind, is_of_library, names_in, slots_of, whole_of
+from normswap.graph.rows.reached import behind, is_of_library, names_in, whole_of
 from normswap.graph.tracing.failure import is_library
-from normswap.util.elements import elements_of, holds
+from normswap.util.elements import elements_of, holds, slots_of
 from normswap.util.original_class import class_of
 
 # Values that are looked into, the nearest first: what holds more is data, not state.

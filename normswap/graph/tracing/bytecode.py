@@ -117,6 +117,12 @@ def returns_nothing(code: types.CodeType) -> bool:
     return all(c is not None and "CONST" in c.opname and c.argval is None for c in last)
 
 
+def closure_of(function: types.FunctionType) -> dict[str, object]:
+    """Return what a function's free variables hold, where they hold something."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
+
+
 def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
     """Yield the code of a function, and of the functions it makes."""
     yield code
