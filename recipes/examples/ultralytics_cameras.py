@@ -17,9 +17,12 @@ MODEL = {"nc": 1, "backbone": BACKBONE, "head": [[[2], 1, "Detect", ["nc"]]]}  #
 
 
 class Trainer(DetectionTrainer):
-    def get_model(self, *args, **kwargs):
-        model = super().get_model(*args, **kwargs)
-        return normswap.convert(model, "cn", contexts=CAMERAS)
+    def get_model(self, cfg=None, weights=None, verbose=True):
+        model = super().get_model(cfg, weights, verbose)
+        model = normswap.convert(model, "cn", contexts=CAMERAS)
+        if weights is not None:
+            model.load(weights)  # again: of a run that is resumed, what its contexts learned
+        return model
 
     def get_dataloader(self, path, batch_size=16, rank=0, mode="train"):
         loader = super().get_dataloader(path, batch_size, rank, mode)

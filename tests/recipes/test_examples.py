@@ -65,6 +65,29 @@ def check_contexts(model):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_ultralytics_weights_are_taken_before_and_after_the_conversion(tmp_path):
+    pytest.importorskip("ultralytics")
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    from recipes.examples.ultralytics_cameras import Trainer, write_scenes
+
+    write_scenes(tmp_path)
+    given = {name: str(tmp_path / f"{name}.yaml") for name in ("model", "data")}
+    trainer = Trainer(overrides={**given, "project": str(tmp_path), "device": "cpu"})
+    base = DetectionTrainer.get_model(trainer, given["model"])
+    for tensor in (*base.parameters(), *base.buffers()):
+        tensor.data.add_(1)
+    pretrained = trainer.get_model(given["model"], base).eval()
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(pretrained(x, context=["day", "thermal"])[0], base.eval()(x)[0])
+    for tensor in pretrained.parameters():
+        tensor.data.add_(torch.rand_like(tensor))
+    resumed = trainer.get_model(given["model"], pretrained).state_dict()
+    for name, tensor in pretrained.state_dict().items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_integers_pass_the_default_collator_of_transformers(tmp_path):
     pytest.importorskip("transformers")
     from recipes.examples.digits import SCANNERS
