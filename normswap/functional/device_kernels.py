@@ -41,7 +41,8 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
 
 def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``sum dy`` and ``sum dy * (x - centre)``, of the shape of centre."""
-    if _fuses(x, centre):
+    # Batch norm's kernel takes (instance, channel), or channels, for a channel.
+    if x.is_contiguous() or centre.shape[0] == 1:
         return dot_fused(dy, x, centre, None)[1:]
     wide, positions = compute_dtype(x), tuple(range(2, x.dim()))
     first = torch.sum(dy, positions, dtype=wide)
@@ -56,11 +57,6 @@ def dot(dy: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     return first, second.addcmul_(centre, first, value=-1)
 
 
-def _fuses(x: Tensor, centre: Tensor) -> bool:
-    """Return whether batch norm's kernel takes (instance, channel), or channels, for a channel."""
-    return x.is_contiguous() or centre.shape[0] == 1
-
-
 def dot_fused(
     dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,16 +69,6 @@ def dot_fused(
     # CUDA's kernel takes the moments as saved, the CPU's as running ones.
     dx, second, first = _grad_kernel(*given, weight, mean, ones, mean, ones, False, 0.0, mask)
     return dx, first.view(shape), second.view(shape)
-
-
-def scale_and_dot(
-    dy: Tensor, x: Tensor, centre: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``dy * scale`` and what `dot` returns."""
-    if not _fuses(x, centre):
-        return affine(dy, scale, None), *dot(dy, x, centre)
-    dx, first, second = dot_fused(dy, x, centre, scale)
-    return dx.view(x.shape), first, second
 
 
 def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, centre: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ T = TypeVar("T")
 def _by_device(function: Callable[P, T]) -> Callable[P, T]:
     """Have what `triton.sweeps`, or `device_kernels`, calls the same serve where it can.
 
-    What they are given first says where; other tensors of its size are laid out alike.
+    What they are given first says where; other tensors of its size are laid out alike. What is made
+    of other passes serves any device.
     """
 
     @wraps(function)
@@ -50,7 +51,8 @@ def _by_device(function: Callable[P, T]) -> Callable[P, T]:
         module = triton_for(found)
         if module is None and found.device.type == "cpu":
             return function(*args, **kwargs)
-        result: T = getattr(module or device_kernels, function.__name__)(*args, **kwargs)
+        serving = getattr(module or device_kernels, function.__name__, function)
+        result: T = serving(*args, **kwargs)
         return result
 
     return chosen

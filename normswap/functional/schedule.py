@@ -72,7 +72,8 @@ class Schedule:
         if captured and (device is None or device.type != CAPTURES):
             device = torch.device(CAPTURES)  # the model's first input may be no tensor of a GPU
         if is_traced() or captured:
-            rank = torch.rand(self.num_sites, device=device).argsort().argsort()
+            drawn = torch.rand(self.num_sites, device=device, dtype=torch.float32)
+            rank = drawn.argsort().argsort()
             self._flags = (rank < self.active) & (torch.rand((), device=device) < self.p)
             return
         self._flags = None

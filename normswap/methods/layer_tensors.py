@@ -9,6 +9,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn.functional import pad
 
 from normswap.errors import ContextError, ConversionError, InputError, NormswapError
+from normswap.functional.kernels import is_channels_last
 from normswap.util.arguments import check_flag, check_number, describe
 from normswap.util.original_class import ORIGINAL
 
@@ -208,9 +209,6 @@ def check_input(
         )
 
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
 def lay_out(x: Tensor) -> Tensor:
     """Return an input as batch norm lays out what it returns: contiguous, or channels last.
 
@@ -219,9 +217,6 @@ def lay_out(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return x  # the compiler lays out what it computes
     plain = torch._C._functorch.is_functorch_wrapped_tensor(x) or x.layout != torch.strided
-    if plain or x.is_contiguous():
-        return x
-    last = _CHANNELS_LAST.get(x.dim())
-    if last is not None and x.is_contiguous(memory_format=last):
+    if plain or x.is_contiguous() or is_channels_last(x):
         return x
     return x.contiguous(memory_format=suggest_memory_format(x))

@@ -30,7 +30,7 @@ class Reservoir:
     def __init__(self, size: int, generator: torch.Generator) -> None:
         self.size = size
         self.generator = generator
-        self.keys = torch.empty(0, device="cpu")
+        self.keys = torch.empty(0, device="cpu", dtype=torch.float32)
         self.index = torch.empty(0, dtype=torch.int64, device="cpu")
         self.rows: Tensor | None = None
         self.seen = 0
@@ -44,8 +44,8 @@ class Reservoir:
         """Offer `count` rows; `take` returns those of the indices it is given."""
         # Each row draws a key; those with the largest keys so far are a uniform sample.
         before = len(self.keys)
-        drawn = torch.rand(count, generator=self.generator, device="cpu")
-        keys = torch.cat([self.keys, drawn])
+        how: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # half has many equal ones
+        keys = torch.cat([self.keys, torch.rand(count, generator=self.generator, **how)])
         stays = torch.zeros_like(keys, dtype=torch.bool)
         stays[keys.topk(min(self.size, len(keys))).indices] = True
         new = stays[before:].nonzero().flatten()

@@ -7,6 +7,7 @@ import normswap
 from normswap.errors import InputError
 from normswap.functional import schedule
 from normswap.functional.draws import draw_beta
+from normswap.util.batches import Reservoir
 
 
 @pytest.fixture
@@ -69,13 +70,26 @@ def test_compiled_code_does_not_ask_for_the_stream(monkeypatch):
     assert run(x).shape == x.shape
 
 
+def reservoir(generator):
+    kept = Reservoir(9, generator)
+    kept.add(5000, lambda index: index)
+    return kept.keys
+
+
+DRAWS = {
+    "uniform": lambda generator: draw_beta(1.0, 9, generator=generator),
+    "beta": lambda generator: draw_beta(0.1, 9, generator=generator),
+    "reservoir": reservoir,
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("beta", [1.0, 0.1])
-def test_a_draw_is_the_same_whatever_the_default_dtype(beta, dtype):
-    expected = draw_beta(beta, 9, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_draw_is_the_same_whatever_the_default_dtype(name, dtype):
+    expected = DRAWS[name](torch.Generator().manual_seed(0))
     torch.set_default_dtype(dtype)
     try:
-        found = draw_beta(beta, 9, generator=torch.Generator().manual_seed(0))
+        found = DRAWS[name](torch.Generator().manual_seed(0))
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32
