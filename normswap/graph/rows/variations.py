@@ -96,7 +96,7 @@ def exchange(batch: Any, picked: list[int], how: str, generator: torch.Generator
     if isinstance(batch, Tensor) and batch.is_complex():
         return torch.view_as_complex(exchange(torch.view_as_real(batch), picked, how, generator))
     if isinstance(batch[0], str):
-        return _exchange_texts(batch, picked, how, generator)
+        return _exchange_texts(batch, picked) if how == "others" else batch
     if not isinstance(batch[0], Tensor):
         return _exchange_within(batch, picked, how, generator)
     values = [part.detach() for part in batch]
@@ -119,14 +119,8 @@ def exchange(batch: Any, picked: list[int], how: str, generator: torch.Generator
     return torch.empty_like(batch.detach()).copy_(torch.stack(new))
 
 
-def _exchange_texts(
-    batch: list[str], picked: list[int], how: str, generator: torch.Generator
-) -> list[str]:
+def _exchange_texts(batch: list[str], picked: list[int]) -> list[str]:
     """Exchange texts for others of their own lengths, by which forwards may sort or pad them."""
-    letters = [torch.tensor([*map(ord, text)], dtype=torch.int64, device="cpu") for text in batch]
-    if how != "others":
-        changed = exchange(letters, picked, how, generator)
-        return ["".join(map(chr, text.tolist())) for text in changed]
     new = [*batch]
     for i in picked:
         length = len(batch[i])
