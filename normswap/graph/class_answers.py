@@ -13,6 +13,8 @@ from torch import nn
 from normswap.errors import ConversionError
 from normswap.graph.class_questions import Question, find_questions
 from normswap.graph.freezing import learn_freezing
+from normswap.graph.rows.quiet import takes_part
+from normswap.graph.rows.reached import function_of
 from normswap.util.original_class import ORIGINAL, STATE, class_of, switches_of
 
 
@@ -43,7 +45,10 @@ def check_questions(model: nn.Module, release: Callable[[list[nn.Module]], None]
 
 
 def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
-    """Yield the names of modules whose forwards ask and are not traced, and what they ask."""
+    """Yield the names of modules whose forwards ask and are not traced, and what they ask.
+
+    So do hooks, of which those count that return something.
+    """
     changed = _changed(model)
     asked: dict[type, tuple[list[Question], list[Question]]] = {}
     for name, module in model.named_modules():
@@ -60,6 +65,12 @@ def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
             # Without a state nothing stands between compiled code and the forward.
             if questions := asked[old][state is None]:
                 yield name, questions
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        for hook in filter(takes_part, hooks):
+            if (function := function_of(hook)) is not None:
+                found = [q for q in find_questions(module, changed, function) if not q.compiled]
+                if found:
+                    yield name, found
 
 
 def _changed(model: nn.Module) -> dict[type, type]:

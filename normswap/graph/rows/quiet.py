@@ -68,7 +68,7 @@ def quiet(
         (table, key, hook)
         for table in (_global_forward_hooks, _global_forward_pre_hooks)
         for key, hook in table.items()
-        if not (hooks or _takes_part(hook))
+        if not (hooks or takes_part(hook))
     ]
     try:
         for everywhere, key, hook in of_all:
@@ -78,7 +78,7 @@ def quiet(
             if not part._modules or norm:
                 part.__dict__["training"] = False
             for name in () if hooks else _HOOKS:
-                kept = [(k, hook) for k, hook in vars(part)[name].items() if _takes_part(hook)]
+                kept = [(k, hook) for k, hook in vars(part)[name].items() if takes_part(hook)]
                 part.__dict__[name] = OrderedDict(kept)
             if (
                 rescale
@@ -128,10 +128,11 @@ def after_hooks(module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
 def has_onlookers(module: nn.Module) -> bool:
     """Return whether hooks of the user's return nothing, and are left out."""
     hooks = (h for part in module.modules() for name in _HOOKS for h in vars(part)[name].values())
-    return not all(map(_takes_part, hooks))
+    return not all(map(takes_part, hooks))
 
 
-def _takes_part(hook: Any) -> bool:
+def takes_part(hook: Any) -> bool:
+    """Return whether a hook may return something, or is torch's."""
     if str(getattr(hook, "__module__", "")).startswith("torch."):
         return True
     function = function_of(hook)
