@@ -103,7 +103,7 @@ def _read(code: types.CodeType, names: dict[str, Any]) -> Iterator[str]:
             named = False
             continue
         named = kind == "LOAD_CONST" and isinstance(value, nn.Module) and isinstance(name, str)
-        named = named and hasattr(value, name)
+        named = named and (hasattr(value, name) or ORIGINAL in vars(value))
         if kind in _LOOKS_UP or named:
             if ORIGINAL in getattr(value, "__dict__", ()):
                 kept = after is not None and after.opname in _ON_TENSORS and after.argval in _KEPT

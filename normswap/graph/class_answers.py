@@ -12,6 +12,9 @@ from torch import nn
 
 from normswap.errors import ConversionError
 from normswap.graph.class_questions import Question, find_questions
+from normswap.graph.freezing import learn_freezing
+from normswap.graph.rows.quiet import takes_part
+from normswap.graph.rows.reached import function_of
 from normswap.util.original_class import ORIGINAL, STATE, class_of, switches_of
 
 
@@ -28,6 +31,8 @@ def check_questions(model: nn.Module, release: Callable[[list[nn.Module]], None]
     Raises:
         ConversionError: a forward asks, and is not traced.
     """
+    for cls in set(map(class_of, model.modules())):
+        learn_freezing(cls)
     found = list(_find_unanswered(model))
     exact = {question.cls for _, questions in found for question in questions if question.exact}
     parts = [m for m in model.modules() if m is not model and class_of(m) in exact]
@@ -40,7 +45,10 @@ def check_questions(model: nn.Module, release: Callable[[list[nn.Module]], None]
 
 
 def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
-    """Yield the names of modules whose forwards ask and are not traced, and what they ask."""
+    """Yield the names of modules whose forwards ask and are not traced, and what they ask.
+
+    So do hooks, of which those count that return something.
+    """
     changed = _changed(model)
     asked: dict[type, tuple[list[Question], list[Question]]] = {}
     for name, module in model.named_modules():
@@ -57,6 +65,12 @@ def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
             # Without a state nothing stands between compiled code and the forward.
             if questions := asked[old][state is None]:
                 yield name, questions
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        for hook in filter(takes_part, hooks):
+            if (function := function_of(hook)) is not None:
+                found = [q for q in find_questions(module, changed, function) if not q.compiled]
+                if found:
+                    yield name, found
 
 
 def _changed(model: nn.Module) -> dict[type, type]:
@@ -71,9 +85,12 @@ def _check_modes(model: nn.Module) -> None:
         ConversionError: there is one.
     """
     changed = _changed(model)
-    switched = {type(m): (n, m) for n, m in model.named_modules() if vars(m).get(STATE) is not None}
-    for name, module in switched.values():
-        for verb in switches_of(class_of(module)):
+    kinds = {cls: list(switches_of(cls)) for cls in set(map(class_of, model.modules()))}
+    switching = [(n, m) for n, m in model.named_modules() if kinds[class_of(m)]]
+    for name, module in switching:
+        if all(class_of(part) is type(part) for part in module.modules()):
+            continue
+        for verb in kinds[class_of(module)]:
             asked = find_questions(module, changed, verb)
             if questions := [q for q in asked if not q.compiled]:
                 raise ConversionError(

@@ -7,9 +7,10 @@ subclass now. Whether a norm is of several classes layers answer, too, but nothi
 """
 
 import builtins
+import operator
 import types
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ _BUILDS = {"BUILD_TUPLE", "BINARY_OR", "|"}
 # By which a class is put into a table, or looked up in one, to be found there by its type.
 _TABLES = {"BUILD_TUPLE", "BUILD_LIST", "BUILD_SET", "BUILD_MAP", "BINARY_SUBSCR", "[]"}
 _LOOKS_UP = {"get", "setdefault", "pop", "index", "count"}
+_COMPARING = (operator.is_, operator.is_not, operator.eq, operator.ne, operator.contains)
 # From torch 2.15 on the compiler asks a module's own class, and no longer the module.
 _COMPILER_ASKS = torch.__version__ < "2.15.0a0"
 
@@ -49,16 +51,20 @@ class Question(NamedTuple):
 
 
 def find_questions(
-    module: nn.Module, changed: dict[type, type], method: str = "forward"
+    module: nn.Module, changed: dict[type, type], method: str | types.FunctionType = "forward"
 ) -> Iterator[Question]:
     """Yield what a module's forward asks about the class of modules that nothing answers.
 
-    `changed` gives the class now of each class before conversion; `method` is another one to read.
+    `changed` gives the class now of each class before conversion; `method` is another one to
+    read, or a function, as a hook.
     """
     cls: Any = class_of(module)
     kinds = {k for old, new in changed.items() for k in old.__mro__ if k not in new.__mro__}
     renamed = [old for old, new in changed.items() if old.__name__ != new.__name__]
-    for function in reachable(cls, method):
+    functions = list(reachable(cls, method, vars(module)))
+    said = [part for function in functions for part in _statements(function)]
+    asks_type = any(_has(values, type) or "__class__" in s.attributes for values, s in said)
+    for function in functions:
         codes = codes_of(function.__code__) if renamed and _is_of(function, cls) else ()
         named = {way for code in codes for way in ways_to_names(code)}
         for way in sorted(named):
@@ -66,16 +72,16 @@ def find_questions(
             text = f"{function.__qualname__} goes by the name of a class ({way})"
             yield from (Question(text, c, compiled=way != "type") for c in renamed)
         parts = list(_statements(function))
-        asks_type = any(_has(values, type) or "__class__" in s.attributes for values, s in parts)
         asks_kind = any(_has(values, isinstance) for values, _ in parts)
         for values, (_, attributes, operations) in parts:
-            tables = [t for name in attributes if (t := _table_of(module, name)) is not None]
-            found = [c for value in (*values, *tables) for c in _classes(value)]
+            values = [*values, *filter(None, (_held(module, name) for name in attributes))]
+            found = [c for value in values for c in _classes(value)]
             exact = [c for c in found if c in changed]
             below = [c for c in found if c in kinds]
             looks_up = attributes & _LOOKS_UP or any(isinstance(v, dict) for v in values)
             in_table = operations & _TABLES and not _has(values, isinstance)
-            if not (operations & COMPARES or looks_up or in_table):
+            compares = operations & COMPARES or any(_has(values, f) for f in _COMPARING)
+            if not (compares or looks_up or in_table):
                 exact = []
             asked = exact or (below if _has(values, issubclass) else [])
             if asks_type and asked:
@@ -93,12 +99,12 @@ def find_questions(
                 yield from (Question(text, c, exact=False, compiled=True) for c in below)
 
 
-def _table_of(module: nn.Module, name: str) -> Any:
-    """Return the collection that a module, or its class, has under a name of its own, or None."""
+def _held(module: nn.Module, name: str) -> Any:
+    """Return the class or collection that a module, or its class, has under a name, or None."""
     if name[:2] == "__":  # what every class has, as its __mro__
         return None
     found = vars(module).get(name, getattr(class_of(module), name, None))
-    return found if isinstance(found, COLLECTIONS) else None
+    return found if isinstance(found, (*COLLECTIONS, type)) else None
 
 
 def _is_of(function: types.FunctionType, cls: type) -> bool:
@@ -121,12 +127,16 @@ def _has(values: list[object], value: object) -> bool:
     return any(found is value for found in values)
 
 
-def reachable(cls: type, method: str = "forward") -> Iterator[types.FunctionType]:
+def reachable(
+    cls: type,
+    method: str | types.FunctionType = "forward",
+    held: Mapping[str, object] | None = None,
+) -> Iterator[types.FunctionType]:
     """Yield a class's forward and the functions it may call: its methods and free functions.
 
-    A scripted module's class has no forward.
+    So are those among the attributes `held` of a module. A scripted module's class has no forward.
     """
-    waiting: list[object] = [getattr(cls, method, None)]
+    waiting: list[object] = [getattr(cls, method, None) if isinstance(method, str) else method]
     met = set[int]()
     while waiting:
         value = waiting.pop()
@@ -142,6 +152,7 @@ def reachable(cls: type, method: str = "forward") -> Iterator[types.FunctionType
         yield value
         for values, statement in _statements(value):
             waiting += values
+            waiting += [held[n] for n in statement.attributes & held.keys()] if held else []
             for base in cls.__mro__:
                 waiting += [vars(base)[n] for n in statement.attributes & vars(base).keys()]
 

@@ -3,10 +3,12 @@
 import itertools
 import types
 
+from normswap.graph.tracing.bytecode import codes_of
 from normswap.graph.tracing.failure import is_torch
 from normswap.graph.tracing.uses import instructions_of
 from normswap.util.original_class import FREEZING
 
+_ASKS = {"isinstance", "__class__"}
 _EXCHANGES = {"setattr", "delattr", "add_module", "register_module"}
 
 
@@ -19,15 +21,17 @@ def learn_freezing(cls: type) -> None:
     for base in cls.__mro__:
         if not is_torch(base.__module__):
             functions = [v for v in vars(base).values() if isinstance(v, types.FunctionType)]
-            FREEZING.update(f.__code__ for f in functions if _freezes(f.__code__))
+            codes = [code for f in functions for code in codes_of(f.__code__)]
+            FREEZING.update(filter(_freezes, codes))
 
 
 def _freezes(code: types.CodeType) -> bool:
-    names = set(code.co_names)
-    if "isinstance" not in names or not names & {"train", "eval"} or names & _EXCHANGES:
+    names, steps = set(code.co_names), list(instructions_of(code))
+    asks = names & _ASKS or any(step.opname == "MATCH_CLASS" for step in steps)
+    if not asks or not names & {"train", "eval"} or names & _EXCHANGES:
         return False
     own = code.co_varnames[:1]
-    for before, step in itertools.pairwise(instructions_of(code)):
+    for before, step in itertools.pairwise(steps):
         # A flag of its own may say that it is frozen.
         kept = before.argval in own or step.argval in ("requires_grad", "training")
         if step.opname in ("STORE_SUBSCR", "DELETE_ATTR", "STORE_ATTR") and not kept:

@@ -20,7 +20,7 @@ from normswap.graph.tracing import (
     parameters_of,
     write_forward,
 )
-from normswap.util.original_class import STATE, switches_of, switching
+from normswap.util.original_class import STATE
 
 
 def install(module: nn.Module, state: ContainerState, contextual: bool = True) -> None:
@@ -182,6 +182,5 @@ def _make_class(base: Any, generic: bool, argument: str | None, replaced: bool) 
     }
     if replaced or base.__call__ is not nn.Module.__call__:
         body["__call__"] = calling(base.__call__, argument)
-    body |= {verb: switching(base, verb) for verb in switches_of(base)}
     learn_freezing(base)
     return _subclass(base, body)

@@ -156,8 +156,14 @@ class Gate(RunningStats, Resettable):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Stay as it is where a state dict, of the model before conversion, knows no gate."""
-        own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
-        if not any(name in state_dict for name in own):
-            state_dict.update(own)
+        """Stay as it is where a state dict, of the model before conversion, knows no gate.
+
+        One without values (meta device) is a fresh one then, which assigning makes it.
+        """
+        own = self.state_dict()
+        if not any(prefix + name in state_dict for name in own):
+            if self.weight.is_meta:  # on the default device: no entry says which
+                device = torch.get_default_device()
+                own = Gate(len(self.weight), self.init, device, self.weight.dtype).state_dict()
+            state_dict.update({prefix + name: tensor for name, tensor in own.items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

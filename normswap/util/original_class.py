@@ -1,11 +1,10 @@
 """What a converted module was, and who is told so: a model's forward and its switch of modes."""
 
-import functools
 import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -39,19 +38,6 @@ def asking(frame: types.FrameType | None) -> types.FrameType | None:
     return frame
 
 
-def switching(base: Any, verb: str) -> Callable[..., Any]:
-    """Return a method for a converted class in place of its own `train` or `eval`.
-
-    Models keep norms in eval mode there, which they find by class.
-    """
-
-    @functools.wraps(getattr(base, verb))
-    def switch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return getattr(base, verb)(self, *args, **kwargs)
-
-    return switch
-
-
 def switches_of(base: Any) -> Iterator[str]:
     """Yield which of `train` and `eval` a class has of its own, but a training loop."""
     for verb in ("train", "eval"):
@@ -66,7 +52,19 @@ def switches_of(base: Any) -> Iterator[str]:
             yield verb
 
 
-_SWITCH = switching(nn.Module, "train").__code__
+def _is_switch(frame: types.FrameType) -> bool:
+    """Return whether a frame is of a model's own `train` or `eval`, which may find norms by class.
+
+    Models keep norms in eval mode there.
+    """
+    code = frame.f_code
+    if code.co_name not in ("train", "eval") or not code.co_argcount:
+        return False
+    owner = frame.f_locals.get(code.co_varnames[0])
+    if not isinstance(owner, nn.Module) or code.co_name not in switches_of(type(owner)):
+        return False
+    own = [vars(cls)[code.co_name] for cls in type(owner).__mro__ if code.co_name in vars(cls)]
+    return any(getattr(inspect.unwrap(method), "__code__", None) is code for method in own)
 
 
 def in_forward(frame: types.FrameType | None) -> bool:
@@ -84,7 +82,7 @@ def in_forward(frame: types.FrameType | None) -> bool:
     if module.partition(".")[0] in ("torch", "normswap"):
         return False
     while frame is not None and frame.f_code.co_name != "forward":
-        if frame.f_code is CALL or frame.f_code is _SWITCH:
+        if frame.f_code is CALL or _is_switch(frame):
             break
         frame = frame.f_back
     return frame is not None

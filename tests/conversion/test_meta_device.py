@@ -130,12 +130,16 @@ def test_a_norm_at_the_input_that_is_loaded_as_the_identity_does_not_start_from_
     assert torch.equal(loaded.input_norm.mu, model.input_norm.mu)
 
 
-def test_gates_of_selfnorm_that_get_memory_are_the_identity():
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", ["selfnorm", "cnsn"])
+def test_gates_that_get_memory_or_are_assigned_are_the_identity(method, way):
     with torch.device("meta"):
-        model = normswap.convert(Net(), "selfnorm", placement="norm").eval()
+        model = normswap.convert(Net(), method, placement="norm").eval()
     base = make_base("batch")
-    emptied(model).load_state_dict(base.state_dict(), strict=False)
-    torch.testing.assert_close(model(IMAGES), base(IMAGES))
+    torch.testing.assert_close(WAYS[way](model, base.state_dict())(IMAGES), base(IMAGES))
+    assert all(
+        bool((p.detach() != 0).any()) for n, p in model.named_parameters() if "g.weight" in n
+    )
 
 
 @pytest.mark.parametrize("method", ["cn", "cn-x", "acn"])

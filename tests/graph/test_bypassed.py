@@ -149,3 +149,15 @@ def test_errors_with_another_cause_stay(trace):
     with pytest.raises(RuntimeError, match="shape") as found:
         model(X, context=LABELS)
     assert not isinstance(found.value, ConversionError)
+
+
+LACKING = {
+    "running_var": lambda m, x: m.norm(x) * (2 if hasattr(m.norm, "running_var") else 3),
+    "running_mean": lambda m, x: m.norm(x) * (getattr(m.norm, "running_mean", None) is None),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_question_for_what_a_layer_lacks_is_warned_of(name):
+    with pytest.warns(AdviceWarning, match=rf"norm\.{name}.*exclude='norm'"):
+        normswap.convert(make(LACKING[name]), "cn-x", contexts=3, verify=False)

@@ -12,6 +12,7 @@ import normswap
 from normswap.errors import ConversionError
 from tests.support.behave import Block, Holder, call, check, close, images, randomize
 from tests.support.questions import (
+    ROUNDABOUT,
     TABLES,
     Asking,
     Base,
@@ -53,7 +54,7 @@ if torch.__version__ >= "2.15.0a0":
     SEVERAL += [One, Base, Matched]
 ANSWERED = [One, Base, *NAMES, OwnName, NamesForPeople, Matched, OtherTypes]
 KEPT = [NameKept, NameInALoop, NameOfOneOfSeveral]
-UNANSWERED = [Exact, OwnTuple, NameOfType, Subclass, *KEPT, *TABLES]
+UNANSWERED = [Exact, OwnTuple, NameOfType, Subclass, *KEPT, *TABLES, *ROUNDABOUT]
 OF_CONTAINERS = [ExactChild, Class, Table]  # which keep their class
 
 
@@ -227,3 +228,37 @@ def test_a_tool_may_exchange_the_class_of_a_layer():
     layer.__class__ = made
     assert type(layer) is layer.__class__ is made
     assert layer(images()).shape == images().shape
+
+
+def doubles_norms(module, args, output):
+    return 2 * output if type(module) is nn.BatchNorm2d else output
+
+
+def doubles_blocks(module, args, output):
+    return 2 * output if type(module) is Block else output
+
+
+def test_a_hook_that_asks_for_the_class_of_a_norm_is_refused():
+    model = make(One, Asking)
+    model.norm.register_forward_hook(doubles_norms)
+    with pytest.raises(ConversionError, match=r"at norm, .* doubles_norms compares .*exclude="):
+        normswap.convert(model, "cn", verify=False)
+
+
+def test_a_container_whose_hook_asks_for_its_class_keeps_it():
+    model = make(One, Asking).eval()
+    randomize(model)
+    model.block.register_forward_hook(doubles_blocks)
+    converted = normswap.convert(model, "cn", contexts=2, verify=False)
+    close(call(converted, (images(),)), call(model, (images(),)))
+
+
+def test_a_hook_that_only_looks_is_in_nobodys_way():
+    kinds = []
+
+    def look(module, args, output):
+        kinds.append(type(module) is nn.BatchNorm2d)
+
+    model = make(One, Asking)
+    model.norm.register_forward_hook(look)
+    normswap.convert(model, "cn", verify=False)

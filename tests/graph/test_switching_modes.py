@@ -1,6 +1,7 @@
 """A model's own `train` finds the norms it keeps in eval mode, or conversion is refused."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -77,6 +78,19 @@ def test_norms_are_found_as_before(kind, trace):
     assert modes_of(normswap.revert(converted, 1).train()) == modes_of(model)
 
 
+@pytest.mark.parametrize("base", [ByClass, ByName, Applied, OwnEval, Outer])
+def test_norms_of_a_method_without_labels_are_found(base):
+    kind = type(base.__name__, (base,), {})  # none that another test converted
+    model = kind()
+    found = [normswap.convert(model, "acn", verify=False)]
+    found += [copy.deepcopy(found[0]), pickle.loads(pickle.dumps(normswap.convert(base(), "acn")))]
+    for switch in (lambda m: m.train(), lambda m: m.eval(), lambda m: m.train(mode=True)):
+        for each in (model, *found):
+            switch(each)
+        for converted in found:
+            assert modes_of(model) == modes_of(converted)
+
+
 class OfOneType(Kept):
     def holds_statistics(self, module):
         return type(module) is nn.BatchNorm2d
@@ -87,14 +101,15 @@ class ByNameOfType(Kept):
         return type(module).__name__.startswith("BatchNorm")
 
 
+@pytest.mark.parametrize("method", ["cn", "acn"])
 @pytest.mark.parametrize("kind", [OfOneType, ByNameOfType])
-def test_what_nothing_answers_is_refused(kind):
+def test_what_nothing_answers_is_refused(kind, method):
     with pytest.raises(ConversionError, match=r"train\(\) of the model .*exclude=BatchNorm2d"):
-        normswap.convert(kind(), "cn", verify=False)
+        normswap.convert(kind(), method, verify=False)
     model = nn.Sequential(kind(), Both())
     with pytest.raises(ConversionError, match=r"train\(\) of 0 .*exclude=BatchNorm2d"):
-        normswap.convert(model, "cn", verify=False)
-    normswap.convert(model, "cn", exclude="0.*", verify=False)
+        normswap.convert(model, method, verify=False)
+    normswap.convert(model, method, exclude="0.*", verify=False)
 
 
 def test_a_loop_called_train_sees_what_is_there():
@@ -138,6 +153,46 @@ def test_a_method_that_freezes_norms_finds_them():
     # What changes what it finds is a tool, which sees what is there.
     converted.mark_in_eval()
     assert not any(module.found for module in converted.modules())
+
+
+class ByNestedFunction(Both):
+    def freeze(self):
+        def still(module):
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+        self.apply(still)
+
+
+class InAList(Both):
+    def freeze(self):
+        [m.eval() for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+class ByMatch(Both):
+    def freeze(self):
+        for module in self.modules():
+            match module:
+                case nn.BatchNorm2d():
+                    module.eval()
+
+
+class ByClassName(Both):
+    def freeze(self):
+        for module in self.modules():
+            if module.__class__.__name__.find("BatchNorm") != -1:
+                module.eval()
+
+
+@pytest.mark.parametrize("method", ["cn", "acn"])
+@pytest.mark.parametrize("base", [ByNestedFunction, InAList, ByMatch, ByClassName])
+def test_so_does_one_that_asks_in_another_way(base, method):
+    model = base().train()
+    converted = normswap.convert(model, method, verify=False)
+    for each in (model, converted):
+        each.freeze()
+    assert modes_of(model) == modes_of(converted)
+    assert not converted.a.norm.training
 
 
 class Folding(Both):

@@ -1,5 +1,7 @@
 """Forwards that ask for the class of a norm or a container, in the ways that code has of asking."""
 
+import operator
+
 from torch import nn
 
 from tests.support.behave import Block
@@ -207,3 +209,40 @@ class OtherTypes:
         flags = (self.training, 1.0)
         key = "bias" if type(self.training) is str else type(flags) in (str, tuple)
         return key and type(flags) is tuple and type(self.training) in (bool, int)
+
+
+class OfHeldClass:
+    kind = nn.BatchNorm2d
+
+    def ask(self):
+        return type(self.norm) is self.kind
+
+
+class ByOperator:
+    def ask(self):
+        return operator.is_(type(self.norm), nn.BatchNorm2d)
+
+
+def kind_of(module):
+    return type(module)
+
+
+class ByHelper:
+    def ask(self):
+        return kind_of(self.norm) is nn.BatchNorm2d
+
+
+def looking_up(table):
+    return lambda module: table.get(type(module), False)
+
+
+class ByHeldFunction:
+    def __init__(self):
+        super().__init__()
+        self.look = looking_up({nn.BatchNorm2d: True})
+
+    def ask(self):
+        return self.look(self.norm)
+
+
+ROUNDABOUT = [OfHeldClass, ByOperator, ByHelper, ByHeldFunction]

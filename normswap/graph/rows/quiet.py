@@ -70,7 +70,7 @@ def quiet(
             if not part._modules or norm:
                 part.__dict__["training"] = False
             for name in () if hooks else _HOOKS:
-                kept = [(k, hook) for k, hook in vars(part)[name].items() if _takes_part(hook)]
+                kept = [(k, hook) for k, hook in vars(part)[name].items() if takes_part(hook)]
                 part.__dict__[name] = OrderedDict(kept)
             if (
                 rescale
@@ -118,10 +118,11 @@ def after_hooks(module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
 def has_onlookers(module: nn.Module) -> bool:
     """Return whether hooks of the user's return nothing, and are left out."""
     hooks = (h for part in module.modules() for name in _HOOKS for h in vars(part)[name].values())
-    return not all(map(_takes_part, hooks))
+    return not all(map(takes_part, hooks))
 
 
-def _takes_part(hook: Any) -> bool:
+def takes_part(hook: Any) -> bool:
+    """Return whether a hook may return something, or is torch's."""
     if str(getattr(hook, "__module__", "")).startswith("torch."):
         return True
     function = function_of(hook)

@@ -1,6 +1,7 @@
 """What a forward read while it was traced: compared before each run of its graph."""
 
 import copy
+import math
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,8 @@ def alike(now: Any, then: Any) -> bool:
         return now.keys() == then.keys() and all([alike(now[key], then[key]) for key in then])
     if isinstance(then, tuple):
         return len(now) == len(then) and all([alike(a, b) for a, b in zip(now, then)])  # noqa: B905
+    if isinstance(then, float) and then == 0:  # which divides as its sign says
+        return bool(now == 0) and math.copysign(1.0, now) == math.copysign(1.0, then)
     return bool(now == then)
 
 

@@ -1,5 +1,6 @@
-"""Functions that a module, class or function holds are judged as those that a name means."""
+"""What a module, class or function holds is judged as what a name means, and compared with it."""
 
+import math
 import random
 
 import pytest
@@ -80,3 +81,21 @@ def test_what_draws_numbers_draws_them_each_time():
 
 def test_a_function_of_torch_has_a_graph():
     check(held(lambda self, x: self.act(x)))
+
+
+class Signed(Holder):
+    sign = 0.0
+
+    def forward(self, x):
+        return self.b(self.a(x)) * math.copysign(1.0, self.sign)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_sign_of_zero_counts(compiled):
+    model = Signed().eval()
+    converted = normswap.convert(model, "cn", contexts=3)
+    run = torch.compile(converted, backend="eager", fullgraph=True) if compiled else converted
+    # torch's compiler takes one zero for the other.
+    for sign in (0.0, 0.5, 0.0, -0.5) if compiled else (0.0, -0.0, 0.5, 0.0, -0.5):
+        model.sign = converted.sign = sign
+        close(run(images(), context=0), model(images()))
