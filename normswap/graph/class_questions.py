@@ -74,7 +74,8 @@ def find_questions(
         parts = list(_statements(function))
         asks_kind = any(_has(values, isinstance) for values, _ in parts)
         for values, (_, attributes, operations) in parts:
-            values = [*values, *filter(None, (_held(module, name) for name in attributes))]
+            held = [_held(module, name) for name in attributes]
+            values = [*values, *(value for value in held if value is not None)]
             found = [c for value in values for c in _classes(value)]
             exact = [c for c in found if c in changed]
             below = [c for c in found if c in kinds]
