@@ -9,6 +9,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn.functional import pad
 
 from normswap.errors import ContextError, ConversionError
+from normswap.functional.backend import is_scripted
 from normswap.util.arguments import check_flag, check_number, describe
 from normswap.util.original_class import ORIGINAL
 
@@ -208,4 +209,6 @@ def lay_out(x: Tensor) -> Tensor:
     last = _CHANNELS_LAST.get(x.dim())
     if last is not None and x.is_contiguous(memory_format=last):
         return x
+    if is_scripted():  # where torch's function refuses sizes
+        return x.contiguous()
     return x.contiguous(memory_format=suggest_memory_format(x))
