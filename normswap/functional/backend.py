@@ -18,9 +18,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def is_scripted() -> bool:
+    """Return whether `torch.jit.trace` runs this: sizes are tensors."""
+    return not torch.compiler.is_compiling() and bool(torch._C._is_tracing())
+
+
 def is_traced() -> bool:
     """Return whether a compiler, a tracer or fake tensors run this: no value can be read."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or is_scripted():
         return True
     if not torch._C._len_torch_dispatch_stack():
         return False

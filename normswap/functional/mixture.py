@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normswap.functional.affine import fold_norm
+from normswap.functional.backend import is_scripted
 from normswap.functional.moments import Moments, compute_dtype
 
 # A component that owns less than this many values of a batch has no moments there: it takes the
@@ -136,12 +137,10 @@ def norm_elements_by_formula(
     scale = gain * torch.rsqrt(used.var + eps)
     for t, m, s in zip(tau, each(used.mean), each(scale), strict=True):
         y = y + t * (s * (values - m))
-    # In the dtype and memory format of x.
     if last:
         y = y.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1).to(x.dtype)
     else:
-        y = y.reshape(x.shape).to(x.dtype)
-        y = y if x.is_contiguous() else torch.empty_like(x).copy_(y)
+        y = _laid_out_as(x, y)
     return Normalized(y, mass, used)
 
 
@@ -183,6 +182,12 @@ def norm_positions(
         used = batch_moments.where(mass >= MASS, given)
     affine = fold_norm(used, gain, bias, eps)
     scale, shift = (torch.einsum("knm,kc->ncm", tau, table) for table in affine)
-    # In the dtype and memory format of x.
-    y = torch.empty_like(x).copy_(torch.addcmul(shift, flat, scale).reshape(x.shape))
+    y = _laid_out_as(x, torch.addcmul(shift, flat, scale))
     return Normalized(y, mass, Moments(used.mean + origin, used.var))
+
+
+def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """Return y in the shape, dtype and memory format of x."""
+    y = y.reshape(x.shape).to(x.dtype)
+    # The exporter of ONNX by tracing knows no copy.
+    return y if x.is_contiguous() or is_scripted() else torch.empty_like(x).copy_(y)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normswap.functional.affine import Centred, centre_norm, pool_norm
-from normswap.functional.backend import is_eager
+from normswap.functional.backend import is_eager, is_scripted
 from normswap.functional.label_rows import one_label
 from normswap.functional.moments import (
     Moments,
@@ -88,11 +88,10 @@ class ContextNorm(ContextTables):
                 return self._normalize_by_triton(triton, x, labels, unlabelled, *tensors)
         dtype = compute_dtype(x)
         running = Moments(as_dtype(self.running_mean, dtype), as_dtype(self.running_var, dtype))
-        scripted = not torch.compiler.is_compiling() and torch._C._is_tracing()
         batch = None if self.frozen or self.stats_frozen or not self.training else labels
         if batch is not None and not unlabelled and self._has_every_context(x, batch):
             return self._train_step(x, batch, unlabelled, running)
-        if self.training or torch.is_grad_enabled() or scripted:
+        if self.training or torch.is_grad_enabled() or is_scripted():
             # Updates are in place, by this forward or a later one; these values are still needed.
             running = Moments(running.mean.clone(), running.var.clone())
             running = self._at_first_run(running)

@@ -9,6 +9,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn.functional import pad
 
 from normswap.errors import ContextError, ConversionError, InputError, NormswapError
+from normswap.functional.backend import is_scripted
 from normswap.functional.kernels import is_channels_last
 from normswap.util.arguments import check_flag, check_number, describe
 from normswap.util.original_class import ORIGINAL
@@ -219,4 +220,6 @@ def lay_out(x: Tensor) -> Tensor:
     plain = torch._C._functorch.is_functorch_wrapped_tensor(x) or x.layout != torch.strided
     if plain or x.is_contiguous() or is_channels_last(x):
         return x
+    if is_scripted():  # where torch's function refuses sizes
+        return x.contiguous()
     return x.contiguous(memory_format=suggest_memory_format(x))

@@ -20,6 +20,7 @@ CASES = {
     "cn-x posterior": {"method": "cn-x", "unknown": "posterior"},
     "acn": {"method": "acn"},
     "acn instance": {"method": "acn", "assignment": "instance"},
+    "acn position": {"method": "acn", "assignment": "position"},
     "selfnorm": {"method": "selfnorm"},
     "crossnorm": {"method": "crossnorm"},
     "cnsn": {"method": "cnsn"},
@@ -124,17 +125,18 @@ def test_onnxruntime_equals_eager_for_any_batch(case, labelled):
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:# The axis name:UserWarning"
 )
 @pytest.mark.filterwarnings("ignore")
-def test_the_exporter_by_tracing_equals_eager_for_any_labels():
+@pytest.mark.parametrize("case", ["cn", "acn position"])
+def test_the_exporter_by_tracing_equals_eager_for_any_labels(case):
     runtime = pytest.importorskip("onnxruntime")
-    model, file = make("cn"), io.BytesIO()
-    given = arguments_for(model, True)
+    model, file, labelled = make(case), io.BytesIO(), is_labelled(case)
+    given = arguments_for(model, labelled)
     torch.onnx.export(model, given, file, dynamo=False)
     session = runtime.InferenceSession(file.getvalue())
-    x, context = (entry.name for entry in session.get_inputs())
-    for labels in (LABELS, LABELS.flip(0), torch.full((5,), -1)):
-        (found,) = session.run(None, {x: given[0].numpy(), context: labels.numpy()})
-        expected = model(given[0], context=labels)
-        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    names = [entry.name for entry in session.get_inputs()]
+    for labels in (LABELS, LABELS.flip(0), torch.full((5,), -1)) if labelled else [None]:
+        feeds = (given[0],) if labels is None else (given[0], labels)
+        (found,) = session.run(None, dict(zip(names, (t.numpy() for t in feeds), strict=True)))
+        torch.testing.assert_close(torch.from_numpy(found), model(*feeds), rtol=1e-4, atol=1e-5)
 
 
 def test_a_pretrained_backbone_exports_once_to_a_program_and_to_onnx():

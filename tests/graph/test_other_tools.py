@@ -123,6 +123,19 @@ def test_jit_trace_takes_any_labels_and_any_batch(method, gradients):
         close(call(traced, short), call(model, short))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", METHODS)
+def test_jit_trace_takes_images_of_swapped_axes(method):
+    labelled = normswap.get_method(method).needs_context
+    base, x = nn.Sequential(nn.BatchNorm2d(6)).eval(), torch.randn(4, 6, 3, 5).transpose(2, 3)
+    converted = normswap.convert(base, method, **({"contexts": 3} if labelled else {}))
+    given = (x, torch.tensor([0, 2, -1, 1])) if labelled else (x,)
+    with torch.no_grad():
+        traced = torch.jit.trace(converted, given)
+        close(traced(*given), base(x))
+        close(traced(*(t[:3] for t in given)), base(x[:3]))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")
 @pytest.mark.parametrize("method", METHODS)
 def test_scripting_names_the_way_out(method):
