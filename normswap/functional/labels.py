@@ -53,7 +53,8 @@ def resolve_labels(
     """
     if isinstance(labels, Context):
         return labels
-    if hasattr(labels, "__array__") and not isinstance(labels, Tensor):
+    # A compiler cannot ask a number that changes from call to call for attributes.
+    if not isinstance(labels, (int, Tensor)) and hasattr(labels, "__array__"):
         if torch.compiler.is_compiling():  # which sees no mask; without fullgraph it gives up here
             raise ContextError(
                 "expected `context` as a tensor or names in compiled code, got an array of NumPy; "
@@ -191,6 +192,8 @@ def _to_index(item: Any, names: Sequence[str]) -> int:
         raise unknown_name("context", item, names)
     if item is None:
         return -1
+    if isinstance(item, int) and not isinstance(item, bool):
+        return item
     try:
         if isinstance(item, bool) or getattr(item, "dtype", None) == torch.bool:
             raise TypeError

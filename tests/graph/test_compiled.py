@@ -69,3 +69,20 @@ def test_compiled_gradients_where_no_label_may_be_unknown(method):
         found.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in found[0].items():
         torch.testing.assert_close(found[1][name], grad)
+
+
+# A compiler makes a number that changes from call to call a symbol, of which it answers little.
+NUMBERS = {"index": [0, 2, 1, -1], "list": [[0, 1], [2, 0], [1, -1]], "tuple": [(0, 1), (2, 2)]}
+
+
+@pytest.mark.parametrize("labels", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("method", ["cn", "cn-x"])
+def test_numbers_that_change_from_call_to_call(method, labels):
+    model = normswap.convert(nn.Sequential(nn.BatchNorm2d(4)), method, contexts=3, verify=False)
+    for parameter in model.eval().parameters():
+        nn.init.normal_(parameter)
+    counter, x = Counter(), torch.randn(2, 4, 5, 5)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for given in labels:
+        torch.testing.assert_close(compiled(x, context=given), model(x, context=given))
+    assert counter.graphs <= 3
