@@ -2,7 +2,7 @@
 
 import copyreg
 import operator
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,11 +22,31 @@ def elements_of(value: Any) -> Iterator[Any]:
     return elements
 
 
-def holds(collection: Any, kept: Any) -> bool:
-    """Return whether a collection holds the same objects in the same order as another."""
-    if len(collection) != len(kept) or not all(map(operator.is_, collection, kept)):
-        return False
-    return not isinstance(kept, dict) or all(map(operator.is_, collection.values(), kept.values()))
+def contents_of(collection: Any) -> list[Any]:
+    """Return what a collection holds: its elements, or the keys of a dict, then its values."""
+    if isinstance(collection, dict):
+        base: Any = OrderedDict if isinstance(collection, OrderedDict) else dict
+        return [*base.keys(collection), *base.values(collection)]
+    return [*elements_of(collection)]
+
+
+def holds(collection: Any, contents: list[Any]) -> bool:
+    """Return whether a collection holds these objects in this order."""
+    now = contents_of(collection)
+    return len(now) == len(contents) and all(map(operator.is_, now, contents))
+
+
+def refill(collection: Any, contents: list[Any]) -> None:
+    """Have a collection hold what `contents_of` returned, and nothing else."""
+    bases: Any = (list, deque, set, OrderedDict, dict)
+    base = next(cls for cls in bases if isinstance(collection, cls))
+    base.clear(collection)
+    if issubclass(base, dict):
+        half = len(contents) // 2
+        for key, value in zip(contents[:half], contents[half:], strict=True):
+            base.__setitem__(collection, key, value)
+    else:
+        (base.update if base is set else base.extend)(collection, contents)
 
 
 def slots_of(value: object) -> list[str]:

@@ -19,7 +19,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from normswap.graph.rows.generators import controls_of, global_controls, is_equal
 from normswap.graph.rows.reached import behind, is_of_library, names_in, whole_of
 from normswap.graph.tracing.failure import is_library
-from normswap.util.elements import elements_of, holds, slots_of
+from normswap.util.elements import contents_of, elements_of, holds, refill, slots_of
 from normswap.util.original_class import class_of
 
 # Values that are looked into, the nearest first: what holds more is data, not state.
@@ -105,22 +105,19 @@ class Snapshot:
 
     def _keep(self, value: Any) -> list[Any]:
         """Keep a value that can change; return what it holds."""
-        if (
-            id(value) in self._met
-            or len(self._met) >= _MOST
-            or isinstance(value, nn.Module | types.ModuleType)
-        ):
+        if id(value) in self._met or len(self._met) >= _MOST:
             return []
         self._met.add(id(value))
+        if isinstance(value, nn.Module | types.ModuleType):
+            return []
         if (controls := controls_of(value)) is not None:
             self._dice.append(controls)
         elif isinstance(value, Tensor):
             # With its data, which a forward may exchange: a momentum encoder does.
             self._tensors.append((value, value.data, value.detach().clone()))
         elif isinstance(value, list | set | deque | dict):
-            kept = dict(value) if isinstance(value, dict) else [*elements_of(value)]
-            self._collections.append((value, kept))
-            return [*kept.values()] if isinstance(kept, dict) else kept
+            self._collections.append((value, contents_of(value)))
+            return [*elements_of(value)]
         elif isinstance(value, tuple | frozenset):
             return [*elements_of(value)]
         elif (whole := whole_of(value)) is not None:
@@ -156,10 +153,9 @@ class Snapshot:
         """
         for holder, names, kept in self._tables:
             _restore_table(holder, names, kept)
-        for collection, kept in self._collections:
-            if not holds(collection, kept):
-                collection.clear()
-                (collection.update if hasattr(collection, "update") else collection.extend)(kept)
+        for collection, contents in self._collections:
+            if not holds(collection, contents):
+                refill(collection, contents)
         for value, whole, kept in self._arrays:
             value[whole] = kept
         with torch.no_grad():
@@ -192,7 +188,7 @@ def _table(holder: Any) -> Any:
 
 def _restore_table(holder: Any, names: Collection[str] | None, kept: dict[Any, Any]) -> None:
     now = _table(holder)
-    if names is None and holds(now, kept):
+    if names is None and holds(now, contents_of(kept)):
         return
     for name in kept.keys() | (now.keys() if names is None else now.keys() & names):
         value, other = _copied(kept.get(name, _MISSING)), now.get(name, _MISSING)

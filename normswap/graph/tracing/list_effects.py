@@ -4,20 +4,19 @@ A graph takes such an argument apart and makes it anew for its callees, so that 
 would be lost. A forward that changes or returns one is scoped, as is one that hands its own on.
 """
 
-import copy
 from dataclasses import is_dataclass
 from typing import Any, TypeAlias
 
 from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.value_kinds import find_lists
-from normswap.util.elements import elements_of, holds
+from normswap.util.elements import contents_of, elements_of, holds
 
 Contents: TypeAlias = list[tuple[Any, Any]]
 
 
 def snapshot_lists(values: object) -> Contents:
     """Return every list and dict inside some values, with its contents."""
-    return [(holder, copy.copy(holder)) for holder in find_lists(values)]
+    return [(holder, contents_of(holder)) for holder in find_lists(values)]
 
 
 def check_given(before: Contents, output: object) -> None:

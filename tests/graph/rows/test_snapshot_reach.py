@@ -3,6 +3,7 @@
 import functools
 import types
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -140,3 +141,35 @@ def test_a_big_tensor_in_what_no_forward_calls_is_not_copied():
 
     snapshot = Snapshot(normswap.convert(Loads(), "cn", contexts=3))
     assert not any(tensor is BIG for tensor, _, _ in snapshot._tensors)
+
+
+class Registry(OrderedDict):
+    """As transformers' table of activations: what it returns is no entry of it."""
+
+    def __getitem__(self, name):
+        return super().__getitem__(name)()
+
+    def __setitem__(self, name, value):
+        raise TypeError
+
+    clear = update = values = items = __iter__ = None
+
+
+REGISTRY = Registry()
+OrderedDict.__setitem__(REGISTRY, "relu", nn.ReLU)
+
+
+class WithTools(Holder):
+    """Names a module of Python's and one of torch's, which its class has."""
+
+    tools, layer = SETTINGS, nn.Identity()
+
+    def forward(self, x):
+        y = self.b(self.a(self.layer(x))) * getattr(self.tools, "gain", 1)
+        return y + REGISTRY["relu"].training
+
+
+def test_collections_of_own_methods_and_modules_in_classes_stay_as_they_are():
+    converted = normswap.convert(WithTools(), "cn", contexts=3)
+    converted(images(), context=LABELS)
+    assert [*OrderedDict.items(REGISTRY)] == [("relu", nn.ReLU)]
