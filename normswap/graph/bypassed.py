@@ -1,5 +1,6 @@
 """What forwards take from a norm past its output: code that does so meets one row a context."""
 
+import dis
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -30,18 +31,23 @@ def find_bypassed(model: nn.Module) -> list[str]:
     So does what a model folds into its weights as it is switched to eval mode.
     """
     found: dict[str, None] = {}
+    read: dict[type, list[tuple[str, types.CodeType, list[dis.Instruction]]]] = {}
     for module in model.modules():
         cls: Any = class_of(module)
         if ORIGINAL in vars(module):
             continue
-        methods = ("forward", *switches_of(cls))
-        for method, function in ((m, f) for m in methods for f in reachable(cls, m)):
-            for code in codes_of(function.__code__):
-                variables = {name: module for name in code.co_varnames[: code.co_argcount][:1]}
-                read = _read(code, {"self": module, **variables})
-                # A switch of modes may call any method of a norm.
-                kept = (n for n in read if method == "forward" or n.endswith(_TENSORS))
-                found.update(dict.fromkeys(kept))
+        if cls not in read:
+            methods = ("forward", *switches_of(cls))
+            codes = (
+                (m, c) for m in methods for f in reachable(cls, m) for c in codes_of(f.__code__)
+            )
+            read[cls] = [(method, code, steps_of(code)) for method, code in codes]
+        for method, code, steps in read[cls]:
+            variables = {name: module for name in code.co_varnames[: code.co_argcount][:1]}
+            taken = _read(steps, {"self": module, **variables})
+            # A switch of modes may call any method of a norm.
+            kept = (n for n in taken if method == "forward" or n.endswith(_TENSORS))
+            found.update(dict.fromkeys(kept))
     return list(found)
 
 
@@ -73,7 +79,8 @@ def explain(error: BaseException, where: str) -> ConversionError | None:
     found: dict[str, None] = {}
     while trace is not None and trace.tb_frame.f_code is not CALL:
         frame = trace.tb_frame
-        found.update(dict.fromkeys(_read(frame.f_code, frame.f_globals | frame.f_locals)))
+        steps = steps_of(frame.f_code)
+        found.update(dict.fromkeys(_read(steps, frame.f_globals | frame.f_locals)))
         trace = trace.tb_next
     if trace is not None or not found:
         return None
@@ -90,12 +97,11 @@ def leave_out(found: list[str]) -> str:
     return f"leave the norm out with exclude={(norms[0] if len(norms) == 1 else norms)!r}"
 
 
-def _read(code: types.CodeType, names: dict[str, Any]) -> Iterator[str]:
+def _read(steps: list[dis.Instruction], names: dict[str, Any]) -> Iterator[str]:
     """Yield what code looks up on replaced norms; `names` are its variables, where known."""
     value: Any = None
     indexed: Any = None
     named = False
-    steps = steps_of(code)
     for step, after in zip(steps, [*steps[1:], None], strict=True):
         kind, name = step.opname, step.argval
         index = kind == "BINARY_SUBSCR" or step.argrepr == "[]"

@@ -3,7 +3,7 @@
 import itertools
 import types
 
-from normswap.graph.tracing.bytecode import codes_of
+from normswap.graph.tracing.bytecode import codes_of, once_per_code
 from normswap.graph.tracing.failure import is_torch
 from normswap.graph.tracing.uses import instructions_of
 from normswap.util.original_class import FREEZING
@@ -25,6 +25,7 @@ def learn_freezing(cls: type) -> None:
             FREEZING.update(filter(_freezes, codes))
 
 
+@once_per_code
 def _freezes(code: types.CodeType) -> bool:
     names, steps = set(code.co_names), list(instructions_of(code))
     asks = names & _ASKS or any(step.opname == "MATCH_CLASS" for step in steps)

@@ -1,11 +1,12 @@
 """Read from the code of a function what it takes from outside, and what it asks of its values."""
 
 import dis
+import functools
 import itertools
 import types
 import weakref
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 from normswap.graph.tracing.uses import (
     ANSWERED,
@@ -87,20 +88,32 @@ class Code(NamedTuple):
     statements: list[Statement]
 
 
-_KNOWN: "weakref.WeakKeyDictionary[types.CodeType, Code]" = weakref.WeakKeyDictionary()
+_Found = TypeVar("_Found")
 
 
+def once_per_code(read: Callable[[types.CodeType], _Found]) -> Callable[[types.CodeType], _Found]:
+    """Return a function that reads code as another does, each code once as long as it lives."""
+    found: weakref.WeakKeyDictionary[types.CodeType, _Found] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(read)
+    def look_up(code: types.CodeType) -> _Found:
+        if code not in found:
+            found[code] = read(code)
+        return found[code]
+
+    return look_up
+
+
+@once_per_code
 def read_code(code: types.CodeType) -> Code:
     """Read the instructions of a function."""
-    if code not in _KNOWN:
-        every, steps = list(instructions_of(code)), steps_of(code)
-        answered = find_answered(every)
-        loads = _find_loads(code, steps, {*find_asked(every)})
-        refused = _find_refused(code, steps, {*answered.values()})
-        statements = list(_split(steps, loads))
-        tests = _find_tests(steps)
-        _KNOWN[code] = Code(loads, tests, answered, refused, _catches(steps), statements)
-    return _KNOWN[code]
+    every = list(instructions_of(code))
+    steps = [step for step in every if step.opname not in _SKIPPED]
+    answered = find_answered(every)
+    loads = _find_loads(code, steps, {*find_asked(every)})
+    refused = _find_refused(code, steps, {*answered.values()})
+    statements = list(_split(steps, loads))
+    return Code(loads, _find_tests(steps), answered, refused, _catches(steps), statements)
 
 
 def steps_of(code: types.CodeType) -> list[dis.Instruction]:
