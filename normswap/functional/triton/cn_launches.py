@@ -7,33 +7,15 @@ import torch
 
 from normswap.functional.triton import cn_kernels, tile
 from normswap.functional.triton.launching import BoundLaunch
-from normswap.functional.triton.plan import Plan, cut_contexts, cut_rows, plan_of
+from normswap.functional.triton.plan import Cut, cut_tables, plan_of
 from normswap.functional.triton.sweeps import apply_rows
-
-
-class Cut(NamedTuple):
-    """How a layer's tables lie in one tensor, and programs share them; by sizes alone.
-
-    Attributes:
-        values: of all tables, float32; `cn_kernels.split_rest` says which.
-        numbers: what kernels over tables take as N, R, K, C, M, S and PART; R, rows of centre,
-            scale and shift, is K + 1, or K + N where samples weigh the contexts.
-        rows: what kernels over x take as scale, stride, R, K and geometry.
-        blocks: constants of kernels over tables.
-        programs: of a launch over them.
-    """
-
-    values: int
-    numbers: tuple[int, ...]
-    rows: tuple[int | None, ...]
-    blocks: dict[str, int]
-    programs: int
 
 
 class Forward(NamedTuple):
     """The launches of a forward, tensors not given yet, and the sizes of what they write."""
 
     cut: Cut
+    values: int
     parts: tuple[int, ...]
     stats: BoundLaunch
     tables: BoundLaunch
@@ -49,18 +31,11 @@ class Backward(NamedTuple):
     combine: BoundLaunch
 
 
-def cut_of(p: Plan, contexts: int, pools: bool, weighs: bool) -> Cut:
-    """Return the cut of tables for x that is cut so."""
-    instances, channels, positions = p.shape
-    programs, blocks = cut_rows(contexts + pools, channels)
-    rows, values = contexts + 1, 2 * (contexts + 1) * channels + 2 * line(contexts)
-    if weighs:
-        rows, values = contexts + instances, values + contexts * (2 * channels + instances)
-        programs += instances
-    numbers = (instances, rows, contexts, channels, positions, p.splits, p.part)
-    blocks |= cut_contexts(contexts, channels) if weighs else {"KP": 0, "WN": 1, "WC": 1}
-    over_x = (None, None, rows, contexts, *p.geometry)
-    return Cut(values + 3 * rows * channels, numbers, over_x, blocks, programs)
+def values_of(cut: Cut, weighs: bool) -> int:
+    """Return how many values all tables have; `cn_kernels.split_rest` says which."""
+    instances, rows, contexts, channels, *_ = cut.numbers
+    known = contexts * (2 * channels + instances) if weighs else 0
+    return (3 * rows + 2 * (contexts + 1)) * channels + 2 * line(contexts) + known
 
 
 def line(contexts: int) -> int:
@@ -79,7 +54,7 @@ def forward_of(
     there is none; the step is that of the rows over x.
     """
     p = plan_of(shape, contiguous)
-    cut = cut_of(p, contexts, pooled is not None, weighs)
+    cut = cut_tables(p, contexts, pooled is not None, weighs)
     instances, rows, _, channels, _, splits, _ = cut.numbers
     # Of those without a label alone, where the moments of the others do not matter.
     some = (0, 0) if batched else (1, contexts)
@@ -97,7 +72,8 @@ def forward_of(
         **cut.blocks,
     )
     stats = BoundLaunch(tile.stats, p.programs, (*some, *p.geometry), **p.blocks)
-    return Forward(cut, (2, instances, splits, channels), stats, tables, apply)
+    sizes = values_of(cut, weighs), (2, instances, splits, channels)
+    return Forward(cut, *sizes, stats, tables, apply)
 
 
 @lru_cache(maxsize=4096)
@@ -110,7 +86,7 @@ def backward_of(
     They write dx where it is needed, the last one where the moments of x move with it.
     """
     p = plan_of(shape, contiguous)
-    cut = cut_of(p, contexts, pooled is not None, weighs)
+    cut = cut_tables(p, contexts, pooled is not None, weighs)
     instances, rows, _, channels, _, splits, _ = cut.numbers
     numbers = (*(pooled or (0, 0)), eps, *cut.numbers[:-1])
     return Backward(

@@ -16,18 +16,11 @@ from normswap.functional.moments import Moments, context_posterior, instance_mom
 from normswap.functional.norm_contexts import norm_contexts
 from normswap.functional.segments import Counts, count
 from normswap.functional.tables import apply_centred, records
-from normswap.functional.triton.cn_launches import (
-    Cut,
-    Forward,
-    backward_of,
-    cut_of,
-    forward_of,
-    line,
-)
+from normswap.functional.triton.cn_launches import Forward, backward_of, forward_of, line
 from normswap.functional.triton.launching import launches_for
-from normswap.functional.triton.plan import plan
+from normswap.functional.triton.plan import Cut, cut_tables, plan
 from normswap.functional.triton.recording import Operator, Tensors, record
-from normswap.functional.triton.sorting import find_rows, sort_labels
+from normswap.functional.triton.sorting import expand_labels, find_rows, sort_labels
 from normswap.functional.triton.sweeps import step_of
 
 
@@ -79,11 +72,7 @@ def context_norm(
         y = torch.empty_like(x)
         found.apply(x, y, tables, labels)
         return y
-    if labels is None:
-        labels = torch.full((1,), -1, device=x.device)
-    if labels.shape[0] != instances:
-        labels = labels.expand(instances)
-    index = sort_labels(labels, contexts, norm.weighs)
+    index = sort_labels(expand_labels(labels, x), contexts, norm.weighs)
     return record(_OPERATOR, (norm, index, batched, note), x, norm.weight, norm.bias)
 
 
@@ -103,7 +92,7 @@ def _make_tables(
     if batched or norm.weighs:
         parts = x.new_empty(found.parts, dtype=torch.float32)
         found.stats(x, parts, None if batched else index)
-    tables = x.new_empty(found.cut.values, dtype=torch.float32)
+    tables = x.new_empty(found.values, dtype=torch.float32)
     found.tables(*given, parts, index, tables)
     return found, tables
 
@@ -152,9 +141,7 @@ def _moments(tables: Tensor, cut: Cut) -> tuple[Moments, Tensor, Moments | None]
 def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
     (x, weight, bias), (priors, index, tables), (norm, _, batched, _) = inputs, kept, given
     contexts, labels = len(weight), index[: len(x)]
-    used, _, known = _moments(
-        tables, cut_of(plan(x), contexts, norm.pooled is not None, norm.weighs)
-    )
+    used, _, known = _moments(tables, cut_tables(plan(x), contexts, False, norm.weighs))
     dtype, (low, high) = used.mean.dtype, norm.pooled or (0, contexts)
     priors = priors.to(dtype).unsqueeze(1)
     share = priors[low:high] / priors[low:high].sum()
