@@ -150,7 +150,8 @@ class ContextNormX(ContextLayer):
             labels = None if labels is None else one_label(labels)
             weighs = self.weighs(unlabelled)
             pooled = None if weighs else self.pooled_contexts(unlabelled)
-            y: Tensor = triton.norm_learned(x, labels, given, priors, pooled, weighs)
+            norm = triton.Norm(triton.KERNELS, given, priors, pooled, weighs)
+            y: Tensor = triton.normalize(x, labels, norm)
             return y
         learned = self.learned(compute_dtype(x))
         unknown = partial(self.unknown_map, learned, partial(instance_moments, x))

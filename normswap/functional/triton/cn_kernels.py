@@ -62,14 +62,12 @@ def tables(
             if rows is not None:
                 needed = tl.load(rows + n) >= K
             if needed:
+                row = found + (K + n) * C
                 w = weigh(
-                    n, part_stats, running_mean, running_var, priors, centre, weights, eps,
+                    n, part_stats, running_mean, running_var, priors, row, None, weights, eps,
                     N, K, C, M, S, PART, KP, WN, WC,
                 )  # fmt: skip
-                mix(
-                    w, found + (K + n) * C, running_mean, running_var, weight, bias, priors, eps,
-                    R, K, C, KP, WC,
-                )  # fmt: skip
+                mix(w, row, running_mean, running_var, weight, bias, priors, eps, R, K, C, KP, WC)
             return
     mu, v = tl.zeros([BC], tl.float64), tl.zeros([BC], tl.float64)
     gain, bias_k, count = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32), 0.0

@@ -1,7 +1,7 @@
 """CN-X's kernels over tables (K + 1, C), whose rows and pooled contexts are as in `cn_kernels`.
 
-Where samples without a label weigh the contexts, each for itself, tables are (K + N, C), with the
-weights, (N, K), behind them, and N programs of `posterior_kernels` follow the others.
+Where samples without a label weigh the contexts, each for itself, tables are (K + N, C), with their
+moments, (2, N, C), and weights, (N, K), behind them, and N programs follow the others.
 """
 
 import triton
@@ -30,12 +30,13 @@ def tables(
             if rows is not None:
                 needed = tl.load(rows + n) >= K
             if needed:
-                weights = found + 4 * R.to(tl.int64) * C
+                mean, var, weights = split_rest(found, N, R, C)
                 w = weigh(
-                    n, part_stats, mu, log_sigma, priors, found, weights, None,
+                    n, part_stats, mu, log_sigma, priors, mean + n * C, var + n * C, weights, None,
                     N, K, C, M, S, PART, KP, WN, WC,
                 )  # fmt: skip
-                mix(w, found, (K + n) * C, mu, log_sigma, weight, bias, R, K, C, KP, WC)
+                row = (K + n) * C
+                mix(w, mean + n * C, found, row, mu, log_sigma, weight, bias, R, K, C, KP, WC)
             return
     k, c, at, ok = parts.take_row(program, C, BC)
     near = tl.zeros([BC], tl.float32)
@@ -72,55 +73,63 @@ def write_row(tables, at, near, left, inv, weight, bias, c, R, C):
 
 
 @triton.jit
-def mix(w, tables, row, mu, log_sigma, weight, bias, R, K, C, KP, BC):
-    """Write the map that weights w mix, in a row that begins with the mean m of the instance.
+def split_rest(tables, N, R, C):
+    """Return what lies behind the tables: mean and variance of instances, and their weights."""
+    mean, size = tables + 4 * R.to(tl.int64) * C, N.to(tl.int64) * C
+    return mean, mean + size, mean + 2 * size
 
-    Contexts share weight and bias, so it is of one mean and spread again:
+
+@triton.jit
+def mix(w, mean, tables, row, mu, log_sigma, weight, bias, R, K, C, KP, BC):
+    """Write the map that weights w mix of contexts, in a row, given the mean m of the instance.
+
+    Contexts share weight and bias, so it is of one mean and spread s again:
     ``1 / s = sum_k w_k / sigma_k``, and ``m - s sum_k w_k (m - mu_k) / sigma_k``.
     """
     for i in range(0, C, BC):
         c = i + tl.arange(0, BC)
-        m = tl.load(tables + row + c, c < C, 0.0)
+        m = tl.load(mean + c, c < C, 0.0)
         means, r, _ = load_moments(mu, log_sigma, None, c, K, C, KP)
         inv = tl.sum(w * r, 0)
         off = tl.sum(w * r * (m[None, :] - means), 0) / inv
         near = m - off
-        # Other threads have to have read m.
-        tl.debug_barrier()
         write_row(tables, row + c, near, (m - near) - off, inv, weight, bias, c, R, C)
 
 
 @triton.jit(do_not_specialize=["N", "R", "K", "S"])
 def weight_gradients(
-    dots, rows, tables, mu, log_sigma, weight,
+    dots, rows, tables, mu, log_sigma, weight, bias, priors,
     N, R, K, C, M, S, KP: tl.constexpr, WN: tl.constexpr, WC: tl.constexpr,
 ):  # fmt: skip
     """Write, for instances that weigh the contexts, what `posterior_gradients` says.
 
     The slopes, (N, K), lie behind what else backward adds up.
     """
-    n = tl.program_id(0).to(tl.int64)
+    n, k = tl.program_id(0).to(tl.int64), tl.arange(0, KP)
     if tl.load(rows + n) >= K:
-        size, k = R.to(tl.int64) * C, tl.arange(0, KP)
+        weights = split_rest(tables, N, R, C)[2]
         slopes = posterior_gradients(
-            n, dots, mu, log_sigma, weight, None, None, tables, tables + 4 * size, None,
+            n, dots, mu, log_sigma, weight, None, None, tables, weights, None,
             N, R, K, C, M, S, KP, WN, WC,
         )  # fmt: skip
-        behind = parts.split_dots(dots, N, R, C, S)[3] + size
+        behind = parts.split_dots(dots, N, R, C, S)[3] + R.to(tl.int64) * C
         tl.store(behind + n * K + k, slopes, k < K)
 
 
 @triton.jit(do_not_specialize=["low", "high", "N", "R", "K", "S"])
 def gradients(
-    dots, rows, tables, part_stats, mu, log_sigma, priors, dmu, dlog_sigma, dweight, dbias,
-    low, high, N, R, K, C, M, S, PART, BN: tl.constexpr, BC: tl.constexpr,
+    dots, rows, tables, mu, log_sigma, weight, bias, priors, dmu, dlog_sigma, dweight, dbias,
+    low, high, N, R, K, C, M, S, MOVES: tl.constexpr, WEIGHED: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients: of mu and log sigma in rows of contexts, of weight and bias in row K.
 
     With D1 = sum dy and D2 = sum dy (x - mu_k) over the instances of a context, and A = weight /
     sigma_k: dmu = -A D1, dlog_sigma = -A D2; dweight = sum_k D2 / sigma_k, dbias = sum_k D1.
-    Instances that weigh the contexts have part statistics; their share is that of `add_slopes`,
-    and, with D1 and D2 weighed, the same.
+    Samples without a label that have WEIGHED the contexts have the same share, with D1 and D2
+    weighed, and, through the slopes dl of their logits and with their moments m, v,
+    ``dmu = sum dl (m - mu_k) / sigma_k^2``, ``dlog_sigma = sum dl ((v + (m - mu_k)^2) / sigma_k^2
+    - 1)``.
     """
     k, c, at, ok = parts.take_row(tl.program_id(0), C, BC)
     centre, scale, _, inverse = parts.split(tables, R, C)
@@ -132,22 +141,29 @@ def gradients(
         a = tl.load(scale + at, ok, 0.0)
         dm, dl = -a * one, -a * two
         lo, hi = parts.find_parts_of(offsets, K, S)
-        if part_stats is not None:
-            size, near = R.to(tl.int64) * C, tl.load(centre + at, ok, 0.0)
+        if WEIGHED:
+            near, r = tl.load(centre + at, ok, 0.0), tl.load(inverse + at, ok, 0.0)
+            mean, var, weights = split_rest(tables, N, R, C)
             one, two = add_weighted_dots(
-                first, second, order, tables + 4 * size, centre, near, lo, hi, k, c, K, C, S, BN
+                first, second, order, weights, centre, near, lo, hi, k, c, K, C, S, BN
             )
             dm -= a * one
             dl -= a * two
-            one, two = add_slopes(
-                part_stats, constant + size, order, near, tl.load(inverse + at, ok, 0.0),
-                lo, hi, k, c, N, K, C, M, S, PART, BN,
-            )  # fmt: skip
-            dm += one
-            dl += two
-            # Of dx, instances of contexts have nothing but dy * scale.
-            tl.store(spread + at, tl.zeros_like(a), ok)
-            tl.store(constant + at, tl.zeros_like(a), ok)
+            slopes = constant + R.to(tl.int64) * C
+            lo, hi = parts.find_parts_of(offsets, K, 1)
+            for i in range(lo, hi, BN):
+                lie, _, there = parts.find_parts(order, i, hi, c, C, 1, BN)
+                j = i + tl.arange(0, BN)
+                n = tl.load(order + j, j < hi, 0)
+                slope = tl.load(slopes + n * K + k, j < hi, 0.0)[:, None]
+                z = (tl.load(mean + lie, there, 0.0) - near[None, :]) * r[None, :]
+                dm += tl.sum(slope * z, 0) * r
+                z2 = z * z + tl.load(var + lie, there, 0.0) * (r * r)[None, :]
+                dl += tl.sum(slope * (z2 - 1), 0)
+            if MOVES:
+                # Of dx, instances of contexts have nothing but dy * scale.
+                tl.store(spread + at, tl.zeros_like(a), ok)
+                tl.store(constant + at, tl.zeros_like(a), ok)
         elif (lo < hi) & (low <= k) & (k < high):
             # Samples without a label have a share of every context that is pooled.
             share = tl.load(priors + k).to(tl.float32) / parts.add_priors(priors, low, high, BN)
@@ -173,24 +189,3 @@ def gradients(
             by_weight += tl.sum(two * tl.load(inverse + row, there, 0.0), 0)
         tl.store(dweight + c, by_weight, ok)
         tl.store(dbias + c, by_bias, ok)
-
-
-@triton.jit
-def add_slopes(part_stats, slopes, order, mu, r, lo, hi, k, c, N, K, C, M, S, PART, BN):
-    """Return what the gradients of mu and log sigma have through the weights.
-
-    With moments m, v of the instances and the slopes dl of their logits:
-    ``sum_n dl_nk (m - mu_k) / sigma_k^2`` and ``sum_n dl_nk ((v + (m - mu_k)^2) / sigma_k^2 - 1)``.
-    """
-    part_var = part_stats + N.to(tl.int64) * S * C
-    one, two = tl.zeros(c.shape, tl.float32), tl.zeros(c.shape, tl.float32)
-    for i in range(lo, hi, BN):
-        at, part, ok = parts.find_parts(order, i, hi, c, C, S, BN)
-        j = i + tl.arange(0, BN)
-        n = tl.load(order + j // S, j < hi, 0)
-        share = tl.minimum(PART, M - part * PART).to(tl.float32) / M
-        slope = share[:, None] * tl.load(slopes + n * K + k, j < hi, 0.0)[:, None]
-        z = (tl.load(part_stats + at, ok, 0.0) - mu[None, :]) * r[None, :]
-        one += tl.sum(slope * z, 0)
-        two += tl.sum(slope * (tl.load(part_var + at, ok, 0.0) * (r * r)[None, :] + z * z - 1), 0)
-    return one * r, two

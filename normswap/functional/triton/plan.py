@@ -42,23 +42,6 @@ class Plan(NamedTuple):
     blocks: dict[str, int]
 
 
-class Cut(NamedTuple):
-    """How programs share a layer's tables, which lie in one tensor; by sizes alone.
-
-    Attributes:
-        numbers: what kernels over tables take as N, R, K, C, M, S and PART; R, rows of centre,
-            scale and shift, is K + 1, or K + N where samples weigh the contexts.
-        rows: what kernels over x take as scale, stride, R, K and geometry.
-        blocks: constants of kernels over tables.
-        programs: of a launch over them.
-    """
-
-    numbers: tuple[int, ...]
-    rows: tuple[int | None, ...]
-    blocks: dict[str, int]
-    programs: int
-
-
 def plan(x: Tensor) -> Plan:
     """Return the cut of x, contiguous or with its channels last."""
     return plan_of(x.shape, x.is_contiguous())
@@ -120,20 +103,6 @@ def cut_contexts(contexts: int, channels: int) -> dict[str, int]:
     rows = pow2(contexts)
     columns = min(_TILE // 2 // rows, 256, pow2(channels))
     return {"KP": rows, "WN": max(1, min(16, _TILE // 2 // columns)), "WC": columns, "num_warps": 8}
-
-
-def cut_tables(p: Plan, contexts: int, more: bool, weighs: bool) -> Cut:
-    """Return the cut of tables of contexts for x that is cut so.
-
-    There are programs for K rows, for one more, and for N that weigh the contexts.
-    """
-    instances, channels, positions = p.shape
-    programs, blocks = cut_rows(contexts + more, channels)
-    rows = contexts + (instances if weighs else 1)
-    numbers = (instances, rows, contexts, channels, positions, p.splits, p.part)
-    blocks |= cut_contexts(contexts, channels) if weighs else {"KP": 0, "WN": 1, "WC": 1}
-    over_x = (None, None, rows, contexts, *p.geometry)
-    return Cut(numbers, over_x, blocks, programs + weighs * instances)
 
 
 def cut_instances(

@@ -41,12 +41,12 @@ def load_affine(weight, bias, priors, c, K, C, KP):
 
 @triton.jit
 def weigh(
-    n, part_stats, mean, spread, priors, centre, weights, eps, N, K, C, M, S, PART, KP, BN, BC
+    n, part_stats, mean, spread, priors, m_row, v_row, weights, eps, N, K, C, M, S, PART, KP, BN, BC
 ):
-    """Write the mean of the instance and the probability of each context; return those, (KP, 1).
+    """Write the probability of each context, and the moments; return the former, (KP, 1).
 
-    With its moments m, v: ``w_k = softmax_k(log lambda_k - 1/2 sum_c [log V_kc +
-    (v_c + (m_c - mu_kc)^2) / V_kc])``.
+    With the instance's moments m, v, of which v may have no place to go:
+    ``w_k = softmax_k(log lambda_k - 1/2 sum_c [log V_kc + (v_c + (m_c - mu_kc)^2) / V_kc])``.
     """
     # Parts are counted from the instance on: int32 divides at once.
     part_mean = part_stats + n * S * C
@@ -60,7 +60,9 @@ def weigh(
         one, two = add_moments(part_mean, part_var, None, 0, S, c, C, M, S, PART, BN)
         m = one * per_value
         near, v = m.to(tl.float32), tl.maximum(two * per_value - m * m, 0.0).to(tl.float32)
-        tl.store(centre + (K + n) * C + c, near, c < C)
+        tl.store(m_row + c, near, c < C)
+        if v_row is not None:
+            tl.store(v_row + c, v, c < C)
         mu, r, log_r = load_moments(mean, spread, eps, c, K, C, KP)
         off = near[None, :] - mu
         cost = (v[None, :] + off * off) * r * r - 2 * log_r

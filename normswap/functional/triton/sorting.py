@@ -6,13 +6,6 @@ from torch import Tensor
 from normswap.functional.labels import kept
 
 
-def expand_labels(labels: Tensor | None, x: Tensor) -> Tensor:
-    """Return one label for each instance of x, given those, that of all, (1,), or None, -1."""
-    if labels is None:
-        labels = torch.full((1,), -1, device=x.device)
-    return labels if labels.shape[0] == x.shape[0] else labels.expand(x.shape[0])
-
-
 def find_rows(labels: Tensor, contexts: int) -> Tensor:
     """Return the row of each instance n, (N,): that of its context, or K + n where it has none."""
 
