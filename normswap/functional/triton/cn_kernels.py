@@ -127,14 +127,14 @@ def mix(w, row, mean, var, weight, bias, priors, eps, R, K, C, KP, BC):
     ``scale = sum_k w_k A_k``, A_k = weight_k / sqrt(V_k), and
     ``shift = sum_k w_k (bias_k + (m - mu_k) A_k)``.
     """
-    centre, scale, shift, _ = parts.split(row, R, C)
+    size = R.to(tl.int64) * C
     for i in range(0, C, BC):
         c = i + tl.arange(0, BC)
-        near = tl.load(centre + c, c < C, 0.0)[None, :]
+        near = tl.load(row + c, c < C, 0.0)[None, :]
         mu, r, _ = load_moments(mean, var, eps, c, K, C, KP)
         gain, b = load_affine(weight, bias, priors, c, K, C, KP)
-        tl.store(scale + c, tl.sum(w * gain * r, 0), c < C)
-        tl.store(shift + c, tl.sum(w * (b + (near - mu) * (gain * r)), 0), c < C)
+        tl.store(row + size + c, tl.sum(w * (gain * r), 0), c < C)
+        tl.store(row + 2 * size + c, tl.sum(w * (b + (near - mu) * (gain * r)), 0), c < C)
 
 
 @triton.jit(do_not_specialize=["R", "K", "si", "S"])

@@ -132,7 +132,8 @@ def gradients(
     - 1)``.
     """
     k, c, at, ok = parts.take_row(tl.program_id(0), C, BC)
-    centre, scale, _, inverse = parts.split(tables, R, C)
+    lying = parts.split(tables, R, C)
+    centre, scale, inverse = lying[0], lying[1], lying[3]
     first, second, spread, constant = parts.split_dots(dots, N, R, C, S)
     order, offsets = rows + N, rows + 2 * N
     if k < K:
