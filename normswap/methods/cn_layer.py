@@ -117,21 +117,22 @@ class ContextNorm(ContextTables):
         if self.shared_affine:
             factor = priors.sqrt().unsqueeze(1)
             weight, bias = weight * factor, bias * factor
+        moves = batched and not (self.keeps_stats() or together)
+        rates = (float(self.eps), None if self.momentum is None else float(self.momentum))
         norm = triton.Norm(
-            weight,
-            bias,
+            triton.KERNELS,
+            (weight, bias),
             priors,
-            running,
-            buffers if batched and not (self.keeps_stats() or together) else None,
-            batches,
-            float(self.eps),
-            None if self.momentum is None else float(self.momentum),
             None if weighs else self.pooled_contexts(unlabelled),
             weighs,
+            batched,
+            (*running, batches),
+            (*buffers, batches) if moves else (),
+            rates,
+            partial(triton.note_moments, self._update) if batched and together else None,
         )
         labels = None if labels is None else one_label(labels)
-        note = self._update if batched and together else None
-        y: Tensor = triton.context_norm(x, labels, norm, batched, note)
+        y: Tensor = triton.normalize(x, labels, norm)
         return y
 
     def _at_first_run(self, running: Moments) -> Moments:

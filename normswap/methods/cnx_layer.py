@@ -82,6 +82,7 @@ class ContextNormX(ContextLayer):
     context_parameters = ("mu", "log_sigma")
     kernels = "learned_norm"
     read = ("priors", "mu", "log_sigma", "weight", "bias")
+    most_weighed = 64
     track_running_stats = False
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -147,8 +148,10 @@ class ContextNormX(ContextLayer):
         if (found := self.find_triton(x, unlabelled)) is not None:
             triton, (priors, *given) = found
             labels = None if labels is None else one_label(labels)
-            pooled = self.pooled_contexts(unlabelled)
-            y: Tensor = triton.norm_learned(x, labels, given, priors, pooled)
+            weighs = self.weighs(unlabelled)
+            pooled = None if weighs else self.pooled_contexts(unlabelled)
+            norm = triton.Norm(triton.KERNELS, given, priors, pooled, weighs)
+            y: Tensor = triton.normalize(x, labels, norm)
             return y
         learned = self.learned(compute_dtype(x))
         unknown = partial(self.unknown_map, learned, partial(instance_moments, x))

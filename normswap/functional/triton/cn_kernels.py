@@ -15,6 +15,8 @@ import triton.language as tl
 from normswap.functional.triton import parts
 from normswap.functional.triton.posterior_kernels import (
     add_weighted_dots,
+    load_affine,
+    load_moments,
     posterior_gradients,
     weigh,
 )
@@ -60,13 +62,12 @@ def tables(
             if rows is not None:
                 needed = tl.load(rows + n) >= K
             if needed:
-                # Parts are counted from the instance on: int32 divides at once.
-                part_mean = part_stats + n * S * C
-                weigh(
-                    part_mean, part_mean + N.to(tl.int64) * S * C, running_mean, running_var,
-                    weight, bias, priors, found + (K + n) * C, R.to(tl.int64) * C, weights + n * K,
-                    eps, K, C, M, S, PART, KP, WN, WC,
+                row = found + (K + n) * C
+                w = weigh(
+                    n, part_stats, running_mean, running_var, priors, row, None, weights, eps,
+                    N, K, C, M, S, PART, KP, WN, WC,
                 )  # fmt: skip
+                mix(w, row, running_mean, running_var, weight, bias, priors, eps, R, K, C, KP, WC)
             return
     mu, v = tl.zeros([BC], tl.float64), tl.zeros([BC], tl.float64)
     gain, bias_k, count = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32), 0.0
@@ -119,6 +120,23 @@ def tables(
             tl.store(rates + k, rate)
 
 
+@triton.jit
+def mix(w, row, mean, var, weight, bias, priors, eps, R, K, C, KP, BC):
+    """Write the map that weights w mix, about the mean m of an instance, which is in its row.
+
+    ``scale = sum_k w_k A_k``, A_k = weight_k / sqrt(V_k), and
+    ``shift = sum_k w_k (bias_k + (m - mu_k) A_k)``.
+    """
+    size = R.to(tl.int64) * C
+    for i in range(0, C, BC):
+        c = i + tl.arange(0, BC)
+        near = tl.load(row + c, c < C, 0.0)[None, :]
+        mu, r, _ = load_moments(mean, var, eps, c, K, C, KP)
+        gain, b = load_affine(weight, bias, priors, c, K, C, KP)
+        tl.store(row + size + c, tl.sum(w * (gain * r), 0), c < C)
+        tl.store(row + 2 * size + c, tl.sum(w * (b + (near - mu) * (gain * r)), 0), c < C)
+
+
 @triton.jit(do_not_specialize=["R", "K", "si", "S"])
 def apply_and_move(
     x, y, tables, rows, running_mean, running_var, batches, R, K,
@@ -164,9 +182,7 @@ def gradients(
     WEIGHED the contexts or not.
     """
     program, own = tl.program_id(0), K * tl.cdiv(C, BC)
-    second = dots + N.to(tl.int64) * S * C
-    spread = second + N.to(tl.int64) * S * C
-    constant = spread + R.to(tl.int64) * C
+    first, second, spread, constant = parts.split_dots(dots, N, R, C, S)
     centre, scale, _, rest = parts.split(tables, R, C)
     inverse, _, values, _, known_mean, known_var, weights = split_rest(rest, K, C)
     order, offsets = rows + N, rows + 2 * N
@@ -176,13 +192,13 @@ def gradients(
                 n = (program - own).to(tl.int64)
                 if tl.load(rows + n) >= K:
                     posterior_gradients(
-                        n, dots, second, known_mean, known_var, weight, bias, priors,
-                        centre, weights, spread, constant, eps, K, C, M, S, KP, WN, WC,
+                        n, dots, known_mean, known_var, weight, bias, priors, centre, weights, eps,
+                        N, R, K, C, M, S, KP, WN, WC,
                     )  # fmt: skip
             return
     k, c, at, ok = parts.take_row(program, C, BC)
     lo, hi = parts.find_parts_of(offsets, k, S)
-    one, two = parts.add_dots(dots, second, order, lo, hi, c, C, S, BN)
+    one, two = parts.add_dots(first, second, order, lo, hi, c, C, S, BN)
     by_weight = tl.load(inverse + at, ok, 0.0) * two
     if MOVES:
         count = tl.load(values + k)
@@ -198,14 +214,14 @@ def gradients(
         if WEIGHED:
             mu = tl.load(known_mean + at, ok, 0.0)
             one, two = add_weighted_dots(
-                dots, second, order, weights, centre, mu, lo, hi, k, c, K, C, S, BN
+                first, second, order, weights, centre, mu, lo, hi, k, c, K, C, S, BN
             )
             by_weight += two * tl.rsqrt(tl.load(known_var + at, ok, 1.0) + eps) / root
             by_bias += one / root
         elif (lo < hi) & (low <= k) & (k < high):
             # Samples without a label have a share of every context that is pooled.
             share = root / parts.add_priors(priors, low, high, BN)
-            one, two = parts.add_dots(dots, second, order, lo, hi, c, C, S, BN)
+            one, two = parts.add_dots(first, second, order, lo, hi, c, C, S, BN)
             by_weight += share * two * tl.load(inverse + K * C + c, ok, 0.0)
             by_bias += share * one
         tl.store(dweight + at, by_weight, ok)

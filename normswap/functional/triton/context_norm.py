@@ -5,156 +5,56 @@ One more in evaluation where samples without a label weigh the contexts, for the
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from normswap.functional import kernels
 from normswap.functional.affine import Centred, centre_norm
 from normswap.functional.moments import Moments, context_posterior, instance_moments
 from normswap.functional.norm_contexts import norm_contexts
 from normswap.functional.segments import Counts, count
-from normswap.functional.tables import apply_centred, records
-from normswap.functional.triton.cn_launches import (
-    Cut,
-    Forward,
-    backward_of,
-    cut_of,
-    forward_of,
-    line,
-)
-from normswap.functional.triton.launching import launches_for
-from normswap.functional.triton.plan import plan
-from normswap.functional.triton.recording import Operator, Tensors, record
-from normswap.functional.triton.sorting import find_rows, sort_labels
-from normswap.functional.triton.sweeps import step_of
+from normswap.functional.tables import apply_centred
+from normswap.functional.triton import cn_kernels
+from normswap.functional.triton.context_launches import Kernels, Norm
+from normswap.functional.triton.context_launches import normalize as normalize
+from normswap.functional.triton.recording import Tensors
 
 
-class Norm(NamedTuple):
-    """What a layer of CN holds.
-
-    Attributes:
-        weight, bias, priors: (K, C), (K, C) and (K,).
-        running: moments, (K, C), of contexts with fewer than two values in the batch.
-        moved: the running moments that this batch is to move; None for none.
-        batches: how many moved them, (K,).
-        eps: added to the variance.
-        momentum: None for the average of all batches.
-        pooled: which contexts, from and to, are pooled for samples without a label; (0, 0) where
-            there must be none, None where the host knows that there is none.
-        weighs: whether samples without a label, instead, weigh the contexts, each for itself.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    priors: Tensor
-    running: Moments
-    moved: Moments | None
-    batches: Tensor
-    eps: float
-    momentum: float | None
-    pooled: tuple[int, int] | None
-    weighs: bool
+def note_moments(note: Callable[..., None], x: Tensor, tables: Tensor, norm: Norm) -> None:
+    """Call with the moments each context is normalised with, and its number of values."""
+    used, values, _ = _moments(x, tables, norm)
+    note(Moments(*(t[:-1] for t in used)), count(values[:-1].unsqueeze(1)))
 
 
-def context_norm(
-    x: Tensor, labels: Tensor | None, norm: Norm, batched: bool, note: Callable[..., None] | None
-) -> Tensor:
-    """Return x normalised with the moments of each instance's context.
-
-    Args:
-        x: (N, C, *).
-        labels: (N,) in [-1, K); or (1,), that of all; None where all are -1.
-        norm: see there.
-        batched: whether with the moments of the batch, where a context has two values or more.
-        note: called with the moments each context is normalised with and its number of values.
-    """
-    contexts, instances = norm.weight.shape[0], x.shape[0]
-    if not batched and not records((x, norm.weight, norm.bias)):
-        index = None
-        if norm.weighs and labels is not None:
-            index = labels = find_rows(labels.expand(instances), contexts)
-        found, tables = _make_tables(x, norm, index, False, False, labels)
-        y = torch.empty_like(x)
-        found.apply(x, y, tables, labels)
-        return y
-    if labels is None:
-        labels = torch.full((1,), -1, device=x.device)
-    if labels.shape[0] != instances:
-        labels = labels.expand(instances)
-    index = sort_labels(labels, contexts, norm.weighs)
-    return record(_OPERATOR, (norm, index, batched, note), x, norm.weight, norm.bias)
+def _values(instances: int, rows: int, contexts: int, channels: int, weighs: bool) -> int:
+    """Return how many values all tables have; `cn_kernels.split_rest` says which."""
+    known = contexts * (2 * channels + instances) if weighs else 0
+    return (3 * rows + 2 * (contexts + 1)) * channels + 2 * _line(contexts) + known
 
 
-def _make_tables(
-    x: Tensor, norm: Norm, index: Tensor | None, ordered: bool, batched: bool, rows: Tensor | None
-) -> tuple[Forward, Tensor]:
-    """Return what to launch, and all tables; the index is as for `forward_of`.
-
-    Rows are what the last launch is given, (N,) or (1,) or None; see `step_of`.
-    """
-    given = (*norm.running, norm.batches, norm.weight, norm.bias, norm.priors)
-    what = (x.shape, x.is_contiguous(), norm.weight.shape[0], norm.pooled, norm.weighs)
-    how = (batched, None if index is None else ordered, norm.moved is not None, step_of(rows))
-    kinds = (x, *given, *(norm.moved or ()), *(() if rows is None else (rows,)))
-    found = launches_for(kinds, forward_of, *what, (norm.eps, norm.momentum), *how)
-    parts = None
-    if batched or norm.weighs:
-        parts = x.new_empty(found.parts, dtype=torch.float32)
-        found.stats(x, parts, None if batched else index)
-    tables = x.new_empty(found.cut.values, dtype=torch.float32)
-    found.tables(*given, parts, index, tables)
-    return found, tables
+def _line(contexts: int) -> int:
+    """Return the room of a value for each of K + 1 rows, in whole lines of 16."""
+    return (contexts + 16) // 16 * 16
 
 
-def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
-    """See `normswap.functional.norm_contexts.ContextGlue` for the formulas."""
-    x, (norm, index, batched, note) = inputs[0], given
-    found, tables = _make_tables(x, norm, index, True, batched, index)
-    if note is not None:
-        used, values, _ = _moments(tables, found.cut)
-        note(Moments(*(t[:-1] for t in used)), count(values[:-1].unsqueeze(1)))
-    y = torch.empty_like(x)
-    found.apply(x, y, tables, index, *(() if norm.moved is None else (*norm.moved, norm.batches)))
-    return y, norm.priors, index, tables
-
-
-def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any) -> Tensors:
-    (x, weight, bias), (priors, index, tables) = inputs, kept
-    norm, _, batched, _ = given
-    dy, moves = kernels.match(dy, x), needed[0] and (batched or norm.weighs)
-    what = (x.shape, x.is_contiguous(), weight.shape[0], norm.pooled, norm.weighs, norm.eps)
-    kinds = (x, dy, weight, bias, priors, index, tables)
-    start = launches_for(kinds, backward_of, *what, needed[0], moves)
-    dx = torch.empty_like(x) if needed[0] else None
-    found = x.new_empty(start.values, dtype=torch.float32)
-    start.dots(dy, x, None if moves else dx, found, tables, index)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    start.gradients(found, index, tables, weight, bias, priors, dweight, dbias)
-    if moves:
-        start.combine(dy, x, dx, found, None, tables, index)
-    return dx, dweight, dbias
-
-
-def _moments(tables: Tensor, cut: Cut) -> tuple[Moments, Tensor, Moments | None]:
+def _moments(x: Tensor, tables: Tensor, norm: Norm) -> tuple[Moments, Tensor, Moments | None]:
     """Return the moments that were used, (K + 1, C), their number of values, and those compared."""
-    rows, contexts, channels = cut.numbers[1:4]
+    contexts, channels = norm.learned[0].shape
+    rows = contexts + (len(x) if norm.weighs else 1)
     size = (contexts + 1) * channels
     rest = tables[3 * rows * channels :]
     used = Moments(*(t.view(-1, channels) for t in (tables[:size], rest[size : 2 * size])))
     values = rest[2 * size :][: contexts + 1]
-    known = rest[2 * (size + line(contexts)) :][: 2 * contexts * channels]
+    known = rest[2 * (size + _line(contexts)) :][: 2 * contexts * channels]
     compared = Moments(*known.view(2, contexts, channels)) if len(known) else None
     return used, values, compared
 
 
 def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
-    (x, weight, bias), (priors, index, tables), (norm, _, batched, _) = inputs, kept, given
-    contexts, labels = len(weight), index[: len(x)]
-    used, _, known = _moments(
-        tables, cut_of(plan(x), contexts, norm.pooled is not None, norm.weighs)
-    )
+    (x, weight, bias), (priors, index, tables), norm = inputs, kept, given[0]
+    contexts, labels, eps = len(weight), index[: len(x)], norm.rates[0]
+    used, _, known = _moments(x, tables, norm)
     dtype, (low, high) = used.mean.dtype, norm.pooled or (0, contexts)
     priors = priors.to(dtype).unsqueeze(1)
     share = priors[low:high] / priors[low:high].sum()
@@ -166,11 +66,11 @@ def _formula(inputs: Tensors, kept: Tensors, given: Any) -> Tensor:
         # Nothing has written row K of what was used.
         pairs = zip(used, known, strict=True)
         used = Moments(*(torch.cat((t[:contexts], row[:1])) for t, row in pairs))
-        mix = partial(_mix, labels, known, priors.squeeze(1), norm.eps)
-    if batched:
-        rest = (torch.ones_like(gain[:, :1]), used, contexts, norm.eps, _ignore)
+        mix = partial(_mix, labels, known, priors.squeeze(1), eps)
+    if norm.batched:
+        rest = (torch.ones_like(gain[:, :1]), used, contexts, eps, _ignore)
         return norm_contexts(x, labels, gain, shift, *rest, override=mix)
-    table = centre_norm(used, gain, shift, norm.eps)
+    table = centre_norm(used, gain, shift, eps)
     if mix is None:
         return apply_centred(x, table, labels)
     return apply_centred(x, mix(table.rows(labels), instance_moments(x), gain, shift))
@@ -191,4 +91,6 @@ def _ignore(used: Moments, counts: Counts) -> None:
     """Note nothing: a derivative moves no statistics."""
 
 
-_OPERATOR = Operator(_forward, _backward, _formula)
+KERNELS = Kernels(
+    _values, cn_kernels.tables, cn_kernels.gradients, _formula, move=cn_kernels.apply_and_move
+)

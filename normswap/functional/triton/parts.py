@@ -21,6 +21,14 @@ def split(tables, R, C):
 
 
 @triton.jit
+def split_dots(dots, N, R, C, S):
+    """Return sums of parts, of dy and ``dy (x - centre)``, and spread and constant, behind them."""
+    size = N.to(tl.int64) * S * C
+    spread = dots + 2 * size
+    return dots, dots + size, spread, spread + R.to(tl.int64) * C
+
+
+@triton.jit
 def size_of_parts(C, BC):
     """Return how many values a table of the parts has, in a launch over them all."""
     return (tl.num_programs(0) // tl.cdiv(C, BC)).to(tl.int64) * C

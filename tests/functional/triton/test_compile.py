@@ -3,7 +3,7 @@
 import pytest
 
 pytest.importorskip("triton")
-from normswap.functional.triton import cn_kernels, learned_norm, parts, tile
+from normswap.functional.triton import cn_kernels, learned_kernels, parts, tile
 from normswap.functional.triton.plan import cut_contexts
 from tests.functional.triton.compiling import compile_kernel
 from tests.support.sampling import sampled
@@ -34,16 +34,17 @@ OVER_TABLES = [
     (cn_kernels.tables, NONE_WEIGH | RUNNING),
     (cn_kernels.gradients, NONE_WEIGH | {"MOVES": True, "WEIGHED": False}),
     (cn_kernels.gradients, NONE_WEIGH | {"MOVES": False, "WEIGHED": False}),
-    (learned_norm.tables, {}),
-    (learned_norm.tables, {"rows": None, "weight": None, "bias": None}),
-    (learned_norm.gradients, {}),
-    (learned_norm.gradients, {"dweight": None, "dbias": None}),
+    (learned_kernels.tables, NONE_WEIGH),
+    (learned_kernels.tables, NONE_WEIGH | {"rows": None, "weight": None, "bias": None}),
+    (learned_kernels.gradients, {"MOVES": True, "WEIGHED": True}),
+    (learned_kernels.gradients, {"MOVES": False, "WEIGHED": False, "dweight": None, "dbias": None}),
 ]
 OVER_CONTEXTS = [
-    (cn_kernels.tables, TRAINING),
-    (cn_kernels.tables, {"rows": None, "BATCH": False, "SORTED": False}),
-    (cn_kernels.gradients, {"MOVES": True, "WEIGHED": True}),
+    (cn_kernels.tables, ROWS | TRAINING),
+    (cn_kernels.tables, ROWS | {"rows": None, "BATCH": False, "SORTED": False}),
+    (cn_kernels.gradients, ROWS | {"MOVES": True, "WEIGHED": True}),
 ]
+OVER_CONTEXTS_OF_CNX = [(learned_kernels.tables, ROWS), (learned_kernels.weight_gradients, {})]
 # Layout and tile as `plan` has them: channels last, large and small maps, and one position.
 CUTS = [("bf16", True, 32, 64), ("fp32", False, 1024, 2), ("fp16", False, 64, 32)]
 # Every kernel for each tile and number of contexts, and for each of two architectures; the other
@@ -71,12 +72,23 @@ def test_kernels_over_tables(architecture):
         assert registers <= 128, kernel
 
 
-@pytest.mark.parametrize(("architecture", "contexts"), sampled(OF_CONTEXTS, 4))
-def test_kernels_over_contexts(architecture, contexts):
+def compile_over_contexts(kernels, architecture, contexts):
     cut = cut_contexts(contexts, 2048)
     cut["warps"] = cut.pop("num_warps")
-    for kernel, given in OVER_CONTEXTS:
-        registers, spilled, widths = compile_kernel(kernel, architecture, **ROWS, **cut, **given)
+    for kernel, given in kernels:
+        registers, spilled, widths = compile_kernel(kernel, architecture, **cut, **given)
         assert spilled == 0, kernel
         assert registers <= 128, kernel
         assert 128 in widths, kernel
+
+
+@pytest.mark.parametrize(("architecture", "contexts"), sampled(OF_CONTEXTS, 4))
+def test_kernels_over_contexts(architecture, contexts):
+    compile_over_contexts(OVER_CONTEXTS, architecture, contexts)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "contexts"), sampled(OF_CONTEXTS[2:] + OF_CONTEXTS[:2], 2)
+)
+def test_kernels_of_cnx_over_contexts(architecture, contexts):
+    compile_over_contexts(OVER_CONTEXTS_OF_CNX, architecture, contexts)

@@ -130,11 +130,24 @@ def test_cn_whose_unlabelled_samples_weigh_the_contexts(counter):
         assert count(counter, layer, x, known)[0] == ["tables", "apply"]
 
 
+def test_cnx_whose_unlabelled_samples_weigh_the_contexts(counter):
+    layer, (x, labels) = normswap.ContextNormX(16, 4, unknown="posterior"), batch()
+    layer.fresh = False
+    for training in (True, False):
+        forward, backward = count(counter, layer.train(training), x, labels)
+        assert forward == ["stats", "tables", "apply"]
+        assert backward == ["dots", "weight_gradients", "gradients", "combine"]
+    with torch.no_grad():
+        for given in (labels, None):
+            assert count(counter, layer, x, given)[0] == ["stats", "tables", "apply"]
+        known = labels._replace(unknown=False)
+        assert count(counter, layer, x, known)[0] == ["tables", "apply"]
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("maker", [normswap.ContextNorm, normswap.ContextNormX])
 def test_more_contexts_than_kernels_weigh_are_left_to_the_formulas(counter, training, maker):
-    count_of = 65 if maker is normswap.ContextNorm else 4
-    layer, (x, labels) = maker(16, count_of, unknown="posterior").train(training), batch()
+    layer, (x, labels) = maker(16, 65, unknown="posterior").train(training), batch()
     layer.fresh = False
     with torch.no_grad():
         found = count(counter, layer, x, labels)[0]

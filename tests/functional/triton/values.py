@@ -51,6 +51,10 @@ def make_cnx(*args, **settings):
     return builders.make_cnx(*args, **settings).to(DEVICE)
 
 
+def make_weighing_cnx(*args, **settings):
+    return make_cnx(*args, unknown="posterior", **settings)
+
+
 def as_labels(given):
     return None if given is None else torch.tensor(given, device=DEVICE)
 
