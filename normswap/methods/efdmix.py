@@ -49,10 +49,10 @@ class EFDMix(Augmentation):
         """Move each instance's values towards its partner's; see the class."""
         # Equal values keep their order, so that all devices do the same.
         values, order = x.flatten(2).sort(stable=True, dim=-1)
-        partners = draw_partners(len(x), self.mix, x.device)
+        partners = draw_partners(x.shape[0], self.mix, x.device)
         match = torch.zeros_like(values).scatter(-1, order, values[partners]).view(x.shape)
         wide = compute_dtype(x)
-        share = draw_beta(self.alpha, len(x), x.device).to(wide)
+        share = draw_beta(self.alpha, x.shape[0], x.device).to(wide)
         share = share.reshape(-1, *(1,) * (x.dim() - 1))
         move = (1 - share) * (match.to(wide) - x.detach().to(wide))
         return x + move.to(x.dtype)

@@ -114,7 +114,7 @@ class ContextInstanceNorm(ContextLayer):
                 )
 
             def glue(instances: Moments, *tensors: Tensor, replay: bool) -> Affine:
-                moves = training and not (replay or in_backward()) and len(instances.mean) > 0
+                moves = training and not (replay or in_backward()) and instances.mean.shape[0] > 0
                 if moves and self.running_mean is not None:
                     self._update(instances, positions)
                 weight, bias = (t.to(instances.mean.dtype) for t in tensors)

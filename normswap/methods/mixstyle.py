@@ -52,8 +52,8 @@ class MixStyle(Augmentation):
     def augment(self, x: Tensor) -> Tensor:
         """Give each instance its mixture; see the class."""
         mean, std = instance_style(x.detach(), eps=self.eps)
-        share = draw_beta(self.alpha, len(x), x.device).to(mean.dtype).unsqueeze(1)
-        partners = draw_partners(len(x), self.mix, x.device)
+        share = draw_beta(self.alpha, x.shape[0], x.device).to(mean.dtype).unsqueeze(1)
+        partners = draw_partners(x.shape[0], self.mix, x.device)
         new_mean, new_std = (t[partners].lerp(t, share) for t in (mean, std))
         return apply_centred(x, Centred(mean, new_std / std, new_mean))
 

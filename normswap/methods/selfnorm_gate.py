@@ -111,8 +111,8 @@ class Gate(RunningStats, Resettable):
         tensors = (*self.parameters_in_order(), self.running_mean, self.running_var)
         triton = triton_for(x, "gate", *tensors)
         if triton is None:
-            return GateGlue(x.shape[2:].numel(), *self._running(len(x), False), *rest)
-        batch = self._uses_batch(len(x))
+            return GateGlue(x.shape[2:].numel(), *self._running(x.shape[0], False), *rest)
+        batch = self._uses_batch(x.shape[0])
         glue: ExplicitGlue = triton.GateGlue(
             x, tensors[3:], batch, batch and not self.keeps_stats(), *rest
         )
@@ -144,7 +144,7 @@ class Gate(RunningStats, Resettable):
     def _shared(self, z: Tensor, reduce: Callable[[Tensor], Tensor], replay: bool) -> Tensor:
         """Normalise z over the instances of all processes, and update the running statistics."""
         running = Moments(self.running_mean.clone()[None], self.running_var.clone()[None])
-        everyone = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        everyone = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
         count, batch = context_moments(Moments(z, torch.zeros_like(z)), everyone, 1, reduce=reduce)
         used = batch.where(count > 1, running)
         if not (replay or self.keeps_stats()):

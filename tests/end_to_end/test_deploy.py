@@ -73,6 +73,30 @@ def test_an_exported_program_equals_eager_for_any_batch(case, labelled):
         torch.testing.assert_close(program(*other), model(*other))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("method", "norm"),
+    [
+        ("cn", nn.InstanceNorm2d),
+        ("efdmix", nn.BatchNorm2d),
+        ("mixstyle", nn.BatchNorm2d),
+        ("selfnorm", nn.BatchNorm2d),
+    ],
+)
+def test_a_norm_exports_for_any_batch_in_both_modes(method, norm, training):
+    labelled = normswap.get_method(method).needs_context
+    settings = {"contexts": 3} if labelled else {"placement": "norm"}
+    model = normswap.convert(nn.Sequential(norm(3)), method, verify=False, **settings)
+    given, other = arguments_for(None, labelled), arguments_for(None, labelled, 8)
+    if labelled:  # -1 gets running statistics in training, which the first of two runs moves
+        given[1].clamp_(min=0), other[1].clamp_(min=0)
+    program = torch.export.export(model.train(training), given, dynamic_shapes=dynamic(given))
+    actual = program.module()(*other)
+    assert len(actual) == 8
+    if labelled or not training:
+        torch.testing.assert_close(actual, model(*other))
+
+
 def test_a_program_that_folds_windows_takes_any_batch():
     model = make("cn", Windows)
     given = (torch.randn(5, *Windows.shape), LABELS)
