@@ -104,6 +104,9 @@ class Watch:
         if load.name not in table:
             return ""  # an error of the forward's own
         value = table[load.name]
+        if table is frame.f_builtins:  # until a global takes the name
+            self._reads.name(frame.f_globals, load.name, None)
+            self._reads.name(table, load.name, value, of_library=True)
         if table is frame.f_builtins or value is getattr(builtins, load.name, _MISSING):
             if value is type:
                 return "asks for the type of a value"

@@ -33,6 +33,11 @@ class Constant(Base):
         return super().forward(x) * SCALE
 
 
+class Builtin(Base):
+    def forward(self, x):
+        return super().forward(x) * abs(-2.0)
+
+
 class Item(Base):
     def forward(self, x):
         return super().forward(x) * SETTINGS["scale"]
@@ -74,6 +79,7 @@ def set_base(model, patch):
 
 CHANGES = {
     Constant: lambda model, patch: patch.setitem(globals(), "SCALE", 3.0),
+    Builtin: lambda model, patch: patch.setitem(globals(), "abs", lambda value: 5.0),
     Item: lambda model, patch: patch.setitem(SETTINGS, "scale", 3.0),
     OfClass: lambda model, patch: patch.setattr(OfClass, "factor", 3.0),
     OfMethod: lambda model, patch: patch.setattr(OfMethod.scale, "by", 3.0),
@@ -99,7 +105,7 @@ def test_what_is_changed_later_counts(cls, monkeypatch):
     close(run(converted, context=LABELS), run(model))
 
 
-@pytest.mark.parametrize("cls", [Constant, Extra, Tuple], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [Constant, Builtin, Extra, Tuple], ids=lambda cls: cls.__name__)
 def test_these_have_graphs(cls):
     check(cls())
 
