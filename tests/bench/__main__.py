@@ -87,7 +87,7 @@ def plot_scaling(path: Path, options: argparse.Namespace, device: torch.device) 
     print(f"\nwrote {path}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     add = parser.add_argument
     add("what", nargs="*", metavar="layers|models|host|plot", help="all by default")
@@ -102,7 +102,7 @@ def main() -> None:
     )
     add("--bf16", action="store_true")
     add("--plot", type=Path, default=Path("scaling.png"), help="where the plot goes")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     unknown = sorted({*options.what} - {*KINDS})
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {', '.join(KINDS)}")

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import normswap
+from tests.support.documents import blocks
 from tests.support.models import ConvNet
 
 
@@ -68,16 +69,15 @@ def test_a_loop_that_knows_of_no_contexts_trains_through_its_loader():
 @pytest.mark.filterwarnings("ignore::Warning:lightning")
 def test_a_lightning_module_trains_through_use_context(tmp_path):
     lightning = pytest.importorskip("lightning")
+    # The class of the front page, which leaves out what is as usual.
+    (code,) = (code for code in blocks("README.md", "python") if "LightningModule" in code)
+    given = {"normswap": normswap, "cross_entropy": nn.functional.cross_entropy}
+    exec(compile(code, "README.md", "exec"), given)
 
-    class Task(lightning.LightningModule):
+    class Task(given["Task"]):
         def __init__(self, model):
             super().__init__()
             self.model = model
-
-        def training_step(self, batch, _):
-            images, classes, contexts = batch
-            with normswap.use_context(self, contexts):
-                return nn.functional.cross_entropy(self.model(images), classes)
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)

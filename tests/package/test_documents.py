@@ -4,24 +4,23 @@ Long commands are read by their own parser and go no further; those in `GATE` ar
 """
 
 import argparse
+import importlib
 import pkgutil
 import re
 import shlex
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 
 import normswap
-import recipes.__main__
 from normswap.cli.main import main
 from normswap.methods import registry
 from normswap.testing import check_method
 from tests.recipes.test_examples import EXAMPLES
+from tests.support.documents import BLOCK, ROOT, blocks
 
-ROOT = Path(__file__).parents[2]
 GUIDES = ["README.md", "recipes/README.md", "normswap/README.md", ".github/CONTRIBUTING.md"]
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -31,17 +30,19 @@ DOCUMENTS = sorted(
 )
 # What `.ci/run` runs, or is.
 GATE = {"pip", "pytest", "ruff", "mypy", "bash"}
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Whose arguments are parsed.
+PROGRAMS = {
+    "recipes": "recipes.__main__",
+    "tests.bench": "tests.bench.__main__",
+    "tests.gpu": "tests.gpu.__main__",
+    "tests.graph.fuzz": "tests.graph.fuzz.__main__",
+    "tests.sweep": "tests.sweep.command",
+    "tests.sweep.libraries": "tests.sweep.libraries",
+}
 
 
 class Parsed(Exception):
     """A parser took its arguments."""
-
-
-def blocks(document, language):
-    found = BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
-    assert {name for name, _ in found} <= {"python", "bash", "console", "text"}
-    return [code for name, code in found if name == language]
 
 
 def commands(document):
@@ -56,11 +57,16 @@ def commands(document):
             yield words
 
 
-def recipe_arguments(text):
-    """Yield the arguments of each command ``-m recipes ARGUMENTS`` within a text."""
+def commands_in_sentences(text):
+    """Yield program and arguments of each command ``-m PROGRAM ARGUMENTS`` within a text."""
     for span in re.findall(r"`([^`]*)`", BLOCK.sub("", text).replace("\n", " ")):
-        if "-m recipes " in span and "NAME" not in span and "..." not in span:
-            yield shlex.split(span.partition("-m recipes ")[2])
+        if re.search(r"-m (recipes|tests[.\w]*) \S", span) and not re.search(r"NAME|\.\.\.", span):
+            yield shlex.split(span.partition("-m ")[2])
+
+
+def check_arguments(program, *arguments):
+    with pytest.raises(Parsed):
+        importlib.import_module(PROGRAMS[program]).main(list(arguments))
 
 
 @pytest.fixture
@@ -72,6 +78,14 @@ def only_parse(monkeypatch):
         raise Parsed(parse(self, *args, **kwargs))
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_block_is_of_a_language_that_is_tested(document):
+    found = BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
+    others = [code for name, code in found if name not in ("python", "bash", "console")]
+    # The house, whose rooms are looked up below.
+    assert all(code.startswith("normswap/\n") for code in others)
 
 
 @pytest.mark.filterwarnings("ignore::Warning:lightning", "ignore::normswap.errors.ContextWarning")
@@ -102,14 +116,13 @@ def test_console_blocks_print_what_they_say(document, capsys):
         assert [line for line in expected.splitlines() if line not in printed.splitlines()] == []
 
 
-@pytest.mark.parametrize("document", GUIDES)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_shell_blocks_run_or_parse(document, only_parse, tmp_path):
     for words in commands(document):
-        if "-m" in words and "recipes" in words:
-            arguments = words[words.index("recipes") + 1 :]
-            if arguments:
-                with pytest.raises(Parsed):
-                    recipes.__main__.main(arguments)
+        program = words[words.index("-m") + 1] if "-m" in words[:-1] else None
+        if program in PROGRAMS:
+            if words[-1] != program:
+                check_arguments(*words[words.index(program) :])
         elif "recipes.examples." in words[-1]:
             assert words[-1].rpartition(".")[2] in EXAMPLES  # whose tests run them
         elif words[0] == "python":
@@ -121,9 +134,8 @@ def test_shell_blocks_run_or_parse(document, only_parse, tmp_path):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_in_sentences_parse(document, only_parse):
-    for arguments in recipe_arguments((ROOT / document).read_text(encoding="utf-8")):
-        with pytest.raises(Parsed):
-            recipes.__main__.main(arguments)
+    for words in commands_in_sentences((ROOT / document).read_text(encoding="utf-8")):
+        check_arguments(*words)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
