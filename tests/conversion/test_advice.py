@@ -9,7 +9,6 @@ import normswap
 from normswap.errors import AdviceWarning
 from tests.support.builders import trained_norm
 
-
 INSERTED = ["selfnorm", "crossnorm", "cnsn", "mixstyle", "efdmix", "dsu"]
 
 
