@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.contexts.assigner import Assigner
+from normswap.conversion.advice import advise_freezing, batch_norms
 from normswap.conversion.checks import check_model
 from normswap.conversion.inputs import read_inputs
 from normswap.conversion.settings import Settings, read_settings
@@ -97,8 +98,8 @@ def convert(
             the function. Whatever is raised, `model` is as it was.
 
     Warns:
-        AdviceWarning: another conversion is known to serve such a model better, or forwards read
-            tensors of replaced norms.
+        AdviceWarning: another conversion, or frozen statistics, are known to serve such a model
+            better, or forwards read tensors of replaced norms.
     """
     asked = read_settings(
         convert, method, contexts, select, exclude, placement, preset, unknown, priors, options
@@ -118,6 +119,7 @@ def convert(
         reference = run_original(model, inputs, labels)
     record = _record(model, asked, target)
     advice = target.advice(model, asked.options)
+    names = batch_norms(model)
     with Surgery(model if inplace else copy_model(model), trace) as surgery:
         converted = carry_out(target, surgery, record)
         record.verification = _compare(converted, reference, record)
@@ -126,6 +128,7 @@ def convert(
     for scope in scopes_of(converted):
         scope.watch.quiet = unknown is not None
     exempt_norms(converted)
+    advice = advice or advise_freezing(converted, names)
     for text in filter(None, (advice, advise_leaving_out(converted))):
         warnings.warn(text, AdviceWarning, stacklevel=3)
     return converted

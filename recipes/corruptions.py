@@ -4,8 +4,10 @@ The corruptions are fourteen of ImageNet-C's fifteen families, all but frost, at
 images held out at random; no training image is corrupted. Figures are those of the last epoch.
 
     crossnorm selfnorm cnsn    in residual blocks, where convert puts them by default
-    ...+jsd                    and consistency with two CrossNorm passes
+    mixstyle efdmix dsu        after the stages where their authors have them
+    ...+jsd                    and consistency with two CrossNorm passes (crossnorm and cnsn)
     ...+augmix                 and consistency with two AugMix versions of the images
+    ...+augmix+jsd             and both (crossnorm and cnsn)
 
 The default is small so that nine methods and three seeds take about 13 minutes of one thread:
 digits of 24 px, six epochs. A folder has its domains mixed, in training and in the test; at 64 px
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from .common import grid, images, methods, reports
 from .common.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
 from .common.data import TEST_BATCH, DomainData, Loader
+from .common.losses import WITHOUT_CROSSNORM as SAME
 from .common.options import Parser
 from .common.training import Log, train
 
@@ -36,6 +39,8 @@ METHODS = (
     *("bn", "crossnorm", "selfnorm", "cnsn", "mixstyle", "crossnorm+jsd", "cnsn+jsd"),
     *("bn+augmix", "cnsn+augmix", "cnsn+augmix+jsd"),
 )
+NORMS = {"bn": False, "crossnorm": True, "selfnorm": False, "cnsn": True}  # whether of CrossNorm
+NORMS |= dict.fromkeys(("mixstyle", "efdmix", "dsu"), False)
 OVERLAP = ("ContrastIncreasing", "BrightnessIncreasing", "ColorIncreasing", "SharpnessIncreasing")
 FIGURES = {"clean": "clean", **{group: group for group in GROUPS}, "corrupted": "all corrupted"}
 RELATIVE = "mCE, bn = 100"
@@ -124,6 +129,12 @@ def relative(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], l
     return found, notes
 
 
+def known() -> tuple[str, ...]:
+    """Give every norm with every loss; without CrossNorm some losses would be another's."""
+    losses = [(f"+{loss}".replace("+ce", ""), own == loss) for loss, own in SAME.items()]
+    return tuple(n + loss for loss, any_norm in losses for n in NORMS if any_norm or NORMS[n])
+
+
 def add_options(parser: Parser) -> None:
-    grid.add_methods(parser, METHODS, (*METHODS, "efdmix", "dsu"))
+    grid.add_methods(parser, METHODS, known())
     images.add_options(parser)

@@ -65,7 +65,7 @@ def run(options: Namespace) -> None:
     aside = {f"auc_{name}": f"AUC {name}" for name in data.sources}
     aside = aside if home is None else {home: f"{home}, its own"}
     rows, more = scores.rows_by_told(records), {"lr": "rate, 1e-3", **aside}
-    reports.show(folder, rows, headings, "Dice of vessels, %", more, "mean")
+    reports.show(folder, rows, headings, "Dice of vessels, %", more, "mean", unit="Dice, %")
 
 
 def contexts_of(config: Namespace, data: Scenes) -> list[str]:

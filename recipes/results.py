@@ -73,7 +73,8 @@ def read(path: Path) -> tuple[Report, str]:
         found = json.loads(path.read_text(encoding="utf-8"))
         versions = found.pop("versions")
         report = Report(**found)
-        made = ", ".join(f"{k} {v}" for k, v in versions.items() if k not in ("command", "threads"))
+        shown = {k: v for k, v in versions.items() if k not in ("command", "threads", "cpu")}
+        made = ", ".join(f"{k} {v}" for k, v in shown.items())
         return report, f"`{versions['command']}` ({made})\n\n{report.table()}\n"
 
 

@@ -11,7 +11,7 @@ from normswap.functional.moments import Moments, wide_dtype, widen
 from normswap.methods.acn_layer import AdaptiveContextNorm
 from normswap.methods.acn_options import AdaptiveOptions
 from normswap.methods.base import Contexts, Method, affine_tensors, register_method
-from normswap.methods.norm_values import PlainNorm, advise_freezing
+from normswap.methods.norm_values import PlainNorm
 from normswap.sites import Site
 
 
@@ -45,10 +45,6 @@ class AdaptiveContextNormalization(Method):
         layer.take_running(source)
         layer.set_values(layer.start_from(mean, var, *affine_tensors(source, site)))
         return layer
-
-    def advise(self, norms: list[nn.Module], options: Any) -> str | None:
-        """Say that statistics of batches disturb what was trained with others."""
-        return advise_freezing(norms) if options.statistics == "batch" else None
 
     def statistics(self, layer: nn.Module) -> Moments | None:
         """Return the moments that eval normalises with."""

@@ -10,7 +10,6 @@ from normswap.methods.base import Contexts, Method, affine_tensors, register_met
 from normswap.methods.cn_layer import ContextNorm
 from normswap.methods.cn_tables import check_affine
 from normswap.methods.instance import ContextInstanceNorm, settings_of
-from normswap.methods.norm_values import advise_freezing
 from normswap.sites import Site
 
 
@@ -53,10 +52,6 @@ class ContextNormalization(Method):
         layer.set_affine(*affine_tensors(source, site))
         layer.take_running(source)
         return layer
-
-    def advise(self, norms: list[nn.Module], options: Any) -> str | None:
-        """Say that statistics of batches disturb what was trained with others."""
-        return advise_freezing(norms)
 
     def statistics(self, layer: nn.Module) -> Moments | None:
         """Return the running statistics."""

@@ -41,16 +41,6 @@ def is_trained(norm: nn.Module) -> bool:
     return bool((mean != 0).any()) or bool((var != 1).any())
 
 
-def advise_freezing(norms: list[nn.Module]) -> str | None:
-    """Return what to say of batch statistics where norms were trained before."""
-    if not any(map(is_trained, norms)):
-        return None
-    return (
-        "these norms were trained before: fine-tuning of pretrained weights went best with frozen "
-        'statistics. Try normswap.freeze(model, "all", stats="frozen") first, or method "cn-x"'
-    )
-
-
 def pick(table: Tensor, context: int | None, priors: Tensor) -> Tensor:
     """Return the row of a context, or the mean row for None; (K, C) to (C,), in `wide_dtype`."""
     table = widen(table.detach())

@@ -26,7 +26,9 @@ def add_options(parser: Parser, digits_epochs: int = 6) -> None:
     parser.share("data", "weights", image_size=ByData(24, 64), batch_size=64, lr=TUNED)
     model = ByData(DIGITS_MODEL, EFFICIENTNET_LITE0_TIMM)
     parser.share(model=model, epochs=ByData(digits_epochs, 4))
-    add, each = parser.add_argument, "of each domain, training and test together"
+    add = parser.add_argument
+    each = "take so many of each class of each domain, of which a fifth tests, and of a folder "
+    each += "with an official split so many for each part of it"
     few = "train on so many of each class, drawn at random, instead of all that do not test"
     add("--images-per-class", dest="limit", type=count, metavar="N", help=each)
     add("--train-per-class", type=count, metavar="N", help=few)

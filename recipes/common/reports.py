@@ -152,8 +152,11 @@ def show(
     more: dict[str, str] | None = None, compared: Compared = None, notes: Sequence[str] = (),
     **how: Any,
 ) -> None:  # fmt: skip
-    """End a run with a picture and a table of its figures, see `Report`, and notes."""
-    shown = [*figures, *(more or {})]
+    """End a run with a picture and a table of its figures, see `Report`, and notes.
+
+    Beside the figures the seconds of a training are kept, which no table shows.
+    """
+    shown = [*figures, *(more or {}), "seconds"]
     kept = [{"cell": r["cell"], **{k: r[k] for k in shown if k in r}} for r in records]
     given = {"figures": figures, "title": title, "more": more or {}, "compared": compared}
     report = Report(records=kept, **given, **how)

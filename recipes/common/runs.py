@@ -144,11 +144,20 @@ def write_config(folder: Path, settings: dict[str, Any]) -> None:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "threads": str(torch.get_num_threads()),
+        "cpu": cpu_name(),
         "command": shlex.join(["python", "-m", "recipes", *sys.argv[1:]]),
     }
     folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings, "versions": versions}
     write_text(folder / CONFIG, json.dumps(record, indent=2) + "\n")
+
+
+def cpu_name() -> str:
+    """Name the processor: its model where Linux says it, else what Python knows."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
 
 
 def read_config(folder: Path, part: str = "settings") -> dict[str, Any]:

@@ -107,6 +107,7 @@ def rows_by_told(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for told, found in record["accuracy"].items():
             cell = {"method": f"{method}, {told}" if told else method, "seed": seed}
             more = {"lr": 1000 * record["lr"], **record.get("more", {}).get(told, {})}
+            more |= {"seconds": record["seconds"]} if "seconds" in record else {}
             rows.append({"cell": cell, **found, "mean": mean(found.values()), **more})
     return rows
 

@@ -9,6 +9,8 @@ import normswap
 from normswap.errors import AdviceWarning
 from tests.support.builders import trained_norm
 
+INSERTED = ["selfnorm", "crossnorm", "cnsn", "mixstyle", "efdmix", "dsu"]
+
 
 def net(trained):
     make = (lambda: trained_norm()) if trained else (lambda: nn.BatchNorm2d(4))
@@ -21,6 +23,11 @@ def net(trained):
         ("cn-x", False, {}, "never trained"),
         ("cn", True, {}, "frozen"),
         ("acn", True, {}, "frozen"),
+        ("cn-x", True, {"statistics": "batch"}, "frozen"),
+        # What stays as it was takes statistics of the batch, too.
+        ("cn-x", True, {"select": "first"}, "frozen"),
+        ("cn-x", True, {"placement": "input"}, "frozen"),
+        *((name, True, {"placement": "norm"}, "frozen") for name in INSERTED),
     ],
 )
 def test_another_conversion_is_advised(method, trained, settings, words):
@@ -36,7 +43,9 @@ def test_another_conversion_is_advised(method, trained, settings, words):
         ("cn-x", False, {"select": "first"}),
         ("cn", False, {}),
         ("acn", True, {"statistics": "learned"}),
-        ("selfnorm", True, {}),
+        ("acn", False, {}),
+        ("cn", False, {"placement": "input"}),
+        *((name, False, {"placement": "norm"}) for name in INSERTED),
     ],
 )
 def test_nothing_is_said_where_nothing_is_better(method, trained, settings):

@@ -7,63 +7,53 @@ import torch
 
 import normswap
 from normswap.errors import ConversionError, UnknownNameError
-from tests.methods.test_cn import gradients
-from tests.support.builders import SKEWED, assert_close, make_batch, make_cn
+from tests.methods.test_cn import PARTLY, gradients
+from tests.support import oracles
+from tests.support.builders import POLICIES, SKEWED, assert_close, make_batch, make_cn, running_of
 
 # Two samples and more of each context: one value a channel has no statistics.
 MIXED = [2, 0, 1, 0, 2, 1, 0]
 SHRINK = [0.0, 3.0, math.inf]
 
 
-def moments(x, rows):
-    values = x[rows].transpose(0, 1).flatten(1)
-    return values.mean(1), values.square().mean(1)
-
-
 def reference(x, labels, layer):
-    """From the definition: means of x and of its square, weighed by numbers of samples."""
-    outputs = []
-    mean_all, square_all = moments(x, [n for n, k in enumerate(labels) if k >= 0])
-    for n, k in enumerate(labels):
-        rows = [i for i, other in enumerate(labels) if other == k]
-        own = 0.0 if layer.shrink == math.inf else len(rows) / (len(rows) + layer.shrink)
-        mean, square = moments(x, rows)
-        mean = own * mean + (1 - own) * mean_all
-        var = own * square + (1 - own) * square_all - mean.square()
-        shape = (-1, *[1] * (x.dim() - 2))
-        z = (x[n] - mean.view(shape)) / (var + layer.eps).sqrt().view(shape)
-        root = 1.0 if layer.shared_affine else math.sqrt(layer.priors[k])
-        weight, bias = (
-            t if layer.shared_affine else t[k] / root for t in (layer.weight, layer.bias)
-        )
-        outputs.append(z * weight.view(shape) + bias.view(shape))
-    return torch.stack(outputs)
+    tensors, how = (layer.weight, layer.bias, running_of(layer)), {"shrink": layer.shrink}
+    how |= {"priors": SKEWED, "unknown": layer.unknown, "training": layer.training}
+    return oracles.cn(x, labels, *tensors, **how)
 
 
+@pytest.mark.parametrize(
+    ("labels", "unknown"), [(MIXED, "pooled"), *((PARTLY, policy) for policy in POLICIES)]
+)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(7, 4), (7, 4, 3, 5)])
 @pytest.mark.parametrize("affine", ["context", "shared"])
 @pytest.mark.parametrize("shrink", SHRINK)
-@pytest.mark.parametrize("shape", [(7, 4), (7, 4, 3, 5)])
-def test_training_equals_the_definition_with_its_gradients(shape, shrink, affine):
-    layer = make_cn(priors=SKEWED, shrink=shrink, affine=affine).train()
+def test_outputs_and_gradients_equal_the_loop(shrink, affine, shape, training, labels, unknown):
+    layer = make_cn(priors=SKEWED, shrink=shrink, affine=affine, unknown=unknown).train(training)
     x = make_batch(shape).requires_grad_()
     tensors = (x, layer.weight, layer.bias)
-    expected = reference(x, MIXED, layer)
-    actual = layer(x, torch.tensor(MIXED))
+    expected = reference(x, labels, layer)
+    actual = layer(x, torch.tensor(labels))
     assert_close(actual, expected)
     pairs = zip(gradients(actual, tensors), gradients(expected, tensors), strict=True)
     for value, other in pairs:
         assert_close(value, other, 1e-10)
 
 
-def test_running_statistics_take_the_drawn_values():
-    layer = make_cn(shrink=math.inf, momentum=1.0).train()
-    x = make_batch((7, 4, 3, 5))
-    layer(x, torch.tensor(MIXED))
-    assert_close(layer.running_mean, x.mean((0, 2, 3)).expand(3, 4))
-    for k in range(3):
-        values = MIXED.count(k) * 15
-        var = x.var((0, 2, 3), correction=0) * values / (values - 1)
-        assert_close(layer.running_var[k], var)
+@pytest.mark.parametrize("affine", ["context", "shared"])
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("shrink", SHRINK)
+def test_running_statistics_take_the_drawn_values(shrink, momentum, affine):
+    layer = make_cn(shrink=shrink, momentum=momentum, affine=affine).train()
+    expected = running_of(layer)
+    for step, labels in enumerate([MIXED, [0, 0, 2, 2, 2, 0, 0], PARTLY]):
+        x = make_batch((7, 4, 3, 5), seed=step)
+        layer(x, torch.tensor(labels))
+        expected = oracles.cn_update(x, labels, expected, momentum, shrink)
+    assert_close(layer.running_mean, expected.mean)
+    assert_close(layer.running_var, expected.var)
+    assert layer.num_batches_tracked.tolist() == expected.tracked
 
 
 def test_a_shared_affine_keeps_the_keys_of_the_norm():

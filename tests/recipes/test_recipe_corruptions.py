@@ -1,9 +1,10 @@
 import pytest
+import timm
 import torch
 
 from recipes import corruptions
 from recipes.__main__ import main
-from recipes.common import images
+from recipes.common import images, losses, methods
 from recipes.common.augment import AugMix
 from recipes.common.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
 from recipes.common.digits import load_digits
@@ -45,6 +46,17 @@ def test_a_training_is_the_same_again_and_more_methods_may_join_it(tmp_path, mon
     one, two = results(tmp_path, "one")[0], results(tmp_path, "two")[1]
     del one["seconds"], two["seconds"]
     assert one == two
+
+
+def test_every_norm_goes_with_every_loss_that_its_layers_allow():
+    known = corruptions.known()
+    assert set(corruptions.METHODS) < set(known)
+    assert len(set(known)) == len(known)
+    for norm in corruptions.NORMS:
+        model = methods.convert(timm.create_model("test_resnet"), norm, None, verify=False)
+        allowed = {loss for loss in losses.LOSSES if losses.loss_of(model, loss) == loss}
+        own = {name.partition("+")[2] or "ce" for name in known if name.split("+")[0] == norm}
+        assert own == allowed >= {"ce", "augmix"}
 
 
 def test_errors_are_counts_of_wrong_answers():

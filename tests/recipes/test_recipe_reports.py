@@ -1,5 +1,7 @@
 """Tables, pictures and the kept runs they are made from."""
 
+import json
+
 import pytest
 from matplotlib.figure import Figure
 
@@ -100,6 +102,19 @@ def test_a_kept_run_gives_the_table_and_the_picture_again(folder, tmp_path):
     assert (tmp_path / "drawn" / "toy.png").exists()
     assert main(["results", *given]) == 0
     assert page.read_text() == text
+
+
+def test_a_kept_run_says_how_long_it_took_and_on_what(folder, tmp_path):
+    timed = [{**record, "seconds": 4.5} for record in RECORDS]
+    reports.show(folder, timed, {"accuracy": "right, %"}, "toy")
+    results.keep(folder, tmp_path, "toy")
+    found = json.loads((tmp_path / "toy.json").read_text())
+    assert [record["seconds"] for record in found["records"]] == [4.5] * 4
+    cpu = found["versions"]["cpu"]
+    assert cpu
+    _, text = results.read(tmp_path / "toy.json")
+    assert "4.5" not in text
+    assert cpu not in text
 
 
 def test_a_table_without_its_run_and_a_run_without_a_table_are_errors(folder, tmp_path, capsys):

@@ -109,6 +109,20 @@ def cn_unknown(
     return torch.stack(parts).sum(0)
 
 
+def drawn_moments(
+    x: Tensor, labels: list[int], context: int, shrink: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return a context's mean and biased variance, drawn towards those of all labelled samples.
+
+    Both are of a mixture of its own values, which weigh n / (n + shrink) for n samples, and all.
+    """
+    rows = rows_of(labels, context)
+    own, every = values_of(x, rows), values_of(x, [n for n, k in enumerate(labels) if k >= 0])
+    parts = [(1 / (1 + shrink / len(rows)), own), (1 - 1 / (1 + shrink / len(rows)), every)]
+    mean = sum(share * values.sum(1) / values.shape[1] for share, values in parts)
+    return mean, sum(share * biased_variance(values, mean) for share, values in parts)
+
+
 def cn(
     x: Tensor,
     labels: list[int],
@@ -119,18 +133,22 @@ def cn(
     eps: float = 1e-5,
     unknown: str | int = "pooled",
     training: bool = False,
+    shrink: float = 0.0,
 ) -> Tensor:
-    """Context normalization; in training, batch statistics over the samples of each context."""
-    count = weight.shape[0]
+    """Context normalization; in training, batch statistics over the samples of each context.
+
+    A weight and bias (C,) are one for all contexts, which the roots of the priors do not divide.
+    """
+    count = running.mean.shape[0]
     priors = priors or [1 / count] * count
+    if weight.dim() == 1:
+        weight, bias = (torch.stack([math.sqrt(p) * t for p in priors]) for t in (weight, bias))
     statistics = []
     for k in range(count):
         rows = rows_of(labels, k)
         mean, var = running.mean[k], running.var[k]
         if training and rows and values_of(x, rows).shape[1] > 1:
-            values = values_of(x, rows)
-            mean = values.sum(1) / values.shape[1]
-            var = biased_variance(values, mean)
+            mean, var = drawn_moments(x, labels, k, shrink)
         statistics.append((mean, var))
     outputs = []
     for n, label in enumerate(labels):
@@ -144,7 +162,11 @@ def cn(
 
 
 def cn_update(
-    x: Tensor, labels: list[int], running: Running, momentum: float | None = 0.1
+    x: Tensor,
+    labels: list[int],
+    running: Running,
+    momentum: float | None = 0.1,
+    shrink: float = 0.0,
 ) -> Running:
     """Return the running statistics after one training batch; unbiased variance."""
     mean, var, tracked = running.mean.clone(), running.var.clone(), list(running.tracked)
@@ -152,11 +174,11 @@ def cn_update(
         rows = rows_of(labels, k)
         if not rows or values_of(x, rows).shape[1] < 2:
             continue
-        values = values_of(x, rows).detach()
+        values = values_of(x, rows).shape[1]
         tracked[k] += 1
         rate = 1 / tracked[k] if momentum is None else momentum
-        batch_mean = values.sum(1) / values.shape[1]
-        unbiased = ((values - batch_mean.unsqueeze(1)) ** 2).sum(1) / (values.shape[1] - 1)
+        batch_mean, biased = drawn_moments(x.detach(), labels, k, shrink)
+        unbiased = biased * values / (values - 1)
         mean[k] = (1 - rate) * mean[k] + rate * batch_mean
         var[k] = (1 - rate) * var[k] + rate * unbiased
     return Running(mean, var, tracked)

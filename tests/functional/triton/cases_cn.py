@@ -85,18 +85,10 @@ def test_cn_of_odd_sizes(shape, layout, contexts, settings):
     [{"affine": "shared"}, {"affine": "shared", "unknown": "posterior"}, {"shrink": 2.0}],
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_settings_of_cn_mean_what_they_do_in_float64(settings, training):
+def test_settings_of_cn(settings, training):
     layer = make_cn(6, 4, PRIORS, torch.float32, **settings).train(training)
-    labels, (x, dy) = as_labels(LABELS), make()
-    wide = copy.deepcopy(layer).double()
-
-    def run(layer, x, dy):
-        y = layer(x, labels)
-        return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy), *layer.buffers()
-
-    expected = run(wide, x.detach().double().requires_grad_(), dy.double())
-    for a, b in zip(run(layer, x, dy), expected, strict=True):
-        assert_close(a, b, 4e-6)
+    how = {"unknown": layer.unknown, "training": training, "shrink": layer.shrink}
+    compare_cn(layer, *make(), LABELS, **how)
 
 
 def test_hundreds_of_contexts():

@@ -97,7 +97,9 @@ def compare_cn(layer, x, dy, labels, share=None, **settings):
     compare(layer, x, dy, labels, oracles.cn, share, **settings)
     after, found = before, running_of(layer)
     if settings["training"]:
-        after = oracles.cn_update(x.detach().double(), labels, before, layer.momentum)
+        after = oracles.cn_update(
+            x.detach().double(), labels, before, layer.momentum, settings.get("shrink", 0.0)
+        )
     share = share or max(1e-6, 4 * torch.finfo(layer.running_mean.dtype).eps)
     assert_close(found.mean, after.mean, share)
     assert_close(found.var, after.var, share)
