@@ -115,7 +115,10 @@ class Case:
 @functools.lru_cache(maxsize=32)
 def _trained(case: Case, name: str, settings: tuple[tuple[str, Any], ...]) -> nn.Module:
     base = make_model(name, torch.float64)
-    return move(case.convert(base, **dict(settings)))
+    model = move(case.convert(base, **dict(settings)))
+    # What is measured here, which row is whose, every copy knows.
+    case.in_eval(model, make_inputs(model), case.mixed)
+    return model
 
 
 def move(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,5 +1,7 @@
 """What backward computes again is an error where its context cannot be told."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -7,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import normswap
 from normswap.errors import ContextError
 from tests.support.behave import LABELS, Holder, Own, images
-from tests.support.recomputed import REENTRANT, TRAINING, Inside, again, make, plainly
+from tests.support.recomputed import REENTRANT, Inside, again, make, plainly
+from tests.support.sampling import sampled
 
 
 def test_a_part_under_two_contexts_is_an_error():
@@ -67,9 +70,14 @@ def test_a_forward_run_by_backward_that_was_none_before():
     assert torch.equal(seen[0], model(images()))
 
 
-@REENTRANT
-@TRAINING
-@pytest.mark.parametrize("trace", [True, False])
+# Each pair of values in every run, each three of them in exhaustive ones.
+EACH = list(itertools.product((False, True), repeat=3))
+PAIRS = [each for each in EACH if sum(each) % 2]
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "training", "trace"), sampled(sorted(EACH, key=PAIRS.count, reverse=True), 4)
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch.compile warns of what it cannot take
 def test_a_checkpointed_part_that_is_compiled_by_itself_loses_no_labels(reentrant, training, trace):
     """Compiled code cannot tell that backward runs it."""

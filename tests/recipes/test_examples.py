@@ -93,14 +93,20 @@ def test_integers_pass_the_default_collator_of_transformers(tmp_path):
     from recipes.examples.digits import SCANNERS
     from recipes.examples.hf_trainer import Rows
 
-    class Integers(Rows):
+    class Few(Rows):
+        def __len__(self):
+            return 240  # one batch to evaluate, four to train
+
+    class Integers(Few):
         def __getitem__(self, index):
             row = super().__getitem__(index)
             return {**row, "context": SCANNERS.index(row["context"])}
 
-    _, named = run("hf_trainer", tmp_path / "names")
-    _, numbered = run("hf_trainer", tmp_path / "numbers", rows=Integers, collator=None)
+    model, named = run("hf_trainer", tmp_path / "names", rows=Few)
+    twin, numbered = run("hf_trainer", tmp_path / "numbers", rows=Integers, collator=None)
     assert named == numbered
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in twin.state_dict().items())
 
 
 def test_mixup_within_contexts_mixes_no_two():

@@ -16,6 +16,7 @@ from normswap.methods.registry import _REGISTRY
 from normswap.sites import Site
 from normswap.testing import check_method, method_checks
 from tests.support.models import make_model
+from tests.support.sampling import sampled
 
 
 class ShiftNorm(ContextLayer):
@@ -142,23 +143,32 @@ class Groups(Method):
 
 # Slow, or of two processes; asked of every method, and of what varies one in exhaustive runs.
 SLOW = {"compiles_into_one_graph", "exports", "gradients", "synchronised", "functional_transforms"}
+# What the model around the layers does: options of a method change none of it.
+AROUND = {"copies_and_pickles", "reverts_to_the_bit", "labels_in_scope_are_labels_given"}
 VARIANTS = [
     (Shift, {}),
     (Groups, {}),
     ("cn", {"shrink": 4.0, "affine": "shared"}),
     ("cn-x", {"statistics": "batch"}),
 ]
-EVERY = [
+LEFT = [
+    check
+    for method, options in VARIANTS
+    for check in method_checks(method, processes=True, **options)
+    if check.name in (SLOW | AROUND if options else SLOW)
+]
+FIRST = [
     *(check for name in normswap.methods() for check in method_checks(name, processes=True)),
     *(
-        pytest.param(check, marks=pytest.mark.exhaustive if check.name in SLOW else ())
+        check
         for method, options in VARIANTS
         for check in method_checks(method, processes=True, **options)
+        if check not in LEFT
     ),
 ]
 
 
-@pytest.mark.parametrize("check", EVERY, ids=str)
+@pytest.mark.parametrize("check", sampled(FIRST + LEFT, len(FIRST)), ids=str)
 def test_contract(check):
     check()
 
