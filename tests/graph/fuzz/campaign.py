@@ -80,7 +80,7 @@ def _short(refusal: str) -> str:
     return re.sub(r"\b[a-z]+\d+(\.\w+)*|\d+", "#", refusal)[:150]
 
 
-@functools.lru_cache(128)  # tests ask for the first ones several times
+@functools.lru_cache(256)  # tests ask for the first ones several times
 def generate(number: int) -> Program:
     """Return the program of a number, always the same."""
     drawn: list[Program] = []
