@@ -16,8 +16,8 @@ from normswap.conversion.summary import summarise
 from normswap.conversion.target import Target, carry_out, find_target
 from normswap.conversion.verification import Reference, compare, run_original
 from normswap.errors import AdviceWarning, ConversionError, expect_module, not_converted
-from normswap.graph.bypassed import advise_leaving_out
 from normswap.graph.not_copied import check_copyable
+from normswap.graph.questions.bypassed import advise_leaving_out
 from normswap.graph.scope.use_context import scopes_of
 from normswap.graph.state import RECORD, context_argument
 from normswap.graph.surgery import Surgery

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from normswap.functional.moments import gaussian_divergence
-from normswap.graph.bypassed import find_bypassed
+from normswap.graph.questions.bypassed import find_bypassed
 from normswap.graph.reach import find_reach
 from normswap.graph.state import context_argument
 from normswap.lifecycle.record import Record, weights_of

@@ -13,7 +13,7 @@ from normswap.conversion.places import find_places, place_at_input, read_contain
 from normswap.conversion.replacement import Bare, Replacement, find_replacement
 from normswap.conversion.settings import Settings
 from normswap.errors import ConversionError
-from normswap.graph.class_answers import check_questions
+from normswap.graph.questions.class_answers import check_questions
 from normswap.graph.surgery import Surgery
 from normswap.graph.tracing import TraceSession
 from normswap.lifecycle.record import Record

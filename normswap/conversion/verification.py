@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from normswap.conversion.inputs import Inputs, guess_inputs
 from normswap.errors import ConversionError, NormswapError, VerificationError
 from normswap.functional.moments import widen
-from normswap.graph.bypassed import find_bypassed, leave_out
+from normswap.graph.questions.bypassed import find_bypassed, leave_out
 from normswap.graph.rows.snapshot import Snapshot
 from normswap.report import Verification
 from normswap.util.batches import undisturbed

@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from normswap.errors import ConversionError, InputError, NormswapError
 from normswap.functional.labels import Context, Labels
-from normswap.graph.bypassed import explain
-from normswap.graph.class_answers import answered
 from normswap.graph.other_tools import is_symbolic, run_symbolic
 from normswap.graph.own_forward import in_scope, own_forward, run_scoped
 from normswap.graph.prepare import prepare
+from normswap.graph.questions.bypassed import explain
+from normswap.graph.questions.class_answers import answered
 from normswap.graph.scope.incoming import enter_context, resolve
 from normswap.graph.scope.scope import RUNNING, Scope
 from normswap.graph.state import (

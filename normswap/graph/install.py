@@ -9,9 +9,9 @@ from torch import nn
 
 from normswap.graph.blocks.hidden import hiding
 from normswap.graph.dispatch import calling, dispatch
-from normswap.graph.freezing import learn_freezing
 from normswap.graph.other_tools import refusals
 from normswap.graph.prepare import prepare_default
+from normswap.graph.questions.freezing import learn_freezing
 from normswap.graph.state import ContainerState, state_of
 from normswap.graph.tracing import (
     TraceSession,

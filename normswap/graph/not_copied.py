@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from normswap.errors import ConversionError
-from normswap.graph.class_questions import reachable
-from normswap.graph.tracing.bytecode import closure_of, codes_of, read_code
-from normswap.graph.tracing.failure import is_library
+from normswap.graph.code.bytecode import closure_of, codes_of, read_code
+from normswap.graph.code.library import is_library
+from normswap.graph.questions.class_questions import reachable
 from normswap.util.copies import attributes_of
 from normswap.util.elements import COLLECTIONS, elements_of, slots_of
 from normswap.util.original_class import STATE, class_of

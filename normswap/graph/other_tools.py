@@ -8,10 +8,10 @@ import torch
 from torch import fx, nn
 
 from normswap.errors import ConversionError, refuse_scripting
-from normswap.graph.class_answers import answered
 from normswap.graph.own_forward import own_forward
+from normswap.graph.questions.class_answers import answered
 from normswap.graph.state import ContainerState, Values, context_argument
-from normswap.graph.tracing.value_kinds import symbolic_parts
+from normswap.graph.tracing import symbolic_parts
 
 # Methods by which models fold their batch norms into convolutions: torchvision's, timm's and
 # ultralytics' names, where they need no argument.

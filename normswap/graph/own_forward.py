@@ -7,7 +7,7 @@ from torch import nn
 
 from normswap.errors import ConversionError
 from normswap.functional.labels import Context
-from normswap.graph.class_answers import answered
+from normswap.graph.questions.class_answers import answered
 from normswap.graph.scope.scope import Scope
 from normswap.graph.state import ContainerState, Values, forward_of, state_of
 from normswap.util.original_class import STATE

@@ -13,7 +13,7 @@ from torch import nn
 ORIGINAL = "_normswap_original"
 STATE = "_normswap"
 CALL = nn.Module._call_impl.__code__
-# Code of methods that find norms by class to switch their mode, see `graph.freezing`.
+# Code of methods that find norms by class to switch their mode, see `graph.questions.freezing`.
 FREEZING: "weakref.WeakSet[types.CodeType]" = weakref.WeakSet()
 # What asks in the place of a forward's code, which while a trace runs other threads do, too.
 _BETWEEN = "normswap.graph.tracing.patches"

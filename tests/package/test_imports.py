@@ -63,6 +63,17 @@ def test_functional_depends_on_torch_and_the_checks_of_arguments_alone():
         }
 
 
+def test_tracing_has_one_door():
+    outside = (p for p in FILES if "tracing" not in p.relative_to(ROOT).parts)
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
+        for path in outside
+        for name in imported(path)
+        if name[1:3] == ["graph", "tracing"] and len(name) > 3
+    ]
+    assert not wrong
+
+
 def test_graph_knows_no_method():
     for path in (ROOT / "graph").rglob("*.py"):
         assert "methods" not in {name[1] for name in imported(path)}, path

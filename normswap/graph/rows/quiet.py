@@ -17,9 +17,9 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from normswap.functional.recomputation import in_backward
+from normswap.graph.code.bytecode import returns_nothing
 from normswap.graph.rows.reached import function_of
 from normswap.graph.rows.snapshot import Snapshot
-from normswap.graph.tracing.bytecode import returns_nothing
 from normswap.sites import looks_like_norm
 from normswap.util.distributed import is_sharded
 

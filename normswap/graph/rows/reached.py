@@ -7,7 +7,7 @@ import weakref
 from array import array
 from typing import Any
 
-from normswap.graph.tracing.failure import is_library
+from normswap.graph.code.library import is_library
 
 _MOST_BYTES = 1 << 24
 # Modules of Python with classes of plain objects.

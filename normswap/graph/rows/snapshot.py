@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from normswap.graph.code.library import is_library
 from normswap.graph.rows.generators import controls_of, global_controls, is_equal
 from normswap.graph.rows.reached import behind, is_of_library, names_in, whole_of
-from normswap.graph.tracing.failure import is_library
 from normswap.util.elements import contents_of, elements_of, holds, refill, slots_of
 from normswap.util.original_class import class_of
 

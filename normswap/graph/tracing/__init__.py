@@ -4,8 +4,9 @@
    each call of a submodule or of torch, is written down as a node, not done (`tracer`).
 2. Meanwhile calls of modules, and reads of their attributes, go to the tracer (`patches`). Other
    functions run, as methods do.
-3. The bytecode of each function is read before it runs (`watch`, `bytecode`). An instruction that
-   may do or find something else in another run ends the trace first (`whitelist`, `failure`).
+3. The bytecode of each function is read before it runs (`watch`, by way of `graph.code`). An
+   instruction that may do or find something else in another run ends the trace first (`whitelist`,
+   `failure`).
 4. What the forward read of the module and around it is kept, lists and dicts as copies, and
    compared before each run of the graph (`reads`); where it differs, the forward is traced anew.
 5. It may not change lists that it was given, nor hand its own to others (`list_effects`).
@@ -28,3 +29,4 @@ from normswap.graph.tracing.trace import tracing as tracing
 from normswap.graph.tracing.tracer import structure_of as structure_of
 from normswap.graph.tracing.value_kinds import Kind as Kind
 from normswap.graph.tracing.value_kinds import describe as describe
+from normswap.graph.tracing.value_kinds import symbolic_parts as symbolic_parts

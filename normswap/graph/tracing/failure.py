@@ -1,10 +1,10 @@
-"""Why no graph stands for a forward, and whose code is whose."""
+"""Why no graph stands for a forward, in words."""
 
-import functools
 import linecache
 import re
-import sys
 import types
+
+from normswap.graph.code.library import is_library
 
 
 class TraceFailure(Exception):
@@ -12,23 +12,6 @@ class TraceFailure(Exception):
 
     The text is the reason, as the rest of a sentence that begins with the forward.
     """
-
-
-def is_torch(module_name: str | None) -> bool:
-    """Return whether a module is part of torch itself, or of this package."""
-    return module_name is not None and (
-        module_name == "torch" or module_name.startswith(("torch.", "normswap."))
-    )
-
-
-@functools.cache  # every function that runs while a trace does is asked
-def is_library(module_name: str | None) -> bool:
-    """Return whether a module is part of torch, of Python or of this package."""
-    if module_name is None:
-        return False
-    # What makes a named tuple is code of the standard library under a name of its own.
-    standard = module_name.partition(".")[0] in sys.stdlib_module_names
-    return standard or module_name.startswith("namedtuple_") or is_torch(module_name)
 
 
 def in_words(error: Exception) -> str:

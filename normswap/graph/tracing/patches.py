@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from normswap.graph.code.library import is_torch
 from normswap.graph.tracing.constant_calls import SWITCHES
-from normswap.graph.tracing.failure import TraceFailure, is_torch
+from normswap.graph.tracing.failure import TraceFailure
 from normswap.util.original_class import class_of
 
 if TYPE_CHECKING:

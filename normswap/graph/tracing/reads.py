@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normswap.graph.tracing.failure import TraceFailure, is_library
+from normswap.graph.code.library import is_library
+from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.whitelist import FUNCTIONS, is_constant, why_unfit
 
 _MOST_PARTS = 256

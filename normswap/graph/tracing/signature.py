@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from normswap.graph.tracing.bytecode import codes_of
-from normswap.graph.tracing.failure import is_torch
+from normswap.graph.code.bytecode import codes_of
+from normswap.graph.code.library import is_torch
 from normswap.util.original_class import container_class
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from normswap.graph.tracing.bytecode import read_code
-from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
-from normswap.graph.tracing.uses import instructions_of
+from normswap.graph.code.bytecode import read_code
+from normswap.graph.code.library import is_library, is_torch
+from normswap.graph.code.uses import instructions_of
+from normswap.graph.tracing.failure import TraceFailure
 
 # Code that a question of class goes through, which is the question of its caller.
 _HANDS_ON = ("abc", "typing", "torch.nn.parameter")

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
-from normswap.graph.tracing.failure import TraceFailure, is_torch
+from normswap.graph.code.library import is_torch
+from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.list_effects import check_handed
 from normswap.graph.tracing.reads import ANY_TENSOR, Reads
 from normswap.graph.tracing.symbol import Value

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from normswap.graph.tracing.bytecode import Load, Test, read_code
-from normswap.graph.tracing.failure import TraceFailure, is_library, is_torch
+from normswap.graph.code.bytecode import Load, Test, read_code
+from normswap.graph.code.library import is_library, is_torch
+from normswap.graph.tracing.failure import TraceFailure
 from normswap.graph.tracing.reads import Reads
 from normswap.graph.tracing.symbol import is_given
 from normswap.graph.tracing.value_kinds import symbolic_parts

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.graph.tracing.failure import is_library, is_torch
+from normswap.graph.code.library import is_library, is_torch
 
 CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), enum.Enum),

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import ConversionError
-from normswap.graph.class_questions import reachable
-from normswap.graph.tracing.bytecode import codes_of, steps_of
+from normswap.graph.code.bytecode import codes_of, steps_of
+from normswap.graph.questions.class_questions import reachable
 from normswap.util.original_class import CALL, ORIGINAL, class_of, switches_of
 
 _LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CONST")

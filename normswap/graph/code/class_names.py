@@ -8,8 +8,8 @@ import itertools
 import types
 import weakref
 
-from normswap.graph.tracing.bytecode import parts_of, steps_of
-from normswap.graph.tracing.uses import ATTRIBUTE, COMPARES, NAMES, find_asked, instructions_of
+from normswap.graph.code.bytecode import parts_of, steps_of
+from normswap.graph.code.uses import ATTRIBUTE, COMPARES, NAMES, find_asked, instructions_of
 
 _SEARCHES = {"startswith", "endswith", "find", "lower", "count", "split"}
 

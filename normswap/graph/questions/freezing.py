@@ -3,9 +3,9 @@
 import itertools
 import types
 
-from normswap.graph.tracing.bytecode import codes_of, once_per_code
-from normswap.graph.tracing.failure import is_torch
-from normswap.graph.tracing.uses import instructions_of
+from normswap.graph.code.bytecode import codes_of, once_per_code
+from normswap.graph.code.library import is_torch
+from normswap.graph.code.uses import instructions_of
 from normswap.util.original_class import FREEZING
 
 _ASKS = {"isinstance", "__class__"}

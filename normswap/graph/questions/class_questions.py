@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from normswap.graph.tracing.bytecode import Statement, closure_of, codes_of, read_code
-from normswap.graph.tracing.class_names import ways_to_names
-from normswap.graph.tracing.failure import is_library
-from normswap.graph.tracing.uses import COMPARES
+from normswap.graph.code.bytecode import Statement, closure_of, codes_of, read_code
+from normswap.graph.code.class_names import ways_to_names
+from normswap.graph.code.library import is_library
+from normswap.graph.code.uses import COMPARES
 from normswap.util.elements import COLLECTIONS, elements_of
 from normswap.util.original_class import class_of
 

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
-from normswap.graph.tracing.uses import (
+from normswap.graph.code.uses import (
     ANSWERED,
     ATTRIBUTE,
     find_answered,

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from normswap.errors import ConversionError
-from normswap.graph.class_questions import Question, find_questions
-from normswap.graph.freezing import learn_freezing
+from normswap.graph.questions.class_questions import Question, find_questions
+from normswap.graph.questions.freezing import learn_freezing
 from normswap.graph.rows.quiet import takes_part
 from normswap.graph.rows.reached import function_of
 from normswap.util.original_class import ORIGINAL, STATE, class_of, switches_of

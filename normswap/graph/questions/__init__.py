@@ -1,0 +1,1 @@
+"""What forwards ask of a converted model, and who answers: classes, modes, tensors of norms."""
