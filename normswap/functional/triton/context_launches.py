@@ -77,7 +77,7 @@ class Norm(NamedTuple):
 def normalize(x: Tensor, labels: Tensor | None, norm: Norm) -> Tensor:
     """Return x normalised; labels are (N,) in [-1, K), or (1,), that of all, or None, all -1."""
     contexts, index = len(norm.priors), None
-    if not norm.batched and not records((x, *(t for t in norm.learned if t is not None))):
+    if not norm.batched and not records((x, *_present(norm.learned))):
         if norm.weighs and labels is not None:
             index = labels = find_rows(labels.expand(len(x)), contexts)
         found, tables = _make_tables(x, norm, index, False, labels)
@@ -189,7 +189,8 @@ def _make_tables(
     Rows are what the last launch is given, (N,) or (1,) or None; see `step_of`.
     """
     given = (*norm.running, *norm.learned, norm.priors)
-    kinds = [t for t in (x, *given, *norm.moved, rows) if t is not None]
+    kinds = (x, *norm.running, *_present(norm.learned), norm.priors, *norm.moved)
+    kinds = kinds if rows is None else (*kinds, rows)
     how = (None if index is None else ordered, len(norm.moved) > 0, step_of(rows))
     found = launches_for(kinds, forward_of, *_settings(x, norm), *how)
     parts = None
@@ -199,6 +200,11 @@ def _make_tables(
     tables = x.new_empty(found.values, dtype=torch.float32)
     found.tables(*given, parts, index, tables)
     return found, tables
+
+
+def _present(learned: Tensors) -> Tensors:
+    """Return what there is of what is learned: there may be no affine."""
+    return learned if learned[-1] is not None else learned[:-2]
 
 
 def _settings(x: Tensor, norm: Norm) -> tuple[Any, ...]:
@@ -219,7 +225,7 @@ def _forward(inputs: Tensors, given: Any) -> tuple[Tensor, ...]:
 def _backward(dy: Tensor, inputs: Tensors, kept: Tensors, given: Any, needed: Any) -> Tensors:
     (x, *learned), (priors, index, tables), norm = inputs, kept, given[0]
     dy, dx = passes.match(dy, x), torch.empty_like(x) if needed[0] else None
-    kinds = [t for t in (x, dy, *learned, priors, index, tables) if t is not None]
+    kinds = (x, dy, *_present(learned), priors, index, tables)
     # A weight that contexts share has the gradients of a row more; else the pool has it.
     more = norm.pooled is not None if norm.kernels.weights is None else learned[-1] is not None
     start = launches_for(kinds, backward_of, *_settings(x, norm), more, needed[0])
