@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import batch_norm
 
 from normswap.functional.affine import Affine, Centred
 from normswap.functional.moments import (
@@ -89,6 +90,8 @@ class BatchContextNormX(ContextNormX):
 
     def normalize(self, x: Tensor, labels: Tensor | None, unlabelled: bool) -> Tensor:
         """Compute the layer; see the class."""
+        if not self.synced and self.find_triton(x, unlabelled) is not None:
+            return super().normalize(self._batch_normalised(x), labels, unlabelled)
         dtype = compute_dtype(x)
         running = Moments(*(t.to(dtype)[None] for t in (self.running_mean, self.running_var)))
         learned = self.learned(dtype)
@@ -128,6 +131,19 @@ class BatchContextNormX(ContextNormX):
             return Centred(*rows).at(instances.mean)
 
         return stat_affine(x, glue, *learned)
+
+    def _batch_normalised(self, x: Tensor) -> Tensor:
+        """Return z by torch's own batch norm, which on a GPU is one kernel; see the class."""
+        by_running = not self.training or self.frozen or self.stats_frozen
+        if by_running or x.numel() <= x.shape[1]:
+            running = (self.running_mean.float(), self.running_var.float())
+            return batch_norm(x, *running, training=False, eps=self.eps)
+        mean, var = x.new_zeros(2, x.shape[1], dtype=torch.float32).unbind()
+        z = batch_norm(x, mean, var, training=True, momentum=1.0, eps=self.eps)
+        if not self.keeps_stats():
+            self.num_batches_tracked.add_(1)
+            self.move_running(mean, var, self.running_rate(mean.dtype))
+        return z
 
     @torch.no_grad()
     def _update(self, used: Moments, values: Tensor) -> None:
