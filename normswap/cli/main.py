@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from normswap import api
 from normswap._version import __version__
 from normswap.cli.plot import add_plot
 from normswap.cli.sources import add_model, chosen_model
-from normswap.errors import NormswapError
+from normswap.errors import AdviceWarning, NormswapError
 from normswap.methods.registry import get_method, methods
 from normswap.report import Report
 from normswap.saving.folder import DESCRIPTION, find_folder, read_description
@@ -108,7 +109,10 @@ def _verify(options: argparse.Namespace) -> str:
     torch.manual_seed(options.seed)
     model = chosen_model(options, "cpu")
     randomise_statistics(model)
-    return str(api.summary(api.convert(model, **_conversion(options))).heading())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdviceWarning)  # its statistics were not trained
+        converted = api.convert(model, **_conversion(options))
+    return str(api.summary(converted).heading())
 
 
 def randomise_statistics(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.utils import checkpoint
 
 _FILE = checkpoint.__file__
@@ -73,14 +74,15 @@ class Remembered:
     def __init__(self) -> None:
         self._values: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads frames of Python
+    # It reads frames of Python. `torch.compiler.disable` imports the compiler at once, for seconds.
+    @_disable_dynamo
     def keep(self, value: Any) -> None:
         """Note the value for every checkpointed forward this code runs in."""
         for key in find_checkpoints():
             if self._values.setdefault(key, value) is not value:
                 self._values[key] = UNKNOWN
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def recall(self, outside: Any) -> Any:
         """Return the value of the forward this code computes again.
 

@@ -6,7 +6,9 @@ import pytest
 from torch import nn
 
 import normswap
+from normswap.cli.main import main
 from normswap.errors import AdviceWarning
+from normswap.testing import method_checks
 from tests.support.builders import trained_norm
 
 INSERTED = ["selfnorm", "crossnorm", "cnsn", "mixstyle", "efdmix", "dsu"]
@@ -52,3 +54,14 @@ def test_nothing_is_said_where_nothing_is_better(method, trained, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("error", AdviceWarning)
         normswap.convert(net(trained), method, **settings)
+
+
+@pytest.mark.parametrize("name", ["verify", "check"])
+def test_models_with_values_by_chance_are_advised_nothing(name, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdviceWarning)
+        if name == "verify":
+            assert main(["verify", "test_resnet", "--method", "selfnorm"]) == 0
+        else:
+            checks = {check.name: check for check in method_checks("crossnorm")}
+            checks["function_is_kept"]()

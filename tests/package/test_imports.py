@@ -15,6 +15,7 @@ HOUSES = [
 ]
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 HEAVY = ["timm", "torchvision", "matplotlib", "sklearn", "skimage", "pandas", "PIL", "recipes"]
+HEAVY += ["torch._dynamo"]
 
 
 def part_of(path):

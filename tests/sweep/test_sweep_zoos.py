@@ -53,12 +53,10 @@ def test_one_architecture_of_every_family_of_timm_is_converted(tmp_path, capsys)
     assert len(results(out)) >= 59
 
 
-# Of each way to build a block one: branches that are joined or summed, gates, attention, windows.
+# Of each way to build a block one: branches that are summed or joined, gates, attention, windows.
 # All families, wider ones too, in exhaustive runs.
-FAMILIES = [
-    *("test_byobnet", "test_coatnet", "test_efficientnet", "cs3darknet_focus_s", "dla46x_c"),
-    *("efficientvit_b0", "fasternet_t0", "inception_next_atto", "levit_128s", "mobilevit_xxs"),
-]
+FAMILIES = ["test_byobnet", "test_coatnet", "test_efficientnet", "dla46x_c", "fasternet_t0"]
+FAMILIES += ["efficientvit_b0", "mobilevit_xxs"]
 
 
 @pytest.mark.slow
