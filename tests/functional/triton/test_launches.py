@@ -62,12 +62,12 @@ def batch():
     return x.requires_grad_(), labels._replace(unknown=None)
 
 
-def count(counter, layer, x, labels):
+def count(counter, layer, x, *labels):
     """Return how many kernels forward and backward start, once the labels are sorted."""
-    layer(x, labels)
+    layer(x, *labels)
     counter.started.clear()
     with counter:
-        y = layer(x, labels)
+        y = layer(x, *labels)
     forward = list(counter.started)
     counter.started.clear()
     if y.requires_grad:
@@ -154,3 +154,36 @@ def test_more_contexts_than_kernels_weigh_are_left_to_the_formulas(counter, trai
         assert "tables" not in found
         assert "apply" in found
         assert "tables" in count(counter, layer, x, labels._replace(unknown=False))[0]
+
+
+def test_cnx_on_batch_statistics_is_a_batch_norm_and_the_kernels_of_cnx(counter):
+    layer, (x, labels) = normswap.BatchContextNormX(16, 4), batch()
+    forward, backward = count(counter, layer.train(), x, labels)
+    moved = ["add_", "lerp_", "lerp_"]
+    assert forward == ["new_zeros", "native_batch_norm", *moved, "tables", "apply"]
+    assert backward == ["dots", "gradients", "native_batch_norm_backward"]
+    with torch.no_grad():
+        found = count(counter, layer.eval(), x, labels)[0]
+    assert found == ["native_batch_norm", "tables", "apply"]
+
+
+# Forward and backward of training, and evaluation: what no kernels serve, so that it grows no more.
+BY_OPERATORS = {
+    "shrink": (lambda: normswap.ContextNorm(16, 4, shrink=4.0), (159, 139, 3)),
+    "more contexts than kernels weigh": (lambda: normswap.ContextNorm(16, 65), (137, 103, 68)),
+    "each position": (
+        lambda: normswap.AdaptiveContextNorm(16, 4, assignment="position"),
+        (99, 144, 59),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_OPERATORS)
+def test_what_torchs_operators_start_where_no_kernels_serve(counter, name):
+    make, most = BY_OPERATORS[name]
+    layer, (x, labels) = make().train(), batch()
+    given = () if isinstance(layer, normswap.AdaptiveContextNorm) else (labels,)
+    found = [len(kinds) for kinds in count(counter, layer, x, *given)]
+    with torch.no_grad():
+        found.append(len(count(counter, layer.eval(), x, *given)[0]))
+    assert all(a <= b for a, b in zip(found, most, strict=True)), found
