@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import is_dataclass
 from itertools import islice
 from types import CodeType, FunctionType, MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def kind_of(module: nn.Module, values: Iterable[object], samples: int) -> tuple[
     return tuple(kinds), tuple(numbers)
 
 
-def _is_setting(value: Any) -> bool:
+def _is_setting(value: object) -> TypeGuard[Tensor]:
     """Return whether a value is a tensor of one integer or bool, and it can be seen which."""
     if not isinstance(value, Tensor) or value.dtype not in _DISCRETE or value.numel() != 1:
         return False
