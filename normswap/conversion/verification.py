@@ -153,10 +153,12 @@ def _record(
         same = torch.where(finite, new.isfinite(), alike)
         difference = float((new - old)[finite].abs().nan_to_num().max()) if finite.any() else 0.0
         if not same.all() or (result.keeps and difference > scale * tolerance):
-            odd = "" if same.all() else f", {int((~same).sum())} where either is not finite"
+            lost, odd = int((finite & ~same).sum()), int((~finite & ~same).sum())
+            beside = f", and {lost} that were finite are not" if lost else ""
+            beside += f", and {odd} that were not finite are something else" if odd else ""
             raise VerificationError(
                 f"the converted model computes another function for context {name}: outputs up to "
-                f"{scale:.3g} differ by {difference:.3g}{odd}; the model is unchanged"
+                f"{scale:.3g} differ by {difference:.3g}{beside}; the model is unchanged"
             )
         if finite.any():
             compared = True

@@ -2,6 +2,8 @@
 
 import abc
 import inspect
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ from normswap.graph.tracing import (
     parameters_of,
     write_forward,
 )
-from normswap.util.original_class import STATE
+from normswap.util.original_class import STATE, in_forward
 
 
 def install(module: nn.Module, state: ContainerState, contextual: bool = True) -> None:
@@ -90,18 +92,38 @@ def _quiet(base: Any) -> Any:
 
 
 class _Forwarding(type):
-    """What a forward sets on ``type(self)`` it sets on the class of the original, as ever.
+    """What a model's own code sets on ``type(self)`` it sets on the class of the original, as ever.
 
-    What is set on a subclass that someone makes of a converted class stays there.
+    What others set there, as profilers and mocks do, is theirs to take back: it stays on this
+    class, as do what conversion made and what is set on a subclass that someone makes of it.
     """
 
     def __setattr__(cls, name: str, value: object) -> None:
-        original = vars(cls).get("_normswap_from")
-        super().__setattr__(name, value) if original is None else setattr(original, name, value)
+        if cls._keeps(name, sys._getframe(1)):
+            super().__setattr__(name, value)
+        else:
+            setattr(vars(cls)["_normswap_from"], name, value)
+        argument = vars(cls).get("_normswap_argument")
+        if name == "forward" and argument is not None and not _takes(value, argument):
+            base: Any = vars(cls)["_normswap_from"]
+            super().__setattr__("__call__", calling(base.__call__, argument))
 
     def __delattr__(cls, name: str) -> None:
-        original = vars(cls).get("_normswap_from")
-        super().__delattr__(name) if original is None else delattr(original, name)
+        made: dict[str, object] = vars(cls).get("_normswap_made", {})
+        if name in made:
+            super().__setattr__(name, made[name])
+        elif cls._keeps(name, sys._getframe(1)):
+            super().__delattr__(name)
+        else:
+            delattr(vars(cls)["_normswap_from"], name)
+
+    def _keeps(cls, name: str, frame: types.FrameType) -> bool:
+        """Return whether this class itself is meant by code that sets or deletes a name of it."""
+        if "_normswap_from" not in vars(cls) or name in vars(cls):
+            return True
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        return not (in_forward(frame) or cls in (first, *type(first).__mro__))
 
 
 class _ForwardingABCMeta(_Forwarding, abc.ABCMeta):
@@ -122,6 +144,7 @@ def _subclass(base: Any, body: dict[str, Any]) -> Any:
         abc._abc_init(cls)  # type: ignore[attr-defined]  # else it shares the caches of its base
     type.__setattr__(cls, "__bases__", (base,))
     type.__setattr__(cls, "_normswap_from", base)
+    type.__setattr__(cls, "_normswap_made", body)
     return cls
 
 

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 # Where a layer keeps what it replaced, and a converted container what it runs.
 ORIGINAL = "_normswap_original"
@@ -102,3 +102,10 @@ class AsBefore:
 
     def _get_name(self) -> str:
         return (class_of(self) if in_forward(sys._getframe(1)) else type(self)).__name__
+
+    def __repr__(self) -> str:
+        was = (class_of(self) if in_forward(sys._getframe(1)) else type(self)).__name__
+        return super().__repr__().replace(type(self).__name__, was, 1)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        getattr(class_of(self), "_check_input_dim")(self, x)  # noqa: B009 (not all norms have it)

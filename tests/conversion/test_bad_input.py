@@ -159,6 +159,15 @@ def test_bad_priors(priors, match):
     refuses(Net(), match, contexts=2, priors=priors)
 
 
+class Affine(nn.Module):
+    """Holds what a frozen batch norm does, under another name."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(3))
+
+
 @pytest.mark.parametrize(
     ("norm", "reason"),
     [
@@ -168,6 +177,7 @@ def test_bad_priors(priors, match):
             f"{__name__}.BatchNorm2d overrides the forward",
         ),
         (nn.GroupNorm(1, 3), "neither a batch nor an instance norm"),
+        (Affine(), "the buffers of a frozen batch norm, but its class, Affine, is not known"),
         (
             type("InstanceNorm", (nn.Identity,), {})(),
             "InstanceNorm is neither a batch nor an instance norm of torch, torchvision or timm",

@@ -107,6 +107,42 @@ class NameOfAMethod:
         return True
 
 
+class NameByText:
+    def ask(self):
+        texts = (str(self.norm), f"{self.norm}", "%s" % self.norm, repr(self.norm))  # noqa: UP031
+        return all(text.startswith("BatchNorm2d(") for text in texts)
+
+
+class ByItsCheck:
+    def ask(self):
+        return hasattr(self.norm, "_check_input_dim")
+
+
+class NameByGetattr:
+    def ask(self):
+        return getattr(type(self.norm), "__name__") == "BatchNorm2d"  # noqa: B009
+
+
+class ModuleOfAny:
+    def ask(self):
+        return any(m.__module__ == "torch.nn.modules.batchnorm" for m in self.modules())
+
+
+class Documented:
+    def ask(self):
+        return "Batch Norm" in self.norm.__doc__
+
+
+class ByItsForward:
+    def ask(self):
+        return self.norm.forward.__func__ is nn.BatchNorm2d.forward
+
+
+class NameOfItsForward:
+    def ask(self):
+        return self.norm.forward.__qualname__.startswith("_BatchNorm")
+
+
 class NamesForPeople:
     def ask(self):
         if self.list is None:

@@ -24,7 +24,7 @@ _CATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")
 # Attributes by which a function, a class or a method is taken apart.
 _INSIDE = (
     "__class__ __dict__ __code__ __defaults__ __kwdefaults__ __globals__ __closure__ __wrapped__ "
-    "__func__ __self__ __mro__ __bases__ __subclasses__ __args__"
+    "__func__ __self__ __qualname__ __module__ __doc__ __mro__ __bases__ __subclasses__ __args__"
 ).split()
 _ENDS = ("STORE_", "POP_TOP", "POP_JUMP", "JUMP", "FOR_ITER", "RETURN", "RAISE", "RESUME")
 

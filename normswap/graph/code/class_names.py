@@ -11,6 +11,8 @@ import weakref
 from normswap.graph.code.bytecode import parts_of, steps_of
 from normswap.graph.code.uses import ATTRIBUTE, COMPARES, NAMES, find_asked, instructions_of
 
+# Attributes of a module, or of its forward, that tell its class.
+_TELLING = {"__module__", "__doc__", "__func__"}
 _SEARCHES = {"startswith", "endswith", "find", "lower", "count", "split"}
 
 
@@ -23,7 +25,7 @@ def ways_to_names(code: types.CodeType) -> set[str]:
     A name that is only raised, logged or part of a text for people does not count.
 
     Returns:
-        Of "type" and "__class__" those that it does so by.
+        Of "type", "__class__" and attributes that tell it, those that it does so by.
     """
     if code not in _KNOWN:
         _KNOWN[code] = _find_ways(code)
@@ -56,9 +58,16 @@ def _takes(part: list[dis.Instruction], place: int, own: tuple[str, ...]) -> str
         is_own = bool(given) and given[0].argval in own and given[-1].opname not in ATTRIBUTE
     elif step.opname in ATTRIBUTE and step.argval == "__class__":
         is_own = place > 0 and part[place - 1].argval in own
+    elif step.opname in ATTRIBUTE and place > 0 and _tells(part[place - 1], step):
+        is_own = part[place - 1].argval in own
     else:
         return None
     return "own" if is_own else str(step.argval)
+
+
+def _tells(of: dis.Instruction, step: dis.Instruction) -> bool:
+    """Return whether an attribute, of what comes before it, tells the class of a module."""
+    return step.argval in _TELLING or (of.argval == "forward" and step.argval in NAMES)
 
 
 def _goes_on_with_a_name(
@@ -69,7 +78,8 @@ def _goes_on_with_a_name(
     That is one which it takes, or which may be in what it looks the name up on: `holders` are the
     variables of classes, `compared` the offsets of what is only compared with.
     """
-    attributes = {step.argval for step in part if step.opname in ATTRIBUTE}
+    looked_up = {step.argval for step in part if step.opname in ATTRIBUTE}
+    attributes = looked_up | {step.argval for step in part if step.argval in NAMES}  # by getattr
     loaded = {step.argval for step in part if step.opname.startswith("LOAD_")}
     texts = {s.argval for s in part if s.offset not in compared} & loaded & {"str", "repr"}
     named = any(
@@ -77,7 +87,7 @@ def _goes_on_with_a_name(
         for given, step in itertools.pairwise(part)
         if step.opname in ATTRIBUTE and step.argval in NAMES
     )
-    asked = attributes.intersection(NAMES) or texts
+    asked = attributes & {*NAMES, *_TELLING} or texts
     if not asked or not (taken or named or (texts and loaded & holders)):
         return False
     tested = attributes & _SEARCHES or any(step.opname in COMPARES for step in part)

@@ -22,7 +22,7 @@ _SAME = {"forward", "_call_impl", *_SETTINGS}
 _KEPT = {"device", "dtype", "is_cuda", "requires_grad", "requires_grad_"}
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _ROWS = {*_TENSORS, "num_batches_tracked", "state_dict", "parameters", "named_parameters"}
-_ROWS |= {"buffers", "named_buffers", "_parameters", "_buffers"}
+_ROWS |= {"buffers", "named_buffers", "_parameters", "_buffers", "extra_repr"}
 
 
 def find_bypassed(model: nn.Module) -> list[str]:

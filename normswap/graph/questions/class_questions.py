@@ -70,7 +70,7 @@ def find_questions(
         for way in sorted(named):
             # `__class__` is answered as before, but not by what the compiler sees.
             text = f"{function.__qualname__} goes by the name of a class ({way})"
-            yield from (Question(text, c, compiled=way != "type") for c in renamed)
+            yield from (Question(text, c, compiled=way == "__class__") for c in renamed)
         parts = list(_statements(function))
         asks_kind = any(_has(values, isinstance) for values, _ in parts)
         for values, (_, attributes, operations) in parts:

@@ -6,11 +6,13 @@ from collections.abc import Hashable, Iterable
 from dataclasses import is_dataclass
 from itertools import islice
 from types import CodeType, FunctionType, MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from normswap.functional.backend import is_eager, is_readable
+from normswap.functional.draws import is_captured
 from normswap.graph.rows.samples import as_tensors, is_list_of_samples, parts_of, tensors_of
 from normswap.util.elements import elements_of
 from normswap.util.original_class import STATE
@@ -18,6 +20,8 @@ from normswap.util.original_class import STATE
 _FLAGS, _NUMBERS = {bool, str, type(None)}, {int, float}
 # What says all in its representation.
 _PLAIN = (bytes, complex, slice, range, torch.dtype, torch.device)
+# Of tensors with one value, which may be a setting: no scale, nor a temperature.
+_DISCRETE = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 # Modules of classes whose attributes are not looked at, and those where they have no children.
 _LIBRARIES = ("normswap.",)
 _LAYERS = ("normswap.", "torch.", "torchvision.", "timm.")
@@ -56,7 +60,17 @@ def kind_of(module: nn.Module, values: Iterable[object], samples: int) -> tuple[
                     numbers.append(value)
                 elif not name.startswith(STATE):
                     _describe_setting(value, kinds, numbers)
+            for name, buffer in part._buffers.items():
+                if name != "num_batches_tracked":  # of a norm of the user's
+                    _describe_setting(buffer, kinds, numbers)
     return tuple(kinds), tuple(numbers)
+
+
+def _is_setting(value: object) -> TypeGuard[Tensor]:
+    """Return whether a value is a tensor of one integer or bool, and it can be seen which."""
+    if not isinstance(value, Tensor) or value.dtype not in _DISCRETE or value.numel() != 1:
+        return False
+    return is_eager() and is_readable(value) and not (value.is_cuda and is_captured())
 
 
 def _describe_setting(
@@ -81,6 +95,8 @@ def _describe_setting(
             kinds.append(part)
         elif isinstance(part, enum.Enum | type | CodeType):
             kinds.append(hash(part))  # the number, since code and local classes do not pickle
+        elif _is_setting(part):
+            values.append(part.item())
         elif len(values) < _MOST_VALUES and not isinstance(part, Tensor | nn.Module):
             values += islice(_held_by(part, attributes), _MOST_VALUES)
 
@@ -110,6 +126,8 @@ def _describe(value: Any, samples: int, kinds: list[Hashable], numbers: list[Has
         batch = value.dim() > 0 and value.shape[0] == samples
         kinds.append((value.dtype, value.dim(), batch))
         numbers.append(value.shape[1:] if batch else value.shape)
+        if not batch:
+            _describe_setting(value, kinds, numbers)
     elif value is None or isinstance(value, bool | str | enum.Enum):
         kinds.append(repr(value))
     elif isinstance(value, int | float):

@@ -16,17 +16,24 @@ from tests.support.questions import (
     TABLES,
     Asking,
     Base,
+    ByItsCheck,
+    ByItsForward,
     Class,
+    Documented,
     Exact,
     ExactBesideBases,
     ExactChild,
     Matched,
+    ModuleOfAny,
     Name,
+    NameByGetattr,
+    NameByText,
     Named,
     NameInALoop,
     NameKept,
     NameOfAMethod,
     NameOfAny,
+    NameOfItsForward,
     NameOfOneOfSeveral,
     NameOfType,
     NamesForPeople,
@@ -52,8 +59,9 @@ NAMES = [Name, NameOfAny]
 SEVERAL = [Several, Named, Union, *NAMES]  # not answered in compiled code
 if torch.__version__ >= "2.15.0a0":
     SEVERAL += [One, Base, Matched]
-ANSWERED = [One, Base, *NAMES, OwnName, NamesForPeople, Matched, OtherTypes]
-KEPT = [NameKept, NameInALoop, NameOfOneOfSeveral]
+ANSWERED = [One, Base, *NAMES, OwnName, NamesForPeople, Matched, OtherTypes, NameByText, ByItsCheck]
+KEPT = [NameKept, NameInALoop, NameOfOneOfSeveral, NameByGetattr]
+KEPT += [ModuleOfAny, Documented, ByItsForward, NameOfItsForward]
 UNANSWERED = [Exact, OwnTuple, NameOfType, Subclass, *KEPT, *TABLES, *ROUNDABOUT]
 OF_CONTAINERS = [ExactChild, Class, Table]  # which keep their class
 
@@ -63,7 +71,7 @@ OF_CONTAINERS = [ExactChild, Class, Table]  # which keep their class
     [*ANSWERED, Several, Union, ExactChild, Class],
 )
 def test_a_trace_gives_the_answer_of_the_original_or_ends(kind):
-    asks_kind = kind in (One, Base, OwnName, Several, Union, Matched)
+    asks_kind = kind in (One, Base, OwnName, Several, Union, Matched, NameByText, ByItsCheck)
     check(make(kind, Asking), opaque=None if asks_kind else "")
 
 

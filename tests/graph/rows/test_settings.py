@@ -5,6 +5,7 @@ import functools
 import pickle
 import types
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import normswap
+from normswap.graph.rows.run import Run
 from tests.support.rows import LABELS, K, N, apart, singly
 
 
@@ -66,6 +68,8 @@ SETTINGS = {
     "dataclass": (Config, lambda kept: kept.flip),
     "enum": (Order, lambda kept: kept is Order.FLIPPED),
     "number": (int, lambda kept: kept == 1),
+    "tensor": (torch.tensor, bool),
+    "number in a tensor": (lambda flip: torch.tensor(int(flip)), lambda kept: kept.item() == 1),
 }
 
 
@@ -122,6 +126,34 @@ def test_an_argument_that_changes_the_order_of_samples(keep, read):
         one = [model(x[i : i + 1], keep(flip), context=LABELS[i : i + 1]) for i in range(N)]
         torch.testing.assert_close(y, torch.cat(one))
     pickle.dumps(model.norm.scope)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_a_buffer_that_changes_the_order_of_samples(dtype):
+    model = Flipping(None, bool)
+    del model.kept
+    model.register_buffer("kept", torch.zeros(1, dtype=dtype))
+    model = apart(normswap.convert(model.double().eval(), "cn", contexts=K, verify=False))
+    for flip in (0, 1, 0):
+        model.kept.fill_(flip)
+        x = torch.randn(N, 6, dtype=torch.float64)
+        torch.testing.assert_close(model(x, context=LABELS), singly(model, x))
+
+
+def test_a_counter_in_a_buffer_is_soon_no_reason_to_measure():
+    class Counting(Flipping):
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model = Counting(False, bool)
+    model.register_buffer("calls", torch.tensor(0))
+    model = apart(normswap.convert(model.double().eval(), "cn", contexts=K, verify=False))
+    x = torch.randn(N, 6, dtype=torch.float64)
+    with mock.patch.object(Run, "measure", autospec=True, side_effect=Run.measure) as measured:
+        counts = [(model(x, context=LABELS), measured.call_count)[1] for _ in range(6)]
+    assert counts[0] > 0
+    assert counts[2] == counts[-1]
 
 
 def test_settings_that_hold_themselves_or_much_are_no_trouble():
