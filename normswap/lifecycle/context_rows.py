@@ -114,7 +114,11 @@ def check_changeable(model: nn.Module, root: nn.Module, record: Record, how: str
 
 
 def changed_tables(
-    root: nn.Module, method: Method, like: int | None, share: float, change: Any
+    root: nn.Module,
+    method: Method,
+    like: int | None,
+    share: float,
+    change: Callable[[Tensor, Tensor], Tensor],
 ) -> Tables:
     """Return what has a row for each context, after ``change(table, row of one more context)``.
 

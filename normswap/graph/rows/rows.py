@@ -20,12 +20,13 @@ too.
 """
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from normswap.errors import ContextError
+from normswap.functional.label_rows import Layer
 from normswap.functional.labels import Context
 from normswap.graph.rows.findings import Findings
 from normswap.graph.rows.generators import started_from
@@ -36,7 +37,6 @@ from normswap.graph.rows.refusals import not_aligned, refuse_cause, refuse_unkno
 from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, Values
 
 if TYPE_CHECKING:
-    from normswap.graph.scope.scope import Scope
     from normswap.graph.state import ContainerState
 
 # Samples of a measurement: fewer leave more orders that look alike.
@@ -45,13 +45,6 @@ _MOST_DETOURS = 3
 # Where random numbers choose the path: as they are, then others, until a run meets the norm.
 _SEEDS = (None, *range(0x5EED1000, 0x5EED1010))
 _UNREACHED = "runs that measure, in which norms are in eval mode, do not reach it"
-
-
-class Layer(Protocol):
-    """A norm that takes labels."""
-
-    training: bool
-    scope: "Scope"
 
 
 class Rows:
@@ -148,15 +141,15 @@ class Rows:
                 return None
             raise not_aligned(site, x.shape[0], context.labels.shape[0])
         run = None if torch.compiler.is_compiling() else RUN.get()
-        if run is not None and (run.model is layer.scope or run.model is layer.scope.model):
+        scope = layer.scope
+        if run is not None and (run.model is scope or (scope and run.model is scope.model)):
             if run.measurement is not None:
                 run.measurement.listen(layer, site, x)
                 return None
             run.path.append((site, x.shape[0]))
             if run.samples == context.labels.shape[0]:
-                rows: Rows = run.scope.rows
                 try:
-                    return rows._follow(run, layer, site, x.shape[0])
+                    return run.scope.rows._follow(run, layer, site, x.shape[0])
                 except ContextError as error:
                     run.refused = error
                     raise

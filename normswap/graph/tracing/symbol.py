@@ -40,7 +40,7 @@ class Value(fx.Proxy):
         return iter([items[i] for i in range(step.argval)])
 
     def __getattribute__(self, name: str) -> Any:
-        frame: Any = sys._getframe(1)
+        frame = sys._getframe(1)
         if name == "__class__":
             return _class_of(self, frame)
         if not is_library(frame.f_globals.get("__name__")) and _asks(frame):

@@ -73,7 +73,7 @@ class ContainerTracer(fx.Tracer):
         except NotImplementedError:
             raise TraceFailure(f"hands on an object of class {type(a).__name__}") from None
 
-    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the call of a submodule."""
         path = self._paths.get(id(module))
         if not path:
