@@ -97,13 +97,13 @@ def after_hooks(module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
     Those that see keyword arguments are left out: they see the labels, and may move them, too.
     """
     written: Any = type(module)._normswap_forward  # type: ignore[attr-defined]
-    known = list(inspect.signature(written.bind).parameters.values())[1:]
+    takes = list(inspect.signature(written.bind).parameters.values())[1:]
     seen, own = module._forward_pre_hooks_with_kwargs, module._forward_pre_hooks
     hooks = [hook for key, hook in own.items() if key not in seen]
 
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # A caller leaves defaults out.
-        while args and len(args) <= len(known) and args[-1] is known[len(args) - 1].default:
+        while args and len(args) <= len(takes) and args[-1] is takes[len(args) - 1].default:
             args = args[:-1]
         for hook in (*_global_forward_pre_hooks.values(), *hooks):
             made = hook(module, args)

@@ -73,8 +73,8 @@ def _class_of(value: Value, frame: Any) -> type:
 
 def sequence_of(value: Any) -> Any:
     """Return what unpacking takes, by index; of dicts, iterators and others an index is no item."""
-    known = type(value) is list or type(value) is tuple or isinstance(value, Tensor)
-    return value if known else tuple(value)
+    by_index = type(value) is list or type(value) is tuple or isinstance(value, Tensor)
+    return value if by_index else tuple(value)
 
 
 def is_input(value: Any) -> bool:
