@@ -129,16 +129,16 @@ def _show(options: argparse.Namespace) -> str:
     folder = find_folder(options.folder, options.revision, options.subfolder)
     content = read_description(folder)
     base, file, name = content["base"], content["file"], content["method"]
-    known = name in methods()
+    registered = name in methods()
     settings = [f"{key}={value}" for key, value in content["options"].items()]
     classes = Counter(norm["class"] for norm in base["norms"].values())
     size = (folder / DESCRIPTION).stat().st_size + file["bytes"]
     missing = "" if (folder / file["name"]).is_file() else f"; {file['name']} is missing"
     rows = [
         ("base", f"{base['class']}, {len(base['tensors'])} tensors besides the layers"),
-        ("method", ", ".join([name, *settings]) + ("" if known else " (not registered here)")),
+        ("method", ", ".join([name, *settings]) + ("" if registered else " (not registered here)")),
         ("placement", content["placement"] or "the method's own"),
-        *(_context_rows(content) if not known or get_method(name).needs_context else ()),
+        *(_context_rows(content) if not registered or get_method(name).needs_context else ()),
         ("replaced", ", ".join(f"{n} {cls}" for cls, n in classes.items()) or "no norm"),
         *([] if classes else [("given a layer", f"{len(content['sites'])} place(s)")]),
         ("tensors", f"{len(content['layers'])} of layers, {len(content['others'])} others"),

@@ -80,9 +80,9 @@ def _densities(options: argparse.Namespace) -> Any:
     source = run_files.read_source(options.source)
     found = run_files.components_in(source.tensors)
     if options.layer not in found:
-        known = ", ".join(list(found)[:8]) or "none"
+        named = ", ".join(list(found)[:8]) or "none"
         raise NormswapError(
-            f"expected --layer of a layer with components, got {options.layer!r}; they are: {known}"
+            f"expected --layer of a layer with components, got {options.layer!r}; they are: {named}"
         )
     parts, names = found[options.layer], tuple(source.names or ())
     if len(names) == len(parts.mean):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normswap.contexts import store
 from normswap.contexts.priors import check_priors
-from normswap.contexts.tally import ContextReport, Counts, Tally, describe_leak, describe_tiny
+from normswap.contexts.tally import ContextReport, LabelCounts, Tally, describe_leak, describe_tiny
 from normswap.errors import ContextError, ContextWarning, ConversionError, NormswapError
 from normswap.util.arguments import listed
 
@@ -42,7 +42,7 @@ class Assigner(ABC):
         if "kind" in vars(cls):
             _KINDS[cls.kind] = cls
 
-    def __init__(self, names: Sequence[str], counts: Counts | None = None) -> None:
+    def __init__(self, names: Sequence[str], counts: LabelCounts | None = None) -> None:
         self.names = tuple(names)
         if not self.names or len(set(self.names)) < len(self.names):
             raise ContextError(f"expected names of contexts, all different, got {names!r}")
@@ -179,7 +179,7 @@ def load(folder: str | os.PathLike[str], features: Any = None) -> Assigner:
         assigner = _KINDS[kind].restore(names, record, arrays, features)
         if counts is not None:
             sizes = tuple(int(size) for size in counts["sizes"])
-            assigner.counts = Counts(**{**counts, "sizes": sizes})
+            assigner.counts = LabelCounts(**{**counts, "sizes": sizes})
             if len(sizes) != len(names) or min(sizes) < 0:
                 raise ValueError(f"sizes are {sizes}")
     except NormswapError:

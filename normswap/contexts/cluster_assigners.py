@@ -43,10 +43,10 @@ class ClusterAssigner(Assigner):
         """Return the context of each row of features (N, D), (N,) int64."""
         if features.shape[1] != self.width:
             raise ContextError(f"expected {self.width} features a sample, got {features.shape[1]}")
-        known = features.isfinite().all(1)
-        x = torch.where(known[:, None], features, 0).to(wide_dtype(features))
+        finite = features.isfinite().all(1)
+        x = torch.where(finite[:, None], features, 0).to(wide_dtype(features))
         placed = {name: array.to(x) for name, array in self.arrays.items()}
-        return torch.where(known, self.scores(x, placed).argmax(1), UNKNOWN)
+        return torch.where(finite, self.scores(x, placed).argmax(1), UNKNOWN)
 
     @property
     def width(self) -> int:

@@ -104,10 +104,10 @@ def from_columns(
         raise ContextError(f"expected columns= as different names, got {columns!r}")
     if not table:
         raise ContextError("expected rows of metadata, got none")
-    known = dict.fromkeys(key for row in table for key in row)
+    headings = dict.fromkeys(key for row in table for key in row)
     for name in chosen if target is None else (*chosen, target):
-        if name not in known:
-            names = ", ".join(map(repr, known))
+        if name not in headings:
+            names = ", ".join(map(repr, headings))
             raise UnknownNameError(f"no column {name!r}; the columns are {names}")
     if extra := [name for name in given if name not in chosen]:
         raise ContextError(f"expected bins= of columns that decide, got {', '.join(extra)}")

@@ -63,8 +63,8 @@ class SuperclassAssigner(Assigner):
         except TypeError:
             raise ContextError(f"expected a class, a name or an index, got {item!r}") from None
         if self.classes is not None:
-            known = 0 <= index < len(self.classes)
-            return self.table.get(self.classes[index], UNKNOWN) if known else UNKNOWN
+            exists = 0 <= index < len(self.classes)
+            return self.table.get(self.classes[index], UNKNOWN) if exists else UNKNOWN
         if not any(isinstance(key, int) for key in self.table):
             raise ContextError(
                 f"expected names of classes, as in the mapping, got the index {index}; give "
@@ -142,7 +142,7 @@ def from_superclasses(
     table = {key: names.index(group) for key, group in mapping.items()}
     assigner = SuperclassAssigner(names, table, classes)
     if targets is not None:
-        known = targets if isinstance(targets, Tensor) else list(targets)
-        assigner.count(assigner(known), known)
+        labels = targets if isinstance(targets, Tensor) else list(targets)
+        assigner.count(assigner(labels), labels)
     assigner.warn()
     return assigner

@@ -22,7 +22,7 @@ LEAK = 0.25
 
 
 @dataclass(frozen=True)
-class Counts:
+class LabelCounts:
     """What a tally found.
 
     Attributes:
@@ -70,13 +70,13 @@ class Tally:
         pairs = zip(values, given, strict=True)
         self.pairs.update((c, t) for c, t in pairs if c >= 0 and t is not None)
 
-    def result(self) -> Counts:
+    def result(self) -> LabelCounts:
         """Return the counts so far."""
         sizes = tuple(self.sizes)
         if not self.pairs:
-            return Counts(sizes, self.unknown)
+            return LabelCounts(sizes, self.unknown)
         leak, excess = (mutual_information(self.pairs, corrected=c) for c in (False, True))
-        return Counts(sizes, self.unknown, leak, excess)
+        return LabelCounts(sizes, self.unknown, leak, excess)
 
 
 def mutual_information(pairs: Counter[tuple[int, Any]], corrected: bool = False) -> float:
@@ -159,7 +159,7 @@ def describe_tiny(names: Sequence[str], sizes: Sequence[int]) -> list[str]:
     ]
 
 
-def describe_leak(counts: Counts) -> list[str]:
+def describe_leak(counts: LabelCounts) -> list[str]:
     """Return a warning where the context follows the target, if it does."""
     if counts.excess <= LEAK or counts.leak is None:
         return []

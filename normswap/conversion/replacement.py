@@ -16,6 +16,7 @@ from normswap.graph.surgery import Surgery
 from normswap.lifecycle.record import Record
 from normswap.lifecycle.replaced_norm import make_layer, remember_original
 from normswap.methods.base import BaseMethod, Method
+from normswap.methods.layer import ContextLayer
 from normswap.report import Row
 from normswap.sites import Place, Site, find_norms, read_site
 from normswap.util.copies import attribute_tensors
@@ -104,8 +105,8 @@ def build_layer(
     layer = make_layer(method, site, source, record.contexts, record.options)
     adopt(layer, source, site)
     remember_original(layer, source, site)
-    if method.needs_context:
-        layer.scope = scope  # type: ignore[assignment]
+    if method.needs_context and isinstance(layer, ContextLayer):
+        layer.scope = scope
     row.target = type(layer).__name__
     row.contexts = record.contexts.count if method.needs_context else 0
     row.parameters_after = sum(p.numel() for p in layer.parameters())

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import asdict
-from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -14,6 +13,7 @@ from normswap.graph.state import context_argument
 from normswap.lifecycle.record import Record, weights_of
 from normswap.lifecycle.replaced_norm import original_of
 from normswap.methods.base import Contexts, Method, get_method
+from normswap.methods.layer import ContextLayer
 from normswap.report import Report
 from normswap.util.arguments import listed
 
@@ -34,9 +34,9 @@ def summarise(root: nn.Module, record: Record) -> Report:
                 continue
             if method.needs_context and not row.layer:
                 row.delivery = reach.delivery.get(id(layer), "unreached")
-                if record.contexts.count > 1 and record.verification is not None:
-                    scope: Any = layer.scope
-                    row.rows = scope.rows.describe(row.fqn)
+                verified = record.contexts.count > 1 and record.verification is not None
+                if verified and isinstance(layer, ContextLayer) and layer.scope is not None:
+                    row.rows = layer.scope.rows.describe(row.fqn)
             statistics = method.statistics(layer)
             if statistics is not None and not method.needs_context:
                 row.components = statistics.mean.shape[0]

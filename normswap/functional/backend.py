@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 # Where Triton's kernels run, and what they read; float64 is for torch's operators.
 DEVICES = ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, nn.Parameter)
+_TORCHS = (Tensor, nn.Parameter)
 
 
 def is_scripted() -> bool:
@@ -62,12 +62,12 @@ def untraced(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_readable(t: Tensor) -> bool:
     """Return whether the host can read a tensor of torch's own class: it has values."""
-    return is_plain(t) and not (is_traced() or t.is_meta)
+    return is_torchs_own(t) and not (is_traced() or t.is_meta)
 
 
-def is_plain(t: Tensor) -> bool:
+def is_torchs_own(t: Tensor) -> bool:
     """Return whether a tensor is torch's own: kernels do not know what a subclass overrides."""
-    return type(t) in _PLAIN
+    return type(t) in _TORCHS
 
 
 def no_autocast(t: Tensor) -> AbstractContextManager[Any]:
@@ -94,10 +94,10 @@ def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
     device, dtype = x.device, x.dtype
     if device.type not in DEVICES or dtype not in _DTYPES or x.dim() < 3 or not is_eager():
         return None
-    if type(x) not in _PLAIN or x.numel() == 0:
+    if type(x) not in _TORCHS or x.numel() == 0:
         return None
     for t in tables:
-        if t is not None and not (type(t) in _PLAIN and t.is_contiguous() and t.device == device):
+        if t is not None and not (type(t) in _TORCHS and t.is_contiguous() and t.device == device):
             return None
     if not _works(device, dtype) or not _module("plan").serves(x):
         return None

@@ -71,8 +71,8 @@ def suits(x: Tensor) -> bool:
 
 def match(dy: Tensor, x: Tensor) -> Tensor:
     """Return dy in the layout of x."""
-    plain = x.is_contiguous() or x.dim() not in _FORMATS
-    return dy.contiguous() if plain else dy.contiguous(memory_format=_FORMATS[x.dim()])
+    contiguous = x.is_contiguous() or x.dim() not in _FORMATS
+    return dy.contiguous() if contiguous else dy.contiguous(memory_format=_FORMATS[x.dim()])
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -82,8 +82,8 @@ def is_channels_last(x: Tensor) -> bool:
 
 def _is_narrow(x: Tensor) -> bool:
     """Return whether two sweeps of plain operators are faster than batch norm's one."""
-    plain = x.is_contiguous() and x.dtype == compute_dtype(x)
-    return plain and x.shape[2:].numel() < _NARROW
+    suits = x.is_contiguous() and x.dtype == compute_dtype(x)
+    return suits and x.shape[2:].numel() < _NARROW
 
 
 def _view(x: Tensor) -> Tensor:

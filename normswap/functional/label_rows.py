@@ -1,11 +1,48 @@
 """One label for each row of what a norm is given, of labels checked at the entry of a model."""
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
 from normswap.errors import ContextError
 from normswap.functional.backend import is_traced
-from normswap.functional.labels import Context, kept, with_memo
+from normswap.functional.labels import Context, Labels, kept, with_memo
+
+
+class Layer(Protocol):
+    """A layer that takes labels."""
+
+    training: bool
+    scope: "SharedScope | None"
+
+
+class SharedRows(Protocol):
+    """How the rows that layers are given follow from the samples of a call."""
+
+    def find(self, layer: Layer, site: str, x: Tensor, context: Context) -> Any:
+        """Return ``how`` and ``index`` of a layer's rows; None where one label holds for all."""
+
+    def describe(self, site: str) -> str:
+        """Say for a summary where the rows of a layer come from."""
+
+
+class SharedScope(Protocol):
+    """What the layers of a converted model share: labels of a call, and rows."""
+
+    @property
+    def rows(self) -> SharedRows:
+        """The rows of the layers."""
+
+    @property
+    def model(self) -> "SharedScope":
+        """The scope of the whole model, for that of a copied part."""
+
+    def lookup(self) -> Context | None:
+        """Return the labels in scope."""
+
+    def resolve(self, labels: Labels, device: torch.device | None = None) -> Context:
+        """Check labels against the model's contexts."""
 
 
 def labels_per_row(

@@ -186,8 +186,8 @@ def _to_indices(labels: Any, names: Sequence[str]) -> list[int]:
 
 def _to_index(item: Any, names: Sequence[str]) -> int:
     if isinstance(item, str):
-        for index, known in enumerate(names):
-            if known == item:
+        for index, name in enumerate(names):
+            if name == item:
                 return index
         raise unknown_name("context", item, names)
     if item is None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from normswap.functional.backend import is_eager, is_plain, no_autocast, untraced
+from normswap.functional.backend import is_eager, is_torchs_own, no_autocast, untraced
 from normswap.functional.mixture import MASS, Mixture, Normalized, norm_elements_by_formula
 from normswap.functional.moments import Moments, compute_dtype
 from normswap.functional.tables import differentiate_again, needs_formula, records
@@ -38,9 +38,9 @@ def norm_elements(
     """Compute `norm_elements_by_formula` with memory that does not grow with K, and faster.
 
     Under torch.compile, functorch and forward-mode derivatives, and on subclasses of tensors, the
-    plain formulas run instead.
+    formulas themselves run instead.
     """
-    if not (is_eager() and is_plain(x)):
+    if not (is_eager() and is_torchs_own(x)):
         return norm_elements_by_formula(x, mixture, gain, bias, given, eps, batch)
     tensors = (x, *mixture, gain, bias, *given)
     with torch.set_grad_enabled(records(tensors)):

@@ -1,6 +1,6 @@
 """Affine maps of x by a small function of x's own statistics: one autograd Function for all.
 
-x is the only tensor of its size that is saved. The plain formulas serve where the kernels cannot:
+x is the only tensor of its size that is saved. The formulas themselves serve where kernels cannot:
 under torch.compile, export and tracing (where a compiler fuses them), functorch and forward-mode
 derivatives, second derivatives, devices, dtypes and strides that the kernels do not know.
 """

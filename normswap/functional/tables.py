@@ -10,14 +10,14 @@ from torch.autograd import Function
 
 from normswap.functional import kernels
 from normswap.functional.affine import Affine, Centred
-from normswap.functional.backend import is_eager, is_plain, no_autocast, triton_for, untraced
+from normswap.functional.backend import is_eager, is_torchs_own, no_autocast, triton_for, untraced
 from normswap.functional.label_rows import one_label
 from normswap.functional.moments import as_dtype, compute_dtype, pick_rows, segment_sum
 
 
 def uses_kernels(x: Tensor) -> bool:
     """Return whether x can go through the kernels here and now."""
-    return is_eager() and is_plain(x) and kernels.suits(x)
+    return is_eager() and is_torchs_own(x) and kernels.suits(x)
 
 
 def records(tensors: Sequence[Tensor]) -> bool:
@@ -84,10 +84,10 @@ def apply_by_label(
     """Apply the map of each sample's label; `unknown` is that of those without one, or of all."""
     if labels is None:
         return apply_centred(x, unknown())
-    known = table()
+    maps = table()
     if not unlabelled:
-        return apply_centred(x, known, one_label(labels) if known.scale.shape[0] > 1 else None)
-    return apply_centred(x, known.rows(labels.clamp(min=0)).where(labels >= 0, unknown()))
+        return apply_centred(x, maps, one_label(labels) if maps.scale.shape[0] > 1 else None)
+    return apply_centred(x, maps.rows(labels.clamp(min=0)).where(labels >= 0, unknown()))
 
 
 def _picked(tables: Sequence[Tensor], index: Tensor | None) -> Sequence[Tensor]:

@@ -189,11 +189,13 @@ def _adopt(module: nn.Module) -> ContainerState | None:
     Returns:
         Its state; None where there is no norm below it.
     """
-    norms = [m for m in module.modules() if isinstance(getattr(m, "scope", None), Scope)]
+    norms = {
+        m: scope for m in module.modules() if isinstance(scope := getattr(m, "scope", None), Scope)
+    }
     if not norms:
         return None
-    scope: Any = norms[0].scope
+    norm, scope = next(iter(norms.items()))
     kinds = tuple({type(m) for m in norms})
-    state = ContainerState("(slice)", scope, kinds, str(norms[0].site))
+    state = ContainerState("(slice)", scope, kinds, str(norm.site))
     module.__dict__[STATE] = state
     return state

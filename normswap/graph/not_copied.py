@@ -43,11 +43,11 @@ def check_copyable(model: nn.Module) -> None:
     for where, value in (*attributes_of(model), *functions_of(model)):
         if where.rpartition(".")[2].startswith(STATE) or _is_ours(value):
             continue  # what a conversion put there takes care of copies itself
-        held = next((names[id(h)] for h in find_pinned(value, met) if id(h) in names), None)
-        if held is not None:
+        original = next((names[id(h)] for h in find_pinned(value, met) if id(h) in names), None)
+        if original is not None:
             raise ConversionError(
                 f"cannot copy the model: {where} holds a function or weak reference that uses "
-                f"{held} of the original, and would in the copy; pass inplace=True"
+                f"{original} of the original, and would in the copy; pass inplace=True"
             )
 
 
@@ -61,12 +61,13 @@ def _listed_by_classes(model: nn.Module) -> Iterator[tuple[str, object]]:
     for cls in classes:
         for key, table in list(vars(cls).items()):
             if isinstance(table, weakref.WeakKeyDictionary | weakref.WeakValueDictionary):
-                held = [*table.keys(), *table.values()]
+                items = [*table.keys(), *table.values()]
             elif isinstance(table, weakref.WeakSet):
-                held = [*table]
+                items = [*table]
             else:
-                held = [*elements_of(table), *(dict.keys(table) if isinstance(table, dict) else ())]
-            for item in held:
+                keys = dict.keys(table) if isinstance(table, dict) else ()
+                items = [*elements_of(table), *keys]
+            for item in items:
                 yield f"{cls.__name__}.{key}", item() if isinstance(item, weakref.ref) else item
 
 

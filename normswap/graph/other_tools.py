@@ -45,7 +45,7 @@ def run_symbolic(module: nn.Module, state: ContainerState, values: Values, conte
     return output
 
 
-def refusals(base: Any) -> dict[str, Any]:
+def refusals(base: type) -> dict[str, Any]:
     """Return methods for a converted class in place of those that need the norms it had."""
     name = base.__name__
     found: dict[str, Any] = {"__prepare_scriptable__": refuse_scripting}
@@ -71,7 +71,7 @@ def _refusing(message: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-def _needs_nothing(base: Any, verb: str) -> bool:
+def _needs_nothing(base: type, verb: str) -> bool:
     """Return whether a class has a method of a name that nothing need be given, nor any number."""
     method = getattr(base, verb, None)
     if not callable(method):

@@ -10,7 +10,7 @@ from torch import nn
 
 from normswap.graph.blocks.insert import InsertedLayer
 from normswap.graph.scope.scope import Scope, scope_of
-from normswap.graph.tracing import NO_GUARDS, Forward, Guards, Kind
+from normswap.graph.tracing import NO_GUARDS, ForwardFunctions, Guards, Kind
 from normswap.util.original_class import STATE
 
 # The arguments of a forward, one for each of its parameters.
@@ -53,7 +53,7 @@ class Variant:
 UNTRACED = Variant(None, "was converted with trace=False")
 
 
-class Schedule(Protocol):
+class ForwardSchedule(Protocol):
     """What a method draws once for a forward of the whole model."""
 
     def begin(self, device: torch.device | None = None) -> None:
@@ -97,7 +97,7 @@ class ContainerState:
     blocks: int = 0
     before: str | None = None
     after: str | None = None
-    schedule: Schedule | None = None
+    schedule: ForwardSchedule | None = None
     questions: tuple[str, str] = ("", "")
 
     @property
@@ -144,10 +144,10 @@ class ContainerState:
         return state
 
 
-def forward_of(module: nn.Module) -> Forward:
+def forward_of(module: nn.Module) -> ForwardFunctions:
     """Return the functions that were written for the forward of a converted container."""
     cls: Any = type(module)
-    written: Forward = cls._normswap_forward
+    written: ForwardFunctions = cls._normswap_forward
     return written
 
 

@@ -99,7 +99,7 @@ def calibrate(
             return {n: _fit(n, layers[n], x, steps, generator) for n, x in reached.items()}
 
 
-def _observe(kept: Reservoir, layer: Any, inputs: tuple[Tensor]) -> None:
+def _observe(kept: Reservoir, layer: AdaptiveContextNorm, inputs: tuple[Tensor]) -> None:
     x = inputs[0].detach()
     if layer.options.assignment != "instance":
         keep_values(kept, x)

@@ -56,13 +56,13 @@ def plan_states(
             "LBFGS keeps one flat history of all parameters, in which no row can change; make it "
             "anew afterwards"
         )
-    held = {old: name for old, name in parameters.items() if old in optimized}
+    named = {old: name for old, name in parameters.items() if old in optimized}
 
     def state_of(each: Any, p: nn.Parameter) -> dict[str, Any]:
         state = each.state[p].items()
-        return {k: _changed(value, p, f"{k!r} of {held[p]}", change) for k, value in state}
+        return {k: _changed(value, p, f"{k!r} of {named[p]}", change) for k, value in state}
 
-    return [(each, {p: state_of(each, p) for p in held if p in each.state}) for each in every]
+    return [(each, {p: state_of(each, p) for p in named if p in each.state}) for each in every]
 
 
 def with_wrapped(optimizer: Any) -> list[Any]:
@@ -114,7 +114,11 @@ def check_changeable(model: nn.Module, root: nn.Module, record: Record, how: str
 
 
 def changed_tables(
-    root: nn.Module, method: Method, like: int | None, share: float, change: Any
+    root: nn.Module,
+    method: Method,
+    like: int | None,
+    share: float,
+    change: Callable[[Tensor, Tensor], Tensor],
 ) -> Tables:
     """Return what has a row for each context, after ``change(table, row of one more context)``.
 
@@ -181,8 +185,8 @@ def change_contexts(
     # Nothing below can fail.
     for where, layer in layers.items():
         for key, table in tables[where].items():
-            held: dict[str, Any] = layer._parameters if key in layer._parameters else layer._buffers
-            held[key] = changed.get(held[key], table)
+            own: dict[str, Any] = layer._parameters if key in layer._parameters else layer._buffers
+            own[key] = changed.get(own[key], table)
         kept = {name: getattr(contexts, name) for name in ("names", "unknown", "answering")}
         layer.__dict__.update(num_contexts=contexts.count, **kept)
     for each, states in plans:
@@ -196,10 +200,10 @@ def change_contexts(
         scope.num_contexts, scope.names = contexts.count, contexts.names
     record.contexts = contexts
     for row in record.rows:
-        known = layers.get(row.layer or row.fqn)
-        if known is not None and row.action in ("replaced", "inserted"):
+        changed_layer = layers.get(row.layer or row.fqn)
+        if changed_layer is not None and row.action in ("replaced", "inserted"):
             row.contexts = contexts.count
-            row.parameters_after = sum(p.numel() for p in known.parameters())
+            row.parameters_after = sum(p.numel() for p in changed_layer.parameters())
 
 
 def _check_parameter(parameter: nn.Parameter, name: str) -> None:

@@ -116,8 +116,8 @@ def check_parameters(layers: dict[str, nn.Module], written: bool = False) -> Non
     """
     for name, layer in layers.items():
         names = (*getattr(layer, "context_parameters", ()), "weight", "bias")
-        held = parametrized(layer) if written else {}
-        if computed := computed_tensor(layer, names) or next((n for n in names if n in held), ""):
+        remade = parametrized(layer) if written else {}
+        if computed := computed_tensor(layer, names) or next((n for n in names if n in remade), ""):
             raise ConversionError(
                 f"expected {name or 'the layer'}.{computed} as a parameter, got one that is "
                 "computed from others; if pruned, call torch.nn.utils.prune.remove on it first, if "

@@ -1,5 +1,6 @@
 """What a norm was before a layer replaced it, and how the layer becomes that norm again."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,7 +141,9 @@ def rebuild(layer: nn.Module, device: torch.device | None = None) -> nn.Module:
     return norm
 
 
-def _placement(layer: nn.Module, site: Site, device: torch.device | None) -> Any:
+def _placement(
+    layer: nn.Module, site: Site, device: torch.device | None
+) -> Callable[[Tensor], Tensor]:
     """Return a function that puts a tensor where the layer is now, in its dtype if that changed."""
     tensors = (*layer.parameters(), *layer.buffers())
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))

@@ -1,7 +1,5 @@
 """Back to a model of the original class and norms: `revert` and `specialize`."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -212,7 +210,8 @@ def _common(layer: nn.Module, record: Record, method: Method) -> PlainNorm:
             return one is not other
         return not torch.allclose(one + offset, other + offset, bound, 0.0, equal_nan=True)
 
-    original: Any = original_of(layer)
+    original = original_of(layer)
+    assert original is not None
     offsets = {"var": getattr(layer, "eps", original.site.eps)}
     for field in ("mean", "var", "weight", "bias"):
         first, *others = (getattr(plain, field) for plain in plains)

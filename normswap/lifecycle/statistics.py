@@ -153,9 +153,9 @@ def _measuring(model: nn.Module, layers: list[nn.Module]) -> Iterator[Counter[nn
     hosts = {gate: m for m in model.modules() if isinstance(m, SelfNorm) for gate in m.children()}
     counts: Counter[nn.Module] = Counter()
 
-    def count(layer: Any, least: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def count(layer: nn.Module, least: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         counts[layer] += len(inputs[0]) >= least
-        layer.momentum = 1 / max(counts[layer], 1)
+        layer.momentum = 1 / max(counts[layer], 1)  # type: ignore[assignment]
 
     with ExitStack() as undo:
         for layer in layers:

@@ -58,7 +58,7 @@ def convert_sync_batchnorm(
     shared: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()) if others else ():
         for child, norm in module._modules.items():
-            if norm is not None and _is_plain(norm):
+            if norm is not None and _moves_by_itself(norm):
                 if norm not in shared:
                     shared[norm] = _synchronised(norm, process_group)
                 setattr(module, child, shared[norm])
@@ -76,7 +76,7 @@ def _check_group(group: Any) -> None:
             )
 
 
-def _is_plain(norm: nn.Module) -> bool:
+def _moves_by_itself(norm: nn.Module) -> bool:
     """Return whether a module is a batch norm that moves its statistics by itself."""
     return (
         isinstance(norm, _BatchNorm)

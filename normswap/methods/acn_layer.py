@@ -210,7 +210,9 @@ class AdaptiveContextNorm(NormLayer):
         return _NORMALIZE[self.options.assignment](x, mixture, gain, bias, given, eps, batch)
 
     @torch.no_grad()
-    def _update(self, result: Normalized, factor: Any, counts: Any = True) -> None:
+    def _update(
+        self, result: Normalized, factor: float | Tensor, counts: bool | Tensor = True
+    ) -> None:
         """Move the running statistics of the components that own something of the batch."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(counts)

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from normswap.errors import ContextError, refuse_scripting
 from normswap.functional.backend import is_eager, may_serve, triton_for
-from normswap.functional.label_rows import labels_per_row, wrong_length
+from normswap.functional.label_rows import SharedScope, labels_per_row, wrong_length
 from normswap.functional.labels import Context, Labels, resolve_labels
 from normswap.methods.layer_tensors import Resettable, WithPriors, check_input, lay_out
 from normswap.methods.layer_tensors import load_shared as load_shared
@@ -103,7 +103,7 @@ class ContextLayer(UnknownLabels, WithPriors, NormLayer):
         self.num_contexts = num_contexts
         self.unknown = unknown
         self.names = tuple(str(k) for k in range(num_contexts))
-        self.scope: Any = None  # what the layers of a converted model share
+        self.scope: SharedScope | None = None
         self.add_priors(priors, device, dtype)
 
     def forward(self, input: Tensor, context: Labels | None = None) -> Tensor:

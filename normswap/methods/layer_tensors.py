@@ -217,8 +217,8 @@ def lay_out(x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return x  # the compiler lays out what it computes
-    plain = torch._C._functorch.is_functorch_wrapped_tensor(x) or x.layout != torch.strided
-    if plain or x.is_contiguous() or is_channels_last(x):
+    unordered = torch._C._functorch.is_functorch_wrapped_tensor(x) or x.layout != torch.strided
+    if unordered or x.is_contiguous() or is_channels_last(x):
         return x
     if is_scripted():  # where torch's function refuses sizes
         return x.contiguous()

@@ -98,10 +98,10 @@ def parse_options(method: "BaseMethod", given: dict[str, Any], others: Iterable[
     Raises:
         ConversionError: an option the method does not have; the message lists those it has.
     """
-    known = [f.name for f in fields(method.options)]
-    for name in sorted(set(given) - set(known)):
+    names = [f.name for f in fields(method.options)]
+    for name in sorted(set(given) - set(names)):
         raise ConversionError(
             f"unknown option {name} for method {method.name!r}; its options: "
-            f"{', '.join(known) or 'none'}{meant(name, [*known, *others], '{}=')}"
+            f"{', '.join(names) or 'none'}{meant(name, [*names, *others], '{}=')}"
         )
     return method.options(**given)

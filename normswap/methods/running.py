@@ -58,7 +58,7 @@ class RunningStats(nn.Module):
         return self.num_batches_tracked.clamp(min=1).to(dtype).reciprocal().unsqueeze(-1)
 
     @torch.no_grad()
-    def move_running(self, mean: Tensor, var: Tensor, rate: Any) -> None:
+    def move_running(self, mean: Tensor, var: Tensor, rate: float | Tensor) -> None:
         """Move running mean and variance by a rate, in the dtype of what they move towards."""
         for buffer, new in ((self.running_mean, mean), (self.running_var, var)):
             assert buffer is not None

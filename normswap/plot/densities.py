@@ -135,10 +135,10 @@ def find_components(model: nn.Module, layer: str) -> Components:
             weight = record.contexts.priors.to(mean)[:, None].expand_as(mean)
             found[name] = Components(weight, mean, sigma, record.contexts.names)
     if layer not in found:
-        known = listed(found, 8)
+        names = listed(found, 8)
         raise ConversionError(
             f"expected layer= of a layer with components, got {layer!r}; the layers are: "
-            + (known or "none, the model holds no CN, CN-X or ACN")
+            + (names or "none, the model holds no CN, CN-X or ACN")
         )
     return found[layer]
 

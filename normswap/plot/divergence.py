@@ -49,8 +49,8 @@ def divergence(
     """
     check_path(path)
     if isinstance(source, nn.Module):
-        rows, known, heading = model_divergences(source)
-        names, title = names or known, title or heading
+        rows, own_names, heading = model_divergences(source)
+        names, title = names or own_names, title or heading
         kind = "layer, in the model's order"
     elif isinstance(source, Mapping):
         rows, kind = dict(source), "layer"

@@ -211,10 +211,10 @@ def _context_names(folder: Path) -> list[str] | None:
     try:
         first = json.loads(path.read_text("utf-8").partition("\n")[0] or "{}")
         arms = [arm.get("accuracy", {}) for arm in first.get("arms", {}).values()]
-        known = [list(accuracy["known"]) for accuracy in arms if "known" in accuracy]
+        names = [list(accuracy["known"]) for accuracy in arms if "known" in accuracy]
     except (ValueError, AttributeError, TypeError) as error:
         raise NormswapError(f"{path} holds other records than a run writes: {error!r}") from error
-    return known[-1] if known else None
+    return names[-1] if names else None
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -171,8 +171,8 @@ def load(
         record.marks = fingerprint.mark(others)
         wanted = fingerprint.layer_tensors(model)
         # Of any dtype: a cast since conversion has cast what a conversion keeps wider, as priors.
-        made, held = fingerprint.describe(wanted), content["layers"]
-        if {n: t[1] for n, t in made.items()} != {n: t[1] for n, t in held.items()}:
+        made, saved = fingerprint.describe(wanted), content["layers"]
+        if {n: t[1] for n, t in made.items()} != {n: t[1] for n, t in saved.items()}:
             raise CheckpointError(
                 f"converting this model makes other layers than {folder} holds; it was saved by "
                 f"normswap {content['normswap']}, this is {__version__}"

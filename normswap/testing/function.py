@@ -40,8 +40,8 @@ def check_function_is_kept(case: Case) -> None:
         exact = isinstance(case.method, InsertedMethod)
         for unknown in _POLICIES if case.labelled else (None,):
             model = case.convert(base, unknown=unknown)
-            known = list[Labels]([0, 1, 2, LABELS])
-            for label in known if unknown == "error" else case.labels:
+            labels = list[Labels]([0, 1, 2, LABELS])
+            for label in labels if unknown == "error" else case.labels:
                 y = case.in_eval(model, x, label)
                 error = float((y - (base(x) if exact else wide)).detach().abs().max())
                 require(

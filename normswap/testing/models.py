@@ -15,7 +15,7 @@ def random_(tensor: Tensor, seed: int, low: float, high: float) -> Tensor:
     return tensor
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """A block with one residual add."""
 
     def __init__(self, width: int) -> None:
@@ -36,7 +36,7 @@ class ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-        self.blocks = nn.ModuleList([Residual(4), Residual(4)])
+        self.blocks = nn.ModuleList([ResidualBlock(4), ResidualBlock(4)])
         self.neck = nn.BatchNorm1d(4)
         self.head = nn.Linear(4, 5)
 
@@ -91,7 +91,7 @@ class Opaque(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = Residual(3)
+        self.inner = ResidualBlock(3)
         self.bn = nn.BatchNorm2d(3)
 
     def forward(self, x: Tensor) -> Any:

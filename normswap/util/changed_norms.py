@@ -49,8 +49,8 @@ def computed_tensor(module: nn.Module, names: Iterable[str]) -> str:
 
 def parametrized(module: nn.Module) -> dict[str, nn.Module]:
     """Return what computes tensors of a module whenever they are read, by their names."""
-    held = module._modules.get("parametrizations")
-    return {} if held is None else dict(held.named_children())
+    computed = module._modules.get("parametrizations")
+    return {} if computed is None else dict(computed.named_children())
 
 
 def sources_of(module: nn.Module, name: str) -> list[nn.Parameter]:

@@ -72,10 +72,10 @@ def attributes_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _culprit(model: nn.Module) -> str:
     """Return the name of the first attribute that cannot be copied alone, for a message."""
-    known = {**shared_groups(model), **{id(module): module for module in model.modules()}}
+    memo = {**shared_groups(model), **{id(module): module for module in model.modules()}}
     for where, value in attributes_of(model):
         try:
-            copy.deepcopy(value, dict(known))
+            copy.deepcopy(value, dict(memo))
         except Exception:
             return f"its attribute {where} ({describe(value)}): "
     return ""

@@ -72,28 +72,28 @@ def matches(selector: Selector, names: tuple[str, ...], module: nn.Module) -> bo
     return any(_ask(selector, name, module) for name in names)
 
 
-def check_meant(argument: str, selector: Selector, known: Sequence[str]) -> None:
+def check_meant(argument: str, selector: Selector, names: Sequence[str]) -> None:
     """Raise if a name or a pattern, or one of several, matches none of the names there are.
 
     A type or a function may, which are written for many models.
     """
     if isinstance(selector, tuple):
         for part in selector:
-            check_meant(argument, part, known)
+            check_meant(argument, part, names)
     elif isinstance(selector, str | re.Pattern):
-        if not matches(selector, tuple(known), nn.Identity()):
+        if not matches(selector, tuple(names), nn.Identity()):
             raise ConversionError(
-                f"expected {argument}= to match one of {listed(known, 5)}, got "
-                f"{describe(selector)}{closest(selector, known)}"
+                f"expected {argument}= to match one of {listed(names, 5)}, got "
+                f"{describe(selector)}{closest(selector, names)}"
             )
 
 
-def closest(selector: Any, known: Iterable[str]) -> str:
+def closest(selector: Any, names: Iterable[str]) -> str:
     """Return a hint at what a selector that matches none of some names meant, "" for none."""
-    known = list(known)
-    if isinstance(selector, str) and any(name.startswith(f"{selector}.") for name in known):
+    names = list(names)
+    if isinstance(selector, str) and any(name.startswith(f"{selector}.") for name in names):
         return f"; for all inside of it write '{selector}.*'"
-    return meant(selector, known)
+    return meant(selector, names)
 
 
 def find_modules(name: str, selector: Any, model: nn.Module) -> list[nn.Module]:
@@ -108,9 +108,9 @@ def find_modules(name: str, selector: Any, model: nn.Module) -> list[nn.Module]:
     names: dict[nn.Module, list[str]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(fqn)
-    found = [m for m, known in names.items() if matches(read, tuple(known), m)]
+    found = [m for m, fqns in names.items() if matches(read, tuple(fqns), m)]
     if not found:
-        close = meant(read, [fqn for known in names.values() for fqn in known])
+        close = meant(read, [fqn for fqns in names.values() for fqn in fqns])
         raise ConversionError(
             f"expected {name}= to match a module of {type(model).__name__}, got "
             f"{describe(read)}{close}"

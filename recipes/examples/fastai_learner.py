@@ -12,7 +12,7 @@ from fastai.vision import all as fastai
 
 import normswap
 from normswap.methods.layer import ContextLayer
-from recipes.examples.digits import SCANNERS, Digits
+from recipes.examples.scanners import SCANNERS, Digits
 
 # By this list fastai spares norms from weight decay, and trains them where it freezes the body.
 torch_core.norm_types += (ContextLayer,)

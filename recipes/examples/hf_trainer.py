@@ -13,7 +13,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, Trainer, Tr
 from transformers.trainer_utils import set_seed
 
 import normswap
-from recipes.examples.digits import SCANNERS, Digits
+from recipes.examples.scanners import SCANNERS, Digits
 
 
 class Rows(Dataset):

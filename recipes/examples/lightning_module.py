@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import normswap
-from recipes.examples.digits import SCANNERS, Digits, accuracy, network
+from recipes.examples.scanners import SCANNERS, Digits, accuracy, network
 
 
 class Task(lightning.LightningModule):

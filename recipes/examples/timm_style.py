@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3, random_seed
 from torch.utils.data import DataLoader
 
 import normswap
-from recipes.examples.digits import SCANNERS, Digits, accuracy
+from recipes.examples.scanners import SCANNERS, Digits, accuracy
 
 
 def mixed_within_contexts(mixup, images, classes, labels):

@@ -24,7 +24,7 @@ from tests.gpu.steps import DEVICE
 from tests.gpu.supervise import ROOT, Part, run_part
 
 KINDS = ("tests", "layers", "models")
-LATE = "tests/gpu/test_compiled.py"
+LATE = "tests/gpu/test_inductor.py"
 # Runs the cases of kernels in a process of its own; here they are a part.
 NESTED = "tests/functional/triton/test_values.py"
 MOST_PROCESSES = 12

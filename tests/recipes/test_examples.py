@@ -90,8 +90,8 @@ def test_ultralytics_weights_are_taken_before_and_after_the_conversion(tmp_path)
 @pytest.mark.filterwarnings("ignore")
 def test_integers_pass_the_default_collator_of_transformers(tmp_path):
     pytest.importorskip("transformers")
-    from recipes.examples.digits import SCANNERS
     from recipes.examples.hf_trainer import Rows
+    from recipes.examples.scanners import SCANNERS
 
     class Few(Rows):
         def __len__(self):

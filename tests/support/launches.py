@@ -150,7 +150,7 @@ def move(layer):
 def fake_cuda(monkeypatch):
     """Return a block for fake tensors, which the layers treat as they treat real ones."""
     for module in (tables, mixture_fused):
-        monkeypatch.setattr(module, "is_plain", lambda t: True)
+        monkeypatch.setattr(module, "is_torchs_own", lambda t: True)
     for module in (backend, label_rows):
         monkeypatch.setattr(module, "is_traced", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -15,6 +15,7 @@ from normswap.graph.questions.class_questions import Question, find_questions
 from normswap.graph.questions.freezing import learn_freezing
 from normswap.graph.rows.quiet import takes_part
 from normswap.graph.rows.reached import function_of
+from normswap.graph.state import ContainerState
 from normswap.util.original_class import ORIGINAL, STATE, class_of, switches_of
 
 
@@ -57,9 +58,10 @@ def _find_unanswered(model: nn.Module) -> Iterator[tuple[str, list[Question]]]:
             found = list(find_questions(module, changed))
             ever = [q for q in found if not q.compiled]
             asked[old] = ever, ever or found
-        state: Any = vars(module).get(STATE)
+        state: ContainerState | None = vars(module).get(STATE)
         if state is not None:
-            state.questions = tuple(_message(questions, model) for questions in asked[old])
+            ever, compiled = asked[old]
+            state.questions = _message(ever, model), _message(compiled, model)
         ways = [] if state is None else state.seen()
         if not ways or any(way.run is None for way in ways):
             # Without a state nothing stands between compiled code and the forward.

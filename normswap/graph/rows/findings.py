@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from normswap.graph.rows.plans import DEAD, ONE, PERMUTED, Plan, Step
+from normswap.graph.rows.plans import DEAD, ONE, PERMUTED, RowPlan, Step
 
 _MIXED = "rows whose order is another in each of several calls"
 _SEVERAL = f"{PERMUTED}, in several orders"
@@ -24,7 +24,7 @@ class Findings:
         self.by_ratio: dict[tuple[str, bool, float], Step] = {}
         self.by_number: dict[tuple[str, bool, int, int], Step] = {}
 
-    def note(self, plan: Plan, samples: int, fixed: bool) -> None:
+    def note(self, plan: RowPlan, samples: int, fixed: bool) -> None:
         """Note what was found with so many samples; irregular orders too where they are fixed."""
         for step in (step for step in plan.steps if step.how != DEAD):
             times = step.times if step.regular else _ratio(step.rows, samples)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normswap.functional.label_rows import Layer
 from normswap.graph.rows.decode import change_of, code, hold_once, is_open, moves_others, settle
 from normswap.graph.rows.plans import Step
 from normswap.graph.rows.samples import batches_in, fresh, vary
@@ -57,7 +58,7 @@ class Measurement:
         self.possible = self.rank in ranks
         self.others = any(rank < self.rank for rank in ranks)
 
-    def listen(self, layer: Any, site: str, x: Tensor) -> None:
+    def listen(self, layer: Layer, site: str, x: Tensor) -> None:
         """Keep what a norm is given, or compare it with what it was given before."""
         x = x.detach().reshape(x.shape[0], -1)
         if self._before is None:

@@ -73,7 +73,7 @@ class Step:
 
 
 @dataclass
-class Plan:
+class RowPlan:
     """The norms a run of the model meets, in order, and how their rows follow from the samples.
 
     Attributes:
@@ -106,7 +106,7 @@ class Plan:
         """Return whether some norm has a multiple of `count` rows for each of `count` samples."""
         return any(step.rows % count**2 == 0 for step in self.steps)
 
-    def agrees(self, other: "Plan") -> bool:
+    def agrees(self, other: "RowPlan") -> bool:
         """Return whether another number of samples gave the same orders, as far as it tells."""
         pairs = zip(self.steps, () if other.reason else other.steps, strict=False)
         same = takewhile(lambda pair: pair[0].site == pair[1].site, pairs)
@@ -122,7 +122,7 @@ class Plan:
         """Whether it tells of every row whose it is."""
         return bool(self.steps) and not any(step.cause or step.blind for step in self.steps)
 
-    def explains(self, other: "Plan") -> bool:
+    def explains(self, other: "RowPlan") -> bool:
         """Return whether it tells of all rows, and as another does of those that it could tell."""
         here, there = ([(s.site, s.rows) for s in plan.steps] for plan in (self, other))
         pairs = zip(self.steps, other.steps, strict=False)
@@ -149,18 +149,18 @@ class Family:
         detours: how many runs met norms in a sequence that no measurement followed.
     """
 
-    plans: dict[Hashable, list[Plan]] = field(default_factory=dict)
-    general: Plan | None = None
+    plans: dict[Hashable, list[RowPlan]] = field(default_factory=dict)
+    general: RowPlan | None = None
     detours: int = 0
 
-    def find(self, numbers: Hashable, samples: int) -> list[Plan]:
+    def find(self, numbers: Hashable, samples: int) -> list[RowPlan]:
         """Return the plans that may hold, the likeliest first."""
         kept = [*self.plans.get(numbers, ()), *self.plans.get(None, ())]
         general = [] if self.general is None else [self.general]
         found = [p for p in kept if p.holds(samples)]
         return found or [p for p in general if p.holds(samples)]
 
-    def keep(self, numbers: Hashable, plan: Plan) -> None:
+    def keep(self, numbers: Hashable, plan: RowPlan) -> None:
         """Keep a plan; make the general one where enough of them are alike."""
         self.plans.setdefault(numbers, []).insert(0, plan)
         shapes = {
@@ -170,4 +170,4 @@ class Family:
         }
         if len(self.plans) >= _ENOUGH and len(shapes) == 1 and None not in shapes:
             steps = [Step(s.site, s.training, 0, s.how) for s in plan.steps]
-            self.general = Plan(steps, measured=plan.measured)
+            self.general = RowPlan(steps, measured=plan.measured)

@@ -9,7 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -97,13 +97,13 @@ def after_hooks(module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
     Those that see keyword arguments are left out: they see the labels, and may move them, too.
     """
     written: Any = type(module)._normswap_forward  # type: ignore[attr-defined]
-    known = list(inspect.signature(written.bind).parameters.values())[1:]
+    takes = list(inspect.signature(written.bind).parameters.values())[1:]
     seen, own = module._forward_pre_hooks_with_kwargs, module._forward_pre_hooks
     hooks = [hook for key, hook in own.items() if key not in seen]
 
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # A caller leaves defaults out.
-        while args and len(args) <= len(known) and args[-1] is known[len(args) - 1].default:
+        while args and len(args) <= len(takes) and args[-1] is takes[len(args) - 1].default:
             args = args[:-1]
         for hook in (*_global_forward_pre_hooks.values(), *hooks):
             made = hook(module, args)
@@ -147,7 +147,7 @@ def _rescale_rows(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 class _Silent(io.TextIOBase):
     """Drops what one thread writes; others write to where they did."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream, self._thread = stream, threading.get_ident()
 
     def write(self, text: str) -> int:

@@ -10,7 +10,7 @@ measured for, and so does one that other lengths, masks or kinds of the samples 
 
 For instance, five images of 49 windows each: a norm meets 245 rows, and the measurement finds rows
 0 to 48 to be of image 0, and so on. That is a `Step`, "folded x49"; the steps of all norms in their
-order are a `Plan`, plans for calls of one kind a `Family`; a `Run` is one call that follows a plan.
+order are a `RowPlan`, plans for calls of one kind a `Family`; a `Run` is one call that follows one.
 
 What this cannot tell: a batch in another dimension than the first where the sizes are equal; an
 order that leaves five and six samples in place and moves those of a larger batch; an order that a
@@ -20,23 +20,23 @@ too.
 """
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from normswap.errors import ContextError
+from normswap.functional.label_rows import Layer
 from normswap.functional.labels import Context
 from normswap.graph.rows.findings import Findings
 from normswap.graph.rows.generators import started_from
 from normswap.graph.rows.key import kind_of
-from normswap.graph.rows.plans import DEAD, ONE, Family, Plan, Step
+from normswap.graph.rows.plans import DEAD, ONE, Family, RowPlan, Step
 from normswap.graph.rows.quiet import find_obstacle
 from normswap.graph.rows.refusals import not_aligned, refuse_cause, refuse_unknown
 from normswap.graph.rows.run import ALIKE, RUN, UNMET, Run, Values
 
 if TYPE_CHECKING:
-    from normswap.graph.scope.scope import Scope
     from normswap.graph.state import ContainerState
 
 # Samples of a measurement: fewer leave more orders that look alike.
@@ -45,13 +45,6 @@ _MOST_DETOURS = 3
 # Where random numbers choose the path: as they are, then others, until a run meets the norm.
 _SEEDS = (None, *range(0x5EED1000, 0x5EED1010))
 _UNREACHED = "runs that measure, in which norms are in eval mode, do not reach it"
-
-
-class Layer(Protocol):
-    """A norm that takes labels."""
-
-    training: bool
-    scope: "Scope"
 
 
 class Rows:
@@ -101,13 +94,13 @@ class Rows:
         finally:
             RUN.reset(token)
 
-    def _measure(self, run: Run, count: int) -> Plan:
+    def _measure(self, run: Run, count: int) -> RowPlan:
         """Measure the first samples of a call, or all where their order is irregular."""
         if obstacle := find_obstacle(run.module):
             self.reason = obstacle  # of this call; others may have none
-            return Plan(reason=obstacle)
+            return RowPlan(reason=obstacle)
         while count < run.samples and run.samples % count == 0:
-            count += 1  # a plan would not hold, see `Plan.holds`
+            count += 1  # a plan would not hold, see `RowPlan.holds`
         plan = run.measure(count)
         # Where each sample has as many rows as there are samples, or twice as many, an order
         # transposed again looks like none.
@@ -122,7 +115,7 @@ class Rows:
         self._keep(run, plan)
         return plan
 
-    def _depends_on_number(self, run: Run, plan: Plan, count: int) -> bool:
+    def _depends_on_number(self, run: Run, plan: RowPlan, count: int) -> bool:
         """Return whether one sample more, or else one less, has norms meet rows in another order.
 
         A forward may regroup what divides by two, and leave the rest.
@@ -148,15 +141,15 @@ class Rows:
                 return None
             raise not_aligned(site, x.shape[0], context.labels.shape[0])
         run = None if torch.compiler.is_compiling() else RUN.get()
-        if run is not None and (run.model is layer.scope or run.model is layer.scope.model):
+        scope = layer.scope
+        if run is not None and (run.model is scope or (scope and run.model is scope.model)):
             if run.measurement is not None:
                 run.measurement.listen(layer, site, x)
                 return None
             run.path.append((site, x.shape[0]))
             if run.samples == context.labels.shape[0]:
-                rows: Rows = run.scope.rows
                 try:
-                    return rows._follow(run, layer, site, x.shape[0])
+                    return run.scope.rows._follow(run, layer, site, x.shape[0])
                 except ContextError as error:
                     run.refused = error
                     raise
@@ -201,7 +194,7 @@ class Rows:
             return step
         return Step(site, False, rows, cause="rows that the same call has at some times only")
 
-    def _keep(self, run: Run, plan: Plan) -> None:
+    def _keep(self, run: Run, plan: RowPlan) -> None:
         """Keep what holds for other calls."""
         self.reason = plan.reason or self.reason
         if plan.reason in (ALIKE, UNMET):

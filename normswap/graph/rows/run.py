@@ -14,7 +14,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from normswap.errors import ContextError
 from normswap.functional.labels import Context
 from normswap.graph.rows.measure import Measurement
-from normswap.graph.rows.plans import RAISES, Family, Plan
+from normswap.graph.rows.plans import RAISES, Family, RowPlan
 from normswap.graph.rows.quiet import after_hooks, has_onlookers, quiet
 from normswap.graph.rows.samples import batches_in, fresh, vary
 
@@ -47,7 +47,7 @@ class Run:
     context: Context
     family: Family = field(default_factory=Family)
     numbers: Hashable = None
-    plan: Plan = field(default_factory=Plan)
+    plan: RowPlan = field(default_factory=RowPlan)
     path: list[tuple[str, int]] = field(default_factory=list)
     measurement: Measurement | None = None
     refused: ContextError | None = None
@@ -56,7 +56,7 @@ class Run:
         # Every norm asks.
         self.samples, self.model = self.context.labels.shape[0], self.scope.model
 
-    def measure(self, count: int, hooks: bool = False, brief: bool = False) -> Plan:
+    def measure(self, count: int, hooks: bool = False, brief: bool = False) -> RowPlan:
         """Measure on the first samples of this call; hooks of the user's run only if asked.
 
         Brief: what may change the order is not tried.
@@ -65,7 +65,7 @@ class Run:
         try:
             found = [batches_in(self.values, self.samples, several)[0] for several in (True, False)]
         except Exception as error:
-            return Plan(reason=_because("an argument cannot be copied", error))
+            return RowPlan(reason=_because("an argument cannot be copied", error))
         counts = set(map(len, found))
         several = len(counts) > 1
         plan = self._measure(count, hooks, brief, several)
@@ -88,7 +88,7 @@ class Run:
         batches: bool,
         rescale: bool = False,
         around: bool = True,
-    ) -> Plan:
+    ) -> RowPlan:
         """Measure once, through the container's own pre-hooks; they ran before labels entered.
 
         They are run on what they made, and left out where the model then raises.
@@ -115,17 +115,19 @@ class Run:
                     given = (
                         f"no argument of {type(self.module).__name__} has {self.samples} samples"
                     )
-                    return Plan(reason=f"{given}: enter use_context with a label for each it has")
+                    return RowPlan(
+                        reason=f"{given}: enter use_context with a label for each it has"
+                    )
                 self.measurement = found
                 steps = found.steps(brief)
                 if not found.varied:
-                    return Plan(reason=ALIKE if steps else UNMET)
-                return Plan(steps, measured=count)
+                    return RowPlan(reason=ALIKE if steps else UNMET)
+                return RowPlan(steps, measured=count)
         except Exception as error:
             if around:
                 return self._measure(count, hooks, brief, batches, rescale, around=False)
             # The model's own code, given samples that it may not be made for.
-            return Plan(reason=_because(RAISES, error))
+            return RowPlan(reason=_because(RAISES, error))
         finally:
             self.measurement = None
 

@@ -29,12 +29,12 @@ def is_list_of_samples(value: Any, samples: int, batches: bool = False) -> bool:
         return False
     if all(type(v) is int for v in value) or all(isinstance(v, str) for v in value):
         return True
-    held = [tensors_of(v) for v in value]
-    if not all(held) and not all(isinstance(v, dict) or is_dataclass(v) for v in value):
+    tensors = [tensors_of(v) for v in value]
+    if not all(tensors) and not all(isinstance(v, dict) or is_dataclass(v) for v in value):
         return False
     if any(isinstance(v, Tensor) and v.dim() > 3 for v in value):
         return False
-    may_be_batches = all(t.shape[:1] == (samples,) for parts in held for t in parts)
+    may_be_batches = all(t.shape[:1] == (samples,) for parts in tensors for t in parts)
     return not (batches and may_be_batches)
 
 

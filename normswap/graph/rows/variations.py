@@ -133,19 +133,19 @@ def _exchange_within(
     batch: list[Any], picked: list[int], how: str, generator: torch.Generator
 ) -> list[Any]:
     """Exchange the tensors that samples hold, each for those of the others in its place."""
-    held: list[list[Tensor]] = [[] for _ in batch]
-    for part, parts in zip(batch, held, strict=True):
+    tensors: list[list[Tensor]] = [[] for _ in batch]
+    for part, parts in zip(batch, tensors, strict=True):
         rebuild(part, -1, fresh, False, noting(parts))
-    for at, place in enumerate(zip(*held, strict=False)):
+    for at, place in enumerate(zip(*tensors, strict=False)):
         if all(rank_of(part) >= 0 for part in place):
-            for parts, new in zip(held, exchange([*place], picked, how, generator), strict=True):
+            for parts, new in zip(tensors, exchange([*place], picked, how, generator), strict=True):
                 parts[at] = new
 
     def next_of(parts: list[Tensor]) -> Callable[[Any], Any]:
         left = iter(parts)
         return lambda _: next(left)
 
-    return [rebuild(p, -1, fresh, False, next_of(t)) for p, t in zip(batch, held, strict=True)]
+    return [rebuild(p, -1, fresh, False, next_of(t)) for p, t in zip(batch, tensors, strict=True)]
 
 
 def _noise(batch: list[Tensor], like: Tensor, generator: torch.Generator) -> Tensor:

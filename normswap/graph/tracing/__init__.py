@@ -18,7 +18,7 @@ from normswap.graph.tracing.reads import NO_GUARDS as NO_GUARDS
 from normswap.graph.tracing.reads import Guards as Guards
 from normswap.graph.tracing.reads import flipped as flipped
 from normswap.graph.tracing.reads import walk as walk
-from normswap.graph.tracing.signature import Forward as Forward
+from normswap.graph.tracing.signature import ForwardFunctions as ForwardFunctions
 from normswap.graph.tracing.signature import any_parameters as any_parameters
 from normswap.graph.tracing.signature import free_argument as free_argument
 from normswap.graph.tracing.signature import parameters_of as parameters_of

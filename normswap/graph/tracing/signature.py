@@ -20,7 +20,7 @@ _PASSED = ("{}", "{}", "*{}", "{0}={0}", "**{}")
 EXAMPLE = torch.empty(0)
 
 
-class Forward(NamedTuple):
+class ForwardFunctions(NamedTuple):
     """What `write_forward` makes.
 
     Attributes:
@@ -55,8 +55,8 @@ def parameters_of(function: Callable[..., Any], follow_wrapped: bool = False) ->
     except (TypeError, ValueError):
         return any_parameters()
     parameters = list(signature.parameters.values())
-    known = parameters and parameters[0].kind in _POSITIONAL
-    return parameters[1:] if known else any_parameters()
+    bound = parameters and parameters[0].kind in _POSITIONAL
+    return parameters[1:] if bound else any_parameters()
 
 
 def any_parameters() -> list[Parameter]:
@@ -118,8 +118,8 @@ def write_forward(
     dispatch: Callable[..., Any],
     argument: str | None = None,
     declared: Sequence[Parameter] = (),
-) -> Forward:
-    """Write the functions of `Forward` for these parameters.
+) -> ForwardFunctions:
+    """Write the functions of `ForwardFunctions` for these parameters.
 
     The context argument, of the name `argument` if there is to be one, is the last that may be
     given by position, or by keyword only after ``*args``. `declared` are the parameters a
@@ -161,7 +161,7 @@ def write_forward(
             given[0] = EXAMPLE
         return tuple(given)
 
-    return Forward(scope["forward"], scope["bind"], scope["spread"], examples)
+    return ForwardFunctions(scope["forward"], scope["bind"], scope["spread"], examples)
 
 
 def _show(own: list[Parameter], shown: list[Parameter], argument: str | None) -> inspect.Signature:

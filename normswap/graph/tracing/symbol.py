@@ -41,7 +41,7 @@ class Value(fx.Proxy):
         return iter([items[i] for i in range(step.argval)])
 
     def __getattribute__(self, name: str) -> Any:
-        frame: Any = sys._getframe(1)
+        frame = sys._getframe(1)
         if name == "__class__":
             return _class_of(self, frame)
         if not is_library(frame.f_globals.get("__name__")) and _asks(frame):
@@ -74,8 +74,8 @@ def _class_of(value: Value, frame: Any) -> type:
 
 def sequence_of(value: Any) -> Any:
     """Return what unpacking takes, by index; of dicts, iterators and others an index is no item."""
-    known = type(value) is list or type(value) is tuple or isinstance(value, Tensor)
-    return value if known else tuple(value)
+    by_index = type(value) is list or type(value) is tuple or isinstance(value, Tensor)
+    return value if by_index else tuple(value)
 
 
 def is_input(value: Any) -> bool:

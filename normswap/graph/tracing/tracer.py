@@ -66,15 +66,15 @@ class ContainerTracer(fx.Tracer):
             return self._get(a).node
         if isinstance(a, nn.Module):
             raise TraceFailure(f"passes a module ({type(a).__name__}) as an argument")
-        known = type(a) in (list, tuple, dict) or type(a).__module__.startswith("torch.fx")
-        if isinstance(a, list | tuple | dict) and not known:
+        basic = type(a) in (list, tuple, dict) or type(a).__module__.startswith("torch.fx")
+        if isinstance(a, list | tuple | dict) and not basic:
             raise TraceFailure(f"builds a {type(a).__name__}")
         try:
             return TracerBase.create_arg(self, a)
         except NotImplementedError:
             raise TraceFailure(f"hands on an object of class {type(a).__name__}") from None
 
-    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the call of a submodule."""
         path = self._paths.get(id(module))
         if not path:
