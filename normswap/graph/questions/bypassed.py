@@ -17,7 +17,7 @@ _LOOKS_UP = ("LOAD_ATTR", "LOAD_METHOD")
 _ON_TENSORS = (*_LOOKS_UP, "STORE_ATTR")
 # What a layer answers as the norm did.
 _SETTINGS = {"affine", "eps", "momentum", "num_features", "track_running_stats", "training"}
-_SAME = {"forward", "_call_impl", *_SETTINGS}
+_SAME = {"forward", "_call_impl", "_check_input_dim", *_SETTINGS}
 # Of a tensor that has more rows.
 _KEPT = {"device", "dtype", "is_cuda", "requires_grad", "requires_grad_"}
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
