@@ -105,7 +105,7 @@ def _forward_owner(module: nn.Module) -> type:
 
 def looks_like_norm(module: nn.Module) -> bool:
     """Return whether a module is some normalisation layer, by base class, buffers or name."""
-    if isinstance(module, _NormBase) or module._buffers.keys() >= set(TENSORS):
+    if isinstance(module, _NormBase) or set(TENSORS).issubset(module._buffers.keys()):
         return True
     name = type(module).__name__
     leaf = next(module.children(), None) is None
@@ -115,7 +115,7 @@ def looks_like_norm(module: nn.Module) -> bool:
 def unknown_norm(module: nn.Module) -> str:
     """Say why a module that is called a norm is not replaced; other libraries have such names."""
     name = type(module).__name__
-    if module._buffers.keys() >= set(TENSORS):
+    if set(TENSORS).issubset(module._buffers.keys()):
         return f"it has the buffers of a frozen batch norm, but its class, {name}, is not known"
     return f"{name} is neither a batch nor an instance norm of torch, torchvision or timm"
 
