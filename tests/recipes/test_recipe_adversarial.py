@@ -108,8 +108,9 @@ def test_the_smoke_setting_compares_clean_and_attacked_images(tmp_path):
 
     kept = json.loads((tmp_path / "run" / "table.json").read_text())
     found = {r["cell"]["method"]: set(r) - {"cell"} for r in kept["records"]}
-    assert found["bn"] == found["bn-both"] == {"clean", "attacked"}
-    assert found["cn-first"] == found["cn-x-batch"] == {"clean", "attacked", "unknown"}
+    assert found["bn"] == found["bn-both"] == {"clean", "attacked", "seconds"}
+    told = {"clean", "attacked", "unknown", "seconds"}
+    assert found["cn-first"] == found["cn-x-batch"] == told
     report = (tmp_path / "run" / "report.txt").read_text()
     assert "clean, above bn" in report
     assert "attacked, above bn" in report
