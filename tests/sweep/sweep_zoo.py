@@ -33,11 +33,11 @@ class Random(Net):
 
 
 class TextAsking(Net):
-    """Computes something else once its norms print as another class."""
+    """Computes something else once its norms print other settings."""
 
     def forward(self, x):
         y = super().forward(x)
-        return y if repr(self.first[1]).startswith("BatchNorm2d") else 2 * y
+        return y if "track_running_stats" in repr(self.first[1]) else 2 * y
 
 
 class Reordering(Net):
