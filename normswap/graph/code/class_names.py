@@ -6,9 +6,8 @@
 import dis
 import itertools
 import types
-import weakref
 
-from normswap.graph.code.bytecode import parts_of, steps_of
+from normswap.graph.code.bytecode import once_per_code, parts_of, steps_of
 from normswap.graph.code.uses import ATTRIBUTE, COMPARES, NAMES, find_asked, instructions_of
 
 # Attributes of a module, or of its forward, that tell its class.
@@ -16,9 +15,7 @@ _TELLING = {"__module__", "__doc__", "__func__"}
 _SEARCHES = {"startswith", "endswith", "find", "lower", "count", "split"}
 
 
-_KNOWN: "weakref.WeakKeyDictionary[types.CodeType, set[str]]" = weakref.WeakKeyDictionary()
-
-
+@once_per_code
 def ways_to_names(code: types.CodeType) -> set[str]:
     """Return how a function takes the class of what is not its first argument, and asks its name.
 
@@ -27,12 +24,6 @@ def ways_to_names(code: types.CodeType) -> set[str]:
     Returns:
         Of "type", "__class__" and attributes that tell it, those that it does so by.
     """
-    if code not in _KNOWN:
-        _KNOWN[code] = _find_ways(code)
-    return _KNOWN[code]
-
-
-def _find_ways(code: types.CodeType) -> set[str]:
     own = code.co_varnames[:1] if code.co_argcount else ()
     found, holders, goes_on = set[str](), set[str](), False
     loops = False
