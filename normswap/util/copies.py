@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError
 from normswap.util.arguments import describe
 from normswap.util.distributed import shared_groups
-from normswap.util.elements import elements_of
+from normswap.util.elements import SCALARS, elements_of
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -53,7 +53,8 @@ def copy_structure(model: nn.Module) -> nn.Module:
 def attribute_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Yield the tensor that each parameter, buffer, attribute, and list or dict there holds."""
     seen: set[int] = set()
-    found: list[Any] = [v for m in model.modules() for v in vars(m).values()]
+    held = (v for m in model.modules() for v in vars(m).values())
+    found: list[Any] = [value for value in held if type(value) not in SCALARS]
     while found:
         value = found.pop()
         if isinstance(value, Tensor):

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 COLLECTIONS = (list, tuple, set, frozenset, deque, dict)
+# Classes of values that hold nothing: most attributes of modules.
+SCALARS = frozenset({type(None), bool, int, float, str})
 
 
 def elements_of(value: Any) -> Iterator[Any]:

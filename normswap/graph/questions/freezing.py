@@ -27,9 +27,11 @@ def learn_freezing(cls: type) -> None:
 
 @once_per_code
 def _freezes(code: types.CodeType) -> bool:
-    names, steps = set(code.co_names), list(instructions_of(code))
-    asks = names & _ASKS or any(step.opname == "MATCH_CLASS" for step in steps)
-    if not asks or not names & {"train", "eval"} or names & _EXCHANGES:
+    names = set(code.co_names)
+    if not names & {"train", "eval"} or names & _EXCHANGES:
+        return False
+    steps = list(instructions_of(code))
+    if not names & _ASKS and all(step.opname != "MATCH_CLASS" for step in steps):
         return False
     own = code.co_varnames[:1]
     for before, step in itertools.pairwise(steps):

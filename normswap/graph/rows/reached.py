@@ -58,6 +58,11 @@ def is_of_library(value: object) -> bool:
 
 
 def names_in(code: types.CodeType) -> set[str]:
-    """Return the globals and attributes that code names, and the functions in it."""
+    """Return the globals and attributes that code names, and the functions in it.
+
+    Names that no code can be written with are of a tool that rewrote it, as pytest does for
+    assertions, and lead to all that this tool has.
+    """
     inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
-    return set(code.co_names).union(*map(names_in, inner))
+    names = {name for name in code.co_names if name[0] != "@"}
+    return names.union(*map(names_in, inner))
