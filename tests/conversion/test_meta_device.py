@@ -8,6 +8,7 @@ from torch import nn
 
 import normswap
 from normswap import ConversionError
+from tests.support.sampling import crossed
 
 
 class Net(nn.Module):
@@ -96,9 +97,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("method", "norm"), CASES)
-def test_loading_the_base_gives_what_converting_it_gives(method, norm, way):
+@pytest.mark.parametrize(("case", "way"), crossed(CASES, WAYS))
+def test_loading_the_base_gives_what_converting_it_gives(case, way):
+    method, norm = case
     base = make_base(norm)
     model = WAYS[way](start_empty(method, norm), base.state_dict())
     reference = normswap.convert(base, method, **options(method))

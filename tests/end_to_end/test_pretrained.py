@@ -70,7 +70,7 @@ def test_weights_recognise_the_photographs(logits):
 
 @pytest.mark.parametrize(
     "labels",
-    ["photo", "art", "sketch", ["sketch", "photo"], ["art", None], None],
+    ["art", ["sketch", "photo"], ["art", None], None],
     ids=str,
 )
 def test_conversion_keeps_logits_and_top_five(converted, photos, logits, rounding, labels):

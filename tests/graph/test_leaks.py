@@ -16,7 +16,7 @@ from torch import nn
 import normswap
 from tests.support.behave import CHANNELS, LABELS, Block, images
 
-CONVERSIONS = int(os.environ.get("NORMSWAP_CONVERSIONS", "40"))
+CONVERSIONS = int(os.environ.get("NORMSWAP_CONVERSIONS", "12"))
 METHODS = ["cn", "cn-x", "acn", "crossnorm"]
 
 

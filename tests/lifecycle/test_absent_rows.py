@@ -9,6 +9,7 @@ from torch import nn
 import normswap
 from tests.support.absent import OPTIMIZERS, C, K, batches, converted, loss_of, tables
 from tests.support.builders import assert_close
+from tests.support.sampling import crossed
 
 EACH = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -132,8 +133,7 @@ def test_samples_without_a_gradient_do_not_count():
     assert moved.tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("method", ["cn", "cn-x"])
+@pytest.mark.parametrize(("method", "training"), crossed(["cn", "cn-x"], [True, False]))
 def test_compiled_gradients_of_absent_rows_are_zero(method, training):
     torch.compiler.reset()
     (x, target, labels), *_ = batches([[0, 1, 0, 1]])

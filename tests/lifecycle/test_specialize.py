@@ -13,6 +13,7 @@ from normswap.methods.layer import ContextLayer
 from tests.support.builders import assert_close, make_batch, random_
 from tests.support.models import same, separate
 from tests.support.reverted import EACH, EVERY_NORM, NAMES, frozen, make, make_norm
+from tests.support.sampling import crossed
 
 
 @EACH
@@ -79,21 +80,19 @@ def test_acn_with_equal_components_is_a_batch_norm():
         assert_close(normswap.specialize(model)(x), model(x), 1e-10)
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: timm.create_model("tf_efficientnet_lite0", num_classes=5),
-        lambda: timm.create_model("resnet18", num_classes=5),
-        lambda: timm.models.DenseNet(8, (2, 2), num_classes=5),
-        lambda: torchvision.models.mobilenet_v3_small(num_classes=5),
-        lambda: torchvision.models.resnet18(num_classes=5, norm_layer=frozen),
-        lambda: torchvision.models.resnet18(num_classes=5, norm_layer=nn.InstanceNorm2d),
-    ],
-    ids=["lite0", "resnet18", "densenet", "mobilenet_v3", "frozen", "instance"],
-)
-@EACH
-def test_real_models_specialise_and_revert(build, method):
-    base = build().eval()
+REAL = {
+    "lite0": lambda: timm.create_model("tf_efficientnet_lite0", num_classes=5),
+    "resnet18": lambda: timm.create_model("resnet18", num_classes=5),
+    "densenet": lambda: timm.models.DenseNet(8, (2, 2), num_classes=5),
+    "mobilenet_v3": lambda: torchvision.models.mobilenet_v3_small(num_classes=5),
+    "frozen": lambda: torchvision.models.resnet18(num_classes=5, norm_layer=frozen),
+    "instance": lambda: torchvision.models.resnet18(num_classes=5, norm_layer=nn.InstanceNorm2d),
+}
+
+
+@pytest.mark.parametrize(("name", "method"), crossed(REAL, ["cn", "cn-x"]))
+def test_real_models_specialise_and_revert(name, method):
+    base = REAL[name]().eval()
     for seed, (name, tensor) in enumerate(base.state_dict().items()):
         if "running_var" in name:
             random_(tensor, seed, 0.8, 1.2)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import normswap
+from tests.support.sampling import crossed
 from tests.support.scaling import Scale, scale_method
 
 __all__ = ["scale_method"]
@@ -206,11 +207,14 @@ def test_what_has_no_channels_in_dimension_1_gets_no_layer_and_a_reason(block, r
 
 
 # SelfNorm has parameters for each channel, so a wrong count is an error at either end of a block.
+PLACES = [("selfnorm", "pre"), ("selfnorm", "post"), ("crossnorm", "post")]
+
+
 @pytest.mark.parametrize(
-    ("method", "placement"), [("selfnorm", "pre"), ("selfnorm", "post"), ("crossnorm", "post")]
+    ("name", "place"), crossed(["dla46x_c", "ghostnet_050", "rexnet_100"], PLACES)
 )
-@pytest.mark.parametrize("name", ["dla46x_c", "ghostnet_050", "rexnet_100"])
-def test_models_that_combine_and_hand_on_features(name, method, placement):
+def test_models_that_combine_and_hand_on_features(name, place):
+    method, placement = place
     model, x = timm.create_model(name).eval(), torch.randn(2, 3, 64, 64)
     converted = normswap.convert(model, method, placement=placement)
     assert torch.equal(converted(x), model(x))

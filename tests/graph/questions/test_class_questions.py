@@ -47,6 +47,7 @@ from tests.support.questions import (
     Union,
     Untraceable,
 )
+from tests.support.sampling import crossed
 
 METHODS = ["cn", "cn-x", "acn"]
 
@@ -142,8 +143,10 @@ def test_the_exclude_that_the_error_names_serves(kind):
     close(call(converted, (images(),)), call(model, (images(),)))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", [k for k in (One, Base, NamesForPeople) if k not in SEVERAL])
+COMPILED = [k for k in (One, Base, NamesForPeople) if k not in SEVERAL]
+
+
+@pytest.mark.parametrize(("kind", "method"), crossed(COMPILED, METHODS))
 def test_compiled_forwards_get_the_same_answer(kind, method):
     torch._dynamo.reset()
     model = make(kind, Untraceable).eval()
@@ -153,8 +156,7 @@ def test_compiled_forwards_get_the_same_answer(kind, method):
     close(call(compiled, (images(),)), call(model, (images(),)))
 
 
-@pytest.mark.parametrize("method", ["cn", "cn-x"])
-@pytest.mark.parametrize("kind", SEVERAL)
+@pytest.mark.parametrize(("kind", "method"), crossed(SEVERAL, ["cn", "cn-x"]))
 def test_several_classes_are_asked_for_outside_of_compiled_code(kind, method):
     torch._dynamo.reset()
     model = make(kind, Untraceable).eval()

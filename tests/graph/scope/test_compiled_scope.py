@@ -8,26 +8,28 @@ import torch
 import normswap
 from normswap.graph.scope import scope as scope_module
 from tests.support.behave import LABELS, Both, Holder, Own, images
+from tests.support.sampling import sampled
 from tests.support.scoped import in_thread, make, run
 
+# A model that keeps its own forward, or not; by contextvars, or by what mirrors them.
 READS = pytest.mark.parametrize(
-    "reads",
-    [
-        pytest.param(
-            True,
-            marks=pytest.mark.skipif(
-                not scope_module._COMPILES_CONTEXTVARS, reason="torch 2.14 is the first to do so"
-            ),
-        ),
-        False,
-    ],
-    ids=["contextvars", "mirror"],
+    ("model", "reads"),
+    sampled([(Own, True), (Both, False), (Own, False), (Both, True)], 2),
+    indirect=True,
 )
 
 
+@pytest.fixture
+def reads(request, monkeypatch):
+    if request.param and not scope_module._COMPILES_CONTEXTVARS:
+        pytest.skip("torch 2.14 is the first to compile contextvars")
+    monkeypatch.setattr(scope_module, "_COMPILES_CONTEXTVARS", request.param)
+    return request.param
+
+
 @READS
-def test_compiled_code_sees_the_block_of_its_thread(model, monkeypatch, reads):
-    monkeypatch.setattr(scope_module, "_COMPILES_CONTEXTVARS", reads)
+@pytest.mark.usefixtures("reads")
+def test_compiled_code_sees_the_block_of_its_thread(model):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     unlabelled = run(model)
@@ -48,8 +50,7 @@ def test_compiled_code_sees_the_block_of_its_thread(model, monkeypatch, reads):
 
 
 @READS
-def test_compiled_code_in_overlapping_tasks(model, monkeypatch, reads):
-    monkeypatch.setattr(scope_module, "_COMPILES_CONTEXTVARS", reads)
+def test_compiled_code_in_overlapping_tasks(model, reads):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     found = []
