@@ -1,5 +1,7 @@
 """`python -m tests.bench`: layers against BatchNorm, whole models, and cost against K as a plot.
 
+`compiled` counts kernels that Inductor writes for a layer on a GPU, and needs none.
+
 Every table is from one process with its cases run in turn; ratios are of medians.
 """
 
@@ -10,11 +12,12 @@ import torch
 from tabulate import tabulate
 
 from recipes.bench import HEADINGS, bench_model, make_model
+from tests.bench.compiled import compiled_rows
 from tests.bench.host import measure_host
 from tests.bench.layers import BASE, LAYOUTS, SHAPES, bench_layers
 
 MODELS = ("resnet50", "efficientnet_b0")
-KINDS = ("layers", "models", "host", "plot")
+KINDS = ("layers", "models", "host", "compiled", "plot")
 METHODS = ("cn", "cn-x", "selfnorm", "crossnorm")
 
 
@@ -65,6 +68,13 @@ def print_host(options: argparse.Namespace) -> None:
     print(tabulate(rows, ["method", "", "BatchNorm2d", "layer", "more"], disable_numparse=True))
 
 
+def print_compiled() -> None:
+    print("\nkernels that Inductor writes: forward + backward of a training step / eval, bfloat16")
+    print(
+        tabulate(compiled_rows(), ["layer", "contiguous", "channels last"], disable_numparse=True)
+    )
+
+
 def plot_scaling(path: Path, options: argparse.Namespace, device: torch.device) -> None:
     """Draw the cost of a training step of one layer against the number of contexts."""
     import matplotlib
@@ -90,7 +100,7 @@ def plot_scaling(path: Path, options: argparse.Namespace, device: torch.device) 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     add = parser.add_argument
-    add("what", nargs="*", metavar="layers|models|host|plot", help="all by default")
+    add("what", nargs="*", metavar="|".join(KINDS), help="all by default")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--counts", type=int, nargs="+", default=[1, 4, 16, 128], metavar="K")
     add("--repeats", type=int, default=20)
@@ -116,6 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         print_models(options, device)
     if "host" in chosen:
         print_host(options)
+    if "compiled" in chosen:
+        print_compiled()
     if "plot" in chosen:
         plot_scaling(options.plot, options, device)
 
