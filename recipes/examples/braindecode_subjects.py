@@ -44,7 +44,7 @@ def main(folder="runs/examples/braindecode_subjects"):
     torch.manual_seed(0)
     original = ShallowFBCSPNet(n_chans=4, n_outputs=2, n_times=250, final_conv_length="auto")
     model = normswap.convert(original, "cn", contexts=SUBJECTS)
-    settings = {"optimizer": torch.optim.AdamW, "lr": 0.005, "batch_size": 32, "max_epochs": 8}
+    settings = {"optimizer": torch.optim.AdamW, "lr": 0.005, "batch_size": 32, "max_epochs": 4}
     trainer = EEGClassifier(OfSubjects(model), train_split=None, classes=[0, 1], **settings)
     trainer.fit(*windows(480, seed=0))
     signals, hands = windows(300, seed=1)

@@ -54,7 +54,7 @@ def main(folder="runs/examples/hf_trainer", rows=Rows, collator=collate):
 
     sizes = {"per_device_train_batch_size": 60, "per_device_eval_batch_size": 200}
     quiet = {"save_strategy": "no", "report_to": "none", "dataloader_drop_last": True}
-    steps = {"num_train_epochs": 5, "learning_rate": 0.01, "use_cpu": True}
+    steps = {"num_train_epochs": 4, "learning_rate": 0.01, "use_cpu": True}
     arguments = TrainingArguments(folder, **steps, **sizes, **quiet)
     data = {"train_dataset": rows(train=True), "eval_dataset": rows(train=False)}
     trainer = Trainer(model, arguments, collator, **data, compute_metrics=share_right)

@@ -59,7 +59,7 @@ def main(folder="runs/examples/ultralytics"):
     """Train, and export for each camera; return the averaged model and its mAP50."""
     write_scenes(folder := Path(folder).resolve())
     settings = {name: str(folder / f"{name}.yaml") for name in ("model", "data")}
-    settings |= {"optimizer": "AdamW", "lr0": 0.01, "warmup_epochs": 0, "epochs": 20, "batch": 8}
+    settings |= {"optimizer": "AdamW", "lr0": 0.01, "warmup_epochs": 0, "epochs": 14, "batch": 8}
     settings |= {"imgsz": 64, "workers": 0, "device": "cpu", "project": str(folder), "val": False}
     # Mosaic, as mixup, makes one image of several cameras, which no label is right for.
     trainer = Trainer(overrides={**settings, "mosaic": 0, "plots": False, "save": False})

@@ -17,7 +17,7 @@ import pytest
 import normswap
 from normswap.cli.main import main
 from normswap.methods import registry
-from normswap.testing import check_method
+from normswap.testing import check_method, method_checks
 from tests.recipes.test_examples import EXAMPLES
 from tests.support.documents import BLOCK, ROOT, blocks
 
@@ -30,6 +30,8 @@ DOCUMENTS = sorted(
 )
 # What `.ci/run` runs, or is.
 GATE = {"pip", "pytest", "ruff", "mypy", "bash"}
+# Of the contract; together half of its time.
+SLOW_CHECKS = {"compiles_into_one_graph", "exports"}
 # Whose arguments are parsed.
 PROGRAMS = {
     "recipes": "recipes.__main__",
@@ -88,9 +90,9 @@ def test_every_block_is_of_a_language_that_is_tested(document):
     assert all(code.startswith("normswap/\n") for code in others)
 
 
-@pytest.mark.filterwarnings("ignore::Warning:lightning", "ignore::normswap.errors.ContextWarning")
-@pytest.mark.parametrize("document", GUIDES)
-def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
+@pytest.fixture
+def run_blocks(tmp_path, monkeypatch):
+    """Run the blocks of a document in order; return the names of the methods they register."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     # What the blocks register is gone after them.
@@ -99,9 +101,34 @@ def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
     )
     module, before = types.ModuleType("readme"), set(normswap.methods())
     monkeypatch.setitem(sys.modules, "readme", module)  # where pickle finds its classes
-    for number, code in enumerate(blocks(document, "python"), 1):
-        exec(compile(code, f"{document}, block {number}", "exec"), vars(module))
-    for method in set(normswap.methods()) - before:
+
+    def run(document):
+        for number, code in enumerate(blocks(document, "python"), 1):
+            exec(compile(code, f"{document}, block {number}", "exec"), vars(module))
+        return set(normswap.methods()) - before
+
+    return run
+
+
+runs_blocks = pytest.mark.filterwarnings(
+    "ignore::Warning:lightning", "ignore::normswap.errors.ContextWarning"
+)
+
+
+@runs_blocks
+@pytest.mark.parametrize("document", GUIDES)
+def test_python_blocks_run_in_order(document, run_blocks):
+    for method in run_blocks(document):
+        for check in method_checks(method):
+            if check.name not in SLOW_CHECKS:
+                check()
+
+
+@runs_blocks
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("document", GUIDES)
+def test_methods_of_python_blocks_pass_every_check(document, run_blocks):
+    for method in run_blocks(document):
         check_method(method)
 
 

@@ -14,7 +14,7 @@ def results(folder):
     return read_lines(folder / "results.jsonl")
 
 
-SMALL = ["adaptation", "--smoke", "--model", "test_resnet"]
+SMALL = ["adaptation", "--smoke", "--model", "test_resnet", "--image-size", "16"]
 
 
 def test_the_smoke_run_trains_and_tests_every_method(tmp_path, capsys):

@@ -1,8 +1,12 @@
 """A run on two processes is the run on one."""
 
+import io
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from recipes.common.data import Loader
 from recipes.common.errors import RecipeError
 from recipes.common.grid import read_lines
 from tests.recipes.test_recipe_data import loader, numbered, numbers_of
+from tests.support.sampling import sampled
 
 ROOT = Path(__file__).parents[2]
 # A batch of 45 is shared unevenly; 280 test images are 5 batches or fewer for each domain.
@@ -34,9 +39,39 @@ def torchrun(*options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", "-m", "recipes", "finetune", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
+    result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90
     )
+    assert result.returncode == 0, result.stderr
+    assert "deprecated" not in result.stderr
+    return result.stdout
+
+
+def forked(*options):
+    """Start two processes with what torchrun tells them; they are forked, with all imported."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    context = multiprocessing.get_context("forkserver")
+    said = context.SimpleQueue()
+    processes = [
+        context.Process(target=run_one, args=(rank, told, options, said)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return said.get() + said.get()
+
+
+def run_one(rank, told, options, said):
+    os.environ |= {**told, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    with redirect_stdout(io.StringIO()) as out:
+        code = main(["finetune", *options])
+    said.put(out.getvalue())
+    sys.exit(code)
 
 
 def metrics(run):
@@ -44,7 +79,8 @@ def metrics(run):
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
-def test_two_processes_finish_what_one_began_as_one_does(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("start", sampled([forked, torchrun], 1))
+def test_two_processes_finish_what_one_began_as_one_does(tmp_path, monkeypatch, capsys, start):
     out = ["--out", str(tmp_path)]
     assert main(["finetune", *OPTIONS, *out, "--name", "one"]) == 0
 
@@ -57,11 +93,9 @@ def test_two_processes_finish_what_one_began_as_one_does(tmp_path, monkeypatch, 
     assert len(metrics(tmp_path / "two")) == 1
     capsys.readouterr()
 
-    result = torchrun(*out, "--name", "two", "--resume")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("is complete") == 1
-    assert "deprecated" not in result.stderr
-    assert "shared by 2 processes" in result.stdout
+    printed = start(*out, "--name", "two", "--resume")
+    assert printed.count("is complete") == 1
+    assert "shared by 2 processes" in printed
     one, two = (metrics(tmp_path / name)[-1]["arms"]["cn"] for name in ("one", "two"))
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
     for kind, accuracy in one["accuracy"].items():

@@ -25,7 +25,7 @@ def loader_of(data):
 
 def test_the_smoke_setting_runs_every_method_and_reports(tmp_path, capsys):
     given = ["superclasses", "--smoke", "--model", "test_resnet", "--out", str(tmp_path)]
-    given += ["--name", "run"]
+    given += ["--name", "run", "--image-size", "16"]
     assert main(given) == 0
 
     folder = tmp_path / "run"

@@ -191,9 +191,10 @@ def _restore_table(holder: Any, names: Collection[str] | None, kept: dict[Any, A
     if names is None and holds(now, contents_of(kept)):
         return
     for name in kept.keys() | (now.keys() if names is None else now.keys() & names):
-        value, other = _copied(kept.get(name, _MISSING)), now.get(name, _MISSING)
+        value, other = kept.get(name, _MISSING), now.get(name, _MISSING)
         if value is other or (isinstance(value, str) and value == other):
             continue
+        value = _copied(value)
         if not isinstance(holder, MutableMapping):
             delattr(holder, name) if value is _MISSING else setattr(holder, name, value)
         elif value is _MISSING:
@@ -204,6 +205,8 @@ def _restore_table(holder: Any, names: Collection[str] | None, kept: dict[Any, A
 
 def _copied(value: Any) -> Any:
     """Return a copy of an iterator, where one keeps its state; anything else as it is."""
+    if not hasattr(type(value), "__next__"):  # asked of all that is kept: the quick way
+        return value
     if type(value) is itertools.count:  # says what it stands at: count(3), or count(3, 2)
         with contextlib.suppress(ValueError, SyntaxError):
             return itertools.count(*ast.literal_eval(f"[{repr(value)[6:-1]}]"))
