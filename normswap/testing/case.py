@@ -57,10 +57,10 @@ class Case:
         """Whether contexts are threaded through graphs, or in scope for own forwards."""
         return (True, False) if self.labelled else (True,)
 
-    @functools.cached_property
+    @property
     def models(self) -> list[str]:
         """Names of the models that have something the method can change, at least one."""
-        refusals = {name: self.refusal(make_model(name)) for name in MODELS}
+        refusals = _refusals(self)
         why = next(iter(refusals.values()))
         require(
             "" in refusals.values(), f"the method can change none of {', '.join(MODELS)}: {why}"
@@ -93,9 +93,9 @@ class Case:
                 model = self.trained(name, trace=trace)
                 yield name if trace else f"{name}, trace=False", model, make_inputs(model)
 
-    def trained(self, name: str = "ConvNet", **settings: Any) -> nn.Module:
+    def trained(self, name: str = "ConvNet", trace: bool = True, **settings: Any) -> nn.Module:
         """Return a float64 model in eval mode, every tensor of the method's layers moved."""
-        return copy.deepcopy(_trained(self, name, tuple(settings.items())))
+        return copy.deepcopy(_trained(self, name, trace, tuple(settings.items())))
 
     def run(self, model: Callable[..., Any], x: Tensor, label: Labels = None) -> Tensor:
         """Call a model with a label, where there is one to give."""
@@ -113,9 +113,16 @@ class Case:
 
 
 @functools.lru_cache(maxsize=32)
-def _trained(case: Case, name: str, settings: tuple[tuple[str, Any], ...]) -> nn.Module:
+def _refusals(case: Case) -> dict[str, str]:
+    return {name: case.refusal(make_model(name)) for name in MODELS}
+
+
+@functools.lru_cache(maxsize=32)
+def _trained(
+    case: Case, name: str, trace: bool, settings: tuple[tuple[str, Any], ...]
+) -> nn.Module:
     base = make_model(name, torch.float64)
-    model = move(case.convert(base, **dict(settings)))
+    model = move(case.convert(base, trace=trace, **dict(settings)))
     # What is measured here, which row is whose, every copy knows.
     case.in_eval(model, make_inputs(model), case.mixed)
     return model
