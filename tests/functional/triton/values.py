@@ -61,7 +61,7 @@ def as_labels(given):
     return None if given is None else torch.tensor(given, device=DEVICE)
 
 
-def make(shape=(7, 6, 5, 3), dtype=torch.float32, layout="contiguous", offset=3.0):
+def make(shape=(7, 3, 5, 3), dtype=torch.float32, layout="contiguous", offset=3.0):
     """Return x, whose channels have means as far apart as the offset, and a derivative."""
     pair = make_batch(shape, 0, offset, dtype), make_batch(shape, 1, 0.0, dtype)
     x, dy = (laid_out(t.to(DEVICE), layout) for t in pair)
