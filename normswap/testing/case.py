@@ -93,9 +93,10 @@ class Case:
                 model = self.trained(name, trace=trace)
                 yield name if trace else f"{name}, trace=False", model, make_inputs(model)
 
-    def trained(self, name: str = "ConvNet", trace: bool = True, **settings: Any) -> nn.Module:
+    def trained(self, name: str = "ConvNet", **settings: Any) -> nn.Module:
         """Return a float64 model in eval mode, every tensor of the method's layers moved."""
-        return copy.deepcopy(_trained(self, name, trace, tuple(settings.items())))
+        # What is said and what is left to its default is one model.
+        return copy.deepcopy(_trained(self, name, tuple({"trace": True, **settings}.items())))
 
     def run(self, model: Callable[..., Any], x: Tensor, label: Labels = None) -> Tensor:
         """Call a model with a label, where there is one to give."""
@@ -118,11 +119,9 @@ def _refusals(case: Case) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=32)
-def _trained(
-    case: Case, name: str, trace: bool, settings: tuple[tuple[str, Any], ...]
-) -> nn.Module:
+def _trained(case: Case, name: str, settings: tuple[tuple[str, Any], ...]) -> nn.Module:
     base = make_model(name, torch.float64)
-    model = move(case.convert(base, trace=trace, **dict(settings)))
+    model = move(case.convert(base, **dict(settings)))
     # What is measured here, which row is whose, every copy knows.
     case.in_eval(model, make_inputs(model), case.mixed)
     return model
