@@ -9,7 +9,7 @@ from torch import nn
 
 import normswap
 
-# What it makes of the code of Functions are calls of operators, which compile as a forward's do.
+# Any backend tells whether the code of Functions can be traced, and is left alone where it cannot.
 COMPILED = torch.compile(backend="eager")
 
 
