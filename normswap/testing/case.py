@@ -57,10 +57,10 @@ class Case:
         """Whether contexts are threaded through graphs, or in scope for own forwards."""
         return (True, False) if self.labelled else (True,)
 
-    @functools.cached_property
+    @property
     def models(self) -> list[str]:
         """Names of the models that have something the method can change, at least one."""
-        refusals = {name: self.refusal(make_model(name)) for name in MODELS}
+        refusals = _refusals(self)
         why = next(iter(refusals.values()))
         require(
             "" in refusals.values(), f"the method can change none of {', '.join(MODELS)}: {why}"
@@ -95,7 +95,8 @@ class Case:
 
     def trained(self, name: str = "ConvNet", **settings: Any) -> nn.Module:
         """Return a float64 model in eval mode, every tensor of the method's layers moved."""
-        return copy.deepcopy(_trained(self, name, tuple(settings.items())))
+        # What is said and what is left to its default is one model.
+        return copy.deepcopy(_trained(self, name, tuple({"trace": True, **settings}.items())))
 
     def run(self, model: Callable[..., Any], x: Tensor, label: Labels = None) -> Tensor:
         """Call a model with a label, where there is one to give."""
@@ -110,6 +111,11 @@ class Case:
     def given(self, label: Labels = LABELS) -> dict[str, Labels]:
         """Return the keyword arguments that carry labels."""
         return {"context": label} if self.labelled else {}
+
+
+@functools.lru_cache(maxsize=32)
+def _refusals(case: Case) -> dict[str, str]:
+    return {name: case.refusal(make_model(name)) for name in MODELS}
 
 
 @functools.lru_cache(maxsize=32)

@@ -97,30 +97,32 @@ def check_compiles_into_one_graph(case: Case) -> None:
     What is drawn is compared with no other run, as compiled code may draw otherwise; it has to be
     drawn anew in each call.
     """
-    name = "Windows" if case.labelled else "ConvNet"
-    for trace in case.traces:
-        for training in (False, True):
-            torch._dynamo.reset()
-            model = case.trained(name, trace=trace).train(training)
-            x, labels = make_inputs(model), case.mixed
-            case.run(model, x, labels)  # measures which rows are whose
-            twin = copy.deepcopy(model)
-            # Own forwards call the same operators as graphs do.
-            backend = "aot_eager" if trace else "eager"
-            compiled: Any = torch.compile(twin, fullgraph=True, backend=backend)
-            found = case.run(compiled, x, labels)
-            backward(found)
-            require(bool(found.isfinite().all()), "outputs are not finite")
-            where = f"trace={trace}, training={training}"
-            if training and case.method.stochastic:
-                _require_draws(case, compiled, x, labels, where)
-                continue
-            require_close(found, case.run(model, x, labels), where)
-            if labels is not None:
-                flipped = case.run(compiled, x, labels.flip(0))
-                require_close(flipped, case.run(model, x, labels.flip(0)), f"{where}, flipped")
-            for (key, one), other in zip(model.named_buffers(), twin.buffers(), strict=True):
-                require_close(other, one, f"{where}: {key}")
+    name = "Windows" if case.labelled else "Volume"
+    name = name if name in case.models else "ConvNet"
+    # Whether forwards are the model's own changes nothing of what a mode has a layer do.
+    ways = [(True, False), *((trace, True) for trace in case.traces)]
+    for trace, training in ways:
+        torch._dynamo.reset()
+        model = case.trained(name, trace=trace).train(training)
+        x, labels = make_inputs(model), case.mixed
+        case.run(model, x, labels)  # measures which rows are whose
+        twin = copy.deepcopy(model)
+        # Own forwards call the same operators as graphs do, and those of eval mode are exported.
+        backend = "aot_eager" if trace and training else "eager"
+        compiled: Any = torch.compile(twin, fullgraph=True, backend=backend)
+        found = case.run(compiled, x, labels)
+        backward(found)
+        require(bool(found.isfinite().all()), "outputs are not finite")
+        where = f"trace={trace}, training={training}"
+        if training and case.method.stochastic:
+            _require_draws(case, compiled, x, labels, where)
+            continue
+        require_close(found, case.run(model, x, labels), where)
+        if labels is not None:
+            flipped = case.run(compiled, x, labels.flip(0))
+            require_close(flipped, case.run(model, x, labels.flip(0)), f"{where}, flipped")
+        for (key, one), other in zip(model.named_buffers(), twin.buffers(), strict=True):
+            require_close(other, one, f"{where}: {key}")
 
 
 def _require_draws(case: Case, compiled: Any, x: Tensor, labels: Labels, where: str) -> None:
@@ -139,15 +141,16 @@ def check_exports(case: Case) -> None:
     """`torch.export` takes it in eval mode, with the context as an input."""
     name = "Windows" if case.labelled else "ConvNet"
     settings = [{"unknown": u} for u in ("pooled", "posterior")] if case.labelled else [{}]
-    for trace in case.traces:
-        for setting in settings:
-            model = case.trained(name, trace=trace, **setting).eval()
-            x = make_inputs(model)
-            case.run(model, x, case.mixed)  # measures which rows are whose
-            program = torch.export.export(model, (x,), case.given(MIXED)).module()
-            for labels in (MIXED, MIXED.flip(0)) if case.labelled else [None]:
-                expected = case.run(model, x, labels)
-                require_close(case.run(program, x, labels), expected, f"{setting}, trace={trace}")
+    # What an own forward calls is what a graph does, whatever is unknown.
+    ways = [(True, setting) for setting in settings] + [(False, settings[0])] * case.labelled
+    for trace, setting in ways:
+        model = case.trained(name, trace=trace, **setting).eval()
+        x = make_inputs(model)
+        case.run(model, x, case.mixed)  # measures which rows are whose
+        program = torch.export.export(model, (x,), case.given(MIXED)).module()
+        for labels in (MIXED, MIXED.flip(0)) if case.labelled else [None]:
+            expected = case.run(model, x, labels)
+            require_close(case.run(program, x, labels), expected, f"{setting}, trace={trace}")
 
 
 @check()

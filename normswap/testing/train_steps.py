@@ -107,20 +107,21 @@ def check_modes(case: Case) -> None:
 def check_checkpointing(case: Case) -> None:
     """Gradient checkpointing changes no output, gradient or statistic; labels are the forward's."""
     given = [LABELS, LABELS.flip(0)] if case.labelled else [None, None]
-    for place, trained, x in case.each_trained(["ConvNet"]):
-        for reentrant in (True, False):
-            model, twin = copy.deepcopy(trained).train(), copy.deepcopy(trained).train()
-            x.requires_grad_()
+    for place, model, x in case.each_trained(["ConvNet"]):
+        x.requires_grad_()
+        twins = {flag: copy.deepcopy(model) for flag in (True, False)}
+        for each, reentrant in ((model, None), *((twin, flag) for flag, twin in twins.items())):
+            each.train()
+            torch.manual_seed(0)
+            outputs = [
+                case.run(each, x, labels)
+                if reentrant is None
+                else checkpoint(case.run, each, x, labels, use_reentrant=reentrant)
+                for labels in given
+            ]
+            backward(torch.stack(outputs))
+        for reentrant, twin in twins.items():
             where = f"{place}, use_reentrant={reentrant}"
-            for each, wrapped in ((model, False), (twin, True)):
-                torch.manual_seed(0)
-                outputs = [
-                    checkpoint(case.run, each, x, labels, use_reentrant=reentrant)
-                    if wrapped
-                    else case.run(each, x, labels)
-                    for labels in given
-                ]
-                backward(torch.stack(outputs))
             pairs = zip(model.named_parameters(), twin.parameters(), strict=True)
             for (name, one), other in pairs:
                 if one.grad is None or other.grad is None:

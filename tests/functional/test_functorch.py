@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, jvp, linearize, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -13,10 +14,11 @@ METHODS = normswap.methods()
 LABELS = torch.tensor([0, 1, 2, -1])
 
 
-def make(method, **options):
+def make(method, base=None, **options):
     torch.manual_seed(2)
     contexts = {"contexts": 3} if normswap.get_method(method).needs_context else {}
-    model = normswap.convert(ConvNet().double(), method, verify=False, **contexts, **options)
+    base = ConvNet().double() if base is None else base
+    model = normswap.convert(base, method, verify=False, **contexts, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -101,7 +103,8 @@ def test_gradients_of_several_losses_at_once_are_those_one_by_one(method, traini
 @pytest.mark.filterwarnings("ignore:.*insert a get_attr Node:UserWarning")  # torch's, of constants
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_linearized_is_the_derivative(method):
-    model, given = make(method)
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))  # each norm is traced anew
+    model, given = make(method, base.double())
     model.eval()
     x, direction = images(), images().flip(0)
     y, at = linearize(lambda x: model(x, **given), x)

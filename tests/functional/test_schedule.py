@@ -62,6 +62,7 @@ def draws(mode, schedule, count, backend="aot_eager"):
     sampled(
         [
             *(("eager", 0.5, 2, COUNT, ""), ("eager", 0.25, 1, COUNT, "")),
+            ("compiled", 0.5, 2, 4000, "aot_eager"),
             ("compiled layers", 0.5, 2, 4000, "aot_eager"),
             *(
                 ("compiled", 0.25, 1, COUNT, "inductor"),

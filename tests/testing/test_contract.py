@@ -145,27 +145,30 @@ class Groups(Method):
 SLOW = {"compiles_into_one_graph", "exports", "gradients", "synchronised", "functional_transforms"}
 # What the model around the layers does: options of a method change none of it.
 AROUND = {"copies_and_pickles", "reverts_to_the_bit", "labels_in_scope_are_labels_given"}
+# What the classes that the three augmentations share do, asked of MixStyle's.
+SHARED = AROUND | {"saves_and_loads", "exports", "state_dict_goes_round", "input_gradient_is_kept"}
+# What `tests.methods.test_acn_convert` asks of every kind of ACN.
+HELD = {"acn": {"compiles_into_one_graph", "exports"}, "efdmix": SHARED, "dsu": SHARED}
 VARIANTS = [
     (Shift, {}),
     (Groups, {}),
     ("cn", {"shrink": 4.0, "affine": "shared"}),
     ("cn-x", {"statistics": "batch"}),
 ]
-LEFT = [
-    check
-    for method, options in VARIANTS
-    for check in method_checks(method, processes=True, **options)
-    if check.name in (SLOW | AROUND if options else SLOW)
-]
-FIRST = [
-    *(check for name in normswap.methods() for check in method_checks(name, processes=True)),
+EVERY = [
     *(
-        check
-        for method, options in VARIANTS
-        for check in method_checks(method, processes=True, **options)
-        if check not in LEFT
+        (check, HELD.get(n, set()))
+        for n in normswap.methods()
+        for check in method_checks(n, processes=True)
+    ),
+    *(
+        (check, SLOW | (AROUND if o else set()))
+        for m, o in VARIANTS
+        for check in method_checks(m, processes=True, **o)
     ),
 ]
+FIRST = [check for check, left in EVERY if check.name not in left]
+LEFT = [check for check, left in EVERY if check.name in left]
 
 
 @pytest.mark.parametrize("check", sampled(FIRST + LEFT, len(FIRST)), ids=str)

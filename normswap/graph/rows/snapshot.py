@@ -43,8 +43,8 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # Holders of names, the names that matter, where not all, and what they mean.
-        self._tables: list[tuple[Any, Collection[str] | None, dict[Any, Any]]] = []
+        # Holders of names, the names that matter, where not all, what they mean, and in a list.
+        self._tables: list[tuple[Any, Collection[str] | None, dict[Any, Any], list[Any]]] = []
         self._collections: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor, Tensor]] = []
         # Arrays, the index of all they hold, and copies.
@@ -100,7 +100,7 @@ class Snapshot:
 
     def _keep_table(self, holder: Any, names: Collection[str] | None = None) -> list[Any]:
         kept = {k: _copied(v) for k, v in _table(holder).items() if names is None or k in names}
-        self._tables.append((holder, names, kept))
+        self._tables.append((holder, names, kept, contents_of(kept)))
         return list(kept.values())
 
     def _keep(self, value: Any) -> list[Any]:
@@ -151,8 +151,8 @@ class Snapshot:
         Returns:
             Whether any of those had moved.
         """
-        for holder, names, kept in self._tables:
-            _restore_table(holder, names, kept)
+        for table in self._tables:
+            _restore_table(*table)
         for collection, contents in self._collections:
             if not holds(collection, contents):
                 refill(collection, contents)
@@ -186,9 +186,11 @@ def _table(holder: Any) -> Any:
     return {name: getattr(holder, name) for name in slots_of(holder) if hasattr(holder, name)}
 
 
-def _restore_table(holder: Any, names: Collection[str] | None, kept: dict[Any, Any]) -> None:
+def _restore_table(
+    holder: Any, names: Collection[str] | None, kept: dict[Any, Any], contents: list[Any]
+) -> None:
     now = _table(holder)
-    if names is None and holds(now, contents_of(kept)):
+    if names is None and holds(now, contents):
         return
     for name in kept.keys() | (now.keys() if names is None else now.keys() & names):
         value, other = kept.get(name, _MISSING), now.get(name, _MISSING)

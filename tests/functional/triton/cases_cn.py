@@ -26,14 +26,14 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 
 @EVERY_CASE
 def test_cn_in_training(dtype, layout):
-    layer = make_cn(6, 4, PRIORS, torch.float32)
-    compare_cn(layer.train(), *make((7, 6, 5, 3), dtype, layout), LABELS)
+    layer = make_cn(3, 4, PRIORS, torch.float32)
+    compare_cn(layer.train(), *make((7, 3, 5, 3), dtype, layout), LABELS)
 
 
 @EVERY_CASE
 def test_cn_whose_unlabelled_samples_weigh_the_contexts(dtype, layout):
-    layer = make_weighing(6, 4, PRIORS, torch.float32).train()
-    x, dy = make((7, 6, 5, 3), dtype, layout, offset=0.1)
+    layer = make_weighing(3, 4, PRIORS, torch.float32).train()
+    x, dy = make((7, 3, 5, 3), dtype, layout, offset=0.1)
     compare_cn(layer, x, dy, LABELS, unknown="posterior")
 
 
@@ -47,16 +47,16 @@ OTHERS = [(64, True, NONE), (64, False, SOME)]
     ("contexts", "training", "labels"), sampled(WEIGHED + OTHERS, len(WEIGHED))
 )
 def test_some_all_and_no_samples_weigh_the_contexts(contexts, training, labels):
-    layer = make_weighing(5, contexts, None, torch.float32).train(training)
-    labels, (x, dy) = [min(label, contexts - 1) for label in labels], make((5, 5, 4, 2), offset=0.1)
+    layer = make_weighing(3, contexts, None, torch.float32).train(training)
+    labels, (x, dy) = [min(label, contexts - 1) for label in labels], make((5, 3, 4, 2), offset=0.1)
     unseen = Context(as_labels(labels), None)
     compare_cn(layer, x, dy, labels, given=unseen, training=training, unknown="posterior")
 
 
 def test_weights_keep_the_digits_where_means_are_large():
-    layer = make_weighing(5, 3, None, torch.float32).train()
+    layer = make_weighing(3, 3, None, torch.float32).train()
     layer.running_mean += 500
-    x, dy = make((5, 5, 4, 2), offset=0.1)
+    x, dy = make((5, 3, 4, 2), offset=0.1)
     x = (x.detach() + 500).requires_grad_()
     compare_cn(layer, x, dy, [2, -1, 1, 1, -1], 5e-5, unknown="posterior")
 
@@ -86,14 +86,14 @@ def test_cn_of_odd_sizes(shape, layout, contexts, settings):
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_settings_of_cn(settings, training):
-    layer = make_cn(6, 4, PRIORS, torch.float32, **settings).train(training)
+    layer = make_cn(3, 4, PRIORS, torch.float32, **settings).train(training)
     how = {"unknown": layer.unknown, "training": training, "shrink": layer.shrink}
     compare_cn(layer, *make(), LABELS, **how)
 
 
-def test_hundreds_of_contexts():
-    layer = make_cn(2, 260, None, torch.float32).train()
-    compare_cn(layer, *make((4, 2, 4, 2)), [259, 5, 259, 0])
+def test_more_contexts_than_a_step_takes():
+    layer = make_cn(1, 130, None, torch.float32).train()
+    compare_cn(layer, *make((4, 1, 4, 2)), [129, 5, 129, 0])
 
 
 def test_cn_keeps_the_digits_of_spreads_where_means_are_large():
@@ -104,7 +104,7 @@ def test_cn_keeps_the_digits_of_spreads_where_means_are_large():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_parameters_may_have_another_dtype(dtype):
-    layer = make_cn(6, 4, PRIORS, dtype).train()
+    layer = make_cn(3, 4, PRIORS, dtype).train()
     x, dy = make(dtype=torch.bfloat16)
     compare_cn(layer, x, dy, LABELS)
 
@@ -122,7 +122,7 @@ KNOWN = [0, 1, 1, 3, 0, 0, 2]
     ],
 )
 def test_cn_with_running_statistics(maker, mode, labels):
-    layer = maker(6, 4, PRIORS, torch.float32).train(mode == "frozen")
+    layer = maker(3, 4, PRIORS, torch.float32).train(mode == "frozen")
     if mode == "frozen":
         layer.stats_frozen = True
         labels = labels or [1] * 7
@@ -134,7 +134,7 @@ def test_cn_with_running_statistics(maker, mode, labels):
 
 
 def test_statistics_of_all_processes_are_moved_as_those_of_one(monkeypatch):
-    layer = make_cn(6, 4, PRIORS, torch.float32).train()
+    layer = make_cn(3, 4, PRIORS, torch.float32).train()
     other, labels, (x, dy) = copy.deepcopy(layer), as_labels(LABELS), make()
     expected = torch.autograd.grad(layer(x, labels), [x], dy)[0]
     monkeypatch.setattr(cn_layer, "sum_over_ddp", lambda: lambda t: t)
@@ -148,7 +148,7 @@ WRAPPED = [(make_cn, True), (make_weighing, False), (make_cn, False), (make_weig
 
 @pytest.mark.parametrize(("maker", "reentrant"), sampled(WRAPPED, 2))
 def test_checkpointing_changes_nothing(maker, reentrant):
-    layer = maker(6, 4, PRIORS, torch.float32).train()
+    layer = maker(3, 4, PRIORS, torch.float32).train()
     other, labels, (x, dy) = copy.deepcopy(layer), as_labels(LABELS), make()
     # A product before it: what is computed again is another x.
     expected = torch.autograd.grad(layer(2 * x, labels).relu_(), [x], dy)[0]

@@ -68,15 +68,15 @@ def test_several_tiles_parts_and_steps(maker, layout, monkeypatch):
     [*((*case, LABELS) for case in CASES), *((*case, None) for case in CASES[1:3])],
 )
 def test_cnx(dtype, layout, labels):
-    layer = make_cnx(6, 4, PRIORS, torch.float32).eval()
-    compare(layer, *make((7, 6, 5, 3), dtype, layout), labels, oracles.cnx, priors=PRIORS)
+    layer = make_cnx(3, 4, PRIORS, torch.float32).eval()
+    compare(layer, *make((7, 3, 5, 3), dtype, layout), labels, oracles.cnx, priors=PRIORS)
 
 
 def test_cnx_without_an_affine_and_with_one_context_for_the_unknown():
-    layer = make_cnx(6, 4, PRIORS, torch.float32, affine=False, unknown=3).train()
+    layer = make_cnx(3, 4, PRIORS, torch.float32, affine=False, unknown=3).train()
 
     def oracle(x, labels, mu, log_sigma):
-        one = torch.ones(6, dtype=torch.float64, device=DEVICE)
+        one = torch.ones(3, dtype=torch.float64, device=DEVICE)
         return oracles.cnx(x, labels, one, 0 * one, mu, log_sigma, PRIORS, 3)
 
     compare(layer, *make(), LABELS, oracle)
@@ -96,7 +96,7 @@ def test_one_label_for_all(maker):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("maker", MAKERS)
 def test_where_the_first_two_contexts_answer_for_unknown_labels(maker, training):
-    layer = maker(6, 4, PRIORS, torch.float32).train(training)
+    layer = maker(3, 4, PRIORS, torch.float32).train(training)
     layer.answering = 2
     by_formula = copy.deepcopy(layer).double()  # float64 is for torch's operators
     x, dy = make()
@@ -113,7 +113,7 @@ def test_where_the_first_two_contexts_answer_for_unknown_labels(maker, training)
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero)")
 @pytest.mark.parametrize("maker", [make_cn, make_cnx])
 def test_where_unknown_labels_are_an_error_their_rows_are_not_numbers(maker):
-    layer = maker(6, 4, PRIORS, torch.float32, unknown="error").train()
+    layer = maker(3, 4, PRIORS, torch.float32, unknown="error").train()
     labels = as_labels(LABELS)
     x, dy = make()
     y = layer.normalize(x, labels, True)
@@ -124,7 +124,7 @@ def test_where_unknown_labels_are_an_error_their_rows_are_not_numbers(maker):
 
 @pytest.mark.parametrize("maker", sampled(MAKERS, 3))
 def test_backward_runs_twice_and_finds_the_same_bits(maker):
-    layer, (x, dy) = maker(6, 4, PRIORS, torch.float32).train(), make()
+    layer, (x, dy) = maker(3, 4, PRIORS, torch.float32).train(), make()
     y = layer(x, as_labels(LABELS))
     wanted = (x, *layer.parameters())
     found = torch.autograd.grad(y, wanted, dy, retain_graph=True)
@@ -134,7 +134,7 @@ def test_backward_runs_twice_and_finds_the_same_bits(maker):
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("training", [True, False])
 def test_second_derivatives_are_those_of_the_formulas(maker, training):
-    layer = maker(6, 4, PRIORS, torch.float32).train(training)
+    layer = maker(3, 4, PRIORS, torch.float32).train(training)
     labels, (x, dy) = as_labels(LABELS), make()
 
     def differentiate(layer, x, dy):

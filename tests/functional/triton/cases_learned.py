@@ -40,8 +40,8 @@ def compare_cnx(layer, x, dy, labels, share=None, oracle=oracles.cnx):
 
 @EVERY_CASE
 def test_values_and_all_gradients(dtype, layout, only_kernels):
-    layer = make_weighing_cnx(6, 4, PRIORS, torch.float32).train()
-    compare_cnx(layer, *make((7, 6, 5, 3), dtype, layout, offset=0.1), LABELS)
+    layer = make_weighing_cnx(3, 4, PRIORS, torch.float32).train()
+    compare_cnx(layer, *make((7, 3, 5, 3), dtype, layout, offset=0.1), LABELS)
 
 
 SMALL = (3, 2, 2, 2)
@@ -52,10 +52,10 @@ OTHERS = [(64, SOME), (64, None), (33, ALL), (1, SOME), (65, SOME), (260, SOME)]
 
 @pytest.mark.parametrize(("contexts", "labels"), sampled(WEIGHED + OTHERS, len(WEIGHED)))
 def test_some_all_and_no_samples_weigh_the_contexts(contexts, labels):
-    layer = make_weighing_cnx(5, contexts, None, torch.float32).eval()
+    layer = make_weighing_cnx(3, contexts, None, torch.float32).eval()
     if labels is not None:
         labels = [min(label, contexts - 1) for label in labels]
-    compare_cnx(layer, *make((5, 5, 4, 2), offset=0.1), labels)
+    compare_cnx(layer, *make((5, 3, 4, 2), offset=0.1), labels)
 
 
 @pytest.mark.parametrize(
