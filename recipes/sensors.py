@@ -28,7 +28,7 @@ from .common.training import Log, train
 from .common.weights import SCRATCH
 
 SENSORS = ["colour", "infrared", "edges", "night"]
-METHODS = ("bn", "cn", "cn-first", "cn-shared", "cn-x-batch")
+METHODS = ("bn", "cn", "cn-first", "cn-x-batch")
 
 
 def run(options: Namespace) -> None:
@@ -85,7 +85,7 @@ def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
 
 
 def add_options(parser: Parser) -> None:
-    known = (*METHODS, "cn-x", "bn-frozen", "cn-frozen", "cn-first-frozen")
+    known = (*METHODS, "cn-shared", "cn-x", "bn-frozen", "cn-frozen", "cn-first-frozen")
     tiles.add_options(parser, METHODS, known)
     parser.share("model", weights=SCRATCH, lr=ByStart(2e-3, 5e-4), drop_labels=0.0)
     parser.share(epochs=ByData(10, 4))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError
 from normswap.graph.code.bytecode import closure_of, codes_of, read_code
 from normswap.graph.code.library import is_library
+from normswap.graph.code.uses import is_written
 from normswap.graph.questions.class_questions import reachable
 from normswap.util.copies import attributes_of
 from normswap.util.elements import COLLECTIONS, SCALARS, elements_of, slots_of
@@ -125,7 +126,8 @@ def _parts_of(function: types.FunctionType) -> Iterator[object]:
     loads = [
         load for code in codes_of(function.__code__) for load in read_code(code).loads.values()
     ]
-    yield from (function.__globals__.get(load.name) for load in loads if not load.free)
+    names = (load.name for load in loads if not load.free)
+    yield from (function.__globals__.get(name) for name in names if is_written(name))
 
 
 def _items_of(item: object) -> Iterator[object]:

@@ -17,6 +17,14 @@ _MOVES = re.compile("LOAD_FAST|STORE_FAST")
 _SAME = {"LOAD_SMALL_INT": "LOAD_CONST"}
 
 
+def is_written(name: str) -> bool:
+    """Return whether code can be written with a name.
+
+    Others are of a tool that rewrote it, as pytest does for assertions, and lead to all it has.
+    """
+    return name[0] != "@"
+
+
 def instructions_of(code: types.CodeType) -> Iterator[dis.Instruction]:
     """Yield the instructions of a function, as all versions of Python have them.
 

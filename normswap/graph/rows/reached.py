@@ -8,6 +8,7 @@ from array import array
 from typing import Any
 
 from normswap.graph.code.library import is_library
+from normswap.graph.code.uses import is_written
 
 _MOST_BYTES = 1 << 24
 # Modules of Python with classes of plain objects.
@@ -58,11 +59,6 @@ def is_of_library(value: object) -> bool:
 
 
 def names_in(code: types.CodeType) -> set[str]:
-    """Return the globals and attributes that code names, and the functions in it.
-
-    Names that no code can be written with are of a tool that rewrote it, as pytest does for
-    assertions, and lead to all that this tool has.
-    """
+    """Return the globals and attributes that code names, and the functions in it."""
     inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
-    names = {name for name in code.co_names if name[0] != "@"}
-    return names.union(*map(names_in, inner))
+    return set(filter(is_written, code.co_names)).union(*map(names_in, inner))
