@@ -94,6 +94,7 @@ def test_every_method_runs_and_all_right_ends_with_0(tmp_path):
     assert {m for _, m in results(tmp_path / "out")} == set(methods)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "tests.sweep", "--source", ZOO, "--out", str(out)]

@@ -8,6 +8,7 @@ from tests.sweep.smallest import KNOWN, smallest_members
 from tests.sweep.test_sweep import results
 
 
+@pytest.mark.exhaustive
 def test_torchvision_is_a_source(tmp_path):
     out = tmp_path / "out"
     names = ["lraspp_mobilenet_v3_large", "raft_small", "alexnet"]
