@@ -13,7 +13,7 @@ from normswap.graph.code.library import is_library
 from normswap.graph.code.uses import is_written
 from normswap.graph.questions.class_questions import reachable
 from normswap.util.copies import attributes_of
-from normswap.util.elements import COLLECTIONS, SCALARS, elements_of, slots_of
+from normswap.util.elements import COLLECTIONS, elements_of, holds_nothing, slots_of
 from normswap.util.original_class import STATE, class_of
 
 
@@ -42,7 +42,7 @@ def check_copyable(model: nn.Module) -> None:
     names |= {id(p): names[id(m)] for m in model.modules() for p in proxies_of(m)}
     met = set[tuple[int, bool]]()
     for where, value in (*attributes_of(model), *functions_of(model)):
-        if type(value) in SCALARS:
+        if holds_nothing(value):
             continue
         if where.rpartition(".")[2].startswith(STATE) or _is_ours(value):
             continue  # what a conversion put there takes care of copies itself
@@ -113,7 +113,7 @@ def find_pinned(value: object, met: set[tuple[int, bool]]) -> Iterator[nn.Module
             waiting += [(item(), True)] if isinstance(item(), nn.Module) else []
             continue
         parts = _parts_of(item) if isinstance(item, types.FunctionType) else _items_of(item)
-        waiting += [(part, pinned) for part in parts if type(part) not in SCALARS]
+        waiting += [(part, pinned) for part in parts if not holds_nothing(part)]
 
 
 def _parts_of(function: types.FunctionType) -> Iterator[object]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normswap.errors import ConversionError
 from normswap.util.arguments import describe
 from normswap.util.distributed import shared_groups
-from normswap.util.elements import SCALARS, elements_of
+from normswap.util.elements import elements_of, holds_nothing
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -54,7 +54,7 @@ def attribute_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Yield the tensor that each parameter, buffer, attribute, and list or dict there holds."""
     seen: set[int] = set()
     held = (v for m in model.modules() for v in vars(m).values())
-    found: list[Any] = [value for value in held if type(value) not in SCALARS]
+    found: list[Any] = [value for value in held if not holds_nothing(value)]
     while found:
         value = found.pop()
         if isinstance(value, Tensor):

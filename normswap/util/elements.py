@@ -7,8 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 COLLECTIONS = (list, tuple, set, frozenset, deque, dict)
-# Classes of values that hold nothing: most attributes of modules.
-SCALARS = frozenset({type(None), bool, int, float, str})
+_SCALARS = frozenset({type(None), bool, int, float, str})
+_EMPTY = frozenset({*COLLECTIONS, OrderedDict})
+
+
+def holds_nothing(value: object) -> bool:
+    """Return whether a value is a scalar or empty, as most attributes of modules are."""
+    kind = type(value)
+    return kind in _SCALARS or (kind in _EMPTY and not value)
 
 
 def elements_of(value: Any) -> Iterator[Any]:
