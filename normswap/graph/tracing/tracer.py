@@ -140,12 +140,13 @@ def _names_of_tensors(named: dict[str, nn.Module]) -> dict[int, str]:
     """Return the name of each parameter, buffer and other tensor attribute, by id."""
     found: dict[int, str] = {}
     for name, module in named.items():
-        prefix = f"{name}." if name else ""
+        held = object.__getattribute__(module, "__dict__")  # past what tracing puts in between
         # Scripted modules keep theirs elsewhere.
-        for table in (module._parameters, module._buffers, vars(module)):
+        tables = [held[t] if t in held else getattr(module, t) for t in ("_parameters", "_buffers")]
+        for table in (*tables, held):
             for key, value in table.items():
                 if isinstance(value, Tensor):
-                    found.setdefault(id(value), prefix + key)
+                    found.setdefault(id(value), f"{name}.{key}" if name else key)
     return found
 
 
