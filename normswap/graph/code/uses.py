@@ -22,7 +22,7 @@ def is_written(name: str) -> bool:
 
     Others are of a tool that rewrote it, as pytest does for assertions, and lead to all it has.
     """
-    return name[0] != "@"
+    return not name.startswith("@")
 
 
 def instructions_of(code: types.CodeType) -> Iterator[dis.Instruction]:

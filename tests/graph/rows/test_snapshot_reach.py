@@ -173,3 +173,22 @@ def test_collections_of_own_methods_and_modules_in_classes_stay_as_they_are():
     converted = normswap.convert(WithTools(), "cn", contexts=3)
     converted(images(), context=LABELS)
     assert [*OrderedDict.items(REGISTRY)] == [("relu", nn.ReLU)]
+
+
+def test_code_that_imports_beside_itself_and_what_a_tool_wrote_into_it():
+    def forward(module, x):
+        from . import test_snapshot  # noqa: F401, its name in the code is empty
+
+        assert x.ndim == 4  # of which pytest makes calls of its own
+        return module.b(module.a(x))
+
+    class Imports(Holder):
+        pass
+
+    Imports.forward = forward
+    assert "" in forward.__code__.co_names
+    assert any(name.startswith("@") for name in forward.__code__.co_names)
+    converted = normswap.convert(Imports(), "cn", contexts=3)
+    converted(images(), context=LABELS)
+    named = (name for _, names, *_ in Snapshot(converted)._tables for name in names or ())
+    assert not any(name.startswith("@") for name in named)
