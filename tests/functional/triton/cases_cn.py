@@ -91,9 +91,11 @@ def test_settings_of_cn(settings, training):
     compare_cn(layer, *make(), LABELS, **how)
 
 
-def test_more_contexts_than_a_step_takes():
-    layer = make_cn(1, 130, None, torch.float32).train()
-    compare_cn(layer, *make((4, 1, 4, 2)), [129, 5, 129, 0])
+@pytest.mark.parametrize("contexts", sampled([1, 130, 1024], 2))
+def test_one_context_and_more_than_a_step_takes(contexts):
+    layer = make_cn(1, contexts, None, torch.float32).train()
+    labels = [min(label, contexts - 1) for label in (1023, 5, 1023, 0)]
+    compare_cn(layer, *make((4, 1, 4, 2)), labels)
 
 
 def test_cn_keeps_the_digits_of_spreads_where_means_are_large():
