@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import normswap
+from normswap.functional.labels import Context
 
 # As an H100 says of itself.
 _DEVICE = SimpleNamespace(
@@ -83,11 +84,14 @@ def count_kernels(
 
     Args:
         method: what the norm is converted with; None for BatchNorm itself.
-        options: of the conversion; with contexts, labels are given.
+        options: of the conversion; with contexts, labels are given, and with `known` the host has
+            seen that none is -1, as where `use_context` is entered outside of compiled code.
         shape: of its input, (N, C, H, W).
         channels_last: whether the channels of each position are beside each other in memory.
     """
     found: dict[str, int] = {}
+    options = dict(options)
+    known = options.pop("known", False)
     layer: nn.Module = nn.Sequential(nn.BatchNorm2d(shape[1]))
     if method is not None:
         layer = normswap.convert(layer, method, verify=False, **options)
@@ -98,6 +102,8 @@ def count_kernels(
 
     def run(x: torch.Tensor, labels: dict[str, torch.Tensor], *values: torch.Tensor) -> Any:
         given = dict(zip(tensors, values, strict=True))
+        if known:
+            labels = {name: Context(t, False, False) for name, t in labels.items()}
         return torch.func.functional_call(layer, given, (x,), labels)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -170,6 +176,7 @@ def _move(value: Any, mode: FakeTensorMode) -> Any:
 CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "BatchNorm2d": (None, {}),
     "cn": ("cn", {"contexts": 4}),
+    "cn, labels known": ("cn", {"contexts": 4, "known": True}),
     'cn, unknown="pooled"': ("cn", {"contexts": 4, "unknown": "pooled"}),
     'cn, unknown="error"': ("cn", {"contexts": 4, "unknown": "error"}),
     "cn-x": ("cn-x", {"contexts": 4}),

@@ -16,9 +16,11 @@ class Counter:
 
     def __init__(self) -> None:
         self.graphs = 0
+        self.sizes = []
 
     def __call__(self, graph, inputs):
         self.graphs += 1
+        self.sizes.append(len(graph.graph.nodes))
         return graph.forward
 
 
@@ -60,6 +62,28 @@ def test_the_number_of_contexts_does_not_compile_a_model_again(method):
     for present in (1, 2, 3, 4, 5, 6):
         compiled(x, context=torch.arange(6) % present * 7)
     assert counter.graphs == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", ["cn", "cn-x"])
+def test_labels_that_the_host_has_seen_compile_to_less(method, training):
+    model = make_model("ConvNet")
+    x = make_inputs(model, 6)
+    model = normswap.convert(model, method, contexts=3, unknown="posterior").train(training)
+    if training:  # eager and compiled forwards meet the same running statistics
+        model.apply(lambda m: setattr(m, "momentum", 0.0) if hasattr(m, "momentum") else None)
+    known, some = torch.arange(6) % 3, torch.tensor([0, -1, 1, 2, -1, 0])
+    given = [known, some, [2] * 6, known.flip(0), some.flip(0)]
+    expected = [model(x, context=labels) for labels in given]
+    counter = Counter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    torch.testing.assert_close(compiled(x, context=known), expected[0])
+    for labels, output in zip(given, expected, strict=True):
+        with normswap.use_context(model, labels):
+            torch.testing.assert_close(compiled(x), output)
+    argument, seen, unknown = counter.sizes
+    assert seen < 0.6 * argument
+    assert unknown > 0.9 * argument
 
 
 @pytest.mark.parametrize("method", ["cn", "cn-x"])
