@@ -12,14 +12,12 @@ BATCHES = [8, 6, 3, 11, 5]
 
 
 class Counter:
-    """A backend that runs the graph as it is and counts the graphs it was given."""
+    """A backend that runs the graph as it is and keeps the sizes of those it was given."""
 
     def __init__(self) -> None:
-        self.graphs = 0
         self.sizes = []
 
     def __call__(self, graph, inputs):
-        self.graphs += 1
         self.sizes.append(len(graph.graph.nodes))
         return graph.forward
 
@@ -49,7 +47,7 @@ def test_another_batch_size_compiles_once_more_at_most(method, training):
             # As many contexts in a batch as there are samples, then fewer, others each time.
             given["context"] = (torch.arange(batch) % (step + 2) + 5 * step) % 12
         compiled(torch.randn(batch, 3, 8, 8), **given)
-    assert counter.graphs <= 2
+    assert len(counter.sizes) <= 2
 
 
 @pytest.mark.parametrize("method", ["cn", "cn-x"])
@@ -61,7 +59,7 @@ def test_the_number_of_contexts_does_not_compile_a_model_again(method):
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for present in (1, 2, 3, 4, 5, 6):
         compiled(x, context=torch.arange(6) % present * 7)
-    assert counter.graphs == 1
+    assert len(counter.sizes) == 1
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -117,4 +115,4 @@ def test_numbers_that_change_from_call_to_call(method, labels):
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for given in NUMBERS[labels]:
         torch.testing.assert_close(compiled(x, context=given), model(x, context=given))
-    assert counter.graphs <= 3
+    assert len(counter.sizes) <= 3
