@@ -39,7 +39,7 @@ def run(options: Namespace) -> None:
     resolve(options, backbone=False, epochs=1, limit=4)
     chosen, source = itemgetter("clean"), tiles.source(options)
     folder, records = grid.run(options, "adversarial", source, train_one, chosen)
-    more = {"unknown": "attacked, told clean"} | ({"rate": "rate, 1e-3"} if options.tune else {})
+    more = {"unknown": "attacked, told clean"}
     title = f"accuracy on clean and on attacked images (eps {options.eps:g} of 255), %"
     reports.show(folder, records, HEADINGS, title, more, ["clean", "attacked"])
 
@@ -57,7 +57,7 @@ def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
         return F.cross_entropy(found, batch.labels.repeat(2))
 
     model, figures = fit_epochs(model, loss, loader, config, log)
-    return {**figures, **measure(model, loader, config), "rate": 1000 * config.lr}
+    return {**figures, **measure(model, loader, config)}
 
 
 def attack(model: nn.Module, x: Tensor, labels: Tensor, how: Namespace, kind: str) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .common import grid, images, methods, reports
 from .common.corrupt import FAMILIES, GROUPS, SEVERITIES, corrupt
-from .common.data import TEST_BATCH, DomainData, Loader
+from .common.data import TEST_BATCH, DomainData, Loader, validation
 from .common.losses import WITHOUT_CROSSNORM as SAME
 from .common.options import Parser
 from .common.training import Log, train
@@ -51,7 +51,7 @@ def run(options: Namespace) -> None:
     images.settle(options)
 
     folder, records = grid.run(
-        options, "corruptions", data_of, train_one,
+        options, "corruptions", data_of, train_one, right,
         before=lambda data: images.build(options, data[0], 0),
     )  # fmt: skip
     compared, notes = relative(records)
@@ -85,17 +85,27 @@ def train_one(given: Data, config: Namespace, log: Log) -> dict[str, Any]:
     data, corrupted = given
     norms, _, loss = config.method.partition("+")
     config.loss = loss or "ce"
+    if not config.final:
+        data, corrupted = validation(data), {}
     model, loader, _ = images.build(config, data, config.seed, without=OVERLAP)
     model = methods.convert(model, norms, None, example_inputs=(images.example(loader),))
     train(config.method, model, loader, config, log)
     return errors(model, loader, corrupted)
 
 
+def right(record: dict[str, Any]) -> float:
+    """Give the accuracy in per cent on clean images."""
+    return float(100 - record["clean"])
+
+
 @torch.inference_mode()
 def errors(
     model: nn.Module, loader: Loader, corrupted: dict[str, dict[int, Tensor]]
 ) -> dict[str, Any]:
-    """Measure the error in per cent: clean, by family and severity, by group, over all families."""
+    """Measure the error in per cent: clean, by family and severity, by group, over all families.
+
+    Without corrupted images, on clean ones alone.
+    """
     model.eval()
     data = loader.data
     labels = data.labels[data.test]
@@ -106,6 +116,8 @@ def errors(
         return 100 * int((found != labels).sum()) / len(labels)
 
     result: dict[str, Any] = {"clean": error(data.images[data.test])}
+    if not corrupted:
+        return result
     each = {name: [error(x) for x in levels.values()] for name, levels in corrupted.items()}
     result |= {name: mean(values) for name, values in each.items()}
     result |= {group: mean(result[name] for name in names) for group, names in GROUPS.items()}

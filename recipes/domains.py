@@ -9,7 +9,8 @@ as contexts. Images of a domain never seen have no label; they are normalised wi
     nearest     the training domain whose early features are most alike
 
 Methods have the default settings of `convert` (ACN: one responsibility an image and channel).
-Results are those of the last epoch. `bn-frozen` is BatchNorm that keeps the statistics it was
+Results are those of the last epoch. --tune chooses by images of the training domains, for each
+domain held out anew. `bn-frozen` is BatchNorm that keeps the statistics it was
 pretrained with, and `cn-frozen` CN that does: CN-X does without batch statistics too, and what
 comes of that is not to be put down to contexts.
 """
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 import normswap
 
 from .common import grid, images, methods, reports, runs, scores
-from .common.data import DomainData, Loader
+from .common.data import DomainData, Loader, validation
 from .common.errors import check
 from .common.options import ByData, ByStart, Parser, of_cell, resolve
 from .common.training import Log, takes_context, train
@@ -40,6 +41,7 @@ METHODS = (
 )
 STYLES = 2048  # training images that tell what domains look like
 JOINT = "none"  # held out of a training of all domains
+KNOWN = "label known"
 Accuracy = dict[str, dict[str, float]]  # by kind of label, by domain, in per cent
 
 
@@ -64,7 +66,9 @@ def run(options: Namespace) -> None:
     wanted.sort(key=lambda cell: cell["seed"])
 
     free = (*runs.FREE, "held_out")
-    folder, records = grid.run(options, recipe, start_of, train_one, wanted=wanted, free=free)
+    folder, records = grid.run(
+        options, recipe, start_of, train_one, trained_mean, wanted=wanted, free=free
+    )
     rows = tabulated(records, grid.read_lines(folder / grid.EPOCHS), options.reach)
     headings = {domain: domain for domain in (names if options.joint else held)}
     compared = "mean" if len(headings) > 1 else None
@@ -123,31 +127,44 @@ def train_one(
     given: tuple[DomainData, NearestDomain], config: Namespace, log: Log
 ) -> dict[str, Any]:
     data, nearest = given
+    data = data if config.final else validation(data)
     model, loader, _ = images.build(config, data, config.seed)
     model = apply_method(config.method, model, data.contexts)
     model.to(config.device, memory_format=torch.channels_last)
     figures: dict[str, Any] = {}
 
     def tested(line: dict[str, Any]) -> None:
-        figures["accuracy"] = measure(model, loader, nearest)
+        figures["accuracy"] = measure(model, loader, nearest if config.final else None)
         log({**line, **figures})
 
     report = train(config.method, model, loader, config, tested)
     return {**figures, "step_ms": report["step_ms"]}
 
 
-def measure(model: nn.Module, loader: Loader, nearest: NearestDomain) -> Accuracy:
-    """Measure the accuracy by domain; with contexts also by kind of label, unknown if held out."""
+def measure(model: nn.Module, loader: Loader, nearest: NearestDomain | None) -> Accuracy:
+    """Measure the accuracy by domain; with contexts also by kind of label, unknown if held out.
+
+    Without `nearest`, on the trained domains alone, labels known where the model takes them.
+    """
     data = loader.data
     if not takes_context(model):
-        return {"": scores.by_domain(model, loader, data.domain_names)}
-    found = {"label known": scores.by_domain(model, loader, data.contexts, scores.own)}
+        names = data.domain_names if nearest else data.contexts
+        return {"": scores.by_domain(model, loader, names)}
+    found = {KNOWN: scores.by_domain(model, loader, data.contexts, scores.own)}
+    if nearest is None:
+        return found
     asked = data.domain_names if data.held_out is None else [data.held_out]
     for policy in scores.POLICIES:
         normswap.set_unknown(model, policy)
         found[policy] = scores.by_domain(model, loader, asked)
     found["nearest"] = scores.by_domain(model, loader, asked, lambda b: nearest(b.images))
     return found
+
+
+def trained_mean(record: dict[str, Any]) -> float:
+    """Give the mean accuracy on the trained domains of a training that tried a rate."""
+    (found,) = record["accuracy"].values()
+    return mean(found.values())
 
 
 def tabulated(
@@ -158,6 +175,7 @@ def tabulated(
     A held-out domain's figure is of the training it was held out of; `trained` is the mean over
     those trainings of the trained domains' own test images. For joint trainings also: `first`, the
     mean after the first epoch, and `reached`, the first epoch with a mean of `reach` or more.
+    `rate` is the mean of the rates.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for record in records:
@@ -166,8 +184,9 @@ def tabulated(
             if held != JOINT and held not in accuracy:
                 continue
             name = f"{method}, {kind}" if kind else method
-            new = {"cell": {"method": name, "seed": seed}, "held": {}, "own": []}
+            new = {"cell": {"method": name, "seed": seed}, "held": {}, "own": [], "rates": []}
             row = rows.setdefault((name, seed), new)
+            row["rates"].append(record["rate"])
             if held == JOINT:
                 mine = [e["accuracy"][kind] for e in epochs if e["cell"] == record["cell"]]
                 curve = [mean(found.values()) for found in mine]
@@ -175,17 +194,19 @@ def tabulated(
                 row["reached"] = next((i for i, a in enumerate(curve, 1) if a >= reach), None)
             else:
                 row["held"][held] = accuracy[held]
-                own = record["accuracy"].get("label known", accuracy)
+                own = record["accuracy"].get(KNOWN, accuracy)
                 row["own"].append(mean(a for d, a in own.items() if d != held))
     for row in rows.values():
         trained = mean(row["own"]) if row["own"] else None
         row.update({**row["held"], "mean": mean(row["held"].values()), "trained": trained})
+        row["rate"] = mean(row["rates"])
     return list(rows.values())
 
 
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, METHODS, methods.known())
-    parser.share("data", "model", "weights", "pretrained", lr=ByStart(2e-3, 5e-4), drop_labels=0.0)
+    parser.share("data", "model", "weights", "pretrained", "tune", "limit")
+    parser.share(lr=ByStart(2e-3, 5e-4), drop_labels=0.0)
     parser.share(image_size=ByData(32, 64), epochs=ByData(12, 3))
     add = parser.add_argument
     add("--joint", action="store_true", help="train on all domains, and hold none out")

@@ -64,8 +64,8 @@ def run(options: Namespace) -> None:
     headings = {name: name for name in data.sources if name != home} | {"mean": "mean"}
     aside = {f"auc_{name}": f"AUC {name}" for name in data.sources}
     aside = aside if home is None else {home: f"{home}, its own"}
-    rows, more = scores.rows_by_told(records), {"lr": "rate, 1e-3", **aside}
-    reports.show(folder, rows, headings, "Dice of vessels, %", more, "mean", unit="Dice, %")
+    rows, unit = scores.rows_by_told(records), "Dice, %"
+    reports.show(folder, rows, headings, "Dice of vessels, %", aside, "mean", unit=unit)
 
 
 def contexts_of(config: Namespace, data: Scenes) -> list[str]:
@@ -118,22 +118,21 @@ def train_one(data: Scenes, config: Namespace, log: Log) -> dict[str, Any]:
 
     model, figures = fit(model, step, config, log)
     find = partial(probabilities, data=data, part=part)
-    record = {"lr": config.lr, **figures}
     if config.adapt is not None and config.final:
-        return {**record, **adapted(model, data, config, find)}
+        return {**figures, **adapted(model, data, config, find)}
 
     def measure(model: nn.Module, label: scores.Label | None) -> dict[str, float]:
         return {name: dice_of(*find(model, name if label else None, name)) for name in names}
 
     found = scores.by_told(model, measure, scores.EVERY if config.final else ())
     if not config.final:
-        return {**record, "accuracy": found}
+        return {**figures, "accuracy": found}
     first, more = next(iter(found)), {}
     for name in data.sources:
         likely, truth = find(model, name if labelled else None, name)
         inside = truth != IGNORED
         more[f"auc_{name}"] = 100 * roc_auc_score(truth[inside], likely[inside])
-    return {**record, "accuracy": found, "more": {first: more}}
+    return {**figures, "accuracy": found, "more": {first: more}}
 
 
 def adapted(model: nn.Module, data: Scenes, config: Namespace, find: Any) -> dict[str, Any]:

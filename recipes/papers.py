@@ -53,8 +53,8 @@ def run(options: Namespace) -> None:
         rates=options.rates,
     )  # fmt: skip
     early = max(1, options.epochs // 4)
-    rows = [{**r, "lr": 1000 * r["lr"], "early": r["losses"][early - 1]} for r in records]
-    more = {"lr": "rate, 1e-3", "early": f"loss of epoch {early}"}
+    rows = [{**r, "early": r["losses"][early - 1]} for r in records]
+    more = {"early": f"loss of epoch {early}"}
     title = "accuracy of a shallow CNN, %"
     reports.show(folder, rows, {"accuracy": "accuracy, %"}, title, more, "accuracy", digits=2)
 
@@ -164,7 +164,7 @@ def train_one(data: DomainData, config: Namespace, _: Log) -> dict[str, Any]:
             found = scores(ready(data.images[part]), data.domains[part]).argmax(1)
             hits += (found == data.labels[part]).sum()
     seconds = round(time.perf_counter() - start, 1)
-    figures = {"accuracy": 100 * hits.item() / len(tests), "lr": config.lr, "seconds": seconds}
+    figures = {"accuracy": 100 * hits.item() / len(tests), "seconds": seconds}
     return {**figures, "losses": losses.tolist()}
 
 

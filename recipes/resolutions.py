@@ -43,8 +43,7 @@ def run(options: Namespace) -> None:
     chosen, source = itemgetter("mean"), tiles.source(options)
     folder, records = grid.run(options, "resolutions", source, train_one, chosen)
     headings = {f"at_{size}": f"{size} px" for size in sizes} | {"mean": "mean"}
-    more = {"rate": "rate, 1e-3"} if options.tune else {}
-    reports.show(folder, records, headings, "accuracy by size, %", more, "mean")
+    reports.show(folder, records, headings, "accuracy by size, %", compared="mean")
 
 
 def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
         model, loader = start(data, config, list(map(str, sizes)))
         model, _ = fit_epochs(model, partial(loss, sizes=some), loader, config, log)
         figures |= {f"at_{size}": accuracy(model, loader, size) for size in some}
-    return {**figures, "mean": mean(figures.values()), "rate": 1000 * config.lr}
+    return {**figures, "mean": mean(figures.values())}
 
 
 def loss(model: nn.Module, batch: Batch, sizes: list[int]) -> Tensor:

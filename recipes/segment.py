@@ -18,6 +18,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def run(options: Namespace) -> None:
     scenes = loader(options)
     for method in options.methods:  # what cannot be converted shows now, not in an hour
         build(method, scenes(0), 0, options)
-    folder, records = grid.run(options, "segment", lambda config: scenes(config.seed), train_one)
+    given, chosen = (lambda config: scenes(config.seed)), itemgetter("valid")
+    folder, records = grid.run(options, "segment", given, train_one, chosen)
     data = scenes(0)
     title = f"sources {', '.join(data.sources)}; targets {', '.join(data.targets)}"
     targets = {f"on_{name}": name for name in data.targets}
@@ -126,7 +128,10 @@ def train_one(data: Scenes, config: Namespace, log: Log) -> dict[str, Any]:
         mean = torch.stack(losses).mean().item()
         check_finite(mean, f"of {method} in epoch {epoch + 1}", config.lr)
         log({"epoch": epoch + 1, "loss": mean, "valid": evaluate(model, data, VALID)["source"]})
-    figures = {"valid": evaluate(model, data, VALID)["source"], **evaluate(model, data, TEST)}
+    figures = {"valid": evaluate(model, data, VALID)["source"]}
+    if not config.final:
+        return figures
+    figures |= evaluate(model, data, TEST)
     if seed == 0:
         with atomic(masks_of(config.folder, method)) as temporary, temporary.open("wb") as file:
             np.save(file, classes_of(model, data.images[shown(data)]).numpy())
@@ -217,7 +222,7 @@ def draw_predictions(
 
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, METHODS, methods.known())
-    parser.share("pretrained", model="resnet10t", image_size=64, epochs=8, lr=3e-3)
+    parser.share("pretrained", "tune", model="resnet10t", image_size=64, epochs=8, lr=3e-3)
     parser.share(weight_decay=0.05)
     add = parser.add_argument
     add("--data", type=Path, help="DOMAIN/images/NAME.png, DOMAIN/masks/NAME.png")

@@ -42,9 +42,8 @@ def run(options: Namespace) -> None:
     folder, records = grid.run(options, "sensors", data_of, train_one, scores.known_mean)
     names = next(iter(records[0]["accuracy"].values()))
     headings = {**{name: name for name in names}, "mean": "mean"}
-    more = {"lr": "rate, 1e-3"} if options.tune else {}
-    title = "accuracy by context, %"
-    reports.show(folder, scores.rows_by_told(records), headings, title, more, "mean")
+    rows, title = scores.rows_by_told(records), "accuracy by context, %"
+    reports.show(folder, rows, headings, title, compared="mean")
 
 
 def seen(data: DomainData, seed: int) -> DomainData:
@@ -81,7 +80,7 @@ def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
         return scores.by_domain(model, loader, data.domain_names, label, config.amp)
 
     found = scores.by_told(model, measure, scores.EVERY if config.final else ())
-    return {"accuracy": found, "lr": config.lr}
+    return {"accuracy": found}
 
 
 def add_options(parser: Parser) -> None:

@@ -11,6 +11,7 @@ that the mean of the two classes' accuracies stands beside the accuracy.
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,8 @@ def run(options: Namespace) -> None:
     words = vocabulary(files["train"])
     data = {part: encode(lines, words) for part, lines in files.items()}
     given = data, len(words) + 2
-    folder, records = grid.run(options, "sentiment", lambda _: given, train_one)
+    chosen = itemgetter("valid")
+    folder, records = grid.run(options, "sentiment", lambda _: given, train_one, chosen)
     most = data["target"].labels.bincount().max().item() / len(data["target"].labels)
     note = f"Of the product sentences {100 * most:.1f} % are of the larger class."
     more = {"best_epoch": "epoch"}
@@ -104,6 +106,7 @@ def train_one(
     groups = normswap.param_groups(model, config.lr, config.weight_decay)
     optimizer = torch.optim.AdamW(groups)
     best: dict[str, Any] = {"valid": -1.0}
+    parts = ("valid", "source", "target") if config.final else ("valid",)
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(config.seed * 1000 + epoch)
         torch.manual_seed(config.seed * 1000 + epoch)
@@ -113,9 +116,11 @@ def train_one(
             loss = F.cross_entropy(model(inputs.to(device)), labels.to(device))
             descend(loss, optimizer)
             total += loss.item() * len(labels)
-        found = {part: predict(model, data[part], device) for part in ("valid", "source", "target")}
+        found = {part: predict(model, data[part], device) for part in parts}
         figures = {p: 100 * accuracy_score(data[p].labels, found[p]) for p in found}
-        figures["balanced"] = 100 * balanced_accuracy_score(data["target"].labels, found["target"])
+        if config.final:
+            truth, guess = data["target"].labels, found["target"]
+            figures["balanced"] = 100 * balanced_accuracy_score(truth, guess)
         log({"epoch": epoch + 1, "loss": total / len(data["train"].labels), **figures})
         if figures["valid"] > best["valid"]:
             best = {**figures, "best_epoch": epoch + 1}
@@ -176,4 +181,4 @@ def add_options(parser: Parser) -> None:
     grid.add_methods(parser, METHODS, ("bn", *normswap.methods()), seeds=5)
     files = f"folder with {', '.join(FILES.values())}; it has no default"
     parser.add_argument("--data", type=Path, help=files)
-    parser.share(epochs=8, lr=1e-3, weight_decay=0.01)
+    parser.share("tune", epochs=8, lr=1e-3, weight_decay=0.01)

@@ -36,7 +36,7 @@ from torch import nn
 import normswap
 
 from .common import grid, images, methods, reports, scores
-from .common.data import TEST_BATCH, DomainData, Loader
+from .common.data import TEST_BATCH, DomainData, Loader, validation
 from .common.errors import check
 from .common.options import Parser
 from .common.training import Log, train
@@ -68,7 +68,7 @@ def run(options: Namespace) -> None:
         return with_superclasses(images.load_mixed(config, config.seed), config.superclasses)
 
     before = partial(images.build, options, seed=0)
-    folder, records = grid.run(options, "superclasses", data_of, train_one, before=before)
+    folder, records = grid.run(options, "superclasses", data_of, train_one, told, before=before)
     rows = [*records, *masked(records)]
     title = f"superclasses as contexts: {options.model}, {options.image_size} px"
     notes = ["test accuracy, %; mean +- standard deviation over seeds"]
@@ -81,6 +81,7 @@ def run(options: Namespace) -> None:
 def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
     """Train one model; give its accuracies in per cent, by what it is told at test time."""
     norms = config.method.removesuffix("-superclass").removesuffix("-kmeans")
+    data = data if config.final else validation(data)
     model, loader, _ = images.build(config, data, config.seed)
     test = loader.test_indices()
     figures: dict[str, Any] = {}
@@ -105,6 +106,11 @@ def train_one(data: DomainData, config: Namespace, log: Log) -> dict[str, Any]:
         given = given.masked_fill(~inside[data.domains[test]].to(given.device), -torch.inf)
         figures["masked"] = 100 * int((given.argmax(1) == labels).sum()) / len(test)
     return {**{k: v for k, v in found.items() if v is not None}, **figures}
+
+
+def told(record: dict[str, Any]) -> float:
+    """Give the accuracy in per cent of a model told the context, if it takes one."""
+    return next(record[key] for key in ("plain", "leaky", "assigned") if key in record)
 
 
 def masked(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

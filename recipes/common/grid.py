@@ -76,9 +76,9 @@ def run(
     A training gets the data of its settings, which those that differ in method or rate share, the
     settings, and what notes its epochs. The settings are the options, the folder of the run, those
     of its cell, and its rate: that one of `rates` (without them, of --lr or what --tune asks for)
-    at which the method had the highest `score` with seed 0. A training that tries a rate is not
-    `final`, and must not see what tests. `before` is given data before anything is written: what
-    is wrong with images, model or weights is to be said first.
+    at which the cell had the highest `score` with seed 0; `rate` of a record is it, in thousandths.
+    A training that tries a rate is not `final`, and must not see what tests. `before` is given data
+    before anything is written: what is wrong with images, model or weights is to be said first.
     """
     wanted = cells(options) if wanted is None else wanted
     latest = Latest(lambda *cell: data_of(of_cell(options, **dict(cell))))
@@ -86,9 +86,11 @@ def run(
     def shared(cell: Cell) -> Any:
         return latest(*(item for item in cell.items() if item[0] not in ("method", "lr")))
 
-    def configured(rates: dict[str, float], cell: Cell, log: Log) -> Record:
-        given = {"folder": folder, "lr": rates.get(cell["method"]), "final": bool(rates), **cell}
-        return train(shared(cell), of_cell(options, **given), log)
+    def configured(chosen: list[tuple[Cell, float]], cell: Cell, log: Log) -> Record:
+        own = [lr for of, lr in chosen if of == {**cell, "seed": 0}]
+        lr = own[0] if chosen else cell["lr"]
+        given = {"folder": folder, "final": bool(chosen), **cell, "lr": lr}
+        return {**train(shared(cell), of_cell(options, **given), log), "rate": 1000 * lr}
 
     first = shared(wanted[0])
     if before is not None:
@@ -97,11 +99,14 @@ def run(
     if not rates:
         tune = vars(options).get("tune", False)
         rates = [options.lr * factor for factor in ((1 / 3, 1, 3) if tune else (1,))]
-    chosen = dict.fromkeys(options.methods, rates[0])
+    first_seed = [cell for cell in wanted if cell["seed"] == 0]
+    chosen = [(cell, rates[0]) for cell in first_seed]
     if len(rates) > 1:
-        tried = [{"method": m, "seed": 0, "lr": lr} for m in options.methods for lr in rates]
-        for record in sorted(run_cells(folder, tried, partial(configured, {}), jobs), key=score):
-            chosen[record["cell"]["method"]] = record["cell"]["lr"]
+        tried = [{**cell, "lr": lr} for cell in first_seed for lr in rates]
+        records = run_cells(folder, tried, partial(configured, []), jobs)
+        each = [records[i : i + len(rates)] for i in range(0, len(records), len(rates))]
+        best = [sorted(some, key=score)[-1] for some in each]
+        chosen = [(cell, r["cell"]["lr"]) for cell, r in zip(first_seed, best, strict=True)]
     return folder, run_cells(folder, wanted, partial(configured, chosen), jobs)
 
 

@@ -23,7 +23,7 @@ from .weights import EFFICIENTNET_LITE0_TIMM, SCRATCH, make_backbone
 
 
 def add_options(parser: Parser, digits_epochs: int = 6) -> None:
-    parser.share("data", "weights", image_size=ByData(24, 64), batch_size=64, lr=TUNED)
+    parser.share("data", "weights", "tune", image_size=ByData(24, 64), batch_size=64, lr=TUNED)
     model = ByData(DIGITS_MODEL, EFFICIENTNET_LITE0_TIMM)
     parser.share(model=model, epochs=ByData(digits_epochs, 4))
     add = parser.add_argument

@@ -17,6 +17,7 @@ from . import runs
 MARKERS = "Ds^v"
 TABLE = "table.json"
 BASELINE = "bn"
+RATE = {"rate": "rate, 1e-3"}
 Record = dict[str, Any]
 Compared = str | Sequence[str] | None
 
@@ -154,11 +155,14 @@ def show(
 ) -> None:  # fmt: skip
     """End a run with a picture and a table of its figures, see `Report`, and notes.
 
-    Beside the figures the seconds of a training are kept, which no table shows.
+    Of a run that chose rates the table has them. Beside the figures the seconds of a training are
+    kept, which no table shows.
     """
-    shown = [*figures, *(more or {}), "seconds"]
+    settings = runs.read_config(folder)
+    more = {**(RATE if settings.get("tune") or settings.get("rates") else {}), **(more or {})}
+    shown = [*figures, *more, "seconds"]
     kept = [{"cell": r["cell"], **{k: r[k] for k in shown if k in r}} for r in records]
-    given = {"figures": figures, "title": title, "more": more or {}, "compared": compared}
+    given = {"figures": figures, "title": title, "more": more, "compared": compared}
     report = Report(records=kept, **given, **how)
     found = {**asdict(report), "versions": runs.read_config(folder, "versions")}
     runs.write_text(folder / TABLE, json.dumps(found) + "\n")

@@ -138,14 +138,15 @@ def folder_of(
 
 
 def write_config(folder: Path, settings: dict[str, Any]) -> None:
-    """Record the settings of a run and what it runs with."""
+    """Record the settings of a run and what it runs with; the command is that of a start."""
+    given = [argument for argument in sys.argv[1:] if argument != "--resume"]
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "threads": str(torch.get_num_threads()),
         "cpu": cpu_name(),
-        "command": shlex.join(["python", "-m", "recipes", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "recipes", *given]),
     }
     folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings, "versions": versions}

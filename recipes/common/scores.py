@@ -106,7 +106,7 @@ def rows_by_told(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         method, seed = record["cell"].values()
         for told, found in record["accuracy"].items():
             cell = {"method": f"{method}, {told}" if told else method, "seed": seed}
-            more = {"lr": 1000 * record["lr"], **record.get("more", {}).get(told, {})}
+            more = {"rate": record["rate"], **record.get("more", {}).get(told, {})}
             more |= {"seconds": record["seconds"]} if "seconds" in record else {}
             rows.append({"cell": cell, **found, "mean": mean(found.values()), **more})
     return rows

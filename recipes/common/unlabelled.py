@@ -104,14 +104,13 @@ def run(
         averaged, figures = fit(model, step, config, log)
         found = measure(averaged, loader)
         found["told"] = found.get("known", found.get("plain"))
-        return {**found, **figures, "rate": 1000 * config.lr}
+        return {**found, **figures}
 
     before = partial(images.build, options, seed=0, fill=False)
     folder, records = grid.run(
         options, recipe, lambda _: data, train, itemgetter(score), before=before
     )
-    more = {**COUNTED, **({"rate": "rate, 1e-3"} if options.tune else {})}
-    reports.show(folder, records, headings, title, more, "told")
+    reports.show(folder, records, headings, title, COUNTED, "told")
 
 
 def plan(

@@ -35,7 +35,7 @@ def test_each_method_trains_at_the_rate_that_was_best_for_it(tmp_path):
         mine = [r for r in tried if r["cell"]["method"] == record["cell"]["method"]]
         assert sorted(r["cell"]["lr"] for r in mine) == [3e-4, 1e-3, 3e-3]
         best = max(r["accuracy"] for r in mine)
-        assert best in [r["accuracy"] for r in mine if r["lr"] == record["lr"]]
+        assert best in [r["accuracy"] for r in mine if r["rate"] == record["rate"]]
     assert "| acn " in (tmp_path / "run" / "report.txt").read_text()
 
 

@@ -29,11 +29,11 @@ def test_the_smoke_setting_chooses_rates_and_tells_every_sensor(tmp_path):
     assert [r["cell"]["lr"] for r in tried] == pytest.approx(rates * 3)
     for record in final:
         known = {
-            r["cell"]["lr"]: scores.known_mean(r)
+            r["rate"]: scores.known_mean(r)
             for r in tried
             if r["cell"]["method"] == record["cell"]["method"]
         }
-        assert known[record["lr"]] == max(known.values())
+        assert known[record["rate"]] == max(known.values())
     told = {"known", "pooled", "posterior", "most confident"}
     assert [set(r["accuracy"]) for r in final] == [{""}, told, told]
     assert all(set(a) == set(SENSORS) for r in final for a in r["accuracy"].values())
@@ -97,7 +97,7 @@ def test_sensors_see_what_their_formulas_say():
 
 def test_every_answer_of_a_training_is_a_row():
     def record(method, accuracy):
-        return {"cell": {"method": method, "seed": 0}, "accuracy": accuracy, "lr": 0.002}
+        return {"cell": {"method": method, "seed": 0}, "accuracy": accuracy, "rate": 2.0}
 
     told = {"colour": 30.0, "night": 40.0}
     rows = scores.rows_by_told([
