@@ -12,7 +12,8 @@ from torch import Tensor
 
 from normswap.functional.label_rows import Layer
 from normswap.graph.rows.decode import change_of, code, hold_once, is_open, moves_others, settle
-from normswap.graph.rows.plans import Step
+from normswap.graph.rows.plans import FOLDED, ONE, Step
+from normswap.graph.rows.sample_flow import SampleFlow
 from normswap.graph.rows.samples import batches_in, fresh, vary
 from normswap.graph.rows.variations import HOWS, ended, exchange, rank_of, rolled, shifted
 
@@ -48,6 +49,7 @@ class Measurement:
     batches: bool
     seed: int | None = None
     varied: bool = False
+    _flow: SampleFlow | None = None
     _before: Iterator[tuple[Step, Tensor]] | None = None
     _found: list[Any] = field(default_factory=list)
 
@@ -60,6 +62,11 @@ class Measurement:
 
     def listen(self, layer: Layer, site: str, x: Tensor) -> None:
         """Keep what a norm is given, or compare it with what it was given before."""
+        if self._flow is not None:
+            times = self._flow.rows_a_sample(x)
+            how = "" if times is None else ONE if times == 1 else FOLDED
+            self._found.append(Step(site, self.modes.get(id(layer), False), len(x), how, times))
+            return
         x = x.detach().reshape(x.shape[0], -1)
         if self._before is None:
             step = Step(site, self.modes.get(id(layer), False), len(x))
@@ -70,6 +77,23 @@ class Measurement:
             self._found.append(change_of(before, x).cpu())
         else:
             self._before = iter(())
+
+    def follow(self) -> list[Step]:
+        """Return every call of a norm, where operators of one run tell its rows; else nothing."""
+        batches, beside = batches_in(self.values, self.samples, self.batches)
+        if beside or self.others or {type(batch) for batch in batches} != {Tensor}:
+            return []
+        self._flow = flow = SampleFlow(self.samples)
+        try:
+            with flow:
+                self._run(lambda batch: flow.follow(fresh(batch)))
+        except Exception:  # which a run that measures meets, too
+            return []
+        finally:
+            self._flow = None
+        steps: list[Step] = self._found
+        drawn = self.restore()
+        return [] if drawn or not all(step.how for step in steps) else steps
 
     def _run(
         self,

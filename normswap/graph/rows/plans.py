@@ -79,7 +79,7 @@ class RowPlan:
     Attributes:
         steps: the calls of norms.
         samples: the one number of samples it holds for; None for any that `holds` says.
-        measured: on how many samples.
+        measured: on how many samples; 0 where operators told.
         reason: why nothing was measured; "" where it was.
     """
 
@@ -104,7 +104,7 @@ class RowPlan:
 
     def is_square(self, count: int) -> bool:
         """Return whether some norm has a multiple of `count` rows for each of `count` samples."""
-        return any(step.rows % count**2 == 0 for step in self.steps)
+        return self.measured > 0 and any(step.rows % count**2 == 0 for step in self.steps)
 
     def agrees(self, other: "RowPlan") -> bool:
         """Return whether another number of samples gave the same orders, as far as it tells."""

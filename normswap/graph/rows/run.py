@@ -119,6 +119,8 @@ class Run:
                         reason=f"{given}: enter use_context with a label for each it has"
                     )
                 self.measurement = found
+                if not rescale and (steps := found.follow()):
+                    return RowPlan(steps)
                 steps = found.steps(brief)
                 if not found.varied:
                     return RowPlan(reason=ALIKE if steps else UNMET)
