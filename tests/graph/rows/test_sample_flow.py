@@ -1,5 +1,7 @@
 """What operators tell of rows, held against exchanging the samples one by one."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,6 +78,11 @@ NOT_TOLD = {
     "softmax over samples": lambda x: x.softmax(0),
     "layer norm over all": lambda x: F.layer_norm(x, x.shape),
     "sorted": lambda x: x.sort(0).values,
+    "copied past operators": lambda x: x + copy.deepcopy(x).flip(0),
+    "copied by NumPy": lambda x: x + torch.from_numpy(x.numpy()[::-1].copy()),
+    "copied into": lambda x: x + torch.empty(x.shape).copy_(x).flip(0),
+    "out": lambda x: x + torch.add(x, 1.0, out=torch.empty_like(x)).flip(0),
+    "by gradients": lambda x: torch.autograd.grad(x.requires_grad_().pow(2).sum(), x)[0],
 }  # fmt: skip
 
 
