@@ -97,8 +97,9 @@ def run(
         before(first)
     folder, jobs = open_run(options, recipe, free), jobs_of(options)
     if not rates:
-        tune = vars(options).get("tune", False)
-        rates = [options.lr * factor for factor in ((1 / 3, 1, 3) if tune else (1,))]
+        tune = vars(options).get("tune")
+        factors = (1,) if tune is None else (1 / 3, 1, 3)
+        rates = tune or [options.lr * factor for factor in factors]
     first_seed = [cell for cell in wanted if cell["seed"] == 0]
     chosen = [(cell, rates[0]) for cell in first_seed]
     if len(rates) > 1:

@@ -84,7 +84,8 @@ def pick_device(name: str) -> torch.device:
         raise RecipeError(f"expected --device to be usable, got {name!r}: {reason}") from error
 
 
-# By name: what reads it (None for a switch, bool for --NAME and --no-NAME), and its help.
+# By name: what reads it (None for a switch, bool for --NAME and --no-NAME, list for several rates
+# or none), and its help.
 SHARED: dict[str, tuple[Any, str]] = {
     "data": (Path, "folder or zip DOMAIN/CLASS/image, instead of the default data"),
     "image_size": (count, "pixels a side"),
@@ -103,9 +104,9 @@ SHARED: dict[str, tuple[Any, str]] = {
     "ema": (averaging, "decay of the averaged weights"),
     "amp": (None, "bfloat16 by autocast"),
     "tune": (
-        None,
-        "choose each method's rate, of a third of --lr, it, and its threefold, with seed 0 on a "
-        "part of the training images that does not train then",
+        list,
+        "choose each method's rate, of these, or of a third of --lr, it, and its threefold, with "
+        "seed 0 on a part of the training images that does not train then",
     ),
     "drop_labels": (fraction, "hide each context label from a training step with this probability"),
     "limit": (count, "images of each class that train, and test"),
@@ -140,6 +141,8 @@ class Parser(argparse.ArgumentParser):
         for name, default in {**dict.fromkeys(names), **defaults}.items():
             kind, text = SHARED[name]
             how = {"action": actions[kind]} if kind in actions else {"type": kind}
+            if kind is list:
+                how = {"type": rate, "nargs": "*", "metavar": "RATE"}
             given = {} if default is None else {"default": default}
             self.add_argument(f"--{name.replace('_', '-')}", help=text, **how, **given)
 

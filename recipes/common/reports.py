@@ -159,7 +159,8 @@ def show(
     kept, which no table shows.
     """
     settings = runs.read_config(folder)
-    more = {**(RATE if settings.get("tune") or settings.get("rates") else {}), **(more or {})}
+    chosen = settings.get("tune") is not None or "rates" in settings
+    more = {**(RATE if chosen else {}), **(more or {})}
     shown = [*figures, *more, "seconds"]
     kept = [{"cell": r["cell"], **{k: r[k] for k in shown if k in r}} for r in records]
     given = {"figures": figures, "title": title, "more": more, "compared": compared}

@@ -36,6 +36,23 @@ def test_every_domain_is_held_out_of_every_method(tmp_path, capsys):
     assert "cn, posterior" in capsys.readouterr().out
 
 
+def test_a_rate_is_chosen_without_the_domain_that_is_held_out(tmp_path):
+    given = ["--smoke", "--model", "test_resnet", "--held-out", "0", "90", "--methods", "bn", "cn"]
+    given += ["--tune", "1e-3", "4e-3"]
+    assert main(["domains", *given, "--out", str(tmp_path), "--name", "run"]) == 0
+
+    *tried, a, b, c, d = read_lines(tmp_path / "run" / "results.jsonl")
+    assert [r["cell"]["lr"] for r in tried] == [1e-3, 4e-3] * 4
+    for record in tried:
+        (found,) = record["accuracy"].values()
+        assert set(found) == {"0", "30", "60", "90"} - {record["cell"]["held_out"]}
+    for final in (a, b, c, d):
+        of = [r for r in tried if {**final["cell"], "lr": r["cell"]["lr"]} == r["cell"]]
+        best = max(map(domains.trained_mean, of))
+        assert best in [domains.trained_mean(r) for r in of if r["rate"] == final["rate"]]
+    assert "rate, 1e-3" in (tmp_path / "run" / "report.txt").read_text()
+
+
 def test_all_domains_train_jointly_from_a_folder(folder, tmp_path):
     given = ["--joint", "--smoke", "--data", str(folder), "--image-size", "32"]
     given += ["--methods", "bn", "cn-x", "--weights", "efficientnet-lite0"]
@@ -47,16 +64,18 @@ def test_all_domains_train_jointly_from_a_folder(folder, tmp_path):
 
 
 def test_figures_of_held_out_domains_come_from_the_trainings_they_were_held_out_of():
-    def record(held, **accuracy):
+    def record(held, rate, **accuracy):
         cell = {"held_out": held, "method": "cn", "seed": 0}
         unknown = {held: accuracy.pop(held)}
-        return {"cell": cell, "accuracy": {"label known": accuracy, "pooled": unknown}}
+        found = {"label known": accuracy, "pooled": unknown}
+        return {"cell": cell, "accuracy": found, "rate": rate}
 
-    records = [record("a", a=10.0, b=70.0, c=90.0), record("b", a=50.0, b=20.0, c=70.0)]
+    records = [record("a", 1.0, a=10.0, b=70.0, c=90.0), record("b", 3.0, a=50.0, b=20.0, c=70.0)]
     (row,) = tabulated(records, [], reach=90)
 
     assert row["cell"] == {"method": "cn, pooled", "seed": 0}
     assert (row["a"], row["b"], row["mean"]) == (10.0, 20.0, 15.0)
+    assert row["rate"] == 2.0
     assert row["trained"] == 70.0  # mean of (70 + 90) / 2 and (50 + 70) / 2
 
 
@@ -64,7 +83,8 @@ def test_figures_of_joint_trainings_are_by_domain_and_epoch():
     cell = {"held_out": JOINT, "method": "bn", "seed": 0}
     curve = [{"a": 60.0, "b": 80.0}, {"a": 90.0, "b": 94.0}, {"a": 91.0, "b": 93.0}]
     epochs = [{"cell": cell, "accuracy": {"": accuracy}} for accuracy in curve]
-    (row,) = tabulated([{"cell": cell, "accuracy": {"": curve[-1]}}], epochs, reach=92)
+    record = {"cell": cell, "accuracy": {"": curve[-1]}, "rate": 1.0}
+    (row,) = tabulated([record], epochs, reach=92)
 
     assert (row["a"], row["b"], row["mean"]) == (91.0, 93.0, 92.0)
     assert (row["first"], row["reached"]) == (70.0, 2)
