@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from functools import cache, wraps
 from importlib import import_module
 from typing import Any
@@ -16,6 +17,8 @@ from torch.autograd import forward_ad
 DEVICES = ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TORCHS = (Tensor, nn.Parameter)
+# Whether torch's operators are to serve, since something watches them.
+WATCHED: ContextVar[bool] = ContextVar("normswap_watched", default=False)
 
 
 def is_scripted() -> bool:
@@ -94,7 +97,7 @@ def triton_for(x: Tensor, name: str = "sweeps", *tables: Tensor | None) -> Any:
     device, dtype = x.device, x.dtype
     if device.type not in DEVICES or dtype not in _DTYPES or x.dim() < 3 or not is_eager():
         return None
-    if type(x) not in _TORCHS or x.numel() == 0:
+    if type(x) not in _TORCHS or x.numel() == 0 or WATCHED.get():
         return None
     for t in tables:
         if t is not None and not (type(t) in _TORCHS and t.is_contiguous() and t.device == device):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normswap.functional.backend import WATCHED
 from normswap.functional.label_rows import Layer
 from normswap.graph.rows.decode import change_of, code, hold_once, is_open, moves_others, settle
 from normswap.graph.rows.plans import FOLDED, ONE, Step
@@ -84,12 +85,14 @@ class Measurement:
         if beside or self.others or {type(batch) for batch in batches} != {Tensor}:
             return []
         self._flow = flow = SampleFlow(self.samples)
+        watched = WATCHED.set(True)
         try:
             with flow:
                 self._run(lambda batch: flow.follow(fresh(batch)))
         except Exception:  # which a run that measures meets, too
             return []
         finally:
+            WATCHED.reset(watched)
             self._flow = None
         steps: list[Step] = self._found
         drawn = self.restore()

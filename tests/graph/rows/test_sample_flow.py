@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import normswap
+from normswap.functional import backend
 from normswap.graph.rows.measure import Measurement
 from normswap.graph.rows.sample_flow import SampleFlow
 
@@ -207,6 +208,21 @@ def test_what_operators_do_not_tell_is_measured(runs, between):
     if between is turned:
         alone = torch.cat([model(x[i : i + 1], context=labels[i : i + 1]) for i in range(8)])
         torch.testing.assert_close(y, alone)
+
+
+def test_kernels_do_not_serve_what_is_watched(monkeypatch):
+    asked = []
+
+    def works(device, dtype):
+        asked.append(backend.WATCHED.get())
+        return False
+
+    monkeypatch.setattr(backend, "DEVICES", ("cpu",))
+    monkeypatch.setattr(backend, "_works", works)
+    model = normswap.convert(Net(), "cn", contexts=2, verify=False)
+    model(torch.randn(8, 3, 8, 8), context=torch.arange(8) % 2)
+    assert asked
+    assert not any(asked)
 
 
 def test_a_run_that_raises_leaves_no_mode():
