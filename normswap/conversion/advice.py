@@ -24,6 +24,6 @@ def advise_freezing(converted: nn.Module, batch_norms: Iterable[str]) -> str | N
         return None
     return (
         "norms of this model were trained before, and in training take statistics of the batch: "
-        "fine-tuning of pretrained weights went best with frozen ones. Try "
+        "fine-tuning of pretrained weights at small rates went better with frozen ones. Try "
         'normswap.freeze(model, "all", stats="frozen") first'
     )
