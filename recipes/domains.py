@@ -205,7 +205,7 @@ def tabulated(
 
 def add_options(parser: Parser) -> None:
     grid.add_methods(parser, METHODS, methods.known())
-    parser.share("data", "model", "weights", "pretrained", "tune", "limit")
+    parser.share("data", "model", "weights", "pretrained", "tune")
     parser.share(lr=ByStart(2e-3, 5e-4), drop_labels=0.0)
     parser.share(image_size=ByData(32, 64), epochs=ByData(12, 3))
     add = parser.add_argument
